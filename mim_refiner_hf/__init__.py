@@ -1,0 +1,70 @@
+"""MIM-Refiner for Hugging Face: refine a pre-trained masked-image model until its features group images by meaning.
+
+    import mim_refiner_hf                                        # registers the Auto classes
+    from transformers import AutoModel
+    model = AutoModel.from_pretrained("outputs/quickstart/model")
+
+    from mim_refiner_hf import load_encoder, refine, RefineRecipe
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from ._version import __version__
+from .configuration_mim_refiner import MimRefinerConfig
+from .image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
+from .modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+
+if TYPE_CHECKING:
+    from .cli import refine, refine_command
+    from .conversion import CheckpointError, LoadReport, load_encoder
+    from .refinement.recipe import RefineRecipe, read_recipe
+
+
+
+AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
+AutoModel.register(MimRefinerConfig, MimRefinerModel, exist_ok=True)
+AutoModelForImageClassification.register(MimRefinerConfig, MimRefinerForImageClassification, exist_ok=True)
+AutoBackbone.register(MimRefinerConfig, MimRefinerBackbone, exist_ok=True)
+AutoImageProcessor.register(
+    MimRefinerConfig,
+    image_processor_classes={"torchvision": MimRefinerImageProcessor, "pil": MimRefinerImageProcessorPil},
+    exist_ok=True,
+)
+
+# Loaded on first use: whoever only wants features need not import accelerate, datasets, matplotlib and scikit-learn.
+_LAZY = {
+    "CheckpointError": ".conversion",
+    "LoadReport": ".conversion",
+    "load_encoder": ".conversion",
+    "RefineRecipe": ".refinement.recipe",
+    "read_recipe": ".refinement.recipe",
+    "refine": ".cli",
+    "refine_command": ".cli",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "MimRefinerBackbone",
+    "MimRefinerConfig",
+    "MimRefinerForImageClassification",
+    "MimRefinerImageProcessor",
+    "MimRefinerImageProcessorPil",
+    "MimRefinerModel",
+    "RefineRecipe",
+    "__version__",
+    "load_encoder",
+    "read_recipe",
+    "refine",
+    "refine_command",
+]

@@ -1,0 +1,140 @@
+"""`mim-refiner`: the commands, and the job behind `accelerate launch training/refine.py`.
+
+    mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out     (or under `accelerate launch -m`)
+    mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
+    mim-refiner push out/model user/name
+
+Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else failed, 130 interrupted.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from transformers import HfArgumentParser
+
+from .conversion.load import image_processor
+from .data import open_images
+from .pretraining.mae import PretrainRecipe, pretrain_mae
+from .publishing.hub import PushError, check_repo_id, push_folder, save_model_folder
+from .publishing.model_card import write_card
+from .refinement.recipe import RefineRecipe, parse_recipe, read_fields
+from .refinement.run import RunResult, run
+
+
+def refine(recipe: RefineRecipe) -> RunResult | None:
+    """Refine a masked-image model as `recipe` says and write the result to `recipe.output_dir`.
+
+    Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`, `clusters.png`, `log.jsonl`; with
+    `push_to_hub` it publishes the folder. Returns None after a dry run or a head warm-up alone.
+
+    Raises:
+        ValueError, FileNotFoundError: for wrong settings, before any work.
+        FloatingPointError: for a loss that is not finite.
+        PushError: when the Hub fails; the local result is intact and the message says how to continue.
+    """
+    if recipe.push_to_hub is not None:
+        check_repo_id(recipe.push_to_hub)
+    result = run(recipe)
+    if result is None or not PartialState().is_main_process:
+        return result
+    folder = result.output_dir / "model"
+    save_model_folder(folder, result.encoder, result.processor)
+    write_card(result.output_dir)
+    shutil.rmtree(result.output_dir / "checkpoints", ignore_errors=True)  # complete: nothing left to resume
+    print(f"The refined model: {folder}")
+    if recipe.push_to_hub is not None:
+        print(f"Published: {push_folder(folder, recipe.push_to_hub)}")
+    return result
+
+
+def _refine(arguments: Sequence[str]) -> None:
+    refine(parse_recipe(arguments))
+
+
+@dataclass
+class _PretrainCommand:
+    """What `pretrain` asks for beside the fields of PretrainRecipe."""
+
+    recipe: str | None = field(default=None, metadata={"help": "Name in training/recipes/ or path of a YAML file."})
+    dataset: str = field(default="digits", metadata={"help": "Image folder, parquet, Hub name, or 'digits' (bundled)."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str | None = field(default=None, metadata={"help": "Split to train on."})
+    output_dir: str = field(default="outputs/pretrained", metadata={"help": "Folder for the model."})
+    num_workers: int = field(default=2, metadata={"help": "Data-loading workers."})
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    parser = HfArgumentParser(
+        (PretrainRecipe, _PretrainCommand),  # type: ignore[arg-type]
+        description="Pre-train an encoder by masked autoencoding.",
+        allow_abbrev=False,
+    )
+    name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name.add_argument("--recipe")
+    chosen = name.parse_known_args(arguments)[0].recipe
+    if chosen is not None:
+        parser.set_defaults(**read_fields(chosen, PretrainRecipe))
+    recipe, command = parser.parse_args_into_dataclasses(list(arguments))
+    images = open_images(
+        command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels
+    )
+    accelerator = Accelerator()
+    encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
+    if accelerator.is_main_process:
+        save_model_folder(Path(command.output_dir), encoder, image_processor(encoder.config, {}))
+        print(f"The pre-trained model: {command.output_dir}")
+
+
+def _push(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mim-refiner push", description="Publish a model folder: weights first, the card last.")
+    parser.add_argument("folder", type=Path, help="what a run left as <output_dir>/model")
+    parser.add_argument("repository", help="user/name on the Hub")
+    parser.add_argument("--private", action="store_true", help="for a new repository")
+    options = parser.parse_args(arguments)
+    print(f"Published: {push_folder(options.folder, options.repository, private=options.private)}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"refine": _refine, "pretrain": _pretrain, "push": _push}
+
+
+def command(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one command and translate what it raises into an exit code and one line on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (PushError, FloatingPointError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def refine_command() -> int:
+    """What `training/refine.py` and `python -m mim_refiner_hf.refinement.trainer` run."""
+    return command("refine")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command `mim-refiner`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    chosen = parser.parse_args(arguments[:1]).command
+    return command(chosen, arguments[1:])
+
+
+__all__ = ["command", "main", "refine", "refine_command"]
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""Foreign checkpoints in: `load_encoder` reads any known file, folder or Hub name; `layouts` holds one table per family."""
+
+from .load import CheckpointError, LoadReport, load_encoder
+
+__all__ = ["CheckpointError", "LoadReport", "load_encoder"]

@@ -1,0 +1,143 @@
+"""Clustering frozen features, and how well the groups match the true classes.
+
+    from mim_refiner_hf.evaluation import cluster_scores, kmeans
+    run = kmeans(features, num_clusters=10)                  # best of 100 by inertia
+    cluster_scores(labels, run.assignments)                  # accuracy, nmi, ami, ari
+
+The protocol is the paper's (MIM-Refiner, Sec. 5.3): mini-batch k-means on L2-normalised features, 100 times with k = number of
+classes; the run with the lowest inertia is reported, the mean over all runs beside it. `rankme` needs no labels at all.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    adjusted_rand_score,
+    davies_bouldin_score,
+    normalized_mutual_info_score,
+    silhouette_score,
+)
+from sklearn.metrics.cluster import contingency_matrix
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+
+def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both as arrays (N,); ValueError unless they are of one length and not empty."""
+    classes, groups = np.asarray(labels), np.asarray(assignments)
+    if classes.ndim != 1 or classes.shape != groups.shape or len(classes) == 0:
+        raise ValueError(f"labels and assignments must be two lists of one length, not {classes.shape} and {groups.shape}")
+    return classes, groups
+
+
+def cluster_accuracy(labels: ArrayLike, assignments: ArrayLike) -> float:
+    """Share (0 to 1) of the N items in the right group under the best one-to-one match of groups and classes.
+
+    The match is the Hungarian algorithm's on the table of counts, zero-padded to a square, so that more groups than classes
+    (or fewer) leave items unmatched, which count as wrong. Ids may be any integers.
+    """
+    classes, groups = check_pair(labels, assignments)
+    counts = contingency_matrix(classes, groups)  # (classes, groups)
+    square = np.zeros((max(counts.shape),) * 2, dtype=np.int64)
+    square[: counts.shape[0], : counts.shape[1]] = counts
+    rows, columns = linear_sum_assignment(square, maximize=True)
+    return float(square[rows, columns].sum() / len(classes))
+
+
+def cluster_scores(labels: ArrayLike, assignments: ArrayLike, embeddings: ArrayLike | None = None) -> dict[str, float]:
+    """All scores of one clustering of N items.
+
+    Args:
+        labels: true classes (N,).
+        assignments: group of each item (N,).
+        embeddings: features (N, D); adds how separate the TRUE classes lie in them. Silhouette compares all pairs.
+
+    Returns:
+        `accuracy` (Hungarian), `nmi`, `ami` (both arithmetic) and `ari`; with `embeddings` also `silhouette` (-1 to 1, higher
+        is better) and `davies_bouldin` (lower is better), Euclidean.
+    """
+    classes, groups = check_pair(labels, assignments)
+    scores = {
+        "accuracy": cluster_accuracy(classes, groups),
+        "nmi": float(normalized_mutual_info_score(classes, groups)),
+        "ami": float(adjusted_mutual_info_score(classes, groups)),
+        "ari": float(adjusted_rand_score(classes, groups)),
+    }
+    if embeddings is not None:
+        scores["silhouette"] = float(silhouette_score(embeddings, classes))
+        scores["davies_bouldin"] = float(davies_bouldin_score(embeddings, classes))
+    return scores
+
+
+@dataclass
+class KMeansRun:
+    """The best of several k-means runs, and the groups of all of them.
+
+    Attributes:
+        assignments: group of each item in the run with the lowest inertia (N,) int64.
+        centroids: its centres (K, D) fp32, in the space of the L2-normalised features.
+        inertia: its sum of squared distances to the centres, over all N items.
+        all_assignments: groups of every run (runs, N) int32, for means over runs.
+    """
+
+    assignments: NDArray[np.int64]
+    centroids: NDArray[np.float32]
+    inertia: float
+    all_assignments: NDArray[np.int32]
+
+
+def kmeans(features: Tensor, num_clusters: int, *, runs: int = 100, seed: int = 0) -> KMeansRun:
+    """Mini-batch k-means on the L2-normalised `features` (N, D), `runs` times; the lowest inertia wins.
+
+    Each run is scikit-learn's `MiniBatchKMeans` with one k-means++ start (`n_init=1`: the restarts are the runs) and its
+    own defaults otherwise: batches of 1024, at most 100 epochs, stopping after 10 batches without improvement. Run i is
+    seeded with `seed + i`.
+
+    Raises:
+        ValueError: when `num_clusters` is not between 1 and N, `runs` is below 1, or a feature is not finite.
+    """
+    if not 1 <= num_clusters <= len(features):
+        raise ValueError(f"num_clusters={num_clusters} must lie between 1 and the {len(features)} items to cluster")
+    if runs < 1:
+        raise ValueError(f"runs={runs} must be at least 1")
+    points = F.normalize(features.detach().float().cpu(), dim=1).numpy()
+    if not np.isfinite(points).all():
+        raise ValueError("the features hold NaN or infinity, so they cannot be clustered; check the model that made them")
+    best: MiniBatchKMeans | None = None
+    groups = np.empty((runs, len(points)), dtype=np.int32)
+    with threadpool_limits(1):  # a mini-batch is too small for threads: on busy cores two are four times slower than one
+        for run in range(runs):
+            fitted = MiniBatchKMeans(num_clusters, n_init=1, random_state=seed + run).fit(points)
+            groups[run] = fitted.labels_
+            if best is None or fitted.inertia_ < best.inertia_:
+                best = fitted
+    assert best is not None  # runs >= 1
+    return KMeansRun(best.labels_.astype(np.int64), best.cluster_centers_, float(best.inertia_), groups)
+
+
+def mean_scores(labels: ArrayLike, run: KMeansRun) -> tuple[float, float]:
+    """Cluster accuracy and NMI, each the mean over all runs."""
+    accuracies = [cluster_accuracy(labels, groups) for groups in run.all_assignments]
+    nmis = [normalized_mutual_info_score(labels, groups) for groups in run.all_assignments]
+    return float(np.mean(accuracies)), float(np.mean(nmis))
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of `features` (N, D): 1 for collapsed ones, at most min(N, D); needs no labels.
+
+    The exponential of the entropy of the singular values' distribution, `p_k = sigma_k / sum(sigma) + 1e-7`
+    (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1). Comparable only for one data set and one N.
+    """
+    sigma = torch.linalg.svdvals(features.float())
+    p = sigma / sigma.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+__all__ = ["KMeansRun", "cluster_accuracy", "cluster_scores", "kmeans", "mean_scores", "rankme"]

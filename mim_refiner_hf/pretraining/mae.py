@@ -1,0 +1,206 @@
+"""Masked autoencoding (MAE, arXiv 2111.06377) on our own encoder: starting weights for a refinement, from pixels alone.
+
+    accelerate launch training/pretrain.py --recipe pretrain-digits --output_dir outputs/digits-mae
+
+    encoder = pretrain_mae(PretrainRecipe(image_size=32, patch_size=4, hidden_size=192), open_images("my_images/"))
+
+Three quarters of the patches are taken away, the encoder sees the rest, a small decoder that is thrown away afterwards predicts
+the normalised pixels of the missing ones; the loss is their mean squared error.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..configuration_mim_refiner import MimRefinerConfig
+from ..data import BatchSampler, ImageDataset
+from ..distributed import average_gradients, progress_bar, rank, world_size
+from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, sincos_position_table
+from ..optimization import encoder_groups, freeze, learning_rate, set_learning_rate
+from ..refinement.views import MultiCrop, ViewDataset, normalise, view_specs
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class PretrainRecipe:
+    """Shape of the encoder and of the training; the defaults are MAE's for a ViT-B/16. Raises ValueError as RefineRecipe does."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    decoder_size: int = 512
+    decoder_layers: int = 8
+    decoder_attention_heads: int = 16
+    mask_ratio: float = 0.75
+    scale: float = 0.2  # smallest share of the image's area in a crop
+    flip: float = 0.5
+    epochs: int = 800
+    warmup_epochs: float = 40.0
+    batch_size: int = 4096  # all processes together
+    learning_rate: float = 1.5e-4  # times batch_size / 256
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"--scale {self.scale}: must be greater than 0 and at most 1")
+        if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs")
+        if self.batch_size < 1 or self.learning_rate <= 0:
+            raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
+        if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
+            raise ValueError(f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of --decoder_attention_heads")
+        self.encoder_config()
+
+    def encoder_config(self) -> MimRefinerConfig:
+        """Configuration of the encoder; MLP ratio 4."""
+        return MimRefinerConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=4 * self.hidden_size,
+        )
+
+
+class MaeDecoder(nn.Module):
+    """Visible tokens back to the pixels of every patch: linear, mask tokens at the gaps, a few blocks, linear."""
+
+    positions: Tensor
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        super().__init__()
+        encoder, dim = recipe.encoder_config(), recipe.decoder_size
+        config = MimRefinerConfig(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            hidden_size=dim,
+            num_hidden_layers=recipe.decoder_layers,
+            num_attention_heads=recipe.decoder_attention_heads,
+            intermediate_size=4 * dim,
+        )
+        config._attn_implementation = "sdpa"
+        self.embed = nn.Linear(encoder.hidden_size, dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.register_buffer("positions", sincos_position_table(config.grid, dim), persistent=False)
+        self.layers = nn.ModuleList(MimRefinerLayer(config) for _ in range(recipe.decoder_layers))
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.predict = nn.Linear(dim, encoder.patch_size**2 * encoder.num_channels)
+
+    def forward(self, tokens: Tensor, restore: Tensor, prefix: int) -> Tensor:
+        """tokens (B, prefix + visible, D), restore (B, N): place of each patch among visible-then-masked -> pixels (B, N, p*p*C)."""
+        tokens = self.embed(tokens)
+        visible = tokens[:, prefix:]
+        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1).to(visible.dtype)
+        patches = torch.cat([visible, gaps], dim=1).gather(1, restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :prefix], patches + self.positions], dim=1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        pixels: Tensor = self.predict(self.norm(tokens))[:, prefix:]
+        return pixels
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W) to patches (B, N, patch * patch * C), row by row."""
+    batch, channels, height, width = pixels.shape
+    grid = pixels.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def mae_loss(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+    """Mean squared error on the masked patches, whose pixels are normalised per patch.
+
+    Args:
+        pixels: normalised images (B, C, H, W) of the native size.
+        noise: uniform numbers (B, N); in each image the patches with the smallest stay visible.
+    """
+    prefix = encoder.config.num_prefix_tokens
+    order = noise.argsort(dim=1)
+    restore = order.argsort(dim=1)
+    keep = int(noise.shape[1] * (1 - mask_ratio))
+    tokens = encoder.embeddings(pixels)
+    chosen = order[:, :keep, None].expand(-1, -1, tokens.shape[2])
+    tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1)
+    for layer in encoder.layers:
+        tokens = layer(tokens)
+    predicted = decoder(encoder.norm(tokens), restore, prefix)
+    target = patchify(pixels, encoder.config.patch_size)
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    error = (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)  # (B, N)
+    return error[restore >= keep].mean()
+
+
+def _fresh(recipe: PretrainRecipe) -> tuple[MimRefinerModel, MaeDecoder]:
+    """Encoder and decoder with MAE's Xavier-uniform weights, a pure function of the recipe."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
+        for module in [*encoder.modules(), *decoder.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+    return encoder, decoder
+
+
+def pretrain_mae(
+    recipe: PretrainRecipe, images: ImageDataset, accelerator: Accelerator | None = None, num_workers: int = 0
+) -> MimRefinerModel:
+    """Train an encoder on `images` from nothing; returns it in eval mode, the same on every process.
+
+    Raises:
+        ValueError: for a batch larger than the data set.
+    """
+    accelerator = accelerator or Accelerator()
+    per_epoch = len(images) // recipe.batch_size
+    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
+    crop = MultiCrop(view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip))
+    batches = BatchSampler(
+        images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size()
+    )
+    loader = DataLoader(ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers)
+    encoder, decoder = _fresh(recipe)
+    encoder.to(accelerator.device).train()
+    decoder.to(accelerator.device).train()
+    freeze(encoder, blocks=0)
+    groups = encoder_groups(encoder, 1.0, recipe.weight_decay)
+    matrices = [p for p in decoder.parameters() if p.ndim > 1]
+    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
+    groups += [{"params": matrices, "lr_scale": 1.0, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    mean, std = IMAGENET_MEAN[: recipe.num_channels], IMAGENET_STD[: recipe.num_channels]
+    num_patches, peak = encoder.config.grid[0] * encoder.config.grid[1], recipe.learning_rate * recipe.batch_size / 256
+    progress = progress_bar(enumerate(loader), total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
+    for step, batch in progress:
+        set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
+        noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
+        own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(accelerator.device)
+        pixels = normalise(batch["global_views"][:, 0].to(accelerator.device), mean, std)
+        with accelerator.autocast():
+            loss = mae_loss(encoder, decoder, pixels, own, recipe.mask_ratio)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients([*encoder.parameters(), *decoder.parameters()])
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    logger.info("pre-trained %d steps, last loss %.3f", steps, loss.item())
+    return encoder.eval().requires_grad_(True)
+
+
+__all__ = ["MaeDecoder", "PretrainRecipe", "mae_loss", "patchify", "pretrain_mae"]

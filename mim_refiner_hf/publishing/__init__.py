@@ -1,0 +1,6 @@
+"""From a finished run to a model that others can use: its folder, its card, and the Hub."""
+
+from .hub import PushError, check_repo_id, push_folder, save_model_folder
+from .model_card import CardData, write_card
+
+__all__ = ["CardData", "PushError", "check_repo_id", "push_folder", "save_model_folder", "write_card"]

@@ -1,0 +1,145 @@
+"""A model folder that loads with and without this package, and its way to the Hub.
+
+    from mim_refiner_hf.publishing import push_folder, save_model_folder
+    save_model_folder(Path("out/model"), encoder, processor)
+    push_folder(Path("out/model"), "user/mae-refined-l16")             # or: mim-refiner push out/model user/mae-refined-l16
+
+With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load the folder with no flag; without it they need
+`trust_remote_code=True` and run the Python files that lie in the folder.
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..modeling_mim_refiner import MimRefinerModel
+from .model_card import REPO_PLACEHOLDER
+
+CARD = "README.md"
+CODE = ("configuration_mim_refiner", "modeling_mim_refiner", "image_processing_mim_refiner")
+
+# All remote code is named in config.json. An auto_map in preprocessor_config.json would make `pipeline()` look for a video
+# processor beside it and ask users of the package whether to run custom code.
+AUTO_MAP: dict[str, str | list[str]] = {
+    "AutoConfig": "configuration_mim_refiner.MimRefinerConfig",
+    "AutoModel": "modeling_mim_refiner.MimRefinerModel",
+    "AutoModelForImageClassification": "modeling_mim_refiner.MimRefinerForImageClassification",
+    "AutoBackbone": "modeling_mim_refiner.MimRefinerBackbone",
+    "AutoImageProcessor": [
+        "image_processing_mim_refiner.MimRefinerImageProcessorPil",
+        "image_processing_mim_refiner.MimRefinerImageProcessor",
+    ],
+}
+
+
+class PushError(RuntimeError):
+    """The Hub did not take the upload; the local folder is intact and the message says how to continue."""
+
+
+def edit_json(path: Path, changes: dict[str, Any], *, without: str | None = None) -> None:
+    """Set `changes` in a JSON file and remove the key `without`."""
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    content.pop(without, None)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what was there goes away only once the new one is in place."""
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
+    """Write weights (fp32), configuration, preprocessing and the code they need into `folder`, all or nothing.
+
+    Files: `config.json`, `model.safetensors`, `preprocessor_config.json` and the three flat Python files. An earlier model
+    in `folder` is replaced, card included: it described other weights.
+
+    Raises:
+        ValueError: when `folder` exists and holds something other than a model.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a model folder, so it will not be overwritten; name another one")
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in encoder.state_dict().items()}
+    encoder.save_pretrained(temporary, state_dict=weights)
+    processor.save_pretrained(temporary)
+    edit_json(temporary / "config.json", {"auto_map": AUTO_MAP, "dtype": "float32"})
+    # without a named type AutoImageProcessor goes by config.json: the registered class, or the auto_map above
+    edit_json(temporary / "preprocessor_config.json", {}, without="image_processor_type")
+    package = Path(__file__).resolve().parents[1]
+    for module in CODE:
+        shutil.copyfile(package / f"{module}.py", temporary / f"{module}.py")
+    replace_folder(temporary, folder)
+
+
+def check_repo_id(repo_id: str) -> str:
+    """`repo_id` itself if it has the form "user/name" that the Hub accepts, else a ValueError."""
+    hint = "give user/name or organisation/name, with letters, digits, '-', '_' and '.', such as ada/mae-refined-l16"
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is not the name of a Hub repository; {hint}")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not the name of a Hub repository; {hint}") from error
+    return repo_id
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload a model folder: weights, configuration and code in one commit, then the card in a second one.
+
+    The card comes last so that no page ever describes weights that are not there. Uploading again is safe: files that the
+    Hub already has are not sent twice.
+
+    Args:
+        folder: as `save_model_folder` and `write_card` leave it; a missing README.md is left out.
+        repo_id: "user/name"; created when it does not exist.
+        private: for a new repository.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: for a malformed `repo_id`.
+        FileNotFoundError: when `folder` holds no model.
+        PushError: when the Hub cannot be reached or refuses; nothing local is changed.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if missing := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder")
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, ignore_patterns=[CARD, ".*"], commit_message="Weights, configuration and code"
+        )
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
+            api.upload_file(
+                path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=repo_id, commit_message="Model card with metrics"
+            )
+    except Exception as error:  # network, authentication, quota, card validation: each has its own class, all end the same way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = shlex.join(["mim-refiner", "push", str(folder), repo_id, *(["--private"] if private else [])])
+        raise PushError(
+            f"the Hub did not take {repo_id} ({reason}); the local result is intact at {folder}, continue with: {again}"
+        ) from error
+    return str(url)
+
+
+__all__ = ["PushError", "check_repo_id", "push_folder", "save_model_folder"]

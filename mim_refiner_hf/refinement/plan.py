@@ -1,0 +1,110 @@
+"""What a run will do, said before it does it: blocks with heads, what is frozen, batch, memory, steps.
+
+    print(plan_text(recipe, config, num_images=1281167, num_eval=50000, steps=Steps(25020, 37530), processes=1, device="cuda"))
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..configuration_mim_refiner import MimRefinerConfig
+from ..modeling_mim_refiner import MimRefinerModel
+from .recipe import RefineRecipe
+
+GIGA = 2**30
+
+
+class Steps(NamedTuple):
+    """Updates of the head warm-up and of the refinement."""
+
+    warmup: int
+    refine: int
+
+    @property
+    def total(self) -> int:
+        """Updates in all."""
+        return self.warmup + self.refine
+
+
+def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
+    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`."""
+    if num_images is None:
+        assert recipe.max_steps is not None
+        return Steps(recipe.max_steps, recipe.max_steps)
+    per_epoch = num_images // recipe.batch_size
+    stages = [epochs * per_epoch for epochs in (recipe.head_epochs, recipe.epochs)]
+    return Steps(*(min(steps, recipe.max_steps or steps) for steps in stages))
+
+
+def encoder_parameters(config: MimRefinerConfig) -> int:
+    """Number of weights of the encoder, without allocating it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MimRefinerModel(config).parameters())
+
+
+def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
+    """Bytes of one process in the refinement, by part: fp32 weights, gradients, AdamW and EMA; heads; queue; activations; logits."""
+    assert recipe.head_blocks is not None and recipe.global_size is not None and recipe.local_size is not None
+    heads, width = len(recipe.head_blocks), config.hidden_size
+    per_head = width * recipe.projector_dim + recipe.projector_dim**2 + recipe.projector_dim * recipe.embedding_dim
+    per_head += 2 * recipe.embedding_dim * recipe.predictor_dim
+    batch = recipe.batch_size // processes
+    micro = min(recipe.micro_batch_size or batch, batch)
+    sizes = [(recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)]
+    tokens = [views * ((size // config.patch_size) ** 2 + config.num_prefix_tokens) for views, size in sizes]
+    image_tokens = max(tokens) if recipe.micro_batch_size else sum(tokens)
+    # kept for the backward of a block, per token: norms, q, k, v, attention, projection (8 D), two MLP tensors
+    per_token = width if recipe.gradient_checkpointing else 8 * width + 2 * config.intermediate_size
+    bytes_each = 2 if bf16 else 4
+    views = recipe.global_views + recipe.local_views
+    return {
+        "encoder, AdamW, EMA": 20.0 * encoder_parameters(config),
+        "heads, AdamW": 16.0 * heads * per_head,
+        "queue": 4.0 * heads * recipe.queue_size * (recipe.embedding_dim + 1),
+        "activations": float(micro * image_tokens * per_token * (config.num_hidden_layers - recipe.freeze_blocks) * bytes_each),
+        "head activations": 4.0 * heads * batch * views * (4 * recipe.projector_dim + 2 * recipe.predictor_dim),
+        "logits": 8.0 * heads * recipe.global_views * batch * views * recipe.batch_size,
+    }
+
+
+def plan_text(
+    recipe: RefineRecipe,
+    config: MimRefinerConfig,
+    *,
+    num_images: int | None,
+    num_eval: int,
+    steps: Steps,
+    processes: int,
+    device: str,
+    bf16: bool,
+) -> str:
+    """The plan as lines for a terminal. `recipe` is a resolved one."""
+    assert recipe.head_blocks is not None
+    last = config.num_hidden_layers - 1
+    heads = ", ".join("output" if block == last else str(block) for block in recipe.head_blocks)
+    rows, columns = config.grid
+    memory = memory_estimate(recipe, config, processes, bf16)
+    largest = max(memory, key=lambda part: memory[part])
+    parameters = encoder_parameters(config) / 1e6
+    frozen = f"embeddings and blocks 0-{recipe.freeze_blocks - 1}" if recipe.freeze_blocks else "nothing (position tables are never trained)"
+    start = recipe.model or f"pre-trained first by {recipe.pretrain}"
+    images = "a stream" if num_images is None else f"{num_images} images"
+    micro = "" if recipe.micro_batch_size is None else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+    colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
+    lines = [
+        ("start", f"{start}: {parameters:.1f} M parameters, {last + 1} blocks of width {config.hidden_size}, {rows}x{columns} patches"),
+        ("data", f"{recipe.dataset}: {images} to refine on, {num_eval} to evaluate on"),
+        ("heads", f"on {heads} (0-based blocks); the {recipe.pooling} token; temperature {recipe.temperature:g}; queue {recipe.queue_size}"),
+        ("frozen", frozen),
+        ("views", f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}"),
+        ("batch", f"{recipe.batch_size} images over {processes} process(es) on {device}, {'bf16' if bf16 else 'fp32'}{micro}"),
+        ("steps", f"{steps.warmup} of head warm-up (encoder frozen) + {steps.refine} of refinement; stage: {recipe.stage}"),
+        ("memory", f"about {sum(memory.values()) / GIGA:.1f} GiB per process, most of it {largest} ({memory[largest] / GIGA:.1f})"),
+        ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, log.jsonl"),
+    ]
+    if recipe.micro_batch_size is None and memory["activations"] > 0.5 * sum(memory.values()):
+        lines.append(("", "does it not fit? --micro_batch_size 32 gives the same gradients; --gradient_checkpointing helps further"))
+    return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
+
+
+__all__ = ["Steps", "count_steps", "encoder_parameters", "memory_estimate", "plan_text"]

@@ -1,0 +1,263 @@
+"""The training loop: head warm-up on the frozen encoder, then refinement of both.
+
+    accelerate launch -m mim_refiner_hf.refinement.trainer --recipe mae-l16 --dataset my_images/ --output_dir out
+
+Both stages are one sequence of steps: step s takes batch s of the data order, and everything random in it (order, views, neighbour
+draws) is a pure function of the seed and s. So a checkpoint is the weights, the optimiser and the number s. Running the same
+command again continues from the newest checkpoint in the output folder; another recipe in that folder is refused.
+"""
+
+import copy
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..checkpointing import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from ..data import BatchSampler, ImageDataset, ImageStream
+from ..distributed import average_gradients, progress_bar, rank, world_size
+from ..modeling_mim_refiner import MimRefinerModel
+from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
+from .heads import IdHeads
+from .objective import head_weights
+from .plan import Steps
+from .queue import NearestNeighbourQueue
+from .recipe import RefineRecipe
+from .refiner import Refiner, StepResult, neighbour_draw
+from .views import MultiCrop, ViewDataset, normalise, view_specs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """Encoder, heads, queue, moving average and optimiser of one run, and the loop over its steps.
+
+    Args:
+        recipe: a resolved recipe.
+        steps: updates of each stage.
+        accelerator: with its trackers started.
+        images: what is trained on.
+        encoder: the starting weights; trained in place.
+        mean, std: per channel, of pixels in [0, 1].
+        num_workers: data-loading workers of this process.
+        bf16: autocast to bfloat16.
+    """
+
+    recipe: RefineRecipe
+    steps: Steps
+    accelerator: Accelerator
+    images: ImageDataset | ImageStream
+    encoder: MimRefinerModel
+    mean: list[float]
+    std: list[float]
+    num_workers: int
+    bf16: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        recipe, config = self.recipe, self.encoder.config
+        assert recipe.head_blocks is not None and recipe.temperature is not None
+        config.pooling = recipe.pooling
+        count = len(recipe.head_blocks)
+        dims = (config.hidden_size, recipe.projector_dim, recipe.predictor_dim, recipe.embedding_dim)
+        heads = IdHeads(count, *dims, seed=recipe.seed)
+        queue = NearestNeighbourQueue(count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed)
+        freeze(self.encoder, recipe.freeze_blocks)
+        self.average = copy.deepcopy(self.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        self.refiner = Refiner(
+            self.encoder,
+            recipe.head_blocks,
+            heads,
+            queue,
+            num_global=recipe.global_views,
+            num_views=recipe.global_views + recipe.local_views,
+            temperature=recipe.temperature,
+            swap=recipe.swap,
+            bf16=self.bf16,
+        ).to(self.accelerator.device)
+        if recipe.gradient_checkpointing:
+            self.encoder.activation_checkpointing_enable()
+        if recipe.compile:
+            for layer in self.encoder.layers:
+                layer.compile()
+        self.optimizer = self._optimizer(0)
+
+    # ---- the loop
+
+    def fit(self, start_step: int, stop_step: int, extra_state: dict[str, Any], evaluate: Any) -> None:
+        """Run the steps from `start_step` to `stop_step`; both stages, one sequence.
+
+        Args:
+            extra_state: JSON that goes into every checkpoint.
+            evaluate: called without arguments after every `eval_every`-th epoch of the refinement; returns metrics to log.
+        """
+        recipe, progress = self.recipe, self._progress(start_step, stop_step)
+        per_epoch = len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
+        for step, batch in zip(range(start_step, stop_step), self._batches(start_step, stop_step), strict=False):
+            began = time.perf_counter()
+            if step == self.steps.warmup:
+                self.optimizer = self._optimizer(step)
+            result = self.update(step, batch)
+            done, stage = step + 1, self.stage(step)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+            progress.update()
+            if done % recipe.log_every == 0 or done == stop_step:
+                self._log(step, result, progress)
+            epoch_ended = per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
+            if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
+                self.accelerator.log(evaluate(), step=done)
+            if recipe.save_every and (done % recipe.save_every == 0 or done == stop_step):
+                self.save(done, extra_state)
+        progress.close()
+
+    def stage(self, step: int) -> str:
+        """`warmup` or `refine`."""
+        return "warmup" if step < self.steps.warmup else "refine"
+
+    def update(self, step: int, batch: dict[str, Tensor]) -> StepResult:
+        """One optimiser step on one batch of views; raises FloatingPointError before it if the loss is not finite."""
+        recipe, device = self.recipe, self.accelerator.device
+        refining = step >= self.steps.warmup
+        self.refiner.train(True)
+        self.encoder.train(refining)
+        views = [normalise(batch[key].to(device, non_blocking=True), self.mean, self.std) for key in ("global_views", "local_views")]
+        index = batch["index"].to(device)
+        topk = recipe.topk if refining else 1
+        draw = neighbour_draw(recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index))
+        progress = (step - self.steps.warmup) / self.steps.refine
+        weights = head_weights(recipe.loss_schedule, len(self.refiner.head_blocks), progress) if refining else None
+        set_learning_rate(self.optimizer, self._learning_rate(step))
+        self.optimizer.zero_grad()
+        result = self.refiner.backward(
+            views,
+            index,
+            batch["label"].to(device),
+            topk=topk,
+            draw=None if draw is None else draw.to(device),
+            head_weights=weights,
+            train_encoder=refining,
+            micro_batch_size=recipe.micro_batch_size,
+        )
+        self._check_finite(step, result, batch["index"])
+        average_gradients(self.refiner.parameters())
+        self.optimizer.step()
+        if refining:
+            update_average(self.average, self.encoder, recipe.ema_decay)
+        return result
+
+    def _check_finite(self, step: int, result: StepResult, sample_index: Tensor) -> None:
+        if not result.loss.isfinite():
+            losses = dict(zip(self.refiner.head_names, result.head_losses.tolist(), strict=True))
+            raise FloatingPointError(
+                f"the loss of step {step} is not finite; losses per head: {losses}; samples: {sample_index[:8].tolist()}...; "
+                "the weights were not updated. Lower --learning_rate, or --mixed_precision no"
+            )
+
+    def _learning_rate(self, step: int) -> float:
+        recipe, refining = self.recipe, step >= self.steps.warmup
+        total = self.steps.refine if refining else self.steps.warmup
+        epochs = recipe.epochs if refining else recipe.head_epochs
+        base = recipe.learning_rate if refining else recipe.head_learning_rate
+        warmup = min(round(total * recipe.warmup_epochs / epochs), total - 1)
+        return learning_rate(step - self.steps.warmup * refining, warmup, total, base * recipe.batch_size / 256)
+
+    def _optimizer(self, step: int) -> torch.optim.AdamW:
+        """AdamW for the stage that `step` belongs to: heads alone, or encoder and heads."""
+        groups = head_groups(self.refiner.heads, self.recipe.head_weight_decay)
+        if step >= self.steps.warmup:
+            groups = encoder_groups(self.encoder, self.recipe.layer_decay, self.recipe.weight_decay) + groups
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def _batches(self, start_step: int, stop_step: int) -> DataLoader[dict[str, Tensor]]:
+        recipe = self.recipe
+        assert recipe.global_size is not None and recipe.local_size is not None
+        specs = view_specs(
+            recipe.global_views,
+            recipe.local_views,
+            recipe.global_size,
+            recipe.local_size,
+            (recipe.global_scale[0], recipe.global_scale[1]),
+            (recipe.local_scale[0], recipe.local_scale[1]),
+            recipe.colour,
+            recipe.flip,
+        )
+        sampler = BatchSampler(
+            self.images,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            steps=stop_step,
+            start_step=start_step,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        dataset = ViewDataset(self.images, MultiCrop(specs), recipe.seed)
+        pin = self.accelerator.device.type == "cuda"
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pin)
+
+    # ---- what it says
+
+    def _progress(self, start_step: int, stop_step: int) -> Any:
+        hidden = not self.accelerator.is_local_main_process
+        return progress_bar(total=stop_step, initial=start_step, desc="refining", unit="step", hidden=hidden)
+
+    def _log(self, step: int, result: StepResult, progress: Any) -> None:
+        """One line in the log: mean over processes of the loss and of what every head tells, rate, and seconds still to go."""
+        columns = ("head_losses", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
+        table = self.accelerator.reduce(torch.stack([getattr(result, name).float() for name in columns]), "mean").tolist()
+        loss = self.accelerator.reduce(result.loss.detach(), "mean").item()
+        elapsed = progress.format_dict["elapsed"] or 1e-9
+        done_here = step + 1 - progress.initial
+        values: dict[str, Any] = {
+            "stage": self.stage(step),
+            "loss": loss,
+            "learning_rate": self._learning_rate(step),
+            "images_per_second": done_here * self.recipe.batch_size / elapsed,
+            "seconds_left": (progress.total - step - 1) * elapsed / done_here,
+        }
+        short = ("loss", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
+        for key, row in zip(short, table, strict=True):
+            for head, value in zip(self.refiner.head_names, row, strict=True):
+                if value == value:  # not nan: without labels there is no neighbour accuracy
+                    values[f"{head}/{key}"] = value
+        progress.set_description(f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}", refresh=False)
+        self.accelerator.log(values, step=step + 1)
+
+    # ---- what it keeps
+
+    def save(self, done: int, extra_state: dict[str, Any]) -> None:
+        """Write a checkpoint after `done` steps (main process)."""
+        if self.accelerator.is_main_process:
+            tensors = {f"refiner.{name}": tensor for name, tensor in self.refiner.state_dict().items()}
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+            tensors |= optimizer_tensors(self.optimizer)
+            state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
+            folder = Path(self.recipe.output_dir) / "checkpoints"
+            save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=self.recipe.keep)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where the checkpoint was written."""
+        for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
+            state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+            module.load_state_dict(state)
+        self.seconds = dict(checkpoint.state["seconds"])
+        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
+        if checkpoint.step != self.steps.warmup:
+            self.optimizer = self._optimizer(checkpoint.step)
+            restore_optimizer(self.optimizer, checkpoint.tensors)
+
+
+__all__ = ["Trainer"]
+
+if __name__ == "__main__":  # as a command this module is the front door, so it enters by the package's public face
+    from mim_refiner_hf import refine_command
+
+    raise SystemExit(refine_command())

@@ -1,0 +1,270 @@
+"""Views out: the multi-crop augmentation of the paper (Table 10; METHOD.md "Views") with Pillow, as uint8 tensors.
+
+    multicrop = MultiCrop(view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True))
+    views = ViewDataset(open_images("photos/"), multicrop, seed=0)
+    sampler = BatchSampler(views.source, batch_size=1024, seed=0, steps=1000)
+    for batch in DataLoader(views, batch_sampler=sampler, num_workers=8):
+        pixels = normalise(batch["global_views"], mean, std)          # (B, 2, 3, 224, 224) float32
+
+Order of the operations: crop, flip, colour jitter, blur, greyscale, solarise. Each is a pure function of explicit parameters,
+equal bit for bit to torchvision's Pillow path, which the authors' code runs. The generator of an image is a pure function of
+(seed, epoch, index), so workers, processes and resuming change nothing.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data import ImageDataset, ImageStream, Key, Sample, random_generator
+
+logger = logging.getLogger(__name__)
+
+RATIO = (3 / 4, 4 / 3)
+JITTER_P, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
+BLUR_SIGMA = (0.1, 2.0)
+GREYSCALE_P = 0.2
+CACHE_BYTES = 256 * 2**20  # per worker
+MAX_BROKEN_IN_A_ROW = 10
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How one view is drawn: `size` of its square in pixels, `scale` = range of the crop's share of the area, probabilities of
+    blur, solarisation and horizontal flip. `colour` False leaves crop and flip only. `local` views are never targets."""
+
+    size: int
+    scale: tuple[float, float]
+    blur_p: float
+    solarize_p: float
+    colour: bool
+    flip: float = 0.5
+    local: bool = False
+
+
+def view_specs(
+    global_views: int,
+    local_views: int,
+    global_size: int,
+    local_size: int,
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    colour: bool,
+    flip: float = 0.5,
+) -> list[ViewSpec]:
+    """The paper's views, global ones first: blur with p 1 on global 0, 0.1 on further globals (solarised with p 0.2), 0.5 on
+    locals."""
+    specs = []
+    for view in range(global_views):
+        blur_p, solarize_p = (1.0, 0.0) if view == 0 else (0.1, 0.2)
+        specs.append(ViewSpec(global_size, global_scale, blur_p, solarize_p, colour, flip))
+    return specs + [ViewSpec(local_size, local_scale, 0.5, 0.0, colour, flip, local=True)] * local_views
+
+
+# The operations: pure functions of an image of mode "RGB" or "L" and explicit parameters.
+
+
+def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """Crops `box` = (top, left, height, width), then resizes to (size, size), bicubic with antialiasing.
+
+    `resize(box=...)` would save the copy but lets pixels outside the box bleed in: other bits than the authors'."""
+    top, left, height, width = box
+    return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def flip_horizontally(image: Image.Image) -> Image.Image:
+    """Left becomes right."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with black; factor 1 is the image."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the image's mean grey; factor 1 is the image."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the greyscale image; factor 1 is the image. Greyscale images stay as they are."""
+    return image if image.mode == "L" else ImageEnhance.Color(image).enhance(factor)
+
+
+def adjust_hue(image: Image.Image, turn: float) -> Image.Image:
+    """Turns the hue by `turn` in [-0.5, 0.5] of a full circle, in 8-bit HSV. Greyscale images stay as they are."""
+    if image.mode == "L":
+        return image
+    hue, saturation, value = image.convert("HSV").split()
+    shift = int(turn * 255) % 256  # truncated towards zero, then wrapped, as torchvision does
+    turned = hue.point([(level + shift) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
+def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
+    """Pillow's Gaussian blur; `sigma` in pixels."""
+    return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def greyscale(image: Image.Image) -> Image.Image:
+    """Luminance on every channel."""
+    return image if image.mode == "L" else image.convert("L").convert("RGB")
+
+
+def solarise(image: Image.Image, threshold: int = 128) -> Image.Image:
+    """Inverts every value from `threshold` on."""
+    return ImageOps.solarize(image, threshold)
+
+
+# Drawing.
+
+
+def draw_crop(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """(top, left, height, width) of a crop with `scale` x the area and a log-uniform aspect ratio in 3/4..4/3: ten tries, then
+    the largest centre crop of an allowed ratio (torchvision's `RandomResizedCrop`)."""
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for _ in range(10):
+        area_draw, ratio_draw, top_draw, left_draw = rng.random(4).tolist()
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        ratio = math.exp(low + (high - low) * ratio_draw)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast, saturation and hue in random order, each by a factor drawn uniformly."""
+    brightness, contrast, saturation, hue = (2 * rng.random(4) - 1).tolist()  # in [-1, 1)
+    steps: list[tuple[Callable[[Image.Image, float], Image.Image], float]] = [
+        (adjust_brightness, 1 + BRIGHTNESS * brightness),
+        (adjust_contrast, 1 + CONTRAST * contrast),
+        (adjust_saturation, 1 + SATURATION * saturation),
+        (adjust_hue, HUE * hue),
+    ]
+    for place in rng.permutation(4).tolist():
+        adjust, factor = steps[place]
+        image = adjust(image, factor)
+    return image
+
+
+def make_view(image: Image.Image, spec: ViewSpec, rng: np.random.Generator) -> Image.Image:
+    """One view of an image of mode "RGB" or "L", in the same mode, (spec.size, spec.size)."""
+    view = resized_crop(image, draw_crop(*image.size, spec.scale, rng), spec.size)
+    if rng.random() < spec.flip:
+        view = flip_horizontally(view)
+    if not spec.colour:
+        return view
+    if rng.random() < JITTER_P:
+        view = colour_jitter(view, rng)
+    if rng.random() < spec.blur_p:
+        view = gaussian_blur(view, rng.uniform(*BLUR_SIGMA))
+    if rng.random() < GREYSCALE_P:
+        view = greyscale(view)
+    if rng.random() < spec.solarize_p:
+        view = solarise(view)
+    return view
+
+
+def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of all views of image `index` in an epoch: a pure function of its arguments."""
+    return random_generator(seed, "views", epoch, index)
+
+
+class MultiCrop:
+    """All views of one image: (global views (G, C, S, S), local views (L, C, s, s)), uint8; without locals (0, C, 0, 0).
+
+    ValueError if views of one kind differ in size."""
+
+    def __init__(self, specs: Sequence[ViewSpec]) -> None:
+        self.global_specs = [spec for spec in specs if not spec.local]
+        self.local_specs = [spec for spec in specs if spec.local]
+        for group in (self.global_specs, self.local_specs):
+            if len({spec.size for spec in group}) > 1:
+                raise ValueError(
+                    f"Views of one kind are stacked and share one size, not {sorted({spec.size for spec in group})}."
+                )
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        channels = len(image.getbands())
+        return self._stack(image, self.global_specs, channels, rng), self._stack(image, self.local_specs, channels, rng)
+
+    @staticmethod
+    def _stack(image: Image.Image, specs: list[ViewSpec], channels: int, rng: np.random.Generator) -> Tensor:
+        if not specs:
+            return torch.empty(0, channels, 0, 0, dtype=torch.uint8)
+        size = specs[0].size
+        pixels = bytearray().join(make_view(image, spec, rng).tobytes() for spec in specs)
+        return (
+            torch.frombuffer(pixels, dtype=torch.uint8).view(len(specs), size, size, channels).permute(0, 3, 1, 2).contiguous()
+        )
+
+
+class ViewDataset(Dataset[dict[str, Any]]):
+    """Key of a `BatchSampler` -> {"index", "label", "skipped": int, "global_views", "local_views": uint8 as of `MultiCrop`}.
+
+    A broken image of a data set is logged by name and replaced by the next readable one; `skipped` counts those passed over.
+    After ten in a row, and for a stream, which has no next one at hand, the ValueError is raised. Small data sets (under 256 MB
+    decoded) stay in memory once decoded."""
+
+    def __init__(self, source: ImageDataset | ImageStream, multicrop: MultiCrop, seed: int) -> None:
+        self.source, self.multicrop, self.seed = source, multicrop, seed
+        self._decoded: dict[int, Sample] = {}
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, position, *example = key
+        skipped = 0
+        if isinstance(self.source, ImageStream):
+            image, label = self.source.decode(example[0])
+            sample = Sample(image, label, position)
+        else:
+            sample, skipped = self._next_readable(self.source, position)
+        global_views, local_views = self.multicrop(sample.image, view_rng(self.seed, epoch, sample.index))
+        return {
+            "index": sample.index,
+            "label": sample.label,
+            "skipped": skipped,
+            "global_views": global_views,
+            "local_views": local_views,
+        }
+
+    def _next_readable(self, source: ImageDataset, position: int) -> tuple[Sample, int]:
+        for skipped in range(MAX_BROKEN_IN_A_ROW):
+            place = (position + skipped) % len(source)
+            try:
+                return self._read(source, place), skipped
+            except ValueError as error:
+                logger.warning("%s It is skipped.", error)
+        raise ValueError(
+            f"{MAX_BROKEN_IN_A_ROW} images in a row are broken, from {source.describe(position)} on; check the data."
+        )
+
+    def _read(self, source: ImageDataset, place: int) -> Sample:
+        if (sample := self._decoded.get(place)) is None:
+            sample = source[place]
+            width, height = sample.image.size
+            # An image stays if the whole set, were it made of images like this one, fits: bounded without knowing the others.
+            if width * height * source.num_channels * len(source) <= CACHE_BYTES:
+                self._decoded[place] = sample
+        return sample
+
+
+def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (..., C, H, W) -> float32 of the same shape on the same device: (value / 255 - mean) / std per channel.
+
+    On the CPU the bits are those of torchvision's `to_tensor` and `normalize`."""
+    shape = (-1, 1, 1)
+    mean_tensor = torch.tensor(mean, dtype=torch.float32, device=views.device).view(shape)
+    std_tensor = torch.tensor(std, dtype=torch.float32, device=views.device).view(shape)
+    return views.to(torch.float32).div_(255).sub_(mean_tensor).div_(std_tensor)

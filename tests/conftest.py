@@ -1,0 +1,32 @@
+"""Fixtures for all tests: the shared material beside the repository, and a quiet, offline, two-thread machine."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("MIM_REFINER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """`../shared`: goldens of the authors' code, small real data, a small real MAE. Tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared fixtures and data, not found at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def goldens(shared: Path) -> Path:
+    """The folder of goldens computed with the authors' code; its README states the tolerances."""
+    return shared / "fixtures"

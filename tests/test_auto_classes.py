@@ -1,0 +1,191 @@
+"""A first-class citizen of transformers: after `import mim_refiner_hf` every Auto class knows the model, and nothing is lost on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+import mim_refiner_hf
+from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
+from mim_refiner_hf.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+VARIANTS = [
+    {},
+    {"norm_placement": "post", "embedding_norm": True, "final_norm": False},
+    {"position_encoding": "absolute+relative", "layer_scale_init": 0.1, "bias": "no_key"},
+    {"position_encoding": "shared_relative", "num_register_tokens": 2, "features": "last_block", "num_channels": 1},
+    {"use_cls_token": False, "bias": "none", "image_size": [16, 32]},
+]
+
+
+def tiny(model_class: Any, **settings: Any) -> Any:
+    """A small model with random values in every parameter."""
+    model = model_class(MimRefinerConfig(**{**TINY, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+    return model.eval()
+
+
+def test_the_package_registers_its_classes() -> None:
+    assert mim_refiner_hf.__name__ in MimRefinerConfig.__module__
+    config = AutoConfig.for_model("mim_refiner", **TINY)
+    assert type(config) is MimRefinerConfig
+    assert type(AutoModel.from_config(config)) is MimRefinerModel
+    assert type(AutoModelForImageClassification.from_config(config)) is MimRefinerForImageClassification
+    assert type(AutoBackbone.from_config(config)) is MimRefinerBackbone
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(settings) or "mae")
+def test_save_load_save_is_bit_equal(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = tiny(MimRefinerModel, **settings)
+    model.save_pretrained(tmp_path / "first")
+    loaded, info = AutoModel.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(info.values())
+    loaded.save_pretrained(tmp_path / "second")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    pixels = torch.randn(2, model.config.num_channels, *model.config.image_hw)
+    with torch.no_grad():
+        assert torch.equal(model(pixels).pooler_output, loaded(pixels).pooler_output)
+
+
+def test_saved_dtype_is_kept(tmp_path: Path) -> None:
+    tiny(MimRefinerModel).bfloat16().save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_dict_and_tuple_outputs() -> None:
+    model = tiny(MimRefinerModel)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        by_name, as_tuple = model(pixels), model(pixels, return_dict=False)
+    assert list(by_name) == ["last_hidden_state", "pooler_output"]
+    assert isinstance(as_tuple, tuple)
+    assert all(torch.equal(by_name[index], value) for index, value in enumerate(as_tuple))
+
+
+# --- classification -----------------------------------------------------------------------------------------------------------
+
+
+def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path: Path) -> None:
+    encoder = tiny(MimRefinerModel)
+    encoder.save_pretrained(tmp_path)
+    model, info = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert not info["unexpected_keys"]
+    assert 0 < model.classifier.weight.std() < 0.05  # normal of initializer_range, not whatever was in memory
+    assert torch.equal(model.classifier.bias, torch.zeros(5))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.encoder(pixels).pooler_output, encoder(pixels).pooler_output)
+
+
+def test_missing_encoder_weights_are_initialised(tmp_path: Path) -> None:
+    """A token or a table missing in the file is drawn afresh, never left as uninitialised memory."""
+    settings = {"position_encoding": "absolute+shared_relative", "layer_scale_init": 0.1, "num_register_tokens": 2}
+    tiny(MimRefinerModel).save_pretrained(tmp_path)
+    model = MimRefinerModel.from_pretrained(tmp_path, **settings)
+    fresh = [model.embeddings.register_tokens, model.relative_position_bias.table]
+    assert all(0 < weight.std() < 0.05 for weight in fresh)
+    assert all(torch.equal(layer.layer_scale1.weight, torch.full((32,), 0.1)) for layer in model.layers)
+
+
+def test_classification_loss_and_gradients() -> None:
+    model = tiny(MimRefinerForImageClassification, num_labels=5)
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 4, 1])
+    output = model(pixels, labels=labels, output_hidden_states=True)
+    assert output.logits.shape == (4, 5)
+    assert len(output.hidden_states) == 5
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    torch.testing.assert_close(output.logits, model.classifier(model.encoder(pixels).pooler_output))
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert isinstance(model(pixels, labels=labels, return_dict=False), tuple)
+
+
+# --- backbone -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(settings) or "mae")
+def test_backbone_gives_the_patches_of_the_chosen_blocks(settings: dict[str, Any]) -> None:
+    model = tiny(MimRefinerBackbone, out_indices=[1, 3, 4], **settings)
+    assert model.out_features == ["stage1", "stage3", "stage4"]
+    assert model.channels == [32, 32, 32]
+    prefix = model.config.num_prefix_tokens
+    pixels = torch.randn(2, model.config.num_channels, 16, 24)
+    with torch.no_grad():
+        output = model(pixels, interpolate_pos_encoding=True)
+        tokens = model.encoder(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+    chosen = [tokens.hidden_states[1], tokens.hidden_states[3], tokens.last_hidden_state]
+    assert len(output.feature_maps) == 3
+    for feature_map, expected in zip(output.feature_maps, chosen, strict=True):
+        assert feature_map.shape == (2, 32, 2, 3)
+        assert torch.equal(feature_map[:, :, 1, 2], expected[:, prefix + 5])  # row 1, column 2 of 2 x 3
+        assert torch.equal(feature_map[:, :, 0, 1], expected[:, prefix + 1])
+
+
+def test_backbone_loads_an_encoder(tmp_path: Path) -> None:
+    encoder = tiny(MimRefinerModel)
+    encoder.save_pretrained(tmp_path)
+    backbone, info = MimRefinerBackbone.from_pretrained(tmp_path, out_features=["stage4"], output_loading_info=True)
+    assert not any(info.values())
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        feature_map = backbone(pixels).feature_maps[0]
+        assert torch.equal(feature_map.flatten(2).mT, encoder(pixels).last_hidden_state[:, 1:])
+
+
+# --- image processor ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A smooth 60 x 80 RGB image: a gradient and a disc."""
+    rows, columns = np.mgrid[:60, :80]
+    disc = 120.0 * ((rows - 30) ** 2 + (columns - 40) ** 2 < 400)
+    return Image.fromarray(
+        np.stack([rows * 2 + disc, columns * 1.5 + disc, rows + columns], axis=-1).clip(0, 255).astype(np.uint8)
+    )
+
+
+def test_processor_backends_agree(tmp_path: Path, photo: Image.Image) -> None:
+    settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    MimRefinerImageProcessor(**settings).save_pretrained(tmp_path)
+    MimRefinerConfig(**TINY).save_pretrained(tmp_path)
+    processors = [AutoImageProcessor.from_pretrained(tmp_path, backend=backend) for backend in ("torchvision", "pil")]
+    assert [type(processor) for processor in processors] == [MimRefinerImageProcessor, MimRefinerImageProcessorPil]
+    batched, single = (processor([photo, photo], return_tensors="pt").pixel_values for processor in processors)
+    assert batched.shape == single.shape == (2, 3, 32, 32)
+    assert (batched - single).abs().mean() < 0.01  # of values with standard deviation 1; the two resize slightly differently
+    assert (batched - single).abs().max() < 0.2
+
+
+def test_processor_equals_the_steps_by_hand(photo: Image.Image) -> None:
+    """Shortest edge to 40 (60 x 80 -> 40 x 53), centre crop of 32, /255, ImageNet statistics."""
+    processor = MimRefinerImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    pixels = processor(photo, return_tensors="pt").pixel_values[0]
+    resized = np.asarray(photo.resize((53, 40), Image.Resampling.BICUBIC), dtype=np.float64)[4:36, 10:42]
+    expected = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_processor_feeds_the_model(photo: Image.Image) -> None:
+    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    greyscale = photo.convert("L")
+    with torch.no_grad():
+        assert tiny(MimRefinerModel)(**processor([photo, greyscale], return_tensors="pt")).pooler_output.shape == (2, 32)

@@ -1,0 +1,106 @@
+"""k-NN classification against the authors' code and a slow reading of the protocol."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mim_refiner_hf.evaluation import knn, knn_accuracy, knn_predict, standardise
+
+Golden = tuple[dict[str, Tensor], dict[str, Tensor], dict]
+
+
+@pytest.fixture(scope="module")
+def golden(goldens: Path) -> Golden:
+    folder = goldens / "knn"
+    expected = json.loads((folder / "expected.json").read_text())
+    return load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors"), expected
+
+
+def slow_knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int, temperature: float) -> list[int]:
+    """One test row at a time, in float64."""
+    train_x = train_x / np.linalg.norm(train_x, axis=1, keepdims=True)
+    predicted = []
+    for row in test_x:
+        similarity = train_x @ (row / np.linalg.norm(row))
+        votes = np.zeros(train_y.max() + 1)
+        for neighbour in np.argsort(-similarity)[:k]:
+            votes[train_y[neighbour]] += math.exp(similarity[neighbour] / temperature)
+        predicted.append(int(votes.argmax()))
+    return predicted
+
+
+def test_accuracy_equals_the_authors(golden: Golden) -> None:
+    inputs, _, expected = golden
+    data = [inputs[name] for name in ("train_x", "train_y", "test_x", "test_y")]
+    for k, accuracy in expected["eval_knn_torchhub"].items():
+        assert knn_accuracy(*data, k=int(k)) == pytest.approx(accuracy, abs=1e-6)
+
+
+@pytest.mark.parametrize("standardised", [True, False])
+def test_every_k_and_temperature_equal_the_authors(golden: Golden, standardised: bool) -> None:
+    inputs, _, expected = golden
+    train_x, test_x = inputs["train_x"], inputs["test_x"]
+    if standardised:
+        train_x, test_x = standardise(train_x, test_x)
+    found = knn_predict(train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20), temperature=(0.07, 0.2, math.inf))
+    accuracies = expected["multiclass_knn" if standardised else "multiclass_knn_no_standardisation"]
+    assert {f"{k},{tau:g}" for k, tau in found} == set(accuracies)
+    for (k, tau), predicted in found.items():
+        assert (predicted == inputs["test_y"]).float().mean().item() == pytest.approx(accuracies[f"{k},{tau:g}"], abs=1e-6)
+
+
+def test_predictions_equal_the_authors_in_any_chunks(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, outputs, _ = golden
+    train_x, test_x = standardise(inputs["train_x"], inputs["test_x"])
+    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 37 * len(train_x))  # 301 rows in 9 chunks, the last one short
+    found = knn_predict(train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20))
+    for (k, _), predicted in found.items():
+        assert torch.equal(predicted, outputs[f"predictions.k{k}.t0.07"])
+
+
+def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Golden) -> None:
+    inputs, _, _ = golden
+    found = knn_predict(inputs["train_x"], inputs["train_y"], inputs["test_x"], temperature=(0.01,))[10, 0.01]
+    slow = slow_knn(*(inputs[name].double().numpy() for name in ("train_x",)), inputs["train_y"].numpy(),
+                    inputs["test_x"].double().numpy(), 10, 0.01)  # fmt: skip
+    assert found.tolist() == slow
+
+
+def test_uniform_votes_that_tie_go_to_the_lowest_class() -> None:
+    train_x = torch.tensor([[1.0, 0.1], [1.0, -0.2], [0.1, 1.0], [-0.2, 1.0]])
+    test_x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    found = knn_predict(train_x, torch.tensor([3, 1, 2, 0]), test_x, k=(2, 4), temperature=(math.inf,))
+    assert found[2, math.inf].tolist() == [1, 0]
+    assert found[4, math.inf].tolist() == [0, 0]
+
+
+def test_a_constant_channel_does_not_matter() -> None:
+    train, test = torch.randn(40, 6), torch.randn(10, 6)
+    train[:, 2] = test[:, 2] = 5.0
+    standard_train, standard_test = standardise(train, test)
+    assert standard_train.isfinite().all() and standard_test[:, 2].abs().max() == 0
+    torch.testing.assert_close(standard_train[:, :2].std(dim=0), torch.ones(2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (41,)}, r"k=\(41,\) must lie between 1 and the 40 training rows"),
+        ({"k": (0,)}, "must lie between 1"),
+        ({"temperature": (0.0,)}, r"temperature=\(0\.0,\) must be positive"),
+        ({"test_x": torch.zeros(3, 5)}, r"of one width, not \(40, 6\) and \(3, 5\)"),
+        ({"test_x": torch.zeros(0, 6)}, "at least one training and one test row"),
+        ({"train_y": torch.zeros(39, dtype=torch.int64)}, "one label per training row"),
+        ({"train_y": torch.full((40,), -1)}, "negative labels"),
+    ],
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    arguments = {"train_x": torch.randn(40, 6), "train_y": torch.arange(40) % 4, "test_x": torch.randn(3, 6), **change}
+    with pytest.raises(ValueError, match=message):
+        knn_predict(**arguments)
