@@ -83,7 +83,8 @@ class MimRefinerEmbeddings(nn.Module):
         tokens = patches.flatten(2).transpose(1, 2)
         if (positions := self.positions(grid)) is not None:
             tokens = tokens + positions
-        prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.register_tokens) if token is not None]
+        batch = tokens.shape[0]  # not len(): that fixes the batch size when exporting
+        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.register_tokens) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return tokens if self.norm is None else self.norm(tokens)
 

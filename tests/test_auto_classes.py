@@ -1,4 +1,4 @@
-"""A first-class citizen of transformers: after `import mim_refiner_hf` every Auto class knows the model, and nothing is lost on disk."""
+"""After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is lost on disk."""
 
 from pathlib import Path
 from typing import Any

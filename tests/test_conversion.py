@@ -265,6 +265,33 @@ def test_own_folder_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_names_fetch_weights_and_json_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """A stand-in Hub that delivers what was asked for: safetensors where there are any, else pytorch_model.bin."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    model = randomise(transformers_models()["vit_mae-pretraining"]())
+    model.save_pretrained(hub)
+    torch.save(load_file(hub / "model.safetensors"), hub / "pytorch_model.bin")
+    for other in ("tf_model.h5", "training_args.bin", "optimizer.pt"):
+        (hub / other).touch()
+    if file == "pytorch_model.bin":
+        (hub / "model.safetensors").unlink()
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("someone/mae", "v1")
+        cache.mkdir(exist_ok=True)
+        for path in hub.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                (cache / path.name).write_bytes(path.read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr("mim_refiner_hf.conversion.load.snapshot_download", snapshot)
+    encoder = load_encoder("someone/mae", revision="v1")
+    assert str(encoder.load_report) == "vit_mae: 38 of 38 placed; decoder: 24 dropped"
+    assert encoder.config.name_or_path == "someone/mae"
+    assert {path.name for path in cache.iterdir()} == {"config.json", file}
+
+
 # --- preprocessing ------------------------------------------------------------------------------------------------------------
 
 

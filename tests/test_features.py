@@ -64,11 +64,6 @@ def processor() -> MimRefinerImageProcessor:
     return MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
-@pytest.fixture(scope="module")
-def evaluation(processor: MimRefinerImageProcessor) -> Evaluation:
-    return evaluate_encoder(make_encoder(), processor, Images(range(120)), Images(range(200, 300)))
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_equal_hooked_block_outputs(processor: MimRefinerImageProcessor, pooling: str, num_workers: int) -> None:
@@ -119,7 +114,8 @@ def test_features_name_bad_input(processor: MimRefinerImageProcessor) -> None:
         extract_features(make_encoder(), Images(range(3)), processor, blocks=[3])
 
 
-def test_evaluation_is_the_sum_of_its_protocols(evaluation: Evaluation, processor: MimRefinerImageProcessor) -> None:
+def test_evaluation_is_the_sum_of_its_protocols(processor: MimRefinerImageProcessor) -> None:
+    evaluation = evaluate_encoder(make_encoder(), processor, Images(range(120)), Images(range(200, 300)))
     bank = extract_features(make_encoder(), Images(range(120)), processor, blocks=[0, 1, 2])
     held_out = extract_features(make_encoder(), Images(range(200, 300)), processor, blocks=[0, 1, 2])
     assert bank.labels is not None and held_out.labels is not None

@@ -4,7 +4,6 @@ Every parity test draws random values for every tensor (position and bias tables
 tensor that is ignored, swapped or transposed shows.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from timm.layers import resample_abs_pos_embed
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
@@ -207,13 +207,14 @@ def test_kernels_without_additive_bias_are_refused_with_relative_positions() -> 
         tiny(position_encoding="relative").set_attn_implementation("flex_attention")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_gradient_checkpointing_gives_equal_gradients() -> None:
     model = tiny(position_encoding="shared_relative", layer_scale_init=0.1).train()
     pixels, gradients = torch.randn(2, 3, 32, 32), []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        assert model.is_gradient_checkpointing == checkpointing
+        assert {layer.gradient_checkpointing for layer in model.layers} == {checkpointing}
         model.zero_grad()
         model(pixels).last_hidden_state.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -244,25 +245,21 @@ def test_bf16_weights_take_fp32_pixels() -> None:
     assert torch.nn.functional.cosine_similarity(output.pooler_output.float(), expected).min() > 0.99
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
-)
 def test_compiles_without_graph_breaks() -> None:
-    """`fullgraph=True` on the longest path: both kinds of positions, at another size."""
+    """`fullgraph=True` on the longest path, both kinds of positions at another size; without the slow code generator."""
     model = tiny(num_hidden_layers=2, position_encoding="absolute+relative")
     pixels = torch.randn(2, 3, 16, 32)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(pixels, interpolate_pos_encoding=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels, interpolate_pos_encoding=True)
         torch.testing.assert_close(compiled.last_hidden_state, model(pixels, interpolate_pos_encoding=True)[0], **TOLERANCE)
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="flex attention compiles its kernel"
-)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_sdpa() -> None:
-    model = tiny(num_hidden_layers=1, num_register_tokens=2)
+    """Through flex attention's own reference path: generating its kernel takes 12 s here and tests torch, not us."""
+    model = tiny(num_register_tokens=2)
     pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = model(pixels).last_hidden_state
         model.set_attn_implementation("flex_attention")
         torch.testing.assert_close(model(pixels).last_hidden_state, expected, **TOLERANCE)
@@ -330,6 +327,5 @@ def test_wrong_pixels_raise() -> None:
     ],
 )
 def test_contradicting_configurations_raise(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message) as error:
+    with pytest.raises(StrictDataclassError, match=message):
         MimRefinerConfig(**{**TINY, **settings})
-    assert isinstance(error.value, (ValueError, TypeError))

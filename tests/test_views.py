@@ -1,8 +1,9 @@
-"""Views: the operations against goldens of the authors' code, the draws against torchvision, the same bits in any arrangement."""
+"""Views: operations against goldens of the authors' code, draws against torchvision, the same bits in any arrangement."""
 
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -175,11 +176,10 @@ def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_batches_do_not_depend_on_workers_processes_or_start(
-    streaming: bool, shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mim_refiner_hf.data.SHUFFLE_BUFFER", 32)
-    source = open_stream(str(shared / "data/cifar10"), split="test") if streaming else open_images("digits").subset(range(20))
+def test_batches_do_not_depend_on_workers_processes_or_start(streaming: bool, shared: Path, tmp_path: Path) -> None:
+    if streaming:
+        datasets.Dataset.from_parquet(str(shared / "data/cifar10/test.parquet")).select(range(20)).save_to_disk(tmp_path)
+    source = open_stream(str(tmp_path)) if streaming else open_images("digits").subset(range(20))
     whole = load_all(source, workers=0)
     assert whole[0]["global_views"].shape == (8, 2, 3, 16, 16) and whole[0]["local_views"].shape == (8, 3, 3, 8, 8)
     assert_same(whole, load_all(source, workers=2))

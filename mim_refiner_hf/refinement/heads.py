@@ -41,7 +41,8 @@ class GroupedBatchNorm(nn.Module):
 
     def _synchronised(self, x: Tensor) -> Tensor:
         """One collective: gather (mean, variance) of every process and combine, var = E[var_r + (mean_r - mean)^2]."""
-        local = torch.stack([x.float().mean(dim=2), x.float().var(dim=2, unbiased=False)])
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        local = torch.stack([full.mean(dim=2), full.var(dim=2, unbiased=False)])
         means, variances = all_gather_with_gradient(local.unsqueeze(0)).unbind(1)  # (processes, heads, channels)
         mean = means.mean(dim=0)
         variance = (variances + (means - mean).square()).mean(dim=0)
@@ -50,7 +51,7 @@ class GroupedBatchNorm(nn.Module):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return ((x.float() - mean[..., None]) * scale[..., None] + self.bias[..., None]).to(x.dtype)
+        return ((full - mean[..., None]) * scale[..., None] + self.bias[..., None]).to(x.dtype)
 
 
 class GroupedLayer(nn.Module):

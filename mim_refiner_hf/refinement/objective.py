@@ -57,7 +57,8 @@ def nna_loss(
     views, columns = predictions.shape[1:3]
     rows = neighbours if swap == "all" else targets
     product = torch.bmm(rows.flatten(1, 2), predictions.flatten(1, 2).transpose(1, 2).to(rows.dtype))
-    logits = product.float().view(heads, num_global, batch, views, columns) / temperature
+    product = product.to(torch.promote_types(product.dtype, torch.float32))  # the softmax is never taken in bf16
+    logits = product.view(heads, num_global, batch, views, columns) / temperature
     diagonal = logits.diagonal(offset=first_row, dim1=2, dim2=4)  # (H, G, V, b), a view into logits
     if swap == "positive":
         own = predictions[:, :, first_row : first_row + batch].to(neighbours.dtype)

@@ -79,8 +79,9 @@ class NearestNeighbourQueue(nn.Module):
         """Overwrite the oldest rows with the projections of global view 0 of ALL processes, (H, B, E); wraps around."""
         batch, size = projected.shape[1], self.rows.shape[1]
         places = (self.pointer + torch.arange(batch, device=projected.device)) % size
-        norms = projected.float().norm(dim=-1)
-        self.rows[:, places] = projected.float() / norms.clamp_min(1e-12).unsqueeze(-1)
+        projected = projected.to(self.rows.dtype)
+        norms = projected.norm(dim=-1)
+        self.rows[:, places] = projected / norms.clamp_min(1e-12).unsqueeze(-1)
         self.norms[:, places] = norms
         self.sample_index[places] = sample_index
         self.labels[places] = labels

@@ -205,10 +205,11 @@ class MultiCrop:
         if not specs:
             return torch.empty(0, channels, 0, 0, dtype=torch.uint8)
         size = specs[0].size
-        pixels = bytearray().join(make_view(image, spec, rng).tobytes() for spec in specs)
-        return (
-            torch.frombuffer(pixels, dtype=torch.uint8).view(len(specs), size, size, channels).permute(0, 3, 1, 2).contiguous()
-        )
+        column = Image.new(image.mode, (size, size * len(specs)))  # views one above the other leave Pillow in one copy
+        for place, spec in enumerate(specs):
+            column.paste(make_view(image, spec, rng), (0, place * size))
+        pixels = torch.frombuffer(bytearray(column.tobytes()), dtype=torch.uint8)
+        return pixels.view(len(specs), size, size, channels).permute(0, 3, 1, 2).contiguous()
 
 
 class ViewDataset(Dataset[dict[str, Any]]):
