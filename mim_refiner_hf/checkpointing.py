@@ -74,7 +74,9 @@ def save_checkpoint(folder: Path, *, step: int, tensors: dict[str, Tensor], stat
         shutil.rmtree(target)
     temporary.rename(target)
     _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    found = sorted(folder.glob("step-*"))
+    later = [path for path in found if path > target]  # broken: this run would have gone on from there
+    for old in [path for path in found if path <= target][:-keep] + later:
         shutil.rmtree(old)
     return target
 

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from .conversion.load import image_processor
 from .data import open_images
 from .pretraining.mae import PretrainRecipe, pretrain_mae
-from .publishing.hub import PushError, check_repo_id, push_folder, save_model_folder
+from .publishing.hub import PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
 from .refinement.recipe import RefineRecipe, parse_recipe, read_fields
 from .refinement.run import RunResult, run
@@ -40,6 +40,7 @@ def refine(recipe: RefineRecipe) -> RunResult | None:
     """
     if recipe.push_to_hub is not None:
         check_repo_id(recipe.push_to_hub)
+    check_model_folder(Path(recipe.output_dir) / "model")
     result = run(recipe)
     if result is None or not PartialState().is_main_process:
         return result
@@ -81,6 +82,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
     if chosen is not None:
         parser.set_defaults(**read_fields(chosen, PretrainRecipe))
     recipe, command = parser.parse_args_into_dataclasses(list(arguments))
+    check_model_folder(Path(command.output_dir))
     images = open_images(
         command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels
     )

@@ -168,15 +168,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals([Namespace]):  # plain data; the official dBOT, ConMIM and iBOT files carry one
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path} holds more than plain tensors{f' ({asked[1]})' if asked else ''} and would execute code while being read, "
-            "which was refused; get the weights as safetensors, or have their state dict saved alone"
-        ) from error
     except OSError:
         raise
     except Exception as error:  # damaged bytes make the parsers raise nearly anything
+        with path.open("rb") as file:
+            is_torch_file = file.read(2).startswith((b"PK", b"\x80"))  # a zip, or a bare pickle; anything else is neither
+        if isinstance(error, UnpicklingError) and is_torch_file:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            raise CheckpointError(
+                f"{path} holds more than plain tensors{f' ({asked[1]})' if asked else ''} and would execute code while being "
+                "read, which was refused; get the weights as safetensors, or have their state dict saved alone"
+            ) from error
         reason = f"{type(error).__name__}: {error}".split(". ")[0]
         raise CheckpointError(f"{path} is unreadable: truncated, or no weight file ({reason}); get it again") from error
     if not isinstance(contents, Mapping):

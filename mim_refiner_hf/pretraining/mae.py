@@ -14,19 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..configuration_mim_refiner import MimRefinerConfig
+from ..conversion.load import image_processor
 from ..data import BatchSampler, ImageDataset
 from ..distributed import average_gradients, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, sincos_position_table
 from ..optimization import encoder_groups, freeze, learning_rate, set_learning_rate
+from ..refinement.recipe import check_types
 from ..refinement.views import MultiCrop, ViewDataset, normalise, view_specs
 
 logger = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -53,6 +54,7 @@ class PretrainRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         if not 0 < self.scale <= 1:
@@ -63,7 +65,10 @@ class PretrainRecipe:
             raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             raise ValueError(f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of --decoder_attention_heads")
-        self.encoder_config()
+        try:
+            self.encoder_config()
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
 
     def encoder_config(self) -> MimRefinerConfig:
         """Configuration of the encoder; MLP ratio 4."""
@@ -183,14 +188,14 @@ def pretrain_mae(
     groups += [{"params": matrices, "lr_scale": 1.0, "weight_decay": recipe.weight_decay}]
     groups += [{"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    mean, std = IMAGENET_MEAN[: recipe.num_channels], IMAGENET_STD[: recipe.num_channels]
+    processor = image_processor(encoder.config, {})  # the preprocessing that the model is used with afterwards
     num_patches, peak = encoder.config.grid[0] * encoder.config.grid[1], recipe.learning_rate * recipe.batch_size / 256
     progress = progress_bar(enumerate(loader), total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
     for step, batch in progress:
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
         noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
         own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(accelerator.device)
-        pixels = normalise(batch["global_views"][:, 0].to(accelerator.device), mean, std)
+        pixels = normalise(batch["global_views"][:, 0].to(accelerator.device), processor.image_mean, processor.image_std)
         with accelerator.autocast():
             loss = mae_loss(encoder, decoder, pixels, own, recipe.mask_ratio)
         optimizer.zero_grad()

@@ -60,6 +60,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_model_folder(folder: Path) -> Path:
+    """`folder`, resolved, if a model can be written there: it is absent, empty or holds a model; else a ValueError."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a model folder, so it will not be overwritten; name another one")
+    return folder
+
+
 def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
     """Write weights (fp32), configuration, preprocessing and the code they need into `folder`, all or nothing.
 
@@ -69,9 +77,7 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
     Raises:
         ValueError: when `folder` exists and holds something other than a model.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a model folder, so it will not be overwritten; name another one")
+    folder = check_model_folder(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -142,4 +148,4 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     return str(url)
 
 
-__all__ = ["PushError", "check_repo_id", "push_folder", "save_model_folder"]
+__all__ = ["PushError", "check_model_folder", "check_repo_id", "push_folder", "save_model_folder"]

@@ -43,7 +43,7 @@ def encoder_parameters(config: MimRefinerConfig) -> int:
 
 
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
-    """Bytes of one process in the refinement, by part: fp32 weights, gradients, AdamW and EMA; heads; queue; activations; logits."""
+    """Bytes of one process in the refinement, by part: fp32 weights, gradients, AdamW and EMA; heads; queue; views; activations; logits."""
     assert recipe.head_blocks is not None and recipe.global_size is not None and recipe.local_size is not None
     heads, width = len(recipe.head_blocks), config.hidden_size
     per_head = width * recipe.projector_dim + recipe.projector_dim**2 + recipe.projector_dim * recipe.embedding_dim
@@ -57,10 +57,12 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
     per_token = width if recipe.gradient_checkpointing else 8 * width + 2 * config.intermediate_size
     bytes_each = 2 if bf16 else 4
     views = recipe.global_views + recipe.local_views
+    pixels = batch * config.num_channels * sum(count * size**2 for count, size in sizes)
     return {
         "encoder, AdamW, EMA": 20.0 * encoder_parameters(config),
         "heads, AdamW": 16.0 * heads * per_head,
         "queue": 4.0 * heads * recipe.queue_size * (recipe.embedding_dim + 1),
+        "views": 4.0 * pixels,
         "activations": float(micro * image_tokens * per_token * (config.num_hidden_layers - recipe.freeze_blocks) * bytes_each),
         "head activations": 4.0 * heads * batch * views * (4 * recipe.projector_dim + 2 * recipe.predictor_dim),
         "logits": 8.0 * heads * recipe.global_views * batch * views * recipe.batch_size,

@@ -11,11 +11,13 @@ from the encoder by `resolve`, which also holds every check that needs the encod
 import argparse
 import dataclasses
 import math
+import re
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -103,6 +105,7 @@ class RefineRecipe:
     dry_run: bool = _doc(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, (holds, allowed) in _ALLOWED.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -130,6 +133,8 @@ class RefineRecipe:
         for flag, epochs in (("epochs", self.epochs), ("head_epochs", self.head_epochs)):
             if self.max_steps is None and self.warmup_epochs >= epochs:
                 raise ValueError(f"--warmup_epochs {self.warmup_epochs}: must be less than --{flag} {epochs}")
+        if self.stage == "warmup" and self.save_every == 0:
+            raise ValueError("--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out")
         if self.push_to_hub is not None and len([part for part in self.push_to_hub.split("/") if part]) != 2:
             raise ValueError(f"--push_to_hub {self.push_to_hub}: must be user/name")
         unknown = set(self.loggers) - {"tensorboard", "wandb", "trackio"}
@@ -144,6 +149,28 @@ class RefineRecipe:
 
 def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; an int passes for a float, a bool for neither."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which ones, `_ALLOWED` says
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_types(recipe: Any) -> None:
+    """Raise a ValueError unless every field of a recipe holds its annotated type; YAML and Python do not look at types."""
+    for name, kind in get_type_hints(type(recipe)).items():
+        value = getattr(recipe, name)
+        if not _is(value, kind):
+            allowed = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind).replace("typing.", "")
+            raise ValueError(f"--{name} {value!r}: must be of the type {allowed}")
 
 
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
@@ -206,6 +233,10 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
+"""What belongs to a recipe's own data set, and says nothing about another one."""
+
+
 def default_head_blocks(num_layers: int) -> list[int]:
     """The last third of the blocks, rounded up to an even number: 8 heads for 24 blocks, 12 for 32 (paper, Sec. 5.1)."""
     heads = min(num_layers, 2 * math.ceil(num_layers / 6))
@@ -260,33 +291,51 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     )
 
 
-def recipe_file(name: str) -> Path:
+def recipe_file(name: str, flag: str = "recipe") -> Path:
     """The YAML file of a recipe: a path, or a name in `training/recipes/` (shipped with the package as `mim_refiner_hf.recipes`)."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"--recipe {name}: no such file")
+            raise FileNotFoundError(f"--{flag} {name}: no such file")
         return Path(name)
     folders = [Path(__file__).parents[2] / "training" / "recipes", Path(str(resources.files("mim_refiner_hf"))) / "recipes"]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise FileNotFoundError(f"--recipe {name}: unknown; there are {known}; or give the path of a .yaml file")
+        raise FileNotFoundError(f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file")
     return folder / f"{name}.yaml"
 
 
-def read_fields(name: str, kind: type) -> dict[str, Any]:
-    """The fields of a YAML recipe, checked against the dataclass `kind`."""
-    path = recipe_file(name)
-    values = yaml.safe_load(path.read_text()) or {}
-    known = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-        raise ValueError(f"--recipe {name}: {path} has unknown field(s) {', '.join(unknown) if isinstance(values, dict) else values}")
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for text; here it is the number that it is on the command line."""
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
+    """The fields of a YAML recipe, checked against the dataclass `kind`; `flag` is what asked for it, for messages."""
+    path = recipe_file(name, flag)
+    try:
+        values = yaml.load(path.read_text(), _YamlLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
+    if unknown := sorted(map(str, set(values) - {f.name for f in dataclasses.fields(kind)})):
+        raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
     return values
 
 
+def _defaults(name: str, dataset: str | None) -> dict[str, Any]:
+    """The fields of the recipe `name`, without those that say where its own data lie if `dataset` replaces it."""
+    values = {"recipe": name, **read_fields(name, RefineRecipe)}
+    replaced = dataset is not None and dataset != values.get("dataset")
+    return {key: value for key, value in values.items() if not (replaced and key in DATA_FIELDS)}
+
+
 def read_recipe(name: str, **changes: Any) -> RefineRecipe:
-    """The recipe `name` with some fields changed."""
-    return RefineRecipe(**{"recipe": name, **read_fields(name, RefineRecipe), **changes})
+    """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over."""
+    return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
 
 
 def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
@@ -304,10 +353,10 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     name = start.recipe if any(vars(start).values()) else "quickstart"
     try:
         if name is not None:
-            parser.set_defaults(**{"recipe": name, **read_fields(name, RefineRecipe)})
+            parser.set_defaults(**_defaults(name, start.dataset))
         return RefineRecipe(**vars(parser.parse_args(arguments)))
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
-__all__ = ["RefineRecipe", "default_head_blocks", "parse_recipe", "read_fields", "read_recipe", "recipe_file", "resolve"]
+__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "parse_recipe", "read_fields", "read_recipe", "recipe_file", "resolve"]

@@ -118,7 +118,7 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     images, eval_images = open_data(recipe, num_channels=3)
     pretraining = encoder = None
     if recipe.pretrain is not None:
-        pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe), "seed": recipe.seed})
+        pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed})
         config = pretraining.encoder_config()
         processor = image_processor(config, {})
     else:
@@ -160,13 +160,19 @@ def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | I
 
 
 def check_output(output: Path, recipe: RefineRecipe) -> None:
-    """Refuse an output folder that belongs to another recipe, naming the fields that differ, or that is no folder."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output}: is a file; name a folder")
+    """Refuse an output folder that belongs to another recipe, naming the fields that differ, or that cannot be one."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {output}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {output}: {existing} cannot be written to; name another folder")
     saved = output / "recipe.json"
     if not saved.is_file():
         return
-    old, new = json.loads(saved.read_text()), dataclasses.asdict(recipe)
+    try:
+        old, new = dict(json.loads(saved.read_text())), dataclasses.asdict(recipe)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--output_dir {output}: its recipe.json cannot be read ({error}); name another folder or remove it") from error
     differing = [key for key in new if key not in FREE_FIELDS and old.get(key) != new[key]]
     if differing:
         changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in differing)

@@ -1,0 +1,206 @@
+"""MAE pre-training: the loss of transformers' ViTMAE from the same weights, and a training that learns and repeats itself."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.pretraining import mae
+from mim_refiner_hf.pretraining.mae import MaeDecoder, PretrainRecipe, mae_loss, patchify, pretrain_mae
+
+SMALL = {"patch_size": 4, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
+
+
+def sincos_table(side: int, dim: int) -> Tensor:
+    """The original MAE's positions written out: zero for CLS, then sine and cosine of the column, sine and cosine of the row."""
+    table, quarter = torch.zeros(1, 1 + side**2, dim), dim // 4
+    for place in range(side**2):
+        row, column = divmod(place, side)
+        for k in range(quarter):
+            angles = [coordinate / 10000 ** (k / quarter) for coordinate in (column, row)]
+            waves = [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
+            table[0, 1 + place, k::quarter] = torch.tensor(waves)
+    return table
+
+
+def their_names(encoder: MimRefinerModel, decoder: MaeDecoder) -> dict[str, Tensor]:
+    """Our weights under ViTMAE's names; our tables have no place for CLS, theirs begin with a zero for it."""
+    renamed = (
+        ("embeddings.patch_embeddings.", "embeddings.patch_embeddings.projection."),
+        ("norm1.", "layernorm_before."),
+        ("norm2.", "layernorm_after."),
+    )
+    state: dict[str, Tensor] = {}
+    for prefix, module in (("vit.", encoder), ("decoder.", decoder)):
+        for name, tensor in module.state_dict().items():
+            for ours, theirs in renamed:
+                name = name.replace(ours, theirs)
+            state[prefix + name] = tensor
+    state["vit.layernorm.weight"], state["vit.layernorm.bias"] = state.pop("vit.norm.weight"), state.pop("vit.norm.bias")
+    positions = state.pop("vit.embeddings.position_embeddings")
+    state["vit.embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    side = math.isqrt(positions.shape[1])
+    state["decoder.decoder_pos_embed"] = sincos_table(side, decoder.mask_token.shape[2])
+    for ours, theirs in (
+        ("embed", "decoder_embed"),
+        ("norm", "decoder_norm"),
+        ("predict", "decoder_pred"),
+        ("layers", "decoder_layers"),
+    ):
+        state = {name.replace(f"decoder.{ours}.", f"decoder.{theirs}."): tensor for name, tensor in state.items()}
+    return state
+
+
+def build(mask_ratio: float, seed: int = 0) -> tuple[MimRefinerModel, MaeDecoder, ViTMAEForPreTraining]:
+    """Encoder, decoder, and transformers' model with their weights, all of them random, biases and norms included."""
+    torch.manual_seed(seed)
+    recipe = PretrainRecipe(image_size=16, **SMALL, **DECODER, mask_ratio=mask_ratio)
+    encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
+    with torch.no_grad():
+        for name, parameter in [*encoder.named_parameters(), *decoder.named_parameters()]:
+            if "position" not in name:
+                parameter.normal_(std=0.2).add_(float("norm" in name and name.endswith("weight")))
+    config = ViTMAEConfig(
+        image_size=16,
+        **SMALL,
+        intermediate_size=4 * SMALL["hidden_size"],
+        decoder_hidden_size=DECODER["decoder_size"],
+        decoder_num_hidden_layers=DECODER["decoder_layers"],
+        decoder_num_attention_heads=DECODER["decoder_attention_heads"],
+        decoder_intermediate_size=4 * DECODER["decoder_size"],
+        mask_ratio=mask_ratio,
+        norm_pix_loss=True,
+        layer_norm_eps=1e-6,
+    )
+    theirs = ViTMAEForPreTraining(config)
+    theirs.load_state_dict(their_names(encoder, decoder))
+    return encoder.train(), decoder.train(), theirs.train()
+
+
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.5, 0.9])
+def test_loss_and_gradients_equal_transformers(mask_ratio: float) -> None:
+    encoder, decoder, theirs = build(mask_ratio)
+    pixels, noise = torch.randn(5, 3, 16, 16), torch.rand(5, 16)
+    loss = mae_loss(encoder, decoder, pixels, noise, mask_ratio)
+    expected = theirs(pixels, noise=noise).loss
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    loss.backward()
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    torch.testing.assert_close(encoder.embeddings.cls_token.grad, gradients["vit.embeddings.cls_token"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder.mask_token.grad, gradients["decoder.mask_token"], atol=1e-5, rtol=1e-4)
+    for ours, name in (
+        (encoder.embeddings.patch_embeddings.weight, "vit.embeddings.patch_embeddings.projection.weight"),
+        (encoder.layers[0].attention.q_proj.weight, "vit.layers.0.attention.q_proj.weight"),
+        (encoder.norm.weight, "vit.layernorm.weight"),
+        (decoder.layers[1].mlp.fc2.bias, "decoder.decoder_layers.1.mlp.fc2.bias"),
+        (decoder.predict.weight, "decoder.decoder_pred.weight"),
+    ):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_loss_looks_at_masked_patches_only() -> None:
+    """The encoder sees nothing of a masked patch, and the loss is the mean over the masked ones."""
+    encoder, decoder, _ = build(0.75)
+    pixels, noise = torch.randn(1, 3, 16, 16), torch.linspace(0, 1, 16).unsqueeze(0)  # patches 0-3 stay visible
+    changed = pixels.clone()
+    changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)  # patch 15, masked: a target and nothing else
+    with torch.no_grad():
+        first, second = (mae_loss(encoder, decoder, x, noise, 0.75) for x in (pixels, changed))
+    targets = [patchify(x, 4)[0, 15] for x in (pixels, changed)]
+    normalised = [(t - t.mean()) / (t.var() + 1e-6).sqrt() for t in targets]
+    # both losses share the predictions, p of patch 15 among them: 12 (l2 - l1) = mean((p - t2)^2) - mean((p - t1)^2)
+    with torch.no_grad():
+        prediction = _prediction_of_last_patch(encoder, decoder, pixels)
+    change = (prediction - normalised[1]).square().mean() - (prediction - normalised[0]).square().mean()
+    torch.testing.assert_close(12 * (second - first), change, atol=1e-4, rtol=0)
+
+
+def _prediction_of_last_patch(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor) -> Tensor:
+    """With patches 0-3 visible in their order nothing has to be shuffled."""
+    tokens = encoder.embeddings(pixels)[:, :5]
+    for layer in encoder.layers:
+        tokens = layer(tokens)
+    predicted: Tensor = decoder(encoder.norm(tokens), torch.arange(16).unsqueeze(0), 1)
+    return predicted[0, 15]
+
+
+def test_patchify_equals_transformers() -> None:
+    _, _, theirs = build(0.75)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(patchify(pixels, 4), theirs.patchify(pixels))
+
+
+def test_patches_are_row_by_row_also_where_not_square() -> None:
+    pixels = torch.arange(2 * 8 * 12).float().reshape(1, 2, 8, 12)
+    patches = patchify(pixels, 4)
+    assert patches.shape == (1, 6, 32)
+    assert torch.equal(patches[0, 4].reshape(4, 4, 2), pixels[0, :, 4:8, 4:8].permute(1, 2, 0))
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return open_images("digits").subset(range(256))
+
+
+def tiny_recipe(**changes: Any) -> PretrainRecipe:
+    settings = {"image_size": 16, **SMALL, **DECODER, "scale": 0.8, "flip": 0.0, "epochs": 10, "warmup_epochs": 1}
+    return PretrainRecipe(**{**settings, "batch_size": 64, "learning_rate": 1e-2, **changes})
+
+
+def test_loss_falls_and_the_result_is_ready_to_use(digits: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+
+    def recorded(*arguments: Any) -> Tensor:
+        loss = mae_loss(*arguments)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(mae, "mae_loss", recorded)
+    encoder = pretrain_mae(tiny_recipe(), digits)
+    assert len(losses) == 10 * (256 // 64)
+    assert np.mean(losses[-8:]) < 0.85 * np.mean(losses[:4]), losses
+    assert not encoder.training
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    fresh, _ = mae._fresh(tiny_recipe())
+    for (name, before), after in zip(fresh.named_parameters(), encoder.parameters(), strict=True):
+        assert torch.equal(before, after) == ("position" in name), name  # all but the fixed positions was trained
+
+
+def test_no_position_table_is_constant() -> None:
+    """A table of zeros trains to nothing: no patch would know where it is."""
+    encoder, decoder = mae._fresh(tiny_recipe())
+    for table in (encoder.embeddings.position_embeddings, decoder.positions):
+        distances = torch.cdist(table[0], table[0]) + 10 * torch.eye(16)
+        assert distances.min() > 0.5  # every place has a vector of its own
+
+
+def test_same_seed_same_weights(digits: ImageDataset) -> None:
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(np.random.default_rng().integers(1000))  # the global generator has no say
+        encoder = pretrain_mae(tiny_recipe(epochs=2, seed=seed), digits)
+        return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
+
+    first = weights(0)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+def test_greyscale_images_pretrain_a_one_channel_encoder(digits: ImageDataset) -> None:
+    grey = ImageDataset(digits.found, num_channels=1, indices=digits.indices[:128])
+    encoder = pretrain_mae(tiny_recipe(epochs=2, num_channels=1), grey)
+    assert encoder.config.num_channels == 1
+    assert all(parameter.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 300 .*256 images"):
+        pretrain_mae(tiny_recipe(batch_size=300), digits)

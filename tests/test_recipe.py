@@ -1,0 +1,237 @@
+"""Recipes: the paper's numbers, one recipe from YAML, Python and the command line, and what is derived from the encoder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mim_refiner_hf import MimRefinerConfig, RefineRecipe, read_recipe
+from mim_refiner_hf.pretraining.mae import PretrainRecipe
+from mim_refiner_hf.refinement.plan import count_steps
+from mim_refiner_hf.refinement.recipe import check_types, default_head_blocks, parse_recipe, read_fields, recipe_file, resolve
+
+RECIPES = Path(__file__).parents[1] / "training/recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+IMAGENET = 1_281_167
+
+L16 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16}
+H14 = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
+TWOB14 = {"hidden_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 32, "patch_size": 14}
+
+# What the released models were refined with (paper, Table 10; METHOD "Two stages"): encoder, epochs, batch, temperature,
+# first block with a head (all later ones have one), side of a local view, frozen blocks.
+RELEASED = {
+    "mae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+    "mae-h14": (H14, 30, 512, 0.3, 20, 98, 0),
+    "mae-2b14": (TWOB14, 20, 512, 0.35, 16, 98, 6),
+    "d2v2-l16": (L16, 20, 1024, 0.2, 16, 96, 0),
+    "d2v2-h14": (H14, 20, 512, 0.3, 20, 98, 0),
+    "dbot-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+    "dbot-h14": (H14, 30, 512, 0.3, 20, 98, 0),
+    "crossmae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+}
+IN_ALL_OF_THEM = {
+    "head_epochs": 20,
+    "warmup_epochs": 4,
+    "head_learning_rate": 2e-4,
+    "learning_rate": 4e-4,
+    "weight_decay": 0.05,
+    "head_weight_decay": 1e-5,
+    "layer_decay": 0.65,
+    "topk": 20,
+    "ema_decay": 0.9999,
+    "projector_dim": 2048,
+    "predictor_dim": 4096,
+    "embedding_dim": 256,
+    "queue_size": 65536,
+    "swap": "positive",
+    "loss_schedule": "constant",
+    "global_views": 2,
+    "local_views": 10,
+    "global_size": 224,
+    "global_scale": [0.25, 1.0],
+    "local_scale": [0.05, 0.25],
+    "flip": 0.5,
+    "colour": True,
+    "stage": "both",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_file_is_valid(name: str) -> None:
+    if name.startswith("pretrain-"):
+        PretrainRecipe(**read_fields(name, PretrainRecipe))
+        return
+    recipe = read_recipe(name)
+    assert recipe.recipe == name
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    assert "accelerate launch training/refine.py" in text  # the command to start it
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
+    shape, epochs, batch, temperature, first_head, local_size, frozen = RELEASED[name]
+    config = MimRefinerConfig(**shape, intermediate_size=4 * shape["hidden_size"])
+    recipe = resolve(read_recipe(name), config, IMAGENET)
+    assert (recipe.epochs, recipe.batch_size, recipe.temperature) == (epochs, batch, temperature)
+    assert recipe.head_blocks == list(range(first_head, shape["num_hidden_layers"]))
+    assert (recipe.local_size, recipe.freeze_blocks) == (local_size, frozen)
+    assert {field: getattr(recipe, field) for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
+    updates = IMAGENET // batch  # the last partial batch of an epoch is dropped
+    assert count_steps(recipe, IMAGENET) == (20 * updates, epochs * updates)
+
+
+def test_without_colour_is_half_as_long() -> None:
+    """Paper, Table 7: everything else is the recipe with colour."""
+    with_colour, without = read_recipe("d2v2-h14"), read_recipe("no-colour-h14")
+    differing = {
+        field.name
+        for field in dataclasses.fields(RefineRecipe)
+        if getattr(with_colour, field.name) != getattr(without, field.name)
+    }
+    assert differing == {"recipe", "output_dir", "colour", "epochs"}
+    assert (without.colour, without.epochs) == (False, with_colour.epochs // 2)
+
+
+def test_small_gpu_recipe_trains_the_same_thing() -> None:
+    """One GPU of 24 GB differs from mae-l16 only in how, not in what is computed."""
+    large, small = read_recipe("mae-l16"), read_recipe("one-gpu-24gb")
+    differing = {
+        field.name for field in dataclasses.fields(RefineRecipe) if getattr(large, field.name) != getattr(small, field.name)
+    }
+    assert differing <= {"recipe", "output_dir", "micro_batch_size", "gradient_checkpointing", "mixed_precision"}
+    assert small.micro_batch_size is not None
+
+
+def test_every_field_is_documented() -> None:
+    for field in dataclasses.fields(RefineRecipe):
+        text = field.metadata.get("help", "")
+        assert len(text) > 15 and text.endswith("."), field.name
+
+
+def test_yaml_python_and_command_line_give_the_same_recipe(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "model": "facebook/vit-mae-base",
+        "dataset": "photos",
+        "head_blocks": [9, 11],
+        "global_scale": [0.3, 0.9],
+        "colour": False,
+        "gradient_checkpointing": True,
+        "temperature": 0.25,
+        "learning_rate": 1e-3,
+        "swap": "all",
+        "max_steps": 7,
+        "batch_size": 32,
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(changes))
+    flags = []
+    for name, value in changes.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    python = RefineRecipe(**changes)
+    assert parse_recipe(flags) == python
+    for from_file in (read_recipe(str(path)), parse_recipe(["--recipe", str(path)])):
+        assert dataclasses.replace(from_file, recipe=None) == python
+    changed = parse_recipe(["--recipe", str(path), "--temperature", "0.5", "--head_blocks", "10", "--colour", "true"])
+    assert (changed.temperature, changed.head_blocks, changed.colour, changed.swap) == (0.5, [10], True, "all")
+    assert read_recipe(str(path), temperature=0.5, head_blocks=[10], colour=True) == changed
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_numbers_in_yaml_are_numbers(tmp_path: Path, text: str) -> None:
+    """YAML 1.1, which PyYAML speaks, takes 1e-3 for text."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: a\nlearning_rate: {text}\n")
+    assert read_recipe(str(path)).learning_rate == parse_recipe(["--recipe", str(path)]).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("epochs", 2.5), ("epochs", "3"), ("epochs", True), ("learning_rate", "fast"), ("colour", "no"), ("head_blocks", 3)],
+        *[("head_blocks", [1, "2"]), ("global_scale", 0.5), ("dataset", 5), ("output_dir", None), ("swap", None)],
+    ],
+)
+def test_wrong_types_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"--{field} "):
+        RefineRecipe(**{"model": "a", field: value})
+
+
+def test_integers_pass_for_numbers() -> None:
+    recipe = RefineRecipe(model="a", temperature=1, global_scale=[1, 1], warmup_epochs=2)
+    check_types(recipe)
+    assert recipe.temperature == 1
+
+
+def test_no_arguments_are_the_quickstart() -> None:
+    quickstart = read_recipe("quickstart")
+    assert parse_recipe([]) == quickstart
+    assert parse_recipe(["--seed", "3", "--output_dir", "out"]) == dataclasses.replace(quickstart, seed=3, output_dir="out")
+    assert quickstart.dataset == "digits" and quickstart.pretrain == "pretrain-digits"
+
+
+def test_a_model_or_data_of_ones_own_is_not_the_quickstart() -> None:
+    recipe = parse_recipe(["--model", "facebook/vit-mae-large", "--dataset", "photos"])
+    assert recipe == RefineRecipe(model="facebook/vit-mae-large", dataset="photos")
+
+
+def test_other_data_do_not_inherit_the_splits_of_a_recipe() -> None:
+    assert read_recipe("mae-l16").eval_split == "validation"
+    assert read_recipe("mae-l16", dataset="photos").eval_split is None
+    assert parse_recipe(["--recipe", "mae-l16", "--dataset", "photos"]).eval_split is None
+    assert parse_recipe(["--recipe", "mae-l16", "--dataset", "photos", "--eval_split", "test"]).eval_split == "test"
+
+
+def test_recipe_names() -> None:
+    assert recipe_file("quickstart") == RECIPES / "quickstart.yaml"
+    assert recipe_file(str(RECIPES / "quickstart.yaml")) == RECIPES / "quickstart.yaml"
+    with pytest.raises(FileNotFoundError, match=r"quick-start.*quickstart"):
+        recipe_file("quick-start")
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(24, 8), (32, 12), (12, 4), (6, 2), (2, 2), (1, 1)])
+def test_default_heads_are_on_the_last_third(layers: int, heads: int) -> None:
+    assert default_head_blocks(layers) == list(range(layers - heads, layers))
+
+
+@pytest.mark.parametrize(
+    ("shape", "temperature", "local_size", "heads"), [(L16, 0.2, 96, 8), (H14, 0.3, 98, 12), (TWOB14, 0.35, 98, 8)]
+)
+def test_what_is_not_given_is_derived_from_the_encoder(shape: Any, temperature: float, local_size: int, heads: int) -> None:
+    config = MimRefinerConfig(**shape, intermediate_size=8)
+    recipe = resolve(RefineRecipe(model="a"), config, IMAGENET)
+    assert (recipe.temperature, recipe.global_size, recipe.local_size, recipe.pooling) == (temperature, 224, local_size, "cls")
+    layers = shape["num_hidden_layers"]
+    assert recipe.head_blocks == list(range(layers - heads, layers))
+    assert resolve(recipe, config, IMAGENET) == recipe
+    few = resolve(RefineRecipe(model="a", num_heads=3, temperature=0.5, local_size=112), config, IMAGENET)
+    assert (few.head_blocks, few.temperature, few.local_size) == ([layers - 3, layers - 2, layers - 1], 0.5, 112)
+
+
+def test_small_encoders_get_small_local_views() -> None:
+    small = MimRefinerConfig(image_size=32, patch_size=4, hidden_size=48, num_attention_heads=3, use_cls_token=False)
+    recipe = resolve(RefineRecipe(model="a"), small, IMAGENET)
+    assert (recipe.global_size, recipe.local_size, recipe.pooling) == (32, 12, "mean")
+
+
+def test_batches_fit_processes_and_data() -> None:
+    config = MimRefinerConfig(**L16)
+    recipe = RefineRecipe(model="a", batch_size=96, micro_batch_size=32)
+    assert resolve(recipe, config, 96, world_size=3).batch_size == 96
+    for num_images, processes, flag in (
+        (95, 1, "--batch_size 96"),
+        (96, 5, "--batch_size 96"),
+        (96, 4, "--micro_batch_size 32"),
+    ):
+        with pytest.raises(ValueError, match=flag):
+            resolve(recipe, config, num_images, world_size=processes)
+
+
+def test_steps_are_whole_batches_and_capped() -> None:
+    recipe = RefineRecipe(model="a", batch_size=32, epochs=10, head_epochs=5)
+    assert count_steps(recipe, 100) == (15, 30)
+    assert count_steps(dataclasses.replace(recipe, max_steps=20), 100) == (15, 20)
+    assert count_steps(dataclasses.replace(recipe, max_steps=20, streaming=True), None) == (20, 20)
