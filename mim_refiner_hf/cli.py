@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from .conversion.load import image_processor
 from .data import open_images
+from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .pretraining.mae import PretrainRecipe, pretrain_mae
 from .publishing.hub import PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
@@ -86,7 +87,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
     images = open_images(
         command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels
     )
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=several_on_the_cpu())
     encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
     if accelerator.is_main_process:
         save_model_folder(Path(command.output_dir), encoder, image_processor(encoder.config, {}))
@@ -108,6 +109,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"refine": _refine, "pret
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
     """Run one command and translate what it raises into an exit code and one line on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if arguments is None and (processes := launched_short()):
+        return launch_processes(processes)
     try:
         COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:

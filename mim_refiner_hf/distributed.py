@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as run_processes
 from tqdm.auto import tqdm
 
 
@@ -71,6 +74,40 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)])
 
 
+def several_on_the_cpu() -> bool:
+    """Whether a launcher started several processes on a machine without a GPU.
+
+    `Accelerator(cpu=several_on_the_cpu())` makes them one job over gloo; without being told, each would train alone.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def launched_short() -> int | None:
+    """How many processes `accelerate launch --cpu --num_processes N` was asked for when it started only one; else None.
+
+    accelerate (1.15) leaves CPU jobs of several processes to MPI and otherwise starts a single one without a word. What it leaves
+    behind is a master address without a world size; the number itself stands only on its command line.
+    """
+    environment = os.environ
+    if environment.get("ACCELERATE_USE_CPU", "").lower() != "true" or "MASTER_PORT" not in environment or "WORLD_SIZE" in environment:
+        return None
+    words = psutil.Process().parent().cmdline()
+    values = [word.partition("=")[2] or words[i + 1] for i, word in enumerate(words) if word.split("=")[0] == "--num_processes"]
+    return int(values[0]) if values and int(values[0]) > 1 else None
+
+
+def launch_processes(count: int) -> int:
+    """Run this very command in `count` processes on this machine, by torch's own launcher; returns the exit code."""
+    specification = sys.modules["__main__"].__spec__
+    target = [sys.argv[0]] if specification is None else ["-m", specification.name]
+    try:
+        run_processes(["--standalone", "--nproc_per_node", str(count), *target, *sys.argv[1:]])
+    except ChildFailedError as error:  # what went wrong has been said by the process itself
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    return 0
+
+
 def use_all_cores(processes: int) -> None:
     """On the CPU, share the cores among the processes; `accelerate launch` leaves each process one thread."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -81,4 +118,15 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, hidden: bool = False,
     return tqdm(iterable, disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30.0, **settings)
 
 
-__all__ = ["all_gather", "all_gather_with_gradient", "average_gradients", "progress_bar", "rank", "use_all_cores", "world_size"]
+__all__ = [
+    "all_gather",
+    "all_gather_with_gradient",
+    "average_gradients",
+    "launch_processes",
+    "launched_short",
+    "progress_bar",
+    "rank",
+    "several_on_the_cpu",
+    "use_all_cores",
+    "world_size",
+]

@@ -19,7 +19,7 @@ DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2
 
 
 def sincos_table(side: int, dim: int) -> Tensor:
-    """The original MAE's positions written out: zero for CLS, then sine and cosine of the column, sine and cosine of the row."""
+    """The positions of the original MAE, written out: zero for CLS; sine and cosine of the column, then of the row."""
     table, quarter = torch.zeros(1, 1 + side**2, dim), dim // 4
     for place in range(side**2):
         row, column = divmod(place, side)

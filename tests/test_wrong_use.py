@@ -41,6 +41,7 @@ CASES = [
     ),
     Case("unknown eval split", {"eval_split": "validation"}, ["'validation'", "['test', 'train']"]),
     Case("missing eval data", {"eval_dataset": "{tmp}/gone"}, ["{tmp}/gone"]),
+    Case("evaluation on the training images", {"eval_split": "train"}, ["--eval_dataset digits", "--eval_split"]),
     Case("eval fraction 1", {"eval_fraction": 1}, ["--eval_fraction 1", "less than 1"]),
     Case("batch larger than the data", {"batch_size": 1200, "queue_size": 1200}, ["--batch_size 1200", "only 1167"]),
     Case("batch of one", {"batch_size": 1}, ["--batch_size 1", "at least 2"]),

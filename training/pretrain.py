@@ -7,9 +7,11 @@
 The result is a model folder that `training/refine.py --model` takes. Large encoders are better started from published weights.
 """
 
-import sys
+import os
 
-from mim_refiner_hf.cli import command
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, as in refine.py
+
+from mim_refiner_hf.cli import command  # noqa: E402
 
 if __name__ == "__main__":
-    raise SystemExit(command("pretrain", sys.argv[1:]))
+    raise SystemExit(command("pretrain"))

@@ -28,7 +28,7 @@ from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import load_encoder
 from ..conversion.load import image_processor
 from ..data import ImageDataset, ImageStream, hold_out, open_images, open_stream
-from ..distributed import use_all_cores
+from ..distributed import several_on_the_cpu, use_all_cores
 from ..evaluation.report import Evaluation, comparison_table, draw_clusters, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
@@ -63,7 +63,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained."""
+    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained, `bank` is for k-NN."""
 
     recipe: RefineRecipe
     config: MimRefinerConfig
@@ -72,6 +72,7 @@ class Prepared:
     processor: Any
     images: ImageDataset | ImageStream
     eval_images: ImageDataset | None
+    bank: ImageDataset | None
     steps: Steps
     found: Checkpoint | None
 
@@ -95,6 +96,7 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     bf16 = recipe.mixed_precision == "bf16" or (recipe.mixed_precision == "auto" and gpu)
     start_step = 0 if prepared.found is None else prepared.found.step
     accelerator = Accelerator(
+        cpu=several_on_the_cpu(),
         mixed_precision="bf16" if bf16 else "no",
         log_with=trackers(output, recipe.loggers, start_step),
         project_dir=output,
@@ -127,6 +129,9 @@ def prepare(recipe: RefineRecipe) -> Prepared:
         config, processor = encoder.config, encoder.image_processor
     if config.num_channels != 3:
         images, eval_images = open_data(recipe, num_channels=config.num_channels)
+    bank = images if isinstance(images, ImageDataset) else None
+    if bank is None and eval_images is not None:  # a stream is gone once read: half of the evaluation images are the bank
+        bank, eval_images = hold_out(eval_images, 0.5, recipe.seed)
     num_images = len(images) if isinstance(images, ImageDataset) else None
     recipe = resolve(recipe, config, num_images, int(os.environ.get("WORLD_SIZE", "1")))
     steps = count_steps(recipe, num_images)
@@ -138,7 +143,7 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
     if recipe.stage == "refine" and not recipe.dry_run and (found is None or found.step < steps.warmup):
         raise ValueError(f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both")
-    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, steps, found)
+    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found)
 
 
 def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
@@ -154,6 +159,11 @@ def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | I
     images = open_images(recipe.dataset, split=recipe.split, **where)  # type: ignore[arg-type]
     if len(images) < 2:
         raise ValueError(f"--dataset {recipe.dataset}: {len(images)} image(s) found; contrastive refinement needs at least 2")
+    if evaluate is not None and evaluate.fingerprint == images.fingerprint:
+        raise ValueError(
+            f"--eval_dataset {evaluate.name}: these are the images to train on; name others, another --eval_split, or leave both "
+            "out to hold some back"
+        )
     if evaluate is None and recipe.eval_fraction > 0:
         return hold_out(images, recipe.eval_fraction, recipe.seed)
     return images, evaluate
@@ -215,11 +225,10 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     encoder = encoder.float().to(accelerator.device)
 
     def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
-        if prepared.eval_images is None:
+        if prepared.eval_images is None or prepared.bank is None:
             return None
-        bank = prepared.images if isinstance(prepared.images, ImageDataset) else prepared.eval_images
         settings = {"seed": recipe.seed, "num_workers": workers, "per_block": per_block}
-        return evaluate_encoder(model, prepared.processor, bank, prepared.eval_images, **settings)  # type: ignore[arg-type]
+        return evaluate_encoder(model, prepared.processor, prepared.bank, prepared.eval_images, **settings)  # type: ignore[arg-type]
 
     start = None if found is not None else evaluate(encoder)
     before = found.state["before"] if found is not None else (start.metrics if start is not None else None)

@@ -32,13 +32,14 @@ class JsonlTracker(GeneralTracker):
         return self.path
 
     @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
+    def start(self) -> None:
         """Begin the file, or keep what lies before the start step."""
         kept = []
         if self.start_step and self.path.is_file():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line and json.loads(line).get("step", 0) <= self.start_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]  # a full disk can leave half a line
+            kept = [line for line in whole if json.loads(line)["step"] <= self.start_step]
+        self.path.write_text("".join(kept))
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:

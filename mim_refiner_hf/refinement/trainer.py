@@ -99,7 +99,7 @@ class Trainer:
             extra_state: JSON that goes into every checkpoint.
             evaluate: called without arguments after every `eval_every`-th epoch of the refinement; returns metrics to log.
         """
-        recipe, progress = self.recipe, self._progress(start_step, stop_step)
+        recipe, progress, fit_began = self.recipe, self._progress(start_step, stop_step), time.perf_counter()
         per_epoch = len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
         for step, batch in zip(range(start_step, stop_step), self._batches(start_step, stop_step), strict=False):
             began = time.perf_counter()
@@ -110,7 +110,7 @@ class Trainer:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
             progress.update()
             if done % recipe.log_every == 0 or done == stop_step:
-                self._log(step, result, progress)
+                self._log(step, result, progress, (time.perf_counter() - fit_began) / (done - start_step))
             epoch_ended = per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
             if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
                 self.accelerator.log(evaluate(), step=done)
@@ -208,19 +208,17 @@ class Trainer:
         hidden = not self.accelerator.is_local_main_process
         return progress_bar(total=stop_step, initial=start_step, desc="refining", unit="step", hidden=hidden)
 
-    def _log(self, step: int, result: StepResult, progress: Any) -> None:
+    def _log(self, step: int, result: StepResult, progress: Any, step_seconds: float) -> None:
         """One line in the log: mean over processes of the loss and of what every head tells, rate, and seconds still to go."""
         columns = ("head_losses", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
         table = self.accelerator.reduce(torch.stack([getattr(result, name).float() for name in columns]), "mean").tolist()
         loss = self.accelerator.reduce(result.loss.detach(), "mean").item()
-        elapsed = progress.format_dict["elapsed"] or 1e-9
-        done_here = step + 1 - progress.initial
         values: dict[str, Any] = {
             "stage": self.stage(step),
             "loss": loss,
             "learning_rate": self._learning_rate(step),
-            "images_per_second": done_here * self.recipe.batch_size / elapsed,
-            "seconds_left": (progress.total - step - 1) * elapsed / done_here,
+            "images_per_second": self.recipe.batch_size / step_seconds,
+            "seconds_left": (progress.total - step - 1) * step_seconds,
         }
         short = ("loss", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
         for key, row in zip(short, table, strict=True):

@@ -1,0 +1,23 @@
+# Everyday commands; `make` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help install test lint quickstart ci
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install:  ## install the package editable, with what tests and linters need
+	python -m pip install -e ".[dev]"
+
+test:  ## run the tests (those that need ../shared skip without it)
+	python -m pytest -q
+
+lint:  ## ruff check, ruff format --check, mypy --strict
+	ruff check .
+	ruff format --check .
+	mypy
+
+quickstart:  ## pre-train and refine a small model on bundled digits, a few minutes on a CPU
+	accelerate launch training/refine.py
+
+ci:  ## everything CI runs, in a fresh virtual environment
+	.ci/run

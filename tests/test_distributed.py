@@ -1,0 +1,168 @@
+"""Two processes with half the batch each are one process with all of it: loss, gradients, batch norm, queue, whole runs."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
+from mim_refiner_hf.distributed import average_gradients
+from mim_refiner_hf.optimization import freeze
+from mim_refiner_hf.publishing.hub import save_model_folder
+from mim_refiner_hf.refinement import run as run_module
+from mim_refiner_hf.refinement.heads import IdHeads
+from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
+from mim_refiner_hf.refinement.recipe import parse_recipe
+from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+
+REPOSITORY = Path(__file__).parents[1]
+SHAPE = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20  # the queue wraps around in the third step
+MICRO_BATCHES = (None, 3)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor]:
+    """A few steps of a small refiner in double precision on this process's share; all that it leaves behind, by name."""
+    torch.manual_seed(0)
+    encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
+    freeze(encoder, blocks=0)
+    heads, queue = IdHeads(2, 24, 16, 20, 8), NearestNeighbourQueue(2, QUEUE, 8)
+    refiner = Refiner(encoder, [1, 2], heads, queue, num_global=2, num_views=5, temperature=0.2).double().train()
+    optimizer = torch.optim.SGD((p for p in refiner.parameters() if p.requires_grad), lr=0.1)
+    share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
+    for step in range(STEPS):
+        views = [torch.randn(BATCH, count, 3, size, size).double()[share] for count, size in ((2, 16), (3, 8))]
+        index, labels = torch.arange(BATCH) + 5 * step, torch.randint(-1, 3, (BATCH,))
+        draw = neighbour_draw(0, step, TOPK, 2, 2, BATCH // processes)
+        optimizer.zero_grad()
+        result = refiner.backward(
+            views, index[share], labels[share], topk=TOPK, draw=draw, head_weights=[0.5, 1.0], micro_batch_size=micro
+        )
+        average_gradients(refiner.parameters())
+        kept |= {f"gradient.{step}.{name}": p.grad for name, p in refiner.named_parameters() if p.grad is not None}
+        for name in ("loss", "head_losses", "alignment", "neighbour_similarity", "neighbour_age"):
+            value = getattr(result, name).detach().double()
+            if processes > 1:
+                dist.all_reduce(value)
+            kept[f"told.{step}.{name}"] = value / processes
+        kept = {name: tensor.clone() for name, tensor in kept.items()}
+        optimizer.step()
+    return kept | {f"state.{name}": tensor.clone() for name, tensor in refiner.state_dict().items()}
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    """One of two processes; writes what every case left behind."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+    for micro in MICRO_BATCHES:
+        save_file(take_steps(rank, 2, micro), Path(folder) / f"{micro}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
+    for micro in MICRO_BATCHES:
+        expected = take_steps(0, 1, micro)
+        first, second = (load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(2))
+        assert expected.keys() == first.keys() == second.keys()
+        assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
+        for name, tensor in expected.items():
+            assert torch.equal(first[name], second[name]), name  # the processes never drift apart
+            if not tensor.is_floating_point():
+                assert torch.equal(first[name], tensor), name  # the queue's indices, labels, ages
+            else:  # what is told for the log is in single precision
+                tolerance = 1e-6 if name.startswith("told.") else 1e-9
+                assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, f"{name}, micro-batch {micro}"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small model and 72 images without labels."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    save_model_folder(folder / "model", MimRefinerModel(MimRefinerConfig(**SHAPE)), processor)
+    images = []
+    for i in range(72):
+        buffer = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    datasets.Dataset.from_dict({"image": images}).to_parquet(folder / "train.parquet")
+    return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
+
+
+def test_accelerate_launch_trains_what_one_process_trains(
+    start: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: dict[str, Any] = {
+        **start,
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "max_steps": 4,
+        "epochs": 1,
+        "head_epochs": 1,
+        "warmup_epochs": 0,
+        "projector_dim": 16,
+        "predictor_dim": 24,
+        "embedding_dim": 8,
+        "queue_size": 48,
+        "topk": 4,
+        "local_views": 2,
+        "log_every": 1,
+        "save_every": 3,
+        "num_workers": 0,
+        "report_to": "none",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    # --cpu would start one process and say nothing; --multi_gpu without a GPU starts two that talk over gloo
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    done = subprocess.run(
+        [*launch, str(REPOSITORY / "training/refine.py"), *words, "--output_dir", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Plan") == 1 and "2 process(es)" in done.stdout
+
+    monkeypatch.setattr(run_module, "use_all_cores", lambda processes: torch.set_num_threads(1))
+    cli.refine(parse_recipe([*words, "--output_dir", str(tmp_path / "one")]))
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 8
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            if "loss" in key or "neighbour" in key or key in ("step", "stage", "learning_rate"):
+                assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-5)), key
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[1]["hardware"].startswith("2 x")
+    assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
+    assert (tmp_path / "two/model/model.safetensors").is_file()

@@ -1,0 +1,73 @@
+"""The examples as a reader runs them: in a folder of their own, from the refinement of a folder of images to its features."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The example `script`, run in the folder `cwd`."""
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which refine_your_own_images.py ran without arguments, and what it printed."""
+    folder = tmp_path_factory.mktemp("refined")
+    done = run("refine_your_own_images.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
+    folder, printed = refined
+    assert len(list((folder / "outputs/example-images").glob("[0-9]/*.png"))) == 400
+    for name in ("model/config.json", "model/model.safetensors", "model/README.md", "metrics.json", "clusters.png"):
+        assert (folder / "outputs/example" / name).stat().st_size > 0
+    metrics = json.loads((folder / "outputs/example/metrics.json").read_text())
+    before, after = (100 * metrics[side]["knn_accuracy"] for side in ("before", "after"))
+    assert after > before
+    assert re.search(rf"k-NN accuracy \(k=10\) +{before:.1f} % +{after:.1f} % +{after - before:+.1f} points", printed)
+    assert printed.splitlines()[-1] == "loaded MimRefinerModel with 0.1 M parameters from outputs/example/model"
+
+
+def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path) -> None:
+    images, model = refined[0] / "outputs/example-images", refined[0] / "outputs/example/model"
+    done = run("extract_features.py", "--model", str(model), "--images", str(images), "--query", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        features, names = file.get_tensor("features"), json.loads(file.metadata()["images"])
+    paths = sorted(images.rglob("*.png"))
+    assert names == [str(path) for path in paths]
+    assert features.shape == (400, 48)
+
+    from mim_refiner_hf import load_encoder  # another way to the same model
+
+    encoder = load_encoder(model)
+    pixels = encoder.image_processor([Image.open(path).convert("RGB") for path in paths[:3]], return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        torch.testing.assert_close(features[:3], encoder(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+
+    order = F.cosine_similarity(features, features[7:8]).argsort(descending=True).tolist()
+    lines = done.stdout.splitlines()
+    assert lines[0] == "400 features of 48 numbers -> features.safetensors"
+    assert [line.split()[-3] for line in lines[1:]] == [names[i] for i in order[:6]]
+
+
+def test_extract_features_says_what_to_run_first(tmp_path: Path) -> None:
+    done = run("extract_features.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "accelerate launch training/refine.py" in done.stderr
+    assert not list(tmp_path.iterdir())
