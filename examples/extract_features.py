@@ -1,7 +1,20 @@
 """Features of images from a refined model, and the images most like one of them.
 
-    python examples/extract_features.py                                    # the quickstart's model on bundled digits
+    python examples/extract_features.py                                       # the quickstart's model on bundled digits
+    python examples/extract_features.py --model outputs/example/model         # the one of refine_your_own_images.py
     python examples/extract_features.py --model user/mae-refined-l16 --images photos/ --query 3
+
+The second takes 15 s on 2 cores, most of it imports (November 2026), and prints
+
+    200 features of 64 numbers -> features.safetensors
+    nearest to  row 0 of digits  class 1
+         1.000  row 139 of digits  class 1
+         1.000  row 106 of digits  class 1
+         0.999  row 128 of digits  class 1
+         0.999  row 68 of digits  class 8
+         0.999  row 52 of digits  class 2
+
+`features.safetensors` holds one tensor, features (N, D), and the names of the images as JSON in its metadata.
 """
 
 import argparse
@@ -25,7 +38,7 @@ def extract(name: str, images: ImageDataset, batch_size: int = 64) -> torch.Tens
     """(N, D) features: the pooled token (CLS) after the final norm, in the order of the images."""
     # Without this package installed: the same two lines with trust_remote_code=True, and no other change.
     model = AutoModel.from_pretrained(name).eval()
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
     features = []
     for start in range(0, len(images), batch_size):
         batch = [images[i].image for i in range(start, min(start + batch_size, len(images)))]
@@ -42,7 +55,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("features.safetensors"))
     options = parser.parse_args()
     if options.model == QUICKSTART and not Path(QUICKSTART).is_dir():
-        print(f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model", file=sys.stderr)
+        print(
+            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model", file=sys.stderr
+        )
         return 2
     images = open_images(options.images) if options.images else open_images("digits", split="test").subset(range(200))
     if not 0 <= options.query < len(images):

@@ -2,6 +2,23 @@
 
     python examples/refine_your_own_images.py                                            # on 400 handwritten digits
     python examples/refine_your_own_images.py my_images/ --model facebook/vit-mae-base   # on your own images, on a GPU
+
+The first takes about a minute on 2 cores (62 s on a busy 2-core virtual machine, November 2026) and ends in
+
+    metric                            before   after        change
+    --------------------------------------------------------------
+    k-NN accuracy (k=10)              75.0 %  78.0 %   +3.0 points
+    cluster accuracy                  36.0 %  43.0 %   +7.0 points
+    NMI                               35.3 %  47.5 %  +12.2 points
+    ...
+    RankMe (no labels needed)            2.0     2.3          +0.3
+
+    The refined model: outputs/example/model
+    nmi: 0.353 -> 0.475
+    loaded MimRefinerModel with 0.2 M parameters from outputs/example/model
+
+The digits come labelled by their sub-folders, which only serves to measure; of images without labels, RankMe is reported.
+Beside model/ lie metrics.json, clusters.png (look at it) and log.jsonl.
 """
 
 import argparse
@@ -12,16 +29,18 @@ from transformers import AutoModel
 from mim_refiner_hf import RefineRecipe, refine
 from mim_refiner_hf.data import open_images
 
-# A toy for 16-pixel digits: a small MAE is pre-trained on the same images first. Without it, the defaults are the paper's.
-TOY = {"pretrain": str(Path(__file__).with_name("toy-mae.yaml")), "num_heads": 2, "projector_dim": 256, "predictor_dim": 256}
-TOY |= {"embedding_dim": 64, "queue_size": 512, "topk": 5, "local_views": 0, "global_scale": [0.5, 1.0], "flip": 0.0, "colour": False}
+# A toy for 16-pixel digits: a small MAE is pre-trained on the same images first.
+TOY = {"pretrain": str(Path(__file__).with_name("toy-mae.yaml")), "num_workers": 1}
+TOY |= {"num_heads": 2, "projector_dim": 256, "predictor_dim": 256, "embedding_dim": 64, "queue_size": 512, "topk": 5}
+TOY |= {"local_views": 0, "global_scale": [0.5, 1.0], "flip": 0.0, "colour": False}
 TOY |= {"batch_size": 50, "head_epochs": 5, "epochs": 30, "warmup_epochs": 2, "layer_decay": 0.9, "ema_decay": 0.95}
-TOY |= {"learning_rate": 8e-3, "head_learning_rate": 8e-3, "num_workers": 1}
+TOY |= {"learning_rate": 8e-3, "head_learning_rate": 8e-3}
+# For a real model: smaller than the paper's batch and queue, for a few thousand images on one GPU. The rest are the defaults.
 REAL = {"batch_size": 256, "queue_size": 4096, "micro_batch_size": 32, "gradient_checkpointing": True}
 
 
 def write_digits(folder: Path) -> None:
-    """400 of scikit-learn's handwritten digits as PNG files, one sub-folder per class. Labels are optional: files alone do too."""
+    """400 of scikit-learn's handwritten digits as PNG files, a sub-folder per class; files alone would do too."""
     for image, label, index in map(open_images("digits").__getitem__, range(400)):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
         image.save(folder / str(label) / f"{index:04d}.png")
@@ -41,8 +60,9 @@ def main() -> None:
     settings = {"model": options.model, **REAL} if options.model else TOY
     result = refine(RefineRecipe(dataset=images, eval_fraction=0.25, output_dir=options.output_dir, **settings))
     assert result is not None  # None is for dry runs
-    before, after = (result.metrics[side] for side in ("before", "after"))  # every number of the table above, also in metrics.json
-    print(f"k-NN accuracy {before['knn_accuracy']:.3f} -> {after['knn_accuracy']:.3f}" if "knn_accuracy" in after else "no labels: RankMe only")
+    before, after = result.metrics["before"], result.metrics["after"]  # the numbers of the table, also in metrics.json
+    name = "nmi" if "nmi" in after else "rankme"  # with labels, without
+    print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
 
     model = AutoModel.from_pretrained(f"{options.output_dir}/model")  # `mim_refiner_hf` is imported, so no flag is needed
     print(f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from {options.output_dir}/model")

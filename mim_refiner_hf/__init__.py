@@ -1,10 +1,10 @@
 """MIM-Refiner for Hugging Face: refine a pre-trained masked-image model until its features group images by meaning.
 
-    import mim_refiner_hf                                        # registers the Auto classes
-    from transformers import AutoModel
-    model = AutoModel.from_pretrained("outputs/quickstart/model")
+import mim_refiner_hf                                        # registers the Auto classes
+from transformers import AutoModel
+model = AutoModel.from_pretrained("outputs/quickstart/model")
 
-    from mim_refiner_hf import load_encoder, refine, RefineRecipe
+from mim_refiner_hf import load_encoder, refine, RefineRecipe
 """
 
 from importlib import import_module
@@ -20,8 +20,8 @@ from .modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassifi
 if TYPE_CHECKING:
     from .cli import refine, refine_command
     from .conversion import CheckpointError, LoadReport, load_encoder
-    from .refinement.recipe import RefineRecipe, read_recipe
-
+    from .refinement.recipe import RefineRecipe
+    from .refinement.recipe_files import read_recipe
 
 
 AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
@@ -40,7 +40,7 @@ _LAZY = {
     "LoadReport": ".conversion",
     "load_encoder": ".conversion",
     "RefineRecipe": ".refinement.recipe",
-    "read_recipe": ".refinement.recipe",
+    "read_recipe": ".refinement.recipe_files",
     "refine": ".cli",
     "refine_command": ".cli",
 }

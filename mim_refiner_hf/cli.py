@@ -24,14 +24,15 @@ from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .pretraining.mae import PretrainRecipe, pretrain_mae
 from .publishing.hub import PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
-from .refinement.recipe import RefineRecipe, parse_recipe, read_fields
+from .refinement.recipe import RefineRecipe
+from .refinement.recipe_files import parse_recipe, read_fields
 from .refinement.run import RunResult, run
 
 
 def refine(recipe: RefineRecipe) -> RunResult | None:
     """Refine a masked-image model as `recipe` says and write the result to `recipe.output_dir`.
 
-    Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`, `clusters.png`, `log.jsonl`; with
+    Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`, `clusters.png`, `curves.png`, `log.jsonl`; with
     `push_to_hub` it publishes the folder. Returns None after a dry run or a head warm-up alone.
 
     Raises:
@@ -84,9 +85,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
         parser.set_defaults(**read_fields(chosen, PretrainRecipe))
     recipe, command = parser.parse_args_into_dataclasses(list(arguments))
     check_model_folder(Path(command.output_dir))
-    images = open_images(
-        command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels
-    )
+    images = open_images(command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels)
     accelerator = Accelerator(cpu=several_on_the_cpu())
     encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
     if accelerator.is_main_process:
@@ -95,7 +94,9 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
 
 def _push(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mim-refiner push", description="Publish a model folder: weights first, the card last.")
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner push", description="Publish a model folder: weights first, the card last."
+    )
     parser.add_argument("folder", type=Path, help="what a run left as <output_dir>/model")
     parser.add_argument("repository", help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="for a new repository")
@@ -133,7 +134,9 @@ def refine_command() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command `mim-refiner`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=COMMANDS)
     chosen = parser.parse_args(arguments[:1]).command
     return command(chosen, arguments[1:])

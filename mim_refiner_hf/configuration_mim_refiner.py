@@ -101,15 +101,20 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"norm_type={self.norm_type!r} is not supported; allowed: layernorm ('rmsnorm' is reserved for CAPI)"
             )
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_channels"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "patch_size",
+            "num_channels",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens={self.num_register_tokens} must not be negative")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
-            )
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}")
         if any(size < self.patch_size or size % self.patch_size for size in self.image_hw):
             raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
         if self.pooling == "cls" and not self.use_cls_token:

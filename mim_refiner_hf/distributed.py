@@ -71,7 +71,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= world_size()
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+        )
 
 
 def several_on_the_cpu() -> bool:
@@ -89,7 +91,11 @@ def launched_short() -> int | None:
     behind is a master address without a world size; the number itself stands only on its command line.
     """
     environment = os.environ
-    if environment.get("ACCELERATE_USE_CPU", "").lower() != "true" or "MASTER_PORT" not in environment or "WORLD_SIZE" in environment:
+    if (
+        environment.get("ACCELERATE_USE_CPU", "").lower() != "true"
+        or "MASTER_PORT" not in environment
+        or "WORLD_SIZE" in environment
+    ):
         return None
     words = psutil.Process().parent().cmdline()
     values = [word.partition("=")[2] or words[i + 1] for i, word in enumerate(words) if word.split("=")[0] == "--num_processes"]
@@ -108,11 +114,6 @@ def launch_processes(count: int) -> int:
     return 0
 
 
-def use_all_cores(processes: int) -> None:
-    """On the CPU, share the cores among the processes; `accelerate launch` leaves each process one thread."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
 def progress_bar(iterable: Iterable[Any] | None = None, *, hidden: bool = False, **settings: Any) -> Any:
     """tqdm with an ETA: lively on a terminal, a line every half minute in a log file."""
     return tqdm(iterable, disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30.0, **settings)
@@ -127,6 +128,5 @@ __all__ = [
     "progress_bar",
     "rank",
     "several_on_the_cpu",
-    "use_all_cores",
     "world_size",
 ]

@@ -100,7 +100,7 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, grid: tuple[int, int], index: Tensor) -> Tensor:
         """The bias (1, heads, T, T) at `grid`; other grids than the stored one get the table resized bilinearly, as in BEiT."""
-        table = self.table
+        table: Tensor = self.table
         if grid != self.config.grid:
             rows, columns = (2 * n - 1 for n in self.config.grid)
             offsets = table[:-3].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
@@ -143,7 +143,12 @@ class MimRefinerAttention(nn.Module):
         self.relative_position_bias = RelativePositionBias(config) if config.relative_positions == "relative" else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, grid: tuple[int, int] | None, index: Tensor | None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        grid: tuple[int, int] | None,
+        index: Tensor | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if self.relative_position_bias is not None:
             attention_mask = self.relative_position_bias(grid, index)
@@ -223,7 +228,7 @@ class MimRefinerPreTrainedModel(PreTrainedModel):
     config_class = MimRefinerConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["MimRefinerEmbeddings", "MimRefinerLayer"]
     _supports_sdpa = True
@@ -233,11 +238,11 @@ class MimRefinerPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embeddings"
 
     @property
-    def _supports_flash_attn(self) -> bool:  # flash and flex kernels take no additive bias
+    def _supports_flash_attn(self) -> bool:  # type: ignore[override]  # flash and flex kernels take no additive bias
         return self.config.relative_positions == "none"
 
     @property
-    def _supports_flex_attn(self) -> bool:
+    def _supports_flex_attn(self) -> bool:  # type: ignore[override]
         return self.config.relative_positions == "none"
 
     @torch.no_grad()
@@ -255,7 +260,7 @@ class MimRefinerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RelativePositionBias):
             init.trunc_normal_(module.table, std=std)
         elif isinstance(module, LayerScale):
-            init.constant_(module.weight, self.config.layer_scale_init)
+            init.constant_(module.weight, float(self.config.layer_scale_init or 0.0))
 
 
 class MimRefinerModel(MimRefinerPreTrainedModel):
@@ -326,9 +331,9 @@ class MimRefinerForImageClassification(MimRefinerPreTrainedModel):
 
     def __init__(self, config: MimRefinerConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.encoder = MimRefinerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple

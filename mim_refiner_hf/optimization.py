@@ -94,4 +94,13 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-__all__ = ["encoder_groups", "freeze", "head_groups", "is_position", "layer_scale", "learning_rate", "set_learning_rate", "update_average"]
+__all__ = [
+    "encoder_groups",
+    "freeze",
+    "head_groups",
+    "is_position",
+    "layer_scale",
+    "learning_rate",
+    "set_learning_rate",
+    "update_average",
+]

@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny models: waiting for each other costs threads more than they bring
+
 SHARED = Path(os.environ.get("MIM_REFINER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

@@ -22,10 +22,9 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.distributed import average_gradients
 from mim_refiner_hf.optimization import freeze
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.refinement import run as run_module
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.recipe import parse_recipe
+from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
 
 REPOSITORY = Path(__file__).parents[1]
@@ -153,7 +152,6 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Plan") == 1 and "2 process(es)" in done.stdout
 
-    monkeypatch.setattr(run_module, "use_all_cores", lambda processes: torch.set_num_threads(1))
     cli.refine(parse_recipe([*words, "--output_dir", str(tmp_path / "one")]))
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 8

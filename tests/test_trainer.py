@@ -50,8 +50,7 @@ LABELLED = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, 3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
-    monkeypatch.setattr(run_module, "use_all_cores", lambda processes: torch.set_num_threads(1))
+    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
     monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
 

@@ -7,11 +7,7 @@
 The result is a model folder that `training/refine.py --model` takes. Large encoders are better started from published weights.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, as in refine.py
-
-from mim_refiner_hf.cli import command  # noqa: E402
+from mim_refiner_hf.cli import command
 
 if __name__ == "__main__":
     raise SystemExit(command("pretrain"))

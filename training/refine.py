@@ -6,15 +6,11 @@
     accelerate launch training/refine.py --help                                             # every setting, explained
 
 It prints a plan, trains the heads on the frozen encoder, refines the encoder, and measures it before and after. In the output
-folder: model/ (an ordinary transformers model with its card), metrics.json, clusters.png, log.jsonl. The loop is
+folder: model/ (an ordinary transformers model with its card), metrics.json, clusters.png, curves.png, log.jsonl. The loop is
 `mim_refiner_hf/refinement/trainer.py`; the same command continues an interrupted run.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep: on a busy CPU this is 3 times faster
-
-from mim_refiner_hf import refine_command  # noqa: E402
+from mim_refiner_hf import refine_command
 
 if __name__ == "__main__":
     raise SystemExit(refine_command())

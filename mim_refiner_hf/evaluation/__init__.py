@@ -3,7 +3,8 @@
 from .cluster_scores import KMeansRun, cluster_accuracy, cluster_scores, kmeans, mean_scores, rankme
 from .features import FeatureSet, extract_features
 from .knn import knn_accuracy, knn_predict, standardise
-from .report import Evaluation, comparison_table, draw_clusters, evaluate_encoder
+from .pictures import draw_clusters, draw_curves
+from .report import Evaluation, comparison_table, evaluate_encoder
 
 __all__ = [
     "Evaluation",
@@ -13,6 +14,7 @@ __all__ = [
     "cluster_scores",
     "comparison_table",
     "draw_clusters",
+    "draw_curves",
     "evaluate_encoder",
     "extract_features",
     "kmeans",

@@ -8,15 +8,17 @@
 The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last block WITHOUT the final norm.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from ..distributed import all_gather, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 
 if TYPE_CHECKING:
@@ -57,6 +59,22 @@ def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
     return sorted(set(blocks))
 
 
+def share_of(images: "ImageDataset") -> "ImageDataset":
+    """The images that this process encodes: every n-th of n processes, the same number on each (the last ones may be doubled)."""
+    if world_size() == 1:
+        return images
+    own = np.arange(rank(), rank() + math.ceil(len(images) / world_size()) * world_size(), world_size())
+    return images.subset(own.clip(max=len(images) - 1))
+
+
+def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
+    """The rows of all processes in the data set's order, on the CPU: row i is row i // n of process i % n."""
+    if world_size() == 1:
+        return own
+    everything = all_gather(own.to(device)).cpu()
+    return everything.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:total]
+
+
 def extract_features(
     encoder: MimRefinerModel,
     images: "ImageDataset",
@@ -68,7 +86,7 @@ def extract_features(
     device: torch.device | str | None = None,
     desc: str = "features",
 ) -> FeatureSet:
-    """Encode every image once, in the data set's order, without gradient and in eval mode.
+    """Encode every image once, in the data set's order, without gradient and in eval mode; several processes share the work.
 
     Args:
         encoder: stays in the mode (training or eval) and on the device it came with.
@@ -91,7 +109,7 @@ def extract_features(
     home, training = encoder.device, encoder.training
     device = torch.device(device) if device is not None else home
     loader = DataLoader(
-        images,
+        share_of(images),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=Preprocess(processor),
@@ -102,7 +120,7 @@ def extract_features(
     encoder.train(False).to(device)
     try:
         with torch.inference_mode():
-            for pixel_values, batch_labels in tqdm(loader, desc=desc, unit="batch", leave=False):
+            for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
                 pixel_values = pixel_values.to(device, non_blocking=True)
                 outputs = encoder(pixel_values, output_hidden_states=[block + 1 for block in recorded])
                 for block in recorded:
@@ -111,8 +129,8 @@ def extract_features(
                 labels.append(batch_labels)
     finally:
         encoder.train(training).to(home)
-    features = {block: torch.cat(batches) for block, batches in pooled.items()}
-    all_labels = torch.cat(labels)
+    features = {block: gathered(torch.cat(batches), len(images), device) for block, batches in pooled.items()}
+    all_labels = gathered(torch.cat(labels), len(images), device)
     return FeatureSet(
         features=features[depth - 1],
         blocks={block: features[block] for block in wanted},

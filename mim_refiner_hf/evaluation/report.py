@@ -1,29 +1,21 @@
-"""The evidence of a run: one evaluation of an encoder, the before/after table, and a picture of the groups.
+"""The evidence of a run: one evaluation of an encoder, and the before/after table. (The pictures are in `pictures.py`.)
 
     before = evaluate_encoder(encoder, processor, train_images, eval_images)
     ...                                                               # refine
     after = evaluate_encoder(encoder, processor, train_images, eval_images)
     print(comparison_table(before.metrics, after.metrics))
-    draw_clusters(eval_images, after, Path("out/clusters.png"))
 
-Without labels only RankMe is measured, and the picture shows a rule-of-thumb number of groups.
+Without labels only RankMe is measured, and the groups are a rule-of-thumb number of them.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from ..modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans, mean_scores, rankme
@@ -33,9 +25,8 @@ from .knn import knn_accuracy
 if TYPE_CHECKING:
     from ..data import ImageDataset
 
-BANK_SIZE = 20_000  # training images in the k-NN bank, at most
+BANK_SIZE = 10_000  # training images in the k-NN bank, at most
 MAX_PICTURE_GROUPS = 20  # without labels
-MAX_ROWS, TILES, TILE = 50, 14, 64  # of the picture: groups, images per group, pixels per image
 
 # Every scalar metric, in the order of the tables: name for readers, and whether it is a fraction of 1
 METRICS: dict[str, tuple[str, bool]] = {
@@ -118,7 +109,7 @@ def evaluate_encoder(
     Args:
         encoder: the model; comes back in the mode and on the device it came with.
         processor: its image processor.
-        train_images: the k-NN bank; of more than 20 000 images, 20 000 evenly spaced ones are used.
+        train_images: the k-NN bank; of more than 10 000 images, 10 000 evenly spaced ones are used.
         eval_images: what is classified and clustered. k-means runs 100 times with k = the number of its classes.
         seed: of the first k-means run.
         batch_size, num_workers, device: as in `extract_features`.
@@ -174,71 +165,4 @@ def comparison_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    """A square tile: the centre of a photo, or a small image enlarged with its pixels left sharp."""
-    resample = Image.Resampling.NEAREST if max(image.size) < TILE else Image.Resampling.LANCZOS
-    return ImageOps.fit(image.convert("RGB"), (TILE, TILE), method=resample)
-
-
-def group_strip(images: "ImageDataset", members: NDArray[np.int64]) -> Image.Image:
-    """The first images of a group side by side, on white."""
-    strip = Image.new("RGB", (TILES * (TILE + 2) - 2, TILE), "white")
-    for column, index in enumerate(members[:TILES]):
-        strip.paste(thumbnail(images[int(index)].image), (column * (TILE + 2), 0))
-    return strip
-
-
-def group_caption(images: "ImageDataset", labels: Tensor | None, members: NDArray[np.int64]) -> str:
-    """Size of a group and, with labels, its most frequent class and that class's share."""
-    size = f"{len(members)} image{'s' if len(members) > 1 else ''}"
-    if labels is None:
-        return size
-    counts = np.bincount(labels.numpy()[members])
-    label = int(counts.argmax())
-    name = str(images.class_names[label]) if images.class_names else str(label)
-    name = name if len(name) <= 18 else name[:17] + "…"
-    return f"{name}: {100 * counts[label] / len(members):.0f} %\n{size}"
-
-
-def draw_row(axes: Axes, strip: Image.Image, caption: str) -> None:
-    """One group: its images, the caption to their left."""
-    axes.imshow(np.asarray(strip), interpolation="nearest")
-    axes.set_axis_off()
-    axes.text(-10, TILE / 2, caption, ha="right", va="center", fontsize=9, linespacing=1.4, parse_math=False)
-
-
-def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
-    """Draw the groups as a PNG: a row per group, largest first, its images nearest to the centre first.
-
-    Beside a row stand the group's size and, where labels exist, its majority class and that class's share. Of more than 50
-    groups the 50 largest are drawn. The file appears whole or not at all.
-    """
-    groups, labels = evaluation.groups, evaluation.features.labels
-    points = F.normalize(evaluation.features.features, dim=1).numpy()
-    distance = np.linalg.norm(points - groups.centroids[groups.assignments], axis=1)  # (N,)
-    order = np.argsort(distance, kind="stable")
-    ids, sizes = np.unique(groups.assignments, return_counts=True)
-    shown = ids[np.argsort(-sizes, kind="stable")][:MAX_ROWS]
-    title = f"{eval_images.name}: {len(points)} images in {len(ids)} groups"
-    if len(shown) < len(ids):
-        title += f" ({len(shown)} largest shown)"
-    if labels is None:
-        title += "\nno labels: the number of groups is a rule of thumb, sqrt(n / 2) up to 20"
-    else:
-        title += "\nnearest to the group's centre first; left: most frequent class and its share of the group"
-    height = 0.62 * len(shown) + 0.75
-    figure = Figure(figsize=(10.5, height), dpi=110)
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.17, right=0.99, top=1 - 0.62 / height, bottom=0.08 / height, hspace=0.1)
-    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top", parse_math=False)
-    for axes, group in zip(rows, shown, strict=True):
-        members = order[groups.assignments[order] == group]
-        draw_row(axes, group_strip(eval_images, members), group_caption(eval_images, labels, members))
-    temporary = path.with_name(f".tmp-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-
-
-__all__ = ["Evaluation", "comparison_table", "draw_clusters", "evaluate_encoder"]
+__all__ = ["Evaluation", "comparison_table", "evaluate_encoder"]

@@ -60,7 +60,9 @@ class PretrainRecipe:
         if not 0 < self.scale <= 1:
             raise ValueError(f"--scale {self.scale}: must be greater than 0 and at most 1")
         if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs")
+            raise ValueError(
+                f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
+            )
         if self.batch_size < 1 or self.learning_rate <= 0:
             raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
@@ -173,7 +175,9 @@ def pretrain_mae(
     accelerator = accelerator or Accelerator()
     per_epoch = len(images) // recipe.batch_size
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    crop = MultiCrop(view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip))
+    crop = MultiCrop(
+        view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip)
+    )
     batches = BatchSampler(
         images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size()
     )
@@ -199,7 +203,7 @@ def pretrain_mae(
         with accelerator.autocast():
             loss = mae_loss(encoder, decoder, pixels, own, recipe.mask_ratio)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         average_gradients([*encoder.parameters(), *decoder.parameters()])
         optimizer.step()
         if step % 50 == 0:

@@ -98,7 +98,10 @@ def head_weights(schedule: LossSchedule, num_heads: int, progress: float) -> lis
             weights = [float(progress < end) for end in ends]
         case "one_hot":
             starts = [0.0, *ends[:-1]]
-            weights = [0.0 if progress >= end else (1.0 if progress >= begin else 0.1) for begin, end in zip(starts, ends, strict=False)]
+            weights = [
+                0.0 if progress >= end else (1.0 if progress >= begin else 0.1)
+                for begin, end in zip(starts, ends, strict=False)
+            ]
     return [*weights, 1.0]
 
 

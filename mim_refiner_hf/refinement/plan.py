@@ -1,6 +1,6 @@
 """What a run will do, said before it does it: blocks with heads, what is frozen, batch, memory, steps.
 
-    print(plan_text(recipe, config, num_images=1281167, num_eval=50000, steps=Steps(25020, 37530), processes=1, device="cuda"))
+print(plan_text(recipe, config, num_images=1281167, num_eval=50000, steps=Steps(25020, 37530), processes=1, device="cuda"))
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
         assert recipe.max_steps is not None
         return Steps(recipe.max_steps, recipe.max_steps)
     per_epoch = num_images // recipe.batch_size
-    stages = [epochs * per_epoch for epochs in (recipe.head_epochs, recipe.epochs)]
+    stages = [round(epochs * per_epoch) for epochs in (recipe.head_epochs, recipe.epochs)]
     return Steps(*(min(steps, recipe.max_steps or steps) for steps in stages))
 
 
@@ -88,24 +88,42 @@ def plan_text(
     memory = memory_estimate(recipe, config, processes, bf16)
     largest = max(memory, key=lambda part: memory[part])
     parameters = encoder_parameters(config) / 1e6
-    frozen = f"embeddings and blocks 0-{recipe.freeze_blocks - 1}" if recipe.freeze_blocks else "nothing (position tables are never trained)"
+    frozen = (
+        f"embeddings and blocks 0-{recipe.freeze_blocks - 1}"
+        if recipe.freeze_blocks
+        else "nothing (position tables are never trained)"
+    )
     start = recipe.model or f"pre-trained first by {recipe.pretrain}"
     images = "a stream" if num_images is None else f"{num_images} images"
     micro = "" if recipe.micro_batch_size is None else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
     colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
     lines = [
-        ("start", f"{start}: {parameters:.1f} M parameters, {last + 1} blocks of width {config.hidden_size}, {rows}x{columns} patches"),
+        (
+            "start",
+            f"{start}: {parameters:.1f} M parameters, {last + 1} blocks of width {config.hidden_size}, {rows}x{columns} patches",
+        ),
         ("data", f"{recipe.dataset}: {images} to refine on, {num_eval} to evaluate on"),
-        ("heads", f"on {heads} (0-based blocks); the {recipe.pooling} token; temperature {recipe.temperature:g}; queue {recipe.queue_size}"),
+        (
+            "heads",
+            f"on {heads} (0-based blocks); the {recipe.pooling} token; temperature {recipe.temperature:g}; queue {recipe.queue_size}",
+        ),
         ("frozen", frozen),
-        ("views", f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}"),
+        (
+            "views",
+            f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}",
+        ),
         ("batch", f"{recipe.batch_size} images over {processes} process(es) on {device}, {'bf16' if bf16 else 'fp32'}{micro}"),
         ("steps", f"{steps.warmup} of head warm-up (encoder frozen) + {steps.refine} of refinement; stage: {recipe.stage}"),
-        ("memory", f"about {sum(memory.values()) / GIGA:.1f} GiB per process, most of it {largest} ({memory[largest] / GIGA:.1f})"),
-        ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, log.jsonl"),
+        (
+            "memory",
+            f"about {sum(memory.values()) / GIGA:.1f} GiB per process, most of it {largest} ({memory[largest] / GIGA:.1f})",
+        ),
+        ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, curves.png, log.jsonl"),
     ]
     if recipe.micro_batch_size is None and memory["activations"] > 0.5 * sum(memory.values()):
-        lines.append(("", "does it not fit? --micro_batch_size 32 gives the same gradients; --gradient_checkpointing helps further"))
+        lines.append(
+            ("", "does it not fit? --micro_batch_size 32 gives the same gradients; --gradient_checkpointing helps further")
+        )
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
 
 

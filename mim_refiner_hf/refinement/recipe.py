@@ -1,26 +1,18 @@
 """The recipe: every setting of a refinement, typed, documented in place, validated before any work.
 
     recipe = RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out")
-    recipe = read_recipe("mae-l16", dataset="imagenet-1k")              # training/recipes/mae-l16.yaml, one field changed
-    recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])    # what training/refine.py does
+    recipe = resolve(recipe, encoder.config, num_images=1281167)        # every None derived, everything checked
 
-The same names in YAML, Python and on the command line. The defaults are the paper's for a ViT-L/16 (Table 10). A None is derived
-from the encoder by `resolve`, which also holds every check that needs the encoder or the data.
+The same names in YAML, Python and on the command line (`recipe_files.py`). The defaults are the paper's for a ViT-L/16 (Table 10).
+A None is derived from the encoder by `resolve`, which also holds every check that needs the encoder or the data.
 """
 
-import argparse
 import dataclasses
 import math
-import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from transformers import HfArgumentParser
 
 from ..configuration_mim_refiner import MimRefinerConfig
 from .objective import LossSchedule, Swap
@@ -39,27 +31,37 @@ class RefineRecipe:
 
     recipe: str | None = _doc(None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults.")
     # ---- data
-    dataset: str = _doc("digits", "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled).")
+    dataset: str = _doc(
+        "digits", "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled)."
+    )
     dataset_config: str | None = _doc(None, "Configuration of a Hub data set.")
     split: str | None = _doc(None, "Split to train on; None: 'train', or the whole folder.")
     streaming: bool = _doc(False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full.")
-    eval_dataset: str | None = _doc(None, "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part.")
+    eval_dataset: str | None = _doc(
+        None, "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part."
+    )
     eval_split: str | None = _doc(None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on.")
     eval_fraction: float = _doc(0.1, "Share of the images held out for evaluation when neither is given; 0 for no evaluation.")
     # ---- model
     model: str | None = _doc(None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file.")
     family: str | None = _doc(None, "Family of an original file, when detection should be overruled.")
     pretrain: str | None = _doc(None, "Pre-train the starting weights first, by this pre-training recipe, on the same images.")
-    pooling: Literal["cls", "mean"] | None = _doc(None, "Token the heads read: the CLS token or the mean of the patches; None: the model's.")
+    pooling: Literal["cls", "mean"] | None = _doc(
+        None, "Token the heads read: the CLS token or the mean of the patches; None: the model's."
+    )
     # ---- heads
-    head_blocks: list[int] | None = _doc(None, "0-based blocks with a head; the last block means the encoder's output. None: the last third.")
+    head_blocks: list[int] | None = _doc(
+        None, "0-based blocks with a head; the last block means the encoder's output. None: the last third."
+    )
     num_heads: int | None = _doc(None, "Heads on the last so many blocks, instead of head_blocks.")
     projector_dim: int = _doc(2048, "Hidden width of the projectors.")
     predictor_dim: int = _doc(4096, "Hidden width of the predictors.")
     embedding_dim: int = _doc(256, "Width of projections and predictions.")
     queue_size: int = _doc(65536, "Rows of the nearest-neighbour queue of each head; at least batch_size.")
     # ---- objective
-    temperature: float | None = _doc(None, "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B).")
+    temperature: float | None = _doc(
+        None, "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B)."
+    )
     topk: int = _doc(20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest.")
     swap: Swap = _doc("positive", "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).")
     loss_schedule: LossSchedule = _doc("constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7).")
@@ -68,15 +70,17 @@ class RefineRecipe:
     global_views: int = _doc(2, "Global views per image.")
     local_views: int = _doc(10, "Local views per image.")
     global_size: int | None = _doc(None, "Side of a global view in pixels; None: the encoder's native size.")
-    local_size: int | None = _doc(None, "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224).")
+    local_size: int | None = _doc(
+        None, "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224)."
+    )
     global_scale: list[float] = _doc([0.25, 1.0], "Range of the area that a global view covers.")
     local_scale: list[float] = _doc([0.05, 0.25], "Range of the area that a local view covers.")
     colour: bool = _doc(True, "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7).")
     flip: float = _doc(0.5, "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.")
     # ---- schedule
     stage: Literal["both", "warmup", "refine"] = _doc("both", "Head warm-up, refinement, or one after the other.")
-    epochs: int = _doc(30, "Epochs of refinement.")
-    head_epochs: int = _doc(20, "Epochs of head warm-up on the frozen encoder.")
+    epochs: float = _doc(30, "Epochs of refinement.")
+    head_epochs: float = _doc(20, "Epochs of head warm-up on the frozen encoder.")
     warmup_epochs: float = _doc(4.0, "Epochs of linear learning-rate warm-up in each stage.")
     max_steps: int | None = _doc(None, "Updates per stage at most.")
     batch_size: int = _doc(1024, "Images per update, all processes together.")
@@ -88,7 +92,9 @@ class RefineRecipe:
     ema_decay: float = _doc(0.9999, "Decay of the moving average of the encoder, which is what ships.")
     seed: int = _doc(0, "Data order, views, neighbour draws and head weights are pure functions of it.")
     # ---- efficiency
-    micro_batch_size: int | None = _doc(None, "Images of one process per pass through the encoder; exact, whatever the value. None: all.")
+    micro_batch_size: int | None = _doc(
+        None, "Images of one process per pass through the encoder; exact, whatever the value. None: all."
+    )
     mixed_precision: Literal["auto", "no", "bf16"] = _doc("auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it.")
     gradient_checkpointing: bool = _doc(False, "Recompute each block in the backward pass: less memory, about 1.3x the time.")
     compile: bool = _doc(False, "torch.compile every block.")
@@ -96,7 +102,7 @@ class RefineRecipe:
     # ---- evaluation
     eval_every: int = _doc(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")
     # ---- output
-    output_dir: str = _doc("outputs/refined", "Folder of the result: model/, metrics.json, clusters.png, log.jsonl.")
+    output_dir: str = _doc("outputs/refined", "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.")
     save_every: int = _doc(500, "Steps between checkpoints; 0 for none.")
     keep: int = _doc(2, "Checkpoints kept.")
     report_to: str = _doc("tensorboard", "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.")
@@ -110,41 +116,46 @@ class RefineRecipe:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name} {_show(value)}: must be {allowed}")
-        for name in ("global_scale", "local_scale"):
-            low_high = getattr(self, name)
-            if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
-                raise ValueError(f"--{name} {_show(low_high)}: must be two numbers, 0 < low <= high <= 1")
-        if self.model is not None and self.pretrain is not None:
-            raise ValueError(f"--model {self.model} and --pretrain {self.pretrain} exclude each other: give one of them")
-        if self.model is None and self.pretrain is None:
-            raise ValueError("--model is missing: give a Hub name (facebook/vit-mae-large), a folder, or an original checkpoint file")
-        if self.head_blocks is not None and self.num_heads is not None:
-            raise ValueError(f"--head_blocks {_show(self.head_blocks)} and --num_heads {self.num_heads} exclude each other: give one of them")
-        if self.head_blocks is not None and (not self.head_blocks or sorted(set(self.head_blocks)) != self.head_blocks):
-            raise ValueError(f"--head_blocks {_show(self.head_blocks)}: must be different blocks in ascending order")
-        if self.queue_size < self.batch_size:
-            raise ValueError(f"--queue_size {self.queue_size}: must be at least --batch_size {self.batch_size}, which is enqueued every step")
-        if self.topk > self.queue_size:
-            raise ValueError(f"--topk {self.topk}: must be at most --queue_size {self.queue_size}")
-        if self.global_views + self.local_views < 2:
-            raise ValueError(f"--global_views {self.global_views} --local_views {self.local_views}: at least two views are needed")
-        if self.streaming and self.max_steps is None:
-            raise ValueError("--streaming: a stream has no length; say with --max_steps how many updates each stage has")
-        for flag, epochs in (("epochs", self.epochs), ("head_epochs", self.head_epochs)):
-            if self.max_steps is None and self.warmup_epochs >= epochs:
-                raise ValueError(f"--warmup_epochs {self.warmup_epochs}: must be less than --{flag} {epochs}")
-        if self.stage == "warmup" and self.save_every == 0:
-            raise ValueError("--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out")
-        if self.push_to_hub is not None and len([part for part in self.push_to_hub.split("/") if part]) != 2:
-            raise ValueError(f"--push_to_hub {self.push_to_hub}: must be user/name")
-        unknown = set(self.loggers) - {"tensorboard", "wandb", "trackio"}
-        if unknown:
-            raise ValueError(f"--report_to {self.report_to}: allowed are tensorboard, wandb, trackio (comma-separated), or none")
+        for problem in _contradictions(self):
+            raise ValueError(problem)
 
     @property
     def loggers(self) -> list[str]:
         """The names in `report_to`."""
         return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
+
+
+def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
+    """What is wrong between fields, one sentence each: flag, value, what is allowed."""
+    for name, (low, *high) in (("global_scale", recipe.global_scale or [0]), ("local_scale", recipe.local_scale or [0])):
+        if len(high) != 1 or not 0 < low <= high[0] <= 1:
+            yield f"--{name} {_show([low, *high])}: must be two numbers, 0 < low <= high <= 1"
+    if recipe.model is not None and recipe.pretrain is not None:
+        yield f"--model {recipe.model} and --pretrain {recipe.pretrain} exclude each other: give one of them"
+    if recipe.model is None and recipe.pretrain is None:
+        yield "--model is missing: give a Hub name (facebook/vit-mae-large), a folder, or an original checkpoint file"
+    blocks = recipe.head_blocks
+    if blocks is not None and recipe.num_heads is not None:
+        yield f"--head_blocks {_show(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
+    if blocks is not None and (not blocks or sorted(set(blocks)) != blocks):
+        yield f"--head_blocks {_show(blocks)}: must be different blocks in ascending order"
+    if recipe.queue_size < recipe.batch_size:
+        yield f"--queue_size {recipe.queue_size}: must be at least --batch_size {recipe.batch_size}, which is enqueued every step"
+    if recipe.topk > recipe.queue_size:
+        yield f"--topk {recipe.topk}: must be at most --queue_size {recipe.queue_size}"
+    if recipe.global_views + recipe.local_views < 2:
+        yield f"--global_views {recipe.global_views} --local_views {recipe.local_views}: at least two views are needed"
+    if recipe.streaming and recipe.max_steps is None:
+        yield "--streaming: a stream has no length; say with --max_steps how many updates each stage has"
+    for flag, epochs in (("epochs", recipe.epochs), ("head_epochs", recipe.head_epochs)):
+        if recipe.max_steps is None and recipe.warmup_epochs >= epochs:
+            yield f"--warmup_epochs {recipe.warmup_epochs}: must be less than --{flag} {epochs}"
+    if recipe.stage == "warmup" and recipe.save_every == 0:
+        yield "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out"
+    if recipe.push_to_hub is not None and len([part for part in recipe.push_to_hub.split("/") if part]) != 2:
+        yield f"--push_to_hub {recipe.push_to_hub}: must be user/name"
+    if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
+        yield f"--report_to {recipe.report_to}: allowed are tensorboard, wandb, trackio (comma-separated), or none"
 
 
 def _show(value: Any) -> str:
@@ -181,6 +192,10 @@ def _positive() -> tuple[Callable[[Any], bool], str]:
     return lambda value: 0 < value < math.inf, "a number greater than 0"
 
 
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
 def _share(open_end: bool = False) -> tuple[Callable[[Any], bool], str]:
     if open_end:
         return lambda value: 0 <= value < 1, "at least 0 and less than 1"
@@ -202,8 +217,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "global_size": _at_least(1),
     "local_size": _at_least(1),
     "flip": _share(),
-    "epochs": _at_least(1),
-    "head_epochs": _at_least(1),
+    "epochs": _positive(),
+    "head_epochs": _positive(),
     "warmup_epochs": _at_least(0),
     "max_steps": _at_least(1),
     "batch_size": _at_least(2),
@@ -220,20 +235,14 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_every": _at_least(0),
     "keep": _at_least(1),
     "log_every": _at_least(1),
-    **{
-        name: (lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
-        for name, choices in (
-            ("pooling", ("cls", "mean")),
-            ("swap", ("positive", "all", "none")),
-            ("loss_schedule", ("constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot")),
-            ("stage", ("both", "warmup", "refine")),
-            ("mixed_precision", ("auto", "no", "bf16")),
-        )
-    },
+    "pooling": _one_of("cls", "mean"),
+    "swap": _one_of(*get_args(Swap)),
+    "loss_schedule": _one_of(*get_args(LossSchedule)),
+    "stage": _one_of("both", "warmup", "refine"),
+    "mixed_precision": _one_of("auto", "no", "bf16"),
 }
 
 
-DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
 """What belongs to a recipe's own data set, and says nothing about another one."""
 
 
@@ -262,9 +271,13 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     if blocks[0] < 0 or blocks[-1] >= layers:
         raise ValueError(f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}")
     if recipe.freeze_blocks >= layers:
-        raise ValueError(f"--freeze_blocks {recipe.freeze_blocks}: the encoder has {layers} blocks, at least one must be trained")
+        raise ValueError(
+            f"--freeze_blocks {recipe.freeze_blocks}: the encoder has {layers} blocks, at least one must be trained"
+        )
     if recipe.freeze_blocks > blocks[0]:
-        raise ValueError(f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}")
+        raise ValueError(
+            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
+        )
     if recipe.pooling == "cls" and not config.use_cls_token:
         raise ValueError("--pooling cls: the encoder has no CLS token; use mean")
     global_size = recipe.global_size or config.image_hw[0]
@@ -278,7 +291,9 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     if recipe.batch_size % world_size:
         raise ValueError(f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes")
     if recipe.micro_batch_size is not None and recipe.micro_batch_size > recipe.batch_size // world_size:
-        raise ValueError(f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process")
+        raise ValueError(
+            f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process"
+        )
     width = config.hidden_size
     return dataclasses.replace(
         recipe,
@@ -291,72 +306,4 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     )
 
 
-def recipe_file(name: str, flag: str = "recipe") -> Path:
-    """The YAML file of a recipe: a path, or a name in `training/recipes/` (shipped with the package as `mim_refiner_hf.recipes`)."""
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--{flag} {name}: no such file")
-        return Path(name)
-    folders = [Path(__file__).parents[2] / "training" / "recipes", Path(str(resources.files("mim_refiner_hf"))) / "recipes"]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise FileNotFoundError(f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file")
-    return folder / f"{name}.yaml"
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for text; here it is the number that it is on the command line."""
-
-
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-
-
-def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
-    """The fields of a YAML recipe, checked against the dataclass `kind`; `flag` is what asked for it, for messages."""
-    path = recipe_file(name, flag)
-    try:
-        values = yaml.load(path.read_text(), _YamlLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
-    if unknown := sorted(map(str, set(values) - {f.name for f in dataclasses.fields(kind)})):
-        raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
-    return values
-
-
-def _defaults(name: str, dataset: str | None) -> dict[str, Any]:
-    """The fields of the recipe `name`, without those that say where its own data lie if `dataset` replaces it."""
-    values = {"recipe": name, **read_fields(name, RefineRecipe)}
-    replaced = dataset is not None and dataset != values.get("dataset")
-    return {key: value for key, value in values.items() if not (replaced and key in DATA_FIELDS)}
-
-
-def read_recipe(name: str, **changes: Any) -> RefineRecipe:
-    """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over."""
-    return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
-
-
-def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
-    """The recipe a command line asks for: flags over the YAML of `--recipe`; neither recipe, model nor data: the quickstart.
-
-    Raises:
-        SystemExit: code 2, after one line that names flag, value and what is allowed.
-    """
-    usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
-    parser = HfArgumentParser(RefineRecipe, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
-    for flag in ("--recipe", "--model", "--pretrain", "--dataset"):
-        first.add_argument(flag)
-    start = first.parse_known_args(arguments)[0]
-    name = start.recipe if any(vars(start).values()) else "quickstart"
-    try:
-        if name is not None:
-            parser.set_defaults(**_defaults(name, start.dataset))
-        return RefineRecipe(**vars(parser.parse_args(arguments)))
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "parse_recipe", "read_fields", "read_recipe", "recipe_file", "resolve"]
+__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "resolve"]

@@ -179,14 +179,14 @@ class Refiner(nn.Module):
         settings = {"topk": topk, "draw": draw, "head_weights": head_weights}
         if train_encoder and micro_batch_size is None:
             result = self.align(self.encode_views(views), sample_index, labels, **settings)  # type: ignore[arg-type]
-            result.loss.backward()  # type: ignore[no-untyped-call]
+            result.loss.backward()
             return result
         micro = len(sample_index) if micro_batch_size is None else micro_batch_size
         with torch.no_grad():
             features = torch.cat([self.encode(part) for part in self._micro_batches(views, micro)], dim=1)
         features.requires_grad_(train_encoder)
         result = self.align(features, sample_index, labels, **settings)  # type: ignore[arg-type]
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        result.loss.backward()
         if train_encoder:
             gradient, done = features.grad, 0
             assert gradient is not None

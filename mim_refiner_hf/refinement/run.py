@@ -4,7 +4,7 @@
     result.encoder, result.metrics["after"]["knn_accuracy"]
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is trained. The output folder holds
-`recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png` and `log.jsonl` at the end.
+`recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at the end.
 """
 
 import dataclasses
@@ -22,18 +22,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ..checkpointing import Checkpoint, load_latest, write_json
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import load_encoder
 from ..conversion.load import image_processor
 from ..data import ImageDataset, ImageStream, hold_out, open_images, open_stream
-from ..distributed import several_on_the_cpu, use_all_cores
-from ..evaluation.report import Evaluation, comparison_table, draw_clusters, evaluate_encoder
+from ..distributed import several_on_the_cpu
+from ..evaluation.pictures import draw_clusters, draw_curves
+from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
 from .plan import Steps, count_steps, plan_text
-from .recipe import RefineRecipe, read_fields, resolve
+from .recipe import RefineRecipe, resolve
+from .recipe_files import read_fields
 from .tracking import trackers
 from .trainer import Trainer
 
@@ -41,8 +44,21 @@ logger = logging.getLogger(__name__)
 
 # Fields that may differ when a run is continued: they say where and how it runs, not what is computed.
 FREE_FIELDS = frozenset(
-    ("recipe", "output_dir", "stage", "num_workers", "micro_batch_size", "compile", "gradient_checkpointing")
-    + ("report_to", "log_every", "save_every", "keep", "push_to_hub", "dry_run")
+    [
+        "recipe",
+        "output_dir",
+        "stage",
+        "num_workers",
+        "micro_batch_size",
+        "compile",
+        "gradient_checkpointing",
+        "report_to",
+        "log_every",
+        "save_every",
+        "keep",
+        "push_to_hub",
+        "dry_run",
+    ]
 )
 PROTOCOL = {
     "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
@@ -99,7 +115,7 @@ def run(recipe: RefineRecipe) -> RunResult | None:
         cpu=several_on_the_cpu(),
         mixed_precision="bf16" if bf16 else "no",
         log_with=trackers(output, recipe.loggers, start_step),
-        project_dir=output,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
     )
     if accelerator.is_main_process:
         print(_plan(prepared, accelerator, bf16), flush=True)
@@ -119,6 +135,7 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     """Open data and weights, fill in the recipe, and check it against both and against the output folder."""
     images, eval_images = open_data(recipe, num_channels=3)
     pretraining = encoder = None
+    processor: Any
     if recipe.pretrain is not None:
         pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed})
         config = pretraining.encoder_config()
@@ -138,11 +155,15 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     if pretraining is not None and num_images is None:
         raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
     if pretraining is not None and num_images is not None and pretraining.batch_size > num_images:
-        raise ValueError(f"--pretrain {recipe.pretrain}: its batch_size {pretraining.batch_size} exceeds the {num_images} images")
+        raise ValueError(
+            f"--pretrain {recipe.pretrain}: its batch_size {pretraining.batch_size} exceeds the {num_images} images"
+        )
     check_output(Path(recipe.output_dir), recipe)
     found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
     if recipe.stage == "refine" and not recipe.dry_run and (found is None or found.step < steps.warmup):
-        raise ValueError(f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both")
+        raise ValueError(
+            f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
+        )
     return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found)
 
 
@@ -153,7 +174,7 @@ def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | I
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
         same = recipe.eval_dataset in (None, recipe.dataset)
         eval_where = where if same else {"num_channels": num_channels}
-        evaluate = open_images(recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where)  # type: ignore[arg-type]
+        evaluate = open_images(recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where)
     if recipe.streaming:
         return open_stream(recipe.dataset, split=recipe.split, **where), evaluate  # type: ignore[arg-type]
     images = open_images(recipe.dataset, split=recipe.split, **where)  # type: ignore[arg-type]
@@ -182,11 +203,15 @@ def check_output(output: Path, recipe: RefineRecipe) -> None:
     try:
         old, new = dict(json.loads(saved.read_text())), dataclasses.asdict(recipe)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--output_dir {output}: its recipe.json cannot be read ({error}); name another folder or remove it") from error
+        raise ValueError(
+            f"--output_dir {output}: its recipe.json cannot be read ({error}); name another folder or remove it"
+        ) from error
     differing = [key for key in new if key not in FREE_FIELDS and old.get(key) != new[key]]
     if differing:
         changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in differing)
-        raise ValueError(f"--output_dir {output}: holds a run of another recipe ({changes}); choose another folder or remove it")
+        raise ValueError(
+            f"--output_dir {output}: holds a run of another recipe ({changes}); choose another folder or remove it"
+        )
 
 
 def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
@@ -211,8 +236,6 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     """The run itself, on every process; files are written by the main one."""
     recipe, steps, found = prepared.recipe, prepared.steps, prepared.found
     began = time.perf_counter()
-    if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
     workers = _num_workers(recipe, accelerator)
     earlier = {} if found is None else dict(found.state["seconds"])
     encoder = prepared.encoder
@@ -255,6 +278,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         write_json(Path(recipe.output_dir) / "metrics.json", metrics)
         if measured is not None and prepared.eval_images is not None:
             draw_clusters(prepared.eval_images, measured, Path(recipe.output_dir) / "clusters.png")
+        draw_curves(Path(recipe.output_dir) / "log.jsonl", before, after, Path(recipe.output_dir) / "curves.png")
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
     return RunResult(trainer.average, processor, metrics, Path(recipe.output_dir))
@@ -272,8 +296,14 @@ def describe(
     """The contents of metrics.json: what was measured, and everything needed to get it again."""
     recipe, evaluated = prepared.recipe, prepared.eval_images
     packages = ("mim_refiner_hf", "torch", "torchvision", "transformers", "accelerate", "datasets", "pillow", "scikit-learn")
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    device = (
+        torch.cuda.get_device_name()
+        if accelerator.device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    )
     launched = "accelerate launch" if any(name.startswith("ACCELERATE_") for name in os.environ) else "python"
+    if accelerator.num_processes > 1:
+        launched += f"{' --cpu' if accelerator.device.type == 'cpu' else ''} --num_processes {accelerator.num_processes}"
     return {
         "before": before,
         "after": after,

@@ -1,8 +1,8 @@
 """Where a run's numbers go: `log.jsonl` always, TensorBoard, W&B or Trackio by `--report_to`, all through Accelerate.
 
-    accelerator = Accelerator(log_with=trackers(Path("out"), ["tensorboard"], start_step=0), project_dir="out")
-    accelerator.init_trackers("mim-refiner")
-    accelerator.log({"loss": 1.2, "block22/loss": 0.6}, step=10)
+accelerator = Accelerator(log_with=trackers(Path("out"), ["tensorboard"], start_step=0), project_dir="out")
+accelerator.init_trackers("mim-refiner")
+accelerator.log({"loss": 1.2, "block22/loss": 0.6}, step=10)
 """
 
 import json

@@ -61,6 +61,7 @@ class Trainer:
     num_workers: int
     bf16: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    broken_images: int = 0  # read in vain by this process so far, and replaced by the next
 
     def __post_init__(self) -> None:
         recipe, config = self.recipe, self.encoder.config
@@ -106,6 +107,7 @@ class Trainer:
             if step == self.steps.warmup:
                 self.optimizer = self._optimizer(step)
             result = self.update(step, batch)
+            self.broken_images += int(batch["skipped"].sum())
             done, stage = step + 1, self.stage(step)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
             progress.update()
@@ -128,7 +130,9 @@ class Trainer:
         refining = step >= self.steps.warmup
         self.refiner.train(True)
         self.encoder.train(refining)
-        views = [normalise(batch[key].to(device, non_blocking=True), self.mean, self.std) for key in ("global_views", "local_views")]
+        views = [
+            normalise(batch[key].to(device, non_blocking=True), self.mean, self.std) for key in ("global_views", "local_views")
+        ]
         index = batch["index"].to(device)
         topk = recipe.topk if refining else 1
         draw = neighbour_draw(recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index))
@@ -218,6 +222,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": self._learning_rate(step),
             "images_per_second": self.recipe.batch_size / step_seconds,
+            "broken_images": self.broken_images,
             "seconds_left": (progress.total - step - 1) * step_seconds,
         }
         short = ("loss", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
@@ -225,7 +230,9 @@ class Trainer:
             for head, value in zip(self.refiner.head_names, row, strict=True):
                 if value == value:  # not nan: without labels there is no neighbour accuracy
                     values[f"{head}/{key}"] = value
-        progress.set_description(f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}", refresh=False)
+        progress.set_description(
+            f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}", refresh=False
+        )
         self.accelerator.log(values, step=step + 1)
 
     # ---- what it keeps

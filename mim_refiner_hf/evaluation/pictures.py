@@ -1,0 +1,136 @@
+"""Pictures of a run: the groups (`clusters.png`), and how it got there (`curves.png`).
+
+draw_clusters(eval_images, evaluation, Path("out/clusters.png"))
+draw_curves(Path("out/log.jsonl"), before, after, Path("out/curves.png"))
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .report import Evaluation
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
+
+MAX_ROWS, TILES, TILE = 50, 14, 64  # of the groups: rows, images per row, pixels per image
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A square tile: the centre of a photo, or a small image enlarged with its pixels left sharp."""
+    resample = Image.Resampling.NEAREST if max(image.size) < TILE else Image.Resampling.LANCZOS
+    return ImageOps.fit(image.convert("RGB"), (TILE, TILE), method=resample)
+
+
+def group_strip(images: "ImageDataset", members: NDArray[np.int64]) -> Image.Image:
+    """The first images of a group side by side, on white."""
+    strip = Image.new("RGB", (TILES * (TILE + 2) - 2, TILE), "white")
+    for column, index in enumerate(members[:TILES]):
+        strip.paste(thumbnail(images[int(index)].image), (column * (TILE + 2), 0))
+    return strip
+
+
+def group_caption(images: "ImageDataset", labels: Tensor | None, members: NDArray[np.int64]) -> str:
+    """Size of a group and, with labels, its most frequent class and that class's share."""
+    size = f"{len(members)} image{'s' if len(members) > 1 else ''}"
+    if labels is None:
+        return size
+    counts = np.bincount(labels.numpy()[members])
+    label = int(counts.argmax())
+    name = str(images.class_names[label]) if images.class_names else str(label)
+    name = name if len(name) <= 18 else name[:17] + "…"
+    return f"{name}: {100 * counts[label] / len(members):.0f} %\n{size}"
+
+
+def draw_row(axes: Axes, strip: Image.Image, caption: str) -> None:
+    """One group: its images, the caption to their left."""
+    axes.imshow(np.asarray(strip), interpolation="nearest")
+    axes.set_axis_off()
+    axes.text(-10, TILE / 2, caption, ha="right", va="center", fontsize=9, linespacing=1.4, parse_math=False)
+
+
+def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
+    """Draw the groups as a PNG: a row per group, largest first, its images nearest to the centre first.
+
+    Beside a row stand the group's size and, where labels exist, its majority class and that class's share. Of more than 50
+    groups the 50 largest are drawn. The file appears whole or not at all.
+    """
+    groups, labels = evaluation.groups, evaluation.features.labels
+    points = F.normalize(evaluation.features.features, dim=1).numpy()
+    distance = np.linalg.norm(points - groups.centroids[groups.assignments], axis=1)  # (N,)
+    order = np.argsort(distance, kind="stable")
+    ids, sizes = np.unique(groups.assignments, return_counts=True)
+    shown = ids[np.argsort(-sizes, kind="stable")][:MAX_ROWS]
+    title = f"{eval_images.name}: {len(points)} images in {len(ids)} groups"
+    if len(shown) < len(ids):
+        title += f" ({len(shown)} largest shown)"
+    if labels is None:
+        title += "\nno labels: the number of groups is a rule of thumb, sqrt(n / 2) up to 20"
+    else:
+        title += "\nnearest to the group's centre first; left: most frequent class and its share of the group"
+    height = 0.62 * len(shown) + 0.75
+    figure = Figure(figsize=(10.5, height), dpi=110)
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.17, right=0.99, top=1 - 0.62 / height, bottom=0.08 / height, hspace=0.1)
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top", parse_math=False)
+    for axes, group in zip(rows, shown, strict=True):
+        members = order[groups.assignments[order] == group]
+        draw_row(axes, group_strip(eval_images, members), group_caption(eval_images, labels, members))
+    save_figure(figure, path)
+
+
+def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, path: Path) -> None:
+    """Draw a run as a PNG: loss per head, what the nearest neighbours are like per head, and k-NN accuracy per block.
+
+    Args:
+        log: `log.jsonl` of the run.
+        before, after: metrics of the two evaluations; without `knn_per_block` the third panel is left out.
+    """
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    heads = [key.removesuffix("/loss") for key in (lines[-1] if lines else {}) if key.endswith("/loss")]
+    labelled = any(f"{head}/neighbour_accuracy" in line for head in heads for line in lines)
+    neighbours = "neighbour_accuracy" if labelled else "neighbour_similarity"
+    profiles = [
+        (name, metrics["knn_per_block"])
+        for name, metrics in (("before", before), ("after", after))
+        if metrics and "knn_per_block" in metrics
+    ]
+    figure = Figure(figsize=(4.4 * (3 if profiles else 2), 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if profiles else 2, squeeze=False)[0]
+    for axes, key, title in (
+        (panels[0], "loss", "loss per head"),
+        (panels[1], neighbours, f"{neighbours.replace('_', ' ')} per head"),
+    ):
+        for head in heads:
+            points = [(line["step"], line[f"{head}/{key}"]) for line in lines if f"{head}/{key}" in line]
+            axes.plot(*zip(*points, strict=True), label=head, linewidth=1.2)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize=7)
+    for name, profile in profiles:
+        panels[2].plot(range(len(profile)), [100 * value for value in profile], marker="o", label=name)
+        panels[2].set(title="k-NN accuracy per block (%)", xlabel="block (0-based, raw output)")
+        panels[2].legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG that appears whole or not at all."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+__all__ = ["draw_clusters", "draw_curves"]

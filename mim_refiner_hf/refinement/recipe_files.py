@@ -1,0 +1,94 @@
+"""Recipes from files and command lines: `training/recipes/*.yaml`, flags over them, and what no arguments mean.
+
+recipe = read_recipe("mae-l16", dataset="my_images/")               # training/recipes/mae-l16.yaml, one field changed
+recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])    # what training/refine.py does
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .recipe import RefineRecipe
+
+# Fields of a recipe that say where its own data lie; another --dataset makes them void.
+DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
+
+
+def recipe_file(name: str, flag: str = "recipe") -> Path:
+    """The YAML file of a recipe: a path, or a name in `training/recipes/` (shipped with the package as `mim_refiner_hf.recipes`)."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--{flag} {name}: no such file")
+        return Path(name)
+    folders = [Path(__file__).parents[2] / "training" / "recipes", Path(str(resources.files("mim_refiner_hf"))) / "recipes"]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    if not (folder / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise FileNotFoundError(f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file")
+    return folder / f"{name}.yaml"
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for text; here it is the number that it is on the command line."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
+    """The fields of a YAML recipe, checked against the dataclass `kind`; `flag` is what asked for it, for messages."""
+    path = recipe_file(name, flag)
+    try:
+        values = yaml.load(path.read_text(), _YamlLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
+    if unknown := sorted(map(str, set(values) - {f.name for f in dataclasses.fields(kind)})):
+        raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
+    return values
+
+
+def _defaults(name: str, dataset: str | None) -> dict[str, Any]:
+    """The fields of the recipe `name`, without those that say where its own data lie if `dataset` replaces it."""
+    values = {"recipe": name, **read_fields(name, RefineRecipe)}
+    replaced = dataset is not None and dataset != values.get("dataset")
+    return {key: value for key, value in values.items() if not (replaced and key in DATA_FIELDS)}
+
+
+def read_recipe(name: str, **changes: Any) -> RefineRecipe:
+    """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over."""
+    return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
+
+
+def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
+    """The recipe a command line asks for: flags over the YAML of `--recipe`; neither recipe, model nor data: the quickstart.
+
+    Raises:
+        SystemExit: code 2, after one line that names flag, value and what is allowed.
+    """
+    usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
+    parser = HfArgumentParser(RefineRecipe, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
+    for flag in ("--recipe", "--model", "--pretrain", "--dataset"):
+        first.add_argument(flag)
+    start = first.parse_known_args(arguments)[0]
+    name = start.recipe if any(vars(start).values()) else "quickstart"
+    try:
+        if name is not None:
+            parser.set_defaults(**_defaults(name, start.dataset))
+        return RefineRecipe(**vars(parser.parse_args(arguments)))
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+__all__ = ["parse_recipe", "read_fields", "read_recipe", "recipe_file"]
