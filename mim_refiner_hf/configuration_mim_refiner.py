@@ -51,7 +51,7 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             as the paper evaluates (MIM-Refiner, Sec. 5.2).
 
     Raises:
-        ValueError: for settings that contradict each other; the message names the field, its value and what is allowed.
+        StrictDataclassError (huggingface_hub): for a setting that is not allowed or contradicts another; it names field and value.
     """
 
     model_type = "mim_refiner"

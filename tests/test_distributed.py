@@ -139,9 +139,9 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    # --cpu would start one process and say nothing; --multi_gpu without a GPU starts two that talk over gloo
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    # accelerate itself starts only one process then; ours are started by `distributed.launch_processes`
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
         [*launch, str(REPOSITORY / "training/refine.py"), *words, "--output_dir", str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -24,7 +24,7 @@ from ..data import BatchSampler, ImageDataset
 from ..distributed import average_gradients, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, sincos_position_table
 from ..optimization import encoder_groups, freeze, learning_rate, set_learning_rate
-from ..refinement.recipe import check_types
+from ..refinement.recipe import check_types, documented
 from ..refinement.views import MultiCrop, ViewDataset, normalise, view_specs
 
 logger = logging.getLogger(__name__)
@@ -34,24 +34,24 @@ logger = logging.getLogger(__name__)
 class PretrainRecipe:
     """Shape of the encoder and of the training; the defaults are MAE's for a ViT-B/16. Raises ValueError as RefineRecipe does."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    decoder_size: int = 512
-    decoder_layers: int = 8
-    decoder_attention_heads: int = 16
-    mask_ratio: float = 0.75
-    scale: float = 0.2  # smallest share of the image's area in a crop
-    flip: float = 0.5
-    epochs: int = 800
-    warmup_epochs: float = 40.0
-    batch_size: int = 4096  # all processes together
-    learning_rate: float = 1.5e-4  # times batch_size / 256
-    weight_decay: float = 0.05
-    seed: int = 0
+    image_size: int = documented(224, "Side of the square input in pixels.")
+    patch_size: int = documented(16, "Side of a patch; must divide image_size.")
+    num_channels: int = documented(3, "3 for RGB, 1 for greyscale.")
+    hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
+    num_hidden_layers: int = documented(12, "Blocks of the encoder.")
+    num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
+    decoder_size: int = documented(512, "Width of the decoder, which is thrown away.")
+    decoder_layers: int = documented(8, "Blocks of the decoder.")
+    decoder_attention_heads: int = documented(16, "Attention heads per block of the decoder.")
+    mask_ratio: float = documented(0.75, "Share of the patches taken away.")
+    scale: float = documented(0.2, "Smallest share of the image's area in a crop.")
+    flip: float = documented(0.5, "Probability of a horizontal flip.")
+    epochs: int = documented(800, "Epochs.")
+    warmup_epochs: float = documented(40.0, "Epochs of linear learning-rate warm-up.")
+    batch_size: int = documented(4096, "Images per update, all processes together.")
+    learning_rate: float = documented(1.5e-4, "Base learning rate; times batch_size / 256.")
+    weight_decay: float = documented(0.05, "Weight decay.")
+    seed: int = documented(0, "Weights, order, crops and masks are pure functions of it.")
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -18,7 +18,7 @@ from ..configuration_mim_refiner import MimRefinerConfig
 from .objective import LossSchedule, Swap
 
 
-def _doc(default: Any, text: str) -> Any:
+def documented(default: Any, text: str) -> Any:
     """A dataclass field with its documentation; lists become factories."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
@@ -29,86 +29,102 @@ def _doc(default: Any, text: str) -> Any:
 class RefineRecipe:
     """All settings of a refinement. Raises ValueError at construction: which flag, which value, what is allowed."""
 
-    recipe: str | None = _doc(None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults.")
+    recipe: str | None = documented(None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults.")
     # ---- data
-    dataset: str = _doc(
+    dataset: str = documented(
         "digits", "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled)."
     )
-    dataset_config: str | None = _doc(None, "Configuration of a Hub data set.")
-    split: str | None = _doc(None, "Split to train on; None: 'train', or the whole folder.")
-    streaming: bool = _doc(False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full.")
-    eval_dataset: str | None = _doc(
+    dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
+    split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
+    streaming: bool = documented(False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full.")
+    eval_dataset: str | None = documented(
         None, "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part."
     )
-    eval_split: str | None = _doc(None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on.")
-    eval_fraction: float = _doc(0.1, "Share of the images held out for evaluation when neither is given; 0 for no evaluation.")
+    eval_split: str | None = documented(None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on.")
+    eval_fraction: float = documented(
+        0.1, "Share of the images held out for evaluation when neither is given; 0 for no evaluation."
+    )
     # ---- model
-    model: str | None = _doc(None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file.")
-    family: str | None = _doc(None, "Family of an original file, when detection should be overruled.")
-    pretrain: str | None = _doc(None, "Pre-train the starting weights first, by this pre-training recipe, on the same images.")
-    pooling: Literal["cls", "mean"] | None = _doc(
+    model: str | None = documented(None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file.")
+    family: str | None = documented(None, "Family of an original file, when detection should be overruled.")
+    pretrain: str | None = documented(
+        None, "Pre-train the starting weights first, by this pre-training recipe, on the same images."
+    )
+    pooling: Literal["cls", "mean"] | None = documented(
         None, "Token the heads read: the CLS token or the mean of the patches; None: the model's."
     )
     # ---- heads
-    head_blocks: list[int] | None = _doc(
+    head_blocks: list[int] | None = documented(
         None, "0-based blocks with a head; the last block means the encoder's output. None: the last third."
     )
-    num_heads: int | None = _doc(None, "Heads on the last so many blocks, instead of head_blocks.")
-    projector_dim: int = _doc(2048, "Hidden width of the projectors.")
-    predictor_dim: int = _doc(4096, "Hidden width of the predictors.")
-    embedding_dim: int = _doc(256, "Width of projections and predictions.")
-    queue_size: int = _doc(65536, "Rows of the nearest-neighbour queue of each head; at least batch_size.")
+    num_heads: int | None = documented(None, "Heads on the last so many blocks, instead of head_blocks.")
+    projector_dim: int = documented(2048, "Hidden width of the projectors.")
+    predictor_dim: int = documented(4096, "Hidden width of the predictors.")
+    embedding_dim: int = documented(256, "Width of projections and predictions.")
+    queue_size: int = documented(65536, "Rows of the nearest-neighbour queue of each head; at least batch_size.")
     # ---- objective
-    temperature: float | None = _doc(
+    temperature: float | None = documented(
         None, "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B)."
     )
-    topk: int = _doc(20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest.")
-    swap: Swap = _doc("positive", "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).")
-    loss_schedule: LossSchedule = _doc("constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7).")
-    freeze_blocks: int = _doc(0, "Keep the embeddings and the first so many blocks as they are.")
+    topk: int = documented(20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest.")
+    swap: Swap = documented("positive", "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).")
+    loss_schedule: LossSchedule = documented(
+        "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
+    )
+    freeze_blocks: int = documented(0, "Keep the embeddings and the first so many blocks as they are.")
     # ---- views
-    global_views: int = _doc(2, "Global views per image.")
-    local_views: int = _doc(10, "Local views per image.")
-    global_size: int | None = _doc(None, "Side of a global view in pixels; None: the encoder's native size.")
-    local_size: int | None = _doc(
+    global_views: int = documented(2, "Global views per image.")
+    local_views: int = documented(10, "Local views per image.")
+    global_size: int | None = documented(None, "Side of a global view in pixels; None: the encoder's native size.")
+    local_size: int | None = documented(
         None, "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224)."
     )
-    global_scale: list[float] = _doc([0.25, 1.0], "Range of the area that a global view covers.")
-    local_scale: list[float] = _doc([0.05, 0.25], "Range of the area that a local view covers.")
-    colour: bool = _doc(True, "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7).")
-    flip: float = _doc(0.5, "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.")
+    global_scale: list[float] = documented([0.25, 1.0], "Range of the area that a global view covers.")
+    local_scale: list[float] = documented([0.05, 0.25], "Range of the area that a local view covers.")
+    colour: bool = documented(
+        True, "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7)."
+    )
+    flip: float = documented(0.5, "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.")
     # ---- schedule
-    stage: Literal["both", "warmup", "refine"] = _doc("both", "Head warm-up, refinement, or one after the other.")
-    epochs: float = _doc(30, "Epochs of refinement.")
-    head_epochs: float = _doc(20, "Epochs of head warm-up on the frozen encoder.")
-    warmup_epochs: float = _doc(4.0, "Epochs of linear learning-rate warm-up in each stage.")
-    max_steps: int | None = _doc(None, "Updates per stage at most.")
-    batch_size: int = _doc(1024, "Images per update, all processes together.")
-    learning_rate: float = _doc(4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256.")
-    head_learning_rate: float = _doc(2e-4, "Base learning rate of the head warm-up; times batch_size / 256.")
-    layer_decay: float = _doc(0.65, "Layer-wise learning-rate decay of the encoder.")
-    weight_decay: float = _doc(0.05, "Weight decay of the encoder.")
-    head_weight_decay: float = _doc(1e-5, "Weight decay of the heads.")
-    ema_decay: float = _doc(0.9999, "Decay of the moving average of the encoder, which is what ships.")
-    seed: int = _doc(0, "Data order, views, neighbour draws and head weights are pure functions of it.")
+    stage: Literal["both", "warmup", "refine"] = documented("both", "Head warm-up, refinement, or one after the other.")
+    epochs: float = documented(30, "Epochs of refinement.")
+    head_epochs: float = documented(20, "Epochs of head warm-up on the frozen encoder.")
+    warmup_epochs: float = documented(4.0, "Epochs of linear learning-rate warm-up in each stage.")
+    max_steps: int | None = documented(None, "Updates per stage at most.")
+    batch_size: int = documented(1024, "Images per update, all processes together.")
+    learning_rate: float = documented(4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256.")
+    head_learning_rate: float = documented(2e-4, "Base learning rate of the head warm-up; times batch_size / 256.")
+    layer_decay: float = documented(0.65, "Layer-wise learning-rate decay of the encoder.")
+    weight_decay: float = documented(0.05, "Weight decay of the encoder.")
+    head_weight_decay: float = documented(1e-5, "Weight decay of the heads.")
+    ema_decay: float = documented(0.9999, "Decay of the moving average of the encoder, which is what ships.")
+    seed: int = documented(0, "Data order, views, neighbour draws and head weights are pure functions of it.")
     # ---- efficiency
-    micro_batch_size: int | None = _doc(
+    micro_batch_size: int | None = documented(
         None, "Images of one process per pass through the encoder; exact, whatever the value. None: all."
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = _doc("auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it.")
-    gradient_checkpointing: bool = _doc(False, "Recompute each block in the backward pass: less memory, about 1.3x the time.")
-    compile: bool = _doc(False, "torch.compile every block.")
-    num_workers: int | None = _doc(None, "Data-loading workers per process; None: one per core and process, at most 16.")
+    mixed_precision: Literal["auto", "no", "bf16"] = documented(
+        "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
+    )
+    gradient_checkpointing: bool = documented(
+        False, "Recompute each block in the backward pass: less memory, about 1.3x the time."
+    )
+    compile: bool = documented(False, "torch.compile every block.")
+    num_workers: int | None = documented(None, "Data-loading workers per process; None: one per core and process, at most 16.")
     # ---- evaluation
-    eval_every: int = _doc(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")
+    eval_every: int = documented(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")
     # ---- output
-    output_dir: str = _doc("outputs/refined", "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.")
-    save_every: int = _doc(500, "Steps between checkpoints; 0 for none.")
-    keep: int = _doc(2, "Checkpoints kept.")
-    report_to: str = _doc("tensorboard", "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.")
-    log_every: int = _doc(10, "Steps between lines in the log.")
-    push_to_hub: str | None = _doc(None, "Publish the result under this name, user/name.")
-    dry_run: bool = _doc(False, "Print the plan and stop.")
+    output_dir: str = documented(
+        "outputs/refined", "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl."
+    )
+    save_every: int = documented(500, "Steps between checkpoints; 0 for none.")
+    keep: int = documented(2, "Checkpoints kept.")
+    report_to: str = documented(
+        "tensorboard", "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none."
+    )
+    log_every: int = documented(10, "Steps between lines in the log.")
+    push_to_hub: str | None = documented(None, "Publish the result under this name, user/name.")
+    dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -306,4 +322,4 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     )
 
 
-__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "resolve"]
+__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "documented", "resolve"]
