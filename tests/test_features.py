@@ -20,6 +20,7 @@ from mim_refiner_hf.evaluation import (
     extract_features,
     kmeans,
     knn_accuracy,
+    pictures,
     rankme,
     report,
 )
@@ -174,8 +175,8 @@ def test_the_picture_shows_each_group_from_its_centre_outwards(monkeypatch: pyte
     assignments = (angles > 1).numpy().astype(np.int64)
     groups = KMeansRun(assignments, centroids, 0.0, assignments[None].astype(np.int32))
     rows = []
-    strip = report.group_strip
-    monkeypatch.setattr(report, "group_strip", lambda data, members: rows.append(members.tolist()) or strip(data, members))
+    strip = pictures.group_strip
+    monkeypatch.setattr(pictures, "group_strip", lambda data, members: rows.append(members.tolist()) or strip(data, members))
     shown = Evaluation({}, FeatureSet(features, labels=torch.tensor([i % 4 for i in range(9)])), groups)
     draw_clusters(images, shown, tmp_path / "out" / "clusters.png")
     assert rows == [[8, 1, 6, 2, 0], [7, 3, 4, 5]] or rows == [[8, 1, 6, 2, 0], [3, 7, 4, 5]]
@@ -187,8 +188,8 @@ def test_the_picture_shows_each_group_from_its_centre_outwards(monkeypatch: pyte
 
 def test_captions_name_the_majority_class_and_its_share() -> None:
     labels = torch.tensor([0, 0, 1, 3])
-    assert report.group_caption(Images(range(4)), labels, np.array([0, 1, 2, 3])) == "red: 50 %\n4 images"
-    assert report.group_caption(Images(range(4)), None, np.array([2])) == "1 image"
+    assert pictures.group_caption(Images(range(4)), labels, np.array([0, 1, 2, 3])) == "red: 50 %\n4 images"
+    assert pictures.group_caption(Images(range(4)), None, np.array([2])) == "1 image"
 
 
 def test_a_picture_of_many_groups_stays_small(tmp_path: Path) -> None:
