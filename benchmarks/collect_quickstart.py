@@ -22,7 +22,8 @@ def main(folders: list[str]) -> None:
     gains = [statistics.mean(100 * (run["after"][key] - run["before"][key]) for run in runs) for key in METRICS]
     lines.append(f"| mean change | {' | '.join(f'{gain:+.1f}' for gain in gains)} | |")
     commands = "\n".join(run["command"] for run in runs)
-    text = f"# The quickstart over seeds\n\nPer cent, before -> after, 500 held-out digits; {runs[0]['hardware']}.\n\n```bash\n{commands}\n```\n\n"
+    text = f"# The quickstart over seeds\n\nPer cent, before -> after, on 500 held-out digits; {runs[0]['hardware']}.\n\n"
+    text += f"```bash\n{commands}\n```\n\n"
     versions = ", ".join(f"{name} {number}" for name, number in runs[0]["versions"].items())
     (Path(__file__).parent / "results" / "quickstart.md").write_text(text + "\n".join(lines) + f"\n\n{versions}\n")
 

@@ -113,6 +113,17 @@ def test_position_of_the_cls_token_is_folded_not_dropped(goldens: Path) -> None:
     assert torch.equal(encoder.embeddings.cls_token, state["cls_token"])
 
 
+def test_legacy_names_are_told_by_what_the_file_states_not_by_their_order(goldens: Path, tmp_path: Path) -> None:
+    """Sorted, `norm.*` stands after the blocks as a final norm would; the kind in `ctor_kwargs` still says post-norm."""
+    file = goldens / "mimrefiner-training-postnorm/checkpoint_legacy_norm_name.th"
+    contents = torch.load(file, weights_only=True)
+    contents["state_dict"] = dict(sorted(contents["state_dict"].items()))
+    torch.save(contents, tmp_path / "sorted.th")
+    encoder, twin = load_encoder(tmp_path / "sorted.th"), load_encoder(file)
+    assert encoder.config.norm_placement == twin.config.norm_placement == "post"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True))
+
+
 def test_report_names_what_was_dropped(goldens: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="mim_refiner_hf"):
         encoder = load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=3)

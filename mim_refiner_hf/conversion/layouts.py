@@ -72,7 +72,7 @@ class Layout:
         rules: where each tensor goes; the first rule that matches a name is taken.
         paths: nested keys under which the state dict may lie, `()` for the file itself; the first that exists is taken.
         signature: patterns searched in the list of tensor names, one per line in file order; all must be found.
-        model_types: `model_type` values of a transformers `config.json` that mean this family.
+        model_types: `model_type` values of a `config.json`, or `kind`s that the authors' training files state, of this family.
         prefix: pattern removed from the beginning of every name before anything else.
         drops: (pattern, reason) of tensors that an encoder does not need.
         settings: fields of `MimRefinerConfig` that the family fixes.
@@ -158,6 +158,7 @@ RELEASED_PRENORM = Layout(
     family="mim_refiner_prenorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: MAE, dBOT, CrossMAE refined)",
     paths=(("state_dict",), ()),
+    model_types=("vit.vit",),
     signature=(r"^cls_tokens\.tokens$", r"^pos_embed\.embed$", r"^norm\.weight$"),
     rules=(*RELEASED_RULES, FINAL_NORM),
     settings=PRE_NORM,
@@ -170,6 +171,7 @@ RELEASED_POSTNORM = replace(  # old files say `norm` for `embed_norm`; unlike a 
     RELEASED_PRENORM,
     family="mim_refiner_postnorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: data2vec 2.0 refined)",
+    model_types=("vit.data2vec2_vit",),
     signature=(r"^cls_tokens\.tokens$", r"^pos_embed\.embed$", r"^embed_norm\.weight$|^norm\.weight$.*^blocks\.0\."),
     rules=(*RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
     settings=POST_NORM,

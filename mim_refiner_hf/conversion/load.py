@@ -29,7 +29,7 @@ from torch import Tensor
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..image_processing_mim_refiner import MimRefinerImageProcessor
 from ..modeling_mim_refiner import MimRefinerModel
-from .layouts import CLASSIFIER, CLS_POSITION, CLS_TOKEN, DECODER, LAYOUTS, POSITIONS, Layout
+from .layouts import CLASSIFIER, CLS_POSITION, CLS_TOKEN, DECODER, LAYOUTS, POSITIONS, Layout, stated
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,9 @@ def recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Tens
             f"{found.name} is a fine-tuned classifier ({listed(heads)}), not a pre-trained encoder: load the checkpoint it was "
             "fine-tuned from, or save its encoder alone, without these tensors"
         )
-    model_type = found.config.get("model_type")
+    model_type, kind = found.config.get("model_type"), stated("ctor_kwargs", "kind")(found.contents)
+    if model_type is None and any(kind in layout.model_types for layout in LAYOUTS):
+        model_type = kind
     for layout in LAYOUTS:
         tensors = state_dict_of(layout, found.contents)
         if family is not None:
