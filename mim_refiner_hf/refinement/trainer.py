@@ -85,8 +85,8 @@ class Trainer:
             bf16=self.bf16,
         ).to(self.accelerator.device)
         if recipe.gradient_checkpointing:
-            older = getattr(self.encoder, "gradient_checkpointing_enable", None)  # the name before transformers 5.23
-            getattr(self.encoder, "activation_checkpointing_enable", older)()
+            renamed = hasattr(self.encoder, "activation_checkpointing_enable")  # in transformers 5.23
+            getattr(self.encoder, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")()
         if recipe.compile:
             for layer in self.encoder.layers:
                 layer.compile()
