@@ -24,6 +24,7 @@ def main(folders: list[str]) -> None:
     commands = "\n".join(run["command"] for run in runs)
     text = f"# The quickstart over seeds\n\nPer cent, before -> after, on 500 held-out digits; {runs[0]['hardware']}.\n\n"
     text += f"```bash\n{commands}\n```\n\n"
+    text += "Seconds of other seeds than the first were taken beside other work and are no timings.\n\n"
     versions = ", ".join(f"{name} {number}" for name, number in runs[0]["versions"].items())
     (Path(__file__).parent / "results" / "quickstart.md").write_text(text + "\n".join(lines) + f"\n\n{versions}\n")
 
