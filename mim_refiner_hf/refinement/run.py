@@ -269,7 +269,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":
-        print(f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine.")
+        accelerator.print(f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine.")
         return None
     measured = evaluate(trainer.average)
     after = None if measured is None else measured.metrics

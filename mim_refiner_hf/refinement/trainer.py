@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Trainer:
 
     # ---- the loop
 
-    def fit(self, start_step: int, stop_step: int, extra_state: dict[str, Any], evaluate: Any) -> None:
+    def fit(self, start_step: int, stop_step: int, extra_state: dict[str, Any], evaluate: Callable[[], dict[str, Any]]) -> None:
         """Run the steps from `start_step` to `stop_step`; both stages, one sequence.
 
         Args:
