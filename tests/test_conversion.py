@@ -296,7 +296,7 @@ def test_hub_names_fetch_weights_and_json_only(tmp_path: Path, monkeypatch: pyte
                 (cache / path.name).write_bytes(path.read_bytes())
         return str(cache)
 
-    monkeypatch.setattr("mim_refiner_hf.conversion.load.snapshot_download", snapshot)
+    monkeypatch.setattr("mim_refiner_hf.conversion.read.snapshot_download", snapshot)
     encoder = load_encoder("someone/mae", revision="v1")
     assert str(encoder.load_report) == "vit_mae: 38 of 38 placed; decoder: 24 dropped"
     assert encoder.config.name_or_path == "someone/mae"

@@ -1,113 +1,26 @@
 """How every known family names its tensors: one `Layout` table per family, read by `load.py`, no code per family.
 
-A row answers four questions about a checkpoint: where in the file its weights are (`paths`), how the family is recognised
-(`signature`, or `model_types` of a transformers `config.json`), where each tensor goes (`rules`), and what is left behind on
-purpose (`drops`, with the reason that the report prints). To support another family, add a row and its golden test.
-
-Whatever shapes can tell (width, depth, patch size, biases, layer scale, kinds of positions) is read off the placed tensors and
-is not in the tables. `settings` holds what shapes cannot tell, `facts` where a file states it (number of heads).
+To support another family, add a row and its golden test. Whatever shapes can tell (width, depth, patch size, biases, layer
+scale, kinds of positions) is read off the placed tensors and is not in the tables. `settings` holds what shapes cannot tell,
+`facts` where a file states it (number of heads).
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
-
-CLS_TOKEN = "embeddings.cls_token"
-CLS_POSITION = "embeddings.cls_position"  # not a weight of ours: `load.py` adds it to the CLS token
-POSITIONS = "embeddings.position_embeddings"
-
-Placed = dict[str, Tensor]
-
-
-def copy(target: str, tensor: Tensor) -> Placed:
-    """The tensor as it is, under its new name."""
-    return {target: tensor}
-
-
-def split_qkv(target: str, tensor: Tensor) -> Placed:
-    """A fused (3 D, ...) projection as three (D, ...), `*` in the target standing for q, k and v."""
-    return {target.replace("*", name): part for name, part in zip("qkv", tensor.chunk(3), strict=True)}
-
-
-def cls_and_patches(target: str, tensor: Tensor) -> Placed:
-    """Positions (1, 1 + N, D) whose first row the family adds to its CLS token: kept, to be folded into that token."""
-    return {CLS_POSITION: tensor[:, :1], target: tensor[:, 1:]}
-
-
-def patches_only(target: str, tensor: Tensor) -> Placed:
-    """Positions (1, 1 + N, D) whose first row the family never uses (CrossMAE's encoder adds none to its CLS token)."""
-    return {target: tensor[:, 1:]}
-
-
-class Rule(NamedTuple):
-    """Source names that match `pattern` in full go to `target` (a replacement with groups), by way of `how`."""
-
-    pattern: str
-    target: str
-    how: Callable[[str, Tensor], Placed] = copy
-
-
-def stated(*path: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A fact that the file itself states at `path` of its nested dictionaries; None where it does not."""
-
-    def read(contents: Mapping[str, Any]) -> Any:
-        value: Any = contents
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
-    return read
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One family's checkpoint format.
-
-    Args:
-        family: its name in `load_encoder(family=...)` and in the report.
-        title: what it is, in words, for error messages.
-        rules: where each tensor goes; the first rule that matches a name is taken.
-        paths: nested keys under which the state dict may lie, `()` for the file itself; the first that exists is taken.
-        signature: patterns searched in the list of tensor names, one per line in file order; all must be found.
-        model_types: `model_type` values of a `config.json`, or `kind`s that the authors' training files state, of this family.
-        prefix: pattern removed from the beginning of every name before anything else.
-        drops: (pattern, reason) of tensors that an encoder does not need.
-        settings: fields of `MimRefinerConfig` that the family fixes.
-        facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how to read them.
-        finish: a last step over all placed tensors.
-    """
-
-    family: str
-    title: str
-    rules: tuple[Rule, ...]
-    paths: tuple[tuple[str, ...], ...] = ((),)
-    signature: tuple[str, ...] = ()
-    model_types: tuple[str, ...] = ()
-    prefix: str = ""
-    drops: tuple[tuple[str, str], ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
-    finish: Callable[[Placed], Placed] | None = None
-
-    def recognises(self, names: list[str]) -> bool:
-        """Whether these tensor names, in file order, carry this family's signature."""
-        lines = "\n".join(names)
-        return bool(self.signature) and all(re.search(pattern, lines, re.MULTILINE | re.DOTALL) for pattern in self.signature)
-
-    def place(self, name: str, tensor: Tensor) -> Placed | str | None:
-        """Where this tensor goes: our names with their tensors, or the reason why it is dropped, or None if it is unknown."""
-        name = re.sub(rf"\A(?:{self.prefix})", "", name)
-        for pattern, reason in self.drops:
-            if re.fullmatch(pattern, name):
-                return reason
-        for rule in self.rules:
-            if match := re.fullmatch(rule.pattern, name):
-                return rule.how(match.expand(rule.target), tensor)
-        return None
-
+from .layout import (
+    CLS_TOKEN,
+    POSITIONS,
+    Layout,
+    Placed,
+    Rule,
+    cls_and_patches,
+    patches_only,
+    split_qkv,
+    stated,
+)
 
 # --- timm's names: MAE and all that grew out of it, and the released MIM-Refiner encoders ------------------------------------
 

@@ -5,43 +5,33 @@
     print(encoder.load_report)                                   # vit_mae: 390 of 390 placed; decoder: 132 dropped
     pixel_values = encoder.image_processor(image, return_tensors="pt").pixel_values
 
-Read top-down: find the source, read it, recognise its family (a row of `layouts.LAYOUTS`), place every tensor, read the
+Read top-down: read the source (`read.py`), recognise its family (a row of `layouts.LAYOUTS`), place every tensor, read the
 configuration off the shapes, check, build.
 """
 
-import json
 import logging
 import math
 import re
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..image_processing_mim_refiner import MimRefinerImageProcessor
 from ..modeling_mim_refiner import MimRefinerModel
-from .layouts import CLASSIFIER, CLS_POSITION, CLS_TOKEN, DECODER, LAYOUTS, POSITIONS, Layout, stated
+from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, stated
+from .layouts import CLASSIFIER, DECODER, LAYOUTS
+from .read import CheckpointError, Source, listed, read_source
 
 logger = logging.getLogger(__name__)
 
-JSON_FILES = ["config.json", "preprocessor_config.json"]
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference, one file or several shards
-FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 2560: 32}
 """Attention heads of the published plain ViTs: head dim 64 up to L, 80 for H and 2B (METHOD: shapes)."""
-
-
-class CheckpointError(ValueError):
-    """A source cannot be turned into an encoder; the message says why, names the tensors, and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,6 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.family}: {self.placed} of {self.total} placed"]
         return "; ".join(parts + [f"{reason}: {len(names)} dropped" for reason, names in self.dropped.items()])
-
-
-@dataclass(frozen=True)
-class Source:
-    """What was read: the weights' container as it was saved, and the JSON files beside it (empty where there are none)."""
-
-    name: str
-    contents: Mapping[str, Any]
-    config: Mapping[str, Any]
-    preprocessing: Mapping[str, Any]
 
 
 def load_encoder(
@@ -110,80 +90,6 @@ def load_encoder(
     vars(encoder).update(load_report=report, image_processor=image_processor(config, found.preprocessing))
     logger.info("%s: %s", found.name, report)
     return encoder
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    """Names for an error message, the first few of a long list."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-# --- find and read ------------------------------------------------------------------------------------------------------------
-
-
-def read_source(source: str | Path, revision: str | None) -> Source:
-    """Read a file, a folder, or a Hub name (which is downloaded into the Hub cache, weights and JSON only)."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return Source(str(source), read_weights(path), {}, {})
-    if not path.is_dir():
-        if isinstance(source, Path) or path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
-            raise FileNotFoundError(f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file")
-        path = download(str(source), revision)
-    config, preprocessing = (read_json(path / name) for name in JSON_FILES)
-    shards = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
-    if not shards:
-        raise CheckpointError(f"{source} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file itself")
-    contents: dict[str, Any] = {}
-    for shard in shards:
-        contents.update(read_weights(shard))
-    return Source(str(source), contents, config, preprocessing)
-
-
-def download(name: str, revision: str | None) -> Path:
-    """The Hub cache's folder of this model: JSON and safetensors, or pytorch_model.bin where it has no safetensors."""
-    try:
-        for pattern in WEIGHTS:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*JSON_FILES, pattern]))
-            if any(folder.glob(pattern)):
-                break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name} is neither a local path nor a model that the Hub could deliver: {first_line}") from error
-    return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_weights(path: Path) -> Mapping[str, Any]:
-    """The nested dictionary that a weight file holds. Torch files are read without executing anything they contain."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # plain data; the official dBOT, ConMIM and iBOT files carry one
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make the parsers raise nearly anything
-        with path.open("rb") as file:
-            is_torch_file = file.read(2).startswith((b"PK", b"\x80"))  # a zip, or a bare pickle; anything else is neither
-        if isinstance(error, UnpicklingError) and is_torch_file:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            raise CheckpointError(
-                f"{path} holds more than plain tensors{f' ({asked[1]})' if asked else ''} and would execute code while being "
-                "read, which was refused; get the weights as safetensors, or have their state dict saved alone"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]
-        raise CheckpointError(f"{path} is unreadable: truncated, or no weight file ({reason}); get it again") from error
-    if not isinstance(contents, Mapping):
-        raise CheckpointError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors")
-    return contents
 
 
 # --- recognise and place ------------------------------------------------------------------------------------------------------
