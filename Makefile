@@ -1,6 +1,6 @@
 # Everyday commands; `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install test lint quickstart ci
+.PHONY: help install test lint quickstart cards ci
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,6 +18,9 @@ lint:  ## ruff check, ruff format --check, mypy --strict
 
 quickstart:  ## pre-train and refine a small model on bundled digits, a few minutes on a CPU
 	accelerate launch training/refine.py
+
+cards:  ## render the cards under model_cards/ from their results.yaml
+	python -m mim_refiner_hf.publishing.zoo_card model_cards/
 
 ci:  ## everything CI runs, in a fresh virtual environment
 	.ci/run

@@ -2,7 +2,9 @@
 
     mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out     (or under `accelerate launch -m`)
     mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
+    mim-refiner convert mae_pretrain_vit_large.pth mae-l16
     mim-refiner push out/model user/name
+    mim-refiner export out/model out/timm --to timm                                              (or vit, or onnx)
 
 Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else failed, 130 interrupted.
 """
@@ -22,6 +24,8 @@ from .conversion.load import image_processor
 from .data import open_images
 from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .pretraining.mae import PretrainRecipe, pretrain_mae
+from .publishing.convert import DTYPES, convert
+from .publishing.export import FORMATS, ExportError, export
 from .publishing.hub import PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
 from .refinement.recipe import RefineRecipe
@@ -104,7 +108,51 @@ def _push(arguments: Sequence[str]) -> None:
     print(f"Published: {push_folder(options.folder, options.repository, private=options.private)}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"refine": _refine, "pretrain": _pretrain, "push": _push}
+def _convert(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner convert",
+        description="Any masked-image-modeling checkpoint as a model folder for the Hub, verified by loading it back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="checkpoint file, model folder, Hub name, or a name of the zoo (model_cards/)")
+    parser.add_argument("destination", type=Path, help="new folder for the model")
+    parser.add_argument("--family", help="family of the file, when detection should be overruled")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the source's")
+    parser.add_argument("--num_heads", type=int, help="attention heads, for a file that does not tell")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
+    parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
+    parser.add_argument("--private", action="store_true", help="for a new repository")
+    options = parser.parse_args(arguments)
+    if options.push is not None:
+        check_repo_id(options.push)
+    settings = {name: getattr(options, name) for name in ("family", "dtype", "num_heads", "revision")}
+    print(convert(options.source, options.destination, **settings), flush=True)
+    if options.push is not None:
+        print(f"Published: {push_folder(options.destination, options.push, private=options.private)}")
+
+
+def _export(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner export",
+        description="An encoder in another library's format, compared with it after loading it back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="model folder, Hub name, or an original checkpoint")
+    parser.add_argument("destination", type=Path, help="new folder")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="timm, transformers' own classes, or ONNX")
+    options = parser.parse_args(arguments)
+    differences = export(options.source, options.destination, options.to)
+    worst = ", ".join(f"{difference:.1e} in its {output}" for output, difference in differences.items())
+    print(f"{options.destination}: loaded back as {options.to}, it differs from {options.source} by at most {worst}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "refine": _refine,
+    "pretrain": _pretrain,
+    "convert": _convert,
+    "push": _push,
+    "export": _export,
+}
 
 
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +165,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PushError, FloatingPointError, ConnectionError) as error:
+    except (PushError, ExportError, FloatingPointError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ What differs between MAE, data2vec 2.0, BEiT and their relatives is a setting he
 | CrossMAE                                 | pre            | absolute                      | all    | no         |
 | data2vec 2.0 (and D2V2-Refined)          | post           | absolute, with embedding_norm | all    | no         |
 | BEiT, ConMIM, data2vec-vision            | pre            | relative or shared_relative   | no_key | depends    |
+| CAPI (rmsnorm, registers, predictor)     | pre            | rope                          | none   | no weight  |
 
 This file travels with every saved model (`trust_remote_code=True`), so it imports nothing of the package.
 """
@@ -18,7 +19,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-ABSOLUTE, RELATIVE, SHARED_RELATIVE = "absolute", "relative", "shared_relative"
+ABSOLUTE, RELATIVE, SHARED_RELATIVE, ROPE = "absolute", "relative", "shared_relative", "rope"
+
+Pooling = Literal["cls", "mean", "register", "global_repr"]
+"""How tokens become one vector per image; see `MimRefinerConfig.pooling`."""
 
 
 @strict
@@ -37,16 +41,21 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size: side of a square patch in pixels; must divide `image_size`.
         num_channels: channels of the input image.
         norm_placement: "pre" (`x + f(norm(x))`, MAE) or "post" (`norm(x + f(x))`, data2vec 2.0).
-        norm_type: "layernorm". ("rmsnorm", CAPI's, is reserved.)
+        norm_type: of every norm, "layernorm" or "rmsnorm" (CAPI).
         position_encoding: "absolute" (a table added to the patches), "relative" (a bias table per block), "shared_relative"
-            (one for all blocks), or "absolute+relative", "absolute+shared_relative". ("rope", CAPI's, is reserved.)
+            (one for all blocks), "absolute+relative", "absolute+shared_relative", or "rope" (CAPI: queries and keys turned by
+            frequencies stored per block; it takes images of any size).
         bias: "all" linear layers have a bias, "no_key" (BEiT: all but the key projection), or "none" (CAPI).
         layer_scale_init: start value of the learned per-channel scale of each residual branch; None for no layer scale.
         use_cls_token: whether a CLS token stands in front. Its position, if the family has one, is folded into it.
-        num_register_tokens: learned tokens after CLS that carry no position (DINOv2-style registers).
+        num_register_tokens: learned tokens after CLS. They carry no position, but for rope, where they sit on the border of
+            the image (CAPI) and their number must be a multiple of 4.
         embedding_norm: a norm over CLS and patches before the first block (data2vec 2.0).
         final_norm: a norm after the last block.
-        pooling: what `pooler_output` is: "cls", or "mean" of the patch tokens. None: CLS where there is one, else mean.
+        final_norm_affine: whether that norm (and the predictor's) has weights; CAPI's has none.
+        predictor_layers: cross-attention blocks kept of CAPI's predictor, for `pooling="global_repr"`; 0 for no predictor.
+        pooling: what `pooler_output` is: "cls", "mean" of the patch tokens, the first "register", or "global_repr": the mean
+            of what the predictor reads out of the encoder's output at every patch. None: CLS where there is one, else mean.
         features: "output" pools the encoder's output, "last_block" the raw output of the last block WITHOUT the final norm,
             as the paper evaluates (MIM-Refiner, Sec. 5.2).
 
@@ -67,7 +76,7 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int = 16
     num_channels: int = 3
     norm_placement: Literal["pre", "post"] = "pre"
-    norm_type: str = "layernorm"
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     position_encoding: str = ABSOLUTE
     bias: Literal["all", "no_key", "none"] = "all"
     layer_scale_init: float | int | None = None
@@ -75,7 +84,9 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     num_register_tokens: int = 0
     embedding_norm: bool = False
     final_norm: bool = True
-    pooling: Literal["cls", "mean"] | None = None
+    final_norm_affine: bool = True
+    predictor_layers: int = 0
+    pooling: Pooling | None = None
     features: Literal["output", "last_block"] = "output"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -91,16 +102,9 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Cross-field checks, run at construction by `@strict`."""
-        positions = (ABSOLUTE, RELATIVE, SHARED_RELATIVE, f"{ABSOLUTE}+{RELATIVE}", f"{ABSOLUTE}+{SHARED_RELATIVE}")
+        positions = (ABSOLUTE, RELATIVE, SHARED_RELATIVE, f"{ABSOLUTE}+{RELATIVE}", f"{ABSOLUTE}+{SHARED_RELATIVE}", ROPE)
         if self.position_encoding not in positions:
-            raise ValueError(
-                f"position_encoding={self.position_encoding!r} is not supported; allowed: {', '.join(positions)} "
-                "('rope' is reserved for CAPI)"
-            )
-        if self.norm_type != "layernorm":
-            raise ValueError(
-                f"norm_type={self.norm_type!r} is not supported; allowed: layernorm ('rmsnorm' is reserved for CAPI)"
-            )
+            raise ValueError(f"position_encoding={self.position_encoding!r} is not supported; allowed: {', '.join(positions)}")
         for name in (
             "hidden_size",
             "num_hidden_layers",
@@ -111,14 +115,48 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_register_tokens < 0:
-            raise ValueError(f"num_register_tokens={self.num_register_tokens} must not be negative")
+        for name in ("num_register_tokens", "predictor_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}")
         if any(size < self.patch_size or size % self.patch_size for size in self.image_hw):
             raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}")
-        if self.pooling == "cls" and not self.use_cls_token:
-            raise ValueError("pooling='cls' needs use_cls_token=True; without a CLS token use pooling='mean'")
+
+    def validate_rope(self) -> None:
+        """What rotary positions and the predictor, which has no other kind, ask of the other fields."""
+        if self.position_encoding != ROPE:
+            if self.predictor_layers:
+                raise ValueError(f"predictor_layers={self.predictor_layers} needs position_encoding='rope'")
+            return
+        if self.use_cls_token:
+            raise ValueError("position_encoding='rope' needs use_cls_token=False: a CLS token has no place in the image")
+        if self.num_register_tokens % 4:
+            raise ValueError(
+                f"num_register_tokens={self.num_register_tokens} must be a multiple of 4 with position_encoding='rope': "
+                "they sit on the four edges of the image"
+            )
+        if self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                f"position_encoding='rope' needs heads whose width is a multiple of 4; hidden_size={self.hidden_size} and "
+                f"num_attention_heads={self.num_attention_heads} make it {self.hidden_size // self.num_attention_heads}"
+            )
+
+    def validate_pooling(self) -> None:
+        """`pooling` must read something that this encoder has."""
+        if self.pooling is not None and (missing := self.missing_for(self.pooling)):
+            raise ValueError(f"pooling={self.pooling!r}: the encoder has {missing}; use pooling='mean'")
+        if self.pooling == "global_repr" and self.features == "last_block":
+            raise ValueError("pooling='global_repr' reads the encoder's output; use features='output' with it")
+
+    def missing_for(self, pooling: Pooling) -> str | None:
+        """What `pooling` would read and this encoder has not got, in words with the field that gives it; None if it can."""
+        lacks = {
+            "cls": None if self.use_cls_token else "no CLS token (use_cls_token=False)",
+            "register": None if self.num_register_tokens else "no register tokens (num_register_tokens=0)",
+            "global_repr": None if self.predictor_layers else "no predictor (predictor_layers=0)",
+        }
+        return lacks.get(pooling)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -153,4 +191,4 @@ class MimRefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         return "shared_relative" if last == SHARED_RELATIVE else "none"
 
 
-__all__ = ["MimRefinerConfig"]
+__all__ = ["MimRefinerConfig", "Pooling"]

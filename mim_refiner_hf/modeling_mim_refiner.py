@@ -4,9 +4,10 @@
     model = AutoModel.from_pretrained("outputs/quickstart/model")      # MimRefinerModel
     features = model(pixel_values).pooler_output                       # (batch, hidden_size), deterministic
 
-Top to bottom: embeddings, attention, block, model, classifier, backbone. The names of the weights are the file's structure:
-`embeddings.*`, `layers.<block>.{norm1,attention,layer_scale1,norm2,mlp,layer_scale2}.*`, `norm.*`. This file travels with every
-saved model, so it imports only transformers, torch and the configuration beside it.
+Top to bottom: embeddings, attention, block, predictor, model, classifier, backbone; positions are in the file beside. The names
+of the weights are the file's structure: `embeddings.*`, `layers.<block>.{norm1,attention,layer_scale1,norm2,mlp,layer_scale2}.*`,
+`norm.*`, and for CAPI `predictor.*`. This file travels with every saved model, so it imports only transformers, torch and its
+flat neighbours.
 """
 
 from collections.abc import Callable
@@ -23,31 +24,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_mim_refiner import MimRefinerConfig
-
-
-def sincos_position_table(grid: tuple[int, int], dim: int) -> Tensor:
-    """MAE's fixed 2-D sine-cosine positions, (1, rows * columns, dim); `dim` must be a multiple of 4 (arXiv 2111.06377)."""
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    halves = []
-    for axis in (columns, rows):  # MAE puts the width first
-        angles = axis.reshape(-1, 1).double() * omega
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat(halves, dim=1).float().unsqueeze(0)
+from .configuration_mim_refiner import ROPE, MimRefinerConfig
+from .positions_mim_refiner import (
+    RelativePositionBias,
+    RotaryPositions,
+    patch_coordinates,
+    relative_position_index,
+    rotary_frequencies,
+    sincos_position_table,
+    token_coordinates,
+)
 
 
-def relative_position_index(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """BEiT's row of the bias table for every (query, key), (1 + N, 1 + N): patch offsets, then CLS->patch, patch->CLS, CLS->CLS."""
-    rows, columns = grid
-    row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
-    patches = (row[:, None] - row + rows - 1) * (2 * columns - 1) + (column[:, None] - column + columns - 1)  # (N, N)
-    offsets = (2 * rows - 1) * (2 * columns - 1)
-    top = F.pad(torch.full_like(patches[:1], offsets), (1, 0), value=offsets + 2)
-    return torch.cat([top, F.pad(patches, (1, 0), value=offsets + 1)])
+def make_norm(config: MimRefinerConfig, affine: bool = True) -> nn.Module:
+    """A norm over the width of the tokens, of the configured type; without weights if not `affine`."""
+    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=affine)
 
 
 class MimRefinerEmbeddings(nn.Module):
@@ -64,7 +58,7 @@ class MimRefinerEmbeddings(nn.Module):
         num_patches = config.grid[0] * config.grid[1]
         positions = config.has_absolute_positions
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_patches, dim)) if positions else None
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps) if config.embedding_norm else None
+        self.norm = make_norm(config) if config.embedding_norm else None
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """The position table (1, rows * columns, D) at `grid`: bicubic from the stored grid in fp32, cast back."""
@@ -89,32 +83,6 @@ class MimRefinerEmbeddings(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
 
-class RelativePositionBias(nn.Module):
-    """BEiT's learned attention bias: `table` ((2 rows - 1)(2 columns - 1) + 3, heads), the last three rows for CLS."""
-
-    def __init__(self, config: MimRefinerConfig) -> None:
-        super().__init__()
-        self.config = config
-        rows, columns = config.grid
-        self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, config.num_attention_heads))
-
-    def forward(self, grid: tuple[int, int], index: Tensor) -> Tensor:
-        """The bias (1, heads, T, T) at `grid`; other grids than the stored one get the table resized bilinearly, as in BEiT."""
-        table: Tensor = self.table
-        if grid != self.config.grid:
-            rows, columns = (2 * n - 1 for n in self.config.grid)
-            offsets = table[:-3].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-            offsets = F.interpolate(offsets, size=(2 * grid[0] - 1, 2 * grid[1] - 1), mode="bilinear", align_corners=False)
-            table = torch.cat([offsets.flatten(2)[0].T, table[-3:]])
-        start = 0 if self.config.use_cls_token else 1
-        bias = table[index[start:, start:]].permute(2, 0, 1)  # (heads, T, T) without registers
-        registers, cls = self.config.num_register_tokens, int(self.config.use_cls_token)
-        if registers:  # registers have no place on the grid: no bias from or to them
-            bias = torch.cat([bias[:, :cls], bias.new_zeros(bias.shape[0], registers, bias.shape[2]), bias[:, cls:]], dim=1)
-            bias = torch.cat([bias[..., :cls], bias.new_zeros(*bias.shape[:2], registers), bias[..., cls:]], dim=2)
-        return bias.unsqueeze(0)
-
-
 def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
@@ -127,7 +95,7 @@ def eager_attention_forward(
 
 
 class MimRefinerAttention(nn.Module):
-    """Multi-head self-attention through transformers' attention interface (eager, sdpa, flash, flex)."""
+    """Multi-head attention through transformers' attention interface (eager, sdpa, flash, flex), with any kind of positions."""
 
     def __init__(self, config: MimRefinerConfig) -> None:
         super().__init__()
@@ -141,21 +109,29 @@ class MimRefinerAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=config.bias != "none")
         self.o_proj = nn.Linear(dim, dim, bias=config.bias != "none")
         self.relative_position_bias = RelativePositionBias(config) if config.relative_positions == "relative" else None
+        self.rope = RotaryPositions(self.head_dim) if config.position_encoding == ROPE else None
+
+    def heads(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) -> (B, heads, T, head_dim)."""
+        return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        grid: tuple[int, int] | None,
-        index: Tensor | None,
+        attention_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        index: Tensor | None = None,
+        coordinates: Tensor | None = None,
+        context: tuple[Tensor, Tensor | None] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if self.relative_position_bias is not None:
             attention_mask = self.relative_position_bias(grid, index)
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        attended, places = (hidden_states, coordinates) if context is None else context
+        query = self.heads(self.q_proj(hidden_states))
+        key, value = self.heads(self.k_proj(attended)), self.heads(self.v_proj(attended))
+        if self.rope is not None:
+            query, key = self.rope(query, coordinates), self.rope(key, places)
         if attention_mask is not None:
             attention_mask = attention_mask.to(query.dtype)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -191,34 +167,49 @@ class LayerScale(nn.Module):
 
 
 class MimRefinerLayer(GradientCheckpointingLayer):
-    """One block: pre-norm `x + f(norm(x))` (MAE) or post-norm `norm(x + f(x))` (data2vec 2.0)."""
+    """One block: pre-norm `x + f(norm(x))` (MAE) or post-norm `norm(x + f(x))` (data2vec 2.0).
+
+    `forward` takes tokens (B, T, D) and where they are: an `attention_mask` that holds a position bias, the `grid` and `index`
+    of a bias per block, or the `coordinates` (T, 2) or (B, T, 2) of rope. With `context`, other tokens and their coordinates,
+    it attends to those instead of its own.
+    """
 
     def __init__(self, config: MimRefinerConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm_placement == "pre"
         scaled = config.layer_scale_init is not None
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = make_norm(config)
         self.attention = MimRefinerAttention(config)
         self.layer_scale1 = LayerScale(config) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = make_norm(config)
         self.mlp = MimRefinerMLP(config)
         self.layer_scale2 = LayerScale(config) if scaled else nn.Identity()
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-        index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if self.pre_norm:
-            attended, _ = self.attention(self.norm1(hidden_states), attention_mask, grid, index, **kwargs)
+            attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
             hidden_states = hidden_states + self.layer_scale1(attended)
             return hidden_states + self.layer_scale2(self.mlp(self.norm2(hidden_states)))
-        attended, _ = self.attention(hidden_states, attention_mask, grid, index, **kwargs)
+        attended, _ = self.attention(hidden_states, **kwargs)
         hidden_states = self.norm1(hidden_states + self.layer_scale1(attended))
         return self.norm2(hidden_states + self.layer_scale2(self.mlp(hidden_states)))
+
+
+class MimRefinerPredictor(nn.Module):
+    """CAPI's predictor (arXiv 2502.08769): says what the encoder would see at places, by cross-attention to what it has seen."""
+
+    def __init__(self, config: MimRefinerConfig) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size))
+        self.blocks = nn.ModuleList(MimRefinerLayer(config) for _ in range(config.predictor_layers))
+        self.norm = make_norm(config, config.final_norm_affine)
+
+    def forward(self, output: Tensor, coordinates: Tensor, places: Tensor, **kwargs: Any) -> Tensor:
+        """The encoder's `output` (B, T, D) at `coordinates` ([B,] T, 2) -> predictions (B, N, D) at `places` ([B,] N, 2)."""
+        tokens = self.mask_token.expand(output.shape[0], places.shape[-2], -1)
+        for block in self.blocks:
+            tokens = block(tokens, coordinates=places, context=(output, coordinates), **kwargs)
+        return self.norm(tokens)
 
 
 class MimRefinerPreTrainedModel(PreTrainedModel):
@@ -234,7 +225,10 @@ class MimRefinerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MimRefinerLayer, "attentions": MimRefinerAttention}
+    _can_record_outputs = {  # of the encoder's blocks, not of the predictor's
+        "hidden_states": OutputRecorder(MimRefinerLayer, layer_name="layers"),
+        "attentions": OutputRecorder(MimRefinerAttention, index=1, layer_name="layers"),
+    }
     _input_embed_layer = "patch_embeddings"
 
     @property
@@ -259,6 +253,10 @@ class MimRefinerPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, RelativePositionBias):
             init.trunc_normal_(module.table, std=std)
+        elif isinstance(module, RotaryPositions):
+            init.copy_(module.frequencies, rotary_frequencies(module.frequencies.shape[1]))
+        elif isinstance(module, MimRefinerPredictor):
+            init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.weight, float(self.config.layer_scale_init or 0.0))
 
@@ -272,14 +270,23 @@ class MimRefinerModel(MimRefinerPreTrainedModel):
         shared = config.relative_positions == "shared_relative"
         self.relative_position_bias = RelativePositionBias(config) if shared else None
         self.layers = nn.ModuleList(MimRefinerLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.norm = make_norm(config, config.final_norm_affine) if config.final_norm else nn.Identity()
+        self.predictor = MimRefinerPredictor(config) if config.predictor_layers else None
         self.post_init()
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """One vector per image, (B, T, D) -> (B, D): the CLS token, or the mean of the patches (`config.pooling`)."""
-        if self.config.pooling == "cls":
-            return tokens[:, 0]
+        """One vector per image from the tokens of any block, (B, T, D) -> (B, D), as `config.pooling` says.
+
+        "cls" and "register" take that token, "mean" the mean of the patches. So does "global_repr": the predictor was trained
+        to read the encoder's output and nothing else, and what it reads there is `pooler_output`.
+        """
+        if self.config.pooling in ("cls", "register"):
+            return tokens[:, 0 if self.config.pooling == "cls" else int(self.config.use_cls_token)]
         return tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+
+    def drop_predictor(self) -> None:
+        """Let go of the predictor, for an encoder that is trained on without it."""
+        self.predictor, self.config.predictor_layers = None, 0
 
     def check_size(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The patch grid of this batch, or a ValueError that says what size is expected."""
@@ -289,7 +296,8 @@ class MimRefinerModel(MimRefinerPreTrainedModel):
             raise ValueError(f"pixel_values has {channels} channels; this model was built for {self.config.num_channels}")
         if height % patch or width % patch:
             raise ValueError(f"pixel_values is {height}x{width}; height and width must be multiples of the patch size {patch}")
-        if not interpolate_pos_encoding and (height, width) != self.config.image_hw:
+        sized = self.config.position_encoding != ROPE  # rope has no table that belongs to one size
+        if sized and not interpolate_pos_encoding and (height, width) != self.config.image_hw:
             raise ValueError(
                 f"pixel_values is {height}x{width} but the model's native size is {'x'.join(map(str, self.config.image_hw))}; "
                 "resize the image, or pass interpolate_pos_encoding=True"
@@ -314,15 +322,22 @@ class MimRefinerModel(MimRefinerPreTrainedModel):
         """
         grid = self.check_size(pixel_values, bool(interpolate_pos_encoding))
         hidden_states = self.embeddings(pixel_values)
-        index = bias = None
+        index = bias = coordinates = None
         if self.config.relative_positions != "none":
             index = relative_position_index(grid, hidden_states.device)
         if self.relative_position_bias is not None:
             bias = self.relative_position_bias(grid, index)
+        if self.config.position_encoding == ROPE:
+            coordinates = token_coordinates(patch_coordinates(grid, hidden_states.device), self.config.num_register_tokens)
+        places = {"attention_mask": bias, "grid": grid, "index": index, "coordinates": coordinates}
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=bias, grid=grid, index=index, **kwargs)
+            hidden_states = layer(hidden_states, **places, **kwargs)
         output = self.norm(hidden_states)
-        pooled = self.pool(hidden_states if self.config.features == "last_block" else output)
+        if self.config.pooling == "global_repr":
+            assert self.predictor is not None and coordinates is not None  # the configuration asks for both
+            pooled = self.predictor(output, coordinates, coordinates[self.config.num_register_tokens :], **kwargs).mean(dim=1)
+        else:
+            pooled = self.pool(hidden_states if self.config.features == "last_block" else output)
         return BaseModelOutputWithPooling(last_hidden_state=output, pooler_output=pooled)
 
 
@@ -372,4 +387,11 @@ class MimRefinerBackbone(BackboneMixin, MimRefinerPreTrainedModel):
         return BackboneOutput(feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-__all__ = ["MimRefinerBackbone", "MimRefinerForImageClassification", "MimRefinerModel", "MimRefinerPreTrainedModel"]
+__all__ = [
+    "MimRefinerBackbone",
+    "MimRefinerForImageClassification",
+    "MimRefinerLayer",
+    "MimRefinerModel",
+    "MimRefinerPreTrainedModel",
+    "MimRefinerPredictor",
+]

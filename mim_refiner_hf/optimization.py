@@ -27,7 +27,10 @@ def learning_rate(step: int, warmup: int, total: int, peak: float) -> float:
 
 
 def layer_scale(name: str, num_layers: int, decay: float) -> float:
-    """Layer-wise learning-rate decay d: embeddings d^(L+1), block i (0-based) d^(L-i), final norm 1 (the released code)."""
+    """Layer-wise learning-rate decay d: embeddings d^(L+1), block i (0-based) d^(L-i), final norm 1 (the released code).
+
+    CAPI's predictor comes after the last block, as the final norm does: 1.
+    """
     if name.startswith("embeddings."):
         return decay ** (num_layers + 1)
     if block := re.match(r"layers\.(\d+)\.", name):
@@ -36,8 +39,8 @@ def layer_scale(name: str, num_layers: int, decay: float) -> float:
 
 
 def is_position(name: str) -> bool:
-    """Position tables, absolute and relative; they are not trained during refinement."""
-    return name.endswith("position_embeddings") or "relative_position_bias." in name
+    """Position tables, absolute and relative, and the frequencies of rope; they are not trained during refinement."""
+    return name.endswith("position_embeddings") or "relative_position_bias." in name or ".rope." in name
 
 
 def freeze(encoder: nn.Module, blocks: int) -> None:

@@ -1,7 +1,10 @@
 """Fixtures for all tests: the shared material beside the repository, and a quiet, offline, two-thread machine."""
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -32,3 +35,14 @@ def shared() -> Path:
 def goldens(shared: Path) -> Path:
     """The folder of goldens computed with the authors' code; its README states the tolerances."""
     return shared / "fixtures"
+
+
+@pytest.fixture
+def stub_hub(shared: Path) -> Iterator[Any]:
+    """A Hub in memory: `url`, `repos`, and `env()` for the environment of a subprocess that is to talk to it."""
+    spec = importlib.util.spec_from_file_location("hub_stub", shared / "tools" / "hub_stub.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.HubStub() as hub:
+        yield hub

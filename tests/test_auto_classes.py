@@ -1,13 +1,25 @@
 """After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is lost on disk."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AttentionInterface,
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    pipeline,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mim_refiner_hf
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
@@ -28,6 +40,15 @@ VARIANTS = [
     {"position_encoding": "absolute+relative", "layer_scale_init": 0.1, "bias": "no_key"},
     {"position_encoding": "shared_relative", "num_register_tokens": 2, "features": "last_block", "num_channels": 1},
     {"use_cls_token": False, "bias": "none", "image_size": [16, 32]},
+    {
+        "position_encoding": "rope",
+        "use_cls_token": False,
+        "norm_type": "rmsnorm",
+        "final_norm_affine": False,
+        "num_register_tokens": 4,
+        "predictor_layers": 1,
+        "pooling": "global_repr",
+    },
 ]
 
 
@@ -53,11 +74,12 @@ def test_the_package_registers_its_classes() -> None:
 def test_save_load_save_is_bit_equal(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = tiny(MimRefinerModel, **settings)
     model.save_pretrained(tmp_path / "first")
-    loaded, info = AutoModel.from_pretrained(tmp_path / "first", output_loading_info=True)
-    assert not any(info.values())
-    loaded.save_pretrained(tmp_path / "second")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    for earlier, later in (("first", "second"), ("second", "third"), ("third", "fourth")):
+        loaded, info = AutoModel.from_pretrained(tmp_path / earlier, output_loading_info=True)
+        assert not any(info.values())
+        loaded.save_pretrained(tmp_path / later)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / later / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
     pixels = torch.randn(2, model.config.num_channels, *model.config.image_hw)
     with torch.no_grad():
         assert torch.equal(model(pixels).pooler_output, loaded(pixels).pooler_output)
@@ -189,3 +211,115 @@ def test_processor_feeds_the_model(photo: Image.Image) -> None:
     greyscale = photo.convert("L")
     with torch.no_grad():
         assert tiny(MimRefinerModel)(**processor([photo, greyscale], return_tensors="pt")).pooler_output.shape == (2, 32)
+
+
+# --- what transformers promises of every model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{"hidden_size": "32"}, {"num_hidden_layers": 2.5}, {"use_cls_token": "yes"}, {"bias": None}]
+)
+def test_fields_of_a_wrong_type_raise(settings: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassError, match=next(iter(settings))):
+        MimRefinerConfig(**{**TINY, **settings})
+
+
+def test_attention_is_dispatched_through_the_interface() -> None:
+    """A kernel that a user registers under a name of their own is called once per block, with what it needs to know."""
+    calls = []
+
+    def kernel(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+        calls.append((query.shape, module.is_causal, kwargs["scaling"], kwargs["dropout"]))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+    model, pixels = tiny(MimRefinerModel), torch.randn(2, 3, 32, 32)
+    AttentionInterface.register("recorded", kernel)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        model.set_attn_implementation("recorded")
+        torch.testing.assert_close(model(pixels).last_hidden_state, expected)
+    assert calls == [((2, 2, 17, 16), False, 0.25, 0.0)] * 4
+
+
+def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    classifier, backbone = tiny(MimRefinerForImageClassification, num_labels=3), tiny(MimRefinerBackbone, out_indices=[2, 4])
+    with torch.no_grad():
+        chosen = classifier(pixels, output_hidden_states=[1, 3]).hidden_states
+        everything = classifier.encoder(pixels, output_hidden_states=True).hidden_states
+        recorded = [state for state in chosen if state is not None]
+        assert all(torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True))
+        maps = backbone(pixels)
+        assert maps.hidden_states is None  # recorded for the maps, returned only when asked for
+        as_tuple = backbone(pixels, return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        assert all(torch.equal(first, second) for first, second in zip(as_tuple[0], maps.feature_maps, strict=True))
+        classifier.config.output_hidden_states = classifier.encoder.config.output_hidden_states = True
+        assert len(classifier.encoder(pixels).hidden_states) == 5
+
+
+def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path: Path) -> None:
+    """Meta device, bf16, device_map; blocks that do not fit come from disk one at a time, with the same result."""
+    model = tiny(MimRefinerModel, position_encoding="absolute+shared_relative", num_register_tokens=2, layer_scale_init=0.1)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    with torch.device("meta"):
+        assert {parameter.device.type for parameter in AutoModel.from_config(model.config).parameters()} == {"meta"}
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    parts = ["embeddings", "relative_position_bias", "norm", *(f"layers.{block}" for block in range(4))]
+    places = {part: "disk" if part in ("layers.1", "layers.3") else "cpu" for part in parts}
+    split = AutoModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    assert split.layers[3].mlp.fc1.weight.device.type == "meta"
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixels).pooler_output
+        assert torch.equal(split(pixels).pooler_output, expected)
+        assert torch.nn.functional.cosine_similarity(half(pixels).pooler_output.float(), expected).min() > 0.99
+
+
+def test_pipelines_know_the_model(tmp_path: Path, photo: Image.Image) -> None:
+    """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no prompt."""
+    labels = {"id2label": {0: "cat", 1: "dog", 2: "newt"}, "label2id": {"cat": 0, "dog": 1, "newt": 2}}
+    classifier = tiny(MimRefinerForImageClassification, **labels)
+    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    classifier.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with torch.no_grad():
+        pixels = processor(photo, return_tensors="pt").pixel_values
+        features, scores = classifier.encoder(pixels).pooler_output, classifier(pixels).logits.softmax(-1)[0]
+    extract = pipeline("image-feature-extraction", model=str(tmp_path), pool=True, return_tensors=True)
+    assert type(extract.model) is MimRefinerModel
+    torch.testing.assert_close(extract(photo), features)
+    answer = pipeline("image-classification", model=str(tmp_path))(photo)
+    assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(
+        {name: scores[index].item() for index, name in classifier.config.id2label.items()}
+    )
+
+
+WITHOUT_TORCHVISION = """
+import sys
+sys.modules["torchvision"] = None  # as if it were not installed
+import mim_refiner_hf
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.utils import is_torchvision_available
+assert not is_torchvision_available()
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+assert type(processor) is mim_refiner_hf.MimRefinerImageProcessorPil
+torch.save(processor(Image.open(sys.argv[2]), return_tensors="pt").pixel_values, sys.argv[3])
+"""
+
+
+def test_the_processor_needs_no_torchvision(tmp_path: Path, photo: Image.Image) -> None:
+    settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    MimRefinerImageProcessor(**settings).save_pretrained(tmp_path)
+    MimRefinerConfig(**TINY).save_pretrained(tmp_path)
+    photo.save(tmp_path / "photo.png")
+    arguments = [str(tmp_path), str(tmp_path / "photo.png"), str(tmp_path / "pixels.pt")]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCHVISION, *arguments], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    pixels = torch.load(tmp_path / "pixels.pt", weights_only=True)
+    assert torch.equal(pixels, MimRefinerImageProcessorPil(**settings)(photo, return_tensors="pt").pixel_values)

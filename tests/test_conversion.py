@@ -1,9 +1,7 @@
-"""Foreign checkpoints into our encoder: the authors' own outputs, transformers' folders, every way a source can be wrong."""
+"""Foreign checkpoints into our encoder: the outputs of the authors' own code, transformers' folders, our own."""
 
 import json
 import logging
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, LoadReport, load_encoder
 from mim_refiner_hf.conversion.layouts import LAYOUTS
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
+from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
 
 GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not state them, report
     ("mimrefiner-prenorm", "checkpoint.th", "", 3, "mim_refiner_prenorm: 70 of 70 placed"),
@@ -44,6 +42,29 @@ GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not 
         None,
         "data2vec2: 86 of 86 placed; decoder: 8 dropped; moving average of the training: 66 dropped",
     ),
+    ("ibot", "checkpoint.pth", "", 3, "ibot: 70 of 70 placed; projection head: 2 dropped"),
+    ("ijepa", "checkpoint.pth.tar", "", 3, "ijepa: 69 of 69 placed"),
+    ("conmim", "checkpoint.pth", "", None, "conmim: 74 of 74 placed; pre-training head: 19 dropped; position index: 1 dropped"),
+    (
+        "conmim",
+        "checkpoint_with_ema.pth",
+        "",
+        None,
+        "conmim: 74 of 74 placed; pre-training head: 19 dropped; position index: 1 dropped",
+    ),
+    ("conmim-abs", "checkpoint.pth", "", 3, "conmim: 74 of 74 placed; pre-training head: 19 dropped"),
+    (
+        "conmim-perblock-noscale",
+        "checkpoint.pth",
+        "",
+        None,
+        "conmim: 70 of 70 placed; pre-training head: 19 dropped; position index: 4 dropped",
+    ),
+]
+ASKED_FOR = [  # family, case, file, prefix of its outputs: formats that carry no sign of their own
+    ("conmim_ema", "conmim", "checkpoint_with_ema.pth", "ema."),
+    ("dbot", "dbot", "checkpoint_encoder.pth", "zero_cls_pos."),
+    ("maect", "mimrefiner-prenorm", "checkpoint.th", ""),
 ]
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -85,9 +106,23 @@ def test_original_files_give_the_outputs_of_the_original_code(
     assert str(encoder.load_report) == report
     assert not encoder.training
     assert encoder.config.layer_norm_eps == 1e-6
-    inputs, expected = (load_file(goldens / case / f"{kind}.safetensors") for kind in ("inputs", "outputs"))
+    assert_outputs(encoder, goldens / case, prefix)
+
+
+@pytest.mark.parametrize(("family", "case", "file", "prefix"), ASKED_FOR, ids=lambda value: str(value)[:40])
+def test_families_that_have_to_be_asked_for(goldens: Path, family: str, case: str, file: str, prefix: str) -> None:
+    heads = json.loads((goldens / case / "config.json").read_text())["num_heads"]
+    encoder = load_encoder(goldens / case / file, family=family, num_heads=heads)
+    assert encoder.load_report.family == family
+    assert f"family='{family}'" in encoder.load_report.recognised_by
+    assert_outputs(encoder, goldens / case, prefix)
+
+
+def assert_outputs(encoder: MimRefinerModel, folder: Path, prefix: str) -> None:
+    """Every token of every block as the authors' code computed it, at the native size and, where given, at a lower one."""
+    inputs, expected = (load_file(folder / f"{kind}.safetensors") for kind in ("inputs", "outputs"))
     sizes = [size for size in ("", "lowres.") if f"{prefix}{size}blocks" in expected]
-    assert sizes == (["", "lowres."] if "mimrefiner" in case else [""])
+    assert sizes == (["", "lowres."] if "mimrefiner" in folder.name else [""])
     for size in sizes:
         pixels = inputs["pixel_values_lowres" if size else "pixel_values"]
         with torch.no_grad():
@@ -100,6 +135,30 @@ def test_original_files_give_the_outputs_of_the_original_code(
         }
         for name, tokens in got.items():
             torch.testing.assert_close(tokens, expected[f"{prefix}{size}{name}"], atol=2e-4, rtol=1e-4, msg=f"{size}{name}")
+
+
+def test_crossmae_with_a_final_norm(goldens: Path, tmp_path: Path) -> None:
+    """Trained without weighted feature maps, the file has `norm.*` and neither `wfm` nor `dec_norms`; CLS still has no position."""
+    folder = goldens / "crossmae"
+    state = torch.load(folder / "checkpoint_full.pth", weights_only=True)["model"]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(("wfm.", "dec_norms."))}
+    norm = {"norm.weight": torch.rand(32) + 0.5, "norm.bias": torch.randn(32)}
+    encoder = load_encoder(save_mae(tmp_path, state | norm), num_heads=2)
+    assert str(encoder.load_report).startswith("crossmae: 70 of 70 placed")
+    with torch.no_grad():
+        tokens = encoder(load_file(folder / "inputs.safetensors")["pixel_values"]).last_hidden_state
+    before = load_file(folder / "outputs.safetensors")["tokens_prenorm"]
+    expected = torch.nn.functional.layer_norm(before, (32,), norm["norm.weight"], norm["norm.bias"], eps=1e-6)
+    torch.testing.assert_close(tokens, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_report_says_what_told_the_family(goldens: Path) -> None:
+    report = load_encoder(goldens / "conmim/checkpoint_with_ema.pth").load_report
+    assert report.recognised_by == (
+        "patch_embed.proj.weight [36, 3, 8, 8], blocks.0.attn.qkv.weight [108, 36], blocks.0.attn.q_bias [36] under 'model'"
+    )
+    report = load_encoder(goldens / "mimrefiner-training-prenorm/checkpoint.th").load_report
+    assert report.recognised_by == "model_type='vit.vit' under 'state_dict'"
 
 
 def test_position_of_the_cls_token_is_folded_not_dropped(goldens: Path) -> None:
@@ -303,207 +362,7 @@ def test_hub_names_fetch_weights_and_json_only(tmp_path: Path, monkeypatch: pyte
     assert {path.name for path in cache.iterdir()} == {"config.json", file}
 
 
-# --- preprocessing ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "size", "crop"),
-    [
-        ({"size": {"height": 36, "width": 36}}, 36, {"height": 36, "width": 36}),
-        ({"size": 36}, 36, {"height": 36, "width": 36}),
-        ({"size": {"height": 36, "width": 36}, "crop_size": 32, "do_center_crop": True}, 36, {"height": 32, "width": 32}),
-        ({"size": {"shortest_edge": 40}, "crop_size": {"height": 24, "width": 32}}, 40, {"height": 24, "width": 32}),
-        ({}, 32, {"height": 32, "width": 32}),
-    ],
-)
-def test_processor_is_the_sources_own(tmp_path: Path, settings: dict[str, Any], size: int, crop: dict[str, int]) -> None:
-    MimRefinerModel(MimRefinerConfig(**TINY)).save_pretrained(tmp_path)
-    settings = settings | {"image_mean": [0.5] * 3, "image_std": [0.4] * 3, "resample": 2}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    processor = load_encoder(tmp_path).image_processor
-    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0.5] * 3, [0.4] * 3, 2)
-    assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": size}, crop)
-
-
-def test_processor_defaults_to_imagenet_at_native_size(goldens: Path, tmp_path: Path) -> None:
-    processor = load_encoder(goldens / "mae/checkpoint_encoder.pth", num_heads=3).image_processor
-    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
-    assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
-    assert processor.do_convert_rgb
-    MimRefinerModel(MimRefinerConfig(**{**TINY, "image_size": [16, 32]}, num_channels=1)).save_pretrained(tmp_path)
-    encoder = load_encoder(tmp_path)
-    assert not encoder.image_processor.do_convert_rgb
-    pixels = encoder.image_processor(torch.zeros(1, 40, 60, dtype=torch.uint8), return_tensors="pt").pixel_values
-    assert pixels.shape == (1, 1, 16, 32)
-    torch.testing.assert_close(pixels[0, 0, 0, 0], torch.tensor(-(0.485 + 0.456 + 0.406) / (0.229 + 0.224 + 0.225)))
-    encoder(pixels)
-
-
-# --- wrong sources ------------------------------------------------------------------------------------------------------------
-
-
-def test_missing_sources(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist; give a Hub name"):
-        load_encoder("nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_encoder(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no model"):
-        load_encoder(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a local path nor a model that the Hub could deliver"):
-        load_encoder("nobody/no-such-model")
-
-
-@pytest.mark.parametrize("keep", [0, 10, 2000, -100])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_files(tmp_path: Path, goldens: Path, keep: int, suffix: str) -> None:
-    torch_file = goldens / "maws/checkpoint.pt"
-    whole = tmp_path / f"whole{suffix}"
-    if suffix == ".safetensors":
-        save_file(torch.load(torch_file, weights_only=True), whole)
-    else:
-        whole.write_bytes(torch_file.read_bytes())
-    (tmp_path / f"cut{suffix}").write_bytes(whole.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"cut\{suffix} is unreadable: truncated"):
-        load_encoder(tmp_path / f"cut{suffix}")
-
-
-class Malicious:
-    """Unpickling this runs a shell command."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.canary}",)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("place", ["file", "pickle", "folder"])
-def test_no_pickle_is_executed(tmp_path: Path, place: str) -> None:
-    canary = tmp_path / "canary"
-    evil = {"model": {"cls_token": torch.zeros(1, 1, 8), "extra": Malicious(canary)}}
-    pickle.loads(pickle.dumps(Malicious(canary)))
-    assert canary.exists()  # the attack is real
-    canary.unlink()
-    path = tmp_path / ("pytorch_model.bin" if place == "folder" else "evil.pth")
-    if place == "pickle":
-        path.write_bytes(pickle.dumps(evil["model"]["extra"]))
-    else:
-        torch.save(evil, path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(
-        CheckpointError, match=r"more than plain tensors.* would execute code while being read, which was refused"
-    ) as error:
-        load_encoder(tmp_path if place == "folder" else path)
-    assert not canary.exists()
-    assert "likely succeed" not in str(error.value)  # torch's own message advises weights_only=False
-
-
-def test_unknown_files(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}, "epoch": 1}, tmp_path / "resnet.pth")
-    with pytest.raises(
-        CheckpointError, match=r"no known family; top-level keys: state_dict, epoch; tensors: state_dict\.conv1\.weight"
-    ):
-        load_encoder(tmp_path / "resnet.pth")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(CheckpointError, match="holds a Tensor, not a dictionary"):
-        load_encoder(tmp_path / "tensor.pth")
-    torch.save({"decoder_embed.weight": torch.zeros(3), "mask_token": torch.zeros(1)}, tmp_path / "decoder.pth")
-    with pytest.raises(CheckpointError, match="holds a decoder only"):
-        load_encoder(tmp_path / "decoder.pth")
-    with pytest.raises(CheckpointError, match=r"family='resnet' is unknown; allowed: mim_refiner, vit_mae"):
-        load_encoder(tmp_path / "resnet.pth", family="resnet")
-    with pytest.raises(CheckpointError, match="nothing under model"):
-        load_encoder(tmp_path / "resnet.pth", family="mae")
-
-
-def test_unknown_folders(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
-    with pytest.raises(CheckpointError, match="model_type='swin', not a plain ViT known here"):
-        load_encoder(tmp_path)
-    (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        load_encoder(tmp_path)
-    transformers_models()["vit"]().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"need the config\.json beside them: give their folder"):
-        load_encoder(tmp_path / "model.safetensors")
-
-
-def test_transformers_decoder_only(tmp_path: Path) -> None:
-    model = transformers_models()["vit_mae-pretraining"]()
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    save_file({name: tensor for name, tensor in state.items() if name.startswith("decoder.")}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds no encoder of transformers' ViTMAE, only decoder: 24 tensors"):
-        load_encoder(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["mae", "data2vec2", "vit", "beit", "ours"])
-def test_fine_tuned_classifiers_are_refused(tmp_path: Path, mae_state: dict[str, torch.Tensor], kind: str) -> None:
-    path = tmp_path
-    if kind == "mae":
-        extra = {"fc_norm.weight": torch.ones(48), "head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)}
-        path = save_mae(tmp_path, mae_state | extra)
-    elif kind == "data2vec2":
-        path = save_mae(tmp_path, {"model.blocks.0.norm1.weight": torch.ones(8), "head.weight": torch.zeros(10, 8)})
-    elif kind == "ours":
-        MimRefinerForImageClassification(MimRefinerConfig(**TINY, num_labels=3)).save_pretrained(tmp_path)
-    else:
-        config = transformers.ViTConfig(**TINY) if kind == "vit" else transformers.BeitConfig(**TINY)
-        transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"is a fine-tuned classifier \(.*\), not a pre-trained encoder: load the checkpoint"
-    ):
-        load_encoder(path)
-
-
-def test_every_tensor_must_be_there(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    """Without any single one of the encoder's tensors: an error that names it, never a model with a random tensor."""
-    for name in mae_state:
-        if name.startswith(("decoder", "mask_token")):
-            continue
-        path = save_mae(tmp_path, {key: tensor for key, tensor in mae_state.items() if key != name})
-        with pytest.raises(CheckpointError):
-            load_encoder(path, family="mae", num_heads=3)
-    del mae_state["blocks.1.attn.qkv.bias"]
-    wanted = r"3 of 70 mae tensors are missing: layers\.1\.attention\.q_proj\.bias, layers\.1\.attention\.k_proj\.bias"
-    with pytest.raises(CheckpointError, match=wanted):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
-
-
-def test_every_source_tensor_must_have_a_place(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    mae_state["blocks.0.attn.q_norm.weight"] = torch.ones(16)
-    with pytest.raises(CheckpointError, match=r"1 tensors have no place in MAE .*: blocks\.0\.attn\.q_norm\.weight"):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
-
-
-def test_wrong_shapes(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    damaged = mae_state | {"blocks.2.mlp.fc1.weight": torch.zeros(100, 48)}
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight is \[100, 48\], expected \[192, 48\]"):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
-    damaged = mae_state | {"pos_embed": torch.zeros(1, 18, 48)}  # 17 patches are no square
-    with pytest.raises(CheckpointError, match=r"position_embeddings is \[1, 17, 48\], expected \[1, 16, 48\]"):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
-    damaged = mae_state | {"pos_embed": torch.zeros(48)}
-    with pytest.raises(CheckpointError, match=r"pos_embed has the unexpected shape \[48\]"):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite_weights(tmp_path: Path, mae_state: dict[str, torch.Tensor], value: float) -> None:
-    mae_state["blocks.3.norm2.weight"][5] = value
-    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN, infinite or integer values: layers\.3\.norm2\.weight"):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
-
-
-def test_number_of_heads(goldens: Path, tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"width 48 is none of the published ones .*; pass num_heads="):
-        load_encoder(goldens / "mae/checkpoint_full.pth")
-    with pytest.raises(CheckpointError, match="cannot be built: num_attention_heads=5 must divide hidden_size=48"):
-        load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=5)
-    with pytest.raises(CheckpointError, match=r"num_heads=4, but .* states 3"):
-        load_encoder(goldens / "data2vec2/checkpoint.pt", num_heads=4)
+# --- the table -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (2560, 32)])
@@ -514,7 +373,7 @@ def test_heads_of_the_published_widths(tmp_path: Path, width: int, heads: int) -
         name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in MimRefinerModel(config).state_dict().items()
     }
     rename = [("layers.0", "blocks.0"), ("embeddings.patch_embeddings", "patch_embed.proj"), ("attention.o_proj", "attn.proj")]
-    original = {"cls_token": state.pop("embeddings.cls_token"), "pos_embed": torch.zeros(1, 2, width)}
+    original = {"cls_token": state.pop("embeddings.cls_token"), "pos_embed": torch.zeros(1, 2, width).half()}
     for name, tensor in state.items():
         for new, old in rename:
             name = name.replace(new, old)

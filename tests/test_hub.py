@@ -1,6 +1,5 @@
 """Model folders and the Hub: loading with and without the package, pushing, and a Hub that fails."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ import sys
 sys.modules["mim_refiner_hf"] = None  # as if it were not installed, also where it is
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 image, expected = Image.open(sys.argv[2]), torch.load(sys.argv[3], weights_only=True)
 remote = {"trust_remote_code": True}
 for source in sys.argv[1].split(","):
@@ -43,6 +42,11 @@ for source in sys.argv[1].split(","):
     assert (extract(image) - expected).abs().max() < 1e-6
     classifier = AutoModelForImageClassification.from_pretrained(source, num_labels=3, **remote)
     assert torch.equal(classifier.encoder.layers[1].mlp.fc2.weight, model.layers[1].mlp.fc2.weight)
+    if source.count("/") == 1:  # AutoBackbone of transformers 5.23 takes no local folder, of any model
+        backbone = AutoBackbone.from_pretrained(source, out_indices=[1, 2], **remote)
+        with torch.no_grad():
+            maps = backbone(**processor(image, return_tensors="pt")).feature_maps
+        assert [tuple(each.shape) for each in maps] == [(1, 32, 4, 4)] * 2 and backbone.channels == [32, 32]
     print("loaded", source)
 """
 
@@ -50,7 +54,7 @@ WITH_PACKAGE = """
 import sys
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, pipeline
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel, pipeline
 import mim_refiner_hf
 from mim_refiner_hf.publishing import push_folder
 source, image, expected = sys.argv[1], Image.open(sys.argv[2]), torch.load(sys.argv[3], weights_only=True)
@@ -62,6 +66,9 @@ extract = pipeline("image-feature-extraction", model=source, pool=True, return_t
 assert type(extract.model) is mim_refiner_hf.MimRefinerModel
 assert (extract(image) - expected).abs().max() < 1e-6
 print("pushed", push_folder(source, "tester/tiny"))
+backbone = AutoBackbone.from_pretrained("tester/tiny", out_indices=[1, 2])
+assert type(backbone) is mim_refiner_hf.MimRefinerBackbone and backbone.out_features == ["stage1", "stage2"]
+assert torch.equal(backbone.encoder.layers[1].mlp.fc2.weight, model.layers[1].mlp.fc2.weight)
 """
 
 
@@ -138,7 +145,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
-    code = {f"{name}_mim_refiner.py" for name in ("configuration", "modeling", "image_processing")}
+    code = {f"{name}_mim_refiner.py" for name in ("configuration", "positions", "modeling", "image_processing")}
     assert set(contents(tiny["model"])) == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", *code}
     assert not [path for path in tiny["root"].iterdir() if path.name.startswith(".")]
     assert "auto_map" not in json.loads((tiny["model"] / "preprocessor_config.json").read_text())
@@ -191,25 +198,20 @@ def test_pushing_something_else_than_a_model_is_refused(tmp_path: Path) -> None:
         push_folder(tmp_path, "tester/tiny")
 
 
-def test_push_and_load_through_the_hub(shared: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("hub_stub", shared / "tools" / "hub_stub.py")
-    assert spec is not None and spec.loader is not None
-    stub = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stub)
-    with stub.HubStub() as hub:
-        environment = {name: value for name, value in hub.env().items() if name != "HF_HOME"}
-        package = {**environment, "PYTHONPATH": str(REPOSITORY)}
-        printed = run_script(WITH_PACKAGE, str(tiny["model"]), tiny, tmp_path / "with", **package)
-        assert f"pushed {hub.url}/tester/tiny" in printed
-        repo = hub.repos["tester/tiny"]
-        assert [summary for _, summary in repo["commits"]] == ["Weights, configuration and code", "Model card with metrics"]
-        local = contents(tiny["model"])
-        card = local.pop("README.md")
-        assert repo["files"].pop("README.md") == card.replace(b"your-name/your-model", b"tester/tiny")
-        assert {name: data for name, data in repo["files"].items() if name != ".gitattributes"} == local
-        sources = f"tester/tiny,{tiny['model']}"
-        printed = run_script(WITHOUT_PACKAGE, sources, tiny, tmp_path / "without", **environment)
-        assert f"loaded tester/tiny\nloaded {tiny['model']}\n" in printed
+def test_push_and_load_through_the_hub(stub_hub: Any, tiny: dict[str, Path], tmp_path: Path) -> None:
+    environment = {name: value for name, value in stub_hub.env().items() if name != "HF_HOME"}
+    package = {**environment, "PYTHONPATH": str(REPOSITORY)}
+    printed = run_script(WITH_PACKAGE, str(tiny["model"]), tiny, tmp_path / "with", **package)
+    assert f"pushed {stub_hub.url}/tester/tiny" in printed
+    repo = stub_hub.repos["tester/tiny"]
+    assert [summary for _, summary in repo["commits"]] == ["Weights, configuration and code", "Model card with metrics"]
+    local = contents(tiny["model"])
+    card = local.pop("README.md")
+    assert repo["files"].pop("README.md") == card.replace(b"your-name/your-model", b"tester/tiny")
+    assert {name: data for name, data in repo["files"].items() if name != ".gitattributes"} == local
+    sources = f"tester/tiny,{tiny['model']}"
+    printed = run_script(WITHOUT_PACKAGE, sources, tiny, tmp_path / "without", **environment)
+    assert f"loaded tester/tiny\nloaded {tiny['model']}\n" in printed
 
 
 def test_a_failing_hub_leaves_the_result_and_the_command_to_continue(

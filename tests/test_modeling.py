@@ -17,7 +17,8 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel, relative_position_index, sincos_position_table
+from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.positions_mim_refiner import relative_position_index, sincos_position_table
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -316,14 +317,14 @@ def test_wrong_pixels_raise() -> None:
         ({"num_attention_heads": 5}, "num_attention_heads=5 must divide hidden_size=32"),
         ({"image_size": 30}, "patch_size=8 must divide image_size=30"),
         ({"image_size": 0}, "patch_size=8 must divide image_size=0"),
-        ({"position_encoding": "rope"}, "position_encoding='rope' is not supported"),
+        ({"position_encoding": "spiral"}, "position_encoding='spiral' is not supported"),
         ({"position_encoding": ""}, "position_encoding='' is not supported"),
-        ({"norm_type": "rmsnorm"}, "norm_type='rmsnorm' is not supported"),
+        ({"norm_type": "batchnorm"}, "norm_type"),
         ({"norm_placement": "middle"}, "norm_placement"),
         ({"bias": "some"}, "bias"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"num_register_tokens": -1}, "num_register_tokens=-1 must not be negative"),
-        ({"use_cls_token": False, "pooling": "cls"}, "needs use_cls_token=True"),
+        ({"use_cls_token": False, "pooling": "cls"}, r"pooling='cls': the encoder has no CLS token \(use_cls_token=False\)"),
     ],
 )
 def test_contradicting_configurations_raise(settings: dict[str, Any], message: str) -> None:

@@ -1,11 +1,13 @@
 """What a checkpoint format is: `Layout`, one per family, with the rules that place its tensors. The formats: `layouts.py`.
 
-A layout answers four questions about a checkpoint: where in the file its weights are (`paths`), how the family is recognised
-(`signature`, or `model_types` of a transformers `config.json`), where each tensor goes (`rules`), and what is left behind on
-purpose (`drops`, with the reason that the report prints).
+A layout answers five questions about a checkpoint: where in the file its weights are (`paths`), how the family is recognised
+(`signature`, or `model_types` of a `config.json`), where each tensor goes (`rules`), what is left behind on purpose (`drops`,
+with the reason that the report prints), and how its images were normalised (`preprocessing`).
 """
 
+import math
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +19,16 @@ CLS_POSITION = "embeddings.cls_position"  # not a weight of ours: `load.py` adds
 POSITIONS = "embeddings.position_embeddings"
 
 Placed = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A source cannot be turned into an encoder; the message says why, names the tensors, and says what to do."""
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """Names for an error message, the first few of a long list."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def copy(target: str, tensor: Tensor) -> Placed:
@@ -32,6 +44,12 @@ def split_qkv(target: str, tensor: Tensor) -> Placed:
 def cls_and_patches(target: str, tensor: Tensor) -> Placed:
     """Positions (1, 1 + N, D) whose first row the family adds to its CLS token: kept, to be folded into that token."""
     return {CLS_POSITION: tensor[:, :1], target: tensor[:, 1:]}
+
+
+def any_positions(target: str, tensor: Tensor) -> Placed:
+    """Positions of the patches alone (1, N, D), or of CLS and patches (1, 1 + N, D): on a square grid only one fits."""
+    rows = tensor.shape[1]
+    return {target: tensor} if math.isqrt(rows) ** 2 == rows else cls_and_patches(target, tensor)
 
 
 def patches_only(target: str, tensor: Tensor) -> Placed:
@@ -53,10 +71,16 @@ def stated(*path: str) -> Callable[[Mapping[str, Any]], Any]:
     def read(contents: Mapping[str, Any]) -> Any:
         value: Any = contents
         for key in path:
+            value = vars(value) if isinstance(value, Namespace) else value
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     return read
+
+
+def nothing(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No word on the preprocessing: ImageNet's mean and standard deviation at the native size."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,8 @@ class Layout:
         drops: (pattern, reason) of tensors that an encoder does not need.
         settings: fields of `MimRefinerConfig` that the family fixes.
         facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how to read them.
-        finish: a last step over all placed tensors.
+        preprocessing: what the family, or its file, says of its preprocessing, in the words of `preprocessor_config.json`.
+        finish: a last renaming over all that was placed.
     """
 
     family: str
@@ -87,19 +112,30 @@ class Layout:
     drops: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
-    finish: Callable[[Placed], Placed] | None = None
+    preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = nothing
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
-    def recognises(self, names: list[str]) -> bool:
-        """Whether these tensor names, in file order, carry this family's signature."""
+    def recognises(self, names: list[str]) -> list[str]:
+        """The names that carry this family's signature, one for each of its patterns; empty if any is not found."""
         lines = "\n".join(names)
-        return bool(self.signature) and all(re.search(pattern, lines, re.MULTILINE | re.DOTALL) for pattern in self.signature)
+        found = [re.search(pattern, lines, re.MULTILINE | re.DOTALL) for pattern in self.signature]
+        starts = [match.start() for match in found if match is not None]
+        return [names[lines.count("\n", 0, start)] for start in starts] if len(starts) == len(found) else []
+
+    def own_name(self, name: str) -> str:
+        """The name without the family's prefix."""
+        return re.sub(rf"\A(?:{self.prefix})", "", name)
+
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a tensor of this name is left behind on purpose; None if it is not."""
+        name = self.own_name(name)
+        return next((reason for pattern, reason in self.drops if re.fullmatch(pattern, name)), None)
 
     def place(self, name: str, tensor: Tensor) -> Placed | str | None:
         """Where this tensor goes: our names with their tensors, or the reason why it is dropped, or None if it is unknown."""
-        name = re.sub(rf"\A(?:{self.prefix})", "", name)
-        for pattern, reason in self.drops:
-            if re.fullmatch(pattern, name):
-                return reason
+        if (reason := self.reason_to_drop(name)) is not None:
+            return reason
+        name = self.own_name(name)
         for rule in self.rules:
             if match := re.fullmatch(rule.pattern, name):
                 return rule.how(match.expand(rule.target), tensor)

@@ -14,65 +14,150 @@ from .layout import (
     CLS_TOKEN,
     POSITIONS,
     Layout,
-    Placed,
     Rule,
+    any_positions,
     cls_and_patches,
     patches_only,
     split_qkv,
     stated,
 )
 
-# --- timm's names: MAE and all that grew out of it, and the released MIM-Refiner encoders ------------------------------------
+# --- timm's names: MAE and all that grew out of it ----------------------------------------------------------------------------
 
-TIMM_BLOCKS = (
+BLOCKS = (
     Rule(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"layers.\1.attention.*_proj.\2", split_qkv),
     Rule(r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
     Rule(r"blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"layers.\1.\2.\3"),
 )
-TIMM_PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
+PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
 FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
-PRE_NORM = {"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False, "final_norm": True}
-POST_NORM = {"norm_placement": "post", "use_cls_token": True, "embedding_norm": True, "final_norm": False}
+CLS = Rule(r"cls_token", CLS_TOKEN)
+ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
+PRE_NORM = {**ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
+POST_NORM = {**ABSOLUTE, "norm_placement": "post", "use_cls_token": True, "final_norm": False, "embedding_norm": True}
 
 MAE = Layout(
     family="mae",
     title="MAE (facebookresearch/mae)",
     paths=(("model",),),
-    signature=(r"^cls_token$", r"^pos_embed$", r"^blocks\.0\.attn\.qkv\.bias$", r"^norm\.weight$"),
-    rules=(
-        Rule(r"cls_token", CLS_TOKEN),
-        Rule(r"pos_embed", POSITIONS, cls_and_patches),
-        TIMM_PATCHES,
-        *TIMM_BLOCKS,
-        FINAL_NORM,
-    ),
+    signature=(r"^patch_embed\.proj\.", r"^blocks\.\d+\.attn\.qkv\."),
+    rules=(CLS, Rule(r"pos_embed", POSITIONS, cls_and_patches), PATCHES, *BLOCKS, FINAL_NORM),
     drops=((r"decoder_.*|mask_token", "decoder"),),
     settings=PRE_NORM,
 )
 DBOT = replace(MAE, family="dbot", title="dBOT (liuxingbin/dbot)", signature=(*MAE.signature, r"^decoder_predp\."))
-CROSSMAE = replace(
+CROSSMAE = replace(  # with weighted feature maps (`wfm`, as released) the blocks end without a norm, else with one
     MAE,
     family="crossmae",
-    title="CrossMAE without final norm (TonyLianLong/CrossMAE, `wfm`)",
-    signature=(r"^pos_embed$", r"^wfm\.linear\.weight$", r"^dec_norms\.0\.weight$"),
-    rules=(Rule(r"cls_token", CLS_TOKEN), Rule(r"pos_embed", POSITIONS, patches_only), TIMM_PATCHES, *TIMM_BLOCKS),
+    title="CrossMAE (TonyLianLong/CrossMAE)",
+    signature=(*MAE.signature, r"^decoder_blocks\.\d+\.cross_attn\.|^dec_norms\.|^wfm\."),
+    rules=(CLS, Rule(r"pos_embed", POSITIONS, patches_only), PATCHES, *BLOCKS, FINAL_NORM),
     drops=((r"decoder_.*|mask_token|dec_norms\..*|wfm\..*", "decoder"),),
-    settings={**PRE_NORM, "final_norm": False},
+    settings={name: value for name, value in PRE_NORM.items() if name != "final_norm"},
 )
-PLAIN_VIT = replace(MAE, family="plain_vit", title="a bare ViT state dict (MAWS, DINO, timm)", paths=((),), drops=())
+IBOT = replace(
+    MAE,
+    family="ibot",
+    title="iBOT's or DINO's training file, its teacher (bytedance/ibot, facebookresearch/dino)",
+    paths=(("teacher",),),
+    signature=(r"^(module\.)?backbone\.patch_embed\.proj\.", r"^(module\.)?backbone\.blocks\.\d+\.attn\.qkv\."),
+    prefix=r"(?:module\.)?(?:backbone\.)?",
+    drops=((r"head\d*\..*", "projection head"), (r"masked_embed", "mask token")),
+)
+IJEPA = replace(
+    MAE,
+    family="ijepa",
+    title="I-JEPA, its target encoder (facebookresearch/ijepa)",
+    paths=(("target_encoder",),),
+    signature=(r"^(module\.)?patch_embed\.proj\.", r"^(module\.)?blocks\.\d+\.attn\.qkv\."),
+    prefix=r"module\.",
+    rules=(Rule(r"pos_embed", POSITIONS), PATCHES, *BLOCKS, FINAL_NORM),
+    drops=(),
+    settings={**PRE_NORM, "use_cls_token": False},
+)
+
+
+# --- bare ViTs, and timm's own models (`timm_models.py` reads their config.json) -----------------------------------------------
+
+CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
+LAYER_SCALE = Rule(r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight")
+PLAIN_VIT = Layout(
+    family="plain_vit",
+    title="a bare ViT state dict (MAWS, DINO, timm)",
+    paths=(("state_dict",), ()),
+    model_types=("timm.VisionTransformer",),
+    signature=MAE.signature,
+    rules=(
+        CLS,
+        Rule(r"reg_token", "embeddings.register_tokens"),
+        Rule(r"pos_embed", POSITIONS, any_positions),
+        PATCHES,
+        *BLOCKS,
+        LAYER_SCALE,
+        FINAL_NORM,
+    ),
+    drops=(CLASSIFIER_HEAD,),
+    settings={**ABSOLUTE, "norm_placement": "pre"},
+)
+
+
+# --- BEiT's names: fused qkv without bias, biases of q and v alone, relative positions shared or per block ---------------------
+
+TABLE = r"relative_position_bias_table"
+POSITION_INDEX = (r".*relative_position_index", "position index")
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+"""BEiT's normalisation of pixels, to [-1, 1]."""
+
+PLAIN_BEIT = Layout(
+    family="plain_beit",
+    title="a bare BEiT state dict (timm)",
+    paths=(("state_dict",), ()),
+    model_types=("timm.Beit",),
+    signature=(*MAE.signature, r"^blocks\.\d+\.attn\.[qv]_bias$"),
+    rules=(
+        CLS,
+        Rule(r"pos_embed", POSITIONS, cls_and_patches),
+        PATCHES,
+        Rule(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layers.\1.attention.\2_proj.bias"),
+        Rule(rf"blocks\.(\d+)\.attn\.{TABLE}", r"layers.\1.attention.relative_position_bias.table"),
+        Rule(rf"rel_pos_bias\.{TABLE}", r"relative_position_bias.table"),
+        *BLOCKS,
+        LAYER_SCALE,
+        FINAL_NORM,
+    ),
+    drops=(CLASSIFIER_HEAD, POSITION_INDEX),
+    settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
+    preprocessing=lambda contents: HALF,
+)
+CONMIM = replace(
+    PLAIN_BEIT,
+    family="conmim",
+    title="ConMIM (TencentARC/ConMIM)",
+    paths=(("model",),),
+    model_types=(),
+    drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), POSITION_INDEX),
+    settings={**PLAIN_BEIT.settings, "final_norm": True},
+    preprocessing=lambda contents: {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF,
+)
+CONMIM_EMA = replace(  # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
+    CONMIM, family="conmim_ema", title="ConMIM's moving average, to be asked for", paths=(("model_ema",),), signature=()
+)
+
+
+# --- the released MIM-Refiner encoders, and MAE-CT ----------------------------------------------------------------------------
 
 RELEASED_RULES = (
     Rule(r"cls_tokens\.tokens", CLS_TOKEN),
     Rule(r"pos_embed\.embed", POSITIONS),  # a buffer (1, rows, columns, D), patches only
-    TIMM_PATCHES,
-    *TIMM_BLOCKS,
+    PATCHES,
+    *BLOCKS,
 )
 RELEASED_PRENORM = Layout(
     family="mim_refiner_prenorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: MAE, dBOT, CrossMAE refined)",
     paths=(("state_dict",), ()),
     model_types=("vit.vit",),
-    signature=(r"^cls_tokens\.tokens$", r"^pos_embed\.embed$", r"^norm\.weight$"),
+    signature=(r"^(cls_tokens\.tokens|pos_embed\.embed)$", r"^norm\."),
     rules=(*RELEASED_RULES, FINAL_NORM),
     settings=PRE_NORM,
     facts={
@@ -85,16 +170,19 @@ RELEASED_POSTNORM = replace(  # old files say `norm` for `embed_norm`; unlike a 
     family="mim_refiner_postnorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: data2vec 2.0 refined)",
     model_types=("vit.data2vec2_vit",),
-    signature=(r"^cls_tokens\.tokens$", r"^pos_embed\.embed$", r"^embed_norm\.weight$|^norm\.weight$.*^blocks\.0\."),
+    signature=(r"^(cls_tokens\.tokens|pos_embed\.embed)$", r"^embed_norm\.|^norm\..*^blocks\.\d+\."),
     rules=(*RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
     settings=POST_NORM,
+)
+MAE_CT = replace(  # names as above, so it is recognised as that, which computes the same
+    RELEASED_PRENORM, family="maect", title="MAE-CT (ml-jku/MAE-CT)", model_types=(), signature=()
 )
 
 
 # --- data2vec 2.0 (fairseq) ---------------------------------------------------------------------------------------------------
 
 
-def stack_prenet(placed: Placed) -> Placed:
+def stack_prenet(placed: dict[str, Any]) -> dict[str, Any]:
     """The modality's own blocks (`prenet.<i>`) run first: they become layers 0, 1, ..., and the shared ones follow."""
     depth = 1 + max((int(name.split(".")[1]) for name in placed if name.startswith("prenet.")), default=-1)
     shifted = {re.sub(r"\Alayers\.(\d+)", lambda m: f"layers.{int(m[1]) + depth}", name): t for name, t in placed.items()}
@@ -106,7 +194,7 @@ DATA2VEC2 = Layout(
     family="data2vec2",
     title="data2vec 2.0 for images (fairseq)",
     paths=(("model",),),
-    signature=(rf"^{IMAGE}extra_tokens$", rf"^{IMAGE}context_encoder\.norm\.weight$", r"^blocks\.0\."),
+    signature=(rf"^{IMAGE}", r"^blocks\.\d+\."),
     rules=(
         Rule(rf"{IMAGE}extra_tokens", CLS_TOKEN),
         Rule(rf"{IMAGE}fixed_positional_encoder\.positions", POSITIONS),
@@ -114,9 +202,9 @@ DATA2VEC2 = Layout(
         Rule(rf"{IMAGE}context_encoder\.norm\.(weight|bias)", r"embeddings.norm.\1"),
         *(
             Rule(rf"{IMAGE}context_encoder\.{rule.pattern}", rule.target.replace("layers", "prenet"), rule.how)
-            for rule in TIMM_BLOCKS
+            for rule in BLOCKS
         ),
-        *TIMM_BLOCKS,
+        *BLOCKS,
     ),
     drops=((r"_ema\..*", "moving average of the training"), (rf"{IMAGE}decoder\..*", "decoder")),
     settings=POST_NORM,
@@ -125,10 +213,55 @@ DATA2VEC2 = Layout(
 )
 
 
+# --- CAPI ---------------------------------------------------------------------------------------------------------------------
+
+
+def capi_blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """The blocks of CAPI's encoder or predictor: both are residual attention and MLP, with RMSNorm and rope."""
+    attention, mlp = rf"{theirs}\.residual1\.", rf"{theirs}\.residual2\."
+    return (
+        Rule(attention + r"norm\.weight", rf"{ours}.norm1.weight"),
+        Rule(attention + r"fn\.([qkv])_proj\.weight", rf"{ours}.attention.\2_proj.weight"),
+        Rule(attention + r"fn\.proj\.weight", rf"{ours}.attention.o_proj.weight"),
+        Rule(attention + r"fn\.rope\.freqs", rf"{ours}.attention.rope.frequencies"),
+        Rule(mlp + r"norm\.weight", rf"{ours}.norm2.weight"),
+        Rule(mlp + r"fn\.(fc[12])\.weight", rf"{ours}.mlp.\2.weight"),
+    )
+
+
+CAPI = Layout(  # its image-level vector, `global_repr`, is read off after the predictor's first block: that one is kept
+    family="capi",
+    title="CAPI (facebookresearch/capi)",
+    signature=(r"^(?:backbone\.)?registers$", r"^(?:backbone\.)?encoder\.blocks\.0\.residual1\.fn\.rope\.freqs$"),
+    prefix=r"backbone\.",
+    rules=(
+        Rule(r"registers", "embeddings.register_tokens"),
+        Rule(r"patch_embed\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        *capi_blocks(r"encoder\.blocks\.(\d+)", r"layers.\1"),
+        Rule(r"mask_token", "predictor.mask_token"),
+        *capi_blocks(r"decoder\.blocks\.(0)", r"predictor.blocks.\1"),
+    ),
+    drops=(
+        (r"head\..*", "clustering head"),
+        (r"decoder\.blocks\.[1-9]\d*\..*", "predictor after its first block"),
+    ),
+    settings={
+        "norm_placement": "pre",
+        "norm_type": "rmsnorm",
+        "layer_norm_eps": 1e-5,
+        "position_encoding": "rope",
+        "bias": "none",
+        "use_cls_token": False,
+        "embedding_norm": False,
+        "final_norm": True,
+        "final_norm_affine": False,
+    },
+)
+
+
 # --- transformers: names on disk (`encoder.layer.0.attention.attention.query`) and in memory (`layers.0.attention.q_proj`) ----
 
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
-TABLE = r"relative_position_bias_table"
 TRANSFORMERS_RULES = (
     Rule(r"embeddings\.cls_token", CLS_TOKEN),
     Rule(r"embeddings\.position_embeddings", POSITIONS, cls_and_patches),
@@ -182,7 +315,7 @@ BEIT = Layout(  # the final norm is there or not: the masked-image model has one
     drops=(
         (r"pooler\..*", "pooler"),
         (r"lm_head\..*|embeddings\.mask_token", "decoder"),
-        (r".*relative_position_index", "position index"),
+        POSITION_INDEX,
     ),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
     facts={
@@ -190,6 +323,7 @@ BEIT = Layout(  # the final norm is there or not: the masked-image model has one
         "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,  # 0 is BEiT's word for none
         "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
     },
+    preprocessing=lambda contents: HALF,
 )
 DATA2VEC_VISION = replace(
     BEIT,
@@ -214,10 +348,17 @@ LAYOUTS: tuple[Layout, ...] = (  # the more specific signature first
     DATA2VEC_VISION,
     RELEASED_POSTNORM,
     RELEASED_PRENORM,
+    MAE_CT,
     DATA2VEC2,
+    IBOT,
+    IJEPA,
+    CAPI,
+    CONMIM,
+    CONMIM_EMA,
     DBOT,
     CROSSMAE,
     MAE,
+    PLAIN_BEIT,
     PLAIN_VIT,
 )
 

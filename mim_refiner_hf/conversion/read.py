@@ -1,7 +1,8 @@
-"""Read a checkpoint as it was saved: a file, a model folder, or a Hub name; no pickle is ever executed."""
+"""Read a checkpoint as it was saved: a file, a model folder, a name of the zoo, or a Hub name; no pickle is ever executed."""
 
 import json
 import re
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,47 +15,52 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-JSON_FILES = ["config.json", "preprocessor_config.json"]
+from .digests import DIGESTS, check_digests
+from .layout import CheckpointError, listed
+from .timm_models import hub_name
+from .zoo import ZOO, fetch
+
+JSON_FILES = ["config.json", "preprocessor_config.json", DIGESTS]
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference, one file or several shards
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
-class CheckpointError(ValueError):
-    """A source cannot be turned into an encoder; the message says why, names the tensors, and says what to do."""
-
-
 @dataclass(frozen=True)
 class Source:
-    """What was read: the weights' container as it was saved, and the JSON files beside it (empty where there are none)."""
+    """What was read: the weights' container as it was saved, the JSON files beside it (empty where there are none), and the family
+    where the name says it (None where the weights have to)."""
 
     name: str
     contents: Mapping[str, Any]
     config: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    """Names for an error message, the first few of a long list."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    family: str | None = None
 
 
 def read_source(source: str | Path, revision: str | None) -> Source:
-    """Read a file, a folder, or a Hub name (which is downloaded into the Hub cache, weights and JSON only)."""
+    """Read a file, a folder, a name of the zoo, or a Hub name (downloaded into the Hub cache, weights and JSON only).
+
+    What exists here comes before the zoo, and the zoo before the Hub; a `revision` can only mean the Hub.
+    """
     path = Path(source).expanduser()
+    if str(source) in ZOO and not path.exists() and revision is None:
+        entry = ZOO[str(source)]
+        return Source(entry.name, read_weights(fetch(entry)), {}, {}, entry.family)
     if path.is_file():
         return Source(str(source), read_weights(path), {}, {})
     if not path.is_dir():
         if isinstance(source, Path) or path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
             raise FileNotFoundError(f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file")
-        path = download(str(source), revision)
-    config, preprocessing = (read_json(path / name) for name in JSON_FILES)
+        path = download(hub_name(str(source)), revision)
+    config, preprocessing, digests = (read_json(path / name) for name in JSON_FILES)
     shards = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not shards:
         raise CheckpointError(f"{source} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file itself")
     contents: dict[str, Any] = {}
     for shard in shards:
         contents.update(read_weights(shard))
+    if digests:
+        check_digests(str(source), digests, contents)
     return Source(str(source), contents, config, preprocessing)
 
 
@@ -85,7 +91,10 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([Namespace]):  # plain data; the official dBOT, ConMIM and iBOT files carry one
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(
+                path
+            )  # all but the oldest torch files: pages come in as they are used, never all at once
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # damaged bytes make the parsers raise nearly anything
@@ -98,7 +107,22 @@ def read_weights(path: Path) -> Mapping[str, Any]:
                 "read, which was refused; get the weights as safetensors, or have their state dict saved alone"
             ) from error
         reason = f"{type(error).__name__}: {error}".split(". ")[0]
-        raise CheckpointError(f"{path} is unreadable: truncated, or no weight file ({reason}); get it again") from error
+        lost = f", without {listed(cut)}" if (cut := cut_off(path)) else ""
+        raise CheckpointError(f"{path} is unreadable: truncated{lost}, or no weight file ({reason}); get it again") from error
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors")
     return contents
+
+
+def cut_off(path: Path) -> list[str]:
+    """The tensors that a truncated safetensors file lacks, in the order of their bytes; empty where not even that can be read."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # of the data: the length of the header, then the header
+        if path.suffix != ".safetensors" or start > path.stat().st_size:
+            return []
+        try:
+            header = json.loads(file.read(start - 8))
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged in the header itself
+            return []
+    return sorted((name for name, end in ends.items() if start + end > path.stat().st_size), key=ends.__getitem__)

@@ -5,7 +5,9 @@
     found.features            # (N, D) fp32 on the CPU: pooled raw output of the last block
     found.blocks[3]           # (N, D) the same of block 3, 0-based
 
-The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last block WITHOUT the final norm.
+The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last block WITHOUT the final norm, or
+what else the encoder's `config.pooling` takes. Only "global_repr" is read from the encoder's output, final norm included: CAPI's
+predictor knows nothing else, and earlier blocks give the mean of the patches.
 """
 
 import math
@@ -30,7 +32,7 @@ class FeatureSet:
     """What one pass over N images gives.
 
     Attributes:
-        features: (N, D) fp32 on the CPU, pooled raw output of the last block.
+        features: (N, D) fp32 on the CPU, pooled raw output of the last block (for "global_repr": see above).
         blocks: the same for each requested block, keyed by its 0-based number.
         labels: (N,) int64, or None unless every image has a label.
     """
@@ -124,8 +126,10 @@ def extract_features(
                 pixel_values = pixel_values.to(device, non_blocking=True)
                 outputs = encoder(pixel_values, output_hidden_states=[block + 1 for block in recorded])
                 for block in recorded:
+                    reads_predictor = block == depth - 1 and encoder.config.pooling == "global_repr"
                     tokens = outputs.hidden_states[block + 1]  # entry 0 is the embeddings; entries not asked for are None
-                    pooled[block].append(encoder.pool(tokens).float().cpu())
+                    vectors = outputs.pooler_output if reads_predictor else encoder.pool(tokens)
+                    pooled[block].append(vectors.float().cpu())
                 labels.append(batch_labels)
     finally:
         encoder.train(training).to(home)

@@ -22,8 +22,9 @@ from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.load import image_processor
 from ..data import BatchSampler, ImageDataset
 from ..distributed import average_gradients, progress_bar, rank, world_size
-from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, sincos_position_table
+from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
 from ..optimization import encoder_groups, freeze, learning_rate, set_learning_rate
+from ..positions_mim_refiner import sincos_position_table
 from ..refinement.recipe import check_types, documented
 from ..refinement.views import MultiCrop, ViewDataset, normalise, view_specs
 

@@ -11,6 +11,8 @@ With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ..conversion.digests import write_digests
 from ..modeling_mim_refiner import MimRefinerModel
 from .model_card import REPO_PLACEHOLDER
 
 CARD = "README.md"
-CODE = ("configuration_mim_refiner", "modeling_mim_refiner", "image_processing_mim_refiner")
+SHARD_SIZE = "2GB"
+CODE = (
+    "configuration_mim_refiner",
+    "positions_mim_refiner",
+    "modeling_mim_refiner",
+    "image_processing_mim_refiner",
+)
 
 # All remote code is named in config.json. An auto_map in preprocessor_config.json would make `pipeline()` look for a video
 # processor beside it and ask users of the package whether to run custom code.
@@ -50,14 +59,28 @@ def edit_json(path: Path, changes: dict[str, Any], *, without: str | None = None
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what was there goes away only once the new one is in place."""
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    What was in `folder` goes away only once the new one is in place.
+
+    Raises:
+        ValueError: when `folder` exists and holds something other than a model.
+    """
+    folder = check_model_folder(folder)
+    new, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_model_folder(folder: Path) -> Path:
@@ -71,26 +94,30 @@ def check_model_folder(folder: Path) -> Path:
 def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
     """Write weights (fp32), configuration, preprocessing and the code they need into `folder`, all or nothing.
 
-    Files: `config.json`, `model.safetensors`, `preprocessor_config.json` and the three flat Python files. An earlier model
-    in `folder` is replaced, card included: it described other weights.
+    An earlier model in `folder` is replaced, card included: it described other weights.
 
     Raises:
         ValueError: when `folder` exists and holds something other than a model.
     """
-    folder = check_model_folder(folder)
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in encoder.state_dict().items()}
-    encoder.save_pretrained(temporary, state_dict=weights)
-    processor.save_pretrained(temporary)
-    edit_json(temporary / "config.json", {"auto_map": AUTO_MAP, "dtype": "float32"})
+    with staged_folder(folder) as new:
+        write_model(new, encoder, processor, torch.float32)
+
+
+def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: torch.dtype) -> None:
+    """Write a model's files into an empty folder: `config.json`, safetensors, `preprocessor_config.json`, the flat Python files.
+
+    Weights are cast to `dtype` and split into files of at most `SHARD_SIZE`, so that writing takes no second copy of them all.
+    """
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in encoder.state_dict().items()}
+    write_digests(folder, weights)  # first: saving takes the tensors out of `weights` one by one
+    encoder.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+    processor.save_pretrained(folder)
+    edit_json(folder / "config.json", {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")})
     # without a named type AutoImageProcessor goes by config.json: the registered class, or the auto_map above
-    edit_json(temporary / "preprocessor_config.json", {}, without="image_processor_type")
+    edit_json(folder / "preprocessor_config.json", {}, without="image_processor_type")
     package = Path(__file__).resolve().parents[1]
     for module in CODE:
-        shutil.copyfile(package / f"{module}.py", temporary / f"{module}.py")
-    replace_folder(temporary, folder)
+        shutil.copyfile(package / f"{module}.py", folder / f"{module}.py")
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -126,13 +153,16 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    if missing := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
+    if missing := [name for name in ("config.json", "model*.safetensors") if not any(folder.glob(name))]:
         raise FileNotFoundError(f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder")
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            folder_path=folder, repo_id=repo_id, ignore_patterns=[CARD, ".*"], commit_message="Weights, configuration and code"
+            folder_path=folder,
+            repo_id=repo_id,
+            ignore_patterns=[CARD, ".tmp*", ".old*", ".git*", ".cache*"],
+            commit_message="Weights, configuration and code",
         )
         if (folder / CARD).is_file():
             card = (folder / CARD).read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
@@ -148,4 +178,12 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     return str(url)
 
 
-__all__ = ["PushError", "check_model_folder", "check_repo_id", "push_folder", "save_model_folder"]
+__all__ = [
+    "PushError",
+    "check_model_folder",
+    "check_repo_id",
+    "push_folder",
+    "save_model_folder",
+    "staged_folder",
+    "write_model",
+]

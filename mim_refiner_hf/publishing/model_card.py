@@ -18,6 +18,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.report import METRICS, comparison_rows, format_metric
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()
+"""The paper, as every card cites it."""
 REPO_PLACEHOLDER = "your-name/your-model"  # in the card's snippets, until `push_folder` knows the repository
 PRETRAINED_HERE = "a MAE pre-trained in this run"  # as the trainer writes `starting_model`
 TAGS = ["mim-refiner", "masked-image-modeling", "self-supervised", "image-clustering", "feature-extraction"]
@@ -205,6 +207,7 @@ class CardData:
             stages=", ".join(f"{plain(stage)} {duration(spent)}" for stage, spent in self.stage_seconds.items() if spent),
             hardware=plain(self.hardware),
             versions=", ".join(f"{plain(package)} {plain(version)}" for package, version in self.versions.items()),
+            citation=fenced(CITATION, "bibtex"),
             recipe=fenced(json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False), "json"),
         )
         return str(card)

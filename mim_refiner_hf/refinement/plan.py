@@ -12,6 +12,13 @@ from ..modeling_mim_refiner import MimRefinerModel
 from .recipe import RefineRecipe
 
 GIGA = 2**30
+READS = {
+    "cls": "the CLS token",
+    "mean": "the mean patch",
+    "register": "the first register token",
+    "global_repr": "the predictor on the output, the mean patch on earlier blocks",
+}
+"""What the heads read, in words, for each `pooling`."""
 
 
 class Steps(NamedTuple):
@@ -81,7 +88,7 @@ def plan_text(
     bf16: bool,
 ) -> str:
     """The plan as lines for a terminal. `recipe` is a resolved one."""
-    assert recipe.head_blocks is not None
+    assert recipe.head_blocks is not None and recipe.pooling is not None
     last = config.num_hidden_layers - 1
     heads = ", ".join("output" if block == last else str(block) for block in recipe.head_blocks)
     rows, columns = config.grid
@@ -105,7 +112,8 @@ def plan_text(
         ("data", f"{recipe.dataset}: {images} to refine on, {num_eval} to evaluate on"),
         (
             "heads",
-            f"on {heads} (0-based blocks); the {recipe.pooling} token; temperature {recipe.temperature:g}; queue {recipe.queue_size}",
+            f"on {heads} (0-based blocks); they read {READS[recipe.pooling]}; "
+            f"temperature {recipe.temperature:g}; queue {recipe.queue_size}",
         ),
         ("frozen", frozen),
         (

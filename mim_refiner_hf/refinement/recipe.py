@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..configuration_mim_refiner import MimRefinerConfig
+from ..configuration_mim_refiner import MimRefinerConfig, Pooling
 from .objective import LossSchedule, Swap
 
 
@@ -50,8 +50,10 @@ class RefineRecipe:
     pretrain: str | None = documented(
         None, "Pre-train the starting weights first, by this pre-training recipe, on the same images."
     )
-    pooling: Literal["cls", "mean"] | None = documented(
-        None, "Token the heads read: the CLS token or the mean of the patches; None: the model's."
+    pooling: Pooling | None = documented(
+        None,
+        "What the heads read: cls, mean (of the patches), register (the first), or global_repr (CAPI's predictor, for the head "
+        "on the output; heads on earlier blocks read the mean). None: the model's.",
     )
     # ---- heads
     head_blocks: list[int] | None = documented(
@@ -251,7 +253,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_every": _at_least(0),
     "keep": _at_least(1),
     "log_every": _at_least(1),
-    "pooling": _one_of("cls", "mean"),
+    "pooling": _one_of(*get_args(Pooling)),
     "swap": _one_of(*get_args(Swap)),
     "loss_schedule": _one_of(*get_args(LossSchedule)),
     "stage": _one_of("both", "warmup", "refine"),
@@ -294,8 +296,15 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
         raise ValueError(
             f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
         )
-    if recipe.pooling == "cls" and not config.use_cls_token:
-        raise ValueError("--pooling cls: the encoder has no CLS token; use mean")
+    pooling = recipe.pooling or config.pooling
+    assert pooling is not None  # the configuration fills it in
+    if missing := config.missing_for(pooling):
+        raise ValueError(f"--pooling {pooling}: the encoder has {missing}; use mean")
+    if pooling == "global_repr" and blocks[-1] != layers - 1:
+        raise ValueError(
+            f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
+            f"{_show(blocks)}, or use mean"
+        )
     global_size = recipe.global_size or config.image_hw[0]
     local_size = recipe.local_size or max(1, round(config.grid[0] * 3 / 7)) * patch
     for flag, size in (("global_size", global_size), ("local_size", local_size)):
@@ -316,7 +325,7 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
         head_blocks=blocks,
         num_heads=None,
         temperature=recipe.temperature or (0.2 if width <= 1024 else 0.3 if width <= 1280 else 0.35),
-        pooling=recipe.pooling or config.pooling,
+        pooling=pooling,
         global_size=global_size,
         local_size=local_size,
     )

@@ -3,9 +3,10 @@
     refiner = Refiner(encoder, head_blocks=[16, ..., 23], heads=heads, queue=queue, num_global=2, num_views=12, temperature=0.2)
     result = refiner.backward([global_views, local_views], sample_index, labels, topk=20, draw=draw)
 
-The heads read the pooled token (CLS, or the mean of the patches) of their block: raw block outputs, and for the last block the
-encoder's OUTPUT, final norm included. Targets are the same projector's output on the global views, detached; there is no
-momentum encoder. `backward` leaves gradients in the parameters and does nothing else to them.
+The heads read the pooled tokens of their block, as the encoder's `config.pooling` says: raw block outputs, and for the last block
+the encoder's OUTPUT, final norm included. With "global_repr" the output's head reads CAPI's predictor, which was trained on the
+output and nothing else, and the heads on earlier blocks the mean of the patches. Targets are the same projector's output on the
+global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters and does nothing else to them.
 
 A batch that does not fit goes through the encoder in micro-batches, exactly: features of all micro-batches without a graph, then
 heads, queue and loss once on the whole batch (batch norm and negatives see all of it), then each micro-batch again with the
@@ -104,10 +105,10 @@ class Refiner(nn.Module):
         inner = [block + 1 for block in self.head_blocks if block != last]
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = self.encoder(pixels, interpolate_pos_encoding=True, output_hidden_states=inner)
-        features = [
-            self.encoder.pool(outputs.last_hidden_state if block == last else outputs.hidden_states[block + 1])
-            for block in self.head_blocks
-        ]
+        features = [self.encoder.pool(outputs.hidden_states[block + 1]) for block in self.head_blocks if block != last]
+        if last in self.head_blocks:
+            reads_predictor = self.encoder.config.pooling == "global_repr"
+            features.append(outputs.pooler_output if reads_predictor else self.encoder.pool(outputs.last_hidden_state))
         return torch.stack(features)
 
     def encode_views(self, views: Sequence[Tensor]) -> Tensor:

@@ -68,6 +68,8 @@ class Trainer:
         recipe, config = self.recipe, self.encoder.config
         assert recipe.head_blocks is not None and recipe.temperature is not None
         config.pooling = recipe.pooling
+        if config.pooling != "global_repr":  # not trained along, it would be left with an encoder that it was not trained on
+            self.encoder.drop_predictor()
         count = len(recipe.head_blocks)
         dims = (config.hidden_size, recipe.projector_dim, recipe.predictor_dim, recipe.embedding_dim)
         heads = IdHeads(count, *dims, seed=recipe.seed)

@@ -1,0 +1,187 @@
+"""An encoder as a timm model: a Hub-format folder with `model.safetensors` under timm's names and timm's `config.json`.
+
+    timm.create_model("local-dir:out/timm", pretrained=True)                    # or "hf-hub:user/name" once it is pushed
+    timm.create_model(architecture, checkpoint_path="out/timm/model.safetensors", **model_args)     # both from config.json
+
+`model(pixels)` gives our `pooler_output`, `model.forward_features(pixels)` our `last_hidden_state`. timm's ViTs have norms with
+an epsilon of 1e-6; a source that states another one (1e-12 in transformers' own configurations) differs by that alone.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.image_utils import PILImageResampling
+
+from ..configuration_mim_refiner import MimRefinerConfig
+from ..image_processing_mim_refiner import MimRefinerImageProcessor
+from ..modeling_mim_refiner import MimRefinerModel
+from .twins import Names, Twin, complete_state, refused, rename, unsupported
+
+SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
+"""(width, depth) -> timm's word for it; all else takes the name of a base model, with its shape in `model_args`."""
+
+BLOCKS: Names = (
+    (r"embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
+    (r"embeddings\.cls_token", r"cls_token"),
+    (r"embeddings\.position_embeddings", r"pos_embed"),
+    (r"layers\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"layers\.(\d+)\.attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
+    (r"layers\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
+    (r"norm\.(weight|bias)", r"norm.\1"),
+)
+VIT: Names = (
+    *BLOCKS,
+    (r"embeddings\.register_tokens", r"reg_token"),
+    (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.ls\2.gamma"),
+)
+BEIT: Names = (
+    *BLOCKS,
+    (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.gamma_\2"),
+    (r"layers\.(\d+)\.attention\.relative_position_bias\.table", r"blocks.\1.attn.relative_position_bias_table"),
+    (r"relative_position_bias\.table", r"rel_pos_bias.relative_position_bias_table"),
+)
+
+
+def is_beit(config: MimRefinerConfig) -> bool:
+    """Whether timm's `Beit` is meant (relative positions) and not its `VisionTransformer`."""
+    return config.relative_positions != "none"
+
+
+def patches_only(config: MimRefinerConfig) -> bool:
+    """Whether timm's position table leaves out CLS (`no_embed_class`), as in its own models with registers."""
+    return config.num_register_tokens > 0
+
+
+def refusal(config: MimRefinerConfig) -> str | None:
+    """Why timm has no such encoder, or None."""
+    lacking = unsupported(config)
+    if config.hidden_act != "gelu":
+        lacking.append(f"activation but GELU (hidden_act={config.hidden_act!r})")
+    if not is_beit(config):
+        return refused("timm's VisionTransformer", lacking)
+    if not config.final_norm:
+        lacking.append("way to leave out the final norm (final_norm=False)")
+    if not config.use_cls_token:
+        lacking.append("way to leave out the CLS token (use_cls_token=False)")
+    if config.num_register_tokens:
+        lacking.append(f"registers (num_register_tokens={config.num_register_tokens})")
+    return refused("timm's Beit, its ViT with relative positions,", lacking)
+
+
+def state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
+    """The weights under timm's names: q, k, v fused; positions with a row of zeros for CLS, whose own is folded into the token."""
+    config, state = encoder.config, complete_state(encoder)
+    for block in range(config.num_hidden_layers):
+        attention = f"layers.{block}.attention."
+        for kind in ("weight", "bias"):
+            q, k, v = (state.pop(f"{attention}{name}_proj.{kind}") for name in "qkv")
+            if kind == "bias" and is_beit(config):  # a key bias adds q.b to all scores of a query: softmax does not see it
+                state |= {f"{attention}q_bias": q, f"{attention}v_bias": v}
+            else:
+                state[f"{attention}qkv.{kind}"] = torch.cat([q, k, v])
+    if config.use_cls_token and not patches_only(config) and config.has_absolute_positions:
+        positions = state["embeddings.position_embeddings"]
+        state["embeddings.position_embeddings"] = torch.cat([positions.new_zeros(1, 1, config.hidden_size), positions], dim=1)
+    return rename(state, BEIT if is_beit(config) else VIT)
+
+
+def architecture(config: MimRefinerConfig) -> str:
+    """timm's name of the model of this size, patch and resolution where it has one, else its base model's."""
+    kind = "beit" if is_beit(config) else "vit"
+    size = SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
+    name = f"{kind}_{size}_patch{config.patch_size}_{config.image_hw[0]}"
+    return name if timm.is_model(name) else f"{kind}_base_patch16_224"
+
+
+def model_args(config: MimRefinerConfig) -> dict[str, Any]:
+    """The constructor's arguments, all of them: the architecture's name alone decides nothing."""
+    mlp_ratio = config.intermediate_size / config.hidden_size
+    if int(config.hidden_size * mlp_ratio) < config.intermediate_size:  # how timm gets the width back
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    layer_scale = 0.0 if config.layer_scale_init is None else config.layer_scale_init or 1.0  # 0 is timm's word for none
+    shared: dict[str, Any] = {
+        "img_size": list(config.image_hw),
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+        "num_classes": 0,
+        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": mlp_ratio,
+        "qkv_bias": True,
+        "init_values": layer_scale,
+    }
+    if is_beit(config):
+        return shared | {
+            "use_abs_pos_emb": config.has_absolute_positions,
+            "use_rel_pos_bias": config.relative_positions == "relative",
+            "use_shared_rel_pos_bias": config.relative_positions == "shared_relative",
+            "use_fc_norm": False,
+        }
+    return shared | {
+        "class_token": config.use_cls_token,
+        "reg_tokens": config.num_register_tokens,
+        "no_embed_class": patches_only(config),
+        "final_norm": config.final_norm,
+        "fc_norm": False,  # mean pooling comes after the norm, as ours does
+    }
+
+
+def pretrained_cfg(config: MimRefinerConfig, processor: MimRefinerImageProcessor) -> dict[str, Any]:
+    """What `timm.data.resolve_model_data_config` reads: our preprocessing in timm's words."""
+    crop, size = max(config.image_hw), int(processor.size["shortest_edge"])
+    crop_pct = crop / size
+    if math.floor(crop / crop_pct) < size:  # how timm gets the size back
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": [config.num_channels, *config.image_hw],
+        "fixed_input_size": True,
+        "interpolation": PILImageResampling(processor.resample).name.lower(),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProcessor) -> None:
+    """Write `model.safetensors` (fp32) and `config.json` as timm pushes them to the Hub."""
+    save_file(state_dict(encoder), folder / "model.safetensors", metadata={"format": "pt"})
+    config = encoder.config
+    content = {
+        "architecture": architecture(config),
+        "num_classes": 0,
+        "num_features": config.hidden_size,
+        "model_args": model_args(config),
+        "pretrained_cfg": pretrained_cfg(config, processor),
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> dict[str, Twin]:
+    """Both ways in which timm's users load the folder; timm raises unless every tensor has its place."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    by_file = timm.create_model(
+        config["architecture"], checkpoint_path=str(folder / "model.safetensors"), **config["model_args"]
+    )
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+    def twin(model: Any) -> Twin:
+        model.eval()
+        return lambda pixels: {"tokens": model.forward_features(pixels), "features": model(pixels)}
+
+    return {"checkpoint_path": twin(by_file), "local-dir": twin(by_folder)}
+
+
+__all__ = ["load", "refusal", "write"]

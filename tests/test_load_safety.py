@@ -1,0 +1,288 @@
+"""Nothing in a checkpoint is executed, and no damaged tensor passes: planted pickles, and every tensor damaged in every way."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.conversion import CheckpointError, load_encoder
+from mim_refiner_hf.conversion.digests import DIGESTS
+from mim_refiner_hf.conversion.layouts import LAYOUTS
+from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor
+from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.publishing import save_model_folder
+
+# --- nothing is executed ------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Unpickling this runs a shell command."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A file that the attack would create; it is tried out first, and must be absent at the end."""
+    path = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Malicious(path)))
+    assert path.exists()
+    path.unlink()
+    yield path
+    assert not path.exists()
+
+
+REFUSED = r"more than plain tensors.* would execute code while being read, which was refused"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".bin", ".pth.tar", ".safetensors"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_no_pickle_is_executed(tmp_path: Path, canary: Path, suffix: str, form: str) -> None:
+    path = tmp_path / f"evil{suffix}"
+    evil = {"model": {"cls_token": torch.zeros(1, 1, 8), "extra": Malicious(canary)}}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(evil["model"]["extra"]))
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError, match="unreadable" if suffix == ".safetensors" else REFUSED) as error:
+        load_encoder(path)
+    assert "likely succeed" not in str(error.value)  # torch's own message advises weights_only=False
+
+
+@pytest.mark.parametrize("place", ["optimizer", "args", "state_dict"])
+def test_no_pickle_inside_a_training_file_is_executed(tmp_path: Path, goldens: Path, canary: Path, place: str) -> None:
+    contents = torch.load(goldens / "mimrefiner-training-prenorm/checkpoint.th", weights_only=True)
+    if place == "state_dict":
+        contents["state_dict"]["norm.weight"] = Malicious(canary)
+    else:
+        contents[place] = Malicious(canary)
+    torch.save(contents, tmp_path / "checkpoint.th")
+    with pytest.raises(CheckpointError, match=REFUSED):
+        load_encoder(tmp_path / "checkpoint.th")
+
+
+def test_a_malicious_weight_file_of_a_folder_is_refused(tmp_path: Path, canary: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    torch.save({"cls_token": Malicious(canary)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=REFUSED):
+        load_encoder(tmp_path)
+
+
+def test_malicious_extra_files_are_not_touched(tmp_path: Path, canary: Path) -> None:
+    """Beside good weights: pickles under every usual name, and code that `config.json` asks to run."""
+    folder, encoder = tmp_path / "model", tiny_encoder()
+    save_model_folder(folder, encoder, MimRefinerImageProcessor())
+    names = (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "extra.th",
+        "custom.pkl",
+    )
+    for name in names:
+        torch.save(Malicious(canary), folder / name)
+    for code in folder.glob("*.py"):
+        code.write_text(f"open({str(canary)!r}, 'w')\n")
+    loaded = load_encoder(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
+# --- every tensor, damaged in every way ---------------------------------------------------------------------------------------
+
+
+State = dict[str, Tensor]
+FAMILIES = [  # golden, file, key of its state dict, heads where the file does not state them
+    ("mae", "checkpoint_encoder.pth", "model", 3),
+    ("dino", "checkpoint.pth", "", 3),
+    ("ijepa", "checkpoint.pth.tar", "target_encoder", 3),
+    ("conmim", "checkpoint.pth", "model", 3),
+    ("mimrefiner-training-postnorm", "checkpoint_ema.th", "state_dict", None),
+    ("data2vec2", "checkpoint.pt", "model", None),
+]
+
+
+def tiny_encoder() -> MimRefinerModel:
+    torch.manual_seed(1)
+    config = MimRefinerConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    encoder = MimRefinerModel(config)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return encoder.eval()
+
+
+def dropped(state: State, name: str) -> State:
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+def renamed(state: State, name: str) -> State:
+    return {f"{key}_x" if key == name else key: tensor for key, tensor in state.items()}
+
+
+def transposed(state: State, name: str) -> State | None:
+    """The first two dimensions that differ exchanged; None where the shape stays the same."""
+    tensor = state[name]
+    pairs = [(i, i + 1) for i in range(tensor.ndim - 1) if tensor.shape[i] != tensor.shape[i + 1]]
+    return state | {name: tensor.transpose(*pairs[-1]).contiguous()} if pairs else None
+
+
+def half(state: State, name: str) -> State:
+    return state | {name: state[name].half()}
+
+
+def integer(state: State, name: str) -> State:
+    return state | {name: (state[name] * 100).int()}
+
+
+def with_nan(state: State, name: str) -> State:
+    tensor = state[name].clone()
+    tensor.view(-1)[-1] = float("nan")
+    return state | {name: tensor}
+
+
+def swapped(state: State, name: str) -> State | None:
+    """Under each other's names with the next tensor of another shape."""
+    names = list(state)
+    others = [key for key in names[names.index(name) :] + names if state[key].shape != state[name].shape]
+    return state | {name: state[others[0]], others[0]: state[name]}
+
+
+DAMAGES: list[Callable[[State, str], State | None]] = [dropped, renamed, transposed, half, integer, with_nan, swapped]
+
+
+def names_in(message: str, family: str, name: str) -> bool:
+    """Whether an error names this tensor of a file, by its name there or by one of ours that it would fill."""
+    layout = next(layout for layout in LAYOUTS if layout.family == family)
+    ours = layout.place(name, torch.zeros(3, 18, 3))
+    assert isinstance(ours, dict)
+    return any(candidate.replace("prenet.", "layers.") in message for candidate in (name, *ours))
+
+
+@pytest.mark.parametrize(("case", "file", "path", "heads"), FAMILIES, ids=lambda value: str(value)[:30])
+def test_damage_to_any_tensor_of_a_file_is_named(
+    tmp_path: Path, goldens: Path, case: str, file: str, path: str, heads: int | None
+) -> None:
+    contents = torch.load(goldens / case / file, weights_only=True)
+    report = load_encoder(goldens / case / file, num_heads=heads).load_report
+    lost = {name for names in report.dropped.values() for name in names}
+    held = contents[path] if path else contents
+    state: State = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor) and name not in lost}
+    cases, missed = 0, []
+    for name in state:
+        for damage in (
+            () if re.search(r"blocks\.[12]\.", name) else DAMAGES
+        ):  # the first block, the last, and what is around them
+            if (broken := damage(state, name)) is None:
+                continue
+            cases += 1
+            torch.save({**contents, path: broken} if path else broken, tmp_path / "broken.pth")
+            try:
+                load_encoder(tmp_path / "broken.pth", num_heads=heads)
+                missed.append(f"{damage.__name__} {name}: accepted")
+            except CheckpointError as error:
+                if not names_in(str(error), report.family, name):
+                    missed.append(f"{damage.__name__} {name}: {error}")
+    assert cases >= 170
+    assert not missed, f"{len(missed)} of {cases}: " + "\n".join(missed)
+
+
+# --- our own folders: digests -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "model"
+    save_model_folder(folder, tiny_encoder(), MimRefinerImageProcessor())
+    return folder
+
+
+def square_transposed(state: State, name: str) -> State | None:
+    tensor = state[name]
+    square = tensor.ndim > 1 and tensor.shape[-1] == tensor.shape[-2]
+    return state | {name: tensor.transpose(-1, -2).contiguous()} if square else None
+
+
+def same_shape_swapped(state: State, name: str) -> State | None:
+    others = [key for key in state if key != name and state[key].shape == state[name].shape]
+    return state | {name: state[others[0]], others[0]: state[name]} if others else None
+
+
+def one_bit_flipped(state: State, name: str) -> State:
+    tensor = state[name].clone()
+    tensor.view(torch.int32).view(-1)[0] ^= 1
+    return state | {name: tensor}
+
+
+def test_any_change_to_any_tensor_of_our_folder_is_named(own_folder: Path, tmp_path: Path) -> None:
+    """Also what no shape tells: two tensors of one shape exchanged, a square matrix transposed, one bit."""
+    state = load_file(own_folder / "model.safetensors")
+    for file in ("config.json", "preprocessor_config.json", DIGESTS):
+        (tmp_path / file).write_bytes((own_folder / file).read_bytes())
+    cases = 0
+    for name in state:
+        for damage in (*DAMAGES, square_transposed, same_shape_swapped, one_bit_flipped):
+            if (broken := damage(state, name)) is None:
+                continue
+            cases += 1
+            save_file(broken, tmp_path / "model.safetensors")
+            with pytest.raises(CheckpointError, match=rf"not the ones that {DIGESTS} describes: .*{name}"):
+                load_encoder(tmp_path)
+    assert cases >= 300
+
+
+def test_a_truncated_safetensors_file_names_what_it_lost(own_folder: Path, tmp_path: Path) -> None:
+    whole = (own_folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            middle = start + sum(entry["data_offsets"]) // 2
+            (tmp_path / "cut.safetensors").write_bytes(whole[:middle])
+            with pytest.raises(CheckpointError, match=rf"cut\.safetensors is unreadable: truncated, without {name}"):
+                load_encoder(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000, -100])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_files(tmp_path: Path, goldens: Path, keep: int, suffix: str) -> None:
+    torch_file = goldens / "maws/checkpoint.pt"
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".safetensors":
+        save_file(torch.load(torch_file, weights_only=True), whole)
+    else:
+        whole.write_bytes(torch_file.read_bytes())
+    (tmp_path / f"cut{suffix}").write_bytes(whole.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"cut\{suffix} is unreadable: truncated"):
+        load_encoder(tmp_path / f"cut{suffix}")
+
+
+def test_digests_follow_the_folder_they_describe(own_folder: Path, tmp_path: Path) -> None:
+    """A folder without digests loads; other weights saved over ours are refused until the stale digests are gone."""
+    encoder = load_encoder(own_folder)
+    with torch.no_grad():
+        encoder.norm.weight += 1
+    for file in own_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"1 of 38 tensors .*: norm\.weight; .* delete its {DIGESTS}"):
+        load_encoder(tmp_path)
+    (tmp_path / DIGESTS).unlink()
+    assert torch.equal(load_encoder(tmp_path).norm.weight, encoder.norm.weight)
