@@ -108,7 +108,8 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {datetime.date.today()}"
     text = (
         "# Conversion: time and memory\n\n```bash\npython -m benchmarks.conversion /tmp/scratch\n```\n\n"
-        f"`mim-refiner convert` of random fp32 weights in MAE's layout, start of Python, hashing, writing and reading back included; {machine}.\n\n"
+        "`mim-refiner convert` of random fp32 weights in MAE's layout; start of Python, hashing, writing and reading back included.\n\n"
+        f"{machine}\n\n"
         f"{table}\n"
     )
     (Path(__file__).parent / "results" / "conversion.md").write_text(text)

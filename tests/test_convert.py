@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
@@ -167,3 +168,13 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
     pushed = stub_hub.repos["tester/converted"]["files"]
     assert pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
     assert b"tester/converted" in pushed["README.md"]
+
+
+def test_a_model_of_the_zoo_brings_its_reported_numbers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mim_refiner_hf.conversion.read.fetch", lambda entry: source)
+    assert convert_command(Path("mae_large16"), tmp_path / "mae-l16") == 0
+    card = ModelCard.load(tmp_path / "mae-l16" / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "nmi"}
+    assert "reported by the paper" in card.text or "Reported by the paper" in card.text
+    assert "38 of 38 placed" in card.text and "](../" not in card.text
+    assert (tmp_path / "mae-l16" / ".eval_results" / "imagenet-1k.yaml").is_file()

@@ -11,20 +11,24 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from ..configuration_mim_refiner import MimRefinerConfig
-from ..conversion import CheckpointError, load_encoder
+from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
 from ..image_processing_mim_refiner import MimRefinerImageProcessor
 from ..modeling_mim_refiner import MimRefinerModel
 from .hub import CARD, staged_folder, write_model
 from .model_card import REPO_PLACEHOLDER, TAGS, fenced, is_hub_name, plain
+from .zoo_card import eval_files, render_card
+from .zoo_results import find_results, starting_point
 
-TEMPLATE = Path(__file__).with_name("conversion_card.md.jinja")
+TEMPLATE, COPY = (Path(__file__).with_name(name) for name in ("conversion_card.md.jinja", "conversion_facts.md.jinja"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-5
 """Largest difference between the outputs before writing and after reading back, relative to the largest output."""
@@ -87,11 +91,12 @@ def convert(
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     with staged_folder(Path(destination)) as new:
         encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)
-        report, processor, parameters = encoder.load_report, encoder.image_processor, encoder.num_parameters()
-        rounding = 0.0
-        if dtype not in (None, str(encoder.dtype).removeprefix("torch.")):
+        report: LoadReport = vars(encoder)["load_report"]
+        processor: MimRefinerImageProcessor = vars(encoder)["image_processor"]
+        parameters, rounding = encoder.num_parameters(), 0.0
+        if dtype is not None and DTYPES[dtype] != encoder.dtype:
             exact = encode(encoder)
-            encoder.to(DTYPES[dtype])  # type: ignore[arg-type, index]
+            encoder.to(DTYPES[dtype])  # type: ignore[arg-type]
             rounding = relative_difference(exact, encode(encoder))
         expected, written = encode(encoder), encoder.dtype
         write_model(new, encoder, processor, written)
@@ -110,7 +115,9 @@ def convert(
             difference, rounding, time.perf_counter() - began,
         )  # fmt: skip
         facts = describe(report.family, config, processor)
-        (new / CARD).write_text(render_card(name, done, facts), encoding="utf-8")
+        for file, text in render(name, done, facts).items():
+            (new / file).parent.mkdir(exist_ok=True)
+            (new / file).write_text(text, encoding="utf-8")
     return done
 
 
@@ -145,23 +152,27 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def render_card(name: str, done: Conversion, facts: dict[str, str]) -> str:
-    """The card of a converted model: where it comes from, what was checked, how to use it; it claims no score."""
-    optional = {"base_model": done.source, "base_model_relation": "finetune"} if is_hub_name(done.source) else {}
-    data = ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=TAGS, **optional)
-    return str(
-        ModelCard.from_template(
-            data,
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
-            name=plain(name),
-            repo_id=REPO_PLACEHOLDER,
-            done=done,
-            source=plain(done.source if is_hub_name(done.source) else Path(done.source).name),
-            report=plain(done.report),
-            facts={key: plain(value) for key, value in facts.items()},
-            command=fenced(f"mim-refiner convert {done.source} {name}", "bash"),
-        )
+def render(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:
+    """File -> text: the card, and what the Hub reads beside it. A model of the zoo brings its reported numbers; others claim none."""
+    copy = jinja2.Template(COPY.read_text(encoding="utf-8")).render(
+        facts={key: plain(value) for key, value in facts.items()}, done=done, report=plain(done.report)
     )
+    if (released := find_results(done.source)) is not None:
+        files = {f".eval_results/{file}": text for file, text in eval_files(released).items()}
+        return {CARD: render_card(name, released, starting_point(released), copy), **files}
+    optional: dict[str, Any] = (
+        {"base_model": done.source, "base_model_relation": "finetune"} if is_hub_name(done.source) else {}
+    )
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=TAGS, **optional),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=plain(name),
+        repo_id=REPO_PLACEHOLDER,
+        source=plain(done.source if is_hub_name(done.source) else Path(done.source).name),
+        copy=copy,
+        command=fenced(f"mim-refiner convert {done.source} {name}", "bash"),
+    )
+    return {CARD: str(card)}
 
 
 __all__ = ["Conversion", "convert"]

@@ -104,7 +104,8 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
 
 
 def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: torch.dtype) -> None:
-    """Write a model's files into an empty folder: `config.json`, safetensors, `preprocessor_config.json`, the flat Python files.
+    """Write a model's files into an empty folder: `config.json`, safetensors, `preprocessor_config.json`, the flat Python files,
+    and a digest of every tensor, by which `load_encoder` notices any later change.
 
     Weights are cast to `dtype` and split into files of at most `SHARD_SIZE`, so that writing takes no second copy of them all.
     """

@@ -101,8 +101,11 @@ def eval_files(results: Results) -> dict[str, str]:
     }
 
 
-def render_card(name: str, results: Results, start: Results | None) -> str:
-    """The README of the model in folder `name`, refined from `start` (None for a model that is not refined)."""
+def render_card(name: str, results: Results, start: Results | None, copy: str = "") -> str:
+    """The README of the model in folder `name`, refined from `start` (None for a model that is not refined).
+
+    `copy` says how a converted copy was made and checked; with it the card stands alone, without links to its neighbours.
+    """
     optional: dict[str, Any] = {"license": results.entry.licence}
     if results.base_model:
         optional |= {"base_model": results.base_model, "base_model_relation": "finetune"}
@@ -122,6 +125,7 @@ def render_card(name: str, results: Results, start: Results | None) -> str:
             name=name,
             results=results,
             start=start,
+            copy=copy,
             address=results.entry.url or f"https://huggingface.co/{results.entry.repo}/blob/main/{results.entry.filename}",
             notes=[plain(note) for note in results.notes],
             reported=groups(results.reported),

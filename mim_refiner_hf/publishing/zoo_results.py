@@ -11,6 +11,7 @@ protocol, a data set and a metric of the tables below; a key or a word that is n
 import datetime
 import math
 from dataclasses import MISSING, dataclass, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,4 +264,37 @@ def strict_row(kind: type[T], row: Any, name: str, number: int) -> T:
         raise ValueError(f"{name}, row {number}: {error}") from error
 
 
-__all__ = ["DATASETS", "METRICS", "PROTOCOLS", "Measured", "Protocol", "Reported", "Results", "Score", "read_results"]
+def results_folder() -> Path:
+    """`model_cards/` of the repository, or its `results.yaml` files as they ship with the package."""
+    folders = [Path(__file__).parents[2] / "model_cards", Path(str(resources.files("mim_refiner_hf"))) / "model_cards"]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def find_results(zoo_name: str) -> Results | None:
+    """What is known of an official checkpoint; None for anything without a folder in `model_cards/`."""
+    if zoo_name not in ZOO:
+        return None
+    found = (read_results(path) for path in sorted(results_folder().glob("*/results.yaml")))
+    return next((results for results in found if results.zoo_name == zoo_name), None)
+
+
+def starting_point(results: Results) -> Results | None:
+    """What is known of the model that this one was refined from; None for one that is not refined."""
+    if results.starting_model is None:
+        return None
+    return read_results(results_folder() / results.starting_model / "results.yaml")
+
+
+__all__ = [
+    "DATASETS",
+    "METRICS",
+    "PROTOCOLS",
+    "Measured",
+    "Protocol",
+    "Reported",
+    "Results",
+    "Score",
+    "find_results",
+    "read_results",
+    "starting_point",
+]
