@@ -226,3 +226,16 @@ def test_a_broken_image_is_named_counted_and_replaced_by_the_next(tmp_path: Path
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"10 images in a row are broken, from .*02\.png"):
         V.ViewDataset(open_images(str(tmp_path)), small_crop(), seed=0)[0, 2]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(224, 1.0), (448, 1.0), (112, 0.5), (28, 0.125)])
+def test_blur_shrinks_with_small_views(size: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas: list[float] = []
+    monkeypatch.setattr(V, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
+    specs = V.view_specs(1, 1, size, 14, (0.25, 1.0), (0.05, 0.25), colour=True)
+    assert [spec.blur_scale for spec in specs] == [expected, expected]
+    image = Image.new("RGB", (30, 30), "grey")
+    for seed in range(40):
+        V.make_view(image, specs[0], np.random.default_rng(seed))
+    assert len(sigmas) == 40 and 0.1 * expected <= min(sigmas) < max(sigmas) <= 2.0 * expected
+    assert max(sigmas) > 1.8 * expected

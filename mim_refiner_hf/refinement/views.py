@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 RATIO = (3 / 4, 4 / 3)
 JITTER_P, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
-BLUR_SIGMA = (0.1, 2.0)
+BLUR_SIGMA = (0.1, 2.0)  # pixels, where global views have 224 of them a side; smaller views get it in proportion
 GREYSCALE_P = 0.2
 CACHE_BYTES = 256 * 2**20  # per worker
 MAX_BROKEN_IN_A_ROW = 10
@@ -40,7 +40,8 @@ Box = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class ViewSpec:
     """How one view is drawn: `size` of its square in pixels, `scale` = range of the crop's share of the area, probabilities of
-    blur, solarisation and horizontal flip. `colour` False leaves crop and flip only. `local` views are never targets."""
+    blur, solarisation and horizontal flip. `colour` False leaves crop and flip only. `local` views are never targets.
+    `blur_scale` multiplies the blur's sigma."""
 
     size: int
     scale: tuple[float, float]
@@ -49,6 +50,7 @@ class ViewSpec:
     colour: bool
     flip: float = 0.5
     local: bool = False
+    blur_scale: float = 1.0
 
 
 def view_specs(
@@ -62,12 +64,13 @@ def view_specs(
     flip: float = 0.5,
 ) -> list[ViewSpec]:
     """The paper's views, global ones first: blur with p 1 on global 0, 0.1 on further globals (solarised with p 0.2), 0.5 on
-    locals."""
+    locals. Its sigma is the paper's at 224 px and above; on small images 2 px would wipe out what there is to see."""
+    blur_scale = min(1.0, global_size / 224)
     specs = []
     for view in range(global_views):
         blur_p, solarize_p = (1.0, 0.0) if view == 0 else (0.1, 0.2)
-        specs.append(ViewSpec(global_size, global_scale, blur_p, solarize_p, colour, flip))
-    return specs + [ViewSpec(local_size, local_scale, 0.5, 0.0, colour, flip, local=True)] * local_views
+        specs.append(ViewSpec(global_size, global_scale, blur_p, solarize_p, colour, flip, blur_scale=blur_scale))
+    return specs + [ViewSpec(local_size, local_scale, 0.5, 0.0, colour, flip, True, blur_scale)] * local_views
 
 
 # The operations: pure functions of an image of mode "RGB" or "L" and explicit parameters.
@@ -169,7 +172,7 @@ def make_view(image: Image.Image, spec: ViewSpec, rng: np.random.Generator) -> I
     if rng.random() < JITTER_P:
         view = colour_jitter(view, rng)
     if rng.random() < spec.blur_p:
-        view = gaussian_blur(view, rng.uniform(*BLUR_SIGMA))
+        view = gaussian_blur(view, spec.blur_scale * rng.uniform(*BLUR_SIGMA))
     if rng.random() < GREYSCALE_P:
         view = greyscale(view)
     if rng.random() < spec.solarize_p:
