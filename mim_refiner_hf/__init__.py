@@ -1,8 +1,9 @@
 """MIM-Refiner for Hugging Face: refine a pre-trained masked-image model until its features group images by meaning.
 
-import mim_refiner_hf                                        # registers the Auto classes
-from transformers import AutoModel
+import mim_refiner_hf                                        # registers the Auto classes and the pipeline
+from transformers import AutoModel, pipeline
 model = AutoModel.from_pretrained("outputs/quickstart/model")
+pipe = pipeline("image-clustering", model="outputs/quickstart/model")
 
 from mim_refiner_hf import load_encoder, refine, RefineRecipe
 """
@@ -11,11 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .configuration_mim_refiner import MimRefinerConfig
 from .image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
 from .modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+from .pipeline_image_clustering import TASK, ImageClusteringPipeline
 
 if TYPE_CHECKING:
     from .cli import refine, refine_command
@@ -33,6 +36,7 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": MimRefinerImageProcessor, "pil": MimRefinerImageProcessorPil},
     exist_ok=True,
 )
+PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image")
 
 # Loaded on first use: whoever only wants features need not import accelerate, datasets, matplotlib and scikit-learn.
 _LAZY = {
@@ -54,6 +58,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CheckpointError",
+    "ImageClusteringPipeline",
     "LoadReport",
     "MimRefinerBackbone",
     "MimRefinerConfig",

@@ -38,12 +38,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Ask the operating system to bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -66,14 +67,14 @@ def save_checkpoint(folder: Path, *, step: int, tensors: dict[str, Tensor], stat
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps(state))
     names = ("tensors.safetensors", "state.json")
-    files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names}
+    files = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in names}
     (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
     for name in (*names, "manifest.json"):
-        _sync(temporary / name)
+        sync_to_disk(temporary / name)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
-    _sync(folder)
+    sync_to_disk(folder)
     found = sorted(folder.glob("step-*"))
     later = [path for path in found if path > target]  # broken: this run would have gone on from there
     for old in [path for path in found if path <= target][:-keep] + later:
@@ -90,7 +91,7 @@ def verify(checkpoint: Path) -> str | None:
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 return f"{name} is not the file that was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({error})"
@@ -124,4 +125,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-__all__ = ["Checkpoint", "load_latest", "optimizer_tensors", "restore_optimizer", "save_checkpoint", "verify", "write_json"]
+__all__ = [
+    "Checkpoint",
+    "load_latest",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "save_checkpoint",
+    "sha256_of",
+    "sync_to_disk",
+    "verify",
+    "write_json",
+]

@@ -3,6 +3,9 @@
     mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out     (or under `accelerate launch -m`)
     mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16
+    mim-refiner evaluate out/model --dataset my_images/ --against facebook/vit-mae-large
+    mim-refiner embed facebook/vit-mae-large --dataset photos/ --out features/ --blocks 11 23 --pooling cls mean
+    mim-refiner cluster photos/ --model out/model --out groups/                                  (then open groups/index.html)
     mim-refiner push out/model user/name
     mim-refiner export out/model out/timm --to timm                                              (or vit, or onnx)
 
@@ -11,22 +14,32 @@ Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed),
 
 import argparse
 import logging
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from accelerate import Accelerator, PartialState
 from transformers import HfArgumentParser
 
-from .conversion.load import image_processor
-from .data import open_images
+from .configuration_mim_refiner import Pooling
+from .conversion.load import image_processor, load_encoder
+from .data import open_images, open_stream
 from .distributed import launch_processes, launched_short, several_on_the_cpu
+from .evaluation.embed import PRECISIONS, embed_images
+from .evaluation.evaluate import PROTOCOLS, evaluate, report_table
+from .evaluation.feature_store import BROKEN, read_manifest
+from .evaluation.features import feature_columns
 from .pretraining.mae import PretrainRecipe, pretrain_mae
+from .publishing.cluster_folder import cluster_images
 from .publishing.convert import DTYPES, convert
+from .publishing.evaluated_card import update_card
 from .publishing.export import FORMATS, ExportError, export
-from .publishing.hub import PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
+from .publishing.hub import CARD, PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
 from .refinement.recipe import RefineRecipe
 from .refinement.recipe_files import parse_recipe, read_fields
@@ -146,12 +159,118 @@ def _export(arguments: Sequence[str]) -> None:
     print(f"{options.destination}: loaded back as {options.to}, it differs from {options.source} by at most {worst}")
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner evaluate",
+        description="How good an encoder is, and whether it got better than another: scores with errors, verdicts, pictures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="Hub name, model folder, checkpoint file, or a name of the zoo")
+    parser.add_argument("--dataset", required=True, help="image folder, parquet, Hub name, or 'digits': the k-NN bank")
+    parser.add_argument("--dataset_config", help="configuration of a Hub data set")
+    parser.add_argument("--split", help="split for the k-NN bank")
+    parser.add_argument("--eval_dataset", help="images to evaluate on, if they are another data set")
+    parser.add_argument("--eval_split", help="split to evaluate on; neither: a fifth of the images is held out")
+    parser.add_argument("--against", help="the model to compare with, such as the starting weights")
+    parser.add_argument("--protocols", nargs="+", default=[], choices=PROTOCOLS, help="slower protocols to add")
+    parser.add_argument("--seed", type=int, default=0, help="of k-means, the held-out part and the protocols")
+    parser.add_argument("--num_workers", type=int, default=2, help="data-loading workers")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"), help="folder for numbers and pictures")
+    options = vars(parser.parse_args(arguments))
+    report = evaluate(options.pop("model"), options.pop("dataset"), **options)
+    print(report_table(report))
+    print(f"The report: {options['output_dir']}/report.md")
+    if (Path(report["model"]) / CARD).is_file():
+        print(f"The card: {update_card(Path(report['model']), report)}")
+
+
+def _place(word: str) -> int | Literal["output"]:
+    if word == "output":
+        return "output"
+    if not word.removeprefix("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{word!r} is neither the number of a block nor 'output'")
+    return int(word)
+
+
+def _embed(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner embed",
+        description="Features of every image, once, as parquet shards: the same command resumes; under accelerate launch, shared.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="model folder, Hub name, original checkpoint, or a name of the zoo (model_cards/)")
+    parser.add_argument("--dataset", required=True, help="image folder, parquet, tar shards, Hub name, or 'digits' (bundled)")
+    parser.add_argument("--dataset_config", help="configuration of a Hub data set")
+    parser.add_argument("--split", help="split of the data set; default: train")
+    parser.add_argument("--streaming", action="store_true", help="read the images in passing, without a download first")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the features; one that was begun is continued")
+    where = "raw outputs of these blocks, counted from 0; 'output': after the final norm; default: the last block"
+    parser.add_argument("--blocks", nargs="+", type=_place, default=[], metavar="BLOCK", help=where)
+    poolings = get_args(Pooling)
+    parser.add_argument(
+        "--pooling", nargs="+", choices=poolings, default=[], help="default: what the model's configuration says"
+    )
+    parser.add_argument("--last4", action="store_true", help="also the last 4 blocks side by side")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="of the computation; float32 is stored")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per forward pass and process")
+    parser.add_argument("--num_workers", type=int, help="processes that decode images; default: one per core, at most 16")
+    parser.add_argument("--shard_size", type=int, help="images per file; default: 8192, or what the folder has")
+    options = parser.parse_args(arguments)
+    read_manifest(options.out)  # says so now if it is something else
+    accelerator = Accelerator(cpu=several_on_the_cpu())
+    encoder: Any = load_encoder(options.model)
+    encoder.to(PRECISIONS[options.dtype])
+    opened = open_stream if options.streaming else open_images
+    channels = encoder.config.num_channels
+    images = opened(options.dataset, config=options.dataset_config, split=options.split, num_channels=channels)
+    workers = options.num_workers
+    store = embed_images(
+        encoder,
+        images,
+        encoder.image_processor,
+        options.out,
+        columns=feature_columns(encoder.config, options.blocks, options.pooling, last4=options.last4),
+        batch_size=options.batch_size,
+        num_workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes) if workers is None else workers,
+        shard_size=options.shard_size,
+        device=accelerator.device,
+        command=shlex.join(["mim-refiner", "embed", *arguments]),
+    )
+    if accelerator.is_main_process:
+        columns = ", ".join(f"{name} ({width})" for name, width in store.columns.items())
+        print(f"The features: {len(store)} images, {columns}: {options.out}")
+        if store.broken:
+            print(f"Images that could not be read: {len(store.broken)}, listed in {options.out / BROKEN}")
+
+
+def _cluster(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner cluster",
+        description="A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links per group.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", help="folder, read at any depth; or parquet, Hub name, 'digits' (bundled)")
+    parser.add_argument("--model", required=True, help="model folder, Hub name, original checkpoint, or a name of the zoo")
+    parser.add_argument("--num_clusters", type=int, help="number of groups; default: proposed from the images")
+    parser.add_argument("--out", type=Path, default=Path("groups"), help="folder to write; earlier groups there are replaced")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images beside this one")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    summary = cluster_images(options.pop("images"), options.pop("model"), out, **options)
+    print(f"{summary['note']}\nThe page: {out / 'index.html'}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "refine": _refine,
     "pretrain": _pretrain,
     "convert": _convert,
+    "cluster": _cluster,
     "push": _push,
+    "evaluate": _evaluate,
     "export": _export,
+    "embed": _embed,
 }
 
 

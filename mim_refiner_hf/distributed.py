@@ -38,6 +38,12 @@ def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def wait_for_everyone() -> None:
+    """Return once every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int) -> Tensor:
@@ -128,5 +134,6 @@ __all__ = [
     "progress_bar",
     "rank",
     "several_on_the_cpu",
+    "wait_for_everyone",
     "world_size",
 ]

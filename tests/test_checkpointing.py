@@ -143,7 +143,7 @@ def test_what_a_killed_write_leaves_is_ignored_and_cleared(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
 
 
-@pytest.mark.parametrize("writer", ["save_file", "_sync", "_sha256"])
+@pytest.mark.parametrize("writer", ["save_file", "sync_to_disk", "sha256_of"])
 def test_failing_write_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     save(tmp_path, 10, keep=1)
 

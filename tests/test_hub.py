@@ -40,6 +40,8 @@ for source in sys.argv[1].split(","):
         assert (found - expected).abs().max() < tolerance, (backend, (found - expected).abs().max())
     extract = pipeline("image-feature-extraction", model=source, pool=True, return_tensors=True, **remote)
     assert (extract(image) - expected).abs().max() < 1e-6
+    groups = pipeline("image-clustering", model=source, **remote)([image, image], num_clusters=1)
+    assert [entry["cluster"] for entry in groups] == [0, 0]
     classifier = AutoModelForImageClassification.from_pretrained(source, num_labels=3, **remote)
     assert torch.equal(classifier.encoder.layers[1].mlp.fc2.weight, model.layers[1].mlp.fc2.weight)
     if source.count("/") == 1:  # AutoBackbone of transformers 5.23 takes no local folder, of any model
@@ -146,6 +148,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     code = {f"{name}_mim_refiner.py" for name in ("configuration", "positions", "modeling", "image_processing")}
+    code |= {f"{name}.py" for name in ("pipeline_image_clustering", "clustering", "cluster_count", "lloyd")}
     weights = {"model.safetensors", "weights_digests.json"}
     assert set(contents(tiny["model"])) == {"config.json", "preprocessor_config.json", "README.md", *weights, *code}
     assert not [path for path in tiny["root"].iterdir() if path.name.startswith(".")]

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from mim_refiner_hf import MimRefinerConfig, RefineRecipe, read_recipe
+from mim_refiner_hf.evaluation.fine_tuning import FineTuneRecipe
 from mim_refiner_hf.pretraining.mae import PretrainRecipe
-from mim_refiner_hf.refinement.plan import count_steps
+from mim_refiner_hf.refinement.plan import count_steps, plan_text
 from mim_refiner_hf.refinement.recipe import check_types, default_head_blocks, resolve
 from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_fields, recipe_file
 
@@ -62,9 +63,10 @@ IN_ALL_OF_THEM = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_file_is_valid(name: str) -> None:
-    if name.startswith("pretrain-"):
-        PretrainRecipe(**read_fields(name, PretrainRecipe))
-        return
+    for prefix, kind in (("pretrain-", PretrainRecipe), ("fine-tune-", FineTuneRecipe)):
+        if name.startswith(prefix):
+            kind(**read_fields(name, kind))
+            return
     recipe = read_recipe(name)
     assert recipe.recipe == name
     text = (RECIPES / f"{name}.yaml").read_text()
@@ -139,6 +141,47 @@ def test_yaml_python_and_command_line_give_the_same_recipe(tmp_path: Path) -> No
     changed = parse_recipe(["--recipe", str(path), "--temperature", "0.5", "--head_blocks", "10", "--colour", "true"])
     assert (changed.temperature, changed.head_blocks, changed.colour, changed.swap) == (0.5, [10], True, "all")
     assert read_recipe(str(path), temperature=0.5, head_blocks=[10], colour=True) == changed
+
+
+def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
+    """One word in place of numbers, in YAML, Python and flags alike; what it stands for is found out in the run."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: a\nhead_blocks: auto\n")
+    asked = RefineRecipe(model="a", head_blocks="auto")
+    assert (
+        parse_recipe(["--model", "a", "--head_blocks", "auto"])
+        == parse_recipe(["--model", "a", "--head-blocks", "auto"])
+        == asked
+    )
+    for from_file in (read_recipe(str(path)), parse_recipe(["--recipe", str(path)])):
+        assert dataclasses.replace(from_file, recipe=None) == asked
+    assert parse_recipe(["--recipe", str(path), "--head_blocks", "8", "9"]).head_blocks == [8, 9]
+    path.write_text("model: a\nhead_blocks: [8, 9]\n")
+    assert parse_recipe(["--recipe", str(path), "--head_blocks", "auto"]).head_blocks == "auto"
+    assert parse_recipe(["--recipe", str(path)]).head_blocks == [8, 9]
+
+    resolved = resolve(dataclasses.replace(asked, freeze_blocks=20), MimRefinerConfig(**L16), IMAGENET)
+    assert resolved.head_blocks == "auto"
+    facts = {"num_images": IMAGENET, "num_eval": 0, "steps": count_steps(resolved, IMAGENET), "processes": 1}
+    text = plan_text(resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, **facts)
+    assert "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--head_blocks", "automatic"], "--head_blocks ['automatic']: must be of the type"),
+        (["--head_blocks", "auto", "8"], "--head_blocks ['auto', 8]: must be of the type"),
+        (["--head_blocks", "auto", "--num_heads", "2"], "--head_blocks auto and --num_heads 2 exclude each other"),
+    ],
+)
+def test_what_is_almost_auto_is_refused(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_recipe(["--model", "a", *flags])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--head_blocks automatic: must be numbers of blocks, or auto"):
+        RefineRecipe(model="a", head_blocks="automatic")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])

@@ -1,26 +1,39 @@
-"""How good is a frozen encoder? The paper's k-NN and clustering protocols, and RankMe; `evaluate_encoder` runs them all."""
+"""How good is a frozen encoder? k-NN, clustering and RankMe (`evaluate_encoder`), and what its blocks do (`block_profile`)."""
 
+from .block_analysis import BlockProfile, block_profile, profile_table, propose_head_blocks
 from .cluster_scores import KMeansRun, cluster_accuracy, cluster_scores, kmeans, mean_scores, rankme
-from .features import FeatureSet, extract_features
+from .embed import embed_images, stored_features
+from .feature_store import FeatureStore, feature_set
+from .features import FeatureSet, extract_features, feature_columns
 from .knn import knn_accuracy, knn_predict, standardise
-from .pictures import draw_clusters, draw_curves
+from .pictures import draw_block_profile, draw_clusters, draw_curves
 from .report import Evaluation, comparison_table, evaluate_encoder
 
 __all__ = [
+    "BlockProfile",
     "Evaluation",
     "FeatureSet",
+    "FeatureStore",
     "KMeansRun",
+    "block_profile",
     "cluster_accuracy",
     "cluster_scores",
     "comparison_table",
+    "draw_block_profile",
     "draw_clusters",
     "draw_curves",
+    "embed_images",
     "evaluate_encoder",
     "extract_features",
+    "feature_columns",
+    "feature_set",
     "kmeans",
     "knn_accuracy",
     "knn_predict",
     "mean_scores",
+    "profile_table",
+    "propose_head_blocks",
     "rankme",
     "standardise",
+    "stored_features",
 ]

@@ -37,18 +37,24 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
     return classes, groups
 
 
-def cluster_accuracy(labels: ArrayLike, assignments: ArrayLike) -> float:
-    """Share (0 to 1) of the N items in the right group under the best one-to-one match of groups and classes.
+def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each of the N items (N,) is in the group of its class, under the best one-to-one match of groups and classes.
 
     The match is the Hungarian algorithm's on the table of counts, zero-padded to a square, so that more groups than classes
     (or fewer) leave items unmatched, which count as wrong. Ids may be any integers.
     """
     classes, groups = check_pair(labels, assignments)
-    counts = contingency_matrix(classes, groups)  # (classes, groups)
+    counts = contingency_matrix(classes, groups)  # (classes, groups), both in ascending order of their ids
     square = np.zeros((max(counts.shape),) * 2, dtype=np.int64)
     square[: counts.shape[0], : counts.shape[1]] = counts
-    rows, columns = linear_sum_assignment(square, maximize=True)
-    return float(square[rows, columns].sum() / len(classes))
+    _, partner = linear_sum_assignment(square, maximize=True)  # class i goes with group partner[i]
+    own: NDArray[np.bool_] = partner[np.unique(classes, return_inverse=True)[1]] == np.unique(groups, return_inverse=True)[1]
+    return own
+
+
+def cluster_accuracy(labels: ArrayLike, assignments: ArrayLike) -> float:
+    """Share (0 to 1) of the N items in the right group under the best one-to-one match of groups and classes (`matched`)."""
+    return float(matched(labels, assignments).mean())
 
 
 def cluster_scores(labels: ArrayLike, assignments: ArrayLike, embeddings: ArrayLike | None = None) -> dict[str, float]:
@@ -140,4 +146,4 @@ def rankme(features: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
-__all__ = ["KMeansRun", "cluster_accuracy", "cluster_scores", "kmeans", "mean_scores", "rankme"]
+__all__ = ["KMeansRun", "cluster_accuracy", "cluster_scores", "kmeans", "matched", "mean_scores", "rankme"]

@@ -8,18 +8,31 @@
 The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last block WITHOUT the final norm, or
 what else the encoder's `config.pooling` takes. Only "global_repr" is read from the encoder's output, final norm included: CAPI's
 predictor knows nothing else, and earlier blocks give the mean of the patches.
+
+A kind of feature has a name, `<place>.<pooling>`, under which a feature store (`feature_store.py`) keeps it as a column:
+
+| place    | is                                                                          |
+|----------|-----------------------------------------------------------------------------|
+| block11  | raw output of block 11 (0-based), without the final norm                    |
+| last4    | raw outputs of the last 4 blocks side by side (4 D), paper table 13         |
+| output   | the encoder's output, final norm included                                   |
+
+with pooling cls, mean (of the patches), register (the first one), or, for `output` alone, global_repr.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..configuration_mim_refiner import MimRefinerConfig, Pooling
 from ..distributed import all_gather, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 
@@ -53,12 +66,115 @@ class Preprocess:
         return pixels, torch.tensor([sample.label for sample in samples], dtype=torch.int64)
 
 
+# --- columns: names of features -----------------------------------------------------------------------------------------------
+
+
 def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
     """`blocks` sorted and without repetition; ValueError for a block that the encoder does not have."""
     for block in blocks:
         if not 0 <= block < depth:
             raise ValueError(f"blocks has {block}, but the encoder's blocks are numbered 0 to {depth - 1}")
     return sorted(set(blocks))
+
+
+def blocks_of(column: str, depth: int) -> list[int]:
+    """The blocks whose raw outputs a column holds side by side; none for the encoder's output."""
+    place = column.partition(".")[0]
+    if place == "output":
+        return []
+    return list(range(depth - 4, depth)) if place == "last4" else [int(place.removeprefix("block"))]
+
+
+def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]:
+    """`columns` without repetition; ValueError for one that is no column, or that this encoder cannot give."""
+    depth = config.num_hidden_layers
+    for column in columns:
+        place, _, pooling = column.partition(".")
+        if not re.fullmatch(r"block-?\d+|last4|output", place) or pooling not in get_args(Pooling):
+            raise ValueError(
+                f"{column!r} names no feature: give block<number>, last4 or output, a dot, and one of "
+                f"{', '.join(get_args(Pooling))}, such as 'block{depth - 1}.mean'"
+            )
+        if place == "last4" and depth < 4:
+            raise ValueError(f"last4 takes the last 4 blocks, but the encoder has {depth}; name single blocks")
+        check_blocks(blocks_of(column, depth), depth)
+        if missing := config.missing_for(pooling):  # type: ignore[arg-type]  # checked above
+            raise ValueError(f"pooling {pooling!r}: the encoder has {missing}; use 'mean'")
+        if pooling == "global_repr" and (place, config.pooling) != ("output", pooling):
+            raise ValueError(f"{column!r}: CAPI's predictor reads only the output, as the encoder's own pooling; use 'mean'")
+    return list(dict.fromkeys(columns))
+
+
+def own_column(config: MimRefinerConfig, block: int) -> str:
+    """The column of a block under the encoder's own pooling: what `FeatureSet` holds."""
+    if config.pooling != "global_repr":
+        return f"block{block}.{config.pooling}"
+    return "output.global_repr" if block == config.num_hidden_layers - 1 else f"block{block}.mean"
+
+
+def feature_columns(
+    config: MimRefinerConfig,
+    blocks: Sequence[int | Literal["output"]] = (),
+    poolings: Sequence[Pooling] = (),
+    *,
+    last4: bool = False,
+) -> list[str]:
+    """Every chosen place under every chosen pooling, as names of columns.
+
+    Args:
+        config: of the encoder.
+        blocks: 0-based numbers of blocks, or "output"; none for the place that the encoder's own features come from, which is
+            the last block (for "global_repr" the output).
+        poolings: none for the encoder's own (of a block of a "global_repr" encoder: the mean).
+        last4: the last 4 blocks side by side, too.
+
+    Raises:
+        ValueError: for a block or a pooling that the encoder does not have.
+    """
+    own = own_column(config, config.num_hidden_layers - 1).partition(".")[0]
+    places = ["output" if block == "output" else f"block{block}" for block in blocks] or [own]
+    places += ["last4"] * last4
+    raw = "mean" if config.pooling == "global_repr" else config.pooling
+
+    def chosen(place: str) -> Sequence[str | None]:
+        return poolings or [config.pooling if place == "output" else raw]
+
+    return check_columns([f"{place}.{pooling}" for place in places for pooling in chosen(place)], config)
+
+
+# --- the forward pass ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen(encoder: MimRefinerModel, device: torch.device | str | None) -> Iterator[torch.device]:
+    """The encoder in eval mode, without gradient, on `device` (None: where it is); afterwards it is what and where it was."""
+    home, training = encoder.device, encoder.training
+    device = torch.device(device) if device is not None else home
+    encoder.train(False).to(device)
+    try:
+        with torch.inference_mode():
+            yield device
+    finally:
+        encoder.train(training).to(home)
+
+
+def encode(encoder: MimRefinerModel, pixel_values: Tensor, columns: Sequence[str]) -> dict[str, Tensor]:
+    """One forward pass over (B, C, H, W), in the dtype of the weights: every column (B, D), or (B, 4 D) for last4, in fp32.
+
+    Only the blocks that a column needs are recorded.
+    """
+    read = {column: blocks_of(column, encoder.config.num_hidden_layers) for column in columns}
+    recorded = sorted({block + 1 for blocks in read.values() for block in blocks})  # entry 0 is the embeddings
+    outputs = encoder(pixel_values, output_hidden_states=recorded or None)
+
+    def pooled(column: str) -> Tensor:
+        pooling: Any = column.partition(".")[2]
+        if pooling == "global_repr":
+            return outputs.pooler_output
+        tokens = [outputs.hidden_states[block + 1] for block in read[column]] or [outputs.last_hidden_state]
+        return torch.cat([encoder.pool(each, pooling) for each in tokens], dim=1)
+
+    return {column: pooled(column).float() for column in columns}
 
 
 def share_of(images: "ImageDataset") -> "ImageDataset":
@@ -107,33 +223,22 @@ def extract_features(
         raise ValueError("the data set has no images, so there is nothing to extract features from")
     depth = encoder.config.num_hidden_layers
     wanted = check_blocks(blocks or (), depth)
-    recorded = sorted({*wanted, depth - 1})
-    home, training = encoder.device, encoder.training
-    device = torch.device(device) if device is not None else home
-    loader = DataLoader(
-        share_of(images),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=Preprocess(processor),
-        pin_memory=device.type == "cuda",
-    )
-    pooled: dict[int, list[Tensor]] = {block: [] for block in recorded}
+    columns = {block: own_column(encoder.config, block) for block in sorted({*wanted, depth - 1})}
+    pooled: dict[str, list[Tensor]] = {column: [] for column in columns.values()}
     labels: list[Tensor] = []
-    encoder.train(False).to(device)
-    try:
-        with torch.inference_mode():
-            for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
-                pixel_values = pixel_values.to(device, non_blocking=True)
-                outputs = encoder(pixel_values, output_hidden_states=[block + 1 for block in recorded])
-                for block in recorded:
-                    reads_predictor = block == depth - 1 and encoder.config.pooling == "global_repr"
-                    tokens = outputs.hidden_states[block + 1]  # entry 0 is the embeddings; entries not asked for are None
-                    vectors = outputs.pooler_output if reads_predictor else encoder.pool(tokens)
-                    pooled[block].append(vectors.float().cpu())
-                labels.append(batch_labels)
-    finally:
-        encoder.train(training).to(home)
-    features = {block: gathered(torch.cat(batches), len(images), device) for block, batches in pooled.items()}
+    with frozen(encoder, device) as device:
+        loader = DataLoader(
+            share_of(images),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=Preprocess(processor),
+            pin_memory=device.type == "cuda",
+        )
+        for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
+            for column, vectors in encode(encoder, pixel_values.to(device, non_blocking=True), list(pooled)).items():
+                pooled[column].append(vectors.cpu())
+            labels.append(batch_labels)
+    features = {block: gathered(torch.cat(pooled[column]), len(images), device) for block, column in columns.items()}
     all_labels = gathered(torch.cat(labels), len(images), device)
     return FeatureSet(
         features=features[depth - 1],
@@ -142,4 +247,4 @@ def extract_features(
     )
 
 
-__all__ = ["FeatureSet", "extract_features"]
+__all__ = ["FeatureSet", "extract_features", "feature_columns"]

@@ -3,6 +3,11 @@
     from mim_refiner_hf.evaluation import knn_accuracy
     knn_accuracy(train_x, train_y, test_x, test_y)           # k = 10, temperature 0.07
 
+The features may be those of the last block, or of the last 4 blocks side by side (paper, table 13):
+
+    found = extract_features(encoder, images, processor, blocks=range(20, 24))
+    last4 = torch.cat(list(found.blocks.values()), dim=1)    # (N, 4 D)
+
 Features are standardised with the TRAIN mean and unbiased standard deviation, L2-normalised, and compared by cosine; each of
 the k neighbours votes for its class with weight `exp(similarity / temperature)`. The authors tuned k = 10 for plain MIM models
 (MIM-Refiner, Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).

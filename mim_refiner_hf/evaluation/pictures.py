@@ -1,11 +1,12 @@
-"""Pictures of a run: the groups (`clusters.png`), and how it got there (`curves.png`).
+"""Pictures of a run: the groups (`clusters.png`), how it got there (`curves.png`), and its blocks (`blocks.png`).
 
 draw_clusters(eval_images, evaluation, Path("out/clusters.png"))
 draw_curves(Path("out/log.jsonl"), before, after, Path("out/curves.png"))
+draw_block_profile(profile, Path("out/blocks.png"), head_blocks=[8, 9, 10, 11])
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .report import Evaluation
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
+    from .block_analysis import BlockProfile
 
 MAX_ROWS, TILES, TILE = 50, 14, 64  # of the groups: rows, images per row, pixels per image
 
@@ -125,6 +127,38 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
     save_figure(figure, path)
 
 
+def draw_block_profile(profile: Sequence["BlockProfile"], path: Path, head_blocks: Sequence[int] = ()) -> None:
+    """Draw what was measured per block as a PNG (paper, Fig. 3b, 3d and 6; Table 14); `head_blocks` are shaded.
+
+    Panels and lines that were not measured are left out.
+    """
+    panels = {
+        "features (%)": {"k-NN accuracy": "knn_accuracy", "neighbour agreement": "neighbour_agreement"},
+        "relative improvement": {"k-NN accuracy": "knn_improvement", "reconstruction": "reconstruction_improvement"},
+        "reconstruction loss": {"masked patches": "reconstruction_loss"},
+        "attention distance (px)": {"mean over heads": "attention_distance"},
+        "feature variance": {"mean over channels": "feature_variance"},
+    }
+    measured = {
+        title: {name: [getattr(block, field) for block in profile] for name, field in lines.items()}
+        for title, lines in panels.items()
+        if any(getattr(profile[-1], field) is not None for field in lines.values())
+    }
+    figure = Figure(figsize=(3.6 * len(measured), 3.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, lines) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+        scale = 100 if title.endswith("(%)") else 1
+        for name, values in lines.items():
+            points = [(block.block, scale * value) for block, value in zip(profile, values, strict=True) if value is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        for block in head_blocks:
+            axes.axvspan(block - 0.5, block + 0.5, color="tab:orange", alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel="block (0-based, raw output)")
+        axes.legend(fontsize=7)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG that appears whole or not at all."""
     temporary = path.with_name(f".tmp-{path.name}")
@@ -133,4 +167,4 @@ def save_figure(figure: Figure, path: Path) -> None:
     temporary.replace(path)
 
 
-__all__ = ["draw_clusters", "draw_curves"]
+__all__ = ["draw_block_profile", "draw_clusters", "draw_curves"]

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans, mean_scores, rankme
 from .features import FeatureSet, extract_features
-from .knn import knn_accuracy
+from .knn import knn_accuracy, knn_predict, standardise
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -51,11 +52,15 @@ class Evaluation:
             `knn_per_block` (a list, first block first). All but `rankme` are fractions of 1.
         features: the last block's features of the evaluation images, and their labels.
         groups: the k-means run behind the clustering metrics and the picture.
+        predicted: the k-NN class of each evaluation image (M,), with labels.
+        bank: the last block's features of the k-NN bank, and their labels; with labels.
     """
 
     metrics: dict[str, Any]
     features: FeatureSet
     groups: KMeansRun
+    predicted: Tensor | None = None
+    bank: FeatureSet | None = None
 
     @property
     def assignments(self) -> NDArray[np.int64]:
@@ -120,20 +125,24 @@ def evaluate_encoder(
     settings["blocks"] = range(encoder.config.num_hidden_layers) if per_block and labelled else None
     found = extract_features(encoder, eval_images, processor, desc="evaluation images", **settings)
     metrics: dict[str, Any] = {}
+    bank = predicted = None
     if labelled:
         bank = extract_features(encoder, evenly_spaced(train_images, BANK_SIZE), processor, desc="k-NN bank", **settings)
         assert bank.labels is not None and found.labels is not None  # `labelled` says so
-        metrics["knn_accuracy"] = knn_accuracy(bank.features, bank.labels, found.features, found.labels)
+        bank_x, eval_x = standardise(bank.features, found.features)
+        (predicted,) = knn_predict(bank_x, bank.labels, eval_x).values()  # k = 10, temperature 0.07
+        metrics["knn_accuracy"] = (predicted == found.labels).float().mean().item()
         groups = kmeans(found.features, len(np.unique(found.labels)), seed=seed)
         metrics |= clustering_metrics(found.labels.numpy(), groups)
         if per_block:
             metrics["knn_per_block"] = [
                 knn_accuracy(bank.blocks[block], bank.labels, found.blocks[block], found.labels) for block in found.blocks
             ]
+        bank = FeatureSet(bank.features, labels=bank.labels)  # without the blocks, which are large
     else:
         groups = kmeans(found.features, picture_groups(len(eval_images)), runs=10, seed=seed)
     metrics["rankme"] = rankme(found.features)
-    return Evaluation(metrics, FeatureSet(found.features, labels=found.labels), groups)
+    return Evaluation(metrics, FeatureSet(found.features, labels=found.labels), groups, predicted, bank)
 
 
 def format_metric(name: str, value: float) -> str:

@@ -9,7 +9,10 @@ the normalised pixels of the missing ones; the loss is their mean squared error.
 """
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,27 +133,49 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
-def mae_loss(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
-    """Mean squared error on the masked patches, whose pixels are normalised per patch.
+def visible_tokens(encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """What the encoder gets to see: CLS, registers and the patches with the smallest `noise`, embedded with their positions.
 
     Args:
         pixels: normalised images (B, C, H, W) of the native size.
-        noise: uniform numbers (B, N); in each image the patches with the smallest stay visible.
+        noise: uniform numbers (B, N), one per patch.
+
+    Returns:
+        tokens (B, prefix + visible, D), and (B, N): the place of each patch among visible-then-masked.
     """
     prefix = encoder.config.num_prefix_tokens
     order = noise.argsort(dim=1)
-    restore = order.argsort(dim=1)
     keep = int(noise.shape[1] * (1 - mask_ratio))
     tokens = encoder.embeddings(pixels)
     chosen = order[:, :keep, None].expand(-1, -1, tokens.shape[2])
-    tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1)
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1), order.argsort(dim=1)
+
+
+def reconstruction_error(predicted: Tensor, pixels: Tensor, patch: int, masked: Tensor) -> Tensor:
+    """Mean squared error of `predicted` (B, N, p*p*C) on the patches `masked` (B, N), whose pixels are normalised per patch."""
+    target = patchify(pixels, patch)
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    error = (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)  # (B, N)
+    return error[masked].mean()
+
+
+def mae_loss(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+    """MAE's objective: `reconstruction_error` of what encoder and decoder make of the visible patches; see `visible_tokens`."""
+    prefix = encoder.config.num_prefix_tokens
+    tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
+    masked = restore >= tokens.shape[1] - prefix
     for layer in encoder.layers:
         tokens = layer(tokens)
     predicted = decoder(encoder.norm(tokens), restore, prefix)
-    target = patchify(pixels, encoder.config.patch_size)
-    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    error = (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)  # (B, N)
-    return error[restore >= keep].mean()
+    return reconstruction_error(predicted, pixels, encoder.config.patch_size, masked)
+
+
+def xavier_uniform(module: nn.Module) -> None:
+    """Give every linear layer in `module` MAE's initial weights: Xavier-uniform, biases 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
 
 
 def _fresh(recipe: PretrainRecipe) -> tuple[MimRefinerModel, MaeDecoder]:
@@ -158,11 +183,42 @@ def _fresh(recipe: PretrainRecipe) -> tuple[MimRefinerModel, MaeDecoder]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
-        for module in [*encoder.modules(), *decoder.modules()]:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_uniform(encoder)
+        xavier_uniform(decoder)
     return encoder, decoder
+
+
+def decoder_groups(decoder: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of one or several decoders; no weight decay on tensors of <= 1 dimension."""
+    matrices = [p for p in decoder.parameters() if p.ndim > 1]
+    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay},
+        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+
+
+def mae_batches(
+    recipe: PretrainRecipe, images: ImageDataset, processor: Any, device: torch.device, num_workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of every batch of a training: crops (b, C, S, S), normalised as `processor` does, and noise (b, N).
+
+    Raises:
+        ValueError: for a batch larger than the data set.
+    """
+    steps = recipe.epochs * (len(images) // recipe.batch_size)
+    crop = MultiCrop(
+        view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip)
+    )
+    batches = BatchSampler(
+        images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size()
+    )
+    loader = DataLoader(ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers)
+    num_patches = math.prod(recipe.encoder_config().grid)
+    for step, batch in enumerate(loader):
+        noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
+        own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
+        yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
 
 
 def pretrain_mae(
@@ -176,33 +232,20 @@ def pretrain_mae(
     accelerator = accelerator or Accelerator()
     per_epoch = len(images) // recipe.batch_size
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    crop = MultiCrop(
-        view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip)
-    )
-    batches = BatchSampler(
-        images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size()
-    )
-    loader = DataLoader(ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers)
     encoder, decoder = _fresh(recipe)
     encoder.to(accelerator.device).train()
     decoder.to(accelerator.device).train()
     freeze(encoder, blocks=0)
-    groups = encoder_groups(encoder, 1.0, recipe.weight_decay)
-    matrices = [p for p in decoder.parameters() if p.ndim > 1]
-    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
-    groups += [{"params": matrices, "lr_scale": 1.0, "weight_decay": recipe.weight_decay}]
-    groups += [{"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0}]
+    groups = encoder_groups(encoder, 1.0, recipe.weight_decay) + decoder_groups(decoder, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     processor = image_processor(encoder.config, {})  # the preprocessing that the model is used with afterwards
-    num_patches, peak = encoder.config.grid[0] * encoder.config.grid[1], recipe.learning_rate * recipe.batch_size / 256
-    progress = progress_bar(enumerate(loader), total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
-    for step, batch in progress:
+    peak = recipe.learning_rate * recipe.batch_size / 256
+    batches = mae_batches(recipe, images, processor, accelerator.device, num_workers)
+    progress = progress_bar(batches, total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
+    for step, (pixels, noise) in enumerate(progress):
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
-        noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
-        own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(accelerator.device)
-        pixels = normalise(batch["global_views"][:, 0].to(accelerator.device), processor.image_mean, processor.image_std)
         with accelerator.autocast():
-            loss = mae_loss(encoder, decoder, pixels, own, recipe.mask_ratio)
+            loss = mae_loss(encoder, decoder, pixels, noise, recipe.mask_ratio)
         optimizer.zero_grad()
         loss.backward()
         average_gradients([*encoder.parameters(), *decoder.parameters()])
@@ -213,4 +256,15 @@ def pretrain_mae(
     return encoder.eval().requires_grad_(True)
 
 
-__all__ = ["MaeDecoder", "PretrainRecipe", "mae_loss", "patchify", "pretrain_mae"]
+__all__ = [
+    "MaeDecoder",
+    "PretrainRecipe",
+    "decoder_groups",
+    "mae_batches",
+    "mae_loss",
+    "patchify",
+    "pretrain_mae",
+    "reconstruction_error",
+    "visible_tokens",
+    "xavier_uniform",
+]

@@ -8,10 +8,9 @@ With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load
 `trust_remote_code=True` and run the Python files that lie in the folder.
 """
 
-import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,55 +19,46 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..conversion.digests import write_digests
 from ..modeling_mim_refiner import MimRefinerModel
+from ..pipeline_image_clustering import announce_code
 from .model_card import REPO_PLACEHOLDER
 
 CARD = "README.md"
 SHARD_SIZE = "2GB"
-CODE = (
-    "configuration_mim_refiner",
-    "positions_mim_refiner",
-    "modeling_mim_refiner",
-    "image_processing_mim_refiner",
-)
-
-# All remote code is named in config.json. An auto_map in preprocessor_config.json would make `pipeline()` look for a video
-# processor beside it and ask users of the package whether to run custom code.
-AUTO_MAP: dict[str, str | list[str]] = {
-    "AutoConfig": "configuration_mim_refiner.MimRefinerConfig",
-    "AutoModel": "modeling_mim_refiner.MimRefinerModel",
-    "AutoModelForImageClassification": "modeling_mim_refiner.MimRefinerForImageClassification",
-    "AutoBackbone": "modeling_mim_refiner.MimRefinerBackbone",
-    "AutoImageProcessor": [
-        "image_processing_mim_refiner.MimRefinerImageProcessorPil",
-        "image_processing_mim_refiner.MimRefinerImageProcessor",
-    ],
-}
+ENTRIES = ("modeling_mim_refiner", "image_processing_mim_refiner", "pipeline_image_clustering")
+"""The modules that config.json names; what they import of their flat neighbours travels with them."""
 
 
 class PushError(RuntimeError):
     """The Hub did not take the upload; the local folder is intact and the message says how to continue."""
 
 
-def edit_json(path: Path, changes: dict[str, Any], *, without: str | None = None) -> None:
-    """Set `changes` in a JSON file and remove the key `without`."""
-    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    content.pop(without, None)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def check_folder(folder: Path, marker: str, kind: str) -> Path:
+    """`folder`, resolved, if it may be written: it is absent, empty or a `kind` of folder, which holds `marker`; else a ValueError."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one")
+    return folder
+
+
+def check_model_folder(folder: Path) -> Path:
+    """`folder`, resolved, if a model can be written there: it is absent, empty or holds a model; else a ValueError."""
+    return check_folder(folder, "config.json", "model")
 
 
 @contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
+def staged_folder(folder: Path, check: Callable[[Path], Path] = check_model_folder) -> Iterator[Path]:
     """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
     What was in `folder` goes away only once the new one is in place.
 
     Raises:
-        ValueError: when `folder` exists and holds something other than a model.
+        ValueError: when `folder` exists and holds what `check` will not have replaced: by default, anything but a model.
     """
-    folder = check_model_folder(folder)
+    folder = check(folder)
     new, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -81,14 +71,6 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def check_model_folder(folder: Path) -> Path:
-    """`folder`, resolved, if a model can be written there: it is absent, empty or holds a model; else a ValueError."""
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a model folder, so it will not be overwritten; name another one")
-    return folder
 
 
 def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
@@ -113,12 +95,11 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
     write_digests(folder, weights)  # first: saving takes the tensors out of `weights` one by one
     encoder.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
     processor.save_pretrained(folder)
-    edit_json(folder / "config.json", {"auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")})
-    # without a named type AutoImageProcessor goes by config.json: the registered class, or the auto_map above
-    edit_json(folder / "preprocessor_config.json", {}, without="image_processor_type")
+    announce_code(folder, dtype=str(dtype).removeprefix("torch."))
     package = Path(__file__).resolve().parents[1]
-    for module in CODE:
-        shutil.copyfile(package / f"{module}.py", folder / f"{module}.py")
+    for entry in (package / f"{module}.py" for module in ENTRIES):
+        for file in (entry, *map(Path, get_relative_import_files(entry))):
+            shutil.copyfile(file, folder / file.name)
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -181,6 +162,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
 
 __all__ = [
     "PushError",
+    "check_folder",
     "check_model_folder",
     "check_repo_id",
     "push_folder",

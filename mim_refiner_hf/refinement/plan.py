@@ -9,7 +9,7 @@ import torch
 
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..modeling_mim_refiner import MimRefinerModel
-from .recipe import RefineRecipe
+from .recipe import RefineRecipe, default_head_blocks
 
 GIGA = 2**30
 READS = {
@@ -49,10 +49,15 @@ def encoder_parameters(config: MimRefinerConfig) -> int:
         return sum(parameter.numel() for parameter in MimRefinerModel(config).parameters())
 
 
+def head_blocks_of(recipe: RefineRecipe, config: MimRefinerConfig) -> list[int]:
+    """The blocks with heads of a resolved recipe; for "auto", which measures before it chooses, the default ones."""
+    return recipe.head_blocks if isinstance(recipe.head_blocks, list) else default_head_blocks(config.num_hidden_layers)
+
+
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
     """Bytes of one process in the refinement, by part: fp32 weights, gradients, AdamW and EMA; heads; queue; views; activations; logits."""
-    assert recipe.head_blocks is not None and recipe.global_size is not None and recipe.local_size is not None
-    heads, width = len(recipe.head_blocks), config.hidden_size
+    assert recipe.global_size is not None and recipe.local_size is not None
+    heads, width = len(head_blocks_of(recipe, config)), config.hidden_size
     per_head = width * recipe.projector_dim + recipe.projector_dim**2 + recipe.projector_dim * recipe.embedding_dim
     per_head += 2 * recipe.embedding_dim * recipe.predictor_dim
     batch = recipe.batch_size // processes
@@ -88,9 +93,11 @@ def plan_text(
     bf16: bool,
 ) -> str:
     """The plan as lines for a terminal. `recipe` is a resolved one."""
-    assert recipe.head_blocks is not None and recipe.pooling is not None
+    assert recipe.pooling is not None
     last = config.num_hidden_layers - 1
-    heads = ", ".join("output" if block == last else str(block) for block in recipe.head_blocks)
+    heads = ", ".join("output" if block == last else str(block) for block in head_blocks_of(recipe, config))
+    if recipe.head_blocks == "auto":
+        heads = f"what measuring all blocks proposes (auto; by default {heads})"
     rows, columns = config.grid
     memory = memory_estimate(recipe, config, processes, bf16)
     largest = max(memory, key=lambda part: memory[part])

@@ -56,8 +56,10 @@ class RefineRecipe:
         "on the output; heads on earlier blocks read the mean). None: the model's.",
     )
     # ---- heads
-    head_blocks: list[int] | None = documented(
-        None, "0-based blocks with a head; the last block means the encoder's output. None: the last third."
+    head_blocks: list[int] | Literal["auto"] | None = documented(
+        None,
+        "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen by measuring the features of all "
+        "blocks on at most 2000 training images (k-NN accuracy; without labels, neighbour agreement). None: the last third.",
     )
     num_heads: int | None = documented(None, "Heads on the last so many blocks, instead of head_blocks.")
     projector_dim: int = documented(2048, "Hidden width of the projectors.")
@@ -155,7 +157,7 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     blocks = recipe.head_blocks
     if blocks is not None and recipe.num_heads is not None:
         yield f"--head_blocks {_show(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
-    if blocks is not None and (not blocks or sorted(set(blocks)) != blocks):
+    if isinstance(blocks, list) and (not blocks or sorted(set(blocks)) != blocks):
         yield f"--head_blocks {_show(blocks)}: must be different blocks in ascending order"
     if recipe.queue_size < recipe.batch_size:
         yield f"--queue_size {recipe.queue_size}: must be at least --batch_size {recipe.batch_size}, which is enqueued every step"
@@ -222,6 +224,7 @@ def _share(open_end: bool = False) -> tuple[Callable[[Any], bool], str]:
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_fraction": _share(open_end=True),
+    "head_blocks": (lambda value: value == "auto" or isinstance(value, list), "numbers of blocks, or auto"),
     "num_heads": _at_least(1),
     "projector_dim": _at_least(1),
     "predictor_dim": _at_least(1),
@@ -270,6 +273,29 @@ def default_head_blocks(num_layers: int) -> list[int]:
     return list(range(num_layers - heads, num_layers))
 
 
+def _resolve_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> list[int] | Literal["auto"]:
+    """The blocks with a head, checked against an encoder of `layers` blocks; "auto" stays: `head_choice.py` chooses within them."""
+    blocks = recipe.head_blocks
+    if isinstance(blocks, str):
+        return "auto"
+    if recipe.num_heads is not None and recipe.num_heads > layers:
+        raise ValueError(f"--num_heads {recipe.num_heads}: the encoder has only {layers} blocks")
+    if blocks is None:
+        blocks = default_head_blocks(layers) if recipe.num_heads is None else list(range(layers - recipe.num_heads, layers))
+    if blocks[0] < 0 or blocks[-1] >= layers:
+        raise ValueError(f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}")
+    if recipe.freeze_blocks > blocks[0]:
+        raise ValueError(
+            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
+        )
+    if pooling == "global_repr" and blocks[-1] != layers - 1:
+        raise ValueError(
+            f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
+            f"{_show(blocks)}, or use mean"
+        )
+    return blocks
+
+
 def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | None, world_size: int = 1) -> RefineRecipe:
     """The recipe with every None filled in from the encoder, checked against encoder, data and number of processes.
 
@@ -280,31 +306,15 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
         ValueError: naming flag, value and what is allowed.
     """
     layers, patch = config.num_hidden_layers, config.patch_size
-    blocks = recipe.head_blocks
-    if blocks is None and recipe.num_heads is not None:
-        if recipe.num_heads > layers:
-            raise ValueError(f"--num_heads {recipe.num_heads}: the encoder has only {layers} blocks")
-        blocks = list(range(layers - recipe.num_heads, layers))
-    blocks = default_head_blocks(layers) if blocks is None else blocks
-    if blocks[0] < 0 or blocks[-1] >= layers:
-        raise ValueError(f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}")
     if recipe.freeze_blocks >= layers:
         raise ValueError(
             f"--freeze_blocks {recipe.freeze_blocks}: the encoder has {layers} blocks, at least one must be trained"
-        )
-    if recipe.freeze_blocks > blocks[0]:
-        raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
         )
     pooling = recipe.pooling or config.pooling
     assert pooling is not None  # the configuration fills it in
     if missing := config.missing_for(pooling):
         raise ValueError(f"--pooling {pooling}: the encoder has {missing}; use mean")
-    if pooling == "global_repr" and blocks[-1] != layers - 1:
-        raise ValueError(
-            f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
-            f"{_show(blocks)}, or use mean"
-        )
+    blocks = _resolve_blocks(recipe, layers, pooling)
     global_size = recipe.global_size or config.image_hw[0]
     local_size = recipe.local_size or max(1, round(config.grid[0] * 3 / 7)) * patch
     for flag, size in (("global_size", global_size), ("local_size", local_size)):

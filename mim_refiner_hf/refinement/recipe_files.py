@@ -5,9 +5,9 @@ recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])    # what train
 """
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .recipe import RefineRecipe
+from .recipe import RefineRecipe, documented
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
 DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
@@ -53,7 +53,7 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
-    if unknown := sorted(map(str, set(values) - {f.name for f in dataclasses.fields(kind)})):
+    if unknown := sorted(map(str, set(values) - {f.name for f in fields(kind)})):
         raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
     return values
 
@@ -70,6 +70,24 @@ def read_recipe(name: str, **changes: Any) -> RefineRecipe:
     return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
 
 
+@dataclass
+class _Flags(RefineRecipe):
+    """The fields of RefineRecipe as HfArgumentParser can read them: it knows no choice between numbers and a word."""
+
+    head_blocks: list[str] | None = documented(  # type: ignore[assignment]
+        None, next(field for field in fields(RefineRecipe) if field.name == "head_blocks").metadata["help"]
+    )
+
+
+def _head_blocks(given: Any) -> Any:
+    """["8", "9"] -> [8, 9] and ["auto"] -> "auto", from a command line; what is neither stays, for RefineRecipe to refuse."""
+    if given == ["auto"]:
+        return "auto"
+    if not isinstance(given, list):
+        return given
+    return [int(word) if re.fullmatch(r"-?\d+", str(word)) else word for word in given]
+
+
 def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     """The recipe a command line asks for: flags over the YAML of `--recipe`; neither recipe, model nor data: the quickstart.
 
@@ -77,7 +95,7 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
         SystemExit: code 2, after one line that names flag, value and what is allowed.
     """
     usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
-    parser = HfArgumentParser(RefineRecipe, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(_Flags, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
     for flag in ("--recipe", "--model", "--pretrain", "--dataset"):
         first.add_argument(flag)
@@ -86,7 +104,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     try:
         if name is not None:
             parser.set_defaults(**_defaults(name, start.dataset))
-        return RefineRecipe(**vars(parser.parse_args(arguments)))
+        values = vars(parser.parse_args(arguments))
+        return RefineRecipe(**{**values, "head_blocks": _head_blocks(values["head_blocks"])})
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
 

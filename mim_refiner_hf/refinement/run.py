@@ -4,7 +4,8 @@
     result.encoder, result.metrics["after"]["knn_accuracy"]
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is trained. The output folder holds
-`recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at the end.
+`recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at the end;
+with `--head_blocks auto` also `blocks.png`, the measurement behind the choice.
 """
 
 import dataclasses
@@ -30,10 +31,12 @@ from ..conversion import load_encoder
 from ..conversion.load import image_processor
 from ..data import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..distributed import several_on_the_cpu
-from ..evaluation.pictures import draw_clusters, draw_curves
+from ..evaluation.block_analysis import BlockProfile
+from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
+from .head_choice import check_measurable, choose_head_blocks
 from .plan import Steps, count_steps, plan_text
 from .recipe import RefineRecipe, resolve
 from .recipe_files import read_fields
@@ -151,6 +154,8 @@ def prepare(recipe: RefineRecipe) -> Prepared:
         bank, eval_images = hold_out(eval_images, 0.5, recipe.seed)
     num_images = len(images) if isinstance(images, ImageDataset) else None
     recipe = resolve(recipe, config, num_images, int(os.environ.get("WORLD_SIZE", "1")))
+    if recipe.head_blocks == "auto":
+        check_measurable(bank)
     steps = count_steps(recipe, num_images)
     if pretraining is not None and num_images is None:
         raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
@@ -255,6 +260,9 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
 
     start = None if found is not None else evaluate(encoder)
     before = found.state["before"] if found is not None else (start.metrics if start is not None else None)
+    choice = _choose_head_blocks(prepared, accelerator, encoder, workers)
+    if choice is not None:
+        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
     processor = prepared.processor
     trainer = Trainer(
         recipe, steps, accelerator, prepared.images, encoder, processor.image_mean, processor.image_std, workers, bf16, earlier
@@ -265,7 +273,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     trainer.fit(
         0 if found is None else found.step,
         stop,
-        extra_state={"before": before},
+        extra_state={"before": before, "head_choice": choice},
         evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":
@@ -274,6 +282,8 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     measured = evaluate(trainer.average)
     after = None if measured is None else measured.metrics
     metrics = describe(prepared, accelerator, before, after, trainer.seconds)
+    if choice is not None:
+        metrics["head_choice"] = choice
     if accelerator.is_main_process:
         write_json(Path(recipe.output_dir) / "metrics.json", metrics)
         if measured is not None and prepared.eval_images is not None:
@@ -282,6 +292,24 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
     return RunResult(trainer.average, processor, metrics, Path(recipe.output_dir))
+
+
+def _choose_head_blocks(
+    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel, workers: int
+) -> dict[str, Any] | None:
+    """What `--head_blocks auto` chooses, said and drawn; the first run's choice when resumed; None where blocks were named."""
+    if prepared.recipe.head_blocks != "auto":
+        return None
+    if prepared.found is not None:
+        kept: dict[str, Any] = prepared.found.state["head_choice"]
+        return kept
+    assert prepared.bank is not None  # or check_measurable would have refused
+    choice = choose_head_blocks(prepared.recipe, encoder, prepared.processor, prepared.bank, workers)
+    accelerator.print(f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True)
+    if accelerator.is_main_process:
+        profile = [BlockProfile(**block) for block in choice["profile"]]
+        draw_block_profile(profile, Path(prepared.recipe.output_dir) / "blocks.png", choice["blocks"])
+    return choice
 
 
 def _num_workers(recipe: RefineRecipe, accelerator: Accelerator) -> int:

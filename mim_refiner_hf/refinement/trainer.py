@@ -66,7 +66,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe, config = self.recipe, self.encoder.config
-        assert recipe.head_blocks is not None and recipe.temperature is not None
+        assert isinstance(recipe.head_blocks, list) and recipe.temperature is not None
         config.pooling = recipe.pooling
         if config.pooling != "global_repr":  # not trained along, it would be left with an encoder that it was not trained on
             self.encoder.drop_predictor()

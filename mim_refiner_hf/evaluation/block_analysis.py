@@ -1,0 +1,328 @@
+"""What every block of an encoder is good for, measured; and from that, which blocks should carry the heads of a refinement.
+
+    from mim_refiner_hf.evaluation import block_profile, profile_table, propose_head_blocks
+    profile = block_profile(encoder, encoder.image_processor, train_images, eval_images)
+    print(profile_table(profile))
+    blocks, reason = propose_head_blocks(profile)
+
+The paper's analysis (MIM-Refiner, Sec. 2, App. C.2 and F): features of a masked-image model are best somewhere in the middle, and
+its last blocks take over a part of the decoder's work: their k-NN accuracy falls while their reconstruction loss improves (Fig. 3
+and 6). Beside these two: mean and variance of the features (Table 14), how far the attention reaches, and for images without
+labels the agreement of neighbours under augmentation.
+"""
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import random_generator
+from ..modeling_mim_refiner import MimRefinerModel
+from ..refinement.recipe import default_head_blocks
+from ..refinement.views import ViewSpec, make_view, view_specs
+from .features import FeatureSet, extract_features
+from .knn import SIMILARITIES_AT_ONCE, knn_accuracy, standardise
+from .reconstruction import reconstruction_losses
+from .report import evenly_spaced, fully_labelled
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..data import ImageDataset
+
+NEIGHBOURS = 10
+GLOBAL_SCALE = (0.25, 1.0)  # of the view behind the agreement: the paper's global views (Table 10)
+ATTENTION_IMAGES, ATTENTION_BATCH = 64, 8  # all attention weights of a batch are in memory at once: 0.5 GB for a ViT-L/16
+NOISE = 0.01  # of an accuracy or agreement: what a block may lack to the best one without being called worse
+TABLE = {
+    "knn_accuracy": ("k-NN accuracy", "{:.1%}"),
+    "knn_improvement": ("its improvement", "{:+.2f}"),
+    "neighbour_agreement": ("neighbour agreement", "{:.1%}"),
+    "reconstruction_loss": ("reconstruction loss", "{:.4f}"),
+    "reconstruction_improvement": ("its improvement", "{:+.2f}"),
+    "feature_mean": ("mean", "{:.3f}"),
+    "feature_variance": ("variance", "{:.3f}"),
+    "attention_distance": ("attention distance (px)", "{:.1f}"),
+}
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """What was measured on one block. Features are the pooled raw output of the block, as in `extract_features`.
+
+    Attributes:
+        block: its 0-based number.
+        knn_accuracy: k-NN accuracy of its features (0 to 1; paper, Fig. 3b); None without labels.
+        neighbour_agreement: see `neighbour_agreement` (0 to 1); needs no labels.
+        reconstruction_loss: see `reconstruction_losses` (Fig. 6); None if it was not asked for.
+        knn_improvement: change of the k-NN accuracy from the block before, as a share of the largest change (Fig. 3d, App. C.2);
+            None for the first block and without labels.
+        reconstruction_improvement: the same for the reconstruction loss, positive where the loss falls.
+        feature_mean, feature_variance: mean over the channels of each channel's mean and unbiased variance (Table 14).
+        attention_distance: see `attention_distances`, in pixels.
+    """
+
+    block: int
+    knn_accuracy: float | None
+    neighbour_agreement: float
+    reconstruction_loss: float | None
+    knn_improvement: float | None
+    reconstruction_improvement: float | None
+    feature_mean: float
+    feature_variance: float
+    attention_distance: float
+
+
+def relative_improvements(values: Sequence[float]) -> list[float | None]:
+    """Change from one value to the next, divided by the largest change (paper, App. C.2); None for the first.
+
+    Where nothing improves, the largest fall is the unit, so that signs stay what they say. For a loss, give it negated.
+    """
+    changes = [after - before for before, after in itertools.pairwise(values)]
+    largest = max(changes, default=0.0)
+    unit = largest if largest > 0 else max((-change for change in changes), default=0.0) or 1.0
+    return [None, *(change / unit for change in changes)]
+
+
+def nearest_others(features: Tensor, k: int) -> Tensor:
+    """The k nearest OTHER rows of each row (N, k), by cosine of the standardised `features` (N, D)."""
+    points = F.normalize(standardise(features, features)[0], dim=1)
+    chunk = max(1, SIMILARITIES_AT_ONCE // len(points))
+    nearest = []
+    for start in range(0, len(points), chunk):
+        similarity = points[start : start + chunk] @ points.T
+        similarity.diagonal(offset=start).fill_(-torch.inf)
+        nearest.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(nearest)
+
+
+def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> float:
+    """Share (0 to 1) of an image's k nearest other images that are the same in another view; by chance k / (N - 1).
+
+    Row i of `first` and `second` (N, D) is image i in one view and in another; neighbours are searched among the same view of all
+    images. It is the mutual k-NN alignment of Huh et al. 2024 (arXiv 2405.07987, App. A) with two views in place of two models.
+
+    `block_profile` compares the images as they are with the paper's first global view of them: crop, flip, colour, blur. What an
+    image shows survives that, its colours and their places do not, so neighbours that agree are neighbours for what they show,
+    which is what labels would tell. Over the 12 blocks of a small MAE it follows the k-NN accuracy (correlation 0.96); two views
+    that only crop and flip, which leaves the colours to go by, do the opposite (-0.86; benchmarks/results/block-profile.md).
+
+    Raises:
+        ValueError: for shapes that differ, or fewer than k + 1 images.
+    """
+    if first.dim() != 2 or first.shape != second.shape:
+        raise ValueError(f"both views need features (N, D) of one shape, not {(*first.shape,)} and {(*second.shape,)}")
+    if not 1 <= k < len(first):
+        raise ValueError(f"k={k} must lie between 1 and {len(first) - 1}, one less than the images")
+    one, other = nearest_others(first, k), nearest_others(second, k)
+    return (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).float().mean().item()
+
+
+@dataclass
+class RandomView:
+    """An image processor that shows the encoder a random view of each image, as the refinement draws it.
+
+    The view is a pure function of seed and pixels: workers and processes change nothing."""
+
+    processor: Any
+    spec: ViewSpec
+    seed: int
+
+    def __call__(self, images: "Sequence[Image.Image]", return_tensors: str) -> Any:
+        views = [make_view(image, self.spec, self._generator(image)) for image in images]
+        return self.processor(views, return_tensors=return_tensors)
+
+    def _generator(self, image: "Image.Image") -> Any:
+        return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
+
+
+@torch.inference_mode()
+def attention_distances(encoder: MimRefinerModel, pixels: Tensor) -> list[float]:
+    """How far each block looks, in pixels: distance from a patch to what it attends to, weighted by the attention.
+
+    The mean over images, heads and query patches (Dosovitskiy et al. 2021, arXiv 2010.11929, App. D.7). CLS and registers have
+    no place: attention on them is left out and the rest scaled to sum 1.
+
+    Args:
+        pixels: normalised images (B, C, H, W) of the native size.
+    """
+    config = encoder.config
+    rows, columns = (torch.arange(count, device=pixels.device) for count in config.grid)
+    places = config.patch_size * torch.cartesian_prod(rows, columns).float()  # (N, 2), row by row
+    distance = torch.cdist(places, places)
+    prefix, kernel = config.num_prefix_tokens, config._attn_implementation
+    total = torch.zeros(config.num_hidden_layers, dtype=torch.float64)
+    encoder.set_attn_implementation("eager")  # the only one that tells its weights
+    try:
+        for batch in pixels.split(ATTENTION_BATCH):
+            for block, weights in enumerate(encoder(batch, output_attentions=True).attentions):
+                weights = weights[:, :, prefix:, prefix:].float()  # (b, heads, N, N)
+                weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+                total[block] += len(batch) * (weights * distance).sum(dim=-1).mean().double().cpu()
+    finally:
+        encoder.set_attn_implementation(kernel)
+    return (total / len(pixels)).tolist()
+
+
+def block_profile(
+    encoder: MimRefinerModel,
+    processor: Any,
+    train_images: "ImageDataset",
+    eval_images: "ImageDataset",
+    *,
+    flip: float = 0.5,
+    reconstruction_epochs: int = 0,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> list[BlockProfile]:
+    """Profile all blocks, first block first. Every process of a job gets the same.
+
+    Args:
+        encoder: comes back as it came; computes where it is.
+        processor: its image processor.
+        train_images: the k-NN bank, and what the decoders of the reconstruction are trained on.
+        eval_images: what everything is measured on.
+        flip: probability of a horizontal flip, in the view behind `neighbour_agreement` and in the decoders' training.
+        reconstruction_epochs: of the decoders' training (20 in the paper); 0 leaves the reconstruction out, which by far costs most.
+        seed: of the view and of the decoders.
+        batch_size, num_workers: of the passes over the images.
+
+    Raises:
+        ValueError: for fewer than 11 images in either set, and what `reconstruction_losses` refuses.
+    """
+    for name, images in (("train_images", train_images), ("eval_images", eval_images)):
+        if len(images) <= NEIGHBOURS:
+            raise ValueError(f"{name} has {len(images)} images; the analysis looks at {NEIGHBOURS} neighbours and needs more")
+    losses: list[float] | None = None
+    if reconstruction_epochs:
+        settings: dict[str, Any] = {"epochs": reconstruction_epochs, "flip": flip, "seed": seed, "num_workers": num_workers}
+        losses = reconstruction_losses(encoder, processor, train_images, eval_images, **settings)
+    size, blocks = encoder.config.image_hw[0], range(encoder.config.num_hidden_layers)
+
+    def features(images: "ImageDataset", processor: Any, what: str) -> FeatureSet:
+        text = f"block analysis: {what}"
+        return extract_features(
+            encoder, images, processor, blocks=blocks, batch_size=batch_size, num_workers=num_workers, desc=text
+        )
+
+    found = features(eval_images, processor, "images")
+    labelled = fully_labelled(train_images) and fully_labelled(eval_images)
+    accuracies = knn_per_block(features(train_images, processor, "k-NN bank"), found) if labelled else None
+    (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
+    view = features(eval_images, RandomView(processor, spec, seed), "augmented images")
+    return assemble(
+        accuracies,
+        [neighbour_agreement(found.blocks[block], view.blocks[block]) for block in blocks],
+        losses,
+        [found.blocks[block] for block in blocks],
+        attention_distances(encoder, pixels_of(evenly_spaced(eval_images, ATTENTION_IMAGES), processor, encoder.device)),
+    )
+
+
+def knn_per_block(bank: FeatureSet, found: FeatureSet) -> list[float]:
+    """k-NN accuracy (0 to 1) of every block that both have features of, by the paper's protocol."""
+    assert bank.labels is not None and found.labels is not None
+    return [
+        knn_accuracy(bank.blocks[block], bank.labels, found.blocks[block], found.labels, k=NEIGHBOURS) for block in found.blocks
+    ]
+
+
+def pixels_of(images: "ImageDataset", processor: Any, device: torch.device) -> Tensor:
+    """All images of a small set as one batch (N, C, H, W)."""
+    pixels: Tensor = processor([images[i].image for i in range(len(images))], return_tensors="pt")["pixel_values"]
+    return pixels.to(device)
+
+
+def assemble(
+    accuracies: list[float] | None,
+    agreements: list[float],
+    losses: list[float] | None,
+    features: list[Tensor],
+    distances: list[float],
+) -> list[BlockProfile]:
+    """One `BlockProfile` per block from one list per quantity; None where it was not measured."""
+    nothing: list[None] = [None] * len(features)
+    statistics = [torch.var_mean(vectors, dim=0) for vectors in features]
+    columns = zip(
+        accuracies or nothing,
+        agreements,
+        losses or nothing,
+        nothing if accuracies is None else relative_improvements(accuracies),
+        nothing if losses is None else relative_improvements([-loss for loss in losses]),
+        [mean.mean().item() for _, mean in statistics],
+        [variance.mean().item() for variance, _ in statistics],
+        distances,
+        strict=True,
+    )
+    return [BlockProfile(block, *values) for block, values in enumerate(columns)]
+
+
+def propose_head_blocks(profile: Sequence[BlockProfile], frozen: int = 0) -> tuple[list[int], str]:
+    """The blocks that should carry heads, ascending and without a gap up to the last, and why in one sentence.
+
+    The paper attaches heads to the last third of the blocks, which should include those with the best features; heads before
+    them gain nothing and cost (Sec. 5.1, Table 1a). So: the last third, or from the best block on if that comes earlier, but
+    not before the middle. The best block is the last whose score is within a point of the highest one: an earlier one has to
+    be clearly better. The score is k-NN accuracy; without labels, the agreement of neighbours under augmentation.
+
+    Args:
+        profile: of all blocks, first block first.
+        frozen: blocks at the start that are not trained, and so carry no head.
+
+    Raises:
+        ValueError: for a profile without blocks, or all of them frozen.
+    """
+    depth = len(profile)
+    if not 0 <= frozen < depth:
+        raise ValueError(f"frozen={frozen} of {depth} blocks; at least one block must be there to be trained")
+    name, scores = "agreement of neighbours under augmentation", [block.neighbour_agreement for block in profile]
+    accuracies = [block.knn_accuracy for block in profile if block.knn_accuracy is not None]
+    if len(accuracies) == depth:
+        name, scores = "k-NN accuracy", accuracies
+    highest = max(scores)
+    best = max(block for block, score in enumerate(scores) if score >= highest - NOISE)
+    third = default_head_blocks(depth)[0]
+    start = max(min(best, third), min(depth // 2, third), frozen)
+    reason = f"{name} is best in block {best} ({100 * scores[best]:.1f} %)"
+    if best < depth - 1:
+        reason += f" and falls to {100 * scores[-1]:.1f} % in block {depth - 1}"
+    if best >= third:
+        reason += f": the last third of the blocks, {third} to {depth - 1}, includes it"
+    elif best >= depth // 2:
+        reason += ", before the last third of the blocks: heads from there on"
+    else:
+        reason += ": so early that heads go on the last half of the blocks"
+    if start == frozen > min(best, third):
+        reason += f"; the first {frozen} blocks are frozen"
+    return list(range(start, depth)), reason
+
+
+def profile_table(profile: Sequence[BlockProfile]) -> str:
+    """The profile as a table in Markdown, aligned for the terminal as well; columns that were not measured are left out."""
+    columns: list[tuple[str, list[str]]] = [("block", [str(block.block) for block in profile])]
+    for field, (title, form) in TABLE.items():
+        values = [getattr(block, field) for block in profile]
+        if any(value is not None for value in values):
+            columns.append((title, ["" if value is None else form.format(value) for value in values]))
+    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
+    rows = [[title for title, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+__all__ = [
+    "BlockProfile",
+    "attention_distances",
+    "block_profile",
+    "neighbour_agreement",
+    "profile_table",
+    "propose_head_blocks",
+    "relative_improvements",
+]

@@ -1,0 +1,312 @@
+"""Fine-tuning: the whole encoder and a linear classifier on its output, trained on labelled images (MIM-Refiner, C.5, C.6, C.9).
+
+    recipe = FineTuneRecipe(**read_fields("fine-tune-100percent", FineTuneRecipe))      # training/recipes/; or FineTuneRecipe(epochs=20)
+    model = fine_tune(encoder, processor, train, recipe)                               # a MimRefinerForImageClassification; or
+    result = fine_tuning(encoder=encoder, processor=processor, train_images=train, eval_images=test, recipe=recipe)
+
+| recipe               | is                                                                                                   |
+|----------------------|------------------------------------------------------------------------------------------------------|
+| fine-tune-inat       | the paper's table 12 (low-shot iNaturalist): crop, flip, label smoothing; the defaults of the fields |
+| fine-tune-1percent   | the same at a small learning rate, on 1 % of the labels (the released code's settings)               |
+| fine-tune-10percent  | RandAugment, mixup, CutMix, erasing and drop path, on 10 % (the released code's settings)            |
+| fine-tune-100percent | MAE's recipe for a ViT-L (MAE, table 9)                                                              |
+
+AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6; positions are trained too. The model after the last epoch
+counts: no choice is made on the evaluation images. RandAugment, mixup, CutMix, erasing and drop path are timm's. Works under
+`accelerate launch`: each process takes its share of every batch.
+"""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.layers.drop import drop_path
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import BatchSampler, random_generator
+from ..distributed import average_gradients, progress_bar, rank, world_size
+from ..modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
+from ..optimization import encoder_groups, learning_rate, set_learning_rate
+from ..refinement.recipe import check_types, documented
+from ..refinement.views import ViewSpec, make_view, normalise
+from .features import Preprocess
+from .scores import ProtocolResult, class_labels, mean_score
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
+
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # MAE's
+CLASSIFIER_STD = 2e-5  # MAE's: the classifier starts next to zero
+
+
+@dataclass
+class FineTuneRecipe:
+    """All settings of a fine-tuning; the defaults are the paper's for low-shot iNaturalist (table 12)."""
+
+    fraction: float = documented(1.0, "Share of the images of every class that is trained on, at least one of each.")
+    epochs: int = documented(50, "Epochs.")
+    warmup_epochs: float = documented(5.0, "Epochs of linear learning-rate warm-up.")
+    batch_size: int = documented(256, "Images per update, all processes together; all of them where there are fewer.")
+    learning_rate: float = documented(1e-3, "Base learning rate; times batch_size / 256.")
+    layer_decay: float = documented(0.75, "Layer-wise learning-rate decay.")
+    weight_decay: float = documented(0.05, "Weight decay; none on biases, norms and the CLS token.")
+    label_smoothing: float = documented(0.1, "Share of the target that is spread over all classes.")
+    drop_path: float = documented(0.0, "Stochastic depth of the last block; it grows linearly from 0 in the first.")
+    scale: float = documented(0.08, "Smallest share of the image's area in a crop.")
+    flip: float = documented(0.5, "Probability of a horizontal flip.")
+    rand_augment: bool = documented(False, "RandAugment with two operations of magnitude 9 (rand-m9-mstd0.5-inc1).")
+    erasing: float = documented(0.0, "Probability of erasing a rectangle, with noise.")
+    mixup: float = documented(0.0, "Alpha of mixup; a batch gets mixup or CutMix, either as likely where both are on.")
+    cutmix: float = documented(0.0, "Alpha of CutMix.")
+    seed: int = documented(0, "Of everything random.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("fraction", "scale", "layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be greater than 0 and at most 1")
+        for name in ("label_smoothing", "drop_path", "flip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
+            )
+        if self.batch_size < 1 or self.learning_rate <= 0:
+            raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
+        if min(self.mixup, self.cutmix, self.weight_decay) < 0:
+            raise ValueError(
+                f"--mixup {self.mixup} --cutmix {self.cutmix} --weight_decay {self.weight_decay}: must not be negative"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------
+
+
+def labelled_share(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Sorted places of `fraction` of the images of every class, rounded, at least one: a pure function of its arguments."""
+    shuffled = random_generator(seed, "labelled share").permutation(len(labels))
+    chosen = []
+    for label in np.unique(labels):
+        places = shuffled[labels[shuffled] == label]
+        chosen.append(places[: max(1, round(fraction * len(places)))])
+    return np.sort(np.concatenate(chosen))
+
+
+@contextmanager
+def seeded(generator: np.random.Generator) -> Iterator[None]:
+    """Inside, timm's augmentations, which draw from the global generators, draw from this one; the global ones stay as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = int(generator.integers(2**32))
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Key (epoch, i) -> normalised pixels (C, H, W) and label: a pure function of seed, epoch and image."""
+
+    def __init__(self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any) -> None:
+        self.images, self.seed = images, recipe.seed
+        self.mean, self.std = processor.image_mean, processor.image_std
+        self.crop = ViewSpec(size, (recipe.scale, 1.0), blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip)
+        grey = tuple(round(255 * value) for value in self.mean)
+        settings = {"translate_const": int(0.45 * size), "img_mean": grey if len(grey) > 1 else grey[0]}
+        self.rand_augment = rand_augment_transform(RAND_AUGMENT, settings) if recipe.rand_augment else None
+        self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, i = key
+        image, label, index = self.images[i]
+        rng = random_generator(self.seed, "fine-tuning", epoch, index)
+        view = make_view(image, self.crop, rng)
+        with seeded(rng):
+            if self.rand_augment is not None:
+                view = self.rand_augment(view)
+            pixels = torch.from_numpy(np.array(view)).view(self.crop.size, self.crop.size, -1).permute(2, 0, 1)
+            pixels = normalise(pixels, self.mean, self.std)
+            return (pixels if self.erase is None else self.erase(pixels)), label
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------
+
+
+def make_classifier(encoder: MimRefinerModel, num_classes: int) -> MimRefinerForImageClassification:
+    """A copy of the encoder in fp32 with a classifier next to zero; everything is trained but the frequencies of rope."""
+    config = copy.deepcopy(encoder.config)
+    config.num_labels = num_classes
+    model = MimRefinerForImageClassification(config)
+    model.encoder.load_state_dict(encoder.state_dict())
+    assert isinstance(model.classifier, nn.Linear)  # num_classes is at least 1
+    nn.init.trunc_normal_(model.classifier.weight, std=CLASSIFIER_STD)
+    nn.init.zeros_(model.classifier.bias)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".rope." not in name)
+    return model
+
+
+def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[Any]:
+    """Stochastic depth on both residual branches of every block while training: 0 in the first block, `rate` in the last.
+
+    Returns the hooks, to be removed after training.
+    """
+    hooks = []
+    layers: Any = model.encoder.layers
+    for i, layer in enumerate(layers):
+        probability = rate * i / max(len(layers) - 1, 1)
+        for branch in (layer.layer_scale1, layer.layer_scale2):
+            hooks.append(
+                branch.register_forward_hook(
+                    lambda module, _inputs, output, p=probability: drop_path(output, p, module.training)
+                )
+            )
+    return hooks
+
+
+def classifier_groups(model: MimRefinerForImageClassification, recipe: FineTuneRecipe) -> list[dict[str, Any]]:
+    """The encoder's groups with layer-wise decayed rates, and the classifier's, which has the full rate."""
+    own: list[dict[str, Any]] = [
+        {"params": [model.classifier.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
+        {"params": [model.classifier.bias], "lr_scale": 1.0, "weight_decay": 0.0},
+    ]
+    return encoder_groups(model.encoder, recipe.layer_decay, recipe.weight_decay) + own
+
+
+def fine_tune(
+    encoder: MimRefinerModel,
+    processor: Any,
+    images: "ImageDataset",
+    recipe: FineTuneRecipe,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+) -> MimRefinerForImageClassification:
+    """Train a copy of `encoder` and a classifier on all of `images`; returns it in eval mode, on `device`.
+
+    Args:
+        encoder, processor: the starting weights, which stay as they are, and the image processor, of which mean and std are used.
+        images: labelled.
+        recipe: the settings; its `fraction` is not applied here.
+        batch_size: images per pass; the gradients of an update's passes are summed exactly.
+        num_workers: processes that decode and augment.
+        device: where to train, in bf16 autocast if it is a GPU; None for where the encoder is.
+
+    Raises:
+        ValueError: for missing labels, an input that is not square, and mixing with an odd batch.
+        FloatingPointError: for a loss that is not finite.
+    """
+    num_classes = int(class_labels(images, "fine-tuning").max()) + 1
+    height, width = encoder.config.image_hw
+    if height != width:
+        raise ValueError(f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels")
+    batch = min(recipe.batch_size, len(images)) // world_size() * world_size()
+    share = batch // world_size()
+    if recipe.mixes and share % 2:
+        raise ValueError(f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make it even")
+    home = torch.device(device) if device is not None else encoder.device
+    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        model = make_classifier(encoder, num_classes)
+        model.train().to(home)
+        torch.manual_seed(recipe.seed + rank())  # of drop path
+        steps = recipe.epochs * (len(images) // batch)
+        sampler = BatchSampler(images, batch_size=batch, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size())
+        augmented = AugmentedImages(images, recipe, height, processor)
+        loader = DataLoader(augmented, batch_sampler=sampler, num_workers=num_workers)
+        hooks = add_drop_path(model, recipe.drop_path)
+        train(model, loader, recipe, steps, batch, batch_size)
+        for hook in hooks:
+            hook.remove()
+    return model.eval()
+
+
+def train(
+    model: MimRefinerForImageClassification,
+    loader: DataLoader[Any],
+    recipe: FineTuneRecipe,
+    steps: int,
+    batch: int,
+    batch_size: int,
+) -> None:
+    """The updates; see `fine_tune`."""
+    optimizer = torch.optim.AdamW(classifier_groups(model, recipe), lr=0.0, betas=(0.9, 0.999))
+    warmup, peak = round(recipe.warmup_epochs * steps / recipe.epochs), recipe.learning_rate * batch / 256
+    num_classes, home = model.num_labels, model.device
+    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes) if recipe.mixes else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    progress = progress_bar(loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False)
+    for step, (pixels, labels) in enumerate(progress):
+        pixels, targets = pixels.to(home), F.one_hot(labels.to(home), num_classes).float()
+        if mix is not None:
+            with seeded(random_generator(recipe.seed, "mix", step, rank())):
+                pixels, targets = mix(pixels, labels.to(home))
+        set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
+        optimizer.zero_grad()
+        for some, expected in zip(pixels.split(batch_size), targets.split(batch_size), strict=True):
+            with torch.autocast(home.type, torch.bfloat16, enabled=home.type == "cuda"):
+                logits = model(some).logits
+            loss = F.cross_entropy(logits.float(), expected, label_smoothing=recipe.label_smoothing)
+            if not bool(loss.isfinite()):
+                raise FloatingPointError(f"the loss of fine-tuning is {loss.item()} at step {step}; lower learning_rate")
+            (loss * (len(some) / len(pixels))).backward()
+        average_gradients(parameters)
+        optimizer.step()
+
+
+def fine_tuning(
+    *,
+    encoder: MimRefinerModel,
+    processor: Any,
+    train_images: "ImageDataset",
+    eval_images: "ImageDataset",
+    recipe: FineTuneRecipe | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+) -> ProtocolResult:
+    """Accuracy on `eval_images` after fine-tuning on the recipe's share of `train_images`.
+
+    Args:
+        recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its own.
+        encoder, processor, batch_size, num_workers, device: as in `fine_tune`.
+
+    Returns:
+        `fine_tuning_accuracy`, with the standard error over the evaluation images.
+    """
+    recipe = recipe or FineTuneRecipe(seed=seed)
+    targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
+    chosen = train_images.subset(labelled_share(class_labels(train_images, "fine-tuning"), recipe.fraction, recipe.seed))
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+    model = fine_tune(encoder, processor, chosen, recipe, device=device, **settings)
+    loader = DataLoader(eval_images, collate_fn=Preprocess(processor), **settings)
+    with torch.inference_mode():
+        predicted = torch.cat([model(pixels.to(model.device)).logits.argmax(dim=1).cpu() for pixels, _ in loader])
+    setting = f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, layer decay {recipe.layer_decay:g}"
+    return ProtocolResult({"fine_tuning_accuracy": mean_score(predicted == targets, setting)})
+
+
+__all__ = ["FineTuneRecipe", "fine_tune", "fine_tuning"]

@@ -1,0 +1,144 @@
+"""Plots of an evaluation: block profile, groups against classes, a map of the features, neighbours right and wrong.
+
+    draw_profile({"before": old.metrics, "after": new.metrics}, Path("out/block_profile.png"))
+    draw_confusion(images, evaluation, Path("out/confusion.png"))
+    draw_map(images, evaluation, Path("out/map.png"))
+    draw_neighbours(images, bank_images, evaluation, Path("out/neighbours.png"))
+
+Every file appears whole or not at all.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
+from sklearn.metrics.cluster import contingency_matrix
+from torch import Tensor
+
+from .knn import standardise
+from .pictures import save_figure, thumbnail
+from .report import Evaluation
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
+
+NEIGHBOURS, EXAMPLES = 6, 6  # of the neighbours' picture: neighbours per image, images right and images wrong
+NAMED_CLASSES = 30  # more are numbered: their names would overlap
+MAP_IMAGES = 5000
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, drawn without a display."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_profile(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """k-NN accuracy of every block (paper, Fig. 3b), one line per entry of `metrics` that has `knn_per_block`."""
+    figure = new_figure(5, 3.6)
+    axes = figure.subplots()
+    for name, found in metrics.items():
+        if "knn_per_block" in found:
+            axes.plot([100 * value for value in found["knn_per_block"]], marker="o", label=name)
+    axes.set(xlabel="block (0-based, raw output)", ylabel="k-NN accuracy (%)")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def confusion(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Shares (classes, groups) of every class over the groups, and the group order that puts each class's own on the diagonal."""
+    counts = contingency_matrix(labels, groups).astype(float)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    own = columns[np.argsort(rows)]
+    rest = np.setdiff1d(np.arange(counts.shape[1]), own)
+    order = np.concatenate([own, rest]).astype(np.int64)
+    return (counts / counts.sum(axis=1, keepdims=True))[:, order], order
+
+
+def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
+    """How each class spreads over the groups; the groups are in the order of the best one-to-one match with the classes."""
+    assert evaluation.features.labels is not None
+    shares, _ = confusion(evaluation.features.labels.numpy(), evaluation.assignments)
+    classes = np.unique(evaluation.features.labels.numpy())
+    side = min(12.0, 2.5 + 0.28 * len(classes))
+    figure = new_figure(side + 0.8, side)
+    axes = figure.subplots()
+    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    if len(classes) <= NAMED_CLASSES:
+        names = [str(images.class_names[label]) if images.class_names else str(label) for label in classes]
+        axes.set_yticks(range(len(classes)), [name if len(name) <= 18 else name[:17] + "…" for name in names], parse_math=False)
+    axes.set(xlabel="group", ylabel="class")
+    figure.colorbar(picture, ax=axes, label="share of the class")
+    save_figure(figure, path)
+
+
+def flat_map(features: Tensor, seed: int = 0) -> tuple[NDArray[np.float32], str]:
+    """Features (N, D) in two dimensions (N, 2), and by which method: UMAP where umap-learn is installed, else PCA."""
+    points = torch.nn.functional.normalize(features, dim=1).numpy()
+    if importlib.util.find_spec("umap") is not None and len(points) > 15:
+        import umap
+
+        return umap.UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(points).astype(np.float32), "UMAP"
+    return PCA(2, random_state=seed).fit_transform(points).astype(np.float32), "PCA"
+
+
+def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
+    """The evaluation images as dots in two dimensions, coloured by class or, without labels, by group; at most 5000."""
+    labels = evaluation.features.labels
+    shown = np.linspace(0, len(evaluation.assignments) - 1, min(MAP_IMAGES, len(evaluation.assignments))).astype(int)
+    points, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
+    colours = evaluation.assignments[shown] if labels is None else labels.numpy()[shown]
+    figure = new_figure(6.6, 5)
+    axes = figure.subplots()
+    kinds = np.unique(colours)
+    for place, kind in enumerate(kinds):
+        name = f"group {kind}" if labels is None else str(images.class_names[kind]) if images.class_names else str(kind)
+        where = colours == kind
+        axes.scatter(points[where, 0], points[where, 1], s=5, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
+    axes.set(title=f"{method} of the features, by {'group' if labels is None else 'class'}", xticks=[], yticks=[])
+    if len(kinds) <= NAMED_CLASSES:
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=2, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def draw_neighbours(images: "ImageDataset", bank_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
+    """Evaluation images, some classified right and some wrong, each with its nearest images of the k-NN bank.
+
+    Args:
+        bank_images: the images behind `evaluation.bank`, in its order.
+    """
+    found, bank = evaluation.features, evaluation.bank
+    assert bank is not None and bank.labels is not None and found.labels is not None and evaluation.predicted is not None
+    right = evaluation.predicted == found.labels
+    chosen = [kind.nonzero()[:, 0][:: max(1, int(kind.sum()) // EXAMPLES)][:EXAMPLES].tolist() for kind in (right, ~right)]
+    rows = [*chosen[0], *chosen[1]]
+    bank_x, eval_x = standardise(bank.features, found.features[rows])
+    similarity = torch.nn.functional.normalize(eval_x, dim=1) @ torch.nn.functional.normalize(bank_x, dim=1).T
+    nearest = similarity.topk(min(NEIGHBOURS, len(bank_x)), dim=1).indices
+    figure = new_figure(1.1 * (1 + nearest.shape[1]), 1.15 * len(rows) + 0.4)
+    figure.suptitle("image, then its nearest neighbours; green: its class", fontsize=9)
+    grid = figure.subplots(len(rows), 1 + nearest.shape[1], squeeze=False)
+    for place, row in enumerate(rows):
+        tiles = [(images, row), *((bank_images, int(column)) for column in nearest[place])]
+        for axes, (source, index) in zip(grid[place], tiles, strict=True):
+            axes.imshow(np.asarray(thumbnail(source[index].image)), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            same = (source is images and index == row) or source[index].label == int(found.labels[row])
+            for spine in axes.spines.values():
+                spine.set(color="tab:green" if same else "tab:red", linewidth=0 if axes is grid[place, 0] else 2)
+        grid[place, 0].set_ylabel("right" if place < len(chosen[0]) else "wrong", fontsize=8)
+    save_figure(figure, path)
+
+
+__all__ = ["draw_confusion", "draw_map", "draw_neighbours", "draw_profile"]

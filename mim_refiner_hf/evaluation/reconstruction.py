@@ -1,0 +1,172 @@
+"""How well each block of a frozen encoder reconstructs: one small MAE decoder per block, trained side by side.
+
+    losses = reconstruction_losses(encoder, processor, train_images, eval_images)      # one per block; lower is better
+
+The paper's analysis (MIM-Refiner, App. C.2, Fig. 6): decoders of two blocks, MAE's objective, 20 epochs of which 5 are warm-up,
+the encoder fully frozen. All decoders start from the same weights and see the same crops and masks, so that what differs is the
+block they read: its raw output, layer-normalised without weights, because blocks differ in scale and only the last has a norm.
+The losses are those of short training on few images; compare them with each other, not with a pre-training's.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..configuration_mim_refiner import ABSOLUTE, MimRefinerConfig
+from ..distributed import average_gradients, progress_bar, rank
+from ..modeling_mim_refiner import MimRefinerModel
+from ..optimization import learning_rate, set_learning_rate
+from ..pretraining.mae import (
+    MaeDecoder,
+    PretrainRecipe,
+    decoder_groups,
+    mae_batches,
+    reconstruction_error,
+    visible_tokens,
+    xavier_uniform,
+)
+from .features import Preprocess
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
+
+PEAK_LEARNING_RATE = 1e-3  # MAE's is 2.4e-3 at its batch of 4096
+
+
+def decoder_recipe(config: MimRefinerConfig, *, epochs: int, batch_size: int, flip: float, seed: int) -> PretrainRecipe:
+    """The decoders' shape and training: two blocks, about half as wide as the encoder (MAE's 512 at most), in heads of 32.
+
+    Raises:
+        ValueError: for an encoder that cannot leave patches out, or whose native size is not a square.
+    """
+    if config.position_encoding != ABSOLUTE:
+        raise ValueError(
+            f"the reconstruction loss needs absolute positions, which masked patches can be left out of; this encoder's are "
+            f"{config.position_encoding}; leave the reconstruction out"
+        )
+    height, width = config.image_hw
+    if height != width:
+        raise ValueError(f"the reconstruction loss needs a square native size, not {height}x{width}; leave it out")
+    heads = max(1, min(16, config.hidden_size // 64))
+    return PretrainRecipe(
+        image_size=height,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        decoder_size=32 * heads,
+        decoder_layers=2,
+        decoder_attention_heads=heads,
+        flip=flip,
+        epochs=epochs,
+        warmup_epochs=epochs / 4,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def block_errors(
+    encoder: MimRefinerModel, decoders: nn.ModuleList, pixels: Tensor, noise: Tensor, mask_ratio: float
+) -> Iterator[Tensor]:
+    """The reconstruction error of every block's decoder in turn; arguments as in `mae_loss`.
+
+    One at a time, so that backward passes in between leave the memory of a single decoder's graph.
+    """
+    prefix, patch = encoder.config.num_prefix_tokens, encoder.config.patch_size
+    with torch.no_grad():
+        tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
+    masked = restore >= tokens.shape[1] - prefix
+    for layer, decoder in zip(encoder.layers, decoders, strict=True):
+        with torch.no_grad():
+            tokens = layer(tokens)
+        predicted = decoder(F.layer_norm(tokens, tokens.shape[-1:]), restore, prefix)
+        yield reconstruction_error(predicted, pixels, patch, masked)
+
+
+def train_decoders(
+    encoder: MimRefinerModel, processor: Any, images: "ImageDataset", recipe: PretrainRecipe, num_workers: int
+) -> nn.ModuleList:
+    """One trained decoder per block, in eval mode; several processes share the batches and end with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        first = MaeDecoder(recipe)
+        xavier_uniform(first)
+    decoders = nn.ModuleList(copy.deepcopy(first) for _ in encoder.layers).to(encoder.device)
+    per_epoch = len(images) // recipe.batch_size
+    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
+    optimizer = torch.optim.AdamW(decoder_groups(decoders, recipe.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    batches = mae_batches(recipe, images, processor, encoder.device, num_workers)
+    progress = progress_bar(batches, total=steps, desc="decoders of all blocks", hidden=rank() > 0, leave=False)
+    for step, (pixels, noise) in enumerate(progress):
+        set_learning_rate(optimizer, learning_rate(step, warmup, steps, PEAK_LEARNING_RATE))
+        optimizer.zero_grad()
+        for error in block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio):
+            error.backward()
+        average_gradients(decoders.parameters())
+        optimizer.step()
+    return decoders.eval()
+
+
+@torch.no_grad()
+def mean_errors(
+    encoder: MimRefinerModel, decoders: nn.ModuleList, processor: Any, images: "ImageDataset", recipe: PretrainRecipe
+) -> list[float]:
+    """The error of every block on all `images`, under one fixed random mask per image."""
+    loader = DataLoader(images, batch_size=recipe.batch_size, collate_fn=Preprocess(processor))
+    generator, num_patches = np.random.default_rng(recipe.seed), math.prod(encoder.config.grid)
+    total = torch.zeros(len(decoders), dtype=torch.float64)
+    for pixels, _ in loader:
+        noise = torch.from_numpy(generator.random((len(pixels), num_patches), dtype=np.float32))
+        pixels, noise = pixels.to(encoder.device), noise.to(encoder.device)
+        errors = torch.stack(list(block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio)))
+        total += len(pixels) * errors.double().cpu()
+    return (total / len(images)).tolist()
+
+
+def reconstruction_losses(
+    encoder: MimRefinerModel,
+    processor: Any,
+    train_images: "ImageDataset",
+    eval_images: "ImageDataset",
+    *,
+    epochs: int = 20,
+    batch_size: int = 32,
+    flip: float = 0.5,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> list[float]:
+    """Mean squared error of normalised pixels of masked patches, per block, on `eval_images` (lower is better).
+
+    Args:
+        encoder: comes back in the mode it came with; computes where it is.
+        processor: its image processor.
+        train_images: what the decoders are trained on, in random resized crops.
+        eval_images: what the errors are measured on.
+        epochs: of training, a quarter of them warm-up.
+        batch_size: images per update, all processes together; small, so that few images still make some hundred updates.
+        flip: probability of a horizontal flip in training.
+        seed: of weights, order, crops and masks.
+
+    Raises:
+        ValueError: for an encoder without plain absolute positions or of a size that is not square, for a batch larger than the
+            data set, and for no epochs.
+    """
+    recipe = decoder_recipe(encoder.config, epochs=epochs, batch_size=batch_size, flip=flip, seed=seed)
+    training = encoder.training
+    encoder.eval()
+    try:
+        decoders = train_decoders(encoder, processor, train_images, recipe, num_workers)
+        return mean_errors(encoder, decoders, processor, eval_images, recipe)
+    finally:
+        encoder.train(training)
+
+
+__all__ = ["reconstruction_losses"]

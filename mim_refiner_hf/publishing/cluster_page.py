@@ -1,0 +1,133 @@
+"""One web page for a grouped pile of images: it holds everything, needs no server and loads nothing from the network.
+
+    order = choose_shown(by_confidence(groups, confidences))
+    page = render_page("photos", "1200 images in 14 groups", tiles, features, sizes)     # tiles and features in that order
+    Path("index.html").write_text(page, encoding="utf-8")
+
+Contact sheets by group and confidence, a map of all images, search by example and by name, keys for everything. The look and the
+behaviour are in `cluster_page.html.jinja`; here is what goes into it. Names reach the page as JSON and as escaped text only.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
+THUMBNAIL = 112  # longest side in pixels: about 3 kB each
+SIMILARITY_DIMENSIONS = 32  # of the features that search by example compares, one byte each
+MAX_TILES = 20_000  # beyond, the page shows an even choice of each group: 80 MB
+UMAP_FROM = 100  # images; below, a map by neighbourhoods says nothing
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of the page: its name, group and confidence, the thumbnail as JPEG bytes, and a relative link or None."""
+
+    name: str
+    group: int
+    confidence: float
+    thumbnail: bytes
+    link: str | None
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """An image of any size as a small JPEG; one that is smaller stays as it is."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=75, optimize=True)
+    return file.getvalue()
+
+
+def by_confidence(groups: Sequence[int], confidences: Sequence[float]) -> list[list[int]]:
+    """For each group, numbered from 0 on, the places of its images, most confident first."""
+    order = np.argsort(-np.asarray(confidences, dtype=np.float64), kind="stable")
+    owners = np.asarray(groups)[order]
+    return [order[owners == group].tolist() for group in range(int(owners.max()) + 1)]
+
+
+def choose_shown(order: Sequence[Sequence[int]]) -> list[int]:
+    """The places that the page shows, group after group: all, or beyond `MAX_TILES` an even choice of each group's."""
+    share = min(1.0, MAX_TILES / max(sum(map(len, order)), 1))
+    shown: list[int] = []
+    for members in order:
+        ranks = np.linspace(0, len(members) - 1, max(round(share * len(members)), 1)).round().astype(int)
+        shown += [members[rank] for rank in ranks]
+    return shown
+
+
+def principal_components(features: Tensor, dimensions: int) -> Tensor:
+    """L2-normalised features (N, D), centred, along their `dimensions` directions of largest variance (N, dimensions)."""
+    points = F.normalize(features.float(), dim=1)
+    rank = min(dimensions, *points.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, _ = torch.pca_lowrank(points, q=rank)
+    return F.pad(u * s, (0, dimensions - rank))
+
+
+def map_positions(features: Tensor) -> tuple[Tensor, str]:
+    """Places (N, 2) in the unit square, and how they were found: by UMAP (extra "viz") on cosine distances, else PCA."""
+    if find_spec("umap") is not None and len(features) >= UMAP_FROM:
+        from umap import UMAP  # takes seconds to import
+
+        points = UMAP(metric="cosine", random_state=0).fit_transform(F.normalize(features.float(), dim=1).numpy())
+        positions, name = torch.from_numpy(np.asarray(points, dtype=np.float32)), "UMAP."
+    else:
+        positions, name = principal_components(features, 2), "The two main directions (PCA)."
+    low, high = positions.amin(0), positions.amax(0)
+    return (positions - low) / (high - low).clamp_min(1e-12), name
+
+
+def compact(features: Tensor) -> str:
+    """Features for search by example: `SIMILARITY_DIMENSIONS` components as signed bytes on one scale, row after row, in base64."""
+    components = principal_components(features, SIMILARITY_DIMENSIONS)
+    scaled = components * (127 / components.abs().max().clamp_min(1e-12))
+    return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
+
+
+def page_data(tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes: Sequence[int]) -> dict[str, Any]:
+    """What the page's script reads: lists with one entry per tile, and per group its size and how many of it are shown."""
+    return {
+        "name": [tile.name for tile in tiles],
+        "group": [tile.group for tile in tiles],
+        "score": [round(tile.confidence, 4) for tile in tiles],
+        "link": [tile.link for tile in tiles],
+        "thumbnail": [base64.b64encode(tile.thumbnail).decode() for tile in tiles],
+        "x": [round(x, 4) for x in positions[:, 0].tolist()],
+        "y": [round(y, 4) for y in positions[:, 1].tolist()],
+        "codes": compact(features),
+        "dimensions": SIMILARITY_DIMENSIONS,
+        "sizes": list(sizes),
+        "shown": np.bincount([tile.group for tile in tiles], minlength=len(sizes)).tolist(),
+    }
+
+
+def render_page(title: str, note: str, tiles: Sequence[Tile], features: Tensor, sizes: Sequence[int]) -> str:
+    """The page as HTML.
+
+    Args:
+        title: a few words, such as the name of the folder.
+        note: a sentence on the groups and their number.
+        tiles: N images, by group and falling confidence.
+        features: (N, D) of the tiles, for the map and for search by example.
+        sizes: images of each group, also of those that are not among the tiles; every group shows at least one.
+    """
+    positions, map_note = map_positions(features)
+    data = page_data(tiles, features, positions, sizes)
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
+    return template.render(title=title, note=note, data=data, map_note=map_note)
+
+
+__all__ = ["Tile", "by_confidence", "choose_shown", "render_page", "thumbnail"]

@@ -1,0 +1,207 @@
+"""Fine-tuning against a plain loop under torch's AdamW, its augmentations as pure functions, and digits learnt from few labels."""
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
+from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.data import ImageDataset, epoch_order, open_images
+from mim_refiner_hf.evaluation.fine_tuning import (
+    AugmentedImages,
+    FineTuneRecipe,
+    add_drop_path,
+    classifier_groups,
+    fine_tune,
+    fine_tuning,
+    labelled_share,
+    make_classifier,
+)
+from mim_refiner_hf.optimization import learning_rate
+from mim_refiner_hf.refinement.recipe_files import read_fields
+
+EVERYTHING = {"rand_augment": True, "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2}
+
+
+def make_encoder(**changes: Any) -> MimRefinerModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return MimRefinerModel(MimRefinerConfig(**{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes})).eval()
+
+
+def digits(split: str = "train") -> ImageDataset:
+    return open_images("digits", split=split, num_channels=1)
+
+
+def tune(encoder: MimRefinerModel, images: ImageDataset, **changes: Any) -> dict[str, torch.Tensor]:
+    """The weights after two epochs; `changes` are of the recipe, but for `passes`, the other arguments of `fine_tune`."""
+    passes = changes.pop("passes", {})
+    recipe = FineTuneRecipe(**{"epochs": 2, "warmup_epochs": 0.5, "batch_size": 32, "seed": 3, **changes})
+    return fine_tune(encoder, image_processor(encoder.config, {}), images, recipe, **passes).state_dict()
+
+
+def test_training_equals_a_plain_loop() -> None:
+    encoder, images = make_encoder(), digits().subset(range(100))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    found = tune(encoder, images)
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    torch.manual_seed(3)
+    model = make_classifier(encoder, 10).train()
+    recipe = FineTuneRecipe(epochs=2, warmup_epochs=0.5, batch_size=32, seed=3)
+    augmented = AugmentedImages(images, recipe, 8, image_processor(encoder.config, {}))
+    groups = []
+    for name, parameter in model.named_parameters():
+        block = re.match(r"encoder\.layers\.(\d)", name)
+        depth = 2 if block is None else 1 + 1 - int(block[1])  # decays: embeddings 3, block 0 2, block 1 1, the rest 0
+        depth = 3 if ".embeddings." in name else depth if block else 0
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith("cls_token") else 0.05
+        groups.append({"params": [parameter], "weight_decay": decay, "scale": 0.75**depth})
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+    for step in range(6):  # 3 batches of 32 in each epoch of 100 images
+        epoch, batch = divmod(step, 3)
+        order = epoch_order(100, 3, epoch)[32 * batch : 32 * batch + 32]
+        pixels, labels = zip(*(augmented[epoch, int(i)] for i in order), strict=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, 2, 6, 1e-3 * 32 / 256)
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.stack(pixels)).logits, torch.tensor(labels), label_smoothing=0.1).backward()
+        optimizer.step()
+    moved = 0.0
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+        moved = max(moved, (tensor - before.get(name.removeprefix("encoder."), tensor)).abs().max().item())
+    assert moved > 2e-4
+
+
+def test_smaller_passes_change_nothing() -> None:
+    encoder, images = make_encoder(), digits().subset(range(64))
+    whole, parts = (tune(encoder, images, passes={"batch_size": size}) for size in (256, 7))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_the_classifier_starts_next_to_zero_on_the_same_encoder() -> None:
+    encoder = make_encoder()
+    model = make_classifier(encoder.to(torch.bfloat16), 7)
+    assert all(torch.equal(encoder.state_dict()[name].float(), tensor) for name, tensor in model.encoder.state_dict().items())
+    logits = model(torch.randn(3, 1, 8, 8)).logits
+    assert logits.shape == (3, 7) and logits.abs().max() < 1e-3 and logits.dtype == torch.float32
+    groups = classifier_groups(model, FineTuneRecipe())
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    assert model.encoder.embeddings.position_embeddings is not None
+    assert model.encoder.embeddings.position_embeddings.requires_grad
+
+
+def test_drop_path_drops_whole_branches_of_later_blocks() -> None:
+    model = make_classifier(make_encoder(num_hidden_layers=3), 2)
+    pixels = torch.randn(400, 1, 8, 8)
+    plain = model.eval()(pixels, output_hidden_states=True).hidden_states
+    hooks = add_drop_path(model, 0.4)
+    torch.testing.assert_close(model(pixels, output_hidden_states=True).hidden_states[3], plain[3])  # eval: nothing is dropped
+    with torch.no_grad():
+        one, two, three = model.train()(pixels, output_hidden_states=True).hidden_states[1:]
+    torch.testing.assert_close(one, plain[1])  # rate 0 in the first block
+    share = [(after - before).flatten(1).abs().sum(dim=1).eq(0).float().mean() for before, after in ((one, two), (two, three))]
+    assert share[0] == pytest.approx(0.2**2, abs=0.04) and share[1] == pytest.approx(0.4**2, abs=0.06)  # both branches at once
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(model(pixels, output_hidden_states=True).hidden_states[3], plain[3])
+
+
+def test_augmentations_are_pure_functions_of_seed_epoch_and_image() -> None:
+    encoder = make_encoder(image_size=16)
+    recipe = FineTuneRecipe(rand_augment=True, erasing=1.0, seed=1)
+    processor = image_processor(encoder.config, {})
+    images = AugmentedImages(digits(), recipe, 16, processor)
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first, label = images[2, 5]
+    assert state[0] == random.getstate() and state[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(state[2], torch.get_rng_state())
+    assert first.shape == (1, 16, 16) and label == digits()[5].label
+    random.seed(99)
+    np.random.seed(99)
+    assert torch.equal(AugmentedImages(digits(), recipe, 16, processor)[2, 5][0], first)
+    subset = AugmentedImages(digits().subset([9, 5]), recipe, 16, processor)
+    assert torch.equal(subset[2, 1][0], first)  # the image counts, not its place
+    assert not torch.equal(images[3, 5][0], first)
+    plain = AugmentedImages(digits(), FineTuneRecipe(seed=1), 16, processor)
+    assert (plain[2, 5][0] - first).abs().max() > 0.5
+
+
+def test_everything_at_once_trains_and_repeats_itself() -> None:
+    encoder, images = make_encoder(), digits().subset(range(48))
+    runs = [tune(encoder, images, **EVERYTHING, **more) for more in ({}, {"passes": {"num_workers": 2}}, {"seed": 4})]
+    name = "encoder.layers.1.mlp.fc1.weight"
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+    assert not torch.equal(runs[0][name], runs[2][name])
+    assert not torch.equal(runs[0][name], tune(encoder, images)[name])
+
+
+def test_a_share_of_the_labels_holds_every_class() -> None:
+    labels = np.repeat([0, 1, 2, 5], [100, 50, 3, 20])
+    chosen = labelled_share(labels, 0.1, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [10, 5, 1, 0, 0, 2]
+    assert chosen.tolist() == sorted(set(chosen.tolist())) == labelled_share(labels, 0.1, seed=0).tolist()
+    assert chosen.tolist() != labelled_share(labels, 0.1, seed=1).tolist()
+    assert labelled_share(labels, 1.0, seed=0).tolist() == list(range(173))
+
+
+def test_digits_are_learnt() -> None:
+    encoder = make_encoder()
+    recipe = FineTuneRecipe(fraction=0.4, epochs=8, warmup_epochs=1, batch_size=32, learning_rate=0.02, scale=0.7, flip=0.0)
+    result = fine_tuning(
+        encoder=encoder,
+        processor=image_processor(encoder.config, {}),
+        train_images=digits(),
+        eval_images=digits("test"),
+        recipe=recipe,
+    )
+    accuracy = result.metrics["fine_tuning_accuracy"]
+    assert accuracy > 0.2  # twice chance, from random weights in 128 updates
+    assert result.metrics["fine_tuning_accuracy_standard_error"] == pytest.approx((accuracy * (1 - accuracy) / 500) ** 0.5)
+    assert result.scores["fine_tuning_accuracy"].setting.endswith("images, 8 epochs, learning rate 0.02, layer decay 0.75")
+
+
+def test_the_recipes_are_the_papers() -> None:
+    found = {name: FineTuneRecipe(**read_fields(f"fine-tune-{name}", FineTuneRecipe)) for name in ("inat", "100percent")}
+    assert found["inat"] == FineTuneRecipe()
+    table_12 = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "layer_decay": 0.75, "weight_decay": 0.05}
+    assert {name: getattr(found["inat"], name) for name in table_12} == table_12
+    assert (found["inat"].warmup_epochs, found["inat"].label_smoothing, found["inat"].scale, found["inat"].mixes) == (
+        5,
+        0.1,
+        0.08,
+        False,
+    )
+    mae_l = {
+        **table_12,
+        "batch_size": 1024,
+        "drop_path": 0.2,
+        "erasing": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "rand_augment": True,
+    }
+    assert {name: getattr(found["100percent"], name) for name in mae_l} == mae_l
+
+
+def test_bad_input_is_named() -> None:
+    for change, message in (
+        ({"fraction": 0.0}, "--fraction 0.0: must be greater than 0 and at most 1"),
+        ({"drop_path": 1.5}, "--drop_path 1.5: must lie between 0 and 1"),
+        ({"epochs": 3}, "--epochs 3 --warmup_epochs 5.0: must be at least 1, and less than epochs"),
+        ({"learning_rate": 0.0}, "--batch_size 256 --learning_rate 0.0: must be greater than 0"),
+        ({"mixup": -1.0}, "--mixup -1.0 --cutmix 0.0 --weight_decay 0.05: must not be negative"),
+        ({"epochs": "many"}, "--epochs 'many': must be of the type int"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            FineTuneRecipe(**change)
+    with pytest.raises(ValueError, match="a process has 33 of them; make it even"):
+        tune(make_encoder(), digits().subset(range(40)), batch_size=33, mixup=0.8)
+    with pytest.raises(ValueError, match="the encoder takes 8 x 12 pixels"):
+        tune(make_encoder(image_size=[8, 12]), digits())
