@@ -91,9 +91,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([Namespace]):  # plain data; the official dBOT, ConMIM and iBOT files carry one
-            mapped = zipfile.is_zipfile(
-                path
-            )  # all but the oldest torch files: pages come in as they are used, never all at once
+            # all but the oldest torch files are zips and can be mapped: pages come in as they are used, never all at once
+            mapped = zipfile.is_zipfile(path)
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise

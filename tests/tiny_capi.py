@@ -1,0 +1,33 @@
+"""A tiny CAPI-like encoder with random values everywhere, for the tests of its parts."""
+
+from typing import Any
+
+import torch
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "norm_type": "rmsnorm",
+    "position_encoding": "rope",
+    "bias": "none",
+    "use_cls_token": False,
+    "num_register_tokens": 4,
+    "final_norm_affine": False,
+    "predictor_layers": 1,
+}
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+
+
+def tiny(**settings: Any) -> MimRefinerModel:
+    """Random values in every parameter, frequencies included; norms around 0.7, so that the tokens stay of order one."""
+    model = MimRefinerModel(MimRefinerConfig(**{**TINY, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+    return model.eval()
