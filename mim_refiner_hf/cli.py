@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(arguments[:1]).command
     return command(chosen, arguments[1:])
 

@@ -109,8 +109,7 @@ def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> f
 
     `block_profile` compares the images as they are with the paper's first global view of them: crop, flip, colour, blur. What an
     image shows survives that, its colours and their places do not, so neighbours that agree are neighbours for what they show,
-    which is what labels would tell. Over the 12 blocks of a small MAE it follows the k-NN accuracy (correlation 0.96); two views
-    that only crop and flip, which leaves the colours to go by, do the opposite (-0.86; benchmarks/results/block-profile.md).
+    which is what labels would tell; views that only crop and flip leave the colours to go by.
 
     Raises:
         ValueError: for shapes that differ, or fewer than k + 1 images.

@@ -215,10 +215,16 @@ def mae_batches(
     )
     loader = DataLoader(ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers)
     num_patches = math.prod(recipe.encoder_config().grid)
-    for step, batch in enumerate(loader):
-        noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
-        own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
-        yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
+
+    def prepared() -> Iterator[
+        tuple[Tensor, Tensor]
+    ]:  # of its own, so that wrong input is refused at the call, not at the first batch
+        for step, batch in enumerate(loader):
+            noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
+            own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
+            yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
+
+    return prepared()
 
 
 def pretrain_mae(
