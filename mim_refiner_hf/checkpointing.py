@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,38 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_folder(folder: Path, marker: str, kind: str) -> Path:
+    """`folder`, resolved, if it may be written: it is absent, empty or a `kind` of folder, which holds `marker`; else a ValueError."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one")
+    return folder
+
+
+@contextmanager
+def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]:
+    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    What was in `folder` goes away only once the new one is in place.
+
+    Raises:
+        ValueError: when `folder` exists and holds what `check`, which resolves it, will not have replaced.
+    """
+    folder = check(folder)
+    new, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, *, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -127,11 +161,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 __all__ = [
     "Checkpoint",
+    "check_folder",
     "load_latest",
     "optimizer_tensors",
     "restore_optimizer",
     "save_checkpoint",
     "sha256_of",
+    "staged_folder",
     "sync_to_disk",
     "verify",
     "write_json",

@@ -8,7 +8,6 @@ and, at the end, the sha256. A broken connection is tried again from the byte wh
 server is asked for the rest of that very version (`If-Range`); where it has another one, or cannot continue, the file starts over.
 """
 
-import hashlib
 import http.client
 import json
 import logging
@@ -25,6 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # silent where the Hub's bars are
 
 from .._version import __version__
+from ..checkpointing import sha256_of
 from .layout import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def download(url: str, path: Path) -> Path:
                 ) from interruption
             logger.info("%s: %s; trying again with %d bytes here", url, interruption, arrived)
             time.sleep(PAUSE * 2 ** (failures - 1))
-    replace(complete, size=size_of(part), sha256=digest(part)).write(path)  # first: without its record a file is not believed
+    replace(complete, size=size_of(part), sha256=sha256_of(part)).write(path)  # first: without its record a file is not believed
     return part.replace(path)
 
 
@@ -214,19 +214,13 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_intact(path: Path, record: Record | None) -> bool:
     """Whether the file `path` is still what its record says; a warning where it is not."""
     if record is None or not record.sha256:
         reason = "it has no complete record"
     elif size_of(path) != record.size:
         reason = f"it has {size_of(path)} bytes instead of {record.size}"
-    elif (found := digest(path)) != record.sha256:
+    elif (found := sha256_of(path)) != record.sha256:
         reason = f"it has sha256 {found} instead of {record.sha256}"
     else:
         return True
@@ -234,4 +228,4 @@ def is_intact(path: Path, record: Record | None) -> bool:
     return False
 
 
-__all__ = ["Record", "digest", "download", "is_intact"]
+__all__ = ["Record", "download", "is_intact"]

@@ -19,7 +19,8 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from .download import Record, digest, download, is_intact
+from ..checkpointing import sha256_of
+from .download import Record, download, is_intact
 from .layout import CheckpointError
 
 
@@ -158,7 +159,7 @@ def fetch_from_hub(entry: ZooEntry, path: Path) -> Path:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{entry.name}: the Hub did not deliver {entry.repo}/{entry.filename}: {first_line}") from error
     if not known:
-        Record(str(kept), size=kept.stat().st_size, sha256=digest(kept)).write(path)
+        Record(str(kept), size=kept.stat().st_size, sha256=sha256_of(kept)).write(path)
     return kept
 
 

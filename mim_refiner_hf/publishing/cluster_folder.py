@@ -22,14 +22,13 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..checkpointing import write_json
+from ..checkpointing import check_folder, staged_folder, write_json
 from ..clustering import near_duplicates
 from ..conversion import load_encoder
 from ..data import ImageDataset, decode_image, open_images
 from ..distributed import progress_bar
 from ..pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
 from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
-from .hub import check_folder, staged_folder
 
 MARKER = "groups.csv"  # by it a folder is known as one that may be replaced
 

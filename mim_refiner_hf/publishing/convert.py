@@ -7,7 +7,6 @@ The order keeps one copy of the weights in memory: load, encode a fixed input, w
 encode again, compare. Only then does the folder get its name; whatever fails before leaves nothing behind.
 """
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
+from ..checkpointing import sha256_of, staged_folder
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
 from ..image_processing_mim_refiner import MimRefinerImageProcessor
 from ..modeling_mim_refiner import MimRefinerModel
-from .hub import CARD, staged_folder, write_model
+from .hub import CARD, check_model_folder, write_model
 from .model_card import REPO_PLACEHOLDER, TAGS, fenced, is_hub_name, plain
 from .zoo_card import eval_files, render_card
 from .zoo_results import find_results, starting_point
@@ -89,7 +89,7 @@ def convert(
     began = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    with staged_folder(Path(destination)) as new:
+    with staged_folder(Path(destination), check_model_folder) as new:
         encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)
         report: LoadReport = vars(encoder)["load_report"]
         processor: MimRefinerImageProcessor = vars(encoder)["image_processor"]
@@ -108,7 +108,7 @@ def convert(
                 f"{source}: the model read back from {new} differs by {difference:.1e} (at most {TOLERANCE} is allowed), so it was "
                 "not kept; is the disk or the memory of this machine faulty?"
             )
-        digest = file_digest(Path(source)) if Path(source).is_file() else None
+        digest = sha256_of(Path(source)) if Path(source).is_file() else None
         name = Path(destination).resolve().name
         done = Conversion(
             Path(destination), str(source), digest, str(report), parameters, str(written).removeprefix("torch."),
@@ -144,12 +144,6 @@ def encode(encoder: MimRefinerModel) -> Tensor:
 def relative_difference(expected: Tensor, got: Tensor) -> float:
     """max |expected - got| / max |expected|; NaN where either holds one."""
     return float((expected - got).abs().max() / expected.abs().max())
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def render(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpointing import staged_folder
 from ..conversion import load_encoder
 from ..modeling_mim_refiner import MimRefinerModel
-from .hub import check_model_folder, staged_folder
+from .hub import check_model_folder
 from .twins import Twin
 
 FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
@@ -57,7 +58,7 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     if reason := format_.refusal(encoder.config):
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
     encoder.float()
-    with staged_folder(folder) as new:
+    with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
         return compare(encoder, format_.load(new))
 

@@ -10,8 +10,6 @@ With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..checkpointing import check_folder, staged_folder
 from ..conversion.digests import write_digests
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pipeline_image_clustering import announce_code
@@ -36,41 +35,9 @@ class PushError(RuntimeError):
     """The Hub did not take the upload; the local folder is intact and the message says how to continue."""
 
 
-def check_folder(folder: Path, marker: str, kind: str) -> Path:
-    """`folder`, resolved, if it may be written: it is absent, empty or a `kind` of folder, which holds `marker`; else a ValueError."""
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one")
-    return folder
-
-
 def check_model_folder(folder: Path) -> Path:
     """`folder`, resolved, if a model can be written there: it is absent, empty or holds a model; else a ValueError."""
     return check_folder(folder, "config.json", "model")
-
-
-@contextmanager
-def staged_folder(folder: Path, check: Callable[[Path], Path] = check_model_folder) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
-
-    What was in `folder` goes away only once the new one is in place.
-
-    Raises:
-        ValueError: when `folder` exists and holds what `check` will not have replaced: by default, anything but a model.
-    """
-    folder = check(folder)
-    new, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
@@ -81,7 +48,7 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
     Raises:
         ValueError: when `folder` exists and holds something other than a model.
     """
-    with staged_folder(folder) as new:
+    with staged_folder(folder, check_model_folder) as new:
         write_model(new, encoder, processor, torch.float32)
 
 
@@ -162,11 +129,9 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
 
 __all__ = [
     "PushError",
-    "check_folder",
     "check_model_folder",
     "check_repo_id",
     "push_folder",
     "save_model_folder",
-    "staged_folder",
     "write_model",
 ]
