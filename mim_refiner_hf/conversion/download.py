@@ -116,7 +116,9 @@ def download(url: str, path: Path) -> Path:
                 ) from interruption
             logger.info("%s: %s; trying again with %d bytes here", url, interruption, arrived)
             time.sleep(PAUSE * 2 ** (failures - 1))
-    replace(complete, size=size_of(part), sha256=sha256_of(part)).write(path)  # first: without its record a file is not believed
+    replace(complete, size=size_of(part), sha256=sha256_of(part)).write(
+        path
+    )  # first: without its record a file is not believed
     return part.replace(path)
 
 
