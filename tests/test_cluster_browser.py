@@ -1,100 +1,25 @@
 """The groups' page in a real headless Chromium: 5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
 
-    apt-get install chromium chromium-driver
-    CLUSTER_SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py       # keeps the pictures, prints the times
+    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py       # keeps the pictures, prints the times
 
-Chromium is driven through chromedriver in the W3C's WebDriver protocol: JSON over HTTP, so no further library is needed.
+The browser is `chromium.py`'s, which says what to install.
 """
 
-import base64
-import json
-import os
-import shutil
-import socket
-import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from chromium import DOWN, END, ENTER, ESCAPE, RIGHT, Chromium, needs_chromium
 
 from mim_refiner_hf.clustering import kmeans
 from mim_refiner_hf.data import open_images
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
 COUNT, GROUPS = 5000, 20
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1500,950"
-)
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for a reference
-ESCAPE, END, RIGHT, DOWN, ENTER = "\ue00c", "\ue010", "\ue014", "\ue015", "\ue007"
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver on the PATH"
-)
-
-
-class Chromium:
-    """One window of a fresh profile."""
-
-    def __init__(self, profile: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.process = subprocess.Popen(
-            [str(shutil.which("chromedriver")), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": shutil.which("chromium"), "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        for _ in range(100):
-            try:
-                session = self.call("", {"capabilities": {"alwaysMatch": capabilities}})
-                break
-            except ConnectionError:
-                time.sleep(0.2)
-        self.address += f"/{session['sessionId']}"
-
-    def call(self, command: str, body: dict[str, Any] | None = None) -> Any:
-        """POST with a body, GET without."""
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            with urllib.request.urlopen(self.address + command, data, timeout=120) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(error.read().decode()[:500]) from error
-        except urllib.error.URLError as error:
-            raise ConnectionError from error
-
-    def run(self, script: str) -> Any:
-        return self.call("/execute/sync", {"script": f"return {script}", "args": []})
-
-    def click(self, css: str) -> None:
-        found = self.call("/element", {"using": "css selector", "value": css})
-        self.call(f"/element/{found[ELEMENT]}/click", {})
-
-    def press(self, keys: str) -> None:
-        """Real key events to whatever has the focus."""
-        ups_and_downs = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": ups_and_downs}]})
-
-    def point(self, x: int, y: int) -> None:
-        move = {"type": "pointerMove", "duration": 0, "x": x, "y": y}
-        self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
-
-    def photograph(self, name: str, folder: Path) -> None:
-        folder = Path(os.environ.get("CLUSTER_SCREENSHOTS", folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.png").write_bytes(base64.b64decode(self.call("/screenshot")))
-
-    def quit(self) -> None:
-        urllib.request.urlopen(urllib.request.Request(self.address, method="DELETE"), timeout=60).close()
-        self.process.terminate()
-        self.process.wait(60)
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -179,5 +104,4 @@ def test_five_thousand_images_open_fast_and_stay_usable(browser: Chromium, page:
     print(f"slowest group shown after {slowest:.0f} ms")
     assert slowest < 1000
     assert browser.run("performance.getEntriesByType('resource').filter(one => !one.name.startsWith('data:')).length") == 0
-    errors = [entry for entry in browser.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
-    assert not errors
+    assert not browser.errors()

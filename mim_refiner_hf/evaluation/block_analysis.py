@@ -140,6 +140,12 @@ class RandomView:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
 
 
+def random_view(processor: Any, size: int, flip: float = 0.5, seed: int = 0) -> RandomView:
+    """The view behind `neighbour_agreement`, for an encoder of images of `size` pixels: the paper's first global one."""
+    (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
+    return RandomView(processor, spec, seed)
+
+
 @torch.inference_mode()
 def attention_distances(encoder: MimRefinerModel, pixels: Tensor) -> list[float]:
     """How far each block looks, in pixels: distance from a patch to what it attends to, weighted by the attention.
@@ -213,8 +219,7 @@ def block_profile(
     found = features(eval_images, processor, "images")
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
     accuracies = knn_per_block(features(train_images, processor, "k-NN bank"), found) if labelled else None
-    (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
-    view = features(eval_images, RandomView(processor, spec, seed), "augmented images")
+    view = features(eval_images, random_view(processor, size, flip, seed), "augmented images")
     return assemble(
         accuracies,
         [neighbour_agreement(found.blocks[block], view.blocks[block]) for block in blocks],
@@ -323,5 +328,6 @@ __all__ = [
     "neighbour_agreement",
     "profile_table",
     "propose_head_blocks",
+    "random_view",
     "relative_improvements",
 ]

@@ -9,6 +9,7 @@ Every file appears whole or not at all.
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,11 @@ def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None
     colours = evaluation.assignments[shown] if labels is None else labels.numpy()[shown]
     figure = new_figure(6.6, 5)
     axes = figure.subplots()
-    kinds = np.unique(colours)
+    kinds, size = np.unique(colours), min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40)  # dots, in square points
     for place, kind in enumerate(kinds):
         name = f"group {kind}" if labels is None else str(images.class_names[kind]) if images.class_names else str(kind)
         where = colours == kind
-        axes.scatter(points[where, 0], points[where, 1], s=5, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
+        axes.scatter(points[where, 0], points[where, 1], s=size, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
     axes.set(title=f"{method} of the features, by {'group' if labels is None else 'class'}", xticks=[], yticks=[])
     if len(kinds) <= NAMED_CLASSES:
         legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=2, frameon=False)

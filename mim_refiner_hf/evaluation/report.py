@@ -39,6 +39,7 @@ METRICS: dict[str, tuple[str, bool]] = {
     "cluster_accuracy_mean": ("cluster accuracy, mean over runs", True),
     "nmi_mean": ("NMI, mean over runs", True),
     "rankme": ("RankMe (no labels needed)", False),
+    "neighbour_agreement": ("neighbour agreement (no labels needed)", True),  # `block_analysis.neighbour_agreement`
 }
 
 

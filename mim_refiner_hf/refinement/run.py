@@ -5,7 +5,8 @@
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is trained. The output folder holds
 `recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at the end;
-with `--head_blocks auto` also `blocks.png`, the measurement behind the choice.
+with `--pretrain` also `pretrained/`, the encoder that is refined, and with `--head_blocks auto` `blocks.png`, the measurement
+behind the choice.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from ..checkpointing import Checkpoint, load_latest, write_json
+from ..checkpointing import Checkpoint, check_folder, load_latest, staged_folder, write_json
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import load_encoder
 from ..conversion.load import image_processor
@@ -63,6 +64,7 @@ FREE_FIELDS = frozenset(
         "dry_run",
     ]
 )
+PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` starts from
 PROTOCOL = {
     "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
     "knn": "k=10, temperature 0.07, features standardised by the training images, cosine similarity",
@@ -164,6 +166,8 @@ def prepare(recipe: RefineRecipe) -> Prepared:
             f"--pretrain {recipe.pretrain}: its batch_size {pretraining.batch_size} exceeds the {num_images} images"
         )
     check_output(Path(recipe.output_dir), recipe)
+    if pretraining is not None:
+        check_start(Path(recipe.output_dir) / PRETRAINED)
     found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
     if recipe.stage == "refine" and not recipe.dry_run and (found is None or found.step < steps.warmup):
         raise ValueError(
@@ -219,6 +223,18 @@ def check_output(output: Path, recipe: RefineRecipe) -> None:
         )
 
 
+def check_start(folder: Path) -> Path:
+    """`folder`, resolved, if the pre-trained encoder can be written there: it is absent, empty or holds a model."""
+    return check_folder(folder, "config.json", "model")
+
+
+def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
+    """Keep the encoder of `--pretrain`, which is nowhere else, to compare with: weights, configuration and preprocessing."""
+    with staged_folder(folder, check_start) as new:
+        encoder.save_pretrained(new)
+        processor.save_pretrained(new)
+
+
 def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
     text = plan_text(
         prepared.recipe,
@@ -248,6 +264,8 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
         encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers)
         earlier["pretrain"] = time.perf_counter() - began
+        if accelerator.is_main_process:
+            save_start(Path(recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
     elif encoder is None:
         encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
     encoder = encoder.float().to(accelerator.device)

@@ -1,0 +1,226 @@
+"""A web page that groups images without labels, before and after refinement: drop images, or choose a sample set.
+
+    pip install -e ".[space]"
+    python examples/space/app.py                                        # then open the address that it prints
+    python examples/space/app.py --after out/model --before facebook/vit-mae-large --sample cats=photos/cats
+
+Without `--after` the page shows the quickstart's encoder, and what it was refined from; where `outputs/quickstart/` has no
+result, the quickstart runs first: about 4 minutes on 2 cores, no download. Without `--before` the page shows one side.
+Models are whatever `load_encoder` takes: model folders, Hub names, original checkpoints. On the Hub, where a Space has no
+command line, the variables MODEL_AFTER, MODEL_BEFORE and SAMPLES ("cats=photos/cats food=user/food") say the same. The port
+is GRADIO_SERVER_PORT, or the first free one from 7860 on.
+
+Shown for each side: the groups, most confident images first, a map of all images, and scores with errors and a verdict; with
+labels cluster accuracy, NMI and k-NN accuracy, without them RankMe and the agreement of neighbours. `groups.csv` and one
+self-contained page per side can be downloaded. The two endpoints, `/sample` and `/upload`, can be called from Python:
+
+    from gradio_client import Client, handle_file
+    client = Client("http://127.0.0.1:7860")
+    *_, numbers = client.predict("digits", 10, api_name="/sample")      # the number of groups, or 0 to have it proposed
+    *_, numbers = client.predict([handle_file("a.jpg"), handle_file("b.jpg")], 0, api_name="/upload")
+
+What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour or two, users share nothing but the
+models, and no statistics leave the machine.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from comparison import SIDES, Collection, Grouping, group_images, legend, show_note, show_scores, show_side, write_downloads
+
+from mim_refiner_hf import load_encoder, read_recipe, refine
+from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data_sources import FoundImages
+from mim_refiner_hf.evaluation.report import evenly_spaced
+from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
+
+QUICKSTART = Path("outputs/quickstart")
+MAX_IMAGES, MAX_MEGABYTES = 500, 20  # of one upload, and of one file: a free Space has 2 cores
+HOUR = 3600
+PROGRESS = gr.Progress()  # gradio finds it as the default of an argument
+INTRODUCTION = """# Groups without labels
+An encoder turns every image into features, and k-means puts alike images into one group. No label is used; where
+there are labels, they only score the result. On the left the encoder as it was pre-trained, on the right the same one after
+[MIM-Refiner](https://arxiv.org/abs/2402.10093)."""
+
+
+# --- images -------------------------------------------------------------------------------------------------------------------
+
+
+def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Collection:
+    """What a user sent, as gradio hands it on: "path" on the server, "orig_name" at the user's. Files may be anything."""
+    paths = [Path(file["path"]) for file in files or ()]
+    if not 2 <= len(paths) <= MAX_IMAGES:
+        raise ValueError(f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number.")
+    images = ImageDataset(FoundImages(paths, None, None, "upload", ""), num_channels=num_channels)
+    return Collection(images, [printable(Path(file.get("orig_name") or file["path"]).name) for file in files or ()])
+
+
+def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collection]:
+    """The digits, and the sets given as NAME=FOLDER; evenly spaced images of a set that has too many."""
+    found = {"digits": open_images("digits", split="test", num_channels=num_channels)}
+    for sample in samples:
+        name, equals, folder = sample.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(
+                f"--sample {sample}: give a name and a folder (or a data set of the Hub), such as cats=photos/cats"
+            )
+        found[name] = open_images(folder, num_channels=num_channels)
+    collections = {}
+    for name, images in found.items():
+        images = evenly_spaced(images, MAX_IMAGES)
+        names = [printable(images.describe(i)).removeprefix(f"{images.name}/") for i in range(len(images))]
+        collections[name] = Collection(images, names)
+    return collections
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------
+
+
+def tell_progress(progress: gr.Progress, side: str, earlier: int, total: int, readings: int, place: int) -> None:
+    """Show the visitor which image of which side is encoded; `earlier` of all `readings` were those of the other side."""
+    progress(0.8 * (earlier + place) / readings, desc=f"{side}: image {place + 1} of {total}")
+
+
+def compare(
+    collection: Collection, encoders: Mapping[str, Any], num_clusters: float | None, progress: gr.Progress
+) -> Iterator[tuple[str, str, str, list[str], dict[str, Any]]]:
+    """Group and show the images: note, scores, both sides, downloads, numbers. A generator, so that it can clear up afterwards."""
+    wanted = int(num_clusters or 0) or None
+    if wanted != (num_clusters or None):
+        raise ValueError(f"The number of groups is {num_clusters}; give a whole number, or 0 to have it proposed.")
+    sides: list[Grouping] = []
+    total, readings = len(collection.images), len(encoders) * len(collection.images)
+    for name in reversed(encoders):  # the refined encoder proposes a number; the other one takes it, to be comparable
+        tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
+        sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
+        wanted = sides[-1].summary["num_clusters"]
+    progress(0.8, desc="Maps and pages")
+    found = sides[-1]
+    thumbnails = [load_thumbnail(found.images, i) for i in range(len(found.images))]
+    with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
+        columns = "".join(show_side(side, thumbnails, Path(folder)) for side in sides)
+        numbers = {
+            **{name: found.summary[name] for name in ("num_images", "num_clusters", "clear", "reason")},
+            "broken": [collection.names[entry["index"]] for entry in found.summary["broken"]],
+            **{side.side.name: {**side.side.metrics, "sizes": side.summary["sizes"]} for side in sides},
+        }
+        downloads = write_downloads(Path(folder), sides, thumbnails)
+        yield (
+            show_note(found, collection.names),
+            show_scores([side.side for side in sides]),
+            f'{legend(found)}<div class="sides">{columns}</div>',
+            downloads,
+            numbers,
+        )
+
+
+def answer(collection: Collection, *settings: Any) -> Iterator[tuple[Any, ...]]:
+    """`compare`, with wrong input said to the user in one sentence. gradio shows messages as HTML, so names are escaped."""
+    try:
+        yield from compare(collection, *settings)
+    except ValueError as error:
+        raise gr.Error(escape(collection.without_paths(str(error)), quote=False), print_exception=False) from error
+
+
+def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -> gr.Blocks:
+    """The page and its two endpoints; at most one request computes at a time, the others queue."""
+    num_channels = encoders["after"].config.num_channels
+
+    def from_sample(name: str, num_clusters: float | None, progress: gr.Progress = PROGRESS) -> Iterator[tuple[Any, ...]]:
+        yield from answer(samples[name], encoders, num_clusters, progress)
+
+    def from_upload(
+        files: list[dict[str, Any]] | None, num_clusters: float | None, progress: gr.Progress = PROGRESS
+    ) -> Iterator[tuple[Any, ...]]:
+        try:
+            collection = uploaded(files, num_channels)
+        except ValueError as error:
+            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
+        yield from answer(collection, encoders, num_clusters, progress)
+
+    with gr.Blocks(title="Groups without labels", analytics_enabled=False, delete_cache=(HOUR // 6, HOUR)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=3), gr.Tabs():
+                with gr.Tab("Sample set"):
+                    sample = gr.Radio(list(samples), value=next(iter(samples)), label="Images that are here already")
+                    sample_button = gr.Button("Group this set", variant="primary", elem_id="group-sample")
+                with gr.Tab("Your images"):
+                    limits = f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted within an hour"
+                    files = gr.File(file_count="multiple", label=limits, height=150)
+                    upload_button = gr.Button("Group these images", variant="primary", elem_id="group-upload")
+            with gr.Column(scale=1, min_width=220):
+                info = "0: proposed from the images, with the evidence"
+                number = gr.Number(0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1)
+        note = gr.HTML(elem_id="note")
+        with gr.Row(elem_classes="result"):
+            with gr.Column(scale=3, min_width=420):
+                scores = gr.Markdown(elem_id="scores")
+            with gr.Column(scale=2, min_width=300):
+                label = "A table, and a page per side to search and zoom in"
+                downloads = gr.File(label=label, file_count="multiple", height=190, interactive=False)
+                with gr.Accordion("The numbers as JSON", open=False):
+                    numbers = gr.JSON(show_label=False)
+        sides = gr.HTML(elem_id="sides")
+        shared: dict[str, Any] = {"outputs": [note, scores, sides, downloads, numbers], "show_progress_on": note}
+        shared |= {"concurrency_id": "encoders", "concurrency_limit": 1}
+        sample_button.click(from_sample, [sample, number], api_name="sample", **shared)
+        # not preprocessed: the names that files have at the user's, which gradio drops
+        upload_button.click(from_upload, [files, number], api_name="upload", preprocess=False, **shared)
+    return page.queue(max_size=20)
+
+
+# --- the start ----------------------------------------------------------------------------------------------------------------
+
+
+def choose_models(before: str | None, after: str | None) -> dict[str, str]:
+    """The names of one or two models: those given, or what the quickstart leaves, which is run if it has not been."""
+    if after is None:
+        after = str(QUICKSTART / "model")
+        if not Path(after).is_dir():
+            print(f"{after} does not exist, so the quickstart makes it first: about 4 minutes on 2 cores", flush=True)
+            refine(read_recipe("quickstart"))
+        if before is None and (QUICKSTART / "pretrained").is_dir():
+            before = str(QUICKSTART / "pretrained")
+    return {"after": after} if before is None else {"before": before, "after": after}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Load models and samples, and serve the page until it is interrupted; 2 for a wrong option."""
+    environment = os.environ.get
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--after", default=environment("MODEL_AFTER"), help="the refined model; default: the quickstart's")
+    parser.add_argument("--before", default=environment("MODEL_BEFORE"), help="what it was refined from; default: one side")
+    parser.add_argument("--sample", action="append", default=environment("SAMPLES", "").split(), metavar="NAME=FOLDER")
+    options = parser.parse_args(arguments)
+    try:
+        encoders: dict[str, Any] = {
+            side: load_encoder(name) for side, name in choose_models(options.before, options.after).items()
+        }
+        channels = {encoder.config.num_channels for encoder in encoders.values()}
+        if len(channels) > 1:
+            raise ValueError(f"--before {options.before}: its number of input channels is not that of the refined model")
+        samples = open_samples(options.sample, channels.pop())
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)
+    style = Path(__file__).with_name("style.css")
+    plain: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "footer_links": ["api"]}
+    limit = f"{MAX_MEGABYTES}mb"
+    build_page(encoders, samples).launch(theme=theme, css_paths=style, max_file_size=limit, **plain)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

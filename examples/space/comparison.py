@@ -1,0 +1,228 @@
+"""What the page shows of a set of images: per encoder the groups, the map, the scores and the files to download, as HTML and text.
+
+    found = group_images("after", encoder, collection, num_clusters=None, tell=print)
+    html = show_note(found, collection.names) + show_side(found, thumbnails, folder)
+
+All work is done by functions of the package; every name of a file is escaped.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mim_refiner_hf import ImageClusteringPipeline
+from mim_refiner_hf.data import ImageDataset, Sample
+from mim_refiner_hf.evaluation import FeatureSet, KMeansRun, cluster_scores, extract_features, knn_predict, rankme, standardise
+from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, neighbour_agreement, random_view
+from mim_refiner_hf.evaluation.evaluate import Side, changes_of, describe_change, errors_of, report_table
+from mim_refiner_hf.evaluation.pictures import group_caption
+from mim_refiner_hf.evaluation.plots import draw_map
+from mim_refiner_hf.evaluation.report import Evaluation, fully_labelled
+from mim_refiner_hf.pipeline_image_clustering import TASK
+from mim_refiner_hf.publishing.cluster_folder import describe, write_table
+from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
+
+SIDES = {"before": "Before refinement", "after": "After refinement"}
+SHOWN = 36  # images of a group on the page; the page to download shows all
+
+
+# --- images -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Images, and what to call each of them on the page; file names of users come without the server's folders."""
+
+    images: ImageDataset
+    names: list[str]
+
+    def without_paths(self, text: str) -> str:
+        """A message about these images for the eyes of users: names in place of paths, and no addresses in memory."""
+        for index, name in enumerate(self.names):
+            text = text.replace(self.images.describe(index), name)
+        return re.sub(r" <_io\.[^>]*>", "", text)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Images that tell which of them is read."""
+
+    images: ImageDataset
+    tell: Callable[[int], object]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Sample:
+        self.tell(i)
+        return self.images[i]
+
+
+# --- one side: an encoder's groups of the images ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What one encoder makes of the N readable images.
+
+    Attributes:
+        images, names: the readable ones.
+        summary: of the pipeline; `summary["broken"]` are the others.
+        groups, scores: group and confidence of each image.
+        side: features and measurements.
+    """
+
+    images: ImageDataset
+    names: list[str]
+    summary: dict[str, Any]
+    groups: list[int]
+    scores: list[float]
+    side: Side
+
+
+def group_images(
+    name: str, encoder: Any, collection: Collection, num_clusters: int | None, tell: Callable[[int], object]
+) -> Grouping:
+    """Group the images by `pipeline("image-clustering")`, which is made anew: it remembers its last call."""
+    pipe = ImageClusteringPipeline(model=encoder, image_processor=encoder.image_processor, task=TASK)
+    entries = pipe(Watched(collection.images, tell), num_clusters=num_clusters)
+    if len(entries) < 2:
+        raise ValueError("Only 1 of these images can be read; give at least 2.")
+    kept = [entry["index"] for entry in entries]
+    images = collection.images.subset(kept)
+    evaluation = measure(pipe, images)
+    return Grouping(
+        images,
+        [collection.names[index] for index in kept],
+        pipe.summary,
+        [entry["cluster"] for entry in entries],
+        [entry["score"] for entry in entries],
+        Side(name, evaluation, errors_of(evaluation), {}),
+    )
+
+
+def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
+    """Scores of the groups that are shown, by labels where there are enough of them; else RankMe and the neighbours' agreement."""
+    features, found = pipe.features, pipe.clustering
+    assignments = found.assignments.numpy()
+    groups = KMeansRun(assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32))
+    metrics: dict[str, Any] = {"rankme": rankme(features)}
+    labels = predicted = None
+    if fully_labelled(images) and len(images) > 2 * NEIGHBOURS:
+        labels = torch.from_numpy(images.labels)
+        scores = cluster_scores(labels, assignments)
+        predicted = knn_by_halves(features, labels)
+        metrics |= {"cluster_accuracy": scores["accuracy"], "nmi": scores["nmi"]}
+        metrics["knn_accuracy"] = (predicted == labels).float().mean().item()
+    elif len(images) > NEIGHBOURS:
+        processor = random_view(pipe.image_processor, pipe.model.config.image_hw[0])
+        view = extract_features(pipe.model, images, processor, batch_size=32)
+        metrics["neighbour_agreement"] = neighbour_agreement(features, view.features)
+    return Evaluation(metrics, FeatureSet(features, labels=labels), groups, predicted)
+
+
+def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
+    """The k-NN class (N,) of each image by the paper's protocol, each half of the images with the other one as the bank."""
+    order = labels.argsort(stable=True)  # every class in both halves
+    predicted = torch.empty_like(labels)
+    for bank, half in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        bank_x, half_x = standardise(features[bank], features[half])
+        (predicted[half],) = knn_predict(bank_x, labels[bank], half_x).values()
+    return predicted
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------------------
+
+
+def data_uri(picture: bytes, kind: str) -> str:
+    """A picture as text, so that the page asks nobody for it."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def show_note(found: Grouping, names: Sequence[str]) -> str:
+    """How many groups and why, whether that is a clear answer, and which files could not be read."""
+    broken = [names[entry["index"]] for entry in found.summary["broken"]]
+    lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
+    if broken:
+        lines.append(("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}"))
+    return "".join(f'<p class="{kind}">{escape(text)}</p>' for kind, text in lines)
+
+
+def show_group(found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]) -> str:
+    """A group: its caption, and its images, most confident first; those that are not of its most frequent class are marked."""
+    labels = found.side.evaluation.features.labels
+    caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
+    mostly = f"<b>mostly {escape(caption)}</b>" if caption else ""
+    most = None if labels is None else int(labels[members].bincount().argmax())
+    tiles = []
+    for place in members[:SHOWN]:
+        odd = labels is not None and int(labels[place]) != most
+        small = max(Image.open(io.BytesIO(thumbnails[place])).size) < 48  # its pixels stay sharp
+        text = escape(f"{found.names[place]}, confidence {100 * found.scores[place]:.0f} %")
+        tiles.append(
+            f'<span class="tile{" odd" * odd}{" small" * small}" title="{text}">'
+            f'<img alt="{text}" src="{data_uri(thumbnails[place], "jpeg")}">'
+            f'<i style="width:{100 * found.scores[place]:.0f}%"></i></span>'
+        )
+    more = f"<small>and {len(members) - SHOWN} more</small>" if len(members) > SHOWN else ""
+    heading = f"<h4>Group {number} <small>{size}</small>{mostly}</h4>"
+    return f'<section class="group">{heading}<div class="tiles">{"".join(tiles)}{more}</div></section>'
+
+
+def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str:
+    """One column of the comparison: heading, map, groups."""
+    draw_map(found.images, found.side.evaluation, folder / "map.png")
+    picture = data_uri((folder / "map.png").read_bytes(), "png")
+    order = by_confidence(found.groups, found.scores)
+    groups = "".join(show_group(found, number, members, thumbnails) for number, members in enumerate(order))
+    heading = f"<h3>{SIDES[found.side.name]}</h3>"
+    return f'<div class="side">{heading}<img class="map" alt="map of the images" src="{picture}">{groups}</div>'
+
+
+def legend(found: Grouping) -> str:
+    """What the marks on the images mean."""
+    odd = "" if found.side.evaluation.features.labels is None else '<i class="odd"></i> not of the group\'s most frequent class'
+    return f'<p class="legend"><i class="bar"></i> confidence, 0 to 100 % of the width {odd}</p>'
+
+
+def show_scores(sides: Sequence[Side]) -> str:
+    """The table of `mim-refiner evaluate`: scores with standard errors; of two sides also the change and a verdict."""
+    before, after = (sides[0] if len(sides) == 2 else None), sides[-1]
+    changes = {} if before is None else changes_of(before, after)
+    table = report_table(
+        {
+            "before": None if before is None else before.metrics,
+            "after": after.metrics,
+            "changes": {name: describe_change(change) for name, change in changes.items()},
+            "against": "before",
+        }
+    )
+    return table.replace("this model", "after", 1)
+
+
+# --- what can be downloaded ---------------------------------------------------------------------------------------------------
+
+
+def write_downloads(folder: Path, sides: Sequence[Grouping], thumbnails: Sequence[bytes]) -> list[str]:
+    """`groups.csv` with every side's group and confidence, and one self-contained page per side; returns the paths."""
+    header, columns = ["image"], [sides[-1].names]
+    for found in sides:
+        header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
+        columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
+        order = [place for members in by_confidence(found.groups, found.scores) for place in members]
+        tiles = [Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None) for i in order]
+        features = found.side.evaluation.features.features[order]
+        page = render_page(SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"])
+        (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
+    write_table(folder / "groups.csv", header, zip(*columns, strict=True))
+    return sorted(str(path) for path in folder.glob("groups*"))
