@@ -325,7 +325,7 @@ def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., Re
     small = {**SHAPE, "decoder_size": 16, "decoder_layers": 1, "decoder_attention_heads": 1, "epochs": 2, "warmup_epochs": 0}
     del small["intermediate_size"]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**small, "batch_size": 100}))
-    settings = {"model": None, "pretrain": str(tmp_path / "small.yaml"), "max_steps": 2}
+    settings = {"model": None, "pretrain": str(tmp_path / "small.yaml"), "max_steps": 2, "eval_fraction": 0.25}
     whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
     run(whole)
     with pytest.MonkeyPatch.context() as patched:
@@ -336,6 +336,12 @@ def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., Re
         patched.setattr(run_module, "pretrain_mae", lambda *arguments: pytest.fail("pre-trained again"))
         run(interrupted)
     assert_identical(interrupted, whole)
+    for once in (whole, interrupted):  # the start is kept, and is what was measured
+        folder, prepared = Path(once.output_dir), run_module.prepare(once)
+        start = load_encoder(folder / "pretrained")
+        assert prepared.bank is not None and prepared.eval_images is not None
+        measured = report.evaluate_encoder(start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed)
+        assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
 
 
 # ---- sources and settings

@@ -163,9 +163,9 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
                 number = gr.Number(0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1)
         note = gr.HTML(elem_id="note")
         with gr.Row(elem_classes="result"):
-            with gr.Column(scale=3, min_width=420):
+            with gr.Column(scale=5, min_width=560):
                 scores = gr.Markdown(elem_id="scores")
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=3, min_width=300):
                 label = "A table, and a page per side to search and zoom in"
                 downloads = gr.File(label=label, file_count="multiple", height=190, interactive=False)
                 with gr.Accordion("The numbers as JSON", open=False):
