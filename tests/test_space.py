@@ -337,7 +337,7 @@ def test_the_page_in_a_browser(browser: Chromium, address: str, photos: list[Pat
     browser.run("[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your images').click()")
     browser.wait("document.querySelector('input[type=file]') !== null")
     browser.type("input[type=file]", "\n".join(map(str, photos)))
-    browser.wait("document.querySelectorAll('.file-preview tr').length === 25")
+    browser.wait("document.querySelectorAll('[role=tabpanel] .file-preview tr').length === 25")
     browser.click("#group-upload")
     browser.wait("document.querySelector('.note.broken') !== null")
     assert "letter.png" in browser.run("document.querySelector('.note.broken').textContent")

@@ -19,7 +19,7 @@ self-contained page per side can be downloaded. The two endpoints, `/sample` and
     *_, numbers = client.predict("digits", 10, api_name="/sample")      # the number of groups, or 0 to have it proposed
     *_, numbers = client.predict([handle_file("a.jpg"), handle_file("b.jpg")], 0, api_name="/upload")
 
-What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour or two, users share nothing but the
+What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour, users share nothing but the
 models, and no statistics leave the machine.
 """
 
@@ -44,7 +44,7 @@ from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
 
 QUICKSTART = Path("outputs/quickstart")
 MAX_IMAGES, MAX_MEGABYTES = 500, 20  # of one upload, and of one file: a free Space has 2 cores
-HOUR = 3600
+MINUTE = 60
 PROGRESS = gr.Progress()  # gradio finds it as the default of an argument
 INTRODUCTION = """# Groups without labels
 An encoder turns every image into features, and k-means puts alike images into one group. No label is used; where
@@ -147,7 +147,7 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
             raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
         yield from answer(collection, encoders, num_clusters, progress)
 
-    with gr.Blocks(title="Groups without labels", analytics_enabled=False, delete_cache=(HOUR // 6, HOUR)) as page:
+    with gr.Blocks(title="Groups without labels", analytics_enabled=False, delete_cache=(10 * MINUTE, 50 * MINUTE)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=3), gr.Tabs():

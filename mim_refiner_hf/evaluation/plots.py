@@ -107,7 +107,9 @@ def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None
         axes.scatter(points[where, 0], points[where, 1], s=size, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
     axes.set(title=f"{method} of the features, by {'group' if labels is None else 'class'}", xticks=[], yticks=[])
     if len(kinds) <= NAMED_CLASSES:
-        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=2, frameon=False)
+        legend = axes.legend(
+            loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=math.sqrt(20 / size), frameon=False
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     save_figure(figure, path)
