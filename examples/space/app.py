@@ -167,7 +167,7 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
                 scores = gr.Markdown(elem_id="scores")
             with gr.Column(scale=3, min_width=300):
                 label = "A table, and a page per side to search and zoom in"
-                downloads = gr.File(label=label, file_count="multiple", height=190, interactive=False)
+                downloads = gr.File(label=label, file_count="multiple", height=240, interactive=False)
                 with gr.Accordion("The numbers as JSON", open=False):
                     numbers = gr.JSON(show_label=False)
         sides = gr.HTML(elem_id="sides")
