@@ -1,7 +1,6 @@
 """The proposed number of groups: planted ones found, no answer where there is none, the measures against scikit-learn's."""
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from mim_refiner_hf.cluster_count import adjusted_rand, draw_proposal, propose_num_clusters, silhouette
 
-
-@pytest.fixture(autouse=True)
-def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)  # it takes half a minute to import
+pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
 
 
 def planted(groups: int, width: int = 24, apart: float = 9.0, rows: int = 600) -> Tensor:

@@ -20,11 +20,6 @@ def planted(rows: int = 150, groups: int = 3, width: int = 20) -> Tensor:
     return (centres[torch.arange(rows) % groups] + 0.05 * torch.randn(rows, width)) * (1 + torch.rand(rows, 1))
 
 
-@pytest.fixture
-def no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)
-
-
 class StandIn:
     """Takes UMAP's place: the settings it was given, and rows that say so."""
 
@@ -38,7 +33,7 @@ class StandIn:
         return points[:, :2].astype(np.float64)
 
 
-@pytest.mark.usefixtures("no_umap")
+@pytest.mark.usefixtures("without_umap")
 @pytest.mark.parametrize("rows", [12, 300])
 def test_without_umap_it_is_scikit_learns_pca(rows: int) -> None:
     features = planted(rows).bfloat16()
@@ -72,7 +67,7 @@ def test_umap_keeps_groups_apart_and_the_seed_decides() -> None:
     assert (nearest % 3 == torch.arange(150) % 3).float().mean() > 0.95
 
 
-@pytest.mark.usefixtures("no_umap")
+@pytest.mark.usefixtures("without_umap")
 def test_the_page_says_how_its_map_was_made() -> None:
     square = cluster_page.unit_square(torch.tensor([[-1.0, 5], [3, 5], [1, 5]]))
     assert square.tolist() == [[0, 0], [1, 0], [0.5, 0]]
