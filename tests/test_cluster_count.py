@@ -1,8 +1,11 @@
 """The proposed number of groups: planted ones found, no answer where there is none, the measures against scikit-learn's."""
 
 import math
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +66,35 @@ def test_bad_rows_and_few_rows_are_told() -> None:
         propose_num_clusters(torch.randn(40, 4).index_fill_(0, torch.tensor([5]), math.nan))
     same = propose_num_clusters(torch.ones(60, 4))
     assert same.num_clusters is None and not same.clear
+
+
+class StandIn:
+    """Takes UMAP's place: the first columns."""
+
+    def __init__(self, n_components: int, **settings: object) -> None:
+        self.columns = n_components
+
+    def fit_transform(self, points: np.ndarray) -> np.ndarray:
+        return points[:, : self.columns]
+
+
+def test_umap_is_evidence_and_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = planted(4, rows=200)
+    without = propose_num_clusters(rows, candidates=[3, 4, 5])
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=StandIn))
+    found = propose_num_clusters(rows, candidates=[3, 4, 5])
+    assert all("silhouette_umap" in entry for entry in found.evidence)
+    assert [{**entry, "silhouette_umap": 0} for entry in found.evidence] == [
+        {**entry, "silhouette_umap": 0} for entry in without.evidence
+    ]
+    assert (found.num_clusters, found.interval, found.clear) == (without.num_clusters, without.interval, without.clear)
+
+
+def test_the_silhouette_after_umap_is_highest_for_planted_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "umap")
+    pytest.importorskip("umap", reason="needs umap-learn: pip install umap-learn")
+    evidence = propose_num_clusters(planted(3, rows=150), candidates=[2, 3, 5]).evidence
+    assert max(evidence, key=lambda entry: entry["silhouette_umap"])["k"] == 3
 
 
 def test_measures_equal_scikit_learns() -> None:

@@ -3,7 +3,7 @@
     points, method = flat_map(features)             # features (N, D) -> (N, 2) and "UMAP" or "PCA"
     codes = principal_components(features, 32)      # (N, 32)
 
-Features are compared by their cosine. UMAP comes with `pip install "mim_refiner_hf[viz]"` (umap-learn, 200 MB with numba).
+Features are compared by their cosine. UMAP comes with `pip install "mim_refiner_hf[viz]"` (umap-learn, 210 MB with numba).
 """
 
 import torch.nn.functional as F
