@@ -1,11 +1,10 @@
 """k-means against scikit-learn's MiniBatchKMeans, per restart, one thread each: python -m benchmarks.kmeans
 
-20 000 rows of 192 dimensions: 300 normal groups of different spread in a space of 40 dimensions, plus noise in all. Each of three
-rounds times ten restarts of either one after the other and takes the best inertia of each over all rows. Writes
-benchmarks/results/kmeans.md.
+For k groups: max(20 000, 50 k) rows of 192 dimensions in 3 k normal groups of different spread in a space of 40 dimensions, plus
+noise in all. Each round times ten restarts of either one after the other and takes the best inertia of each over all
+rows. Before, both are started from the same centroids and must end in the same ones. Writes benchmarks/results/kmeans.md.
 """
 
-import argparse
 import datetime
 import os
 import platform
@@ -15,24 +14,39 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from sklearn.cluster import MiniBatchKMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from mim_refiner_hf.clustering import kmeans
 
-ROWS, WIDTH, RUNS, ROUNDS = 20_000, 192, 10, 3
-PASSES = (15, 50)  # full Lloyd passes at most; 50 is the default
+WIDTH, RUNS = 192, 10
+ROUNDS = {100: 3, 1000: 1}  # by number of groups; a round of 1000 takes two minutes
+PASSES = (5, 15, 50)  # full Lloyd passes at most; 50 is the default
 
 
-def features() -> Tensor:
-    """Rows (20 000, 192) fp32 with more structure than any of the numbers of groups can express."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(300, 40, generator=generator)
-    spread = 0.3 + torch.rand(300, 1, generator=generator)
-    group = torch.randint(300, (ROWS,), generator=generator)
-    inner = centres[group] + spread[group] * torch.randn(ROWS, 40, generator=generator)
-    return inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5 + 0.1 * torch.randn(ROWS, WIDTH, generator=generator)
+def size(num_clusters: int) -> int:
+    """Number of rows."""
+    return max(20_000, 50 * num_clusters)
+
+
+def features(num_clusters: int) -> Tensor:
+    """Rows (N, 192) fp32 with three times as many groups as are asked for."""
+    count, groups, generator = size(num_clusters), 3 * num_clusters, torch.Generator().manual_seed(0)
+    centres = torch.randn(groups, 40, generator=generator)
+    spread = 0.3 + torch.rand(groups, 1, generator=generator)
+    group = torch.randint(groups, (count,), generator=generator)
+    inner = centres[group] + spread[group] * torch.randn(count, 40, generator=generator)
+    return inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5 + 0.1 * torch.randn(count, WIDTH, generator=generator)
+
+
+def check(rows: Tensor) -> None:
+    """From the same start, scikit-learn's full k-means and ours are one."""
+    initial, part = rows[:50], rows[:5000]
+    expected = KMeans(50, init=initial.numpy(), n_init=1, max_iter=10, algorithm="lloyd").fit(part.numpy())
+    found = kmeans(part, 50, initial=initial, iterations=10, spherical=False)
+    assert (found.assignments.numpy() == expected.labels_).mean() > 0.999, "the groups differ from scikit-learn's"
+    assert abs(found.inertia / expected.inertia_ - 1) < 1e-4, "the inertia differs from scikit-learn's"
 
 
 def ours(rows: Tensor, num_clusters: int, seed: int, passes: int) -> tuple[float, float]:
@@ -51,49 +65,60 @@ def theirs(rows: Tensor, num_clusters: int, seed: int) -> tuple[float, float]:
     return (time.process_time() - start) / RUNS, inertia
 
 
-def main(numbers: list[int]) -> None:
-    """Measure, and write the table."""
-    torch.set_num_threads(1)
-    rows, lines = features(), []
-    for num_clusters in numbers:
-        rounds = []
-        for seed in range(ROUNDS):
-            with threadpool_limits(1):
-                rounds.append(
-                    (theirs(rows, num_clusters, seed), *(ours(rows, num_clusters, seed, passes) for passes in PASSES))
-                )
-            print(num_clusters, rounds[-1], flush=True)
-        for place, passes in enumerate(PASSES, 1):
-            pairs = [(line[0], line[place]) for line in rounds]
-            seconds, their_seconds = (statistics.median(pair[side][0] for pair in pairs) for side in (1, 0))
-            ratio = statistics.median(old[0] / new[0] for old, new in pairs)
-            higher = statistics.median(new[1] / old[1] for old, new in pairs) - 1
-            lines.append(
-                f"| {num_clusters} | {passes} | {1000 * seconds:.0f} ms | {1000 * their_seconds:.0f} ms | **{ratio:.1f}x** "
-                f"| {100 * higher:+.1f} % |"
-            )
+def table(num_clusters: int, rounds: list[list[tuple[float, float]]]) -> list[str]:
+    """Lines of the table; each round has scikit-learn's seconds and inertia, then ours for each of `PASSES`."""
+    lines = []
+    for place, passes in enumerate(PASSES, 1):
+        pairs = [(line[0], line[place]) for line in rounds]
+        seconds, their_seconds = (statistics.median(pair[side][0] for pair in pairs) for side in (1, 0))
+        ratio = statistics.median(old[0] / new[0] for old, new in pairs)
+        higher = statistics.median(new[1] / old[1] for old, new in pairs) - 1
+        lines.append(
+            f"| {num_clusters} | {size(num_clusters)} | {len(rounds)} | {passes} | {1000 * seconds:.0f} ms "
+            f"| {1000 * their_seconds:.0f} ms | **{ratio:.1f}x** | {100 * higher:+.1f} % |"
+        )
+    return lines
+
+
+def write_table(lines: list[str]) -> None:
+    """benchmarks/results/kmeans.md."""
     text = [
         "# k-means against scikit-learn's MiniBatchKMeans",
         "",
-        f"{ROWS} rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per restart and",
-        f"the best restart's inertia over all rows, medians of {ROUNDS} rounds. scikit-learn:",
-        "`MiniBatchKMeans(k, n_init=1)`, its defaults otherwise.",
+        f"Rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per restart and the best restart's",
+        "inertia over all rows, medians of the rounds, in which the two take turns, on a machine that others used too.",
+        "scikit-learn: `MiniBatchKMeans(k, n_init=1)`, its defaults otherwise. From a disk: [kmeans-from-disk.md](kmeans-from-disk.md).",
         "",
         "```bash",
         "python -m benchmarks.kmeans",
         "```",
         "",
-        "| k | passes at most | ours | MiniBatchKMeans | ratio | our inertia is higher by |",
-        "|---|---|---|---|---|---|",
+        "| k | rows | rounds | passes at most | ours | MiniBatchKMeans | ratio | our inertia is higher by |",
+        "|---|---|---|---|---|---|---|---|",
         *lines,
         "",
-        f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch {version('torch')}, "
-        f"scikit-learn {version('scikit-learn')}",
+        f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, "
+        f"torch {version('torch')}, scikit-learn {version('scikit-learn')}",
     ]
     (Path(__file__).parent / "results" / "kmeans.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
+def main() -> None:
+    """Measure, and write the table."""
+    torch.set_num_threads(1)
+    lines = []
+    for num_clusters, count in ROUNDS.items():
+        rows, rounds = features(num_clusters), []
+        check(rows)
+        for seed in range(count):
+            with threadpool_limits(1):
+                rounds.append(
+                    [theirs(rows, num_clusters, seed), *(ours(rows, num_clusters, seed, passes) for passes in PASSES)]
+                )
+            print(num_clusters, rounds[-1], flush=True)
+        lines += table(num_clusters, rounds)
+    write_table(lines)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", type=int, nargs="+", default=[100], help="numbers of groups")
-    main(parser.parse_args().numbers)
+    main()

@@ -8,6 +8,7 @@
 
     rows = np.load("features.npy", mmap_mode="r")                     # 10^7 x 768 stay on the disk
     rows = load_dataset("parquet", data_files="*.parquet", split="train").with_format("torch")["features"]    # or in parquet
+    rows = torch.from_file("rows.bf16", size=10**7 * 768, dtype=torch.bfloat16).view(-1, 768)    # or in bare bfloat16
     groups = kmeans(ArrayBatches(rows[rank::world_size]), num_clusters=1000)    # under a launcher: each process its own share
 
 Every row is assigned and has a confidence; there is no bin for outliers. This file travels with saved models: it needs torch

@@ -70,6 +70,11 @@ def bad_rows(rows: Tensor) -> Tensor:
     return (~rows.isfinite()).any(1).sum()
 
 
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Of all values of rows (n, D), fp64; by way of the rows' lengths: summing squares in fp64 takes longer than the products with 100 centroids."""
+    return torch.linalg.vector_norm(rows.float(), dim=1).double().square().sum()
+
+
 class Rows:
     """The prepared rows, batch by batch, and sums over the processes that share them.
 
@@ -114,7 +119,7 @@ def survey(rows: Rows, num_clusters: int, seed: int) -> tuple[Tensor, float]:
         here = (picks >= position) & (picks < position + len(batch))
         sample[here] = batch[picks[here] - position].float()
         total += batch.sum(0, dtype=torch.float64)
-        squares += batch.float().square().sum(dtype=torch.float64)
+        squares += sum_of_squares(batch)
         bad += bad_rows(batch)
         seen += len(batch)
         position += len(batch)
@@ -202,7 +207,7 @@ def one_pass(rows: Rows, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for batch in rows:
         found = [block.unflatten(1, (runs, groups)).max(2) for block in scores(batch, flat)]
         best = torch.cat([values for values, _ in found])  # (n, runs)
-        inertia += batch.float().square().sum(dtype=torch.float64) - 2 * best.sum(0, dtype=torch.float64)
+        inertia += sum_of_squares(batch) - 2 * best.sum(0, dtype=torch.float64)
         labels = (
             torch.cat([numbers for _, numbers in found]) + offsets
         ).flatten()  # row 0 in every run, row 1 in every run, ...

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def shared() -> Path:
 def goldens(shared: Path) -> Path:
     """The folder of goldens computed with the authors' code; its README states the tolerances."""
     return shared / "fixtures"
+
+
+@pytest.fixture
+def mae_state(goldens: Path) -> dict[str, torch.Tensor]:
+    """The state dict of the official MAE golden, to be damaged."""
+    return dict(torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"])
+
+
+@pytest.fixture
+def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if umap-learn were not installed."""
+    monkeypatch.setitem(sys.modules, "umap", None)
 
 
 @pytest.fixture

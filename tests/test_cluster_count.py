@@ -2,8 +2,10 @@
 
 import math
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,7 @@ from torch import Tensor
 
 from mim_refiner_hf.cluster_count import adjusted_rand, draw_proposal, propose_num_clusters, silhouette
 
-
-@pytest.fixture(autouse=True)
-def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)  # it takes half a minute to import
+pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
 
 
 def planted(groups: int, width: int = 24, apart: float = 9.0, rows: int = 600) -> Tensor:
@@ -67,6 +66,35 @@ def test_bad_rows_and_few_rows_are_told() -> None:
         propose_num_clusters(torch.randn(40, 4).index_fill_(0, torch.tensor([5]), math.nan))
     same = propose_num_clusters(torch.ones(60, 4))
     assert same.num_clusters is None and not same.clear
+
+
+class StandIn:
+    """Takes UMAP's place: the first columns."""
+
+    def __init__(self, n_components: int, **settings: object) -> None:
+        self.columns = n_components
+
+    def fit_transform(self, points: np.ndarray) -> np.ndarray:
+        return points[:, : self.columns]
+
+
+def test_umap_is_evidence_and_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = planted(4, rows=200)
+    without = propose_num_clusters(rows, candidates=[3, 4, 5])
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=StandIn))
+    found = propose_num_clusters(rows, candidates=[3, 4, 5])
+    assert all("silhouette_umap" in entry for entry in found.evidence)
+    assert [{**entry, "silhouette_umap": 0} for entry in found.evidence] == [
+        {**entry, "silhouette_umap": 0} for entry in without.evidence
+    ]
+    assert (found.num_clusters, found.interval, found.clear) == (without.num_clusters, without.interval, without.clear)
+
+
+def test_the_silhouette_after_umap_is_highest_for_planted_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "umap")
+    pytest.importorskip("umap", reason="needs umap-learn: pip install umap-learn")
+    evidence = propose_num_clusters(planted(3, rows=150), candidates=[2, 3, 5]).evidence
+    assert max(evidence, key=lambda entry: entry["silhouette_umap"])["k"] == 3
 
 
 def test_measures_equal_scikit_learns() -> None:

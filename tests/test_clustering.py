@@ -171,6 +171,19 @@ def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool)
         assert found.inertia == pytest.approx(expected.inertia, rel=1e-6)
 
 
+def test_half_precision_files_are_read_in_batches(digits: Tensor, tmp_path: Path) -> None:
+    """float16 through numpy, bfloat16, which numpy has not, through torch; digits are exact in both."""
+    digits.half().numpy().tofile(tmp_path / "rows.f16")
+    digits.bfloat16().view(torch.int16).numpy().tofile(tmp_path / "rows.bf16")
+    float16 = np.memmap(tmp_path / "rows.f16", np.float16, "r", shape=tuple(digits.shape))
+    bfloat16 = torch.from_file(str(tmp_path / "rows.bf16"), size=digits.numel(), dtype=torch.bfloat16).view(digits.shape)
+    expected = kmeans(digits, 10, runs=4, spherical=False)
+    for source in (float16, bfloat16):
+        found = kmeans(ArrayBatches(source, rows_per_batch=130), 10, runs=4, spherical=False)
+        assert torch.equal(found.assignments, expected.assignments)
+        assert found.inertia == pytest.approx(expected.inertia, rel=1e-6)
+
+
 def test_bf16_rows_give_the_groups_of_fp32(digits: Tensor) -> None:
     rows, labels = blobs(900, spread=0.5)
     assert as_one_partition(kmeans(rows.bfloat16(), 9).assignments, labels)
@@ -182,13 +195,15 @@ CASES = {
     "spherical": {"num_clusters": 10, "runs": 4},
     "euclidean": {"num_clusters": 10, "runs": 4, "spherical": False},
     "empty": {"num_clusters": 6, "spherical": False},
+    "every second row": {"num_clusters": 10, "runs": 4},
 }
 
 
 def cluster_share(rank: int, processes: int, case: str) -> Clustering:
-    """Clusters this process's part of the digits; the parts differ in size."""
+    """Clusters this process's part of the digits; the parts differ in size. One process takes them one after the other."""
     rows = torch.tensor(load_digits().data, dtype=torch.float32)
-    share = ArrayBatches(rows if processes == 1 else (rows[:1000], rows[1000:])[rank], rows_per_batch=300)
+    parts = (rows[0::2], rows[1::2]) if case == "every second row" else (rows[:1000], rows[1000:])
+    share = ArrayBatches(torch.cat(parts) if processes == 1 else parts[rank], rows_per_batch=300)
     initial = rows[:6].clone().index_fill_(0, torch.tensor([1, 4]), 1e3) if case == "empty" else None
     return kmeans(share, **CASES[case], initial=initial)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small_checkpoints import TINY, save_mae
 
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, LoadReport, load_encoder
@@ -66,14 +67,6 @@ ASKED_FOR = [  # family, case, file, prefix of its outputs: formats that carry n
     ("dbot", "dbot", "checkpoint_encoder.pth", "zero_cls_pos."),
     ("maect", "mimrefiner-prenorm", "checkpoint.th", ""),
 ]
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -82,17 +75,6 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
     return model.eval()
-
-
-@pytest.fixture
-def mae_state(goldens: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the official MAE golden, to be damaged."""
-    return dict(torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"])
-
-
-def save_mae(folder: Path, state: dict[str, Any]) -> Path:
-    torch.save({"model": state}, folder / "mae.pth")
-    return folder / "mae.pth"
 
 
 # --- the authors' own outputs -------------------------------------------------------------------------------------------------

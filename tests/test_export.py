@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_checkpoints import TINY
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor, AutoModel
 
@@ -22,14 +23,6 @@ from mim_refiner_hf.cli import main
 from mim_refiner_hf.publishing import export_native, export_onnx, export_timm, save_model_folder
 from mim_refiner_hf.publishing.export import ExportError, export
 
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
 BEIT: dict[str, Any] = {"position_encoding": "relative", "bias": "no_key", "layer_scale_init": 0.1}
 KINDS: dict[str, dict[str, Any]] = {
     "mae": {},

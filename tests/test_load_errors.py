@@ -1,36 +1,16 @@
 """Sources that cannot become an encoder: each is refused in one sentence that says what was found and what to do."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small_checkpoints import TINY, save_mae
 
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.modeling_mim_refiner import MimRefinerForImageClassification
-
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-@pytest.fixture
-def mae_state(goldens: Path) -> dict[str, torch.Tensor]:
-    """The state dict of the official MAE golden, to be damaged."""
-    return dict(torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"])
-
-
-def save_mae(folder: Path, state: dict[str, Any]) -> Path:
-    torch.save({"model": state}, folder / "mae.pth")
-    return folder / "mae.pth"
 
 
 def test_missing_sources(tmp_path: Path) -> None:

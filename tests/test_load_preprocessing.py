@@ -7,19 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_checkpoints import TINY
 
 from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
-
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 @pytest.mark.parametrize(

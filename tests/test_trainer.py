@@ -1,40 +1,34 @@
-"""Whole runs in miniature: from foreign weights and real images to a saved model; interrupted, continued, cut in pieces."""
+"""Whole runs in miniature: from foreign weights and real images to a saved model, and its settings."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow.parquet as parquet
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import (
+    final_state,
+    log_of,
+    losses,
+    quick,
+    small_recipes,
+    write_cifar,
+    write_models,
+)
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, Data2VecVisionConfig, Data2VecVisionModel, ViTMAEConfig, ViTMAEModel
+from transformers import AutoImageProcessor, AutoModel
 
 from mim_refiner_hf import RefineRecipe, cli
 from mim_refiner_hf.checkpointing import load_latest
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.evaluation import report
-from mim_refiner_hf.evaluation.cluster_scores import kmeans
-from mim_refiner_hf.refinement import run as run_module
 from mim_refiner_hf.refinement.objective import head_weights
 from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
 
-SHAPE = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 LABELLED = {
     "knn_accuracy",
     "cluster_accuracy",
@@ -50,98 +44,22 @@ LABELLED = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
-    monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+    quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """200 images of CIFAR-10, 20 of each class, as a parquet file."""
-    table = parquet.read_table(shared / "data/cifar10/train.parquet")
-    labels = np.asarray(table["label"])
-    rows = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(10)])
-    path = tmp_path_factory.mktemp("cifar") / "train.parquet"
-    parquet.write_table(table.take(rows), path)
-    return str(path)
+    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Encoders as transformers itself saves them; random weights, positions included (5.23 would leave those at zero)."""
-    torch.manual_seed(0)
-    folders = {}
-    relative = {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
-    for name, model in (
-        ("vit_mae", ViTMAEModel(ViTMAEConfig(**SHAPE))),
-        ("data2vec", Data2VecVisionModel(Data2VecVisionConfig(**SHAPE, **relative), add_pooling_layer=False)),
-    ):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        folders[name] = str(tmp_path_factory.mktemp(name))
-        model.save_pretrained(folders[name])
-    return folders
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
-    """A recipe of a few steps without evaluation, with some fields changed."""
-
-    def changed(output: str = "out", **changes: Any) -> RefineRecipe:
-        fields: dict[str, Any] = {
-            "model": models["vit_mae"],
-            "dataset": cifar,
-            "eval_fraction": 0.0,
-            "head_blocks": [1, 2],
-            "projector_dim": 32,
-            "predictor_dim": 48,
-            "embedding_dim": 16,
-            "queue_size": 64,
-            "topk": 5,
-            "local_views": 2,
-            "colour": False,
-            "batch_size": 32,
-            "max_steps": 4,
-            "epochs": 1,
-            "head_epochs": 1,
-            "warmup_epochs": 0,
-            "learning_rate": 8e-3,
-            "head_learning_rate": 8e-3,
-            "ema_decay": 0.5,
-            "save_every": 2,
-            "keep": 100,
-            "log_every": 1,
-            "num_workers": 0,
-            "report_to": "none",
-            "output_dir": str(tmp_path / output),
-        }
-        return RefineRecipe(**{**fields, **changes})
-
-    return changed
-
-
-def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
-
-
-def losses(recipe: RefineRecipe) -> list[float]:
-    return [line["loss"] for line in log_of(recipe) if "loss" in line]
-
-
-def final_state(recipe: RefineRecipe) -> dict[str, Tensor]:
-    """Everything the last checkpoint holds: encoder, heads, batch statistics, queue, average, optimiser."""
-    found = load_latest(Path(recipe.output_dir) / "checkpoints")
-    assert found is not None
-    return found.tensors
-
-
-def assert_identical(first: RefineRecipe, second: RefineRecipe) -> None:
-    """Two runs ended with the same bits, and told the same losses on the way."""
-    state, other = final_state(first), final_state(second)
-    assert state.keys() == other.keys()
-    assert [name for name in state if not torch.equal(state[name], other[name])] == []
-    assert losses(first) == losses(second)
+    return small_recipes(models["vit_mae"], cifar, tmp_path)
 
 
 # ---- from foreign weights to a saved model
@@ -253,113 +171,7 @@ def test_the_average_ships_and_frozen_blocks_stay(recipe: Callable[..., RefineRe
         assert torch.equal(tensor, state[f"refiner.encoder.{name}"]) == frozen, name
 
 
-# ---- interrupted and cut in pieces
-
-
-class Stopped(Exception):
-    """Stands for a power cut."""
-
-
-def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the run die when it is about to compute `step` (0-based)."""
-    update = Trainer.update
-
-    def dying(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
-        if now == step:
-            raise Stopped
-        return update(self, now, batch)
-
-    monkeypatch.setattr(Trainer, "update", dying)
-
-
-@pytest.fixture
-def uninterrupted(recipe: Callable[..., RefineRecipe]) -> RefineRecipe:
-    asked = recipe("whole")
-    run(asked)
-    return asked
-
-
-@pytest.mark.parametrize("steps", [(3,), (5,), (1, 4, 7)], ids=["in the head warm-up", "in the refinement", "three times"])
-def test_interrupted_run_ends_with_the_same_bits(
-    steps: tuple[int, ...], recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
-) -> None:
-    """Killed before the first checkpoint, between two, and at the change of the stages; the command is always the same."""
-    asked = recipe("interrupted")
-    for step in steps:
-        with pytest.MonkeyPatch.context() as patched:
-            stop_before(step, patched)
-            with pytest.raises(Stopped):
-                run(asked)
-        with (Path(asked.output_dir) / "log.jsonl").open("a") as log:
-            log.write('{"step": ')  # what a full disk leaves of a line
-    run(asked)
-    assert_identical(asked, uninterrupted)
-
-
-def test_two_stages_one_after_the_other(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
-    assert run(recipe("pieces", stage="warmup")) is None
-    result = run(recipe("pieces", stage="refine"))
-    assert result is not None
-    assert_identical(recipe("pieces"), uninterrupted)
-
-
-def test_how_it_runs_does_not_change_what_is_trained(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
-    other = recipe("other", num_workers=2, save_every=3)
-    run(other)
-    assert_identical(other, uninterrupted)
-    seeded = recipe("seeded", seed=1)
-    run(seeded)
-    assert losses(seeded) != losses(uninterrupted)
-
-
-def test_finished_run_is_not_trained_again(uninterrupted: RefineRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = final_state(uninterrupted)
-    stop_before(0, monkeypatch)
-    result = run(uninterrupted)
-    assert result is not None
-    for name, tensor in result.encoder.state_dict().items():
-        assert torch.equal(tensor, before[f"average.{name}"])
-
-
-def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:
-    small = {**SHAPE, "decoder_size": 16, "decoder_layers": 1, "decoder_attention_heads": 1, "epochs": 2, "warmup_epochs": 0}
-    del small["intermediate_size"]
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**small, "batch_size": 100}))
-    settings = {"model": None, "pretrain": str(tmp_path / "small.yaml"), "max_steps": 2, "eval_fraction": 0.25}
-    whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
-    run(whole)
-    with pytest.MonkeyPatch.context() as patched:
-        stop_before(3, patched)
-        with pytest.raises(Stopped):
-            run(interrupted)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_module, "pretrain_mae", lambda *arguments: pytest.fail("pre-trained again"))
-        run(interrupted)
-    assert_identical(interrupted, whole)
-    for once in (whole, interrupted):  # the start is kept, and is what was measured
-        folder, prepared = Path(once.output_dir), run_module.prepare(once)
-        start = load_encoder(folder / "pretrained")
-        assert prepared.bank is not None and prepared.eval_images is not None
-        measured = report.evaluate_encoder(start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed)
-        assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
-
-
 # ---- sources and settings
-
-
-def test_stream(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
-    """Read in passing, over an epoch's end (6 batches of 32 in 200 images), interrupted in the middle."""
-    settings = {"streaming": True, "max_steps": 4}
-    whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
-    result = run(whole)
-    assert result is not None
-    assert result.metrics["dataset"]["images"] is None
-    with pytest.MonkeyPatch.context() as patched:
-        stop_before(7, patched)
-        with pytest.raises(Stopped):
-            run(interrupted)
-    run(interrupted)
-    assert_identical(interrupted, whole)
 
 
 def test_stream_is_evaluated_without_finding_itself(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
@@ -368,24 +180,6 @@ def test_stream_is_evaluated_without_finding_itself(recipe: Callable[..., Refine
     assert result is not None
     assert result.metrics["dataset"]["eval_images"] == 100
     assert result.metrics["before"]["knn_accuracy"] < 0.5
-
-
-def test_micro_batches_and_gradient_checkpointing_change_nothing(
-    recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
-) -> None:
-    expected = final_state(uninterrupted)
-    for name, settings in (
-        ("micro", {"micro_batch_size": 5}),
-        ("recomputed", {"gradient_checkpointing": True}),
-        ("both", {"micro_batch_size": 16, "gradient_checkpointing": True}),
-    ):
-        asked = recipe(name, **settings)
-        run(asked)
-        assert losses(asked) == pytest.approx(losses(uninterrupted), rel=1e-3), name
-        state = final_state(asked)
-        for key in expected:
-            if key.startswith("average."):
-                torch.testing.assert_close(state[key], expected[key], atol=2e-3, rtol=0, msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("schedule", ["uniform_decay", "staggered_decay", "staggered_step", "one_hot"])
@@ -399,10 +193,10 @@ def test_loss_schedules_weigh_the_heads(schedule: Any, recipe: Callable[..., Ref
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_swap_settings(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
     """Each is another objective; InfoNCE, which uses no neighbour, does not depend on how many there are to draw from."""
-    seen = {"positive": losses(uninterrupted)}
-    for swap in ("all", "none"):
+    seen = {}
+    for swap in ("positive", "all", "none"):
         asked = recipe(swap, swap=swap)
         run(asked)
         seen[swap] = losses(asked)
@@ -450,8 +244,3 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         assert torch.equal(tensor, seen["before"][name]), name
     found = load_latest(Path(asked.output_dir) / "checkpoints")
     assert found is not None and found.step == 4
-
-
-def test_another_recipe_does_not_continue(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
-    with pytest.raises(ValueError, match=r"another recipe \(temperature was 0.2, is 0.5"):
-        run(dataclasses.replace(uninterrupted, temperature=0.5))

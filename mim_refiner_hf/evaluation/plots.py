@@ -8,7 +8,6 @@
 Every file appears whole or not at all.
 """
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import PCA
 from sklearn.metrics.cluster import contingency_matrix
-from torch import Tensor
 
+from .feature_map import flat_map
 from .knn import standardise
 from .pictures import save_figure, thumbnail
 from .report import Evaluation
@@ -82,21 +80,12 @@ def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -
     save_figure(figure, path)
 
 
-def flat_map(features: Tensor, seed: int = 0) -> tuple[NDArray[np.float32], str]:
-    """Features (N, D) in two dimensions (N, 2), and by which method: UMAP where umap-learn is installed, else PCA."""
-    points = torch.nn.functional.normalize(features, dim=1).numpy()
-    if importlib.util.find_spec("umap") is not None and len(points) > 15:
-        import umap
-
-        return umap.UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(points).astype(np.float32), "UMAP"
-    return PCA(2, random_state=seed).fit_transform(points).astype(np.float32), "PCA"
-
-
 def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
     """The evaluation images as dots in two dimensions, coloured by class or, without labels, by group; at most 5000."""
     labels = evaluation.features.labels
     shown = np.linspace(0, len(evaluation.assignments) - 1, min(MAP_IMAGES, len(evaluation.assignments))).astype(int)
-    points, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
+    found, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
+    points = found.numpy()
     colours = evaluation.assignments[shown] if labels is None else labels.numpy()[shown]
     figure = new_figure(6.6, 5)
     axes = figure.subplots()

@@ -12,22 +12,22 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from ..evaluation.feature_map import flat_map, principal_components
 
 TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
 THUMBNAIL = 112  # longest side in pixels: about 3 kB each
 SIMILARITY_DIMENSIONS = 32  # of the features that search by example compares, one byte each
+MAP_NOTES = {"UMAP": "Alike images lie near each other (UMAP).", "PCA": "The two main directions (PCA)."}
 MAX_TILES = 20_000  # beyond, the page shows an even choice of each group: 80 MB
-UMAP_FROM = 100  # images; below, a map by neighbourhoods says nothing
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,10 @@ def choose_shown(order: Sequence[Sequence[int]]) -> list[int]:
     return shown
 
 
-def principal_components(features: Tensor, dimensions: int) -> Tensor:
-    """L2-normalised features (N, D), centred, along their `dimensions` directions of largest variance (N, dimensions)."""
-    points = F.normalize(features.float(), dim=1)
-    rank = min(dimensions, *points.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, _ = torch.pca_lowrank(points, q=rank)
-    return F.pad(u * s, (0, dimensions - rank))
-
-
-def map_positions(features: Tensor) -> tuple[Tensor, str]:
-    """Places (N, 2) in the unit square, and how they were found: by UMAP (extra "viz") on cosine distances, else PCA."""
-    if find_spec("umap") is not None and len(features) >= UMAP_FROM:
-        from umap import UMAP  # takes seconds to import
-
-        points = UMAP(metric="cosine", random_state=0).fit_transform(F.normalize(features.float(), dim=1).numpy())
-        positions, name = torch.from_numpy(np.asarray(points, dtype=np.float32)), "UMAP."
-    else:
-        positions, name = principal_components(features, 2), "The two main directions (PCA)."
-    low, high = positions.amin(0), positions.amax(0)
-    return (positions - low) / (high - low).clamp_min(1e-12), name
+def unit_square(points: Tensor) -> Tensor:
+    """Points (N, 2), moved and stretched so that they fill 0 to 1 in both directions."""
+    low, high = points.amin(0), points.amax(0)
+    return (points - low) / (high - low).clamp_min(1e-12)
 
 
 def compact(features: Tensor) -> str:
@@ -124,10 +107,10 @@ def render_page(title: str, note: str, tiles: Sequence[Tile], features: Tensor, 
         features: (N, D) of the tiles, for the map and for search by example.
         sizes: images of each group, also of those that are not among the tiles; every group shows at least one.
     """
-    positions, map_note = map_positions(features)
-    data = page_data(tiles, features, positions, sizes)
+    points, method = flat_map(features)
+    data = page_data(tiles, features, unit_square(points), sizes)
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
-    return template.render(title=title, note=note, data=data, map_note=map_note)
+    return template.render(title=title, note=note, data=data, map_note=MAP_NOTES[method])
 
 
 __all__ = ["Tile", "by_confidence", "choose_shown", "render_page", "thumbnail"]

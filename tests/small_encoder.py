@@ -1,0 +1,29 @@
+"""A small encoder with random values everywhere, its processor, and digits: for the tests that measure blocks."""
+
+from typing import Any
+
+import torch
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf.data import ImageDataset, open_images
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def make_encoder(**changes: Any) -> MimRefinerModel:
+    """A tiny encoder with random values in every tensor."""
+    torch.manual_seed(0)
+    encoder = MimRefinerModel(MimRefinerConfig(**{**SHAPE, "image_size": 16, "patch_size": 4, **changes})).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def make_processor(height: int = 16, width: int = 16) -> MimRefinerImageProcessor:
+    return MimRefinerImageProcessor(size={"height": height, "width": width}, do_center_crop=False)
+
+
+def open_digits() -> ImageDataset:
+    """120 of scikit-learn's handwritten digits."""
+    return open_images("digits").subset(range(120))

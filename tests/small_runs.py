@@ -1,0 +1,119 @@
+"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from torch import Tensor
+from transformers import Data2VecVisionConfig, Data2VecVisionModel, ViTMAEConfig, ViTMAEModel
+
+from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf.checkpointing import load_latest
+from mim_refiner_hf.evaluation import report
+from mim_refiner_hf.evaluation.cluster_scores import kmeans
+
+SHAPE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
+    monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+
+
+def write_cifar(shared: Path, folder: Path) -> str:
+    """200 images of CIFAR-10, 20 of each class, as a parquet file; its path."""
+    table = parquet.read_table(shared / "data/cifar10/train.parquet")
+    labels = np.asarray(table["label"])
+    rows = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(10)])
+    parquet.write_table(table.take(rows), folder / "train.parquet")
+    return str(folder / "train.parquet")
+
+
+def write_models(folder: Path) -> dict[str, str]:
+    """Encoders as transformers itself saves them; random weights, positions included (5.23 would leave those at zero)."""
+    torch.manual_seed(0)
+    folders = {}
+    relative = {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
+    for name, model in (
+        ("vit_mae", ViTMAEModel(ViTMAEConfig(**SHAPE))),
+        ("data2vec", Data2VecVisionModel(Data2VecVisionConfig(**SHAPE, **relative), add_pooling_layer=False)),
+    ):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        folders[name] = str(folder / name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def small_recipes(model: str, dataset: str, folder: Path) -> Callable[..., RefineRecipe]:
+    """Gives recipes of 4 + 4 steps without evaluation, each with some fields changed, writing into `folder`."""
+
+    def changed(output: str = "out", **changes: Any) -> RefineRecipe:
+        fields: dict[str, Any] = {
+            "model": model,
+            "dataset": dataset,
+            "eval_fraction": 0.0,
+            "head_blocks": [1, 2],
+            "projector_dim": 32,
+            "predictor_dim": 48,
+            "embedding_dim": 16,
+            "queue_size": 64,
+            "topk": 5,
+            "local_views": 2,
+            "colour": False,
+            "batch_size": 32,
+            "max_steps": 4,
+            "epochs": 1,
+            "head_epochs": 1,
+            "warmup_epochs": 0,
+            "learning_rate": 8e-3,
+            "head_learning_rate": 8e-3,
+            "ema_decay": 0.5,
+            "save_every": 2,
+            "keep": 100,
+            "log_every": 1,
+            "num_workers": 0,
+            "report_to": "none",
+            "output_dir": str(folder / output),
+        }
+        return RefineRecipe(**{**fields, **changes})
+
+    return changed
+
+
+def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(recipe: RefineRecipe) -> list[float]:
+    return [line["loss"] for line in log_of(recipe) if "loss" in line]
+
+
+def final_state(recipe: RefineRecipe) -> dict[str, Tensor]:
+    """Everything the last checkpoint holds: encoder, heads, batch statistics, queue, average, optimiser."""
+    found = load_latest(Path(recipe.output_dir) / "checkpoints")
+    assert found is not None
+    return found.tensors
+
+
+def assert_identical(first: RefineRecipe, second: RefineRecipe) -> None:
+    """Two runs ended with the same bits, and told the same losses on the way."""
+    state, other = final_state(first), final_state(second)
+    assert state.keys() == other.keys()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+    assert losses(first) == losses(second)

@@ -1,0 +1,175 @@
+"""What does not change a run: interruptions, stages apart, micro-batches, workers, a stream; and what must not be continued."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_runs import (
+    SHAPE,
+    assert_identical,
+    final_state,
+    losses,
+    quick,
+    small_recipes,
+    write_cifar,
+    write_models,
+)
+from torch import Tensor
+
+from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf.conversion import load_encoder
+from mim_refiner_hf.evaluation import report
+from mim_refiner_hf.refinement import run as run_module
+from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.refinement.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
+    return small_recipes(models["vit_mae"], cifar, tmp_path)
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run die when it is about to compute `step` (0-based)."""
+    update = Trainer.update
+
+    def dying(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
+        if now == step:
+            raise Stopped
+        return update(self, now, batch)
+
+    monkeypatch.setattr(Trainer, "update", dying)
+
+
+@pytest.fixture
+def uninterrupted(recipe: Callable[..., RefineRecipe]) -> RefineRecipe:
+    asked = recipe("whole")
+    run(asked)
+    return asked
+
+
+@pytest.mark.parametrize("steps", [(3,), (5,), (1, 4, 7)], ids=["in the head warm-up", "in the refinement", "three times"])
+def test_interrupted_run_ends_with_the_same_bits(
+    steps: tuple[int, ...], recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
+) -> None:
+    """Killed before the first checkpoint, between two, and at the change of the stages; the command is always the same."""
+    asked = recipe("interrupted")
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patched:
+            stop_before(step, patched)
+            with pytest.raises(Stopped):
+                run(asked)
+        with (Path(asked.output_dir) / "log.jsonl").open("a") as log:
+            log.write('{"step": ')  # what a full disk leaves of a line
+    run(asked)
+    assert_identical(asked, uninterrupted)
+
+
+def test_two_stages_one_after_the_other(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+    assert run(recipe("pieces", stage="warmup")) is None
+    result = run(recipe("pieces", stage="refine"))
+    assert result is not None
+    assert_identical(recipe("pieces"), uninterrupted)
+
+
+def test_how_it_runs_does_not_change_what_is_trained(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+    other = recipe("other", num_workers=2, save_every=3)
+    run(other)
+    assert_identical(other, uninterrupted)
+    seeded = recipe("seeded", seed=1)
+    run(seeded)
+    assert losses(seeded) != losses(uninterrupted)
+
+
+def test_micro_batches_and_gradient_checkpointing_change_nothing(
+    recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
+) -> None:
+    expected = final_state(uninterrupted)
+    for name, settings in (
+        ("micro", {"micro_batch_size": 5}),
+        ("recomputed", {"gradient_checkpointing": True}),
+        ("both", {"micro_batch_size": 16, "gradient_checkpointing": True}),
+    ):
+        asked = recipe(name, **settings)
+        run(asked)
+        assert losses(asked) == pytest.approx(losses(uninterrupted), rel=1e-3), name
+        state = final_state(asked)
+        for key in expected:
+            if key.startswith("average."):
+                torch.testing.assert_close(state[key], expected[key], atol=2e-3, rtol=0, msg=f"{name}: {key}")
+
+
+def test_finished_run_is_not_trained_again(uninterrupted: RefineRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = final_state(uninterrupted)
+    stop_before(0, monkeypatch)
+    result = run(uninterrupted)
+    assert result is not None
+    for name, tensor in result.encoder.state_dict().items():
+        assert torch.equal(tensor, before[f"average.{name}"])
+
+
+def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:
+    small = {**SHAPE, "decoder_size": 16, "decoder_layers": 1, "decoder_attention_heads": 1, "epochs": 2, "warmup_epochs": 0}
+    del small["intermediate_size"]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**small, "batch_size": 100}))
+    settings = {"model": None, "pretrain": str(tmp_path / "small.yaml"), "max_steps": 2, "eval_fraction": 0.25}
+    whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
+    run(whole)
+    with pytest.MonkeyPatch.context() as patched:
+        stop_before(3, patched)
+        with pytest.raises(Stopped):
+            run(interrupted)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_module, "pretrain_mae", lambda *arguments: pytest.fail("pre-trained again"))
+        run(interrupted)
+    assert_identical(interrupted, whole)
+    for once in (whole, interrupted):  # the start is kept, and is what was measured
+        folder, prepared = Path(once.output_dir), run_module.prepare(once)
+        start = load_encoder(folder / "pretrained")
+        assert prepared.bank is not None and prepared.eval_images is not None
+        measured = report.evaluate_encoder(start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed)
+        assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
+
+
+def test_stream(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
+    """Read in passing, over an epoch's end (6 batches of 32 in 200 images), interrupted in the middle."""
+    settings = {"streaming": True, "max_steps": 4}
+    whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
+    result = run(whole)
+    assert result is not None
+    assert result.metrics["dataset"]["images"] is None
+    with pytest.MonkeyPatch.context() as patched:
+        stop_before(7, patched)
+        with pytest.raises(Stopped):
+            run(interrupted)
+    run(interrupted)
+    assert_identical(interrupted, whole)
+
+
+def test_another_recipe_does_not_continue(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+    with pytest.raises(ValueError, match=r"another recipe \(temperature was 0.2, is 0.5"):
+        run(dataclasses.replace(uninterrupted, temperature=0.5))
