@@ -15,7 +15,7 @@ from mim_refiner_hf.cli import main
 from mim_refiner_hf.data import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans, matched
-from mim_refiner_hf.evaluation.evaluate import HELD_OUT
+from mim_refiner_hf.evaluation.comparison import HELD_OUT
 from mim_refiner_hf.publishing import save_model_folder
 
 PICTURES = {"clusters.png", "map.png", "block_profile.png", "confusion.png", "neighbours.png"}

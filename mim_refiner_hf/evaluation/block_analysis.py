@@ -12,9 +12,10 @@ labels the agreement of neighbours under augmentation.
 """
 
 import itertools
+import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +102,8 @@ def nearest_others(features: Tensor, k: int) -> Tensor:
     return torch.cat(nearest)
 
 
-def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> float:
-    """Share (0 to 1) of an image's k nearest other images that are the same in another view; by chance k / (N - 1).
+def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Per image (N,), the share (0 to 1) of its k nearest other images that are the same in another view; by chance k / (N - 1).
 
     Row i of `first` and `second` (N, D) is image i in one view and in another; neighbours are searched among the same view of all
     images. It is the mutual k-NN alignment of Huh et al. 2024 (arXiv 2405.07987, App. A) with two views in place of two models.
@@ -119,7 +120,7 @@ def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> f
     if not 1 <= k < len(first):
         raise ValueError(f"k={k} must lie between 1 and {len(first) - 1}, one less than the images")
     one, other = nearest_others(first, k), nearest_others(second, k)
-    return (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).float().mean().item()
+    return (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).float().mean(dim=1)
 
 
 @dataclass
@@ -136,8 +137,18 @@ class RandomView:
         views = [make_view(image, self.spec, self._generator(image)) for image in images]
         return self.processor(views, return_tensors=return_tensors)
 
+    def to_json_string(self) -> str:
+        """All that the pixels depend on, for the manifest of a feature store."""
+        return json.dumps(json.loads(self.processor.to_json_string()) | {"view": asdict(self.spec), "seed": self.seed})
+
     def _generator(self, image: "Image.Image") -> Any:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
+
+
+def global_view(processor: Any, size: int, flip: float, seed: int) -> RandomView:
+    """The view behind `neighbour_agreement`: the paper's first global one."""
+    (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
+    return RandomView(processor, spec, seed)
 
 
 @torch.inference_mode()
@@ -213,11 +224,10 @@ def block_profile(
     found = features(eval_images, processor, "images")
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
     accuracies = knn_per_block(features(train_images, processor, "k-NN bank"), found) if labelled else None
-    (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
-    view = features(eval_images, RandomView(processor, spec, seed), "augmented images")
+    view = features(eval_images, global_view(processor, size, flip, seed), "augmented images")
     return assemble(
         accuracies,
-        [neighbour_agreement(found.blocks[block], view.blocks[block]) for block in blocks],
+        [neighbour_agreement(found.blocks[block], view.blocks[block]).mean().item() for block in blocks],
         losses,
         [found.blocks[block] for block in blocks],
         attention_distances(encoder, pixels_of(evenly_spaced(eval_images, ATTENTION_IMAGES), processor, encoder.device)),
