@@ -16,6 +16,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ from ..data import random_generator
 from ..modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe import default_head_blocks
 from ..refinement.views import ViewSpec, make_view, view_specs
-from .features import FeatureSet, extract_features
+from .feature_cache import for_altered_images, own_columns, read_rows
+from .features import FeatureSet
 from .knn import SIMILARITIES_AT_ONCE, knn_accuracy, standardise
 from .reconstruction import reconstruction_losses
 from .report import evenly_spaced, fully_labelled
@@ -188,6 +190,7 @@ def block_profile(
     flip: float = 0.5,
     reconstruction_epochs: int = 0,
     seed: int = 0,
+    features: Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> list[BlockProfile]:
@@ -201,6 +204,7 @@ def block_profile(
         flip: probability of a horizontal flip, in the view behind `neighbour_agreement` and in the decoders' training.
         reconstruction_epochs: of the decoders' training (20 in the paper); 0 leaves the reconstruction out, which by far costs most.
         seed: of the view and of the decoders.
+        features: see `read_rows`.
         batch_size, num_workers: of the passes over the images.
 
     Raises:
@@ -215,16 +219,17 @@ def block_profile(
         losses = reconstruction_losses(encoder, processor, train_images, eval_images, **settings)
     size, blocks = encoder.config.image_hw[0], range(encoder.config.num_hidden_layers)
 
-    def features(images: "ImageDataset", processor: Any, what: str) -> FeatureSet:
-        text = f"block analysis: {what}"
-        return extract_features(
-            encoder, images, processor, blocks=blocks, batch_size=batch_size, num_workers=num_workers, desc=text
-        )
+    def encoded(images: "ImageDataset", processor: Any, folder: Path | None, what: str) -> FeatureSet:
+        own, desc = own_columns(encoder.config), f"block analysis: {what}"
+        settings: dict[str, Any] = {"features": folder, "batch_size": batch_size, "num_workers": num_workers}
+        rows = read_rows(encoder, images, processor, own, desc=desc, **settings)
+        found = {block: rows.column(own[block]) for block in blocks}
+        return FeatureSet(found[blocks[-1]], found, rows.labels)
 
-    found = features(eval_images, processor, "images")
+    found = encoded(eval_images, processor, features, "images")
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
-    accuracies = knn_per_block(features(train_images, processor, "k-NN bank"), found) if labelled else None
-    view = features(eval_images, global_view(processor, size, flip, seed), "augmented images")
+    accuracies = knn_per_block(encoded(train_images, processor, features, "k-NN bank"), found) if labelled else None
+    view = encoded(eval_images, global_view(processor, size, flip, seed), for_altered_images(features), "augmented images")
     return assemble(
         accuracies,
         [neighbour_agreement(found.blocks[block], view.blocks[block]).mean().item() for block in blocks],

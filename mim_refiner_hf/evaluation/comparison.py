@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..modeling_mim_refiner import MimRefinerModel
 from .block_analysis import NEIGHBOURS, global_view, neighbour_agreement
 from .cluster_scores import cluster_accuracy, matched
 from .evidence import Change, Measured, compare, measure
-from .feature_cache import evaluation_columns, own_columns, read_rows
+from .feature_cache import evaluation_columns, for_altered_images, own_columns, read_rows
 from .fine_tuning import fine_tuning
 from .linear_probe import linear_probe
 from .low_shot import low_shot
@@ -165,7 +164,9 @@ def measure_side(
     """
     processor = vars(encoder)["image_processor"]
     both: dict[str, Any] = {"encoder": encoder, "processor": processor, "seed": seed}
-    extra, measured, metrics = {}, {}, {}
+    extra: dict[str, ProtocolResult] = {}
+    measured: dict[str, Measured] = {}
+    metrics: dict[str, Any] = {}
     evaluation = None
     if isinstance(data.train, ImageDataset):
         evaluation = evaluate_encoder(
@@ -180,7 +181,9 @@ def measure_side(
         more = {"recipe": recipe} if protocol == "fine_tuning" else {}
         images = {"train_images": data.train, "eval_images": data.evaluated}
         extra[protocol] = PROTOCOLS[protocol](**both, **images, **reads, **more)
-        measured |= {name: errors_of_score(score) for name, score in extra[protocol].scores.items() if score.per_image is not None}
+        measured |= {
+            name: errors_of_score(score) for name, score in extra[protocol].scores.items() if score.per_image is not None
+        }
         metrics |= extra[protocol].metrics
     return Side(name, metrics, measured, extra, evaluation)
 
@@ -221,7 +224,8 @@ def label_free(
     column = own_columns(encoder.config)[-1:]
     if len(images) > NEIGHBOURS:
         view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
-        seen = read_rows(encoder, images, view, column, **settings).column(column[0])
+        altered = settings | {"features": for_altered_images(settings["features"])}
+        seen = read_rows(encoder, images, view, column, **altered).column(column[0])
         agreement = neighbour_agreement(evaluation.features.features, seen).numpy()
         measured["neighbour_agreement"] = measure(lambda rows: float(agreement[rows].mean()), len(agreement))
     rows = np.linspace(0, len(images) - 1, min(len(images), SILHOUETTE_IMAGES)).astype(int)

@@ -94,14 +94,14 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with feature_folder(features, output_dir) as folder:
         settings: dict[str, Any] = {"features": folder, "num_workers": num_workers, "device": device}
-        sides = []
-        for place, each in enumerate(data):
-            wanted = TRANSFER_PROTOCOLS if place else protocols
-            data[place] = images = without_broken(encoders, each, settings)
-            sides.append([
-                measure_side(name, encoder, images, wanted, seed=seed, recipe=fine_tune, **settings)
+        data = [without_broken(encoders, each, settings) for each in data]
+        sides = [
+            [
+                measure_side(name, encoder, each, wanted, seed=seed, recipe=fine_tune, **settings)
                 for name, encoder in encoders.items()
-            ])
+            ]
+            for each, wanted in zip(data, [protocols, *([TRANSFER_PROTOCOLS] * len(transfer))], strict=True)
+        ]
     results = [{"dataset": each.describe(), **compared(found)} for each, found in zip(data, sides, strict=True)]
     report = {
         "model": model,
@@ -114,9 +114,7 @@ def evaluate(
     return report
 
 
-def check_protocols(
-    protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int
-) -> FineTuneRecipe | None:
+def check_protocols(protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int) -> FineTuneRecipe | None:
     """The recipe of "fine_tuning", if that is asked for; ValueError for names that do not exist or do not go together."""
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise ValueError(f"--protocols {unknown[0]}: must be one of {', '.join(PROTOCOLS)}")
@@ -170,9 +168,10 @@ def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings
     """The data without the images of bank and evaluation that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
         return data
-    bank, evaluated = (readable(encoders, images, **settings) for images in (data.bank, data.evaluated))
-    broken = set(data.bank.indices.tolist()) - set(bank.indices.tolist())
-    train = data.train
+    evaluated, train = readable(encoders, data.evaluated, **settings), data.train
+    if not data.labelled:  # nothing is learnt from, or compared with, other images
+        return replace(data, evaluated=evaluated)
+    broken = set(data.bank.indices.tolist()) - set(readable(encoders, data.bank, **settings).indices.tolist())
     if broken:
         train = train.subset([place for place, index in enumerate(train.indices.tolist()) if index not in broken])
     return replace(data, train=train, evaluated=evaluated)

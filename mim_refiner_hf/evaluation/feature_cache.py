@@ -96,12 +96,10 @@ def read_rows(
         found, _ = encode_images(encoder, images, processor, columns, desc=desc, **passes)
         return Rows(images, lambda column: finite(found[column], column, images))
     wanted = describe(encoder, images, processor, check_columns(columns, encoder.config), None, None)
-    if (features / MANIFEST).is_file():
-        stores = [the_store(features, wanted)]
-    else:
-        stores = usable_stores(features, wanted)
+    one = (features / MANIFEST).is_file()  # what `mim-refiner embed` made
+    stores = [the_store(features, wanted)] if one else usable_stores(features, wanted)
     missing = np.flatnonzero(~np.isin(images.indices, known_indices(stores)))
-    if len(missing) and (features / MANIFEST).is_file():
+    if len(missing) and one:
         raise ValueError(
             f"--features {features}: it lacks {len(missing)} of the {len(images)} images of {images.name}, such as "
             f"{images.describe(int(missing[0]))}; embed those into a folder beside it, and name the folder of both"
@@ -111,6 +109,11 @@ def read_rows(
         folder = features / store_name(describe(encoder, rest, processor, wanted["columns"], None, None))
         stores.append(embed_images(encoder, rest, processor, folder, columns=columns, **passes))
     return gather(images, stores)
+
+
+def for_altered_images(features: Path | None) -> Path | None:
+    """Where the features of corrupted or cropped images go: to the folder of stores; nowhere, if `features` is one store."""
+    return None if features is None or (features / MANIFEST).is_file() else features
 
 
 # --- which stores -------------------------------------------------------------------------------------------------------------
@@ -165,8 +168,8 @@ def usable_stores(features: Path, wanted: dict[str, Any]) -> list[FeatureStore]:
             continue
         try:
             store = FeatureStore(folder)
-        except ValueError as error:
-            logger.warning("%s", error)
+        except ValueError as error:  # begun and not finished: `embed_images` goes on with it if the same images are missing
+            logger.info("%s", error)
             continue
         if is_whole(store):
             stores.append(store)
@@ -232,4 +235,4 @@ def gather(images: "ImageDataset", stores: Sequence[FeatureStore]) -> Rows:
     return Rows(readable, column)
 
 
-__all__ = ["Rows", "check_features", "evaluation_columns", "own_columns", "read_rows"]
+__all__ = ["Rows", "check_features", "evaluation_columns", "for_altered_images", "own_columns", "read_rows"]

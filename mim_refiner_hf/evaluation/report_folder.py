@@ -145,7 +145,9 @@ def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]
     if report["before"] is not None:
         found["Scores"] += f"\n\n{summary(report)}"
     if sides[-1].evaluation is None:
-        found["Scores"] += "\n\nThe data is measured by its masks: only the segmentation probe was run, for k-NN and clustering need labels."
+        found["Scores"] += (
+            "\n\nThe data is measured by its masks: only the segmentation probe was run, for k-NN and clustering need labels."
+        )
     elif "knn" not in after:
         found["Scores"] += "\n\nThere are images without labels, so nothing was measured that needs them."
     for name, transferred in report["transfer"].items():
@@ -187,7 +189,9 @@ def write_report(output_dir: Path, report: dict[str, Any], sides: Sequence[Side]
             head.append(f"Compared with {report['against']} on the same images.")
         head.append(f"```bash\n{report['command']}\n```")
         body = [f"## {title}\n\n{text}" for title, text in sections(report, sides).items()]
-        body += ["## Pictures\n\n" + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)] if pictures else []
+        body += (
+            ["## Pictures\n\n" + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)] if pictures else []
+        )
         text = "\n\n".join([*head, *body, f"## How it was measured\n\n{method(report)}"])
         (new / "report.md").write_text(text + "\n", encoding="utf-8")
 

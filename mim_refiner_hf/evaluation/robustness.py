@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..data import random_generator
 from ..modeling_mim_refiner import MimRefinerModel
-from .feature_cache import read_rows
+from .feature_cache import for_altered_images, read_rows
 from .features import own_column
 from .knn import knn_predict, standardise
 from .report import BANK_SIZE, evenly_spaced
@@ -141,22 +141,22 @@ def robustness(
     for images in (bank_images, eval_images):
         class_labels(images, "robustness")
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "features": features}
-    bank = read_rows(encoder, bank_images, processor, [column], desc="k-NN bank", **settings)
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    bank = read_rows(encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings)
     bank_features, bank_labels = bank.column(column), bank.labels
     assert bank_labels is not None  # class_labels says so
 
-    def correct(prepare: Any, desc: str) -> Tensor:
+    def correct(prepare: Any, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image, (N,), when `prepare` processes it."""
-        found = read_rows(encoder, eval_images, prepare, [column], desc=desc, **settings)
+        found = read_rows(encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings)
         bank_x, eval_x = standardise(bank_features, found.column(column))
         (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()
         return predicted == found.labels
 
-    clean = correct(processor, "clean images")
+    clean, altered = correct(processor, features, "clean images"), for_altered_images(features)
     corrupted = {
         f"robustness_{name}_{severity}_accuracy": correct(
-            CorruptedInput(processor, corrupt, severity, seed), f"{name}, severity {severity}"
+            CorruptedInput(processor, corrupt, severity, seed), altered, f"{name}, severity {severity}"
         )
         for name, corrupt in CORRUPTIONS.items()
         for severity in severities
