@@ -86,32 +86,28 @@ def evaluate(
     if features is not None:
         check_features(features)
     encoders = load_encoders(model, against)
-    opened: dict[str, Any] = {"eval_split": eval_split, "seed": seed}
-    opened |= {"num_channels": encoders[model].config.num_channels, "masks": "segmentation" in protocols, "split": split}
+    opened: dict[str, Any] = {"split": split, "eval_split": eval_split, "seed": seed}
+    opened |= {"num_channels": encoders[model].config.num_channels, "masks": "segmentation" in protocols}
     data = [open_data(dataset, config=dataset_config, eval_dataset=eval_dataset, **opened)]
     data += [open_data(name, **opened) for name in transfer]
     check_data(data, protocols)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with feature_folder(features, output_dir) as folder:
-        settings: dict[str, Any] = {"features": folder, "num_workers": num_workers, "device": device}
+        settings: dict[str, Any] = {"features": folder, "num_workers": num_workers, "device": device_here()}
         data = [without_broken(encoders, each, settings) for each in data]
         sides = [
-            [
-                measure_side(name, encoder, each, wanted, seed=seed, recipe=fine_tune, **settings)
-                for name, encoder in encoders.items()
-            ]
-            for each, wanted in zip(data, [protocols, *([TRANSFER_PROTOCOLS] * len(transfer))], strict=True)
+            measure_sides(encoders, each, TRANSFER_PROTOCOLS if place else protocols, seed=seed, recipe=fine_tune, **settings)
+            for place, each in enumerate(data)
         ]
-    results = [{"dataset": each.describe(), **compared(found)} for each, found in zip(data, sides, strict=True)]
-    report = {
-        "model": model,
-        "against": against,
-        **results[0],
-        "transfer": dict(zip(transfer, results[1:], strict=True)),
-        **how_measured(encoders, protocols, seed, began),
-    }
+    first, *others = [{"dataset": each.describe(), **compared(found)} for each, found in zip(data, sides, strict=True)]
+    report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
+    report |= how_measured(encoders, protocols, seed, began)
     write_report(output_dir, report, sides[0], data[0])
     return report
+
+
+def device_here() -> str:
+    """Where to compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_protocols(protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int) -> FineTuneRecipe | None:
@@ -177,6 +173,11 @@ def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings
     return replace(data, train=train, evaluated=evaluated)
 
 
+def measure_sides(encoders: Mapping[str, MimRefinerModel], data: Data, protocols: Sequence[str], **settings: Any) -> list[Side]:
+    """`measure_side` of every encoder."""
+    return [measure_side(name, encoder, data, protocols, **settings) for name, encoder in encoders.items()]
+
+
 def compared(sides: Sequence[Side]) -> dict[str, Any]:
     """`before`, `after` and `changes` of the measurements on one data set."""
     changes = changes_of(*sides) if len(sides) == 2 else {}
@@ -203,7 +204,7 @@ def how_measured(encoders: Mapping[str, MimRefinerModel], protocols: Sequence[st
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        if device_here() == "cuda"
         else f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} in use",
     }
 

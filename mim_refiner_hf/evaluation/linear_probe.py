@@ -157,20 +157,17 @@ def linear_probe(
         for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
     )
     assert train.labels is not None and found.labels is not None  # check_probe says so
-    batch = min(TRAIN_BATCH, len(train.labels))
-    training: dict[str, Any] = {"batch": batch, "epochs": epochs, "seed": seed}
+    training: dict[str, Any] = {"batch": (batch := min(TRAIN_BATCH, len(train.labels))), "epochs": epochs, "seed": seed}
     with frozen(encoder, device) as home:
         labels, targets = train.labels.to(home), found.labels.to(home)
         clean = {column: train.column(column).to(home) for column in columns}
         standardise = Standardise(clean)
         tested = standardise({column: found.column(column).to(home) for column in columns})
-        num_classes = int(max(labels.max(), targets.max())) + 1
-        rates = [rate * batch / 256 for rate in learning_rates]
+        num_classes, rates = int(max(labels.max(), targets.max())) + 1, [rate * batch / 256 for rate in learning_rates]
         grids = start_grids(kinds, tested, num_classes, rates, seed, home)
-        batches: Iterator[tuple[Columns, Tensor]]
         if augment:
             views = augmented_batches(encoder, train.images, processor, columns, **training, **passes)
-            batches = ((standardise(drawn), own) for drawn, own in views)
+            batches: Iterator[tuple[Columns, Tensor]] = ((standardise(drawn), own) for drawn, own in views)
         else:
             batches = stored_batches(standardise(clean), labels, **training)
         train_grids(grids, kinds, batches, steps=epochs * (len(labels) // batch))

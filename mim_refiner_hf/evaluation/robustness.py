@@ -161,6 +161,11 @@ def robustness(
         for name, corrupt in CORRUPTIONS.items()
         for severity in severities
     }
+    return robustness_scores(clean, corrupted, severities)
+
+
+def robustness_scores(clean: Tensor, corrupted: dict[str, Tensor], severities: Sequence[int]) -> ProtocolResult:
+    """The scores of `robustness` from whether each image (N,) was classified correctly, clean and under each corruption."""
     per_image = torch.stack(list(corrupted.values())).double().mean(dim=0)  # (N,), over all corruptions
     setting = f"k-NN, k=10, clean bank; mean over {', '.join(CORRUPTIONS)} at severities {', '.join(map(str, severities))}"
     return ProtocolResult(
