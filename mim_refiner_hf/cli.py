@@ -31,9 +31,10 @@ from .conversion.load import image_processor, load_encoder
 from .data import open_images, open_stream
 from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .evaluation.embed import PRECISIONS, embed_images
-from .evaluation.evaluate import PROTOCOLS, evaluate, report_table
+from .evaluation.evaluate import PROTOCOLS, evaluate
 from .evaluation.feature_store import BROKEN, read_manifest
 from .evaluation.features import feature_columns
+from .evaluation.report_folder import report_table
 from .pretraining.mae import PretrainRecipe, pretrain_mae
 from .publishing.cluster_folder import cluster_images
 from .publishing.convert import DTYPES, convert
@@ -173,6 +174,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--eval_split", help="split to evaluate on; neither: a fifth of the images is held out")
     parser.add_argument("--against", help="the model to compare with, such as the starting weights")
     parser.add_argument("--protocols", nargs="+", default=[], choices=PROTOCOLS, help="slower protocols to add")
+    parser.add_argument("--recipe", help="of fine_tuning: name in training/recipes/ (fine-tune-...) or path of a YAML file")
+    parser.add_argument("--transfer", nargs="+", default=[], metavar="DATASET", help="other data to measure the models on too")
+    kept = "folder that keeps the features for the next command, or one that 'mim-refiner embed' made; default: none are kept"
+    parser.add_argument("--features", type=Path, help=kept)
     parser.add_argument("--seed", type=int, default=0, help="of k-means, the held-out part and the protocols")
     parser.add_argument("--num_workers", type=int, default=2, help="data-loading workers")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"), help="folder for numbers and pictures")

@@ -13,8 +13,8 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data import ImageDataset, epoch_order, open_images
-from mim_refiner_hf.evaluation import linear_probe as module
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
+from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES, augmented_batches, feature_kinds, linear_probe, side_by_side
 
 RATES = (0.05, 0.5, 5.0)
@@ -87,9 +87,7 @@ def test_the_papers_grid() -> None:
 def test_features_are_raw_block_outputs_and_the_last_mean_patch() -> None:
     encoder, images = make_encoder(num_hidden_layers=3), digits("train").subset(range(5))
     processor = image_processor(encoder.config, {})
-    found = module.encode_all(
-        encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], batch_size=2, num_workers=0, desc=""
-    )
+    found, _ = encode_images(encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], batch_size=2)
     with torch.no_grad():
         pixels = processor([images[i].image for i in range(5)], return_tensors="pt").pixel_values
         hidden = encoder(pixels, output_hidden_states=True).hidden_states
@@ -102,10 +100,9 @@ def slow_probe(encoder: MimRefinerModel, epochs: int, rates: tuple[float, ...], 
     train, test = digits("train"), digits("test")
     kinds = feature_kinds(encoder.config)
     columns = list(dict.fromkeys(name for names in kinds.values() for name in names))
-    settings = {"batch_size": 100, "num_workers": 0, "desc": ""}
     with torch.no_grad():
         one, other = (
-            module.encode_all(encoder, images, image_processor(encoder.config, {}), columns, **settings)  # type: ignore[arg-type]
+            encode_images(encoder, images, image_processor(encoder.config, {}), columns, batch_size=100)[0]
             for images in (train, test)
         )
     labels, targets = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
@@ -149,9 +146,7 @@ def test_augmented_batches_are_crops_in_the_same_order() -> None:
     assert [own.tolist() for _, own in batches[0]] == [labels[order[i : i + 20]].tolist() for order in orders for i in (0, 20)]
     for (one, _), (other, _) in zip(*batches, strict=True):
         torch.testing.assert_close(one["block1.cls"], other["block1.cls"], atol=1e-5, rtol=0)
-    plain = module.encode_all(
-        encoder, images, image_processor(encoder.config, {}), columns, batch_size=50, num_workers=0, desc=""
-    )
+    plain, _ = encode_images(encoder, images, image_processor(encoder.config, {}), columns)
     assert (batches[0][0][0]["block1.cls"] - plain["block1.cls"][orders[0][:20]]).abs().max() > 2e-3
 
 

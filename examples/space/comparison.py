@@ -23,11 +23,12 @@ from torch import Tensor
 from mim_refiner_hf import ImageClusteringPipeline
 from mim_refiner_hf.data import ImageDataset, Sample
 from mim_refiner_hf.evaluation import FeatureSet, KMeansRun, cluster_scores, extract_features, knn_predict, rankme, standardise
-from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, neighbour_agreement, random_view
-from mim_refiner_hf.evaluation.evaluate import Side, changes_of, describe_change, errors_of, report_table
+from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
+from mim_refiner_hf.evaluation.comparison import Side, changes_of, describe_change, errors_of
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation, fully_labelled
+from mim_refiner_hf.evaluation.report_folder import report_table
 from mim_refiner_hf.pipeline_image_clustering import TASK
 from mim_refiner_hf.publishing.cluster_folder import describe, write_table
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
@@ -88,6 +89,7 @@ class Grouping:
     groups: list[int]
     scores: list[float]
     side: Side
+    evaluation: Evaluation
 
 
 def group_images(
@@ -101,13 +103,16 @@ def group_images(
     kept = [entry["index"] for entry in entries]
     images = collection.images.subset(kept)
     evaluation = measure(pipe, images)
+    measured = {} if evaluation.predicted is None else errors_of(evaluation)
+    errors = {f"{score}_standard_error": found.error for score, found in measured.items()}
     return Grouping(
         images,
         [collection.names[index] for index in kept],
         pipe.summary,
         [entry["cluster"] for entry in entries],
         [entry["score"] for entry in entries],
-        Side(name, evaluation, errors_of(evaluation), {}),
+        Side(name, evaluation.metrics | errors, measured, {}),
+        evaluation,
     )
 
 
@@ -125,9 +130,9 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
         metrics |= {"cluster_accuracy": scores["accuracy"], "nmi": scores["nmi"]}
         metrics["knn_accuracy"] = (predicted == labels).float().mean().item()
     elif len(images) > NEIGHBOURS:
-        processor = random_view(pipe.image_processor, pipe.model.config.image_hw[0])
+        processor = global_view(pipe.image_processor, pipe.model.config.image_hw[0])
         view = extract_features(pipe.model, images, processor, batch_size=32)
-        metrics["neighbour_agreement"] = neighbour_agreement(features, view.features)
+        metrics["neighbour_agreement"] = float(neighbour_agreement(features, view.features).mean())
     return Evaluation(metrics, FeatureSet(features, labels=labels), groups, predicted)
 
 
@@ -160,7 +165,7 @@ def show_note(found: Grouping, names: Sequence[str]) -> str:
 
 def show_group(found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]) -> str:
     """A group: its caption, and its images, most confident first; those that are not of its most frequent class are marked."""
-    labels = found.side.evaluation.features.labels
+    labels = found.evaluation.features.labels
     caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
     mostly = f"<b>mostly {escape(caption)}</b>" if caption else ""
     most = None if labels is None else int(labels[members].bincount().argmax())
@@ -181,7 +186,7 @@ def show_group(found: Grouping, number: int, members: Sequence[int], thumbnails:
 
 def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str:
     """One column of the comparison: heading, map, groups."""
-    draw_map(found.images, found.side.evaluation, folder / "map.png")
+    draw_map(found.images, found.evaluation, folder / "map.png")
     picture = data_uri((folder / "map.png").read_bytes(), "png")
     order = by_confidence(found.groups, found.scores)
     groups = "".join(show_group(found, number, members, thumbnails) for number, members in enumerate(order))
@@ -191,7 +196,7 @@ def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str
 
 def legend(found: Grouping) -> str:
     """What the marks on the images mean."""
-    odd = "" if found.side.evaluation.features.labels is None else '<i class="odd"></i> not of the group\'s most frequent class'
+    odd = "" if found.evaluation.features.labels is None else '<i class="odd"></i> not of the group\'s most frequent class'
     return f'<p class="legend"><i class="bar"></i> confidence, 0 to 100 % of the width {odd}</p>'
 
 
@@ -221,7 +226,7 @@ def write_downloads(folder: Path, sides: Sequence[Grouping], thumbnails: Sequenc
         columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
         order = [place for members in by_confidence(found.groups, found.scores) for place in members]
         tiles = [Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None) for i in order]
-        features = found.side.evaluation.features.features[order]
+        features = found.evaluation.features.features[order]
         page = render_page(SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"])
         (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
     write_table(folder / "groups.csv", header, zip(*columns, strict=True))

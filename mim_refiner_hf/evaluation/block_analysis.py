@@ -12,9 +12,11 @@ labels the agreement of neighbours under augmentation.
 """
 
 import itertools
+import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +27,8 @@ from ..data import random_generator
 from ..modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe import default_head_blocks
 from ..refinement.views import ViewSpec, make_view, view_specs
-from .features import FeatureSet, extract_features
+from .feature_cache import for_altered_images, own_columns, read_rows
+from .features import FeatureSet
 from .knn import SIMILARITIES_AT_ONCE, knn_accuracy, standardise
 from .reconstruction import reconstruction_losses
 from .report import evenly_spaced, fully_labelled
@@ -101,8 +104,8 @@ def nearest_others(features: Tensor, k: int) -> Tensor:
     return torch.cat(nearest)
 
 
-def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> float:
-    """Share (0 to 1) of an image's k nearest other images that are the same in another view; by chance k / (N - 1).
+def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Per image (N,), the share (0 to 1) of its k nearest other images that are the same in another view; by chance k / (N - 1).
 
     Row i of `first` and `second` (N, D) is image i in one view and in another; neighbours are searched among the same view of all
     images. It is the mutual k-NN alignment of Huh et al. 2024 (arXiv 2405.07987, App. A) with two views in place of two models.
@@ -119,7 +122,7 @@ def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> f
     if not 1 <= k < len(first):
         raise ValueError(f"k={k} must lie between 1 and {len(first) - 1}, one less than the images")
     one, other = nearest_others(first, k), nearest_others(second, k)
-    return (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).float().mean().item()
+    return (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2).float().mean(dim=1)
 
 
 @dataclass
@@ -136,12 +139,16 @@ class RandomView:
         views = [make_view(image, self.spec, self._generator(image)) for image in images]
         return self.processor(views, return_tensors=return_tensors)
 
+    def to_json_string(self) -> str:
+        """All that the pixels depend on, for the manifest of a feature store."""
+        return json.dumps(json.loads(self.processor.to_json_string()) | {"view": asdict(self.spec), "seed": self.seed})
+
     def _generator(self, image: "Image.Image") -> Any:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
 
 
-def random_view(processor: Any, size: int, flip: float = 0.5, seed: int = 0) -> RandomView:
-    """The view behind `neighbour_agreement`, for an encoder of images of `size` pixels: the paper's first global one."""
+def global_view(processor: Any, size: int, flip: float = 0.5, seed: int = 0) -> RandomView:
+    """The view behind `neighbour_agreement`: the paper's first global one."""
     (spec,) = view_specs(1, 0, size, size, GLOBAL_SCALE, GLOBAL_SCALE, True, flip)
     return RandomView(processor, spec, seed)
 
@@ -183,6 +190,7 @@ def block_profile(
     flip: float = 0.5,
     reconstruction_epochs: int = 0,
     seed: int = 0,
+    features: Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> list[BlockProfile]:
@@ -196,6 +204,7 @@ def block_profile(
         flip: probability of a horizontal flip, in the view behind `neighbour_agreement` and in the decoders' training.
         reconstruction_epochs: of the decoders' training (20 in the paper); 0 leaves the reconstruction out, which by far costs most.
         seed: of the view and of the decoders.
+        features: see `read_rows`.
         batch_size, num_workers: of the passes over the images.
 
     Raises:
@@ -210,19 +219,20 @@ def block_profile(
         losses = reconstruction_losses(encoder, processor, train_images, eval_images, **settings)
     size, blocks = encoder.config.image_hw[0], range(encoder.config.num_hidden_layers)
 
-    def features(images: "ImageDataset", processor: Any, what: str) -> FeatureSet:
-        text = f"block analysis: {what}"
-        return extract_features(
-            encoder, images, processor, blocks=blocks, batch_size=batch_size, num_workers=num_workers, desc=text
-        )
+    def encoded(images: "ImageDataset", processor: Any, folder: Path | None, what: str) -> FeatureSet:
+        own, desc = own_columns(encoder.config), f"block analysis: {what}"
+        settings: dict[str, Any] = {"features": folder, "batch_size": batch_size, "num_workers": num_workers}
+        rows = read_rows(encoder, images, processor, own, desc=desc, **settings)
+        found = {block: rows.column(own[block]) for block in blocks}
+        return FeatureSet(found[blocks[-1]], found, rows.labels)
 
-    found = features(eval_images, processor, "images")
+    found = encoded(eval_images, processor, features, "images")
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
-    accuracies = knn_per_block(features(train_images, processor, "k-NN bank"), found) if labelled else None
-    view = features(eval_images, random_view(processor, size, flip, seed), "augmented images")
+    accuracies = knn_per_block(encoded(train_images, processor, features, "k-NN bank"), found) if labelled else None
+    view = encoded(eval_images, global_view(processor, size, flip, seed), for_altered_images(features), "augmented images")
     return assemble(
         accuracies,
-        [neighbour_agreement(found.blocks[block], view.blocks[block]) for block in blocks],
+        [neighbour_agreement(found.blocks[block], view.blocks[block]).mean().item() for block in blocks],
         losses,
         [found.blocks[block] for block in blocks],
         attention_distances(encoder, pixels_of(evenly_spaced(eval_images, ATTENTION_IMAGES), processor, encoder.device)),
@@ -325,9 +335,9 @@ __all__ = [
     "BlockProfile",
     "attention_distances",
     "block_profile",
+    "global_view",
     "neighbour_agreement",
     "profile_table",
     "propose_head_blocks",
-    "random_view",
     "relative_improvements",
 ]

@@ -146,6 +146,11 @@ def data_fingerprint(images: Images) -> str:
     return digest([images.name, str(images.stream.info.config_name), str(images.stream.split)])
 
 
+def whole_fingerprint(images: Images) -> str:
+    """`data_fingerprint` of the data set that a subset was taken from: `index` counts its images."""
+    return images.found.fingerprint if isinstance(images, ImageDataset) else data_fingerprint(images)
+
+
 def describe(
     encoder: MimRefinerModel,
     images: Images,
@@ -161,7 +166,7 @@ def describe(
         "encoder": {"name": config.name_or_path or "unnamed", "fingerprint": weights_fingerprint(encoder)},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "preprocessing": json.loads(processor.to_json_string()),
-        "data": {"name": images.name, "fingerprint": data_fingerprint(images)},
+        "data": {"name": images.name, "fingerprint": data_fingerprint(images), "whole": whole_fingerprint(images)},
         "num_images": len(images) if isinstance(images, ImageDataset) else None,
         "class_names": images.class_names,
         "columns": {column: config.hidden_size * max(1, len(blocks_of(column, depth))) for column in columns},

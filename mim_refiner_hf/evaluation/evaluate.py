@@ -1,109 +1,47 @@
 """`evaluate`: how good an encoder is, and whether it got better than another, with errors and pictures.
 
     mim-refiner evaluate out/model --dataset my_images/ --against facebook/vit-mae-large      # or training/evaluate.py
+    mim-refiner evaluate out/model --dataset my_images/ --features features/ --protocols low_shot linear_probe_fast
+    mim-refiner evaluate out/model --dataset my_images/ --transfer other_images/ more_images/
+    mim-refiner evaluate out/model --dataset my_images/ --protocols fine_tuning --recipe fine-tune-1percent
+    mim-refiner evaluate out/model --dataset camvid/ --eval_split test --protocols segmentation
     report = evaluate("out/model", "my_images/", against="facebook/vit-mae-large", output_dir=Path("out/evaluation"))
 
-k-NN, clustering, RankMe and the block profile are always measured (RankMe alone where there are no labels); `protocols` adds slower
-ones. The folder gets `metrics.json`, `report.md` and the plots of `plots.py`; it appears whole or not at all.
+k-NN for many k, clustering, RankMe and the block profile are always measured; without labels RankMe, the agreement of neighbours under
+augmentation, and how separate the groups are. `protocols` adds slower ones, `transfer` the same encoder on other data. No image is
+encoded twice: features go through a feature store, which vanishes at the end or stays in `features` for the next command.
+
+The folder gets `metrics.json`, `report.md` and pictures (report_folder.py); it appears whole or not at all.
 """
 
 import importlib.metadata
 import os
 import platform
-import shlex
-import shutil
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 
-from ..checkpointing import write_json
 from ..conversion import load_encoder
-from ..data import ImageDataset, hold_out, open_images
+from ..data import ImageDataset
 from ..modeling_mim_refiner import MimRefinerModel
-from .cluster_scores import cluster_accuracy, matched
-from .evidence import Change, Measured, compare, measure
-from .linear_probe import linear_probe
-from .low_shot import low_shot
-from .pictures import draw_clusters
-from .plots import draw_confusion, draw_map, draw_neighbours, draw_profile
-from .report import BANK_SIZE, METRICS, Evaluation, evaluate_encoder, evenly_spaced, format_metric, fully_labelled
-from .robustness import robustness
-from .scores import ProtocolResult
+from ..refinement.recipe_files import read_fields
+from . import evidence
+from .block_analysis import NEIGHBOURS
+from .comparison import PROTOCOLS, Data, Side, changes_of, describe_change, measure_side, open_data, readable
+from .embed import weights_fingerprint
+from .feature_cache import check_features
+from .fine_tuning import FineTuneRecipe
+from .report import BANK_SIZE
+from .report_folder import check_output, command_line, write_report
 
-HELD_OUT = 0.2  # of the images, where no evaluation images are named
-PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
-    "low_shot": low_shot,
-    "linear_probe": linear_probe,
-    "linear_probe_fast": partial(linear_probe, augment=False),
-    "robustness": robustness,
-}
-"""What `--protocols` can add; each needs labels."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model of a comparison: its evaluation, the errors of the scores that have one, and what the extra protocols gave."""
-
-    name: str
-    evaluation: Evaluation
-    measured: dict[str, Measured]
-    extra: dict[str, ProtocolResult]
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Every number, as `metrics.json` holds it."""
-        errors = {f"{name}_standard_error": found.error for name, found in self.measured.items()}
-        extra = {name: value for result in self.extra.values() for name, value in result.metrics.items()}
-        return {**self.evaluation.metrics, **errors, **extra}
-
-
-def open_images_of(
-    dataset: str,
-    config: str | None,
-    split: str | None,
-    eval_dataset: str | None,
-    eval_split: str | None,
-    num_channels: int,
-    seed: int,
-) -> tuple[ImageDataset, ImageDataset]:
-    """The k-NN bank's images and those to evaluate on; a fifth is held out where neither data set nor split is named for it."""
-    images = open_images(dataset, config=config, split=split, num_channels=num_channels)
-    if eval_dataset is None and eval_split is None:
-        return hold_out(images, HELD_OUT, seed)
-    evaluated = open_images(
-        eval_dataset or dataset, config=config if eval_dataset is None else None, split=eval_split, num_channels=num_channels
-    )
-    if evaluated.fingerprint == images.fingerprint:
-        raise ValueError(
-            f"--eval_split {eval_split}: these are the images of the k-NN bank; name another split, or leave it out"
-        )
-    return images, evaluated
-
-
-def errors_of(evaluation: Evaluation) -> dict[str, Measured]:
-    """k-NN and cluster accuracy and NMI with their errors over images and, for the latter two, over runs of k-means."""
-    if evaluation.predicted is None or evaluation.features.labels is None:
-        return {}
-    labels, groups = evaluation.features.labels.numpy(), evaluation.assignments
-    n, runs = len(labels), evaluation.groups.all_assignments
-    right, in_place = (evaluation.predicted.numpy() == labels), matched(labels, groups)
-    accuracies = [cluster_accuracy(labels, run) for run in runs]
-    nmis = [normalized_mutual_info_score(labels, run) for run in runs]
-    return {
-        "knn_accuracy": measure(lambda rows: float(right[rows].mean()), n),
-        "cluster_accuracy": measure(lambda rows: float(in_place[rows].mean()), n, spread=float(np.std(accuracies))),
-        "nmi": measure(
-            lambda rows: float(normalized_mutual_info_score(labels[rows], groups[rows])), n, spread=float(np.std(nmis))
-        ),
-    }
+PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
+TRANSFER_PROTOCOLS = ("linear_probe_fast",)
 
 
 def evaluate(
@@ -117,6 +55,9 @@ def evaluate(
     eval_dataset: str | None = None,
     eval_split: str | None = None,
     protocols: Sequence[str] = (),
+    recipe: str | None = None,
+    transfer: Sequence[str] = (),
+    features: Path | None = None,
     seed: int = 0,
     num_workers: int = 0,
 ) -> dict[str, Any]:
@@ -126,7 +67,10 @@ def evaluate(
         model, against: anything `load_encoder` takes; `against` is the one to be better than.
         dataset, dataset_config, split: images of the k-NN bank, as `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `dataset` is held out.
-        protocols: names of `PROTOCOLS`.
+        protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels, stands alone.
+        recipe: of "fine_tuning": a name in training/recipes/ or the path of a YAML file; None for the fields' defaults.
+        transfer: other data sets, opened with the same splits: k-NN, clustering and the fast linear probe on each.
+        features: a folder that keeps the features for the next command, or a store made by `mim-refiner embed`; None to keep none.
         seed: of k-means, the held-out part and the protocols.
         output_dir: folder of the result; an earlier result in it is replaced.
 
@@ -137,162 +81,132 @@ def evaluate(
         ValueError, FileNotFoundError: before any measurement, for wrong input.
     """
     began = time.perf_counter()
+    fine_tune = check_protocols(protocols, recipe, transfer, seed)
+    check_output(output_dir)
+    if features is not None:
+        check_features(features)
+    encoders = load_encoders(model, against)
+    opened: dict[str, Any] = {"split": split, "eval_split": eval_split, "seed": seed}
+    opened |= {"num_channels": encoders[model].config.num_channels, "masks": "segmentation" in protocols}
+    data = [open_data(dataset, config=dataset_config, eval_dataset=eval_dataset, **opened)]
+    data += [open_data(name, **opened) for name in transfer]
+    check_data(data, protocols)
+    with feature_folder(features, output_dir) as folder:
+        settings: dict[str, Any] = {"features": folder, "num_workers": num_workers, "device": device_here()}
+        data = [without_broken(encoders, each, settings) for each in data]
+        sides = [
+            measure_sides(encoders, each, TRANSFER_PROTOCOLS if place else protocols, seed=seed, recipe=fine_tune, **settings)
+            for place, each in enumerate(data)
+        ]
+    first, *others = [{"dataset": each.describe(), **compared(found)} for each, found in zip(data, sides, strict=True)]
+    report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
+    report |= how_measured(encoders, protocols, seed, began)
+    write_report(output_dir, report, sides[0], data[0])
+    return report
+
+
+def device_here() -> str:
+    """Where to compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_protocols(protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int) -> FineTuneRecipe | None:
+    """The recipe of "fine_tuning", if that is asked for; ValueError for names that do not exist or do not go together."""
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise ValueError(f"--protocols {unknown[0]}: must be one of {', '.join(PROTOCOLS)}")
-    check_output(output_dir)
+    if "segmentation" in protocols and (len(protocols) > 1 or transfer):
+        raise ValueError("--protocols segmentation: it needs masks and all else needs labels; give it a command of its own")
+    if recipe is not None and "fine_tuning" not in protocols:
+        raise ValueError(f"--recipe {recipe}: it is for fine-tuning; add --protocols fine_tuning")
+    if "fine_tuning" not in protocols:
+        return None
+    return FineTuneRecipe(**{"seed": seed, **(read_fields(recipe, FineTuneRecipe) if recipe else {})})
+
+
+def load_encoders(model: str, against: str | None) -> dict[str, MimRefinerModel]:
+    """The encoders by name, the one to be better than first; ValueError where they do not take the same images."""
+    if model == against:
+        raise ValueError(f"--against {against}: this is the model itself; name another one, or leave it out")
     encoders = {name: load_encoder(name) for name in ([against] if against else []) + [model]}
-    channels = {encoder.config.num_channels for encoder in encoders.values()}
-    if len(channels) > 1:
+    if len({encoder.config.num_channels for encoder in encoders.values()}) > 1:
         raise ValueError(f"--against {against}: it has another number of input channels than {model}; they cannot be compared")
-    bank, evaluated = open_images_of(dataset, dataset_config, split, eval_dataset, eval_split, channels.pop(), seed)
-    if protocols and not (fully_labelled(bank) and fully_labelled(evaluated)):
-        raise ValueError(f"--protocols {' '.join(protocols)}: needs a label for every image, and {dataset} has images without")
-    sides = [measure_side(name, encoder, bank, evaluated, protocols, seed, num_workers) for name, encoder in encoders.items()]
-    before, after = (sides[0] if against else None), sides[-1]
-    changes = {} if before is None else changes_of(before, after)
-    report = {
-        "model": model,
-        "against": against,
-        "before": None if before is None else before.metrics,
-        "after": after.metrics,
+    return encoders
+
+
+def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
+    """ValueError for labels that are missing where a protocol needs them, and a k-NN bank that is too small."""
+    for place, each in enumerate(data):
+        flag = f"--transfer {each.name}" if place else f"--protocols {' '.join(protocols)}"
+        if not isinstance(each.train, ImageDataset):
+            continue
+        if not each.labelled and (place or protocols):
+            raise ValueError(f"{flag}: needs a label for every image, and {each.name} has images without")
+        if each.labelled and len(each.train) < NEIGHBOURS:
+            raise ValueError(
+                f"{each.name} has {len(each.train)} images for the k-NN bank, but k-NN looks at {NEIGHBOURS} neighbours; give more"
+            )
+        if len(each.evaluated) < 2:
+            raise ValueError(f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at least 2")
+
+
+@contextmanager
+def feature_folder(features: Path | None, output_dir: Path) -> Iterator[Path]:
+    """Where the features go: the folder that was named, or one beside the output that vanishes."""
+    if features is not None:
+        yield features
+        return
+    output_dir.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".features-", dir=output_dir.resolve().parent) as folder:
+        yield Path(folder)
+
+
+def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings: dict[str, Any]) -> Data:
+    """The data without the images of bank and evaluation that cannot be read: both sides see the same ones."""
+    if not isinstance(data.train, ImageDataset):
+        return data
+    evaluated, train = readable(encoders, data.evaluated, **settings), data.train
+    if not data.labelled:  # nothing is learnt from, or compared with, other images
+        return replace(data, evaluated=evaluated)
+    broken = set(data.bank.indices.tolist()) - set(readable(encoders, data.bank, **settings).indices.tolist())
+    if broken:
+        train = train.subset([place for place, index in enumerate(train.indices.tolist()) if index not in broken])
+    return replace(data, train=train, evaluated=evaluated)
+
+
+def measure_sides(encoders: Mapping[str, MimRefinerModel], data: Data, protocols: Sequence[str], **settings: Any) -> list[Side]:
+    """`measure_side` of every encoder."""
+    return [measure_side(name, encoder, data, protocols, **settings) for name, encoder in encoders.items()]
+
+
+def compared(sides: Sequence[Side]) -> dict[str, Any]:
+    """`before`, `after` and `changes` of the measurements on one data set."""
+    changes = changes_of(*sides) if len(sides) == 2 else {}
+    return {
+        "before": sides[0].metrics if len(sides) == 2 else None,
+        "after": sides[-1].metrics,
         "changes": {name: describe_change(change) for name, change in changes.items()},
-        "dataset": describe_data(dataset, dataset_config, split, bank, evaluated, eval_split),
+    }
+
+
+def how_measured(encoders: Mapping[str, MimRefinerModel], protocols: Sequence[str], seed: int, began: float) -> dict[str, Any]:
+    """Everything needed to get the same numbers again."""
+    return {
+        "fingerprints": {name: weights_fingerprint(encoder) for name, encoder in encoders.items()},
         "protocol": {
             "bank": f"at most {BANK_SIZE} images, evenly spaced",
-            "errors": "bootstrap over images, 500 resamples, paired",
+            "knn": "last block, standardised by the bank, k = 10, temperature 0.07",
+            "clustering": "mini-batch k-means on L2-normalised features, 100 runs, the one with the lowest inertia",
+            "added": list(protocols),
+            "errors": f"bootstrap over images, {evidence.RESAMPLES} resamples, paired",
         },
         "seed": seed,
         "command": command_line(),
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "scikit-learn")},
-        "hardware": platform.processor() or platform.machine(),
-    }
-    write_report(output_dir, report, sides, bank, evaluated)
-    return report
-
-
-def measure_side(
-    name: str,
-    encoder: MimRefinerModel,
-    bank: ImageDataset,
-    evaluated: ImageDataset,
-    protocols: Sequence[str],
-    seed: int,
-    num_workers: int,
-) -> Side:
-    """Every measurement of one encoder."""
-    processor = vars(encoder)["image_processor"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = {"seed": seed, "num_workers": num_workers, "device": device}
-    evaluation = evaluate_encoder(encoder, processor, bank, evaluated, **settings)
-    data = {"encoder": encoder, "processor": processor, "train_images": bank, "eval_images": evaluated}
-    return Side(name, evaluation, errors_of(evaluation), {name: PROTOCOLS[name](**data, **settings) for name in protocols})
-
-
-def changes_of(before: Side, after: Side) -> dict[str, Change]:
-    """The change of every score that both sides have an error for."""
-    return {name: compare(before.measured[name], found) for name, found in after.measured.items() if name in before.measured}
-
-
-def describe_change(change: Change) -> dict[str, Any]:
-    """A change as JSON: difference, 95 % interval, verdict."""
-    low, high = change.interval
-    return {"difference": change.difference, "low": low, "high": high, "verdict": change.verdict}
-
-
-def describe_data(
-    dataset: str, config: str | None, split: str | None, bank: ImageDataset, evaluated: ImageDataset, eval_split: str | None
-) -> dict[str, Any]:
-    """Which images, told so that someone else can take the same."""
-    return {
-        "name": dataset,
-        "config": config,
-        "split": split,
-        "bank_images": len(evenly_spaced(bank, BANK_SIZE)),
-        "fingerprint": bank.fingerprint,
-        "eval_name": f"{evaluated.name} ({eval_split or 'held out'})",
-        "eval_images": len(evaluated),
-        "eval_fingerprint": evaluated.fingerprint,
-        "num_classes": evaluated.num_classes,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": torch.cuda.get_device_name()
+        if device_here() == "cuda"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} in use",
     }
 
 
-# --- what is written ----------------------------------------------------------------------------------------------------------
-
-
-def command_line() -> str:
-    """What was typed, so that it can be typed again."""
-    program = Path(sys.argv[0])
-    typed = ["mim-refiner"] if program.name == "mim-refiner" else ["python", os.path.relpath(program)]
-    return shlex.join([*typed, *sys.argv[1:]])
-
-
-def check_output(output_dir: Path) -> None:
-    """Refuse a folder that holds anything but an earlier evaluation."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir}: is a file; name a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "report.md").is_file():
-        raise ValueError(f"--output_dir {output_dir}: holds something else than an evaluation; name another folder")
-
-
-def report_table(report: Mapping[str, Any]) -> str:
-    """The scores as a Markdown table; with `before`, the change, its 95 % interval and the verdict."""
-    before, after, changes = report["before"], report["after"], report["changes"]
-
-    def cell(metrics: Mapping[str, Any], name: str) -> str:
-        error = metrics.get(f"{name}_standard_error")
-        return format_metric(name, metrics[name]) + ("" if error is None else f" ± {100 * error:.1f}")
-
-    lines = ["| metric | this model |", "|---|---:|"]
-    if before is not None:
-        lines = [f"| metric | {report['against']} | this model | change (95 %) | verdict |", "|---|---:|---:|---:|---|"]
-    for name, (label, _) in METRICS.items():
-        if name not in after:
-            continue
-        if before is None:
-            lines.append(f"| {label} | {cell(after, name)} |")
-        elif name in changes:
-            low, value, high = (f"{100 * changes[name][key]:+.1f}" for key in ("low", "difference", "high"))
-            lines.append(
-                f"| {label} | {cell(before, name)} | {cell(after, name)} | {value} ({low} to {high}) | {changes[name]['verdict']} |"
-            )
-        elif name in before:
-            lines.append(f"| {label} | {cell(before, name)} | {cell(after, name)} | | no error measured |")
-    return "\n".join(lines)
-
-
-def write_report(
-    output_dir: Path, report: dict[str, Any], sides: Sequence[Side], bank: ImageDataset, evaluated: ImageDataset
-) -> None:
-    """Write the folder: numbers, words and pictures, in place of an earlier evaluation."""
-    new = output_dir.with_name(f".tmp-{output_dir.name}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write_json(new / "metrics.json", report)
-    found = sides[-1].evaluation
-    pictures = ["clusters.png", "map.png"]
-    draw_clusters(evaluated, found, new / "clusters.png")
-    draw_map(evaluated, found, new / "map.png")
-    if found.predicted is not None:
-        names = ["before", "after"] if len(sides) == 2 else ["this model"]
-        draw_profile(
-            {name: side.evaluation.metrics for name, side in zip(names, sides, strict=True)}, new / "block_profile.png"
-        )
-        draw_confusion(evaluated, found, new / "confusion.png")
-        draw_neighbours(evaluated, evenly_spaced(bank, BANK_SIZE), found, new / "neighbours.png")
-        pictures += ["block_profile.png", "confusion.png", "neighbours.png"]
-    extra = "\n".join(
-        f"## {side.name}: {name}\n\n```text\n{result}\n```\n" for side in sides for name, result in side.extra.items()
-    )
-    data = report["dataset"]
-    text = (
-        f"# {report['model']}\n\n{data['eval_images']} images of {data['eval_name']}, k-NN bank of {data['bank_images']} images, seed "
-        f"{report['seed']}, {report['seconds']:.0f} s.\n\n```bash\n{report['command']}\n```\n\n{report_table(report)}\n\n{extra}\n"
-        + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-    )
-    (new / "report.md").write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    new.rename(output_dir)
-
-
-__all__ = ["PROTOCOLS", "evaluate", "report_table"]
+__all__ = ["PROTOCOLS", "evaluate"]

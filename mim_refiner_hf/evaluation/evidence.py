@@ -35,11 +35,6 @@ class Measured:
     draws: NDArray[np.float64] = field(repr=False)
     spread: float = 0.0
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
-        return self.value - Z * self.error, self.value + Z * self.error
-
 
 @dataclass(frozen=True)
 class Change:

@@ -193,6 +193,41 @@ def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
     return everything.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:total]
 
 
+def encode_images(
+    encoder: MimRefinerModel,
+    images: "ImageDataset",
+    processor: Any,
+    columns: Sequence[str],
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    desc: str = "features",
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every column (N, D) fp32 of N images, on the CPU, in the data set's order, and their labels (N,), -1 for none.
+
+    Arguments and errors as in `extract_features`; `columns` are names as in the table above. Several processes share the work.
+    """
+    if len(images) == 0:
+        raise ValueError("the data set has no images, so there is nothing to extract features from")
+    pooled: dict[str, list[Tensor]] = {column: [] for column in columns}
+    labels: list[Tensor] = []
+    with frozen(encoder, device) as device:
+        loader = DataLoader(
+            share_of(images),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=Preprocess(processor),
+            pin_memory=device.type == "cuda",
+        )
+        for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
+            for column, vectors in encode(encoder, pixel_values.to(device, non_blocking=True), list(pooled)).items():
+                pooled[column].append(vectors.cpu())
+            labels.append(batch_labels)
+    features = {column: gathered(torch.cat(parts), len(images), device) for column, parts in pooled.items()}
+    return features, gathered(torch.cat(labels), len(images), device)
+
+
 def extract_features(
     encoder: MimRefinerModel,
     images: "ImageDataset",
@@ -219,32 +254,16 @@ def extract_features(
     Raises:
         ValueError: for an empty data set or a block that does not exist.
     """
-    if len(images) == 0:
-        raise ValueError("the data set has no images, so there is nothing to extract features from")
     depth = encoder.config.num_hidden_layers
     wanted = check_blocks(blocks or (), depth)
     columns = {block: own_column(encoder.config, block) for block in sorted({*wanted, depth - 1})}
-    pooled: dict[str, list[Tensor]] = {column: [] for column in columns.values()}
-    labels: list[Tensor] = []
-    with frozen(encoder, device) as device:
-        loader = DataLoader(
-            share_of(images),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=Preprocess(processor),
-            pin_memory=device.type == "cuda",
-        )
-        for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
-            for column, vectors in encode(encoder, pixel_values.to(device, non_blocking=True), list(pooled)).items():
-                pooled[column].append(vectors.cpu())
-            labels.append(batch_labels)
-    features = {block: gathered(torch.cat(pooled[column]), len(images), device) for block, column in columns.items()}
-    all_labels = gathered(torch.cat(labels), len(images), device)
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "desc": desc}
+    features, labels = encode_images(encoder, images, processor, list(columns.values()), **settings)
     return FeatureSet(
-        features=features[depth - 1],
-        blocks={block: features[block] for block in wanted},
-        labels=all_labels if bool((all_labels >= 0).all()) else None,
+        features=features[columns[depth - 1]],
+        blocks={block: features[columns[block]] for block in wanted},
+        labels=labels if bool((labels >= 0).all()) else None,
     )
 
 
-__all__ = ["FeatureSet", "extract_features", "feature_columns"]
+__all__ = ["FeatureSet", "encode_images", "extract_features", "feature_columns"]

@@ -1,5 +1,6 @@
 """Fine-tuning: the whole encoder and a linear classifier on its output, trained on labelled images (MIM-Refiner, C.5, C.6, C.9).
 
+    mim-refiner evaluate MODEL --dataset DATA --protocols fine_tuning --recipe fine-tune-1percent
     recipe = FineTuneRecipe(**read_fields("fine-tune-100percent", FineTuneRecipe))      # training/recipes/; or FineTuneRecipe(epochs=20)
     model = fine_tune(encoder, processor, train, recipe)                               # a MimRefinerForImageClassification; or
     result = fine_tuning(encoder=encoder, processor=processor, train_images=train, eval_images=test, recipe=recipe)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)  # of the grid
+TEMPERATURES = (0.02, 0.07, 0.2)
 SIMILARITIES_AT_ONCE = 2**24  # entries of one chunk's similarity matrix: 64 MiB in fp32
 
 
@@ -86,6 +88,11 @@ def knn_predict(
     return {setting: torch.cat(chunks) for setting, chunks in predicted.items()}
 
 
+def knn_grid(train_x: Tensor, train_y: Tensor, test_x: Tensor) -> dict[tuple[int, float], Tensor]:
+    """`knn_predict` for all of `NEIGHBOURS` that the bank has, and all `TEMPERATURES`, in one pass; standardise first."""
+    return knn_predict(train_x, train_y, test_x, k=[k for k in NEIGHBOURS if k <= len(train_x)], temperature=TEMPERATURES)
+
+
 def knn_accuracy(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, k: int = 10, temperature: float = 0.07
 ) -> float:
@@ -97,4 +104,4 @@ def knn_accuracy(
     return (predicted == test_y).float().mean().item()
 
 
-__all__ = ["knn_accuracy", "knn_predict", "standardise"]
+__all__ = ["knn_accuracy", "knn_grid", "knn_predict", "standardise"]

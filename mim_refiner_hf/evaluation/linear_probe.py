@@ -16,6 +16,7 @@ image is encoded once and the classifiers train on the stored features, many tim
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,8 @@ from ..distributed import progress_bar, rank
 from ..modeling_mim_refiner import MimRefinerModel
 from ..refinement.views import MultiCrop, ViewDataset, ViewSpec, normalise
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
-from .features import Preprocess, encode, frozen, own_column
+from .feature_cache import read_rows
+from .features import encode, frozen, own_column
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
@@ -77,23 +79,6 @@ class Standardise:
         return {column: (values - self.centre[column]) / self.spread[column] for column, values in features.items()}
 
 
-def encode_all(
-    encoder: MimRefinerModel,
-    images: "ImageDataset",
-    processor: Any,
-    columns: Sequence[str],
-    *,
-    batch_size: int,
-    num_workers: int,
-    desc: str,
-) -> Columns:
-    """The features of all images, as the image processor prepares them, where the encoder is."""
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=Preprocess(processor))
-    progress = progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False)
-    parts = [encode(encoder, pixels.to(encoder.device), columns) for pixels, _ in progress]
-    return {column: torch.cat([part[column] for part in parts]) for column in columns}
-
-
 def stored_batches(
     features: Columns, labels: Tensor, *, batch: int, epochs: int, seed: int
 ) -> Iterator[tuple[Columns, Tensor]]:
@@ -138,6 +123,7 @@ def linear_probe(
     epochs: int = 50,
     learning_rates: Sequence[float] = LEARNING_RATES,
     seed: int = 0,
+    features: Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -151,6 +137,7 @@ def linear_probe(
         epochs: passes over the training images.
         learning_rates: of the grid, before their scaling by batch / 256. A batch holds 1024 images, or all where there are fewer.
         seed: of the order, the crops and the classifiers' start.
+        features: see `read_rows`; random crops are encoded when they are drawn and never kept.
         batch_size: images per pass of the encoder.
         num_workers: processes that decode and crop.
         device: of encoder and classifiers; None for where the encoder is.
@@ -161,38 +148,64 @@ def linear_probe(
     Raises:
         ValueError: for missing labels, an encoder whose input is not square (with `augment`), epochs and rates that make no sense.
     """
-    labels = torch.from_numpy(class_labels(train_images, "linear probing"))
-    targets = torch.from_numpy(class_labels(eval_images, "linear probing"))
+    check_probe(encoder, train_images, eval_images, augment, epochs, learning_rates)
+    kinds = feature_kinds(encoder.config)
+    columns = list(dict.fromkeys(column for columns in kinds.values() for column in columns))
+    passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+    train, found = (
+        read_rows(encoder, images, processor, columns, features=features, device=device, desc=desc, **passes)
+        for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
+    )
+    assert train.labels is not None and found.labels is not None  # check_probe says so
+    training: dict[str, Any] = {"batch": (batch := min(TRAIN_BATCH, len(train.labels))), "epochs": epochs, "seed": seed}
+    with frozen(encoder, device) as home:
+        labels, targets = train.labels.to(home), found.labels.to(home)
+        clean = {column: train.column(column).to(home) for column in columns}
+        standardise = Standardise(clean)
+        tested = standardise({column: found.column(column).to(home) for column in columns})
+        num_classes, rates = int(max(labels.max(), targets.max())) + 1, [rate * batch / 256 for rate in learning_rates]
+        grids = start_grids(kinds, tested, num_classes, rates, seed, home)
+        if augment:
+            views = augmented_batches(encoder, train.images, processor, columns, **training, **passes)
+            batches: Iterator[tuple[Columns, Tensor]] = ((standardise(drawn), own) for drawn, own in views)
+        else:
+            batches = stored_batches(standardise(clean), labels, **training)
+        train_grids(grids, kinds, batches, steps=epochs * (len(labels) // batch))
+        return best_classifier(grids, kinds, learning_rates, tested, targets)
+
+
+def check_probe(
+    encoder: MimRefinerModel,
+    train_images: "ImageDataset",
+    eval_images: "ImageDataset",
+    augment: bool,
+    epochs: int,
+    learning_rates: Sequence[float],
+) -> None:
+    """ValueError, in one sentence, for what `linear_probe` cannot run on."""
+    for images in (train_images, eval_images):
+        class_labels(images, "linear probing")
     if epochs < 1 or not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} greater than 0")
     height, width = encoder.config.image_hw
     if augment and height != width:
         raise ValueError(f"augment=True crops squares, but the encoder takes {height} x {width} pixels; use augment=False")
-    batch = min(TRAIN_BATCH, len(labels))
-    kinds = feature_kinds(encoder.config)
-    columns = list(dict.fromkeys(column for columns in kinds.values() for column in columns))
-    passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    with frozen(encoder, device) as home:
-        labels, targets = labels.to(home), targets.to(home)
-        train = encode_all(encoder, train_images, processor, columns, desc="training images", **passes)
-        standardise = Standardise(train)
-        found = standardise(encode_all(encoder, eval_images, processor, columns, desc="evaluation images", **passes))
-        generator = torch.Generator().manual_seed(seed)
-        rates = [rate * batch / 256 for rate in learning_rates]
-        num_classes = int(max(labels.max(), targets.max())) + 1
-        grids = {
-            kind: ClassifierGrid(side_by_side(found, read).shape[1], num_classes, rates, generator, home)
-            for kind, read in kinds.items()
-        }
-        training: dict[str, Any] = {"batch": batch, "epochs": epochs, "seed": seed}
-        batches: Iterator[tuple[Columns, Tensor]]
-        if augment:
-            views = augmented_batches(encoder, train_images, processor, columns, **training, **passes)
-            batches = ((standardise(features), own) for features, own in views)
-        else:
-            batches = stored_batches(standardise(train), labels, **training)
-        train_grids(grids, kinds, batches, steps=epochs * (len(labels) // batch))
-        return best_classifier(grids, kinds, learning_rates, found, targets)
+
+
+def start_grids(
+    kinds: dict[str, list[str]],
+    found: Columns,
+    num_classes: int,
+    rates: Sequence[float],
+    seed: int,
+    device: torch.device,
+) -> dict[str, ClassifierGrid]:
+    """One grid of untrained classifiers per kind, all drawn from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        kind: ClassifierGrid(sum(found[column].shape[1] for column in read), num_classes, rates, generator, device)
+        for kind, read in kinds.items()
+    }
 
 
 def best_classifier(

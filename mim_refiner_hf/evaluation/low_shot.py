@@ -17,7 +17,9 @@ W = (-w/2, w/2) with ||W||^2 = ||w||^2 / 2: there C = 2 / (lambda n).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +31,8 @@ from torch import Tensor
 
 from ..data import random_generator
 from ..modeling_mim_refiner import MimRefinerModel
-from .features import extract_features
+from .feature_cache import Rows, read_rows
+from .features import own_column
 from .scores import ProtocolResult, Score, class_labels
 
 if TYPE_CHECKING:
@@ -84,6 +87,24 @@ def draw_split(labels: NDArray[np.int64], shots: int, seed: int, split: int) -> 
     return chosen
 
 
+def encoded_splits(
+    images: "ImageDataset", read: Callable[["ImageDataset"], Rows], shots: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Rows]:
+    """Classes (K,), the splits (SPLITS, K, shots) as places among the encoded images, and those.
+
+    Only chosen images are read; where some are broken, the splits are drawn anew from the others.
+    """
+    while True:
+        labels = class_labels(images, "low-shot classification")
+        splits = np.stack([draw_split(labels, shots, seed, split) for split in range(SPLITS)])
+        used, places = np.unique(splits, return_inverse=True)
+        rows = read(images.subset(used))
+        if len(rows.images) == len(used):
+            return np.unique(labels), places.reshape(splits.shape), rows
+        broken = np.setdiff1d(images.indices[used], rows.images.indices)
+        images = images.subset(np.flatnonzero(~np.isin(images.indices, broken)))
+
+
 def low_shot(
     *,
     encoder: MimRefinerModel,
@@ -92,6 +113,7 @@ def low_shot(
     eval_images: "ImageDataset",
     shots: Sequence[int] = (1, 2, 5),
     seed: int = 0,
+    features: Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -104,6 +126,7 @@ def low_shot(
         eval_images: labelled.
         shots: images per class, each at least 1.
         seed: of the splits.
+        features: see `read_rows`.
         batch_size, num_workers, device: as in `extract_features`; the regression is solved on the CPU.
 
     Returns:
@@ -118,27 +141,27 @@ def low_shot(
     class_labels(eval_images, "low-shot classification")
     if labels.min() == labels.max():
         raise ValueError(f"{train_images.name} has images of one class only, but low-shot classification needs two or more")
-    splits = [draw_split(labels, max(shots), seed, split) for split in range(SPLITS)]  # (K, shots) each
-    used, places = np.unique(np.stack(splits), return_inverse=True)
-    places = places.reshape(SPLITS, -1, max(shots))  # of the chosen images among the encoded ones
+    column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    bank = extract_features(encoder, train_images.subset(used), processor, desc="low-shot images", **settings)
-    found = extract_features(encoder, eval_images, processor, desc="evaluation images", **settings)
+    read = partial(read_rows, encoder, processor=processor, columns=[column], features=features, **settings)
+    names, places, bank = encoded_splits(train_images, read, max(shots), seed)
+    found = read(eval_images)
     assert found.labels is not None  # class_labels says so
-    rows, targets = centred_rows(bank.features), centred_rows(found.features)
-    classes = torch.from_numpy(np.unique(labels))
+    rows, targets = centred_rows(bank.column(column)), centred_rows(found.column(column))
+    classes = torch.from_numpy(names)
     scores = {}
     for count in shots:
         numbers = torch.arange(len(classes)).repeat_interleave(count)
-        accuracies = []
+        correct = []
         for split in range(SPLITS):
             weights = fit_logistic(rows[places[split, :, :count].flatten()], numbers)
             predicted = classes[(targets @ weights).argmax(dim=1)]
-            accuracies.append((predicted == found.labels).double().mean().item())
-        error = float(np.std(accuracies, ddof=1)) / math.sqrt(SPLITS)
+            correct.append((predicted == found.labels).double().numpy())
+        error = float(np.std([answers.mean() for answers in correct], ddof=1)) / math.sqrt(SPLITS)
         images = "image" if count == 1 else "images"
         setting = f"{count} {images} per class; {SPLITS} splits"
-        scores[f"low_shot_{count}_accuracy"] = Score(float(np.mean(accuracies)), error, setting)
+        per_image = np.mean(correct, axis=0)
+        scores[f"low_shot_{count}_accuracy"] = Score(float(per_image.mean()), error, setting, per_image, spread=error)
     return ProtocolResult(scores)
 
 

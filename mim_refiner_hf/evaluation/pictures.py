@@ -42,6 +42,12 @@ def group_strip(images: "ImageDataset", members: NDArray[np.int64]) -> Image.Ima
     return strip
 
 
+def class_name(images: "ImageDataset", label: int) -> str:
+    """What to write for a class: its name, shortened to 18 characters, or its number."""
+    name = str(images.class_names[label]) if images.class_names else str(label)
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
 def group_caption(images: "ImageDataset", labels: Tensor | None, members: NDArray[np.int64]) -> str:
     """Size of a group and, with labels, its most frequent class and that class's share."""
     size = f"{len(members)} image{'s' if len(members) > 1 else ''}"
@@ -49,9 +55,7 @@ def group_caption(images: "ImageDataset", labels: Tensor | None, members: NDArra
         return size
     counts = np.bincount(labels.numpy()[members])
     label = int(counts.argmax())
-    name = str(images.class_names[label]) if images.class_names else str(label)
-    name = name if len(name) <= 18 else name[:17] + "…"
-    return f"{name}: {100 * counts[label] / len(members):.0f} %\n{size}"
+    return f"{class_name(images, label)}: {100 * counts[label] / len(members):.0f} %\n{size}"
 
 
 def draw_row(axes: Axes, strip: Image.Image, caption: str) -> None:
@@ -92,6 +96,15 @@ def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Pat
     save_figure(figure, path)
 
 
+def plot_knn_per_block(axes: Axes, metrics: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """k-NN accuracy of every block (paper, Fig. 3b), one line per entry of `metrics` that has `knn_per_block`."""
+    for name, found in metrics.items():
+        if found and "knn_per_block" in found:
+            axes.plot([100 * value for value in found["knn_per_block"]], marker="o", label=name)
+    axes.set(title="k-NN accuracy per block (%)", xlabel="block (0-based, raw output)")
+    axes.legend()
+
+
 def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, path: Path) -> None:
     """Draw a run as a PNG: loss per head, what the nearest neighbours are like per head, and k-NN accuracy per block.
 
@@ -103,14 +116,10 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
     heads = [key.removesuffix("/loss") for key in (lines[-1] if lines else {}) if key.endswith("/loss")]
     labelled = any(f"{head}/neighbour_accuracy" in line for head in heads for line in lines)
     neighbours = "neighbour_accuracy" if labelled else "neighbour_similarity"
-    profiles = [
-        (name, metrics["knn_per_block"])
-        for name, metrics in (("before", before), ("after", after))
-        if metrics and "knn_per_block" in metrics
-    ]
-    figure = Figure(figsize=(4.4 * (3 if profiles else 2), 3.4), dpi=110, layout="constrained")
+    profiled = any(metrics and "knn_per_block" in metrics for metrics in (before, after))
+    figure = Figure(figsize=(4.4 * (3 if profiled else 2), 3.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if profiles else 2, squeeze=False)[0]
+    panels = figure.subplots(1, 3 if profiled else 2, squeeze=False)[0]
     for axes, key, title in (
         (panels[0], "loss", "loss per head"),
         (panels[1], neighbours, f"{neighbours.replace('_', ' ')} per head"),
@@ -120,10 +129,8 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
             axes.plot(*zip(*points, strict=True), label=head, linewidth=1.2)
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7)
-    for name, profile in profiles:
-        panels[2].plot(range(len(profile)), [100 * value for value in profile], marker="o", label=name)
-        panels[2].set(title="k-NN accuracy per block (%)", xlabel="block (0-based, raw output)")
-        panels[2].legend()
+    if profiled:
+        plot_knn_per_block(panels[2], {"before": before, "after": after})
     save_figure(figure, path)
 
 

@@ -23,7 +23,7 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from .feature_map import flat_map
 from .knn import standardise
-from .pictures import save_figure, thumbnail
+from .pictures import class_name, plot_knn_per_block, save_figure, thumbnail
 from .report import Evaluation
 
 if TYPE_CHECKING:
@@ -42,39 +42,34 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def draw_profile(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """k-NN accuracy of every block (paper, Fig. 3b), one line per entry of `metrics` that has `knn_per_block`."""
+    """`plot_knn_per_block` as a PNG."""
     figure = new_figure(5, 3.6)
-    axes = figure.subplots()
-    for name, found in metrics.items():
-        if "knn_per_block" in found:
-            axes.plot([100 * value for value in found["knn_per_block"]], marker="o", label=name)
-    axes.set(xlabel="block (0-based, raw output)", ylabel="k-NN accuracy (%)")
-    axes.legend()
+    plot_knn_per_block(figure.subplots(), metrics)
     save_figure(figure, path)
 
 
-def confusion(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Shares (classes, groups) of every class over the groups, and the group order that puts each class's own on the diagonal."""
+def confusion(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Shares (classes, groups) of every class over the groups, in the order that puts each class's own group on the diagonal."""
     counts = contingency_matrix(labels, groups).astype(float)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     own = columns[np.argsort(rows)]
     rest = np.setdiff1d(np.arange(counts.shape[1]), own)
     order = np.concatenate([own, rest]).astype(np.int64)
-    return (counts / counts.sum(axis=1, keepdims=True))[:, order], order
+    shares: NDArray[np.float64] = (counts / counts.sum(axis=1, keepdims=True))[:, order]
+    return shares
 
 
 def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
     """How each class spreads over the groups; the groups are in the order of the best one-to-one match with the classes."""
     assert evaluation.features.labels is not None
-    shares, _ = confusion(evaluation.features.labels.numpy(), evaluation.assignments)
+    shares = confusion(evaluation.features.labels.numpy(), evaluation.assignments)
     classes = np.unique(evaluation.features.labels.numpy())
     side = min(12.0, 2.5 + 0.28 * len(classes))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
     if len(classes) <= NAMED_CLASSES:
-        names = [str(images.class_names[label]) if images.class_names else str(label) for label in classes]
-        axes.set_yticks(range(len(classes)), [name if len(name) <= 18 else name[:17] + "…" for name in names], parse_math=False)
+        axes.set_yticks(range(len(classes)), [class_name(images, label) for label in classes], parse_math=False)
     axes.set(xlabel="group", ylabel="class")
     figure.colorbar(picture, ax=axes, label="share of the class")
     save_figure(figure, path)
@@ -91,7 +86,7 @@ def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None
     axes = figure.subplots()
     kinds, size = np.unique(colours), min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40)  # dots, in square points
     for place, kind in enumerate(kinds):
-        name = f"group {kind}" if labels is None else str(images.class_names[kind]) if images.class_names else str(kind)
+        name = f"group {kind}" if labels is None else class_name(images, kind)
         where = colours == kind
         axes.scatter(points[where, 0], points[where, 1], s=size, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
     axes.set(title=f"{method} of the features, by {'group' if labels is None else 'class'}", xticks=[], yticks=[])

@@ -9,8 +9,10 @@ Without labels only RankMe is measured, and the groups are a rule-of-thumb numbe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from ..modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans, mean_scores, rankme
-from .features import FeatureSet, extract_features
-from .knn import knn_accuracy, knn_predict, standardise
+from .feature_cache import Rows, own_columns, read_rows
+from .features import FeatureSet
+from .knn import knn_accuracy, knn_grid, knn_predict, standardise
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -39,7 +42,11 @@ METRICS: dict[str, tuple[str, bool]] = {
     "cluster_accuracy_mean": ("cluster accuracy, mean over runs", True),
     "nmi_mean": ("NMI, mean over runs", True),
     "rankme": ("RankMe (no labels needed)", False),
-    "neighbour_agreement": ("neighbour agreement (no labels needed)", True),  # `block_analysis.neighbour_agreement`
+    "neighbour_agreement": (
+        "agreement of neighbours under augmentation (no labels needed)",
+        True,
+    ),  # `block_analysis.neighbour_agreement`
+    "silhouette": ("silhouette of the groups (no labels needed)", False),
 }
 
 
@@ -50,7 +57,8 @@ class Evaluation:
     Attributes:
         metrics: `rankme`, and where both sets have labels also `knn_accuracy`, `cluster_accuracy`, `nmi`, `ami`, `ari` (of the
             k-means run with the lowest inertia), `cluster_accuracy_mean`, `nmi_mean` (over all runs) and, when asked for,
-            `knn_per_block` (a list, first block first). All but `rankme` are fractions of 1.
+            `knn_per_block` (a list, first block first) and `knn` (a list of settings for the last block, and for the last 4 side by
+            side). All but `rankme` are fractions of 1.
         features: the last block's features of the evaluation images, and their labels.
         groups: the k-means run behind the clustering metrics and the picture.
         predicted: the k-NN class of each evaluation image (M,), with labels.
@@ -109,6 +117,8 @@ def evaluate_encoder(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     per_block: bool = True,
+    grid: bool = False,
+    features: Path | None = None,
 ) -> Evaluation:
     """Measure a frozen encoder by the paper's k-NN and clustering protocols, and by RankMe.
 
@@ -119,41 +129,71 @@ def evaluate_encoder(
         eval_images: what is classified and clustered. k-means runs 100 times with k = the number of its classes.
         seed: of the first k-means run.
         batch_size, num_workers, device: as in `extract_features`.
-        per_block: also the k-NN accuracy of every block; keeps the features of all blocks in memory.
+        per_block: also the k-NN accuracy of every block; without `features`, those of all blocks are kept in memory.
+        grid: also k-NN for many k and temperatures, on the last block and on the last 4 side by side (paper, table 13).
+        features: see `read_rows`; broken images are left out there.
     """
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    settings["blocks"] = range(encoder.config.num_hidden_layers) if per_block and labelled else None
-    found = extract_features(encoder, eval_images, processor, desc="evaluation images", **settings)
+    own = own_columns(encoder.config)
+    columns = own if labelled and per_block else own[-4:] if labelled and grid else own[-1:]
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "features": features}
+    read = partial(read_rows, encoder, processor=processor, columns=columns, **settings)
+    found = read(eval_images, desc="evaluation images")
+    last = FeatureSet(found.column(own[-1]), labels=found.labels)
     metrics: dict[str, Any] = {}
     bank = predicted = None
     if labelled:
-        bank = extract_features(encoder, evenly_spaced(train_images, BANK_SIZE), processor, desc="k-NN bank", **settings)
-        assert bank.labels is not None and found.labels is not None  # `labelled` says so
-        bank_x, eval_x = standardise(bank.features, found.features)
-        (predicted,) = knn_predict(bank_x, bank.labels, eval_x).values()  # k = 10, temperature 0.07
-        metrics["knn_accuracy"] = (predicted == found.labels).float().mean().item()
-        groups = kmeans(found.features, len(np.unique(found.labels)), seed=seed)
-        metrics |= clustering_metrics(found.labels.numpy(), groups)
+        rows = read(evenly_spaced(train_images, BANK_SIZE), desc="k-NN bank")
+        bank = FeatureSet(rows.column(own[-1]), labels=rows.labels)
+        assert bank.labels is not None and last.labels is not None  # `labelled` says so
+        predicted, metrics = knn_metrics(rows, found, own, grid)
+        groups = kmeans(last.features, len(np.unique(last.labels)), seed=seed)
+        metrics |= clustering_metrics(last.labels.numpy(), groups)
         if per_block:
             metrics["knn_per_block"] = [
-                knn_accuracy(bank.blocks[block], bank.labels, found.blocks[block], found.labels) for block in found.blocks
+                knn_accuracy(rows.column(column), bank.labels, found.column(column), last.labels) for column in own
             ]
-        bank = FeatureSet(bank.features, labels=bank.labels)  # without the blocks, which are large
     else:
-        groups = kmeans(found.features, picture_groups(len(eval_images)), runs=10, seed=seed)
-    metrics["rankme"] = rankme(found.features)
-    return Evaluation(metrics, FeatureSet(found.features, labels=found.labels), groups, predicted, bank)
+        groups = kmeans(last.features, picture_groups(len(found.images)), runs=10, seed=seed)
+    metrics["rankme"] = rankme(last.features)
+    return Evaluation(metrics, last, groups, predicted, bank)
+
+
+def knn_metrics(bank: Rows, found: Rows, own: Sequence[str], grid: bool) -> tuple[Tensor, dict[str, Any]]:
+    """The classes that k = 10 and temperature 0.07 predict from the last block, (M,), their accuracy, and with `grid` all others."""
+    assert bank.labels is not None and found.labels is not None
+    if not grid:
+        (predicted,) = knn_predict(*_standardised(bank, found, own[-1:])).values()
+        return predicted, {"knn_accuracy": (predicted == found.labels).float().mean().item()}
+    places = {"last block": own[-1:]} | ({f"last {len(own[-4:])} blocks": own[-4:]} if len(own) > 1 else {})
+    answers = {place: knn_grid(*_standardised(bank, found, columns)) for place, columns in places.items()}
+    table = {
+        place: [
+            {"k": k, "temperature": tau, "accuracy": (classes == found.labels).float().mean().item()}
+            for (k, tau), classes in predictions.items()
+        ]
+        for place, predictions in answers.items()
+    }
+    predicted = answers["last block"][10, 0.07]
+    return predicted, {"knn_accuracy": (predicted == found.labels).float().mean().item(), "knn": table}
+
+
+def _standardised(bank: Rows, found: Rows, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `knn_predict` takes: bank (N, D), its classes (N,), rows to classify (M, D)."""
+    assert bank.labels is not None
+    bank_x, eval_x = standardise(bank.side_by_side(columns), found.side_by_side(columns))
+    return bank_x, bank.labels, eval_x
 
 
 def format_metric(name: str, value: float) -> str:
-    """A fraction as a percentage, anything else with one decimal."""
-    return f"{100 * value:.1f} %" if METRICS[name][1] else f"{value:.1f}"
+    """A fraction as a percentage, anything else with one decimal, or three below 1."""
+    return f"{100 * value:.1f} %" if METRICS[name][1] else f"{value:.{1 if abs(value) >= 1 else 3}f}"
 
 
 def format_change(name: str, before: float, after: float) -> str:
     """The signed difference; percentage points for fractions."""
-    return f"{100 * (after - before):+.1f} points" if METRICS[name][1] else f"{after - before:+.1f}"
+    change = after - before
+    return f"{100 * change:+.1f} points" if METRICS[name][1] else f"{change:+.{1 if max(abs(before), abs(after)) >= 1 else 3}f}"
 
 
 def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -10,9 +10,11 @@ is ImageNet-C's where that image has 224 pixels a side, and in proportion on sma
 """
 
 import io
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from ..data import random_generator
 from ..modeling_mim_refiner import MimRefinerModel
-from .features import extract_features
+from .feature_cache import for_altered_images, read_rows
+from .features import own_column
 from .knn import knn_predict, standardise
 from .report import BANK_SIZE, evenly_spaced
 from .scores import ProtocolResult, class_labels, mean_score
@@ -95,6 +98,11 @@ class CorruptedInput:
         )
         return finished
 
+    def to_json_string(self) -> str:
+        """All that the pixels depend on, for the manifest of a feature store."""
+        corruption = {"corruption": self.corrupt.__name__, "severity": self.severity, "seed": self.seed}
+        return json.dumps(json.loads(self.processor.to_json_string()) | corruption, sort_keys=True)
+
 
 def robustness(
     *,
@@ -104,6 +112,7 @@ def robustness(
     eval_images: "ImageDataset",
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
+    features: Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -116,6 +125,7 @@ def robustness(
         eval_images: labelled; encoded once clean and once for each of the 20 corruptions.
         severities: from 1 to 5.
         seed: of the noise.
+        features: see `read_rows`.
         batch_size, num_workers, device: as in `extract_features`.
 
     Returns:
@@ -128,26 +138,34 @@ def robustness(
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"severities={tuple(severities)} must be numbers from 1 to 5")
     bank_images = evenly_spaced(train_images, BANK_SIZE)
-    bank_labels = torch.from_numpy(class_labels(bank_images, "robustness"))
-    targets = torch.from_numpy(class_labels(eval_images, "robustness"))
+    for images in (bank_images, eval_images):
+        class_labels(images, "robustness")
+    column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    bank = extract_features(encoder, bank_images, processor, desc="k-NN bank", **settings)
+    bank = read_rows(encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings)
+    bank_features, bank_labels = bank.column(column), bank.labels
+    assert bank_labels is not None  # class_labels says so
 
-    def correct(prepare: Any, desc: str) -> Tensor:
+    def correct(prepare: Any, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image, (N,), when `prepare` processes it."""
-        found = extract_features(encoder, eval_images, prepare, desc=desc, **settings)
-        bank_x, eval_x = standardise(bank.features, found.features)
+        found = read_rows(encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings)
+        bank_x, eval_x = standardise(bank_features, found.column(column))
         (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()
-        return predicted == targets
+        return predicted == found.labels
 
-    clean = correct(processor, "clean images")
+    clean, altered = correct(processor, features, "clean images"), for_altered_images(features)
     corrupted = {
         f"robustness_{name}_{severity}_accuracy": correct(
-            CorruptedInput(processor, corrupt, severity, seed), f"{name}, severity {severity}"
+            CorruptedInput(processor, corrupt, severity, seed), altered, f"{name}, severity {severity}"
         )
         for name, corrupt in CORRUPTIONS.items()
         for severity in severities
     }
+    return robustness_scores(clean, corrupted, severities)
+
+
+def robustness_scores(clean: Tensor, corrupted: dict[str, Tensor], severities: Sequence[int]) -> ProtocolResult:
+    """The scores of `robustness` from whether each image (N,) was classified correctly, clean and under each corruption."""
     per_image = torch.stack(list(corrupted.values())).double().mean(dim=0)  # (N,), over all corruptions
     setting = f"k-NN, k=10, clean bank; mean over {', '.join(CORRUPTIONS)} at severities {', '.join(map(str, severities))}"
     return ProtocolResult(

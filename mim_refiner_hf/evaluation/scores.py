@@ -6,7 +6,7 @@ print(result)                                            # low_shot_1_accuracy  
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One number: `value` and `standard_error` are fractions of 1; `setting` says in words what it was reached with."""
+    """One number.
+
+    Attributes:
+        value, standard_error: fractions of 1.
+        setting: in words, what it was reached with.
+        per_image: whose mean `value` is, (N,), one in [0, 1] per evaluation image; None where it is not a mean over images.
+        spread: the part of the standard error that does not come from the choice of evaluation images.
+    """
 
     value: float
     standard_error: float
     setting: str = ""
+    per_image: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    spread: float = 0.0
 
     def __str__(self) -> str:
         measured = f"{100 * self.value:.1f} % ± {100 * self.standard_error:.1f}"
@@ -50,7 +59,8 @@ class ProtocolResult:
 def mean_score(values: Tensor, setting: str = "") -> Score:
     """The mean of `values` (N,), one in [0, 1] per image (1 for a correct answer), with its standard error over the images."""
     values = values.double()
-    return Score(values.mean().item(), values.std(correction=0).item() / math.sqrt(len(values)), setting)
+    error = values.std(correction=0).item() / math.sqrt(len(values))
+    return Score(values.mean().item(), error, setting, values.cpu().numpy())
 
 
 def class_labels(images: "ImageDataset", protocol: str) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Segmentation probe: a linear layer on the patches of the frozen encoder says the class of every pixel (MIM-Refiner, C.7).
 
+    mim-refiner evaluate MODEL --dataset camvid/ --eval_split test --protocols segmentation
     train, test = (open_segmentation("camvid/", split=split) for split in ("train", "test"))
     result = segmentation_probe(encoder=encoder, processor=processor, train_images=train, eval_images=test)
     result.scores["segmentation_miou"]           # 31.0 % ± 0.7   (learning rate 0.1; raw blocks 23, 19, 15, 11; 95 % 29.6-32.4 %)

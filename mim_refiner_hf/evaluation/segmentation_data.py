@@ -36,6 +36,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __init__(self, table: Any, image_column: str, mask_column: str, names: Sequence[str], name: str) -> None:
         self.table, self.image_column, self.mask_column, self.name = table, image_column, mask_column, name
+        self.fingerprint: str = table._fingerprint  # tells two data sets apart without reading pixels
         self.class_names = [each for each in names if each != VOID_NAME]
         self.classes = np.full(2**16, VOID, dtype=np.int64)  # of every mask value: a class, or void
         counted = [value for value, each in enumerate(names) if each != VOID_NAME]

@@ -12,12 +12,18 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from ..evaluation.evaluate import report_table
 from ..evaluation.report import METRICS
+from ..evaluation.report_folder import protocol_labels, report_table
 from .hub import CARD
 from .model_card import fenced, is_hub_name, one_line, plain
 
 BEGIN, END = "<!-- evaluation: {} -->", "<!-- end of evaluation -->"
+
+
+def scores_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that were measured, and what to call them."""
+    labels = {name: label for name, (label, _) in METRICS.items() if name in report["after"]}
+    return labels | protocol_labels(report["after"])
 
 
 def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
@@ -35,8 +41,7 @@ def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=label,
             metric_value=round(float(report["after"][name]), 6),
         )
-        for name, (label, _) in METRICS.items()
-        if name in report["after"]
+        for name, label in scores_of(report).items()
     ]
 
 
@@ -47,9 +52,9 @@ def section(report: Mapping[str, Any]) -> str:
         [
             BEGIN.format(data["eval_fingerprint"]),
             f"## Evaluation on {plain(data['eval_name'])}",
-            f"{data['eval_images']} images, k-NN bank of {data['bank_images']} images, seed {int(report['seed'])}; "
+            f"{data['eval_images']} images, {data['bank_images']} others to compare with, seed {int(report['seed'])}; "
             "± is one standard error.",
-            report_table({**report, "against": plain(report["against"] or "")}),
+            report_table(report, against=plain(report["against"] or "")),
             fenced(report["command"], "bash"),
             END,
         ]
@@ -99,8 +104,7 @@ def write_entries(folder: Path, report: Mapping[str, Any]) -> None:
             value=round(float(report["after"][metric]), 6),
             notes=f"seed {report['seed']}: {report['command']}",
         )
-        for metric in METRICS
-        if metric in report["after"]
+        for metric in scores_of(report)
     ]
     path = folder / ".eval_results" / f"{name.replace('/', '--')}.yaml"
     path.parent.mkdir(exist_ok=True)

@@ -1,0 +1,199 @@
+"""The folder of an evaluation: `metrics.json`, `report.md` with its tables, and the pictures.
+
+    write_report(Path("out/evaluation"), report, sides, data)       # `report` as `evaluate` returns it
+    print(report_table(report))
+
+A table has one row per score; with a second model also the change, its 95 % interval and the verdict. "better" means that the interval
+leaves out zero; many scores are looked at, so one in twenty verdicts on a model that did not change would be wrong.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpointing import staged_folder, write_json
+from .comparison import Data, Side
+from .pictures import draw_clusters
+from .plots import draw_confusion, draw_map, draw_neighbours, draw_profile
+from .report import METRICS, Evaluation, format_metric
+
+
+def command_line() -> str:
+    """What was typed, so that it can be typed again."""
+    program = Path(sys.argv[0])
+    typed = ["mim-refiner"] if program.name == "mim-refiner" else ["python", os.path.relpath(program)]
+    return shlex.join([*typed, *sys.argv[1:]])
+
+
+def check_output(output_dir: Path) -> Path:
+    """`output_dir`, resolved; ValueError for one that holds anything but an earlier evaluation."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file; name a folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "report.md").is_file():
+        raise ValueError(f"--output_dir {output_dir}: holds something else than an evaluation; name another folder")
+    return output_dir.resolve()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table, the first row its head; all columns but the first to the right."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def score_rows(report: Mapping[str, Any], labels: Mapping[str, str], against: str) -> list[list[str]]:
+    """The scores of `labels` (name -> what to call it) that were measured: a head and a row for each."""
+    before, after, changes = report["before"], report["after"], report["changes"]
+
+    def cell(metrics: Mapping[str, Any], name: str) -> str:
+        text = format_metric(name, metrics[name]) if name in METRICS else f"{100 * metrics[name]:.1f} %"
+        error = metrics.get(f"{name}_standard_error")
+        scale, digits = (1, 3) if name == "silhouette" else (100, 1)
+        return text if error is None else f"{text} ± {scale * error:.{digits}f}"
+
+    def row(name: str, label: str) -> list[str]:
+        if before is None:
+            return [label, cell(after, name)]
+        sides = [label, cell(before, name), cell(after, name)]
+        if name not in changes:
+            return [*sides, "", "not judged"]
+        low, value, high = (f"{100 * changes[name][key]:+.1f}" for key in ("low", "difference", "high"))
+        return [*sides, f"{value} ({low} to {high})", changes[name]["verdict"]]
+
+    head = ["metric", "this model"] if before is None else ["metric", against, "this model", "change (95 %)", "verdict"]
+    shown = [name for name in labels if name in after and (before is None or name in before)]
+    return [head, *(row(name, labels[name]) for name in shown)]
+
+
+def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
+    """What to call the scores of the added protocols: those with an error that are no metrics of every evaluation."""
+    names = [name.removesuffix("_standard_error") for name in after if name.endswith("_standard_error")]
+    return {name: name.removesuffix("_accuracy").replace("_", " ") for name in names if name not in METRICS}
+
+
+def report_table(report: Mapping[str, Any], against: str | None = None) -> str:
+    """Every score as a Markdown table; with `before`, the change, its 95 % interval and the verdict.
+
+    `against` is what to call the other model; None for its name.
+    """
+    labels = {name: label for name, (label, _) in METRICS.items()} | protocol_labels(report["after"])
+    return markdown_table(score_rows(report, labels, against or str(report["against"])))
+
+
+def knn_tables(report: Mapping[str, Any]) -> str:
+    """k-NN accuracy for every k and temperature: per place of the features, a row per k, before -> after."""
+    parts = []
+    for place, after in report["after"].get("knn", {}).items():
+        before = (report["before"] or {}).get("knn", {}).get(place, [])
+        old = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in before}
+        new = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in after}
+        ks, taus = sorted({k for k, _ in new}), sorted({tau for _, tau in new})
+        rows = [["k", *(f"temperature {tau:g}" for tau in taus)]]
+        for k in ks:
+            texts = [f"{100 * new[k, tau]:.1f}" for tau in taus]
+            if (k, taus[0]) in old:
+                texts = [f"{100 * old[k, tau]:.1f} -> {text}" for tau, text in zip(taus, texts, strict=True)]
+            rows.append([str(k), *texts])
+        parts.append(f"{place[0].upper()}{place[1:]}, accuracy in %:\n\n{markdown_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def block_table(report: Mapping[str, Any]) -> str:
+    """k-NN accuracy of every block."""
+    sides = {"before": report["before"] or {}, "after": report["after"]}
+    profiles = {name: side["knn_per_block"] for name, side in sides.items() if "knn_per_block" in side}
+    depth = max(map(len, profiles.values()))
+    texts = {name: [f"{100 * value:.1f}" for value in profile] + [""] * depth for name, profile in profiles.items()}
+    return markdown_table([["block", *profiles], *([str(i), *(text[i] for text in texts.values())] for i in range(depth))])
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The verdicts in one sentence."""
+    verdicts = [change["verdict"] for change in report["changes"].values()]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("better", "worse", "no clear difference")]
+    return f"Of {len(verdicts)} scores whose change can be judged: {', '.join(counts)}."
+
+
+def describe_images(data: Mapping[str, Any], labelled: bool) -> str:
+    """One line on what was measured on."""
+    learnt = f"k-NN bank of {data['bank_images']} images" if labelled else f"{data['train_images']} images to learn from"
+    return f"{data['eval_images']} images of {data['eval_name']}, {learnt}; data {data['fingerprint']}, {data['eval_fingerprint']}."
+
+
+def method(report: Mapping[str, Any]) -> str:
+    """How it was measured, as a list."""
+    facts = {name: text for name, text in report["protocol"].items() if name != "added"}
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    weights = ", ".join(f"{name} {fingerprint}" for name, fingerprint in report["fingerprints"].items())
+    facts |= {"seed": report["seed"], "weights": weights, "versions": versions}
+    facts |= {"hardware": f"{report['hardware']}, {report['seconds']:.0f} s"}
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
+def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]:
+    """The parts of the page below its head, by title."""
+    after = report["after"]
+    found = {"Scores": report_table(report)}
+    if report["before"] is not None:
+        found["Scores"] += f"\n\n{summary(report)}"
+    if sides[-1].evaluation is None:
+        found["Scores"] += (
+            "\n\nThe data is measured by its masks: only the segmentation probe was run, for k-NN and clustering need labels."
+        )
+    elif "knn" not in after:
+        found["Scores"] += "\n\nThere are images without labels, so nothing was measured that needs them."
+    for name, transferred in report["transfer"].items():
+        seen = {**transferred, "against": report["against"]}
+        text = f"{describe_images(transferred['dataset'], True)}\n\n{report_table(seen)}"
+        found[f"Transfer to {name}"] = text + (f"\n\n{summary(transferred)}" if transferred["changes"] else "")
+    if "knn" in after:
+        found["k-NN"] = knn_tables(report)
+        found["k-NN per block (%)"] = block_table(report)
+    settings = [f"{side.name}: {name}\n{result}" for side in sides for name, result in side.extra.items()]
+    if settings:
+        found["Settings of the protocols"] = "```text\n" + "\n\n".join(settings) + "\n```"
+    return found
+
+
+def draw_pictures(folder: Path, data: Data, sides: Sequence[Side], found: Evaluation) -> list[str]:
+    """Draw what can be drawn of the last side; returns the names of the files."""
+    pictures = ["clusters.png", "map.png"]
+    draw_clusters(data.evaluated, found, folder / "clusters.png")
+    draw_map(data.evaluated, found, folder / "map.png")
+    if found.predicted is not None:
+        names = ["before", "after"] if len(sides) == 2 else ["this model"]
+        profiles = {name: side.metrics for name, side in zip(names, sides, strict=True)}
+        draw_profile(profiles, folder / "block_profile.png")
+        draw_confusion(data.evaluated, found, folder / "confusion.png")
+        draw_neighbours(data.evaluated, data.bank, found, folder / "neighbours.png")
+        pictures += ["block_profile.png", "confusion.png", "neighbours.png"]
+    return pictures
+
+
+def write_report(output_dir: Path, report: dict[str, Any], sides: Sequence[Side], data: Data) -> None:
+    """Write the folder: numbers, words and pictures, in place of an earlier evaluation."""
+    found = sides[-1].evaluation
+    with staged_folder(output_dir, check_output) as new:
+        write_json(new / "metrics.json", report)
+        pictures = [] if found is None else draw_pictures(new, data, sides, found)
+        head = [f"# {report['model']}", describe_images(report["dataset"], found is not None)]
+        if report["against"] is not None:
+            head.append(f"Compared with {report['against']} on the same images.")
+        head.append(f"```bash\n{report['command']}\n```")
+        body = [f"## {title}\n\n{text}" for title, text in sections(report, sides).items()]
+        body += (
+            ["## Pictures\n\n" + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)] if pictures else []
+        )
+        text = "\n\n".join([*head, *body, f"## How it was measured\n\n{method(report)}"])
+        (new / "report.md").write_text(text + "\n", encoding="utf-8")
+
+
+__all__ = ["check_output", "command_line", "report_table", "write_report"]
