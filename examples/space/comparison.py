@@ -80,7 +80,8 @@ class Grouping:
         images, names: the readable ones.
         summary: of the pipeline; `summary["broken"]` are the others.
         groups, scores: group and confidence of each image.
-        side: features and measurements.
+        side: scores and their errors.
+        evaluation: the measurement behind them, with the features.
     """
 
     images: ImageDataset
