@@ -12,11 +12,14 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from .patience import patiently
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -91,7 +94,8 @@ def load_table(dataset: str, *, config: str | None, split: str | None, streaming
     try:
         if path.exists():
             return _load_local(path, split, streaming=streaming)
-        return datasets.load_dataset(dataset, config, split=split or "train", streaming=streaming)
+        load = partial(datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming)
+        return patiently(load, f"opening {dataset}")
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"No data set {dataset!r}: not a path here, not 'digits', and not on the Hub, or private ({_line(error)})."
