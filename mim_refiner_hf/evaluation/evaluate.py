@@ -27,6 +27,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from ..checkpointing import write_json
 from ..conversion import load_encoder
 from ..data import ImageDataset, hold_out, open_images
+from ..markdown import fenced, plain
 from ..modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import cluster_accuracy, matched
 from .evidence import Change, Measured, compare, measure
@@ -282,12 +283,13 @@ def write_report(
         draw_neighbours(evaluated, evenly_spaced(bank, BANK_SIZE), found, new / "neighbours.png")
         pictures += ["block_profile.png", "confusion.png", "neighbours.png"]
     extra = "\n".join(
-        f"## {side.name}: {name}\n\n```text\n{result}\n```\n" for side in sides for name, result in side.extra.items()
+        f"## {plain(side.name)}: {name}\n\n{fenced(result, 'text')}\n" for side in sides for name, result in side.extra.items()
     )
-    data = report["dataset"]
+    data, table = report["dataset"], report_table({**report, "against": plain(report["against"] or "")})
     text = (
-        f"# {report['model']}\n\n{data['eval_images']} images of {data['eval_name']}, k-NN bank of {data['bank_images']} images, seed "
-        f"{report['seed']}, {report['seconds']:.0f} s.\n\n```bash\n{report['command']}\n```\n\n{report_table(report)}\n\n{extra}\n"
+        f"# {plain(report['model'])}\n\n{data['eval_images']} images of {plain(data['eval_name'])}, k-NN bank of "
+        f"{data['bank_images']} images, seed {report['seed']}, {report['seconds']:.0f} s.\n\n"
+        f"{fenced(report['command'], 'bash')}\n\n{table}\n\n{extra}\n"
         + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     )
     (new / "report.md").write_text(text + "\n", encoding="utf-8")
