@@ -34,9 +34,10 @@ class Checkpoint:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that `path` holds the old or the new text, never half of it."""
+    """Write JSON so that `path` holds the old or the new text, never half of it; names that are no valid Unicode survive."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff is JSON's own way to write that byte
     temporary.replace(path)
 
 

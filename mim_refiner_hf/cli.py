@@ -45,6 +45,7 @@ from .publishing.model_card import write_card
 from .refinement.recipe import RefineRecipe
 from .refinement.recipe_files import parse_recipe, read_fields
 from .refinement.run import RunResult, run
+from .run_lock import sole_run
 
 
 def refine(recipe: RefineRecipe) -> RunResult | None:
@@ -54,16 +55,24 @@ def refine(recipe: RefineRecipe) -> RunResult | None:
     `push_to_hub` it publishes the folder. Returns None after a dry run or a head warm-up alone.
 
     Raises:
-        ValueError, FileNotFoundError: for wrong settings, before any work.
+        ValueError, FileNotFoundError: for wrong settings, or while another run writes to the folder; before any work.
         FloatingPointError: for a loss that is not finite.
         PushError: when the Hub fails; the local result is intact and the message says how to continue.
     """
     if recipe.push_to_hub is not None:
         check_repo_id(recipe.push_to_hub)
     check_model_folder(Path(recipe.output_dir) / "model")
-    result = run(recipe)
-    if result is None or not PartialState().is_main_process:
-        return result
+    if recipe.dry_run:
+        return run(recipe)
+    with sole_run(Path(recipe.output_dir), "--output_dir"):
+        result = run(recipe)
+        if result is not None and PartialState().is_main_process:
+            _save(recipe, result)
+    return result
+
+
+def _save(recipe: RefineRecipe, result: RunResult) -> None:
+    """The model folder, its card, and the way to the Hub."""
     folder = result.output_dir / "model"
     save_model_folder(folder, result.encoder, result.processor)
     write_card(result.output_dir)
@@ -71,7 +80,6 @@ def refine(recipe: RefineRecipe) -> RunResult | None:
     print(f"The refined model: {folder}")
     if recipe.push_to_hub is not None:
         print(f"Published: {push_folder(folder, recipe.push_to_hub)}")
-    return result
 
 
 def _refine(arguments: Sequence[str]) -> None:
@@ -103,12 +111,15 @@ def _pretrain(arguments: Sequence[str]) -> None:
         parser.set_defaults(**read_fields(chosen, PretrainRecipe))
     recipe, command = parser.parse_args_into_dataclasses(list(arguments))
     check_model_folder(Path(command.output_dir))
-    images = open_images(command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels)
-    accelerator = Accelerator(cpu=several_on_the_cpu())
-    encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
-    if accelerator.is_main_process:
-        save_model_folder(Path(command.output_dir), encoder, image_processor(encoder.config, {}))
-        print(f"The pre-trained model: {command.output_dir}")
+    where = {"config": command.dataset_config, "split": command.split}
+    images = open_images(command.dataset, **where, num_channels=recipe.num_channels)
+    folder = Path(command.output_dir)
+    with sole_run(folder, "--output_dir", beside=True):
+        accelerator = Accelerator(cpu=several_on_the_cpu())
+        encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
+        if accelerator.is_main_process:
+            save_model_folder(folder, encoder, image_processor(encoder.config, {}))
+            print(f"The pre-trained model: {folder}")
 
 
 def _push(arguments: Sequence[str]) -> None:

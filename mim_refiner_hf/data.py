@@ -134,7 +134,8 @@ class ImageStream:
         self.name, self.num_channels = name, num_channels
         self.image_column, self.label_column = find_columns(features, name)
         self.class_names: list[str] | None = getattr(features.get(self.label_column), "names", None)
-        self.stream = undecoded(stream, self.image_column, features)
+        kept = [column for column in (self.image_column, self.label_column, "__key__") if column in features]
+        self.stream = undecoded(stream.select_columns(kept), self.image_column, features)  # no other column is decoded either
 
     def iterate(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position in this epoch, undecoded example) from position `start` on, shuffled by shards and a buffer."""
@@ -143,7 +144,7 @@ class ImageStream:
 
     def decode(self, example: dict[str, Any]) -> tuple[Image.Image, int]:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
-        source = stored(example[self.image_column])
+        source = stored(example[self.image_column], self.name)
         label = example[self.label_column] if self.label_column else None
         where = example.get("__key__") or (source if isinstance(source, Path) else f"an image of {self.name}")
         return decode_image(source, self.num_channels, str(where)), label if isinstance(label, int) else -1

@@ -12,11 +12,15 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from .data_paths import own_file
+from .patience import patiently
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -47,7 +51,7 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
     table = load_table(dataset, config=config, split=split, streaming=False)
     image_column, label_column = find_columns(table.features, dataset)
     labels, class_names = _table_labels(table, label_column) if label_column else (None, None)
-    return FoundImages(_Column(table, image_column), labels, class_names, dataset, table._fingerprint)
+    return FoundImages(_Column(table, image_column, dataset), labels, class_names, dataset, table._fingerprint)
 
 
 def _find_in_folder(root: Path, split: str | None) -> FoundImages:
@@ -91,7 +95,8 @@ def load_table(dataset: str, *, config: str | None, split: str | None, streaming
     try:
         if path.exists():
             return _load_local(path, split, streaming=streaming)
-        return datasets.load_dataset(dataset, config, split=split or "train", streaming=streaming)
+        load = partial(datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming)
+        return patiently(load, f"opening {dataset}")
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"No data set {dataset!r}: not a path here, not 'digits', and not on the Hub, or private ({_line(error)})."
@@ -177,14 +182,15 @@ def _choose_split(splits: Mapping[str, Any], split: str | None) -> str:
 class _Column(Sequence[ImageSource]):
     """One column of a `datasets.Dataset` as undecoded images."""
 
-    def __init__(self, table: Any, column: str) -> None:
+    def __init__(self, table: Any, column: str, dataset: str) -> None:
         self.table, self.column = undecoded(table.select_columns([column]), column, table.features), column
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
-        return stored(self.table[i][self.column])
+        return stored(self.table[i][self.column], self.dataset)
 
 
 def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
@@ -194,18 +200,21 @@ def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
     return table.cast_column(column, datasets.Image(decode=False)) if isinstance(features[column], datasets.Image) else table
 
 
-def stored(cell: Any) -> ImageSource:
-    """What a cell holds: raw bytes, or {"bytes", "path"} with one of them None. An empty cell gives b"" (undecodable)."""
+def stored(cell: Any, dataset: str) -> ImageSource:
+    """What a cell holds: raw bytes, or {"bytes", "path"} with one of them None. An empty cell gives b"" (undecodable).
+
+    ValueError for a path that is not of this data set."""
     if not isinstance(cell, dict):
         return cell or b""
     path = cell.get("path")
     if cell.get("bytes") is not None or path is None:
         return cell.get("bytes") or b""
-    if Path(path).is_file():
-        return Path(path)
+    file = own_file(path, dataset)
+    if isinstance(file, Path):
+        return file
     import datasets
 
-    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": path})  # a remote file, or one in an archive
+    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": file})  # in its repository, or in a zip
     return image
 
 

@@ -8,7 +8,9 @@ import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,16 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
+from mim_refiner_hf.data import open_images
 from mim_refiner_hf.publishing import cluster_folder, cluster_page, save_model_folder
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 HOSTILE = ("<", "script><script>alert(1)<.png")  # a folder and a file: together "</script><script>..."
-NAMES = ["plain.png", 'a,"b".png', "<img src=x onerror=alert(1)>.png", "{{ 7*7 }} & 'q'.jpg", "été 猫.png", "same.png"]
+NAMES = [
+    "plain.png", 'a,"b".png', "<img src=x onerror=alert(1)>.png", "{{ 7*7 }} & 'q'.jpg", "été 猫.png", "same.png",
+    "100%41 #1?a=b&c.png", "javascript:alert(1).png", "a\u2028b\u202egnp.png", "-->`'\\.png", "🐈" * 62 + ".png",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """21 images of three colours with names that hurt, and one broken file."""
     folder = tmp_path_factory.mktemp("data") / "my <photos>"
     random = np.random.default_rng(0)
-    names = [*NAMES, *(f"{i}.png" for i in range(13)), "deeper/same.png", "/".join(HOSTILE)]
+    names = [*NAMES, *(f"{i}.png" for i in range(8)), "deeper/same.png", "/".join(HOSTILE)]
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +171,36 @@ def test_names_stay_text(made: Path) -> None:
     assert "my <photos>" in hostile.text
     page = Structure(render_page("</title><script>alert(1)</script>", "<b>", [tile] * 3, torch.randn(3, 8), [3]))
     assert page.tags == harmless.tags and "<b>" in page.text
-    assert all(link.startswith("group-0") and not set(link) & set("<>\"' {") for link in data["link"])
+    assert not any(set(link) & set("<>\"' {") for link in data["link"])
+
+
+def test_links_of_the_page_lead_to_the_files(made: Path) -> None:
+    """Whatever a name holds ("%41", "#", "?", "javascript:"), the address is a path in the folder and nothing else."""
+    _, data = read_page((made / "index.html").read_text(encoding="utf-8"))
+    for name, link in zip(data["name"], data["link"], strict=True):
+        address = urlsplit(urljoin("https://host/groups/index.html", link))
+        assert (address.netloc, address.query, address.fragment) == ("host", "", "") and address.path.startswith(
+            "/groups/group-0"
+        )
+        assert str((made / unquote(link)).readlink()) == name
+
+
+def test_names_of_links_fit_and_stay_inside(tmp_path: Path) -> None:
+    """The longest name that there can be, and a table whose paths and labels lead upwards."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / ("🐈" * 62 + "abc.png"))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    rows = {"image": [{"bytes": file.getvalue(), "path": "../../up.png"}] * 2, "label": ["../../evil", "/evil"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    for name in ("photos", "train.parquet"):
+        images, out = open_images(str(tmp_path / name)), tmp_path / "out" / name
+        out.mkdir(parents=True)
+        links = cluster_folder.write_links(out, images, [list(range(len(images)))])
+        cluster_folder.write_exemplars(out, [links[0]])
+        assert all((out / link).is_file() for link in links.values()) and len(list((out / "exemplars").iterdir())) == 1
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert written == {"photos", "train.parquet", "out"}
 
 
 def test_search_by_example_finds_the_nearest() -> None:
@@ -196,8 +231,6 @@ def test_very_many_images_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch
 
 def test_images_of_a_table_are_written(model: Path, tmp_path: Path) -> None:
     """The bundled digits have no files; without a number of groups one is proposed."""
-    from mim_refiner_hf.data import open_images
-
     digits = open_images("digits").subset(range(40))
     pipe = cluster_folder.ImageClusteringPipeline(
         model=MimRefinerModel.from_pretrained(model), image_processor=MimRefinerImageProcessor.from_pretrained(model)

@@ -266,7 +266,7 @@ def test_folders_that_hold_something_else_are_left_alone(
     for folder in ("file", "notes", "checkpoint", "garbled", "file/below"):
         assert main(["embed", model, "--dataset", str(photos), "--out", str(tmp_path / folder)]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "left alone; name another one" in said or "can be written to; name another one" in said
+        assert "left alone; name another one" in said or "is a file; name a folder" in said
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"file", "notes/notes.txt", "checkpoint/manifest.json", "garbled/manifest.json"}
 

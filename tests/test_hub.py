@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, patience
 from mim_refiner_hf.publishing import PushError, check_repo_id, push_folder, save_model_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -224,6 +224,7 @@ def test_a_failing_hub_leaves_the_result_and_the_command_to_continue(
     before = contents(tiny["model"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", failing_hub)
+    monkeypatch.setattr(patience, "PAUSE", 0.01)
     with pytest.raises(PushError) as caught:
         push_folder(tiny["model"], "tester/tiny", private=True)
     message = str(caught.value)

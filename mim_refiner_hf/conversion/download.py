@@ -162,6 +162,9 @@ def ask(request: urllib.request.Request, part: Path) -> http.client.HTTPResponse
         raise CheckpointError(
             f"{answer}; has the file moved? Get it from its authors' page and give its path instead of the name"
         ) from error
+    if request.type == "https" and not response.url.startswith("https://"):
+        response.close()
+        raise CheckpointError(f"{request.full_url} leads to {response.url}, where anyone on the way could change the file")
     if response.headers.get_content_type() == "text/html":
         response.close()
         raise CheckpointError(

@@ -83,6 +83,7 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: the path does not exist.
+        ConnectionError: the Hub does not answer, not even asked again.
         CheckpointError: the source is unreadable or would execute code, is of no known family, is a classifier or a decoder, or
             a tensor is missing, left over, of a wrong shape or dtype, not finite, or not the one that its digest describes.
     """

@@ -6,6 +6,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
+from ..patience import patiently
 from .digests import DIGESTS, check_digests
 from .layout import CheckpointError, listed
 from .timm_models import hub_name
@@ -68,9 +70,14 @@ def download(name: str, revision: str | None) -> Path:
     """The Hub cache's folder of this model: JSON and safetensors, or pytorch_model.bin where it has no safetensors."""
     try:
         for pattern in WEIGHTS:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*JSON_FILES, pattern]))
+            wanted = [*JSON_FILES, pattern]
+            folder = Path(
+                patiently(partial(snapshot_download, name, revision=revision, allow_patterns=wanted), f"loading {name}")
+            )
             if any(folder.glob(pattern)):
                 break
+    except ConnectionError as error:
+        raise ConnectionError(f"{name}: the Hub does not answer ({error}); run the same command again later") from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name} is neither a local path nor a model that the Hub could deliver: {first_line}") from error

@@ -20,6 +20,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..checkpointing import sha256_of
+from ..patience import patiently
 from .download import Record, download, is_intact
 from .layout import CheckpointError
 
@@ -129,6 +130,7 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
     Raises:
         CheckpointError: for an unknown name, without a connection (or with `HF_HUB_OFFLINE=1`), for an answer that is no file, and
             when the disk is full. What has arrived is kept; the message says how to go on.
+        ConnectionError: the Hub does not answer, not even asked again.
     """
     if isinstance(entry, str):
         if entry not in ZOO:
@@ -140,6 +142,8 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             return fetch_from_hub(entry, path) if entry.repo else download(entry.url, path)
+    except ConnectionError:
+        raise
     except OSError as error:  # of this disk: what the network does is caught where it happens
         raise CheckpointError(
             f"{entry.name} cannot be kept in {folder}: {error}; free space there or set HF_HOME to another disk, then run the same "
@@ -150,11 +154,13 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
 def fetch_from_hub(entry: ZooEntry, path: Path) -> Path:
     """The file in the Hub cache, which resumes by itself; its record lies where that of `path` would. Checked at every use."""
     try:
-        kept = Path(hf_hub_download(entry.repo, entry.filename)).resolve()
+        kept = Path(patiently(lambda: hf_hub_download(entry.repo, entry.filename), f"loading {entry.name}")).resolve()
         record = Record.read(path)
         known = record is not None and record.url == str(kept)  # the Hub cache keeps one file per version
         if known and not is_intact(kept, record):
             kept, known = Path(hf_hub_download(entry.repo, entry.filename, force_download=True)).resolve(), False
+    except ConnectionError as error:
+        raise ConnectionError(f"{entry.name}: the Hub does not answer ({error}); run the same command again later") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{entry.name}: the Hub did not deliver {entry.repo}/{entry.filename}: {first_line}") from error

@@ -14,8 +14,8 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..data import ImageDataset
 from ..data_sources import digest
 from ..distributed import progress_bar, rank, wait_for_everyone, world_size
 from ..modeling_mim_refiner import MimRefinerModel
+from ..run_lock import check_writable, sole_run
 from .feature_store import (
     BROKEN,
     FORMAT,
@@ -84,17 +85,20 @@ def embed_images(
 
     Raises:
         ValueError: before anything is written, for settings and images that make no sense, and for a folder that holds something
-            else or features of other weights, preprocessing, dtype, images or columns; it names what differs.
+            else or features of other weights, preprocessing, dtype, images or columns; it names what differs. Likewise while
+            another run fills it.
     """
     folder = Path(folder)
     columns = check_columns(columns or feature_columns(encoder.config), encoder.config)
     check_settings(images, batch_size, num_workers, shard_size)
-    manifest = claim(folder, describe(encoder, images, processor, columns, shard_size, command), shard_size is None)
-    num_images = fill(folder, manifest, encoder, images, processor, batch_size, num_workers, device)
-    wait_for_everyone()
-    if rank() == 0:
-        finish(folder, manifest | {"num_images": num_images})
-    wait_for_everyone()
+    new = describe(encoder, images, processor, columns, shard_size, command)
+    with nullcontext() if is_complete(folder) else sole_run(folder, "--out"):  # anyone may read a complete store
+        manifest = claim(folder, new, shard_size is None)
+        num_images = fill(folder, manifest, encoder, images, processor, batch_size, num_workers, device)
+        wait_for_everyone()
+        if rank() == 0:
+            finish(folder, manifest | {"num_images": num_images})
+        wait_for_everyone()
     return FeatureStore(folder)
 
 
@@ -191,15 +195,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], any_shard_size: bool) 
     return found
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds a store with nothing left to compute."""
+    try:
+        FeatureStore(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def claim(folder: Path, new: dict[str, Any], any_shard_size: bool) -> dict[str, Any]:
     """The manifest of the store in `folder`, which is `new` where there was none; ValueError where it is of something else."""
     old = read_manifest(folder)
     if old is None:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(
-                f"{folder} cannot be made, for {existing} is not a folder that can be written to; name another one"
-            )
+        check_writable(folder, "--out")
     elif differing := differences(old, new, any_shard_size):
         raise ValueError(f"{folder} holds other features: {'; '.join(differing)}; name another folder, or remove this one")
     wait_for_everyone()  # all have looked

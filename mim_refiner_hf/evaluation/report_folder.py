@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpointing import staged_folder, write_json
+from ..markdown import fenced, plain
 from .comparison import Data, Side
 from .pictures import draw_clusters
 from .plots import draw_confusion, draw_map, draw_neighbours, draw_profile
@@ -79,10 +80,10 @@ def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
 def report_table(report: Mapping[str, Any], against: str | None = None) -> str:
     """Every score as a Markdown table; with `before`, the change, its 95 % interval and the verdict.
 
-    `against` is what to call the other model; None for its name.
+    `against` is what to call the other model, in Markdown; None for its name.
     """
     labels = {name: label for name, (label, _) in METRICS.items()} | protocol_labels(report["after"])
-    return markdown_table(score_rows(report, labels, against or str(report["against"])))
+    return markdown_table(score_rows(report, labels, against or plain(report["against"])))
 
 
 def knn_tables(report: Mapping[str, Any]) -> str:
@@ -125,7 +126,8 @@ def summary(report: Mapping[str, Any]) -> str:
 def describe_images(data: Mapping[str, Any], labelled: bool) -> str:
     """One line on what was measured on."""
     learnt = f"k-NN bank of {data['bank_images']} images" if labelled else f"{data['train_images']} images to learn from"
-    return f"{data['eval_images']} images of {data['eval_name']}, {learnt}; data {data['fingerprint']}, {data['eval_fingerprint']}."
+    names = [plain(data[key]) for key in ("eval_name", "fingerprint", "eval_fingerprint")]
+    return f"{data['eval_images']} images of {names[0]}, {learnt}; data {names[1]}, {names[2]}."
 
 
 def method(report: Mapping[str, Any]) -> str:
@@ -135,7 +137,7 @@ def method(report: Mapping[str, Any]) -> str:
     weights = ", ".join(f"{name} {fingerprint}" for name, fingerprint in report["fingerprints"].items())
     facts |= {"seed": report["seed"], "weights": weights, "versions": versions}
     facts |= {"hardware": f"{report['hardware']}, {report['seconds']:.0f} s"}
-    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+    return "\n".join(f"- {name}: {plain(text)}" for name, text in facts.items())
 
 
 def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]:
@@ -153,13 +155,13 @@ def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]
     for name, transferred in report["transfer"].items():
         seen = {**transferred, "against": report["against"]}
         text = f"{describe_images(transferred['dataset'], True)}\n\n{report_table(seen)}"
-        found[f"Transfer to {name}"] = text + (f"\n\n{summary(transferred)}" if transferred["changes"] else "")
+        found[f"Transfer to {plain(name)}"] = text + (f"\n\n{summary(transferred)}" if transferred["changes"] else "")
     if "knn" in after:
         found["k-NN"] = knn_tables(report)
         found["k-NN per block (%)"] = block_table(report)
     settings = [f"{side.name}: {name}\n{result}" for side in sides for name, result in side.extra.items()]
     if settings:
-        found["Settings of the protocols"] = "```text\n" + "\n\n".join(settings) + "\n```"
+        found["Settings of the protocols"] = fenced("\n\n".join(settings), "text")
     return found
 
 
@@ -184,10 +186,10 @@ def write_report(output_dir: Path, report: dict[str, Any], sides: Sequence[Side]
     with staged_folder(output_dir, check_output) as new:
         write_json(new / "metrics.json", report)
         pictures = [] if found is None else draw_pictures(new, data, sides, found)
-        head = [f"# {report['model']}", describe_images(report["dataset"], found is not None)]
+        head = [f"# {plain(report['model'])}", describe_images(report["dataset"], found is not None)]
         if report["against"] is not None:
-            head.append(f"Compared with {report['against']} on the same images.")
-        head.append(f"```bash\n{report['command']}\n```")
+            head.append(f"Compared with {plain(report['against'])} on the same images.")
+        head.append(fenced(report["command"], "bash"))
         body = [f"## {title}\n\n{text}" for title, text in sections(report, sides).items()]
         body += (
             ["## Pictures\n\n" + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)] if pictures else []

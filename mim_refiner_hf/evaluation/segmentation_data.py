@@ -47,8 +47,8 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Image.Image]:
         row = self.table[i]
-        image = decode_image(stored(row[self.image_column]), name=f"row {i} of {self.name}")
-        mask = open_mask(stored(row[self.mask_column]))
+        image = decode_image(stored(row[self.image_column], self.name), name=f"row {i} of {self.name}")
+        mask = open_mask(stored(row[self.mask_column], self.name))
         if mask.size != image.size or len(mask.getbands()) != 1:
             raise ValueError(
                 f"row {i} of {self.name} has an image of {image.size} pixels and a mask of {mask.size} in {len(mask.getbands())} "
@@ -98,6 +98,7 @@ def open_segmentation(
         class_names = json.loads(beside.read_text(encoding="utf-8"))
     if not class_names or len(set(class_names)) < len(class_names):
         raise ValueError(f"class_names={list(class_names)} of {dataset} must be different names, at least one.")
+    table = table.select_columns([image_column, mask_column])  # no other column is decoded
     for column in (image_column, mask_column):
         table = undecoded(table, column, table.features)
     return SegmentationDataset(table, image_column, mask_column, class_names, dataset)

@@ -130,13 +130,18 @@ def write_links(folder: Path, images: ImageDataset, order: Sequence[Sequence[int
         (folder / name).mkdir()
         for rank, index in enumerate(members, start=1):
             source = images.found.sources[int(images.indices[index])]
-            own = source.name[-80:] if isinstance(source, Path) else f"{index}.png"
+            own = link_name(source) if isinstance(source, Path) else f"{index}.png"
             links[index] = f"{name}/{rank:0{width}d}_{own}"
             if isinstance(source, Path):
                 (folder / links[index]).symlink_to(source.resolve())
             else:
                 images[index].image.save(folder / links[index])
     return links
+
+
+def link_name(source: Path) -> str:
+    """The end of a file's name, short enough for a number and a group in front: file systems allow 255 bytes."""
+    return os.fsdecode(os.fsencode(source.name[-80:])[-200:])
 
 
 def write_exemplars(folder: Path, links: Sequence[str]) -> None:

@@ -22,9 +22,10 @@ from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
 from ..image_processing_mim_refiner import MimRefinerImageProcessor
+from ..markdown import fenced, plain
 from ..modeling_mim_refiner import MimRefinerModel
 from .hub import CARD, check_model_folder, write_model
-from .model_card import REPO_PLACEHOLDER, TAGS, fenced, is_hub_name, plain
+from .model_card import REPO_PLACEHOLDER, TAGS, is_hub_name
 from .zoo_card import eval_files, render_card
 from .zoo_results import find_results, starting_point
 
@@ -153,7 +154,7 @@ def render(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]
     )
     if (released := find_results(done.source)) is not None:
         files = {f".eval_results/{file}": text for file, text in eval_files(released).items()}
-        return {CARD: render_card(name, released, starting_point(released), copy), **files}
+        return {CARD: render_card(plain(name), released, starting_point(released), copy), **files}
     optional: dict[str, Any] = (
         {"base_model": done.source, "base_model_relation": "finetune"} if is_hub_name(done.source) else {}
     )

@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 
 from ..evaluation.report import METRICS
 from ..evaluation.report_folder import protocol_labels, report_table
+from ..markdown import fenced, one_line, plain
 from .hub import CARD
-from .model_card import fenced, is_hub_name, one_line, plain
+from .model_card import is_hub_name
 
 BEGIN, END = "<!-- evaluation: {} -->", "<!-- end of evaluation -->"
 
@@ -36,7 +37,7 @@ def eval_results(report: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=one_line(data["name"]),
             dataset_name=one_line(data["eval_name"]),
             dataset_config=one_line(data["config"] or "default"),
-            dataset_revision=data["eval_fingerprint"],
+            dataset_revision=one_line(data["eval_fingerprint"]),
             metric_type=name,
             metric_name=label,
             metric_value=round(float(report["after"][name]), 6),
@@ -50,12 +51,12 @@ def section(report: Mapping[str, Any]) -> str:
     data = report["dataset"]
     return "\n\n".join(
         [
-            BEGIN.format(data["eval_fingerprint"]),
+            BEGIN.format(plain(data["eval_fingerprint"])),
             f"## Evaluation on {plain(data['eval_name'])}",
             f"{data['eval_images']} images, {data['bank_images']} others to compare with, seed {int(report['seed'])}; "
             "± is one standard error.",
             report_table(report, against=plain(report["against"] or "")),
-            fenced(report["command"], "bash"),
+            fenced(one_line(report["command"]), "bash"),
             END,
         ]
     )
@@ -79,12 +80,12 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> Path:
         if (result.dataset_type, result.dataset_name, result.dataset_config) not in measured
     ]
     card.data.eval_results = kept + new
-    card.data.model_name = card.data.model_name or folder.resolve().name
-    begin = BEGIN.format(report["dataset"]["eval_fingerprint"])
+    card.data.model_name = card.data.model_name or one_line(folder.resolve().name)
+    begin = BEGIN.format(plain(report["dataset"]["eval_fingerprint"]))
     text = card.text
     if begin in text:
         head, _, rest = text.partition(begin)
-        text = head.rstrip() + rest.partition(END)[2]
+        text = head.rstrip() + rest.partition(f"\n{END}")[2]
     card.text = f"{text.rstrip()}\n\n{section(report)}\n"
     temporary = folder / f".tmp-{CARD}"
     temporary.write_text(f"---\n{card.data.to_yaml()}\n---\n{card.text}", encoding="utf-8")
@@ -102,7 +103,7 @@ def write_entries(folder: Path, report: Mapping[str, Any]) -> None:
             dataset_id=name,
             task_id=metric,
             value=round(float(report["after"][metric]), 6),
-            notes=f"seed {report['seed']}: {report['command']}",
+            notes=one_line(f"seed {report['seed']}: {report['command']}"),
         )
         for metric in scores_of(report)
     ]

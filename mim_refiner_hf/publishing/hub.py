@@ -10,6 +10,7 @@ With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load
 
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..checkpointing import check_folder, staged_folder
 from ..conversion.digests import write_digests
 from ..modeling_mim_refiner import MimRefinerModel
+from ..patience import patiently
 from ..pipeline_image_clustering import announce_code
 from .model_card import REPO_PLACEHOLDER
 
@@ -85,7 +87,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Upload a model folder: weights, configuration and code in one commit, then the card in a second one.
 
     The card comes last so that no page ever describes weights that are not there. Uploading again is safe: files that the
-    Hub already has are not sent twice.
+    Hub already has are not sent twice. Trouble that may pass is waited out a few times (`patience.py`).
 
     Args:
         folder: as `save_model_folder` and `write_card` leave it; a missing README.md is left out.
@@ -106,18 +108,25 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
         raise FileNotFoundError(f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder")
     api = HfApi()
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
+        url = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
+        upload = partial(
+            api.upload_folder,
             folder_path=folder,
             repo_id=repo_id,
             ignore_patterns=[CARD, ".tmp*", ".old*", ".git*", ".cache*"],
             commit_message="Weights, configuration and code",
         )
+        patiently(upload, f"uploading to {repo_id}")
         if (folder / CARD).is_file():
             card = (folder / CARD).read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
-            api.upload_file(
-                path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=repo_id, commit_message="Model card with metrics"
+            upload = partial(
+                api.upload_file,
+                path_or_fileobj=card.encode(),
+                path_in_repo=CARD,
+                repo_id=repo_id,
+                commit_message="Model card with metrics",
             )
+            patiently(upload, f"uploading the card of {repo_id}")
     except Exception as error:  # network, authentication, quota, card validation: each has its own class, all end the same way
         reason = " ".join(str(error).split()) or type(error).__name__
         again = shlex.join(["mim-refiner", "push", str(folder), repo_id, *(["--private"] if private else [])])

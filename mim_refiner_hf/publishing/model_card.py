@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import METRICS, comparison_rows, format_metric
+from ..markdown import fenced, one_line, plain
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()
@@ -23,27 +24,6 @@ CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").
 REPO_PLACEHOLDER = "your-name/your-model"  # in the card's snippets, until `push_folder` knows the repository
 PRETRAINED_HERE = "a MAE pre-trained in this run"  # as the trainer writes `starting_model`
 TAGS = ["mim-refiner", "masked-image-modeling", "self-supervised", "image-clustering", "feature-extraction"]
-
-
-def one_line(text: object) -> str:
-    """`text` with every run of white space as one blank."""
-    return " ".join(str(text).split())
-
-
-# Markdown and HTML characters, what starts a link by itself ("://", "www."), and underscores at the edge of a word
-SPECIAL = re.compile(r"[^\w\s.,:;%()/+=°-]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE)
-
-
-def plain(text: object) -> str:
-    """`text` for running Markdown, shown literally: every character that means something becomes an HTML entity."""
-    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
-
-
-def fenced(text: str, language: str) -> str:
-    """`text` as a code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def is_hub_name(name: str | None) -> bool:

@@ -18,7 +18,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..conversion.zoo import ZOO
-from .model_card import CITATION, TAGS, fenced, plain
+from ..markdown import fenced, plain
+from .model_card import CITATION, TAGS
 from .zoo_results import DATASETS, METRICS, PROTOCOLS, Measured, Protocol, Reported, Results, read_results
 
 TEMPLATE, INDEX = (Path(__file__).with_name(name) for name in ("zoo_card.md.jinja", "zoo_index.md.jinja"))

@@ -37,6 +37,7 @@ from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
+from ..run_lock import check_writable
 from .head_choice import check_measurable, choose_head_blocks
 from .plan import Steps, count_steps, plan_text
 from .recipe import RefineRecipe, resolve
@@ -201,11 +202,7 @@ def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | I
 
 def check_output(output: Path, recipe: RefineRecipe) -> None:
     """Refuse an output folder that belongs to another recipe, naming the fields that differ, or that cannot be one."""
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--output_dir {output}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--output_dir {output}: {existing} cannot be written to; name another folder")
+    check_writable(output, "--output_dir")
     saved = output / "recipe.json"
     if not saved.is_file():
         return

@@ -1,0 +1,86 @@
+"""One run per output folder: the second is refused while the first lives, and a crash leaves nothing that has to be removed.
+
+    with sole_run(Path("out"), "--output_dir"):
+        ...                                                    # nobody else writes to out/ meanwhile
+
+What holds is a lock of the operating system (`flock`, by filelock) on `.run.lock` in the folder. It goes with the process, however
+that ends, so a file that kill -9 leaves behind stops nobody; the file also says who holds the lock. Of the processes of one
+distributed job only the main one takes it. Network file systems without locks fall back on filelock's own way, which waits for a
+crashed holder's mark to be removed by hand.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .distributed import rank
+
+LOCK = ".run.lock"
+# where launchers write a process's number, as accelerate looks for it before the processes have found each other
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """ValueError, naming the `option` that gave it, if `folder` neither is nor can become a folder that can be written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{option} {folder}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option} {folder}: {existing} cannot be written to; name another folder")
+
+
+@contextmanager
+def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[None]:
+    """Keep other runs out of `folder` for the time of the block; makes the folder, and removes it again if it stayed empty.
+
+    Args:
+        folder: where the run writes.
+        option: the flag that named it, for messages.
+        beside: lock next to the folder instead of in it, for a folder that is replaced as a whole.
+
+    Raises:
+        ValueError: when another run holds it, with its process, host and start; or as `check_writable`.
+    """
+    if rank() or any(int(os.environ.get(name, "0")) for name in RANKS):
+        yield
+        return
+    check_writable(folder, option)
+    folder = folder.absolute()
+    path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"{option} {folder}: another run writes there ({_holder(path)}); wait for it, stop it, or name another folder"
+        ) from error
+    try:
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        path.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever has opened it already sees that it has no name and starts over
+        lock.release()
+        with suppress(OSError):  # not empty: the run wrote something
+            for parent in missing:
+                parent.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, in words."""
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
+        return "it does not say which"
+
+
+__all__ = ["check_writable", "sole_run"]
