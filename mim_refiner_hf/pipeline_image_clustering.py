@@ -6,6 +6,7 @@
     groups = pipe("photos/", num_clusters=None)               # [{"image": "photos/a.jpg", "index": 0, "cluster": 2, "score": 0.93}, ...]
     pipe.summary["num_clusters"], pipe.summary["reason"]      # how many groups, and why
     pipe("new_photos/", clustering=pipe.clustering)           # into the same groups; `clustering.save` and `.load` keep them
+    pipe("photos/", num_clusters=12, method="heads")          # by cluster heads in place of k-means
 
 Every image gets a group and a confidence. Features are what the paper clusters (MIM-Refiner, Sec. 5.2): the pooled raw output of
 the last block, L2-normalised; of encoders that are not ours, `pooler_output`. This file travels with every saved model, so it
@@ -14,7 +15,7 @@ imports only torch, transformers, Pillow, NumPy and its flat neighbours.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from .cluster_count import Proposal, propose_num_clusters
+from .cluster_heads import train_heads
 from .clustering import Clustering, kmeans
 
 TASK = "image-clustering"
+METHODS: dict[str, Callable[..., Clustering]] = {"kmeans": kmeans, "heads": train_heads}
+FEWEST = {"kmeans": 1, "heads": 2}  # groups
 BATCH_SIZE = 32
 MAX_GUESS = 20  # groups of the rule of thumb sqrt(n / 2)
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -133,12 +137,18 @@ class Images(Dataset[Image.Image | str]):
             return " ".join(f"{error or type(error).__name__}".split())[:300]
 
 
-def check_num_clusters(num_clusters: int | None, num_images: int) -> None:
-    """A ValueError unless that many images can be put into that many groups; None asks for a proposal."""
+def check_num_clusters(num_clusters: int | None, num_images: int, method: str = "kmeans") -> None:
+    """A ValueError unless `method` can put that many images into that many groups; None asks for a proposal."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(map(repr, METHODS))}.")
     if num_images == 0:
         raise ValueError("There are no images, so there is nothing to group.")
-    if num_clusters is not None and not 1 <= num_clusters <= num_images:
-        raise ValueError(f"num_clusters is {num_clusters} for {num_images} images; allowed are 1 to {num_images}, or None.")
+    least = FEWEST[method]
+    if num_clusters is not None and not least <= num_clusters <= num_images:
+        raise ValueError(
+            f"num_clusters is {num_clusters} for {num_images} images; "
+            f"with method {method!r} allowed are {least} to {num_images}, or None."
+        )
 
 
 def check_finite(features: Tensor, names: Sequence[Any]) -> None:
@@ -153,26 +163,27 @@ def check_finite(features: Tensor, names: Sequence[Any]) -> None:
 
 def largest_first(clustering: Clustering) -> Clustering:
     """The same groups, numbered by falling size; groups without an image are dropped."""
-    sizes = clustering.assignments.bincount(minlength=len(clustering.centroids))
-    order = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
-    number = torch.zeros_like(sizes)
+    order = clustering.counts.argsort(descending=True, stable=True)[: int((clustering.counts > 0).sum())]
+    number = torch.full_like(clustering.counts, -1)
     number[order] = torch.arange(len(order))
-    return replace(clustering, assignments=number[clustering.assignments], centroids=clustering.centroids[order])
+    return clustering.joined(number)
 
 
-def find_groups(features: Tensor, num_clusters: int | None, seed: int) -> tuple[Clustering, dict[str, Any]]:
+def find_groups(features: Tensor, num_clusters: int | None, seed: int, method: str) -> tuple[Clustering, dict[str, Any]]:
     """Groups of features (N, D), as many as asked for or as proposed, and the facts about their number for the summary."""
     facts: dict[str, Any] = {"clear": True, "reason": "as asked for", "interval": None, "evidence": []}
     if num_clusters is None:
         proposal: Proposal = propose_num_clusters(features, seed=seed)
-        guess = min(max(round(math.sqrt(len(features) / 2)), 1), MAX_GUESS)
+        guess = min(max(round(math.sqrt(len(features) / 2)), FEWEST[method]), MAX_GUESS)
         num_clusters = proposal.num_clusters or guess
         reason = proposal.reason
         if not proposal.clear:
             source = "the best guess" if proposal.num_clusters else "a rule of thumb, sqrt(n / 2)"
             reason = f"no clear answer ({reason}); {num_clusters} is {source}"
         facts = {**vars(proposal), "reason": reason}
-    clustering = largest_first(kmeans(features, num_clusters, seed=seed))
+    clustering = largest_first(METHODS[method](features, num_clusters, seed=seed))
+    if empty := num_clusters - len(clustering.centroids):
+        facts["reason"] += f"; {empty} of {num_clusters} groups have no image and are left out"
     return clustering, {**facts, "num_clusters": len(clustering.centroids)}
 
 
@@ -213,7 +224,9 @@ class ImageClusteringPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if kwargs:
-            raise ValueError(f"{TASK} knows no {', '.join(kwargs)}; num_clusters, clustering and seed belong to the call.")
+            raise ValueError(
+                f"{TASK} knows no {', '.join(kwargs)}; num_clusters, method, clustering and seed belong to the call."
+            )
         return {}, {}, {}
 
     def preprocess(self, input_: Image.Image | str) -> dict[str, Any]:  # type: ignore[override]
@@ -270,6 +283,7 @@ class ImageClusteringPipeline(Pipeline):
         images: Any,
         *,
         num_clusters: int | None = None,
+        method: str = "kmeans",
         clustering: Clustering | None = None,
         seed: int = 0,
         batch_size: int | None = None,
@@ -281,6 +295,8 @@ class ImageClusteringPipeline(Pipeline):
             images: a folder (read at any depth), a list of paths, URLs or PIL images, or a data set: rows of `datasets`, or
                 anything with a length whose items are images or begin with one.
             num_clusters: number of groups; None to have it proposed from the images.
+            method: "kmeans", or "heads": cluster heads, slower (`cluster_heads.train_heads`; benchmarks/results/cluster-heads.md
+                of the package says where they are better). Groups that they leave empty are dropped, with a warning.
             clustering: groups of an earlier call, to sort these images into.
             seed: of everything random.
             batch_size: images per forward pass, 32 unless the pipeline was made with another; `num_workers` processes decode.
@@ -291,10 +307,11 @@ class ImageClusteringPipeline(Pipeline):
 
         Raises:
             FileNotFoundError: for a path that does not exist.
-            ValueError: for no (readable) image, a number of groups that does not fit, features that are not finite.
+            ValueError: for no (readable) image, an unknown method, a number of groups that does not fit, features that are not
+                finite.
         """
         items = find_items(images)
-        check_num_clusters(None if clustering else num_clusters, len(items))
+        check_num_clusters(None if clustering else num_clusters, len(items), method)
         batch_size = batch_size or self._batch_size or BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
         names = [self.name_of(items, index) for index in kept]
@@ -304,8 +321,8 @@ class ImageClusteringPipeline(Pipeline):
             clustering = replace(clustering, assignments=assignments, confidence=confidence)
             facts: dict[str, Any] = {"clear": True, "reason": "as given", "num_clusters": len(clustering.centroids)}
         else:
-            check_num_clusters(num_clusters, len(kept))
-            clustering, facts = find_groups(features, num_clusters, seed)
+            check_num_clusters(num_clusters, len(kept), method)
+            clustering, facts = find_groups(features, num_clusters, seed, method)
         self.features, self.clustering = features, clustering
         sizes = clustering.assignments.bincount(minlength=len(clustering.centroids)).tolist()
         exemplars = clustering.exemplars(features)
