@@ -233,7 +233,7 @@ def test_the_pipeline_groups_by_heads_and_keeps_them(model: Path, photos: Path, 
     assert [entry["cluster"] for entry in again] == [entry["cluster"] for entry in entries[6:12]]
     with pytest.raises(ValueError, match="method is 'means'; allowed are 'kmeans', 'heads'"):
         pipe(photos, num_clusters=3, method="means")
-    with pytest.raises(ValueError, match="num_clusters is 1 for 30 images; with method 'heads' allowed are 2 to 30"):
+    with pytest.raises(ValueError, match="num_clusters is 1 for 30 images; allowed are 2 to 30 with method 'heads'"):
         pipe(photos, num_clusters=1, method="heads")
 
 
