@@ -128,8 +128,8 @@ def train_heads(
 ) -> Clustering:
     """Train cluster heads on features and group the rows by their consensus.
 
-    Time and memory of the search for neighbours grow with N^2 and N, of the rest with `heads`, K and `steps`; 10^5 rows take
-    minutes on a CPU (benchmarks/results/cluster-heads.md). On a CPU the result is a pure function of the arguments.
+    The search for neighbours takes 2 N^2 D operations: 8 * 10^12 for 10^5 rows of width 384, minutes on a CPU (an estimate). Time
+    and memory of the rest grow with `heads`, K and `steps`. On a CPU the result is a pure function of the arguments.
 
     Args:
         features: (N, D), clustered where it is; L2-normalised first, as for `kmeans`.
