@@ -35,6 +35,7 @@ from .evaluation.evaluate import PROTOCOLS, evaluate
 from .evaluation.feature_store import BROKEN, read_manifest
 from .evaluation.features import feature_columns
 from .evaluation.report_folder import report_table
+from .pipeline_image_clustering import METHODS
 from .pretraining.mae import PretrainRecipe, pretrain_mae
 from .publishing.cluster_folder import cluster_images
 from .publishing.convert import DTYPES, convert
@@ -268,6 +269,7 @@ def _cluster(arguments: Sequence[str]) -> None:
     parser.add_argument("images", help="folder, read at any depth; or parquet, Hub name, 'digits' (bundled)")
     parser.add_argument("--model", required=True, help="model folder, Hub name, original checkpoint, or a name of the zoo")
     parser.add_argument("--num_clusters", type=int, help="number of groups; default: proposed from the images")
+    parser.add_argument("--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower")
     parser.add_argument("--out", type=Path, default=Path("groups"), help="folder to write; earlier groups there are replaced")
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images beside this one")

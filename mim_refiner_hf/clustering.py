@@ -11,8 +11,9 @@
     rows = torch.from_file("rows.bf16", size=10**7 * 768, dtype=torch.bfloat16).view(-1, 768)    # or in bare bfloat16
     groups = kmeans(ArrayBatches(rows[rank::world_size]), num_clusters=1000)    # under a launcher: each process its own share
 
-Every row is assigned and has a confidence; there is no bin for outliers. This file travels with saved models: it needs torch
-and safetensors only, and `lloyd.py` beside it.
+Every row is assigned and has a confidence; there is no bin for outliers. `cluster_heads.train_heads` gives a `Clustering` too,
+by another method. This file travels with saved models: it needs torch and safetensors only, and `lloyd.py` and
+`prototype_heads.py` beside it.
 """
 
 from dataclasses import dataclass, replace
@@ -40,8 +41,10 @@ from .lloyd import (
     survey,
     variance_between,
 )
+from .prototype_heads import PrototypeHeads
 
-FORMAT = "mim_refiner_hf.clustering.1"
+FORMAT, HEADS_FORMAT = "mim_refiner_hf.clustering.1", "mim_refiner_hf.clustering.2"  # of k-means; with cluster heads
+HEADS = "heads."  # before the names of their tensors in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,7 @@ class Clustering:
         spherical: rows are L2-normalised before anything else.
         temperature: `kmeans` measures it: the variance of the rows around their own centroids, per direction, within the
             space that the centroids span; only what happens there can move a row from one group to another.
+        heads: cluster heads, which then assign the rows and tell the confidence in place of the centroids, at `temperature`.
     """
 
     assignments: Tensor
@@ -66,10 +70,11 @@ class Clustering:
     inertia: float
     spherical: bool
     temperature: float = 0.1
+    heads: PrototypeHeads | None = None
 
     @property
     def counts(self) -> Tensor:
-        """Rows in each group (K,) int64. A group is empty only where fewer than K rows differ from each other."""
+        """Rows in each group (K,) int64. k-means leaves one empty only where fewer than K rows differ from each other."""
         return self.assignments.bincount(minlength=len(self.centroids))
 
     def assign(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +84,10 @@ class Clustering:
             ValueError: for rows of another width, or with NaN or infinity.
         """
         rows = self._rows(features)
-        labels, confidence, _ = membership(rows, self.centroids.to(rows.device), self.temperature)
+        if self.heads is not None:
+            labels, confidence = self.heads.to(rows.device).assign(rows, self.temperature)
+        else:
+            labels, confidence, _ = membership(rows, self.centroids.to(rows.device), self.temperature)
         return labels.cpu(), confidence.cpu()
 
     def exemplars(self, features: Tensor, per_group: int = 9) -> list[list[int]]:
@@ -101,13 +109,38 @@ class Clustering:
         order = order[self.assignments[order].argsort(stable=True)]  # by group, then by distance
         return [members[:per_group].tolist() for members in order.split(self.counts.tolist())]
 
+    def joined(self, groups: Tensor) -> "Clustering":
+        """The same rows when group g is called `groups[g]` (K,) int64 from now on; equal numbers join groups.
+
+        Args:
+            groups: numbers from 0 on; -1 leaves out a group that has no rows.
+
+        The confidence stays: it is a lower bound, as groups that are now one counted as rivals. The inertia is exact, and an
+        upper bound when `spherical`. Centroids of joined groups are the means over their rows, so that `assign` may move a row
+        at a border; cluster heads add the probabilities.
+        """
+        number = int(groups.max()) + 1
+        share = F.one_hot(groups + 1, number + 1)[:, 1:].double().T * self.counts.double()  # (new, old)
+        centroids = (share @ self.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)).float()
+        centroids = F.normalize(centroids, dim=1) if self.spherical else centroids
+        added = self.counts.double() @ (self.centroids - centroids[groups]).double().square().sum(1)
+        return replace(
+            self,
+            assignments=groups[self.assignments],
+            centroids=centroids,
+            inertia=self.inertia + float(added),
+            heads=self.heads and self.heads.joined(groups),
+        )
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {name: getattr(self, name).contiguous() for name in ("assignments", "centroids", "confidence")}
+        if self.heads is not None:
+            tensors |= {HEADS + name: tensor.contiguous() for name, tensor in vars(self.heads).items()}
         numbers = {name: repr(getattr(self, name)) for name in ("inertia", "temperature", "spherical")}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
-        save_file(tensors, temporary, metadata={"format": FORMAT, **numbers})
+        save_file(tensors, temporary, metadata={"format": HEADS_FORMAT if self.heads else FORMAT, **numbers})
         temporary.replace(path)
 
     @classmethod
@@ -128,12 +161,15 @@ class Clustering:
             raise ValueError(
                 f"{path} cannot be read as safetensors ({error}); give a file that Clustering.save wrote"
             ) from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, HEADS_FORMAT):
             raise ValueError(
                 f"{path} holds no clustering (format {metadata.get('format')}); give one that Clustering.save wrote"
             )
         inertia, temperature = float(metadata["inertia"]), float(metadata["temperature"])
-        return cls(**tensors, inertia=inertia, spherical=metadata["spherical"] == "True", temperature=temperature)
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
+        learnt = {name.removeprefix(HEADS): tensor for name, tensor in tensors.items() if name.startswith(HEADS)}
+        heads = PrototypeHeads(**learnt) if learnt else None
+        return cls(**own, inertia=inertia, spherical=metadata["spherical"] == "True", temperature=temperature, heads=heads)
 
     def _rows(self, features: Tensor) -> Tensor:
         rows = prepared(features, self.spherical)
@@ -242,8 +278,7 @@ def cut_tree(tree: Tensor, num_clusters: int) -> Tensor:
 def merged(clustering: Clustering, num_clusters: int) -> Clustering:
     """The same rows in fewer groups: the most similar ones joined as in `merge_tree`, in the order of their first old group.
 
-    The confidence stays: it is a lower bound, as groups that are now one counted as rivals. The inertia is exact, and an upper
-    bound when `spherical`. `assign` takes the nearest of the new centroids, so that a row at a border may change.
+    What becomes of confidence, inertia and `assign`: see `Clustering.joined`.
 
     Raises:
         ValueError: when `num_clusters` is not between 1 and the present number.
@@ -251,18 +286,7 @@ def merged(clustering: Clustering, num_clusters: int) -> Clustering:
     total = len(clustering.centroids)
     if not 1 <= num_clusters <= total:
         raise ValueError(f"num_clusters={num_clusters} must lie between 1 and the {total} groups to merge")
-    groups = cut_tree(merge_tree(clustering), num_clusters)
-    weights = clustering.counts.double()
-    share = F.one_hot(groups, num_clusters).double().T * weights  # (new, old)
-    centroids = (share @ clustering.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)).float()
-    centroids = F.normalize(centroids, dim=1) if clustering.spherical else centroids
-    added = weights @ (clustering.centroids - centroids[groups]).double().square().sum(1)
-    return replace(
-        clustering,
-        assignments=groups[clustering.assignments],
-        centroids=centroids,
-        inertia=clustering.inertia + float(added),
-    )
+    return clustering.joined(cut_tree(merge_tree(clustering), num_clusters))
 
 
 def near_duplicates(features: Tensor, threshold: float = 0.97, *, block: int = 2048) -> list[list[int]]:

@@ -251,7 +251,9 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
     assert main([*command, "--recipe", "fine-tune-1percent"]) == 2
     assert main([*command, "--protocols", "fine_tuning", "--recipe", str(tmp_path / "short.yaml")]) == 0
     assert 0 <= json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["fine_tuning_accuracy"] <= 1
-    assert re.search(r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text())  # a tenth of the 1038 that are not held out
+    assert re.search(
+        r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text()
+    )  # a tenth of the 1038 that are not held out
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     code = {f"{name}_mim_refiner.py" for name in ("configuration", "positions", "modeling", "image_processing")}
-    code |= {f"{name}.py" for name in ("pipeline_image_clustering", "clustering", "cluster_count", "lloyd")}
+    code |= {
+        "pipeline_image_clustering.py",
+        "clustering.py",
+        "cluster_count.py",
+        "lloyd.py",
+        "cluster_heads.py",
+        "prototype_heads.py",
+    }
     weights = {"model.safetensors", "weights_digests.json"}
     assert set(contents(tiny["model"])) == {"config.json", "preprocessor_config.json", "README.md", *weights, *code}
     assert not [path for path in tiny["root"].iterdir() if path.name.startswith(".")]

@@ -1,7 +1,7 @@
 """`mim-refiner cluster`: a pile of images as groups in a folder that anyone can open.
 
     mim-refiner cluster photos/ --model out/model --out groups/                  # number of groups proposed
-    mim-refiner cluster photos/ --model facebook/vit-mae-large --num_clusters 12 --out groups/
+    mim-refiner cluster photos/ --model facebook/vit-mae-large --num_clusters 12 --method heads --out groups/
 
 | in the folder       | what it is                                                                                     |
 |---------------------|------------------------------------------------------------------------------------------------|
@@ -44,6 +44,7 @@ def cluster_images(
     out: Path,
     *,
     num_clusters: int | None = None,
+    method: str = "kmeans",
     batch_size: int = 32,
     seed: int = 0,
     num_workers: int = 0,
@@ -55,6 +56,7 @@ def cluster_images(
         model: what `load_encoder` takes: a model folder, a Hub name, an original checkpoint.
         out: folder to write; an earlier result there is replaced.
         num_clusters: number of groups; None to have it proposed.
+        method: "kmeans" or "heads", see the pipeline.
         batch_size, seed, num_workers: of the pipeline.
 
     Returns:
@@ -67,10 +69,11 @@ def cluster_images(
     origin = Path(images).expanduser().resolve()
     if Path(images).expanduser().exists() and (origin == folder or origin in folder.parents or folder in origin.parents):
         raise ValueError(f"{out} and the images in {images} lie within each other; name another folder for the groups")
-    check_num_clusters(num_clusters, len(found))
+    check_num_clusters(num_clusters, len(found), method)
     encoder = load_encoder(model)
     pipe = ImageClusteringPipeline(model=encoder, image_processor=encoder.image_processor, task=TASK)
-    entries = pipe(found, num_clusters=num_clusters, seed=seed, batch_size=batch_size, num_workers=num_workers)
+    asked: dict[str, Any] = {"num_clusters": num_clusters, "method": method, "seed": seed}
+    entries = pipe(found, **asked, batch_size=batch_size, num_workers=num_workers)
     with staged_folder(folder, check_groups_folder) as new:
         return write_groups(new, found, entries, pipe)
 
