@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .layout import CheckpointError, listed
+from ..checkpointing import CheckpointError
+from .layout import listed
 
 DIGESTS = "weights_digests.json"
 

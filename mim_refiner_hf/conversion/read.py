@@ -15,8 +15,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
+from ..checkpointing import CheckpointError
 from .digests import DIGESTS, check_digests
-from .layout import CheckpointError, listed
+from .layout import listed
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 

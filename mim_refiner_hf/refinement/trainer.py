@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpointing import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from ..checkpointing import Checkpoint, check_tensors, optimizer_tensors, restore_optimizer, save_checkpoint
 from ..data import BatchSampler, ImageDataset, ImageStream
 from ..distributed import average_gradients, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
@@ -244,24 +244,29 @@ class Trainer:
     def save(self, done: int, extra_state: dict[str, Any]) -> None:
         """Write a checkpoint after `done` steps (main process)."""
         if self.accelerator.is_main_process:
-            tensors = {f"refiner.{name}": tensor for name, tensor in self.refiner.state_dict().items()}
-            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-            tensors |= optimizer_tensors(self.optimizer)
+            tensors = self._tensors() | optimizer_tensors(self.optimizer)
             state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
             folder = Path(self.recipe.output_dir) / "checkpoints"
             save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=self.recipe.keep)
         self.accelerator.wait_for_everyone()
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
+        parts = {"refiner": self.refiner, "average": self.average}
+        return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written, or raise a CheckpointError that names file and tensor, and change nothing."""
+        check_tensors(checkpoint, self._tensors())
+        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
+        if checkpoint.step != self.steps.warmup:
+            optimizer = self._optimizer(checkpoint.step)
+            restore_optimizer(optimizer, checkpoint)
+            self.optimizer = optimizer
         for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
             state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
             module.load_state_dict(state)
         self.seconds = dict(checkpoint.state["seconds"])
-        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
-        if checkpoint.step != self.steps.warmup:
-            self.optimizer = self._optimizer(checkpoint.step)
-            restore_optimizer(self.optimizer, checkpoint.tensors)
 
 
 __all__ = ["Trainer"]
