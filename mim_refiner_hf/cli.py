@@ -26,13 +26,15 @@ from typing import Any, Literal, get_args
 from accelerate import Accelerator, PartialState
 from transformers import HfArgumentParser
 
+from .broken_images import BROKEN
+from .checkpointing import SaveError
 from .configuration_mim_refiner import Pooling
 from .conversion.load import image_processor, load_encoder
 from .data import open_images, open_stream
 from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .evaluation.embed import PRECISIONS, embed_images
 from .evaluation.evaluate import PROTOCOLS, evaluate, report_table
-from .evaluation.feature_store import BROKEN, read_manifest
+from .evaluation.feature_store import read_manifest
 from .evaluation.features import feature_columns
 from .pretraining.mae import PretrainRecipe, pretrain_mae
 from .publishing.cluster_folder import cluster_images
@@ -284,8 +286,10 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PushError, ExportError, FloatingPointError, ConnectionError) as error:
+    except (PushError, ExportError, FloatingPointError, OSError) as error:  # OSError: disk full, read-only, the network
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SaveError) and arguments is None:
+            print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..broken_images import BROKEN
 from ..checkpointing import write_json
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.digests import digest as digest_of_tensor
@@ -30,7 +31,6 @@ from ..data_sources import digest
 from ..distributed import progress_bar, rank, wait_for_everyone, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from .feature_store import (
-    BROKEN,
     FORMAT,
     MANIFEST,
     FeatureStore,

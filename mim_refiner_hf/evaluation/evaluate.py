@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
+from ..broken_images import readable
 from ..checkpointing import write_json
 from ..conversion import load_encoder
 from ..data import ImageDataset, hold_out, open_images
@@ -131,7 +132,8 @@ def evaluate(
         output_dir: folder of the result; an earlier result in it is replaced.
 
     Returns:
-        What `metrics.json` holds: `after` (the model), `before` (`against`), `changes` with verdicts, and how it was measured.
+        What `metrics.json` holds: `after` (the model), `before` (`against`), `changes` with verdicts, how it was measured, and the
+        `broken` images, which are left out.
 
     Raises:
         ValueError, FileNotFoundError: before any measurement, for wrong input.
@@ -147,6 +149,8 @@ def evaluate(
     bank, evaluated = open_images_of(dataset, dataset_config, split, eval_dataset, eval_split, channels.pop(), seed)
     if protocols and not (fully_labelled(bank) and fully_labelled(evaluated)):
         raise ValueError(f"--protocols {' '.join(protocols)}: needs a label for every image, and {dataset} has images without")
+    used = bank if protocols else evenly_spaced(bank, BANK_SIZE)
+    (bank, unreadable), (evaluated, more) = (readable(images, num_workers) for images in (used, evaluated))
     sides = [measure_side(name, encoder, bank, evaluated, protocols, seed, num_workers) for name, encoder in encoders.items()]
     before, after = (sides[0] if against else None), sides[-1]
     changes = {} if before is None else changes_of(before, after)
@@ -157,6 +161,7 @@ def evaluate(
         "after": after.metrics,
         "changes": {name: describe_change(change) for name, change in changes.items()},
         "dataset": describe_data(dataset, dataset_config, split, bank, evaluated, eval_split),
+        "broken": unreadable + more,
         "protocol": {
             "bank": f"at most {BANK_SIZE} images, evenly spaced",
             "errors": "bootstrap over images, 500 resamples, paired",
@@ -284,10 +289,11 @@ def write_report(
     extra = "\n".join(
         f"## {side.name}: {name}\n\n```text\n{result}\n```\n" for side in sides for name, result in side.extra.items()
     )
-    data = report["dataset"]
+    data, count = report["dataset"], len(report["broken"])
+    broken = f" {count} images could not be read and are left out; metrics.json lists them." if count else ""
     text = (
         f"# {report['model']}\n\n{data['eval_images']} images of {data['eval_name']}, k-NN bank of {data['bank_images']} images, seed "
-        f"{report['seed']}, {report['seconds']:.0f} s.\n\n```bash\n{report['command']}\n```\n\n{report_table(report)}\n\n{extra}\n"
+        f"{report['seed']}, {report['seconds']:.0f} s.{broken}\n\n```bash\n{report['command']}\n```\n\n{report_table(report)}\n\n{extra}\n"
         + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
     )
     (new / "report.md").write_text(text + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..broken_images import BrokenImages
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.load import image_processor
 from ..data import BatchSampler, ImageDataset
@@ -219,7 +220,11 @@ def mae_batches(
     def prepared() -> Iterator[
         tuple[Tensor, Tensor]
     ]:  # of its own, so that wrong input is refused at the call, not at the first batch
+        broken = BrokenImages(images)
         for step, batch in enumerate(loader):
+            broken.add(batch["broken"])
+            if step % 50 == 0 or step == steps - 1:
+                broken.share()
             noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
             own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
             yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
