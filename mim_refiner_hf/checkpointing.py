@@ -308,11 +308,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) 
             state.setdefault(int(index), {})[key] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     keys = {key for values in state.values() for key in values}
-    for index, values in state.items():
-        fits = index < len(parameters) and values.keys() == keys
-        if not fits or any(value.ndim and value.shape != parameters[index].shape for value in values.values()):
+    for place, values in state.items():
+        fits = place < len(parameters) and values.keys() == keys
+        if not fits or any(value.ndim and value.shape != parameters[place].shape for value in values.values()):
             raise CheckpointError(
-                f"{checkpoint.path / TENSORS}: optimizer.{index} is not the state of parameter {index} of {len(parameters)}; it is of "
+                f"{checkpoint.path / TENSORS}: optimizer.{place} is not the state of parameter {place} of {len(parameters)}; it is of "
                 "another model or version: name another --output_dir, or remove this checkpoint"
             )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

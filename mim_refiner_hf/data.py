@@ -319,9 +319,9 @@ class BatchSampler(Sampler[list[Key]]):
             )  # every epoch is as long as this one: whole ones need no reading
             step, epoch = step + unread * (step - first), epoch + 1 + unread
 
-    def _stream_keys(self, epoch: int, batch: list[Candidate], following: list[Candidate]) -> list[Key]:
+    def _stream_keys(self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]) -> list[Key]:
         """The next batch stands in; where the stream ends in it, this one after it. (A worker gets every example once.)"""
-        pool = following if len(following) == self.batch_size else following + batch
+        pool = [*following] if len(following) == self.batch_size else [*following, *batch]
         spares = range(MAX_BROKEN_IN_A_ROW - 1)
         places = range(self.batch_size)[self.share]
         return [(epoch, batch[place], *(pool[(place + spare) % len(pool)] for spare in spares)) for place in places]

@@ -5,8 +5,8 @@
 
 EXIF rotation is applied (garbage in it is ignored: the pixels are intact), transparency lies on white, 16 bits are scaled to 8 (not
 clipped), of an animation the first frame counts, colour profiles are not applied. The contents decide what a file is, not its name.
-Only regular files are read: a FIFO would hang, a device never end. What a damaged file still decodes to without an error, as JPEGs
-with flipped bits do, cannot be told from a picture.
+Only regular files are read: a FIFO would hang, a device never end. A PNG is held to its checksums; what a damaged JPEG, GIF, TIFF or
+WebP still decodes to without an error cannot be told from a picture.
 """
 
 import io
@@ -77,7 +77,10 @@ def _open(source: bytes | Path) -> Image.Image:
         raise ValueError("it is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of our limit
-        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.format == "PNG":  # it carries checksums, which Pillow looks at only when asked, and then gives no pixels
+            Image.open(io.BytesIO(encoded), formats=("PNG",)).verify()
+        return image
 
 
 def _read(path: Path) -> bytes:
