@@ -13,7 +13,8 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_digits
 
 from mim_refiner_hf import data
-from mim_refiner_hf.data import BatchSampler, ImageDataset, decode_image, epoch_order, hold_out, open_images, open_stream
+from mim_refiner_hf.data import BatchSampler, ImageDataset, epoch_order, hold_out, open_images, open_stream
+from mim_refiner_hf.decoding import decode_image
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (16, 1))  # (16, 32), dark left to bright right
 
