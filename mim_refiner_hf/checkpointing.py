@@ -106,10 +106,17 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
     new.mkdir(parents=True)
     try:
         yield new
+        for path in (*new.rglob("*"), new):  # the names must not reach the disk before the contents
+            sync_to_disk(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

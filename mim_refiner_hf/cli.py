@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from accelerate import Accelerator, PartialState
 from transformers import HfArgumentParser
 
-from .broken_images import BROKEN
+from .broken_images import BROKEN, MAX_BAD_FRACTION
 from .checkpointing import SaveError
 from .configuration_mim_refiner import Pooling
 from .conversion.load import image_processor, load_encoder
@@ -89,6 +89,9 @@ class _PretrainCommand:
     split: str | None = field(default=None, metadata={"help": "Split to train on."})
     output_dir: str = field(default="outputs/pretrained", metadata={"help": "Folder for the model."})
     num_workers: int = field(default=2, metadata={"help": "Data-loading workers."})
+    max_bad_fraction: float = field(
+        default=MAX_BAD_FRACTION, metadata={"help": "Stop when more than this share of the images is broken."}
+    )
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -106,7 +109,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
     check_model_folder(Path(command.output_dir))
     images = open_images(command.dataset, config=command.dataset_config, split=command.split, num_channels=recipe.num_channels)
     accelerator = Accelerator(cpu=several_on_the_cpu())
-    encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
+    encoder = pretrain_mae(recipe, images, accelerator, command.num_workers, command.max_bad_fraction)
     if accelerator.is_main_process:
         save_model_folder(Path(command.output_dir), encoder, image_processor(encoder.config, {}))
         print(f"The pre-trained model: {command.output_dir}")

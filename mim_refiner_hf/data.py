@@ -320,7 +320,7 @@ class BatchSampler(Sampler[list[Key]]):
             step, epoch = step + unread * (step - first), epoch + 1 + unread
 
     def _stream_keys(self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]) -> list[Key]:
-        """The next batch stands in; where the stream ends in it, this one after it. (A worker gets every example once.)"""
+        """The next batch stands in; where the stream ends in it, this one after it. A worker is handed about twice its share."""
         pool = [*following] if len(following) == self.batch_size else [*following, *batch]
         spares = range(MAX_BROKEN_IN_A_ROW - 1)
         places = range(self.batch_size)[self.share]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, checkpointing, cli
 from mim_refiner_hf.checkpointing import SaveError, load_latest, save_checkpoint, size_of
+from mim_refiner_hf.evaluation.evaluate import evaluate
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.refinement import plan
 from mim_refiner_hf.refinement.recipe import resolve
@@ -87,6 +88,13 @@ def test_bad_images_in_training_and_evaluation(fields: dict[str, Any], tmp_path:
     assert again is not None and listed(tmp_path / "again") == listed(tmp_path / "out")
     for name, tensor in result.encoder.state_dict().items():
         assert torch.equal(tensor, again.encoder.state_dict()[name]), name
+
+
+def test_evaluate_leaves_them_out_and_says_so(fields: dict[str, Any], tmp_path: Path) -> None:
+    report = evaluate(fields["model"], fields["dataset"], output_dir=tmp_path / "report")
+    assert {entry["index"] for entry in report["broken"]} == BAD
+    assert report["dataset"]["bank_images"] + report["dataset"]["eval_images"] == 40 - len(BAD)
+    assert "6 images could not be read and are left out" in (tmp_path / "report/report.md").read_text()
 
 
 def test_too_many_stop_and_a_higher_limit_goes_on(

@@ -255,7 +255,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     encoder = prepared.encoder
     if encoder is None and found is None:
         assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
-        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers)
+        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers, recipe.max_bad_fraction)
         earlier["pretrain"] = time.perf_counter() - began
     elif encoder is None:
         encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
