@@ -102,7 +102,7 @@ def test_too_many_stop_and_a_higher_limit_goes_on(
 ) -> None:
     words = [word for name, value in fields.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
     assert cli.command("refine", [*words, "--max_bad_fraction", "0.1", "--eval_fraction", "0"]) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "of 40 images of" in message and "10.0% that --max_bad_fraction allows" in message and "broken.json" in message
     stopped = listed(tmp_path / "out")
     assert len(stopped) >= 5 and set(stopped) <= BAD
@@ -163,6 +163,6 @@ def test_the_plan_predicts_the_size_of_a_checkpoint(
     config = MimRefinerConfig(**SHAPE)
     assert plan.checkpoint_bytes(resolve(recipe, config, 40), config) == pytest.approx(size_of(checkpoint), rel=0.1)
     said = capsys.readouterr().out
-    assert "disk    checkpoints of about" in said and "checkpoints: " in said and "1 kept" in said
+    assert "disk    checkpoints of about" in said and "checkpoints (refine): " in said and "1 kept" in said
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 0))
     assert "0 B free, TOO LITTLE: make room, or lower --keep" in plan.disk_text(resolve(recipe, config, 40), config)

@@ -67,7 +67,7 @@ def checkpoint_bytes(recipe: RefineRecipe, config: MimRefinerConfig) -> float:
     """Estimated bytes of a checkpoint in the refinement: weights, their average and AdamW's moments of both, heads, queue."""
     trained = 1 - recipe.freeze_blocks / config.num_hidden_layers
     heads = len(head_blocks_of(recipe, config))
-    queue = 4 * heads * recipe.queue_size * (recipe.embedding_dim + 1)
+    queue = recipe.queue_size * (4 * heads * (recipe.embedding_dim + 1) + 24)  # rows, norms; index, label, age
     return 4 * encoder_parameters(config) * (2 + 2 * trained) + 12 * heads * head_parameters(recipe, config.hidden_size) + queue
 
 

@@ -72,6 +72,7 @@ class Trainer:
     num_workers: int
     bf16: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    sized: set[str] = field(default_factory=set)  # stages whose checkpoints' size has been said
 
     def __post_init__(self) -> None:
         recipe, config = self.recipe, self.encoder.config
@@ -267,13 +268,13 @@ class Trainer:
         state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
         state["broken"] = self.broken.entries
         folder, keep = Path(self.recipe.output_dir) / "checkpoints", self.recipe.keep
-        is_first = not folder.exists()
         try:
             path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
         except SaveError as error:
             return str(error)
-        if is_first:
-            print(f"checkpoints: {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
+        if (stage := self.stage(done - 1)) not in self.sized:
+            self.sized.add(stage)
+            print(f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
         return None
 
     def _tensors(self) -> dict[str, Tensor]:
