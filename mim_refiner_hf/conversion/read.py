@@ -54,7 +54,6 @@ def read_source(source: str | Path, revision: str | None) -> Source:
             raise FileNotFoundError(f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file")
         path = download(hub_name(str(source)), revision)
     digests = read_json(path / DIGESTS)
-    check_file_digests(path, digests)
     config, preprocessing = (read_json(path / name) for name in SETTINGS)
     shards = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not shards:
@@ -64,6 +63,7 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         contents.update(read_weights(shard))
     if digests:
         check_digests(str(source), digests, contents)
+        check_file_digests(path, digests)
     return Source(str(source), contents, config, preprocessing)
 
 
