@@ -2,43 +2,71 @@
 
     save_checkpoint(Path("out/checkpoints"), step=500, tensors=tensors, state={"recipe": ...}, keep=2)
     found = load_latest(Path("out/checkpoints"))               # the newest whose manifest verifies; skipped ones are named
+    check_tensors(found, model.state_dict())                   # before anything is restored
 
-Nothing is pickled. A folder whose name starts with `.tmp-` was being written when its run ended; it is removed by the next save.
+Nothing is pickled. A folder whose name starts with `.tmp-` was being written, or removed, when its run ended; the next save clears
+it. A disk without room for the next checkpoint is noticed before a byte is written; `tests/test_checkpoint_faults.py` fails or kills
+a save at each of its operations in turn.
 """
 
+import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FILES = (TENSORS, STATE)
+"""What the manifest vouches for."""
+NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+STAGED = ".tmp-"
+MANY_SMALL_FILES = 2**20  # bytes for headers, manifest and folder entries beside the tensors
+
+
+class CheckpointError(ValueError):
+    """A file or folder cannot be turned into weights; the message says why, names the tensors, and says what to do."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are intact, and the message says how to go on."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: number of finished steps, named tensors on the CPU, and JSON state."""
+    """A verified checkpoint: number of finished steps, named tensors on the CPU, JSON state, and where it was read from."""
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    path: Path
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write JSON so that `path` holds the old or the new text, never half of it; names that are no valid Unicode survive."""
     temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff is JSON's own way to write that byte
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff is JSON's own way to write that byte
+        sync_to_disk(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:
@@ -79,69 +107,194 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
     new.mkdir(parents=True)
     try:
         yield new
+        for path in (*new.rglob("*"), new):  # the names must not reach the disk before the contents
+            sync_to_disk(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, *, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-<step>` and remove all but the newest `keep`.
+    """Write `folder/step-<step>` and remove all but the newest `keep`; returns where it is.
+
+    The order is what makes it complete or absent: tensors and state reach the disk, then the manifest, then the folder's entries,
+    then the new name. A checkpoint of the same step gets a second name (`step-<step>-2`) until the new one is in place.
 
     Raises:
-        OSError: if it cannot be written (disk full, read-only); earlier checkpoints are intact then.
+        SaveError: if it cannot be written (no space for it, disk full, read-only, failing disk); earlier ones are intact then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".tmp-*"):
-        shutil.rmtree(left_over)
-    target, temporary = folder / f"step-{step:08d}", folder / f".tmp-{step:08d}"
-    temporary.mkdir()
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state))
-    names = ("tensors.safetensors", "state.json")
-    files = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in names}
-    (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
-    for name in (*names, "manifest.json"):
-        sync_to_disk(temporary / name)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    sync_to_disk(folder)
-    found = sorted(folder.glob("step-*"))
-    later = [path for path in found if path > target]  # broken: this run would have gone on from there
-    for old in [path for path in found if path <= target][:-keep] + later:
-        shutil.rmtree(old)
+    target = _unused(folder / f"step-{step:08d}")
+    temporary = folder / f"{STAGED}{target.name}"
+    contents = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps(state)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(f"{STAGED}*"):
+            shutil.rmtree(left_over)
+        _check_space(folder, sum(tensor.nbytes for tensor in contents.values()) + len(text) + MANY_SMALL_FILES)
+        temporary.mkdir()
+        save_file(contents, temporary / TENSORS)
+        (temporary / STATE).write_text(text)
+        for name in FILES:
+            sync_to_disk(temporary / name)
+        files = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in FILES}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}))
+        sync_to_disk(temporary / MANIFEST)
+        sync_to_disk(temporary)
+        temporary.rename(target)
+        sync_to_disk(folder)
+    except (OSError, SafetensorError) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
+        shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what fills the disk
+        intact = [path.name for path in _newest_first(folder) if path != target]
+        raise SaveError(
+            f"the checkpoint after step {step} could not be written to {folder} ({error}); "
+            f"{f'{intact[0]} is intact' if intact else 'there is no earlier one'}; make room, or the folder writable, and run the same "
+            "command again"
+        ) from error
+    try:
+        for superseded in _superseded(folder, target, keep):
+            superseded.rename(discarded := folder / f"{STAGED}old-{superseded.name}")  # never half a checkpoint under its name
+            shutil.rmtree(discarded)
+    except OSError as error:  # nothing is lost by that; the next save tries again
+        logger.warning("a superseded checkpoint in %s could not be removed (%s)", folder, error)
     return target
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def in_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """OSError where the disk has not the room, before a byte of it is taken."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"it takes {in_bytes(needed)} and {in_bytes(free)} are free: {in_bytes(needed - free)} short"
+        )
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(step, how many times it was written) of a checkpoint's name; (-1, 0) for another name."""
+    match = NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_order, reverse=True)
+
+
+def _superseded(folder: Path, target: Path, keep: int) -> list[Path]:
+    """The checkpoints to remove now that `target` is written: the same step's earlier ones, all but `keep`, and later ones, which
+    are broken: this run would have gone on from there."""
+    found = _newest_first(folder)
+    step = _order(target)[0]
+    earlier = [path for path in found if _order(path)[0] < step]
+    return [path for path in found if path != target and path not in earlier[: keep - 1]]
 
 
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, in a few words; None if every file is as the manifest says."""
-    manifest = checkpoint / "manifest.json"
     try:
-        files = json.loads(manifest.read_text())["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        step, files = manifest["step"], dict(manifest["files"])
+        if set(files) != set(FILES) or step != _order(checkpoint)[0]:
+            return f"{MANIFEST} is of another checkpoint"
         for name, expected in files.items():
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 return f"{name} is not the file that was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
     return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose every byte is the one that was written.
+
+    Raises:
+        CheckpointError: naming folder and file otherwise.
+    """
+    if wrong := verify(path):
+        raise CheckpointError(f"{path} is no intact checkpoint: {wrong}; remove it, and the run goes on from the one before")
+    try:
+        state = json.loads((path / STATE).read_text())
+        return Checkpoint(_order(path)[0], load_file(path / TENSORS), dict(state), path)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:  # a manifest that was rewritten to fit
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, and the run goes on from the one before") from error
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None; broken ones are skipped with a warning that names them."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        if wrong := verify(path):
-            logger.warning("skipping checkpoint %s: %s", path, wrong)
-            continue
-        state = json.loads((path / "state.json").read_text())
-        return Checkpoint(int(path.name.removeprefix("step-")), load_file(path / "tensors.safetensors"), state)
+    """The newest checkpoint that verifies, or None where there is none; broken ones are skipped with a warning that names them.
+
+    Raises:
+        CheckpointError: where there are checkpoints and all are broken: starting anew is not ours to decide.
+    """
+    broken = []
+    for path in _newest_first(folder):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("skipping a checkpoint: %s", error)
+            broken.append(path.name)
+    if broken:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} is intact ({', '.join(broken)}; the warnings above say why); remove that folder to "
+            "start the run anew"
+        )
     return None
+
+
+def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of a checkpoint with those they are to fill: names, shapes, dtypes, no NaN; of the optimiser's, which
+    come into being with the first step, `optimizer.<parameter>.` must be complete.
+
+    Raises:
+        CheckpointError: naming file and tensor; nothing has been restored then.
+    """
+    found = checkpoint.tensors
+    where = f"{checkpoint.path / TENSORS}: "
+    remedy = "; it is of another model or version: name another --output_dir, or remove this checkpoint"
+    own = {name for name in found if not name.startswith("optimizer.")}
+    if missing := sorted(expected.keys() - own):
+        raise CheckpointError(f"{where}{len(missing)} tensors are missing, first {missing[0]}{remedy}")
+    if unknown := sorted(own - expected.keys()):
+        raise CheckpointError(f"{where}{len(unknown)} tensors have no place, first {unknown[0]}{remedy}")
+    for name, tensor in expected.items():
+        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            was, is_ = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (found[name], tensor))
+            raise CheckpointError(f"{where}{name} is {was} and has to be {is_}{remedy}")
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{where}{name} holds values that are not finite; remove this checkpoint to go on from the one before"
+            )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -150,24 +303,43 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        CheckpointError: naming file and tensor, for the state of a parameter that does not exist, has another shape, or is not whole.
+    """
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    keys = {key for values in state.values() for key in values}
+    for place, values in state.items():
+        fits = place < len(parameters) and values.keys() == keys
+        if not fits or any(value.ndim and value.shape != parameters[place].shape for value in values.values()):
+            raise CheckpointError(
+                f"{checkpoint.path / TENSORS}: optimizer.{place} is not the state of parameter {place} of {len(parameters)}; it is of "
+                "another model or version: name another --output_dir, or remove this checkpoint"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 __all__ = [
     "Checkpoint",
+    "CheckpointError",
+    "SaveError",
     "check_folder",
+    "check_tensors",
+    "in_bytes",
     "load_latest",
     "optimizer_tensors",
+    "read_checkpoint",
     "restore_optimizer",
     "save_checkpoint",
     "sha256_of",
+    "size_of",
     "staged_folder",
     "sync_to_disk",
     "verify",

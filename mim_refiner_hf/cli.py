@@ -26,13 +26,15 @@ from typing import Any, Literal, get_args
 from accelerate import Accelerator, PartialState
 from transformers import HfArgumentParser
 
+from .broken_images import BROKEN, MAX_BAD_FRACTION
+from .checkpointing import SaveError
 from .configuration_mim_refiner import Pooling
 from .conversion.load import image_processor, load_encoder
 from .data import open_images, open_stream
 from .distributed import launch_processes, launched_short, several_on_the_cpu
 from .evaluation.embed import PRECISIONS, embed_images
 from .evaluation.evaluate import PROTOCOLS, evaluate
-from .evaluation.feature_store import BROKEN, read_manifest
+from .evaluation.feature_store import read_manifest
 from .evaluation.features import feature_columns
 from .evaluation.report_folder import report_table
 from .pipeline_image_clustering import METHODS
@@ -97,6 +99,9 @@ class _PretrainCommand:
     split: str | None = field(default=None, metadata={"help": "Split to train on."})
     output_dir: str = field(default="outputs/pretrained", metadata={"help": "Folder for the model."})
     num_workers: int = field(default=2, metadata={"help": "Data-loading workers."})
+    max_bad_fraction: float = field(
+        default=MAX_BAD_FRACTION, metadata={"help": "Stop when more than this share of the images is broken."}
+    )
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -117,7 +122,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
     folder = Path(command.output_dir)
     with sole_run(folder, "--output_dir", beside=True):
         accelerator = Accelerator(cpu=several_on_the_cpu())
-        encoder = pretrain_mae(recipe, images, accelerator, command.num_workers)
+        encoder = pretrain_mae(recipe, images, accelerator, command.num_workers, command.max_bad_fraction)
         if accelerator.is_main_process:
             save_model_folder(folder, encoder, image_processor(encoder.config, {}))
             print(f"The pre-trained model: {folder}")
@@ -302,8 +307,10 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (PushError, ExportError, FloatingPointError, ConnectionError) as error:
+    except (PushError, ExportError, FloatingPointError, OSError) as error:  # OSError: disk full, read-only, the network
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SaveError) and arguments is None:
+            print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

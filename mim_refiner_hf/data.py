@@ -4,31 +4,43 @@
     images = open_images("photos/")                  # or "digits", "train.parquet", "uoft-cs/cifar10" (with config and split)
     image, label, index = images[0]                  # a PIL image, -1 without a label, the place in the whole data set
 
-Labels are optional everywhere. Pixels: EXIF rotation is applied, transparency lies on white, 16 bits are scaled to 8 (not
-clipped), of an animation the first frame counts.
+Labels are optional everywhere. What becomes of EXIF rotation, transparency, 16 bits and animations: `decoding.py`.
 
 The order is a pure function of (seed, epoch): `BatchSampler` starts at any step, on any number of processes, with the same
 sequence of global batches. A `DataLoader` takes it as `batch_sampler`, beside a `mim_refiner_hf.refinement.views.ViewDataset`.
+
+A broken image met in training is replaced by the sample that comes one batch later in the epoch's order; if that is broken too, by
+the one after it, and so on (`read_sample`). So the replacement is a pure function of (seed, epoch, batch size), whatever the number
+of workers and processes, and it is not in the batch already (but for an epoch's end, where the order begins again, and neighbours
+that are broken both). It brings its own index and label, by which the nearest-neighbour queue keeps it from finding itself, and
+views of its own: those of the image it stands in for. It does occur twice in that epoch, which is why every broken image is named
+and listed (`broken_images.py`).
 """
 
-import io
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from .data_sources import FoundImages, ImageSource, digest, find_columns, find_images, load_table, stored, undecoded
+from .data_sources import Entries, FoundImages, digest, find_columns, find_images, load_table, stored, undecoded
+from .decoding import decode_image, mode_of
 
 MAX_HELD_OUT = 5000
 SHUFFLE_BUFFER = 4096  # undecoded examples in the shuffle of a stream: about 0.4 GB of ImageNet JPEGs
 
-Key = tuple[int, int] | tuple[int, int, dict[str, Any]]
-"""What `BatchSampler` hands to a worker: (epoch, position) in a data set, (epoch, index, undecoded example) of a stream."""
+MAX_BROKEN_IN_A_ROW = 10
+
+Candidate = int | tuple[int, dict[str, Any]]
+"""Where a sample is: its position in a data set, or its place in a stream's epoch and the undecoded example."""
+Key = tuple[Any, ...]
+"""What `BatchSampler` hands to a worker: (epoch, candidate, ...), the sample and those that may stand in for it, in order."""
+Broken = dict[str, Any]
+"""An image that cannot be read: {"index": place in the whole data set, "path", "reason"}."""
 
 
 class Sample(NamedTuple):
@@ -39,49 +51,6 @@ class Sample(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a sample
 
 
-def decode_image(source: ImageSource, num_channels: int = 3, name: str | None = None) -> Image.Image:
-    """An upright 8-bit image of mode "RGB" (`num_channels` 3) or "L" (1) from encoded bytes, a path or a PIL image.
-
-    Transparent pixels show white; 16-bit values are divided by 257, floats in [0, 1] multiplied by 255. ValueError, naming the
-    path or `name`, for whatever cannot be decoded."""
-    mode = _mode(num_channels)
-    try:
-        if not isinstance(source, Image.Image):
-            image: Image.Image = Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes()))
-        else:
-            image = source
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _to_eight_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image.load()
-        return image if image.mode == mode else image.convert(mode)
-    except (
-        Exception
-    ) as error:  # for broken files Pillow raises OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError, ...
-        where = name or (str(source) if isinstance(source, Path) else "an image")
-        raise ValueError(f"Cannot decode {where}: {error or type(error).__name__}; replace or remove it.") from error
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit integers ("I;16*", "I" with values above 255) or floats ("F") as mode "L"; `convert` alone would clip."""
-    values = np.asarray(image, dtype=np.float64)
-    top = values.max()
-    scale = 1 / 257 if image.mode != "F" and (image.mode != "I" or top > 255) else 1.0
-    if image.mode == "F" and top <= 1:
-        scale = 255.0
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
-
-
-def _mode(num_channels: int) -> str:
-    if num_channels not in (1, 3):
-        raise ValueError(f"num_channels is {num_channels}; images have 3 (RGB) or 1 (greyscale).")
-    return "RGB" if num_channels == 3 else "L"
-
-
 class ImageDataset(Dataset[Sample]):
     """Images at random places, decoded when asked for.
 
@@ -89,12 +58,12 @@ class ImageDataset(Dataset[Sample]):
     two data sets apart without reading pixels. `indices` are the chosen places among `found.sources`, all by default."""
 
     def __init__(self, found: FoundImages, *, num_channels: int = 3, indices: np.ndarray | None = None) -> None:
-        _mode(num_channels)
+        mode_of(num_channels)
         self.found, self.num_channels = found, num_channels
         self.indices = np.arange(len(found.sources)) if indices is None else indices
         self.labels = found.labels if found.labels is None else found.labels[self.indices]
         self.class_names, self.name = found.class_names, found.name
-        self.fingerprint = found.fingerprint if indices is None else digest([found.fingerprint, indices.tobytes()])
+        self.fingerprint = found.entries.digest if indices is None else digest([found.entries.digest, indices.tobytes()])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -111,6 +80,16 @@ class ImageDataset(Dataset[Sample]):
         if self.class_names is not None:
             return len(self.class_names)
         return 0 if self.labels is None else int(self.labels.max(initial=-1)) + 1
+
+    def place(self, candidate: Candidate) -> int:
+        """`Sample.index` of a candidate."""
+        assert isinstance(candidate, int)
+        return int(self.indices[candidate])
+
+    def broken(self, candidate: Candidate, error: ValueError) -> Broken:
+        """The entry of an image that cannot be read."""
+        assert isinstance(candidate, int)
+        return {"index": self.place(candidate), "path": self.describe(candidate), "reason": str(error)}
 
     def describe(self, i: int) -> str:
         """Where image `i` comes from, for messages: its path, or its row in the data set."""
@@ -129,7 +108,7 @@ class ImageStream:
     """Images in the order a stream gives them. Text labels are -1: numbering them would take reading to the end."""
 
     def __init__(self, stream: Any, *, name: str, num_channels: int = 3) -> None:
-        _mode(num_channels)
+        mode_of(num_channels)
         features = stream.features or stream._resolve_features().features
         self.name, self.num_channels = name, num_channels
         self.image_column, self.label_column = find_columns(features, name)
@@ -146,8 +125,26 @@ class ImageStream:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
         source = stored(example[self.image_column], self.name)
         label = example[self.label_column] if self.label_column else None
-        where = example.get("__key__") or (source if isinstance(source, Path) else f"an image of {self.name}")
-        return decode_image(source, self.num_channels, str(where)), label if isinstance(label, int) else -1
+        return decode_image(source, self.num_channels, self.describe(example)), label if isinstance(label, int) else -1
+
+    def describe(self, example: dict[str, Any]) -> str:
+        """What an example is called: its key in a tar shard, or its path; of one without either, the stream."""
+        cell = example[self.image_column]
+        return str(example.get("__key__") or (isinstance(cell, dict) and cell.get("path")) or f"an image of {self.name}")
+
+    def __getitem__(self, candidate: tuple[int, dict[str, Any]]) -> Sample:
+        """The sample of an (index, example) of `iterate`."""
+        return Sample(*self.decode(candidate[1]), candidate[0])
+
+    def place(self, candidate: Candidate) -> int:
+        """`Sample.index` of a candidate."""
+        assert isinstance(candidate, tuple)
+        return candidate[0]
+
+    def broken(self, candidate: Candidate, error: ValueError) -> Broken:
+        """The entry of an image that cannot be read; of a stream, its index is the place in that epoch."""
+        assert isinstance(candidate, tuple)
+        return {"index": candidate[0], "path": self.describe(candidate[1]), "reason": str(error)}
 
 
 def open_images(dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3) -> ImageDataset:
@@ -161,9 +158,37 @@ def open_images(dataset: str, *, config: str | None = None, split: str | None = 
     - otherwise a data set on the Hub, with `config` and `split`.
 
     FileNotFoundError or ValueError says what is missing and what there is; ConnectionError, that the Hub cannot be reached."""
-    _mode(num_channels)
+    mode_of(num_channels)
     found = _find_digits(split or "train") if dataset == "digits" else find_images(dataset, config=config, split=split)
     return ImageDataset(found, num_channels=num_channels)
+
+
+class Reading(NamedTuple):
+    """What `read_sample` gives: a sample, the index of the one that was asked for, and those that were broken on the way."""
+
+    sample: Sample
+    asked: int
+    broken: list[Broken]
+
+
+def read_sample(source: ImageDataset | ImageStream, key: Key, read: Callable[[Any], Sample] | None = None) -> Reading:
+    """The first readable candidate of a key.
+
+    Args:
+        key: of a `BatchSampler`; one without replacements, (epoch, candidate), will do.
+        read: candidate to sample, ValueError if it is broken; None for `source[candidate]`.
+
+    Raises:
+        ValueError: when all candidates are broken.
+    """
+    read = read or source.__getitem__
+    broken: list[Broken] = []
+    for candidate in key[1:]:
+        try:
+            return Reading(read(candidate), source.place(key[1]), broken)
+        except ValueError as error:
+            broken.append(source.broken(candidate, error))
+    raise ValueError(f"{len(broken)} images of {source.name} in a row are broken, first: {broken[0]['reason']} Check the data.")
 
 
 def _find_digits(split: str) -> FoundImages:
@@ -177,9 +202,8 @@ def _find_digits(split: str) -> FoundImages:
     chosen = train if split == "train" else test
     pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8) in 0..16
     names = [str(digit) for digit in range(10)]
-    return FoundImages(
-        [Image.fromarray(image) for image in pixels], labels[chosen], names, "digits", digest([pixels.tobytes()])
-    )
+    entries = Entries.of(["digits"], [digest([pixels.tobytes()])])
+    return FoundImages([Image.fromarray(image) for image in pixels], labels[chosen], names, "digits", entries)
 
 
 def open_stream(dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3) -> ImageStream:
@@ -267,14 +291,15 @@ class BatchSampler(Sampler[list[Key]]):
         return self._from_stream(self.source) if isinstance(self.source, ImageStream) else self._from_dataset(self.source)
 
     def _from_dataset(self, source: ImageDataset) -> Iterator[list[Key]]:
-        per_epoch = len(source) // self.batch_size
+        per_epoch, spares = len(source) // self.batch_size, MAX_BROKEN_IN_A_ROW - 1
         step = self.start_step
         while step < self.steps:
             epoch, first = divmod(step, per_epoch)
             order = epoch_order(len(source), self.seed, epoch)
             for batch in range(first, min(per_epoch, first + self.steps - step)):
-                positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(epoch, int(position)) for position in positions[self.share]]
+                places = np.arange(batch * self.batch_size + self.share.start, batch * self.batch_size + self.share.stop)
+                candidates = order[(places[:, None] + [0, *range(self.batch_size, self.batch_size + spares)]) % len(order)]
+                yield [(epoch, *row) for row in candidates.tolist()]
                 step += 1
 
     def _from_stream(self, source: ImageStream) -> Iterator[list[Key]]:
@@ -282,13 +307,22 @@ class BatchSampler(Sampler[list[Key]]):
         while step < self.steps:
             first = step
             examples = source.iterate(self.seed, epoch)
-            while step < self.steps and len(batch := list(itertools.islice(examples, self.batch_size))) == self.batch_size:
+            batch = list(itertools.islice(examples, self.batch_size))
+            while step < self.steps and len(batch) == self.batch_size:
+                following = list(itertools.islice(examples, self.batch_size))
                 if step >= self.start_step:
-                    yield [(epoch, index, example) for index, example in batch[self.share]]
-                step += 1
+                    yield self._stream_keys(epoch, batch, following)
+                step, batch = step + 1, following
             if step == first:
                 raise ValueError(f"{source.name} ends before its first batch of {self.batch_size} is full; lower batch_size.")
             unread = max(self.start_step - step, 0) // (
                 step - first
             )  # every epoch is as long as this one: whole ones need no reading
             step, epoch = step + unread * (step - first), epoch + 1 + unread
+
+    def _stream_keys(self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]) -> list[Key]:
+        """The next batch stands in; where the stream ends in it, this one after it. A worker is handed about twice its share."""
+        pool = [*following] if len(following) == self.batch_size else [*following, *batch]
+        spares = range(MAX_BROKEN_IN_A_ROW - 1)
+        places = range(self.batch_size)[self.share]
+        return [(epoch, batch[place], *(pool[(place + spare) % len(pool)] for spare in spares)) for place in places]

@@ -10,8 +10,10 @@ holds the rules for names, splits, columns and labels, and the sentences for wha
 
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .data_paths import own_file
+from .decoding import ImageSource
 from .patience import patiently
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
@@ -30,7 +33,19 @@ SPLIT_WORDS = {word: words[0] for words in (TRAIN, TEST, VALIDATION) for word in
 IMAGE_COLUMNS = ("image", "img")  # preferred in this order where several columns hold images
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # `cls` is WebDataset's name
 
-ImageSource = bytes | Path | Image.Image
+
+class Entries(NamedTuple):
+    """What a data set consists of, to notice that it changed: names, a 32-bit check of each with its size, and a digest of all."""
+
+    names: Sequence[Any]
+    checks: np.ndarray
+    digest: str
+
+    @classmethod
+    def of(cls, names: Sequence[Any], about: Iterable[str]) -> "Entries":
+        """Of names for messages and a line about each, the same wherever the data set lies: relative path and size of a file."""
+        lines = [line.encode(errors="surrogateescape") for line in about]
+        return cls(names, np.array([zlib.crc32(line) for line in lines], dtype=np.uint32), digest(lines))
 
 
 class FoundImages(NamedTuple):
@@ -40,23 +55,36 @@ class FoundImages(NamedTuple):
     labels: np.ndarray | None
     class_names: list[str] | None
     name: str
-    fingerprint: str
+    entries: Entries
 
 
 def find_images(dataset: str, *, config: str | None, split: str | None) -> FoundImages:
     """The images `dataset` names, see `mim_refiner_hf.data.open_images`, which raises the same errors."""
     path = Path(dataset).expanduser()
-    if path.is_dir() and not _is_saved(path) and not _table_files(path):
-        return _find_in_folder(path, split)
+    try:
+        if path.is_dir() and not _is_saved(path) and not _table_files(path):
+            return _find_in_folder(path, split)
+    except OSError as error:  # what is behind it would be missing without a word
+        raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away.") from error
     table = load_table(dataset, config=config, split=split, streaming=False)
     image_column, label_column = find_columns(table.features, dataset)
     labels, class_names = _table_labels(table, label_column) if label_column else (None, None)
-    return FoundImages(_Column(table, image_column, dataset), labels, class_names, dataset, table._fingerprint)
+    return FoundImages(_Column(table, image_column, dataset), labels, class_names, dataset, _table_entries(path, split, table))
+
+
+def _table_entries(path: Path, split: str | None, table: Any) -> Entries:
+    """The files of a local table, with their sizes, and its rows; the table's own fingerprint, of a revision, from the Hub."""
+    if not path.exists():
+        return Entries.of(["its revision"], [table._fingerprint])
+    files = sorted(path.rglob("*.arrow")) if _is_saved(path) else _table_files(path)
+    names = [file.name if file == path else str(file.relative_to(path)) for file in files]
+    lines = [f"{name} {_size(file)}" for name, file in zip(names, files, strict=True)]
+    return Entries.of([*names, f"its split {split}"], [*lines, f"{split} {len(table)}"])
 
 
 def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     folder = _split_folder(root, split)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and _is_visible(path, folder))
+    paths = sorted(_image_files(folder, frozenset()))
     if not paths:
         raise ValueError(f"No images in {folder}: looked at every depth for {', '.join(sorted(EXTENSIONS))}.")
     parts = [path.relative_to(folder).parts for path in paths]
@@ -65,8 +93,35 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
         first_level = [part[0] for part in parts]
         class_names = sorted(set(first_level))
         labels = _numbered(first_level, class_names)
-    fingerprint = digest(f"{'/'.join(part)} {path.stat().st_size}" for part, path in zip(parts, paths, strict=True))
-    return FoundImages(paths, labels, class_names, str(folder), fingerprint)
+    entries = Entries.of(paths, (f"{'/'.join(part)} {_size(path)}" for part, path in zip(parts, paths, strict=True)))
+    return FoundImages(paths, labels, class_names, str(folder), entries)
+
+
+def _image_files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Everything below a folder that is called an image; links are followed, but not back to a folder that they are in.
+
+    What is no regular file or leads nowhere is among them: it is a broken image, with a reason. OSError for what cannot be listed.
+    """
+    status = folder.stat()
+    if (own := (status.st_dev, status.st_ino)) in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            if path.is_dir() if entry.is_symlink() else entry.is_dir():
+                yield from _image_files(path, above | {own})
+            elif path.suffix.lower() in EXTENSIONS:
+                yield path
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 for one that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _split_folder(root: Path, split: str | None) -> Path:

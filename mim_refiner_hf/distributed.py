@@ -44,6 +44,15 @@ def wait_for_everyone() -> None:
         dist.barrier()
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every process gave, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, dim: int) -> Tensor:
@@ -129,6 +138,7 @@ __all__ = [
     "all_gather",
     "all_gather_with_gradient",
     "average_gradients",
+    "gather_objects",
     "launch_processes",
     "launched_short",
     "progress_bar",

@@ -13,7 +13,8 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_digits
 
 from mim_refiner_hf import data
-from mim_refiner_hf.data import BatchSampler, ImageDataset, decode_image, epoch_order, hold_out, open_images, open_stream
+from mim_refiner_hf.data import BatchSampler, ImageDataset, epoch_order, hold_out, open_images, open_stream
+from mim_refiner_hf.decoding import decode_image
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (16, 1))  # (16, 32), dark left to bright right
 
@@ -238,10 +239,16 @@ def test_epoch_order_is_a_uniform_permutation_of_its_arguments() -> None:
 def test_batches_are_the_epoch_orders_cut_in_pieces() -> None:
     images = open_images("digits").subset(range(100, 123))
     sampler = BatchSampler(images, batch_size=6, seed=4, steps=8)
-    expected = [(epoch, int(p)) for epoch in range(3) for p in epoch_order(23, 4, epoch)[:18]][:48]
+    orders = [epoch_order(23, 4, epoch).tolist() for epoch in range(3)]
+    # each with those that may stand in for it: one batch later in the order, and the eight after that
+    expected = [
+        (epoch, order[place], *(order[(place + 6 + more) % 23] for more in range(9)))
+        for epoch, order in enumerate(orders)
+        for place in range(18)
+    ]
     batches = list(sampler)
     assert sampler.steps_per_epoch == 3 and len(sampler) == 8
-    assert [len(batch) for batch in batches] == [6] * 8 and list(chain(*batches)) == expected
+    assert [len(batch) for batch in batches] == [6] * 8 and list(chain(*batches)) == expected[:48]
     for start in range(9):
         later = BatchSampler(images, batch_size=6, seed=4, steps=8, start_step=start)
         assert list(later) == batches[start:] and len(later) == 8 - start
@@ -254,8 +261,15 @@ def test_stream_batches_go_through_epochs_and_start_anywhere(tmp_path: Path) -> 
     stream = open_stream(str(tmp_path))
     options = {"batch_size": 4, "seed": 1, "steps": 9}
     batches = list(BatchSampler(stream, **options))
-    expected = [(epoch, index, example) for epoch in range(5) for index, example in list(stream.iterate(1, epoch))[:8]]
-    assert BatchSampler(stream, **options).steps_per_epoch is None and list(chain(*batches)) == expected[:36]
+    epochs = [list(stream.iterate(1, epoch)) for epoch in range(5)]  # 11 examples: 2 batches of 4, and 3 more
+    # those that may stand in for an example: the next batch; where the stream ends in it, what is left and this batch
+    pools = [pool for examples in epochs for pool in (examples[4:8], examples[8:] + examples[4:8])]
+    expected = [
+        (step // 2, example, *(pools[step][(place + more) % len(pools[step])] for more in range(9)))
+        for step in range(9)
+        for place, example in enumerate(epochs[step // 2][step % 2 * 4 : step % 2 * 4 + 4])
+    ]
+    assert BatchSampler(stream, **options).steps_per_epoch is None and list(chain(*batches)) == expected
     for start in range(10):
         assert list(BatchSampler(stream, **options, start_step=start)) == batches[start:]
     shares = [list(BatchSampler(stream, **options, rank=rank, world_size=2)) for rank in (0, 1)]

@@ -102,7 +102,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small model and 72 images without labels."""
+    """A small model and 72 images without labels, 7 of them broken."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
     processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
@@ -111,7 +111,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for i in range(72):
         buffer = io.BytesIO()
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
-        images.append(buffer.getvalue())
+        images.append(buffer.getvalue() if i % 11 else b"no image")
     datasets.Dataset.from_dict({"image": images}).to_parquet(folder / "train.parquet")
     return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
 
@@ -136,6 +136,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "log_every": 1,
         "save_every": 3,
         "num_workers": 0,
+        "max_bad_fraction": 0.1,
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -161,6 +162,9 @@ def test_accelerate_launch_trains_what_one_process_trains(
             if "loss" in key or "neighbour" in key or key in ("step", "stage", "learning_rate"):
                 assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-5)), key
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    lists = [json.loads((tmp_path / name / "broken.json").read_text())["images"] for name in ("one", "two")]
+    assert lists[0] == lists[1] and {entry["index"] for entry in lists[0]} <= set(range(0, 72, 11))
+    assert [each["broken_images"] for each in metrics] == [len(found) for found in lists] and len(lists[0]) >= 5
     assert metrics[1]["hardware"].startswith("2 x")
     assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
     assert (tmp_path / "two/model/model.safetensors").is_file()

@@ -4,21 +4,20 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import TENSOR_DAMAGES, State, tiny_encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.conversion.digests import DIGESTS
 from mim_refiner_hf.conversion.layouts import LAYOUTS
 from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.publishing import save_model_folder
 
 # --- nothing is executed ------------------------------------------------------------------------------------------------------
@@ -106,7 +105,6 @@ def test_malicious_extra_files_are_not_touched(tmp_path: Path, canary: Path) -> 
 # --- every tensor, damaged in every way ---------------------------------------------------------------------------------------
 
 
-State = dict[str, Tensor]
 FAMILIES = [  # golden, file, key of its state dict, heads where the file does not state them
     ("mae", "checkpoint_encoder.pth", "model", 3),
     ("dino", "checkpoint.pth", "", 3),
@@ -115,57 +113,6 @@ FAMILIES = [  # golden, file, key of its state dict, heads where the file does n
     ("mimrefiner-training-postnorm", "checkpoint_ema.th", "state_dict", None),
     ("data2vec2", "checkpoint.pt", "model", None),
 ]
-
-
-def tiny_encoder() -> MimRefinerModel:
-    torch.manual_seed(1)
-    config = MimRefinerConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
-    )
-    encoder = MimRefinerModel(config)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    return encoder.eval()
-
-
-def dropped(state: State, name: str) -> State:
-    return {key: tensor for key, tensor in state.items() if key != name}
-
-
-def renamed(state: State, name: str) -> State:
-    return {f"{key}_x" if key == name else key: tensor for key, tensor in state.items()}
-
-
-def transposed(state: State, name: str) -> State | None:
-    """The first two dimensions that differ exchanged; None where the shape stays the same."""
-    tensor = state[name]
-    pairs = [(i, i + 1) for i in range(tensor.ndim - 1) if tensor.shape[i] != tensor.shape[i + 1]]
-    return state | {name: tensor.transpose(*pairs[-1]).contiguous()} if pairs else None
-
-
-def half(state: State, name: str) -> State:
-    return state | {name: state[name].half()}
-
-
-def integer(state: State, name: str) -> State:
-    return state | {name: (state[name] * 100).int()}
-
-
-def with_nan(state: State, name: str) -> State:
-    tensor = state[name].clone()
-    tensor.view(-1)[-1] = float("nan")
-    return state | {name: tensor}
-
-
-def swapped(state: State, name: str) -> State | None:
-    """Under each other's names with the next tensor of another shape."""
-    names = list(state)
-    others = [key for key in names[names.index(name) :] + names if state[key].shape != state[name].shape]
-    return state | {name: state[others[0]], others[0]: state[name]}
-
-
-DAMAGES: list[Callable[[State, str], State | None]] = [dropped, renamed, transposed, half, integer, with_nan, swapped]
 
 
 def names_in(message: str, family: str, name: str) -> bool:
@@ -188,7 +135,7 @@ def test_damage_to_any_tensor_of_a_file_is_named(
     cases, missed = 0, []
     for name in state:
         for damage in (
-            () if re.search(r"blocks\.[12]\.", name) else DAMAGES
+            () if re.search(r"blocks\.[12]\.", name) else TENSOR_DAMAGES
         ):  # the first block, the last, and what is around them
             if (broken := damage(state, name)) is None:
                 continue
@@ -238,7 +185,7 @@ def test_any_change_to_any_tensor_of_our_folder_is_named(own_folder: Path, tmp_p
         (tmp_path / file).write_bytes((own_folder / file).read_bytes())
     cases = 0
     for name in state:
-        for damage in (*DAMAGES, square_transposed, same_shape_swapped, one_bit_flipped):
+        for damage in (*TENSOR_DAMAGES, square_transposed, same_shape_swapped, one_bit_flipped):
             if (broken := damage(state, name)) is None:
                 continue
             cases += 1

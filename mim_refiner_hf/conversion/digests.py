@@ -1,6 +1,8 @@
-"""A sha256 of every tensor of a model folder, beside the weights: what names and shapes cannot tell, this does.
+"""A sha256 of every tensor of a model folder and of its settings: what names and shapes cannot tell, this does.
 
     write_digests(folder, tensors)                               # every folder that this package writes has them
+    add_file_digests(folder)                                     # of config.json and preprocessor_config.json, once they are final
+    check_file_digests(folder, digests)                          # another number of heads fits the same tensors
     check_digests("user/model", digests, tensors)                # load_encoder does; CheckpointError names the tensors that differ
 
 Two tensors of one shape under each other's names, a square matrix transposed, a bit that flipped on a disk: all load without a word
@@ -15,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .layout import CheckpointError, listed
+from ..checkpointing import CheckpointError, sha256_of
+from .layout import listed
 
 DIGESTS = "weights_digests.json"
+SETTINGS = ("config.json", "preprocessor_config.json")
 
 
 def digest(tensor: Tensor) -> str:
@@ -33,12 +37,35 @@ def write_digests(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     (folder / DIGESTS).write_text(json.dumps(digests, indent=0) + "\n", encoding="utf-8")
 
 
+def add_file_digests(folder: Path) -> None:
+    """Add the sha256 of the JSON files that say how the weights are used to `weights_digests.json`."""
+    digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    digests |= {name: sha256_of(folder / name) for name in SETTINGS}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=0) + "\n", encoding="utf-8")
+
+
+def check_file_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Compare the JSON files with the digests recorded for them; a folder of an earlier version has none.
+
+    Raises:
+        CheckpointError: when one of them is another one, or missing.
+    """
+    for name in SETTINGS:
+        path = folder / name
+        if name in digests and not (path.is_file() and sha256_of(path) == digests[name]):
+            raise CheckpointError(
+                f"{path} is not the file that {DIGESTS} describes; get the folder again, or, if you changed it yourself, remove its "
+                f"line from {DIGESTS}"
+            )
+
+
 def check_digests(name: str, digests: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Compare tensors with the digests recorded for them.
 
     Raises:
         CheckpointError: when any tensor is another one, is missing, or has no digest; it names them.
     """
+    digests = {key: value for key, value in digests.items() if key not in SETTINGS}
     changed = [
         key for key in dict.fromkeys([*digests, *tensors]) if key not in tensors or digests.get(key) != digest(tensors[key])
     ]

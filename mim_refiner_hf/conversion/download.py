@@ -24,8 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # silent where the Hub's bars are
 
 from .._version import __version__
-from ..checkpointing import sha256_of
-from .layout import CheckpointError
+from ..checkpointing import CheckpointError, sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,6 @@ POSITIONS = "embeddings.position_embeddings"
 Placed = dict[str, Tensor]
 
 
-class CheckpointError(ValueError):
-    """A source cannot be turned into an encoder; the message says why, names the tensors, and says what to do."""
-
-
 def listed(names: list[str], limit: int = 8) -> str:
     """Names for an error message, the first few of a long list."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -16,13 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
+from ..checkpointing import CheckpointError
 from ..patience import patiently
-from .digests import DIGESTS, check_digests
-from .layout import CheckpointError, listed
+from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
+from .layout import listed
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 
-JSON_FILES = ["config.json", "preprocessor_config.json", DIGESTS]
+JSON_FILES = [*SETTINGS, DIGESTS]
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference, one file or several shards
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
@@ -54,7 +55,8 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         if isinstance(source, Path) or path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
             raise FileNotFoundError(f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file")
         path = download(hub_name(str(source)), revision)
-    config, preprocessing, digests = (read_json(path / name) for name in JSON_FILES)
+    digests = read_json(path / DIGESTS)
+    config, preprocessing = (read_json(path / name) for name in SETTINGS)
     shards = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not shards:
         raise CheckpointError(f"{source} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file itself")
@@ -63,6 +65,7 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         contents.update(read_weights(shard))
     if digests:
         check_digests(str(source), digests, contents)
+        check_file_digests(path, digests)
     return Source(str(source), contents, config, preprocessing)
 
 
@@ -88,8 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; get it again") from error
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:

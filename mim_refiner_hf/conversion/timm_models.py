@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .layout import CheckpointError
+from ..checkpointing import CheckpointError
 
 if TYPE_CHECKING:
     from .read import Source

@@ -19,10 +19,9 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from ..checkpointing import sha256_of
+from ..checkpointing import CheckpointError, sha256_of
 from ..patience import patiently
 from .download import Record, download, is_intact
-from .layout import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..broken_images import BROKEN
 from ..checkpointing import write_json
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.digests import digest as digest_of_tensor
@@ -31,7 +32,6 @@ from ..distributed import progress_bar, rank, wait_for_everyone, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..run_lock import check_writable, sole_run
 from .feature_store import (
-    BROKEN,
     FORMAT,
     MANIFEST,
     FeatureStore,
@@ -152,7 +152,7 @@ def data_fingerprint(images: Images) -> str:
 
 def whole_fingerprint(images: Images) -> str:
     """`data_fingerprint` of the data set that a subset was taken from: `index` counts its images."""
-    return images.found.fingerprint if isinstance(images, ImageDataset) else data_fingerprint(images)
+    return images.found.entries.digest if isinstance(images, ImageDataset) else data_fingerprint(images)
 
 
 def describe(

@@ -75,7 +75,8 @@ def evaluate(
         output_dir: folder of the result; an earlier result in it is replaced.
 
     Returns:
-        What `metrics.json` holds: `after` (the model), `before` (`against`), `changes` with verdicts, and how it was measured.
+        What `metrics.json` holds: `after` (the model), `before` (`against`), `changes` with verdicts, how it was measured, and the
+        `broken` images, which are left out.
 
     Raises:
         ValueError, FileNotFoundError: before any measurement, for wrong input.

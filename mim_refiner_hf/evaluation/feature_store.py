@@ -38,7 +38,7 @@ from ..checkpointing import sha256_of, sync_to_disk, write_json
 from .features import FeatureSet, check_blocks
 
 FORMAT = "mim_refiner_hf features, version 1"
-MANIFEST, BROKEN = "manifest.json", "broken.json"
+MANIFEST = "manifest.json"
 ROWS_AT_ONCE = 1024  # rows of a row group, which is what a reader holds in memory
 
 # --- the format: manifest, shards, records ------------------------------------------------------------------------------------

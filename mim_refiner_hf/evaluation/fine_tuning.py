@@ -18,6 +18,7 @@ counts: no choice is made on the evaluation images. RandAugment, mixup, CutMix, 
 """
 
 import copy
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import BatchSampler, random_generator
+from ..data import BatchSampler, Key, random_generator, read_sample
 from ..distributed import average_gradients, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
 from ..optimization import encoder_groups, learning_rate, set_learning_rate
@@ -43,6 +44,8 @@ from ..refinement.recipe import check_types, documented
 from ..refinement.views import ViewSpec, make_view, normalise
 from .features import Preprocess
 from .scores import ProtocolResult, class_labels, mean_score
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..data import ImageDataset
@@ -138,10 +141,11 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         self.rand_augment = rand_augment_transform(RAND_AUGMENT, settings) if recipe.rand_augment else None
         self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, i = key
-        image, label, index = self.images[i]
-        rng = random_generator(self.seed, "fine-tuning", epoch, index)
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        (image, label, _), index, broken = read_sample(self.images, key)
+        for entry in broken:
+            logger.warning("%s It is skipped.", entry["reason"])
+        rng = random_generator(self.seed, "fine-tuning", key[0], index)
         view = make_view(image, self.crop, rng)
         with seeded(rng):
             if self.rand_augment is not None:

@@ -77,16 +77,12 @@ class ReadableImages(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         shard, position, example = key
-        images, path = self.images, self.path(position, example)
+        path, candidate = self.path(position, example), position if example is None else (position, example)
+        images: Any = self.images  # either takes the candidates that it gives
         try:
-            if isinstance(images, ImageDataset):
-                sample = images[position]
-            else:
-                assert example is not None  # a stream's key carries it
-                sample = Sample(*images.decode(example), position)
+            sample = images[candidate]
         except ValueError as error:
-            place = int(images.indices[position]) if isinstance(images, ImageDataset) else position
-            return Item(shard, place, path, None, str(error))
+            return Item(shard, images.place(candidate), path, None, str(error))
         return Item(shard, sample.index, path, sample, "")
 
     def path(self, position: int, example: dict[str, Any] | None) -> str:

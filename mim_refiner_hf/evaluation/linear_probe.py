@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..broken_images import BrokenImages
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..data import BatchSampler, epoch_order
 from ..distributed import progress_bar, rank
@@ -105,12 +106,15 @@ def augmented_batches(
     size = encoder.config.image_hw[0]
     crop = MultiCrop([ViewSpec(size, CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)])
     sampler = BatchSampler(images, batch_size=batch, seed=seed, steps=epochs * (len(images) // batch))
+    broken = BrokenImages(images, max_fraction=1)
     for views in DataLoader(ViewDataset(images, crop, seed), batch_sampler=sampler, num_workers=num_workers):
+        broken.add(views["broken"])
         parts = []
         for pixels in views["global_views"][:, 0].split(batch_size):
             normalised = normalise(pixels.to(encoder.device), processor.image_mean, processor.image_std)
             parts.append(encode(encoder, normalised, columns))
         yield {column: torch.cat([part[column] for part in parts]) for column in columns}, views["label"].to(encoder.device)
+    broken.share()
 
 
 def linear_probe(

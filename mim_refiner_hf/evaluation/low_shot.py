@@ -18,7 +18,6 @@ W = (-w/2, w/2) with ||W||^2 = ||w||^2 / 2: there C = 2 / (lambda n).
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +142,10 @@ def low_shot(
         raise ValueError(f"{train_images.name} has images of one class only, but low-shot classification needs two or more")
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    read = partial(read_rows, encoder, processor=processor, columns=[column], features=features, **settings)
+
+    def read(images: "ImageDataset") -> Rows:
+        return read_rows(encoder, images, processor, [column], features=features, **settings)
+
     names, places, bank = encoded_splits(train_images, read, max(shots), seed)
     found = read(eval_images)
     assert found.labels is not None  # class_labels says so

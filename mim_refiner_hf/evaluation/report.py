@@ -11,7 +11,6 @@ Without labels only RankMe is measured, and the groups are a rule-of-thumb numbe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +136,16 @@ def evaluate_encoder(
     own = own_columns(encoder.config)
     columns = own if labelled and per_block else own[-4:] if labelled and grid else own[-1:]
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "features": features}
-    read = partial(read_rows, encoder, processor=processor, columns=columns, **settings)
-    found = read(eval_images, desc="evaluation images")
+
+    def read(images: "ImageDataset", desc: str) -> Rows:
+        return read_rows(encoder, images, processor, columns, desc=desc, **settings)
+
+    found = read(eval_images, "evaluation images")
     last = FeatureSet(found.column(own[-1]), labels=found.labels)
     metrics: dict[str, Any] = {}
     bank = predicted = None
     if labelled:
-        rows = read(evenly_spaced(train_images, BANK_SIZE), desc="k-NN bank")
+        rows = read(evenly_spaced(train_images, BANK_SIZE), "k-NN bank")
         bank = FeatureSet(rows.column(own[-1]), labels=rows.labels)
         assert bank.labels is not None and last.labels is not None  # `labelled` says so
         predicted, metrics = knn_metrics(rows, found, own, grid)

@@ -151,6 +151,7 @@ def robustness(
         found = read_rows(encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings)
         bank_x, eval_x = standardise(bank_features, found.column(column))
         (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()
+        assert found.labels is not None  # class_labels says so
         return predicted == found.labels
 
     clean, altered = correct(processor, features, "clean images"), for_altered_images(features)

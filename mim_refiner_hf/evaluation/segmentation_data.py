@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configuration_mim_refiner import MimRefinerConfig
-from ..data import decode_image, random_generator
-from ..data_sources import ImageSource, find_columns, load_table, stored, undecoded
+from ..data import random_generator
+from ..data_sources import find_columns, load_table, stored, undecoded
+from ..decoding import ImageSource, decode_image
 from ..refinement.views import draw_crop, flip_horizontally, resized_crop
 
 VOID = -1  # in targets: neither trained on nor counted

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..broken_images import MAX_BAD_FRACTION, BrokenImages
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.load import image_processor
 from ..data import BatchSampler, ImageDataset
@@ -199,7 +200,12 @@ def decoder_groups(decoder: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def mae_batches(
-    recipe: PretrainRecipe, images: ImageDataset, processor: Any, device: torch.device, num_workers: int
+    recipe: PretrainRecipe,
+    images: ImageDataset,
+    processor: Any,
+    device: torch.device,
+    num_workers: int,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of every batch of a training: crops (b, C, S, S), normalised as `processor` does, and noise (b, N).
 
@@ -219,7 +225,11 @@ def mae_batches(
     def prepared() -> Iterator[
         tuple[Tensor, Tensor]
     ]:  # of its own, so that wrong input is refused at the call, not at the first batch
+        broken = BrokenImages(images, max_bad_fraction)
         for step, batch in enumerate(loader):
+            broken.add(batch["broken"])
+            if step % 50 == 0 or step == steps - 1:
+                broken.share()
             noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
             own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
             yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
@@ -228,12 +238,16 @@ def mae_batches(
 
 
 def pretrain_mae(
-    recipe: PretrainRecipe, images: ImageDataset, accelerator: Accelerator | None = None, num_workers: int = 0
+    recipe: PretrainRecipe,
+    images: ImageDataset,
+    accelerator: Accelerator | None = None,
+    num_workers: int = 0,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> MimRefinerModel:
     """Train an encoder on `images` from nothing; returns it in eval mode, the same on every process.
 
     Raises:
-        ValueError: for a batch larger than the data set.
+        ValueError: for a batch larger than the data set, or more broken images than `max_bad_fraction` of all.
     """
     accelerator = accelerator or Accelerator()
     per_epoch = len(images) // recipe.batch_size
@@ -246,7 +260,7 @@ def pretrain_mae(
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     processor = image_processor(encoder.config, {})  # the preprocessing that the model is used with afterwards
     peak = recipe.learning_rate * recipe.batch_size / 256
-    batches = mae_batches(recipe, images, processor, accelerator.device, num_workers)
+    batches = mae_batches(recipe, images, processor, accelerator.device, num_workers, max_bad_fraction)
     progress = progress_bar(batches, total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
     for step, (pixels, noise) in enumerate(progress):
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))

@@ -25,7 +25,8 @@ from PIL import Image
 from ..checkpointing import check_folder, staged_folder, write_json
 from ..clustering import near_duplicates
 from ..conversion import load_encoder
-from ..data import ImageDataset, decode_image, open_images
+from ..data import ImageDataset, open_images
+from ..decoding import decode_image
 from ..distributed import progress_bar
 from ..pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
 from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..checkpointing import check_folder, staged_folder
-from ..conversion.digests import write_digests
+from ..conversion.digests import add_file_digests, write_digests
 from ..modeling_mim_refiner import MimRefinerModel
 from ..patience import patiently
 from ..pipeline_image_clustering import announce_code
@@ -56,7 +56,7 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
 
 def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: torch.dtype) -> None:
     """Write a model's files into an empty folder: `config.json`, safetensors, `preprocessor_config.json`, the flat Python files,
-    and a digest of every tensor, by which `load_encoder` notices any later change.
+    and a digest of every tensor and of the two JSON files, by which `load_encoder` notices any later change.
 
     Weights are cast to `dtype` and split into files of at most `SHARD_SIZE`, so that writing takes no second copy of them all.
     """
@@ -65,6 +65,7 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
     encoder.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
     processor.save_pretrained(folder)
     announce_code(folder, dtype=str(dtype).removeprefix("torch."))
+    add_file_digests(folder)
     package = Path(__file__).resolve().parents[1]
     for entry in (package / f"{module}.py" for module in ENTRIES):
         for file in (entry, *map(Path, get_relative_import_files(entry))):

@@ -3,10 +3,13 @@
 print(plan_text(recipe, config, num_images=1281167, num_eval=50000, steps=Steps(25020, 37530), processes=1, device="cuda"))
 """
 
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ..checkpointing import in_bytes
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..modeling_mim_refiner import MimRefinerModel
 from .recipe import RefineRecipe, default_head_blocks
@@ -54,12 +57,34 @@ def head_blocks_of(recipe: RefineRecipe, config: MimRefinerConfig) -> list[int]:
     return recipe.head_blocks if isinstance(recipe.head_blocks, list) else default_head_blocks(config.num_hidden_layers)
 
 
+def head_parameters(recipe: RefineRecipe, width: int) -> int:
+    """Number of weights of one head: projector and predictor."""
+    per_head = width * recipe.projector_dim + recipe.projector_dim**2 + recipe.projector_dim * recipe.embedding_dim
+    return per_head + 2 * recipe.embedding_dim * recipe.predictor_dim
+
+
+def checkpoint_bytes(recipe: RefineRecipe, config: MimRefinerConfig) -> float:
+    """Estimated bytes of a checkpoint in the refinement: weights, their average and AdamW's moments of both, heads, queue."""
+    trained = 1 - recipe.freeze_blocks / config.num_hidden_layers
+    heads = len(head_blocks_of(recipe, config))
+    queue = recipe.queue_size * (4 * heads * (recipe.embedding_dim + 1) + 24)  # rows, norms; index, label, age
+    return 4 * encoder_parameters(config) * (2 + 2 * trained) + 12 * heads * head_parameters(recipe, config.hidden_size) + queue
+
+
+def disk_text(recipe: RefineRecipe, config: MimRefinerConfig) -> str:
+    """What the checkpoints take, while the next one is written beside those that are kept, and what is free."""
+    each, folder = checkpoint_bytes(recipe, config), Path(recipe.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    needed, free = (recipe.keep + 1) * each, shutil.disk_usage(existing).free
+    text = f"checkpoints of about {in_bytes(each)}, {recipe.keep} kept: {in_bytes(needed)} at most; {in_bytes(free)} free"
+    return text + (", TOO LITTLE: make room, or lower --keep" if free < needed else "")
+
+
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
     """Bytes of one process in the refinement, by part: fp32 weights, gradients, AdamW and EMA; heads; queue; views; activations; logits."""
     assert recipe.global_size is not None and recipe.local_size is not None
     heads, width = len(head_blocks_of(recipe, config)), config.hidden_size
-    per_head = width * recipe.projector_dim + recipe.projector_dim**2 + recipe.projector_dim * recipe.embedding_dim
-    per_head += 2 * recipe.embedding_dim * recipe.predictor_dim
+    per_head = head_parameters(recipe, width)
     batch = recipe.batch_size // processes
     micro = min(recipe.micro_batch_size or batch, batch)
     sizes = [(recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)]
@@ -133,6 +158,7 @@ def plan_text(
             "memory",
             f"about {sum(memory.values()) / GIGA:.1f} GiB per process, most of it {largest} ({memory[largest] / GIGA:.1f})",
         ),
+        ("disk", disk_text(recipe, config) if recipe.save_every else "no checkpoints"),
         ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, curves.png, log.jsonl"),
     ]
     if recipe.micro_batch_size is None and memory["activations"] > 0.5 * sum(memory.values()):
@@ -142,4 +168,4 @@ def plan_text(
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
 
 
-__all__ = ["Steps", "count_steps", "encoder_parameters", "memory_estimate", "plan_text"]
+__all__ = ["Steps", "checkpoint_bytes", "count_steps", "encoder_parameters", "memory_estimate", "plan_text"]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..broken_images import MAX_BAD_FRACTION
 from ..configuration_mim_refiner import MimRefinerConfig, Pooling
 from .objective import LossSchedule, Swap
 
@@ -43,6 +44,10 @@ class RefineRecipe:
     eval_split: str | None = documented(None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on.")
     eval_fraction: float = documented(
         0.1, "Share of the images held out for evaluation when neither is given; 0 for no evaluation."
+    )
+    max_bad_fraction: float = documented(
+        MAX_BAD_FRACTION,
+        "Stop when more than this share of the images is broken; up to it they are replaced, counted, and listed in broken.json.",
     )
     # ---- model
     model: str | None = documented(None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file.")
@@ -224,6 +229,7 @@ def _share(open_end: bool = False) -> tuple[Callable[[Any], bool], str]:
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_fraction": _share(open_end=True),
+    "max_bad_fraction": _share(),
     "head_blocks": (lambda value: value == "auto" or isinstance(value, list), "numbers of blocks, or auto"),
     "num_heads": _at_least(1),
     "projector_dim": _at_least(1),

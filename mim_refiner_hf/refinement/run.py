@@ -4,9 +4,9 @@
     result.encoder, result.metrics["after"]["knn_accuracy"]
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is trained. The output folder holds
-`recipe.json` from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at the end;
-with `--pretrain` also `pretrained/`, the encoder that is refined, and with `--head_blocks auto` `blocks.png`, the measurement
-behind the choice.
+`recipe.json` and `data.json` (what the data consist of) from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`,
+`curves.png` and `log.jsonl` at the end; with `--pretrain` also `pretrained/`, the encoder that is refined, with `--head_blocks auto`
+`blocks.png`, the measurement behind the choice, and `broken.json` where images could not be read.
 """
 
 import dataclasses
@@ -26,15 +26,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from ..broken_images import readable
 from ..checkpointing import Checkpoint, check_folder, load_latest, staged_folder, write_json
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import load_encoder
 from ..conversion.load import image_processor
-from ..data import ImageDataset, ImageStream, hold_out, open_images, open_stream
+from ..data import Broken, ImageDataset, ImageStream, hold_out, open_images, open_stream
+from ..data_changes import RECORD, check_data_record, write_data_record
 from ..distributed import several_on_the_cpu
 from ..evaluation.block_analysis import BlockProfile
 from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
-from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
+from ..evaluation.report import BANK_SIZE, Evaluation, comparison_table, evaluate_encoder, evenly_spaced
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
 from ..run_lock import check_writable
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = frozenset(
     [
         "recipe",
+        "max_bad_fraction",
         "output_dir",
         "stage",
         "num_workers",
@@ -130,6 +133,8 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "recipe.json", dataclasses.asdict(recipe))
+        if isinstance(prepared.images, ImageDataset):
+            write_data_record(output / RECORD, prepared.images)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("mim-refiner")
     result = _train_and_measure(prepared, accelerator, bf16)
@@ -174,6 +179,9 @@ def prepare(recipe: RefineRecipe) -> Prepared:
         raise ValueError(
             f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
         )
+    record = Path(recipe.output_dir) / RECORD
+    if found is not None and isinstance(images, ImageDataset) and record.exists():
+        check_data_record(record, images)
     return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found)
 
 
@@ -259,13 +267,14 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     encoder = prepared.encoder
     if encoder is None and found is None:
         assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
-        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers)
+        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers, recipe.max_bad_fraction)
         earlier["pretrain"] = time.perf_counter() - began
         if accelerator.is_main_process:
             save_start(Path(recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
     elif encoder is None:
         encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
     encoder = encoder.float().to(accelerator.device)
+    prepared, unreadable = _readable_only(prepared, workers)
 
     def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
         if prepared.eval_images is None or prepared.bank is None:
@@ -284,6 +293,8 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     )
     if found is not None:
         trainer.restore(found)
+    trainer.broken.add(unreadable)
+    trainer.broken.share()
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
         0 if found is None else found.step,
@@ -297,6 +308,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     measured = evaluate(trainer.average)
     after = None if measured is None else measured.metrics
     metrics = describe(prepared, accelerator, before, after, trainer.seconds)
+    metrics["broken_images"] = len(trainer.broken)
     if choice is not None:
         metrics["head_choice"] = choice
     if accelerator.is_main_process:
@@ -307,6 +319,25 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
     return RunResult(trainer.average, processor, metrics, Path(recipe.output_dir))
+
+
+def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Broken]]:
+    """Without the evaluation images and those of the k-NN bank that cannot be read, and what these are: every score is over the
+    same images, before and after. Of the bank, the 10 000 images that are used are decoded to find out."""
+    if prepared.eval_images is None or prepared.bank is None:
+        return prepared, []
+    kept, own = [], []
+    for images in (prepared.eval_images, evenly_spaced(prepared.bank, BANK_SIZE)):
+        left, broken = readable(images, workers)
+        kept.append(left)
+        if images.found is getattr(
+            prepared.images, "found", None
+        ):  # the run's list is one of places in the data set trained on
+            own += broken
+            continue
+        for entry in broken:
+            logger.warning("broken evaluation image, left out: %s", entry["reason"])
+    return dataclasses.replace(prepared, eval_images=kept[0], bank=kept[1]), own
 
 
 def _choose_head_blocks(

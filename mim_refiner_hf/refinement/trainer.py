@@ -21,9 +21,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..checkpointing import Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from ..broken_images import BROKEN, BrokenImages
+from ..checkpointing import (
+    Checkpoint,
+    SaveError,
+    check_tensors,
+    in_bytes,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    size_of,
+)
 from ..data import BatchSampler, ImageDataset, ImageStream
-from ..distributed import average_gradients, progress_bar, rank, world_size
+from ..distributed import average_gradients, gather_objects, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
 from .heads import IdHeads
@@ -62,7 +72,7 @@ class Trainer:
     num_workers: int
     bf16: bool
     seconds: dict[str, float] = field(default_factory=dict)
-    broken_images: int = 0  # read in vain by this process so far, and replaced by the next
+    sized: set[str] = field(default_factory=set)  # stages whose checkpoints' size has been said
 
     def __post_init__(self) -> None:
         recipe, config = self.recipe, self.encoder.config
@@ -94,6 +104,7 @@ class Trainer:
             for layer in self.encoder.layers:
                 layer.compile()
         self.optimizer = self._optimizer(0)
+        self.broken = BrokenImages(self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN)
 
     # ---- the loop
 
@@ -111,16 +122,20 @@ class Trainer:
             if step == self.steps.warmup:
                 self.optimizer = self._optimizer(step)
             result = self.update(step, batch)
-            self.broken_images += int(batch["skipped"].sum())
+            self.broken.add(batch["broken"])
             done, stage = step + 1, self.stage(step)
+            logs = done % recipe.log_every == 0 or done == stop_step
+            saves = recipe.save_every and (done % recipe.save_every == 0 or done == stop_step)
+            if logs or saves:
+                self.broken.share(images_read=done * recipe.batch_size)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
             progress.update()
-            if done % recipe.log_every == 0 or done == stop_step:
+            if logs:
                 self._log(step, result, progress, (time.perf_counter() - fit_began) / (done - start_step))
             epoch_ended = per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
             if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
                 self.accelerator.log(evaluate(), step=done)
-            if recipe.save_every and (done % recipe.save_every == 0 or done == stop_step):
+            if saves:
                 self.save(done, extra_state)
         progress.close()
 
@@ -226,7 +241,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": self._learning_rate(step),
             "images_per_second": self.recipe.batch_size / step_seconds,
-            "broken_images": self.broken_images,
+            "broken_images": len(self.broken),
             "seconds_left": (progress.total - step - 1) * step_seconds,
         }
         short = ("loss", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
@@ -242,26 +257,45 @@ class Trainer:
     # ---- what it keeps
 
     def save(self, done: int, extra_state: dict[str, Any]) -> None:
-        """Write a checkpoint after `done` steps (main process)."""
-        if self.accelerator.is_main_process:
-            tensors = {f"refiner.{name}": tensor for name, tensor in self.refiner.state_dict().items()}
-            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-            tensors |= optimizer_tensors(self.optimizer)
-            state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
-            folder = Path(self.recipe.output_dir) / "checkpoints"
-            save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=self.recipe.keep)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint after `done` steps (main process); SaveError on every process if that cannot be done."""
+        failure = self._write(done, extra_state) if self.accelerator.is_main_process else None
+        if message := next(filter(None, gather_objects(failure)), None):
+            raise SaveError(message)
+
+    def _write(self, done: int, extra_state: dict[str, Any]) -> str | None:
+        """Write a checkpoint; what went wrong, if anything."""
+        tensors = self._tensors() | optimizer_tensors(self.optimizer)
+        state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
+        state["broken"] = self.broken.entries
+        folder, keep = Path(self.recipe.output_dir) / "checkpoints", self.recipe.keep
+        try:
+            path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
+        except SaveError as error:
+            return str(error)
+        if (stage := self.stage(done - 1)) not in self.sized:
+            self.sized.add(stage)
+            print(f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
+        return None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
+        parts = {"refiner": self.refiner, "average": self.average}
+        return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written, or raise a CheckpointError that names file and tensor, and change nothing."""
+        check_tensors(checkpoint, self._tensors())
+        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
+        if checkpoint.step != self.steps.warmup:
+            optimizer = self._optimizer(checkpoint.step)
+            restore_optimizer(optimizer, checkpoint)
+            self.optimizer = optimizer
         for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
             state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
             module.load_state_dict(state)
         self.seconds = dict(checkpoint.state["seconds"])
-        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
-        if checkpoint.step != self.steps.warmup:
-            self.optimizer = self._optimizer(checkpoint.step)
-            restore_optimizer(self.optimizer, checkpoint.tensors)
+        self.broken.add(checkpoint.state.get("broken", []))
+        self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
 
 
 __all__ = ["Trainer"]

@@ -11,7 +11,7 @@ equal bit for bit to torchvision's Pillow path, which the authors' code runs. Th
 (seed, epoch, index), so workers, processes and resuming change nothing.
 """
 
-import logging
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +23,13 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import ImageDataset, ImageStream, Key, Sample, random_generator
-
-logger = logging.getLogger(__name__)
+from ..data import ImageDataset, ImageStream, Key, Sample, random_generator, read_sample
 
 RATIO = (3 / 4, 4 / 3)
 JITTER_P, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
 BLUR_SIGMA = (0.1, 2.0)  # pixels, where global views have 224 of them a side; smaller views get it in proportion
 GREYSCALE_P = 0.2
 CACHE_BYTES = 256 * 2**20  # per worker
-MAX_BROKEN_IN_A_ROW = 10
 
 Box = tuple[int, int, int, int]
 
@@ -216,51 +213,36 @@ class MultiCrop:
 
 
 class ViewDataset(Dataset[dict[str, Any]]):
-    """Key of a `BatchSampler` -> {"index", "label", "skipped": int, "global_views", "local_views": uint8 as of `MultiCrop`}.
+    """Key of a `BatchSampler` -> {"index", "label", "broken", "global_views", "local_views": uint8 as of `MultiCrop`}.
 
-    A broken image of a data set is logged by name and replaced by the next readable one; `skipped` counts those passed over.
-    After ten in a row, and for a stream, which has no next one at hand, the ValueError is raised. Small data sets (under 256 MB
-    decoded) stay in memory once decoded."""
+    A broken image is replaced as `mim_refiner_hf.data` says; the entries of those passed over are JSON under "broken" (or ""), and the
+    views are drawn for the image that was asked for. Small data sets (under 256 MB decoded) stay in memory once decoded."""
 
     def __init__(self, source: ImageDataset | ImageStream, multicrop: MultiCrop, seed: int) -> None:
         self.source, self.multicrop, self.seed = source, multicrop, seed
         self._decoded: dict[int, Sample] = {}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, position, *example = key
-        skipped = 0
-        if isinstance(self.source, ImageStream):
-            image, label = self.source.decode(example[0])
-            sample = Sample(image, label, position)
-        else:
-            sample, skipped = self._next_readable(self.source, position)
-        global_views, local_views = self.multicrop(sample.image, view_rng(self.seed, epoch, sample.index))
+        sample, asked, broken = read_sample(self.source, key, self._read)
+        global_views, local_views = self.multicrop(sample.image, view_rng(self.seed, key[0], asked))
         return {
             "index": sample.index,
             "label": sample.label,
-            "skipped": skipped,
+            "broken": json.dumps(broken) if broken else "",
             "global_views": global_views,
             "local_views": local_views,
         }
 
-    def _next_readable(self, source: ImageDataset, position: int) -> tuple[Sample, int]:
-        for skipped in range(MAX_BROKEN_IN_A_ROW):
-            place = (position + skipped) % len(source)
-            try:
-                return self._read(source, place), skipped
-            except ValueError as error:
-                logger.warning("%s It is skipped.", error)
-        raise ValueError(
-            f"{MAX_BROKEN_IN_A_ROW} images in a row are broken, from {source.describe(position)} on; check the data."
-        )
-
-    def _read(self, source: ImageDataset, place: int) -> Sample:
-        if (sample := self._decoded.get(place)) is None:
-            sample = source[place]
+    def _read(self, candidate: Any) -> Sample:
+        source = self.source
+        if isinstance(source, ImageStream):
+            return source[candidate]
+        if (sample := self._decoded.get(candidate)) is None:
+            sample = source[candidate]
             width, height = sample.image.size
             # An image stays if the whole set, were it made of images like this one, fits: bounded without knowing the others.
             if width * height * source.num_channels * len(source) <= CACHE_BYTES:
-                self._decoded[place] = sample
+                self._decoded[candidate] = sample
         return sample
 
 
