@@ -55,9 +55,11 @@ def apply_colour(views: Tensor, table: Tensor) -> Tensor:
         views: uint8 (..., C, H, W), C 3 (RGB) or 1 (saturation, hue and greyscale leave it alone).
         table: float32 (..., 11) of `draw_table`, on the CPU: who gets what is decided there, without waiting for the device.
     """
+    if not views.numel():
+        return views
     flat, rows = views.reshape(-1, *views.shape[-3:]), table.reshape(-1, COLUMNS)
     result = torch.empty_like(flat)
-    together = max(1, CPU_VALUES // flat[0].numel()) if views.device.type == "cpu" and len(flat) else BATCH
+    together = max(1, CPU_VALUES // flat[0].numel()) if views.device.type == "cpu" else BATCH
     for start in range(0, len(flat), together):
         chunk, part = flat[start : start + together].to(torch.int16), rows[start : start + together]
         _apply_rows(chunk, part.tolist(), _fixed_point(part).to(views.device))

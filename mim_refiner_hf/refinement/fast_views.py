@@ -22,7 +22,6 @@ from torch import Tensor
 from .colour_ops import apply_colour, draw_table
 from .views import ViewDraw, ViewSpec, by_kind, draw_view
 
-
 VIEW_KINDS: tuple[Literal["global"], Literal["local"]] = ("global", "local")
 
 
@@ -46,7 +45,7 @@ class FastMultiCrop:
             for view, draw in zip(views, draws, strict=True):
                 view.copy_(resized_crop(pixels, draw, view.shape[-1]))
             table = draw_table(draws)
-            item[f"{kind}_views"] = views if self.hand_over or not specs else apply_colour(views, table)
+            item[f"{kind}_views"] = views if self.hand_over else apply_colour(views, table)
             if self.hand_over:
                 item[f"{kind}_draws"] = table
         return item
