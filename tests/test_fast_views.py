@@ -72,9 +72,7 @@ def test_hue_is_torchvisions_on_tensors(photo: Image.Image, turn: float) -> None
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.41, 1.42, 2.0])
 def test_blur_is_pillows(photo: Image.Image, sigma: float) -> None:
     apart = difference(fast(photo, sigma=sigma), chw(V.gaussian_blur(photo, sigma)))
-    assert (
-        apart[:, 6:-6, 6:-6].max() <= 2 and apart.max() <= 3 and apart.mean() <= 0.5
-    )  # Pillow repeats edges three times, we once
+    assert apart.max() <= 2 and apart.mean() <= 0.7  # Pillow rounds after each of six passes, we once
 
 
 def test_blur_taps_have_sum_one_and_pillows_variance() -> None:
@@ -100,17 +98,17 @@ def test_crops_are_pillows_and_flipped(photo: Image.Image, box: V.Box, size: int
     assert difference(resized_crop(pixels, V.ViewDraw(box, True), size), chw(V.flip_horizontally(expected))).max() <= 2
 
 
-def test_a_batch_gets_what_each_view_gets(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_gets_what_each_view_gets(photo: Image.Image) -> None:
+    """An accelerator gathers the views of each operation; a CPU takes one view after the other."""
     rng = np.random.default_rng(1)
     draws = [V.draw_view(*photo.size, SPECS[1 + place % 2], rng) for place in range(40)]
-    views = torch.stack([torch.from_numpy(rng.integers(0, 256, (3, 20, 24), dtype=np.uint8)) for _ in draws])
-    table = C.draw_table(draws)
-    alone = torch.cat([C.apply_colour(views[row : row + 1], table[row : row + 1]) for row in range(len(draws))])
-    before = views.clone()
-    for together in (3 * 20 * 24 * 7, 3 * 20 * 24 * 40):
-        monkeypatch.setattr(C, "CPU_VALUES", together)
-        apart = difference(C.apply_colour(views.view(8, 5, 3, 20, 24), table.view(8, 5, 11)).view_as(views), alone)
-        assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3  # a sum in another order may round the other way
+    views = torch.from_numpy(rng.integers(0, 256, (40, 3, 20, 24), dtype=np.uint8))
+    table, before = C.draw_table(draws), views.clone()
+    alone = C.apply_colour(views.view(8, 5, 3, 20, 24), table.view(8, 5, 11)).view_as(views)
+    together = views.to(torch.int16)
+    C._apply_rows(together, table.tolist(), C._fixed_point(table), one_by_one=False)
+    apart = difference(together, alone)
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3  # a sum in another order may round the other way
     assert torch.equal(views, before) and not torch.equal(alone, views)
 
 

@@ -22,8 +22,7 @@ from .views import ViewDraw
 COLUMNS = 11  # 4 factors, 4 places of the order, sigma, grey, solarised
 ORDER = slice(4, 8)
 SIGMA, GREY, SOLARISED = 8, 9, 10
-BATCH = 512  # views at a time on an accelerator; bounds the memory
-CPU_VALUES = 2**18  # pixels times channels at a time on a CPU; stays in the cache of a core
+BATCH = 512  # views at a time; bounds the memory
 RADIUS = 6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
 MAX_SIGMA, SIGMA_STEPS = 2.0, 500  # per pixel
 BLOCK = 96  # pixels that one product with a band matrix filters
@@ -59,16 +58,17 @@ def apply_colour(views: Tensor, table: Tensor) -> Tensor:
         return views
     flat, rows = views.reshape(-1, *views.shape[-3:]), table.reshape(-1, COLUMNS)
     result = torch.empty_like(flat)
-    together = max(1, CPU_VALUES // flat[0].numel()) if views.device.type == "cpu" else BATCH
-    for start in range(0, len(flat), together):
-        chunk, part = flat[start : start + together].to(torch.int16), rows[start : start + together]
-        _apply_rows(chunk, part.tolist(), _fixed_point(part).to(views.device))
-        result[start : start + together] = chunk
+    for start in range(0, len(flat), BATCH):
+        chunk, part = flat[start : start + BATCH].to(torch.int16), rows[start : start + BATCH]
+        _apply_rows(chunk, part.tolist(), _fixed_point(part).to(views.device), one_by_one=views.device.type == "cpu")
+        result[start : start + BATCH] = chunk
     return result.view(views.shape)
 
 
-def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor) -> None:
-    """All operations on int16 views (N, C, H, W) in place; `values` (5, N, 1, 1) as of `_fixed_point`."""
+def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor, one_by_one: bool) -> None:
+    """All operations on int16 views (N, C, H, W) in place; `values` (5, N, 1, 1) as of `_fixed_point`.
+
+    `one_by_one`: one view after the other, which a CPU keeps in its cache, instead of gathering those of an operation."""
     colour = views.shape[1] == 3
     for place in range(4):
         rows: dict[int, list[int]] = defaultdict(list)
@@ -76,7 +76,7 @@ def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor) -> N
             rows[int(setting[4 + place])].append(row)
         for number, operation in enumerate(_ADJUSTMENTS if colour else _ADJUSTMENTS[:2]):
             if number in rows:
-                _on_rows(operation, views, values[min(number, 3)], rows[number])
+                _on_rows(operation, views, values[min(number, 3)], rows[number], one_by_one)
     last: list[tuple[int, Operation, Tensor]] = [
         (SIGMA, blur_, values[4]),
         (GREY, greyscale_, values[0]),
@@ -85,7 +85,7 @@ def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor) -> N
     for column, operation, value in last:
         chosen = [row for row, setting in enumerate(settings) if setting[column]]
         if chosen:
-            _on_rows(operation, views, value, chosen)
+            _on_rows(operation, views, value, chosen, one_by_one)
 
 
 def _fixed_point(table: Tensor) -> Tensor:
@@ -97,9 +97,10 @@ def _fixed_point(table: Tensor) -> Tensor:
     return torch.from_numpy(np.rint(fixed).astype(np.int16))[:, :, None, None]
 
 
-def _on_rows(operation: Operation, views: Tensor, values: Tensor, rows: list[int]) -> None:
-    if len(rows) == views.shape[0]:
-        operation(views, values)
+def _on_rows(operation: Operation, views: Tensor, values: Tensor, rows: list[int], one_by_one: bool) -> None:
+    if one_by_one:
+        for row in rows:
+            operation(views[row : row + 1], values[row : row + 1])
     else:
         index = torch.tensor(rows, device=views.device)
         chosen = views[index]
@@ -130,7 +131,7 @@ def brightness_(views: Tensor, amount: Tensor) -> None:
 
 def contrast_(views: Tensor, amount: Tensor) -> None:
     """Away from the mean grey, rounded to a whole level as in Pillow."""
-    mean = views.mean((2, 3), dtype=torch.float32)  # (N, C)
+    mean = views.sum((2, 3), dtype=torch.float32) / views[0, 0].numel()  # (N, C)
     grey = (mean @ _WEIGHTS.to(mean.device) if views.shape[1] == 3 else mean[:, 0]).round_().to(torch.int16)
     _blend_(views, (views - grey.view(-1, 1, 1, 1)).mul_(amount.unsqueeze(1)))
 
@@ -140,14 +141,14 @@ def saturation_(views: Tensor, amount: Tensor) -> None:
     _blend_(views, (views - luminance(views).unsqueeze(1)).mul_(amount.unsqueeze(1)))
 
 
-def hue_(views: Tensor, amount: Tensor) -> None:
-    """Turn the hue forward, red to green, by `amount` / 128 of a sixth of the circle, at most one.
+def hue_(views: Tensor, amount: Tensor, back: bool = False) -> None:
+    """Turn the hue forward, red to green, by `amount` / 128 of a sixth of the circle, at most one; `back`: the other way.
 
     In HSV a channel c rises from the minimum to the maximum, stays for two sixths, and falls again. On either slope it lies
     c - next above the start of that slope, where next is the one after it in R, G, B, R; a turn by t moves it by t * chroma up a
     rising slope (previous >= next), or (1 - t) * chroma on a falling one; the clamp does the corners.
     """
-    red, green, blue = views.unbind(dim=1)
+    red, green, blue = views.unbind(dim=1)[::-1] if back else views.unbind(dim=1)
     low = torch.minimum(red, green)
     high = torch.maximum(red, green)
     torch.minimum(low, blue, out=low)
@@ -158,20 +159,13 @@ def hue_(views: Tensor, amount: Tensor) -> None:
     rising.add_(low)
     ahead = torch.stack([green - red, blue - green, red - blue], dim=1)  # next - c
     falls = ahead.bitwise_right_shift(_FIFTEEN).bitwise_and_(falling.unsqueeze(1))  # next - c < 0 for c: c's predecessor falls
-    torch.sub(rising.unsqueeze(1), ahead, out=views)
-    views[:, :2].add_(falls[:, 1:])
-    views[:, 2].add_(falls[:, 0])
+    slope, correction = ahead.unbind(dim=1), falls.unbind(dim=1)
+    for place, channel in enumerate((red, green, blue)):
+        torch.sub(rising, slope[place], out=channel).add_(correction[(place + 1) % 3])
     torch.clamp(views, low.unsqueeze(1), high.unsqueeze(1), out=views)
 
 
-def hue_back_(views: Tensor, amount: Tensor) -> None:
-    """Turn the hue backward: forward, with the channels in reverse order."""
-    turned = views.flip(1)
-    hue_(turned, amount)
-    views.copy_(turned.flip(1))
-
-
-_ADJUSTMENTS: tuple[Operation, ...] = (brightness_, contrast_, saturation_, hue_, hue_back_)
+_ADJUSTMENTS: tuple[Operation, ...] = (brightness_, contrast_, saturation_, hue_, functools.partial(hue_, back=True))
 
 
 def blur_(views: Tensor, sigma: Tensor) -> None:
