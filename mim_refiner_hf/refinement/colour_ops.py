@@ -4,8 +4,9 @@
     views = apply_colour(views, table)            # uint8 (N, C, H, W) -> uint8, on the device of `views`
 
 The same parameters as in `views.py` and the same 8-bit steps, in int16: a factor f is kept as round(256 (f - 1)), so every blend
-is within one grey level of Pillow's. Hue differs more, because Pillow's 8-bit HSV is itself up to 6 levels off: here it is turned
-without going through HSV. int16 takes half the memory traffic of float32, which is what these operations cost.
+is within one grey level of Pillow's. Hue is turned without going through HSV: within two levels of torchvision's on floats, and
+up to 11 from Pillow's, whose 8-bit HSV is the coarser. int16 takes half the memory traffic of float32, which is what all of this
+costs.
 """
 
 import functools
@@ -20,8 +21,7 @@ from torch import Tensor
 from .views import ViewDraw
 
 COLUMNS = 11  # 4 factors, 4 places of the order, sigma, grey, solarised
-ORDER = slice(4, 8)
-SIGMA, GREY, SOLARISED = 8, 9, 10
+ORDER, SIGMA, GREY, SOLARISED = 4, 8, 9, 10
 BATCH = 512  # views at a time; bounds the memory
 RADIUS = 6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
 MAX_SIGMA, SIGMA_STEPS = 2.0, 500  # per pixel
@@ -35,7 +35,7 @@ Operation = Callable[[Tensor, Tensor], None]
 
 
 def draw_table(draws: Sequence[ViewDraw]) -> Tensor:
-    """Draws as numbers, float32 (N, 11). Rows of the order are -1 without jitter; turning the hue back is operation 4."""
+    """Draws as numbers, float32 (N, 11). The places of the order hold -1 without jitter; turning the hue back is operation 4."""
     rows = []
     for draw in draws:
         factors, order = [1.0, 1.0, 1.0, 0.0], [-1.0] * 4
@@ -73,7 +73,7 @@ def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor, one_
     for place in range(4):
         rows: dict[int, list[int]] = defaultdict(list)
         for row, setting in enumerate(settings):
-            rows[int(setting[4 + place])].append(row)
+            rows[int(setting[ORDER + place])].append(row)
         for number, operation in enumerate(_ADJUSTMENTS if colour else _ADJUSTMENTS[:2]):
             if number in rows:
                 _on_rows(operation, views, values[min(number, 3)], rows[number], one_by_one)
