@@ -54,7 +54,7 @@ class FastMultiCrop:
 def resized_crop(pixels: Tensor, draw: ViewDraw, size: int) -> Tensor:
     """uint8 (C, H, W) -> (C, size, size): the crop of a draw, bicubic with antialiasing, flipped if it says so.
 
-    torch's uint8 kernel has Pillow's filter and 16-bit weights; it is twice as fast on a crop copied out first."""
+    torch's uint8 kernel has Pillow's filter and 16-bit weights; it is faster on a crop copied out first."""
     top, left, height, width = draw.box
     crop = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     view = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
