@@ -132,7 +132,7 @@ def test_jitter_equals_torchvision_with_the_same_factors() -> None:
         expected = image
         for place in order:
             expected = steps[place][0](expected, steps[place][1])
-        assert np.array_equal(np.array(V.colour_jitter(image, np.random.default_rng(seed))), np.array(expected))
+        assert np.array_equal(np.array(V.colour_jitter(image, V.draw_jitter(np.random.default_rng(seed)))), np.array(expected))
     assert len(orders) > 12
 
 
@@ -141,7 +141,7 @@ def test_jitter_equals_torchvision_with_the_same_factors() -> None:
 def test_multicrop_stacks_what_make_view_draws(mode: str, channels: int, colour: bool) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).convert(mode)
     specs = V.view_specs(2, 3, 16, 8, (0.25, 1.0), (0.05, 0.25), colour)
-    global_views, local_views = V.MultiCrop(specs)(image, V.view_rng(1, 2, 3))
+    global_views, local_views = V.MultiCrop(specs)(image, V.view_rng(1, 2, 3)).values()
     assert global_views.shape == (2, channels, 16, 16) and local_views.shape == (3, channels, 8, 8)
     rng = V.view_rng(1, 2, 3)
     expected = [chw(V.make_view(image, spec, rng)) for spec in specs]
@@ -150,7 +150,7 @@ def test_multicrop_stacks_what_make_view_draws(mode: str, channels: int, colour:
 
 def test_multicrop_without_local_views_and_with_mixed_sizes() -> None:
     specs = V.view_specs(2, 0, 8, 8, (0.5, 1.0), (0.1, 0.5), False)
-    global_views, local_views = V.MultiCrop(specs)(Image.new("L", (8, 8)), V.view_rng(0, 0, 0))
+    global_views, local_views = V.MultiCrop(specs)(Image.new("L", (8, 8)), V.view_rng(0, 0, 0)).values()
     assert global_views.shape == (2, 1, 8, 8) and local_views.shape == (0, 1, 0, 0) and local_views.dtype == torch.uint8
     with pytest.raises(ValueError, match=r"share one size, not \[8, 9\]"):
         V.MultiCrop([*specs, V.ViewSpec(9, (0.5, 1.0), 0, 0, False)])

@@ -93,6 +93,11 @@ class RefineRecipe:
     colour: bool = documented(
         True, "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7)."
     )
+    views: Literal["exact", "fast"] = documented(
+        "exact",
+        "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same random choices on tensors (on a "
+        "GPU colour is done there), a grey level or so apart.",
+    )
     flip: float = documented(0.5, "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.")
     # ---- schedule
     stage: Literal["both", "warmup", "refine"] = documented("both", "Head warm-up, refinement, or one after the other.")
@@ -265,6 +270,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pooling": _one_of(*get_args(Pooling)),
     "swap": _one_of(*get_args(Swap)),
     "loss_schedule": _one_of(*get_args(LossSchedule)),
+    "views": _one_of("exact", "fast"),
     "stage": _one_of("both", "warmup", "refine"),
     "mixed_precision": _one_of("auto", "no", "bf16"),
 }

@@ -36,6 +36,7 @@ from ..data import BatchSampler, ImageDataset, ImageStream
 from ..distributed import average_gradients, gather_objects, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
+from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
 from .heads import IdHeads
 from .objective import head_weights
 from .plan import Steps
@@ -149,9 +150,7 @@ class Trainer:
         refining = step >= self.steps.warmup
         self.refiner.train(True)
         self.encoder.train(refining)
-        views = [
-            normalise(batch[key].to(device, non_blocking=True), self.mean, self.std) for key in ("global_views", "local_views")
-        ]
+        views = [normalise(finished_views(batch, kind, device), self.mean, self.std) for kind in VIEW_KINDS]
         index = batch["index"].to(device)
         topk = recipe.topk if refining else 1
         draw = neighbour_draw(recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index))
@@ -221,8 +220,9 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
         )
-        dataset = ViewDataset(self.images, MultiCrop(specs), recipe.seed)
         pin = self.accelerator.device.type == "cuda"
+        multicrop = MultiCrop(specs) if recipe.views == "exact" else FastMultiCrop(specs, hand_over=pin)
+        dataset = ViewDataset(self.images, multicrop, recipe.seed)
         return DataLoader(dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pin)
 
     # ---- what it says

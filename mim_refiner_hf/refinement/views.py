@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -32,6 +32,8 @@ GREYSCALE_P = 0.2
 CACHE_BYTES = 256 * 2**20  # per worker
 
 Box = tuple[int, int, int, int]
+Multicrop = Callable[[Image.Image, np.random.Generator], dict[str, Tensor]]
+"""Makes the views of one image: `MultiCrop` here, `FastMultiCrop` of `fast_views.py`."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Blends with the image's mean grey; factor 1 is the image."""
-    return ImageEnhance.Contrast(image).enhance(factor)
+    """Blends with the image's mean grey; factor 1 is the image. The bits of `ImageEnhance.Contrast`."""
+    counts = np.array(image.convert("L").histogram())
+    mean = int(counts @ np.arange(256) / counts.sum() + 0.5)
+    return Image.blend(Image.new(image.mode, image.size, (mean,) * len(image.getbands())), image, factor)
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
@@ -107,7 +111,7 @@ def adjust_hue(image: Image.Image, turn: float) -> Image.Image:
         return image
     hue, saturation, value = image.convert("HSV").split()
     shift = int(turn * 255) % 256  # truncated towards zero, then wrapped, as torchvision does
-    turned = hue.point([(level + shift) % 256 for level in range(256)])
+    turned = ImageChops.add_modulo(hue, Image.new("L", hue.size, shift))
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
@@ -125,6 +129,13 @@ def solarise(image: Image.Image, threshold: int = 128) -> Image.Image:
     """Inverts every value from `threshold` on."""
     return ImageOps.solarize(image, threshold)
 
+
+ADJUSTMENTS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+)
 
 # Drawing.
 
@@ -144,37 +155,61 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], rng: np.rando
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+@dataclass(frozen=True)
+class ViewDraw:
+    """Everything random about one view. `jitter`: (place in `ADJUSTMENTS`, factor) in the order of application, empty for none;
+    `sigma` 0 for no blur."""
+
+    box: Box
+    flip: bool
+    jitter: tuple[tuple[int, float], ...] = ()
+    sigma: float = 0.0
+    grey: bool = False
+    solarised: bool = False
+
+
+def draw_jitter(rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
     """Brightness, contrast, saturation and hue in random order, each by a factor drawn uniformly."""
     brightness, contrast, saturation, hue = (2 * rng.random(4) - 1).tolist()  # in [-1, 1)
-    steps: list[tuple[Callable[[Image.Image, float], Image.Image], float]] = [
-        (adjust_brightness, 1 + BRIGHTNESS * brightness),
-        (adjust_contrast, 1 + CONTRAST * contrast),
-        (adjust_saturation, 1 + SATURATION * saturation),
-        (adjust_hue, HUE * hue),
-    ]
-    for place in rng.permutation(4).tolist():
-        adjust, factor = steps[place]
-        image = adjust(image, factor)
+    factors = (1 + BRIGHTNESS * brightness, 1 + CONTRAST * contrast, 1 + SATURATION * saturation, HUE * hue)
+    return tuple((place, factors[place]) for place in rng.permutation(4).tolist())
+
+
+def draw_view(width: int, height: int, spec: ViewSpec, rng: np.random.Generator) -> ViewDraw:
+    """What is random about one view of an image of (width, height) pixels; both ways of making views draw here."""
+    box, flip = draw_crop(width, height, spec.scale, rng), rng.random() < spec.flip
+    if not spec.colour:
+        return ViewDraw(box, flip)
+    return ViewDraw(
+        box,
+        flip,
+        jitter=draw_jitter(rng) if rng.random() < JITTER_P else (),
+        sigma=spec.blur_scale * rng.uniform(*BLUR_SIGMA) if rng.random() < spec.blur_p else 0.0,
+        grey=rng.random() < GREYSCALE_P,
+        solarised=rng.random() < spec.solarize_p,
+    )
+
+
+def colour_jitter(image: Image.Image, jitter: Sequence[tuple[int, float]]) -> Image.Image:
+    """The adjustments of `draw_jitter`, one after the other."""
+    for place, factor in jitter:
+        image = ADJUSTMENTS[place](image, factor)
     return image
 
 
 def make_view(image: Image.Image, spec: ViewSpec, rng: np.random.Generator) -> Image.Image:
     """One view of an image of mode "RGB" or "L", in the same mode, (spec.size, spec.size)."""
-    view = resized_crop(image, draw_crop(*image.size, spec.scale, rng), spec.size)
-    if rng.random() < spec.flip:
+    draw = draw_view(*image.size, spec, rng)
+    view = resized_crop(image, draw.box, spec.size)
+    if draw.flip:
         view = flip_horizontally(view)
-    if not spec.colour:
-        return view
-    if rng.random() < JITTER_P:
-        view = colour_jitter(view, rng)
-    if rng.random() < spec.blur_p:
-        view = gaussian_blur(view, spec.blur_scale * rng.uniform(*BLUR_SIGMA))
-    if rng.random() < GREYSCALE_P:
+    if draw.jitter:
+        view = colour_jitter(view, draw.jitter)
+    if draw.sigma:
+        view = gaussian_blur(view, draw.sigma)
+    if draw.grey:
         view = greyscale(view)
-    if rng.random() < spec.solarize_p:
-        view = solarise(view)
-    return view
+    return solarise(view) if draw.solarised else view
 
 
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -182,23 +217,29 @@ def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return random_generator(seed, "views", epoch, index)
 
 
+def by_kind(specs: Sequence[ViewSpec]) -> tuple[list[ViewSpec], list[ViewSpec]]:
+    """(global, local) specs; ValueError if views of one kind differ in size."""
+    kinds = [spec for spec in specs if not spec.local], [spec for spec in specs if spec.local]
+    for group in kinds:
+        if len(sizes := {spec.size for spec in group}) > 1:
+            raise ValueError(f"Views of one kind are stacked and share one size, not {sorted(sizes)}.")
+    return kinds
+
+
 class MultiCrop:
-    """All views of one image: (global views (G, C, S, S), local views (L, C, s, s)), uint8; without locals (0, C, 0, 0).
+    """All views of one image, uint8: "global_views" (G, C, S, S), "local_views" (L, C, s, s); without locals (0, C, 0, 0).
 
     ValueError if views of one kind differ in size."""
 
     def __init__(self, specs: Sequence[ViewSpec]) -> None:
-        self.global_specs = [spec for spec in specs if not spec.local]
-        self.local_specs = [spec for spec in specs if spec.local]
-        for group in (self.global_specs, self.local_specs):
-            if len({spec.size for spec in group}) > 1:
-                raise ValueError(
-                    f"Views of one kind are stacked and share one size, not {sorted({spec.size for spec in group})}."
-                )
+        self.global_specs, self.local_specs = by_kind(specs)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         channels = len(image.getbands())
-        return self._stack(image, self.global_specs, channels, rng), self._stack(image, self.local_specs, channels, rng)
+        return {
+            "global_views": self._stack(image, self.global_specs, channels, rng),
+            "local_views": self._stack(image, self.local_specs, channels, rng),
+        }
 
     @staticmethod
     def _stack(image: Image.Image, specs: list[ViewSpec], channels: int, rng: np.random.Generator) -> Tensor:
@@ -213,25 +254,20 @@ class MultiCrop:
 
 
 class ViewDataset(Dataset[dict[str, Any]]):
-    """Key of a `BatchSampler` -> {"index", "label", "broken", "global_views", "local_views": uint8 as of `MultiCrop`}.
+    """Key of a `BatchSampler` -> {"index", "label", "broken", and what `multicrop` makes: "global_views", "local_views"}.
 
     A broken image is replaced as `mim_refiner_hf.data` says; the entries of those passed over are JSON under "broken" (or ""), and the
     views are drawn for the image that was asked for. Small data sets (under 256 MB decoded) stay in memory once decoded."""
 
-    def __init__(self, source: ImageDataset | ImageStream, multicrop: MultiCrop, seed: int) -> None:
+    def __init__(self, source: ImageDataset | ImageStream, multicrop: Multicrop, seed: int) -> None:
         self.source, self.multicrop, self.seed = source, multicrop, seed
         self._decoded: dict[int, Sample] = {}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample, asked, broken = read_sample(self.source, key, self._read)
-        global_views, local_views = self.multicrop(sample.image, view_rng(self.seed, key[0], asked))
-        return {
-            "index": sample.index,
-            "label": sample.label,
-            "broken": json.dumps(broken) if broken else "",
-            "global_views": global_views,
-            "local_views": local_views,
-        }
+        views = self.multicrop(sample.image, view_rng(self.seed, key[0], asked))
+        about = {"index": sample.index, "label": sample.label, "broken": json.dumps(broken) if broken else ""}
+        return {**about, **views}
 
     def _read(self, candidate: Any) -> Sample:
         source = self.source
