@@ -136,7 +136,7 @@ class Refiner(nn.Module):
         head_losses, alignment = nna_loss(
             targets,
             found.rows,
-            all_gather_with_gradient(F.normalize(predicted, dim=-1), dim=2),
+            all_gather_with_gradient(predicted, dim=2),
             self.weights,
             temperature=self.temperature,
             swap=self.swap,
