@@ -36,6 +36,7 @@ from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
+from .device import available_memory, check_compile, uses_bf16
 from .head_choice import check_measurable, choose_head_blocks
 from .plan import Steps, count_steps, plan_text
 from .recipe import RefineRecipe, resolve
@@ -111,8 +112,7 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     torch.set_flush_denormal(True)
     prepared = prepare(recipe)
     recipe, output = prepared.recipe, Path(recipe.output_dir)
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    bf16 = recipe.mixed_precision == "bf16" or (recipe.mixed_precision == "auto" and gpu)
+    bf16 = uses_bf16(recipe)
     start_step = 0 if prepared.found is None else prepared.found.step
     accelerator = Accelerator(
         cpu=several_on_the_cpu(),
@@ -135,7 +135,9 @@ def run(recipe: RefineRecipe) -> RunResult | None:
 
 
 def prepare(recipe: RefineRecipe) -> Prepared:
-    """Open data and weights, fill in the recipe, and check it against both and against the output folder."""
+    """Open data and weights, fill in the recipe, and check it against both, the device and the output folder."""
+    uses_bf16(recipe)
+    check_compile(recipe)
     images, eval_images = open_data(recipe, num_channels=3)
     pretraining = encoder = None
     processor: Any
@@ -229,6 +231,7 @@ def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         bf16=bf16,
+        available=available_memory(accelerator.device.type, accelerator.num_processes),
     )
     if prepared.encoder is not None:
         text += f"\n  weights {prepared.encoder.load_report}"
@@ -269,11 +272,14 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     )
     if found is not None:
         trainer.restore(found)
+    if recipe.micro_batch_size == "auto":
+        kept = "auto" if found is None else found.state.get("micro_batch", "auto")  # the same bits as without the interruption
+        trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
         0 if found is None else found.step,
         stop,
-        extra_state={"before": before, "head_choice": choice},
+        extra_state={"before": before, "head_choice": choice, "micro_batch": trainer.recipe.micro_batch_size},
         evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":
