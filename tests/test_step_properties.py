@@ -54,13 +54,9 @@ def test_loss_and_its_gradient(
     first, columns = others // 2, batch + others
     predictions = normal(seed + 2, heads, views + local, columns, dim).requires_grad_()
     weights = pair_weights(views, views + local)
-    loss, alignment = nna_loss(
-        targets, neighbours, predictions, weights, temperature=temperature, swap=swap, first_row=first
-    )
+    loss, alignment = nna_loss(targets, neighbours, predictions, weights, temperature=temperature, swap=swap, first_row=first)
     (gradient,) = torch.autograd.grad((loss * torch.arange(1, heads + 1)).sum(), predictions)
-    slow = torch.stack(
-        [slow_loss(targets[h], neighbours[h], predictions[h], temperature, swap, first) for h in range(heads)]
-    )
+    slow = torch.stack([slow_loss(targets[h], neighbours[h], predictions[h], temperature, swap, first) for h in range(heads)])
     (expected,) = torch.autograd.grad((slow * torch.arange(1, heads + 1)).sum(), predictions)
     torch.testing.assert_close(loss, slow, atol=1e-6, rtol=1e-6)  # the pair weights are fp32
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
@@ -90,9 +86,17 @@ class SlowQueue:
 
 @many
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9), st.integers(2, 6), st.data(), st.integers(0, 2**31)
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 9),
+    st.integers(2, 6),
+    st.data(),
+    st.integers(0, 2**31),
 )
-def test_queue_over_several_steps(heads: int, views: int, batch: int, spare: int, dim: int, data: st.DataObject, seed: int) -> None:
+def test_queue_over_several_steps(
+    heads: int, views: int, batch: int, spare: int, dim: int, data: st.DataObject, seed: int
+) -> None:
     """Empty, half full, wrapped around: who is nearest, what is drawn, who is left out, and all that is remembered."""
     size = batch + spare
     topk, exclude = data.draw(st.integers(1, size)), data.draw(st.booleans())
@@ -135,7 +139,9 @@ def own_module(heads: IdHeads, head: int) -> nn.Sequential:
 
 
 @settings(max_examples=70, deadline=None, derandomize=True)
-@given(small, st.integers(2, 20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31))
+@given(
+    small, st.integers(2, 20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31)
+)
 def test_stacked_heads_are_modules_one_by_one(
     count: int, rows: int, dim: int, projector: int, predictor: int, embedding: int, seed: int
 ) -> None:

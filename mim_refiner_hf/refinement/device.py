@@ -1,7 +1,7 @@
 """What the device of a run can do: bfloat16, compiling, and how much memory is free. Asked before any work.
 
-    bf16 = uses_bf16(recipe)                    # ValueError where --mixed_precision bf16 or --compile asks for what is not there
-    free = available_memory("cuda", processes)  # bytes
+bf16 = uses_bf16(recipe)                    # ValueError where --mixed_precision bf16 or --compile asks for what is not there
+free = available_memory("cuda", processes)  # bytes
 """
 
 import psutil

@@ -81,7 +81,9 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
     of_heads = heads * (projector * (config.hidden_size + projector + embedding) + 2 * embedding * predictor)
     rows = heads * batch * views
-    head_activations = each * rows * (6 * projector + 3 * predictor + 4 * embedding) + (each == 2) * 2 * (of_heads + rows * config.hidden_size)
+    head_activations = each * rows * (6 * projector + 3 * predictor + 4 * embedding) + (each == 2) * 2 * (
+        of_heads + rows * config.hidden_size
+    )
     similarities = each * heads * recipe.queue_size * (recipe.global_views * batch + (each == 2) * embedding)
     logits = 8 * heads * recipe.global_views * batch * views * recipe.batch_size
     parts = {

@@ -70,7 +70,9 @@ def _memory_lines(recipe: RefineRecipe, config: MimRefinerConfig, processes: int
         size = fitting_micro_batch(changed, config, processes, bf16, available)
         if size == 0:
             continue
-        flags = ([] if size is None or auto else [f"--micro_batch_size {size}"]) + ["--gradient_checkpointing true"] * checkpointing
+        flags = ([] if size is None or auto else [f"--micro_batch_size {size}"]) + [
+            "--gradient_checkpointing true"
+        ] * checkpointing
         need = needed(dataclasses.replace(changed, micro_batch_size=size), config, processes, bf16) / GIGA
         return [*lines, f"it does not fit: {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients"]
     return [*lines, "it does not fit, whatever the micro-batch: lower --batch_size, --queue_size or --num_heads"]

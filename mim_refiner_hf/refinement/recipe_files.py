@@ -83,7 +83,7 @@ class _Flags(RefineRecipe):
 
 
 def _number(word: Any) -> Any:
-    """"8" -> 8; what is no whole number stays, for RefineRecipe to take or refuse."""
+    """ "8" -> 8; what is no whole number stays, for RefineRecipe to take or refuse."""
     return int(word) if isinstance(word, str) and re.fullmatch(r"-?\d+", word) else word
 
 

@@ -96,7 +96,7 @@ class Trainer:
                 layer.compile()
         self.optimizer = self._optimizer(0)
 
-    def choose_micro_batch(self, available: int, kept: int | None | Literal["auto"] = "auto") -> None:
+    def choose_micro_batch(self, available: int, kept: int | Literal["auto"] | None = "auto") -> None:
         """Put a number, or None, in the place of micro_batch_size "auto", and say which and why.
 
         Args:
