@@ -273,7 +273,9 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     if found is not None:
         trainer.restore(found)
     if recipe.micro_batch_size == "auto":
-        kept: Any = "auto" if found is None else found.state.get("micro_batch", "auto")  # the same bits as without the interruption
+        kept: Any = (
+            "auto" if found is None else found.state.get("micro_batch", "auto")
+        )  # the same bits as without the interruption
         trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
