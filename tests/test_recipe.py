@@ -163,7 +163,7 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     resolved = resolve(dataclasses.replace(asked, freeze_blocks=20), MimRefinerConfig(**L16), IMAGENET)
     assert resolved.head_blocks == "auto"
     facts = {"num_images": IMAGENET, "num_eval": 0, "steps": count_steps(resolved, IMAGENET), "processes": 1}
-    text = plan_text(resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, **facts)
+    text = plan_text(resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, available=2**34, **facts)
     assert "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)" in text
 
 

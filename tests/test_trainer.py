@@ -208,7 +208,11 @@ def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pooling": "mean"}, {"local_views": 0}, {"global_views": 1}, {"colour": True}, {"num_heads": 1}]
+    "settings",
+    [
+        *[{"pooling": "mean"}, {"local_views": 0}, {"global_views": 1}, {"colour": True}, {"num_heads": 1}],
+        {"micro_batch_size": "auto"},
+    ],
 )
 def test_other_shapes_of_a_run(settings: dict[str, Any], recipe: Callable[..., RefineRecipe]) -> None:
     asked = recipe(max_steps=2, **({"head_blocks": None} if "num_heads" in settings else {}), **settings)

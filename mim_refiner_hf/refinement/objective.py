@@ -11,11 +11,12 @@ The released code's local loop reads prediction j where it means num_global + j;
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Swap = Literal["positive", "all", "none"]
 LossSchedule = Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
@@ -51,24 +52,60 @@ def nna_loss(
     Returns:
         loss (H,) and alignment (H,).
     """
-    targets, neighbours = F.normalize(targets.detach(), dim=-1), F.normalize(neighbours.detach(), dim=-1)
-    predictions = F.normalize(predictions, dim=-1)
-    heads, num_global, batch, _ = targets.shape
-    views, columns = predictions.shape[1:3]
-    rows = neighbours if swap == "all" else targets
-    product = torch.bmm(rows.flatten(1, 2), predictions.flatten(1, 2).transpose(1, 2).to(rows.dtype))
-    product = product.to(torch.promote_types(product.dtype, torch.float32))  # the softmax is never taken in bf16
-    logits = product.view(heads, num_global, batch, views, columns) / temperature
-    diagonal = logits.diagonal(offset=first_row, dim1=2, dim2=4)  # (H, G, V, b), a view into logits
-    if swap == "positive":
-        own = predictions[:, :, first_row : first_row + batch].to(neighbours.dtype)
-        diagonal.copy_(torch.einsum("hgbe,hvbe->hgvb", neighbours, own) / temperature)
-    positive = logits.diagonal(offset=first_row, dim1=2, dim2=4)
-    log_probability = positive - logits.logsumexp(dim=-1).transpose(2, 3)  # (H, G, V, b)
-    pairs = weights.to(logits.device).unsqueeze(-1) / batch
-    loss = -(log_probability * pairs).sum(dim=(1, 2, 3))
-    alignment = (log_probability.detach().exp() * pairs).sum(dim=(1, 2, 3))
+    unit = F.normalize(predictions, dim=-1)
+    rows, swapped = (F.normalize(given, dim=-1).to(unit.dtype) / temperature for given in (targets, neighbours))
+    if swap == "all":
+        rows = swapped
+    pairs = weights.to(unit.device) / targets.shape[2]
+    loss, alignment = _SoftmaxOverPairs.apply(unit, rows, swapped if swap == "positive" else None, pairs, first_row)
     return loss, alignment
+
+
+class _SoftmaxOverPairs(torch.autograd.Function):
+    """Loss and alignment of rows against unit predictions, all pairs and heads in one product.
+
+    The gradient of a softmax is the softmax: it is written where the logits stood, so that the largest tensor of the step,
+    (H, G * b, V * B), exists once. The diagonal has columns of its own where the rows are swapped there (`swapped`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: Tensor, rows: Tensor, swapped: Tensor | None, pairs: Tensor, first_row: int
+    ) -> tuple[Tensor, Tensor]:
+        heads, num_global, batch, _ = rows.shape
+        logits = torch.bmm(rows.flatten(1, 2), unit.flatten(1, 2).transpose(1, 2))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the softmax is never taken in bf16
+        logits = logits.view(heads, num_global, batch, *unit.shape[1:3])
+        diagonal = logits.diagonal(offset=first_row, dim1=2, dim2=4)  # (H, G, V, b), a view into the logits
+        if swapped is not None:
+            own = unit.narrow(2, first_row, batch)
+            diagonal.copy_(torch.einsum("hgbe,hvbe->hgvb", swapped, own))
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        log_probability = diagonal - total.squeeze(-1).transpose(2, 3)
+        loss = -(log_probability * pairs.unsqueeze(-1)).sum(dim=(1, 2, 3))
+        alignment = (log_probability.exp() * pairs.unsqueeze(-1)).sum(dim=(1, 2, 3))
+        gradient = logits.sub_(total).exp_()
+        diagonal.sub_(1)
+        gradient.mul_(pairs.view(num_global, 1, -1, 1))
+        on_diagonal = None
+        if swapped is not None:
+            on_diagonal = diagonal.to(unit.dtype, copy=True)
+            diagonal.zero_()
+        ctx.save_for_backward(gradient.flatten(3).flatten(1, 2).to(unit.dtype), rows, on_diagonal, swapped)
+        ctx.first_row, ctx.shape = first_row, unit.shape
+        ctx.mark_non_differentiable(alignment)
+        return loss, alignment
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, rows, on_diagonal, swapped = ctx.saved_tensors
+        scale = of_loss.view(-1, 1, 1, 1).to(rows.dtype)
+        of_unit = torch.bmm(gradient.transpose(1, 2), (rows * scale).flatten(1, 2)).view(ctx.shape)
+        if swapped is not None:
+            own = of_unit.narrow(2, ctx.first_row, rows.shape[2])
+            own += torch.einsum("hgvb,hgbe->hvbe", on_diagonal, swapped * scale)
+        return of_unit, None, None, None, None
 
 
 def head_weights(schedule: LossSchedule, num_heads: int, progress: float) -> list[float]:

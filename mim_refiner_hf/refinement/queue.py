@@ -67,7 +67,7 @@ class NearestNeighbourQueue(nn.Module):
         unit = F.normalize(targets, dim=-1).flatten(1, 2)
         similarity = torch.bmm(unit, self.rows.transpose(1, 2).to(unit.dtype)).view(heads, views, batch, -1)
         if exclude_self:
-            similarity = similarity.masked_fill(sample_index.unsqueeze(1) == self.sample_index, -1.0)
+            similarity.masked_fill_(sample_index.unsqueeze(1) == self.sample_index, -1.0)
         values, positions = similarity.topk(topk, dim=-1)  # (H, V, b, topk)
         pick = torch.zeros_like(positions[..., :1]) if draw is None else draw.unsqueeze(-1)
         positions, values = positions.gather(-1, pick).squeeze(-1), values.gather(-1, pick).squeeze(-1)

@@ -114,8 +114,10 @@ class RefineRecipe:
     ema_decay: float = documented(0.9999, "Decay of the moving average of the encoder, which is what ships.")
     seed: int = documented(0, "Data order, views, neighbour draws and head weights are pure functions of it.")
     # ---- efficiency
-    micro_batch_size: int | None = documented(
-        None, "Images of one process per pass through the encoder; exact, whatever the value. None: all."
+    micro_batch_size: int | Literal["auto"] | None = documented(
+        None,
+        "Images of one process per pass through the encoder; exact, whatever the value, which need not divide the batch. auto: as "
+        "many as fit into memory. None: all.",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = documented(
         "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
@@ -123,7 +125,7 @@ class RefineRecipe:
     gradient_checkpointing: bool = documented(
         False, "Recompute each block in the backward pass: less memory, about 1.3x the time."
     )
-    compile: bool = documented(False, "torch.compile every block.")
+    compile: bool = documented(False, "torch.compile every block; needs a GPU.")
     num_workers: int | None = documented(None, "Data-loading workers per process; None: one per core and process, at most 16.")
     # ---- evaluation
     eval_every: int = documented(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")
@@ -261,7 +263,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head_weight_decay": _at_least(0),
     "ema_decay": _share(open_end=True),
     "seed": _at_least(0),
-    "micro_batch_size": _at_least(1),
+    "micro_batch_size": (lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "at least 1, or auto"),
     "num_workers": _at_least(0),
     "eval_every": _at_least(0),
     "save_every": _at_least(0),
@@ -337,7 +339,7 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
         raise ValueError(f"--batch_size {recipe.batch_size}: the data set has only {num_images} training images")
     if recipe.batch_size % world_size:
         raise ValueError(f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes")
-    if recipe.micro_batch_size is not None and recipe.micro_batch_size > recipe.batch_size // world_size:
+    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size // world_size:
         raise ValueError(
             f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process"
         )

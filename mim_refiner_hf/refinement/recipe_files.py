@@ -70,22 +70,28 @@ def read_recipe(name: str, **changes: Any) -> RefineRecipe:
     return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
 
 
+def _help(name: str) -> str:
+    return str(next(field for field in fields(RefineRecipe) if field.name == name).metadata["help"])
+
+
 @dataclass
 class _Flags(RefineRecipe):
     """The fields of RefineRecipe as HfArgumentParser can read them: it knows no choice between numbers and a word."""
 
-    head_blocks: list[str] | None = documented(  # type: ignore[assignment]
-        None, next(field for field in fields(RefineRecipe) if field.name == "head_blocks").metadata["help"]
-    )
+    head_blocks: list[str] | None = documented(None, _help("head_blocks"))  # type: ignore[assignment]
+    micro_batch_size: str | None = documented(None, _help("micro_batch_size"))  # type: ignore[assignment]
+
+
+def _number(word: Any) -> Any:
+    """ "8" -> 8; what is no whole number stays, for RefineRecipe to take or refuse."""
+    return int(word) if isinstance(word, str) and re.fullmatch(r"-?\d+", word) else word
 
 
 def _head_blocks(given: Any) -> Any:
     """["8", "9"] -> [8, 9] and ["auto"] -> "auto", from a command line; what is neither stays, for RefineRecipe to refuse."""
     if given == ["auto"]:
         return "auto"
-    if not isinstance(given, list):
-        return given
-    return [int(word) if re.fullmatch(r"-?\d+", str(word)) else word for word in given]
+    return [_number(word) for word in given] if isinstance(given, list) else given
 
 
 def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
@@ -105,7 +111,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
         if name is not None:
             parser.set_defaults(**_defaults(name, start.dataset))
         values = vars(parser.parse_args(arguments))
-        return RefineRecipe(**{**values, "head_blocks": _head_blocks(values["head_blocks"])})
+        numbers = {"head_blocks": _head_blocks(values["head_blocks"]), "micro_batch_size": _number(values["micro_batch_size"])}
+        return RefineRecipe(**{**values, **numbers})
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -10,18 +10,20 @@ global views, detached; there is no momentum encoder. `backward` leaves gradient
 
 A batch that does not fit goes through the encoder in micro-batches, exactly: features of all micro-batches without a graph, then
 heads, queue and loss once on the whole batch (batch norm and negatives see all of it), then each micro-batch again with the
-gradient of its features. The result is the gradient of the whole batch, at the memory of one micro-batch.
+gradient of its features. The result is the gradient of the whole batch, at the memory of one micro-batch. Both passes see the same:
+nothing in the encoder is random (no dropout, no drop path). A last micro-batch that is smaller than the others changes nothing.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import all_gather, all_gather_with_gradient, rank, world_size
+from ..last_block import prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
 from .heads import IdHeads
 from .objective import Swap, nna_loss, pair_weights
@@ -136,7 +138,7 @@ class Refiner(nn.Module):
         head_losses, alignment = nna_loss(
             targets,
             found.rows,
-            all_gather_with_gradient(F.normalize(predicted, dim=-1), dim=2),
+            all_gather_with_gradient(predicted, dim=2),
             self.weights,
             temperature=self.temperature,
             swap=self.swap,
@@ -177,31 +179,38 @@ class Refiner(nn.Module):
             train_encoder: False in the head warm-up, where the encoder runs in inference mode.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
-        settings = {"topk": topk, "draw": draw, "head_weights": head_weights}
-        if train_encoder and micro_batch_size is None:
-            result = self.align(self.encode_views(views), sample_index, labels, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
+        with prefix_tokens_only(self.encoder):
+            if train_encoder and micro_batch_size is None:
+                result = self.align(self.encode_views(views), sample_index, labels, **settings)
+                result.loss.backward()
+                return result
+            features = self._features(views, micro_batch_size or len(sample_index), train_encoder)
+            result = self.align(features.flatten(1, 2), sample_index, labels, **settings)
             result.loss.backward()
-            return result
-        micro = len(sample_index) if micro_batch_size is None else micro_batch_size
-        with torch.no_grad():
-            features = torch.cat([self.encode(part) for part in self._micro_batches(views, micro)], dim=1)
-        features.requires_grad_(train_encoder)
-        result = self.align(features, sample_index, labels, **settings)  # type: ignore[arg-type]
-        result.loss.backward()
-        if train_encoder:
-            gradient, done = features.grad, 0
-            assert gradient is not None
-            for part in self._micro_batches(views, micro):
-                self.encode(part).backward(gradient[:, done : done + len(part)])
-                done += len(part)
+            if train_encoder:
+                assert features.grad is not None
+                for pixels, which, images in self._micro_batches(views, micro_batch_size or len(sample_index)):
+                    self.encode(pixels).backward(features.grad[:, which, images].flatten(1, 2))
         return result
 
+    def _features(self, views: Sequence[Tensor], micro: int, train_encoder: bool) -> Tensor:
+        """Pooled features of every head block, (heads, views, batch, D), without the encoder's graph."""
+        shape = (len(self.head_blocks), self.num_views, len(views[0]), self.encoder.config.hidden_size)
+        features = torch.empty(shape, dtype=self.encoder.dtype, device=views[0].device)
+        with torch.inference_mode():
+            for pixels, which, images in self._micro_batches(views, micro):
+                features[:, which, images] = self.encode(pixels).unflatten(1, (which.stop - which.start, -1))
+        return features.requires_grad_(train_encoder)
+
     @staticmethod
-    def _micro_batches(views: Sequence[Tensor], micro: int) -> Iterator[Tensor]:
-        """The views of at most `micro` images at a time, one size at a time, in view-major order."""
+    def _micro_batches(views: Sequence[Tensor], micro: int) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Views of one size of at most `micro` images at a time: view-major pixels, which views they are, which images."""
+        first = 0
         for group in views:
-            if group.shape[1]:
-                yield from view_major(group).split(micro * group.shape[1])
+            which = slice(first, first := first + group.shape[1])
+            for start in range(0, len(group) if group.shape[1] else 0, micro):
+                yield view_major(group[start : start + micro]), which, slice(start, start + micro)
 
 
 __all__ = ["Refiner", "StepResult", "neighbour_draw", "view_major"]

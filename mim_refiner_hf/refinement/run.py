@@ -40,6 +40,7 @@ from ..evaluation.report import BANK_SIZE, Evaluation, comparison_table, evaluat
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
 from ..run_lock import check_writable
+from .device import available_memory, check_compile, uses_bf16
 from .head_choice import check_measurable, choose_head_blocks
 from .plan import Steps, count_steps, plan_text
 from .recipe import RefineRecipe, resolve
@@ -117,8 +118,7 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     torch.set_flush_denormal(True)
     prepared = prepare(recipe)
     recipe, output = prepared.recipe, Path(recipe.output_dir)
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    bf16 = recipe.mixed_precision == "bf16" or (recipe.mixed_precision == "auto" and gpu)
+    bf16 = uses_bf16(recipe)
     start_step = 0 if prepared.found is None else prepared.found.step
     accelerator = Accelerator(
         cpu=several_on_the_cpu(),
@@ -143,7 +143,9 @@ def run(recipe: RefineRecipe) -> RunResult | None:
 
 
 def prepare(recipe: RefineRecipe) -> Prepared:
-    """Open data and weights, fill in the recipe, and check it against both and against the output folder."""
+    """Open data and weights, fill in the recipe, and check it against both, the device and the output folder."""
+    uses_bf16(recipe)
+    check_compile(recipe)
     images, eval_images = open_data(recipe, num_channels=3)
     pretraining = encoder = None
     processor: Any
@@ -250,6 +252,7 @@ def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         bf16=bf16,
+        available=available_memory(accelerator.device.type, accelerator.num_processes),
     )
     if prepared.encoder is not None:
         text += f"\n  weights {prepared.encoder.load_report}"
@@ -295,11 +298,16 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         trainer.restore(found)
     trainer.broken.add(unreadable)
     trainer.broken.share()
+    if recipe.micro_batch_size == "auto":
+        kept: Any = (
+            "auto" if found is None else found.state.get("micro_batch", "auto")
+        )  # the same bits as without the interruption
+        trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
         0 if found is None else found.step,
         stop,
-        extra_state={"before": before, "head_choice": choice},
+        extra_state={"before": before, "head_choice": choice, "micro_batch": trainer.recipe.micro_batch_size},
         evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
 from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
 from .heads import IdHeads
+from .memory import choose_micro_batch
 from .objective import head_weights
 from .plan import Steps
 from .queue import NearestNeighbourQueue
@@ -107,6 +108,20 @@ class Trainer:
         self.optimizer = self._optimizer(0)
         self.broken = BrokenImages(self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN)
 
+    def choose_micro_batch(self, available: int, kept: int | Literal["auto"] | None = "auto") -> None:
+        """Put a number, or None, in the place of micro_batch_size "auto", and say which and why.
+
+        Args:
+            available: bytes that are free for this process.
+            kept: what a resumed run had chosen; "auto" where nothing was chosen yet.
+        """
+        chosen, reason = kept, "as this run began"
+        if chosen == "auto":
+            self.refiner.train()
+            chosen, reason = choose_micro_batch(self.recipe, self.refiner, self.accelerator.num_processes, available)
+        self.recipe = dataclasses.replace(self.recipe, micro_batch_size=chosen)
+        self.accelerator.print(f"--micro_batch_size {chosen or 'left out'}: {reason}", flush=True)
+
     # ---- the loop
 
     def fit(self, start_step: int, stop_step: int, extra_state: dict[str, Any], evaluate: Callable[[], dict[str, Any]]) -> None:
@@ -166,7 +181,7 @@ class Trainer:
             draw=None if draw is None else draw.to(device),
             head_weights=weights,
             train_encoder=refining,
-            micro_batch_size=recipe.micro_batch_size,
+            micro_batch_size=recipe.micro_batch_size,  # type: ignore[arg-type]  # "auto" is a number by now
         )
         self._check_finite(step, result, batch["index"])
         average_gradients(self.refiner.parameters())

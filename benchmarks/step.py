@@ -1,0 +1,227 @@
+"""Rows about one refinement step on one CPU thread: python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16
+
+The peer is `plain_step.py`, the same step written straight from the method, with the same weights; before anything is timed, losses
+and gradients of both are compared. `queue-lightly` compares with lightly's NNMemoryBankModule, where lightly is installed.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
+from mim_refiner_hf.optimization import encoder_groups, freeze, head_groups, update_average
+from mim_refiner_hf.refinement.heads import IdHeads
+from mim_refiner_hf.refinement.objective import nna_loss, pair_weights
+from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
+from mim_refiner_hf.refinement.refiner import Refiner
+
+from .plain_step import PlainQueue, PlainStep, plain_loss
+from .rows import Row, interleaved
+
+HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING = 4, 192, 512, 1024, 128
+QUEUE, TOPK, GLOBAL, LOCAL, BATCH = 16384, 20, 2, 6, 16
+SIZES = f"{HEADS} heads, batch {BATCH}, {GLOBAL + LOCAL} views, queue {QUEUE} x {EMBEDDING}"
+ENCODER = {"image_size": 64, "patch_size": 8, "hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 3}
+
+
+def make_refiner(bf16: bool = False) -> Refiner:
+    """A refiner with random weights and a full queue."""
+    torch.manual_seed(0)
+    encoder = MimRefinerModel(MimRefinerConfig(**ENCODER, intermediate_size=4 * WIDTH))
+    with torch.no_grad():  # fresh weights would give all images nearly the same features
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    freeze(encoder, 0)
+    heads, queue = IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING), NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING)
+    blocks = list(range(6 - HEADS, 6))
+    settings = {"num_global": GLOBAL, "num_views": GLOBAL + LOCAL, "temperature": 0.2, "bf16": bf16}
+    return Refiner(encoder, blocks, heads, queue, **settings).train()  # type: ignore[arg-type]
+
+
+def a_batch() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Views of both sizes, sample indices, and which neighbours are drawn."""
+    views = [torch.randn(BATCH, count, 3, size, size) for count, size in ((GLOBAL, 64), (LOCAL, 32))]
+    return views, torch.arange(BATCH), torch.randint(TOPK, (HEADS, GLOBAL, BATCH))
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Relative difference of two tensors as a whole."""
+    difference = float((ours - theirs).norm() / theirs.norm())
+    assert difference <= tolerance, f"the two ways differ by {difference:.1e}, allowed is {tolerance:.0e}"
+
+
+def heads_queue_loss() -> Row:
+    """Heads, queue and loss, forward and backward, from features."""
+    refiner, (_, index, draw) = make_refiner(), a_batch()
+    plain, features = PlainStep(refiner), torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True)
+    separate = [rows.detach().clone().requires_grad_() for rows in features]
+
+    def ours() -> Tensor:
+        refiner.zero_grad()
+        features.grad = None
+        result = refiner.align(features, index, index, topk=TOPK, draw=draw)
+        result.loss.backward()
+        return result.loss.detach()
+
+    def theirs() -> Tensor:
+        for module in (plain.projectors, plain.predictors):
+            module.zero_grad()
+        for rows in separate:
+            rows.grad = None
+        loss = plain.align(separate, index, TOPK, draw)
+        loss.backward()
+        return loss.detach()
+
+    assert_close(ours(), theirs(), 1e-5)
+    assert_close(features.grad, torch.stack([rows.grad for rows in separate]), 1e-4)
+    measured, peer = interleaved(ours, theirs)
+    return Row("heads-queue-loss", 1.15, measured, peer, None, f"{SIZES}; one module per head, a loop over pairs")
+
+
+def queue() -> Row:
+    """Lookup and enqueue, against a queue per head and view that is normalised at every lookup."""
+    refiner, (_, index, draw) = make_refiner(), a_batch()
+    ours, targets = refiner.queue, torch.randn(HEADS, GLOBAL, BATCH, EMBEDDING)
+    theirs = [PlainQueue(rows) for rows in ours.rows * ours.norms.unsqueeze(-1)]
+    unit = torch.nn.functional.normalize(targets, dim=-1).flatten(1, 2)
+
+    def mine() -> Tensor:
+        rows = ours.lookup(targets, index, topk=TOPK, draw=draw).rows
+        ours.enqueue(targets[:, 0], index, index)
+        return rows
+
+    def plain() -> Tensor:
+        found = [[q.lookup(targets[h, v], index, TOPK, draw[h, v]) for v in range(GLOBAL)] for h, q in enumerate(theirs)]
+        for head, each in enumerate(theirs):
+            each.enqueue(targets[head, 0], index)
+        return torch.stack([torch.stack(views) for views in found])
+
+    assert_close(mine(), torch.nn.functional.normalize(plain(), dim=-1), 1e-5)
+    measured, peer, floor = interleaved(mine, plain, lambda: torch.bmm(unit, ours.rows.transpose(1, 2)))
+    return Row("queue", 1.7, measured, peer, floor, f"{SIZES}; normalised at every lookup; floor: its product alone")
+
+
+def queue_lightly() -> Row:
+    """Nearest neighbour and enqueue, against lightly's memory bank, one per head; ModuleNotFoundError without lightly."""
+    from lightly.models.modules import NNMemoryBankModule
+
+    ours, targets, index = (
+        NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING),
+        torch.randn(HEADS, GLOBAL, BATCH, EMBEDDING),
+        torch.arange(BATCH),
+    )
+    banks = [NNMemoryBankModule(size=(QUEUE, EMBEDDING)) for _ in range(HEADS)]
+    for bank, rows in zip(banks, ours.rows, strict=True):
+        bank(targets[0, 0])  # the first call makes the bank
+        bank.bank.copy_(rows.T if bank.bank.shape[0] == EMBEDDING else rows)
+
+    def mine() -> Tensor:
+        rows = ours.lookup(targets, index, exclude_self=False).rows
+        ours.enqueue(targets[:, 0], index, index)
+        return rows
+
+    def lightly() -> Tensor:
+        return torch.stack(
+            [torch.stack([bank(targets[h, v], update=v == 0) for v in range(GLOBAL)]) for h, bank in enumerate(banks)]
+        )
+
+    first = ours.lookup(targets, index, exclude_self=False).rows
+    found = torch.stack([bank(targets[h, 0], update=False) for h, bank in enumerate(banks)])
+    assert_close(first[:, 0], torch.nn.functional.normalize(found, dim=-1), 1e-5)
+    measured, peer = interleaved(mine, lightly)
+    return Row("queue-lightly", 6.0, measured, peer, None, f"{SIZES}; lightly's NNMemoryBankModule, one per head, nearest only")
+
+
+def loss() -> Row:
+    """The objective and its gradient, against a loop over heads and pairs."""
+    targets, neighbours = torch.randn(2, HEADS, GLOBAL, BATCH, EMBEDDING)
+    predictions = torch.randn(HEADS, GLOBAL + LOCAL, BATCH, EMBEDDING, requires_grad=True)
+    weights = pair_weights(GLOBAL, GLOBAL + LOCAL)
+
+    def ours() -> Tensor:
+        total = nna_loss(targets, neighbours, predictions, weights, temperature=0.2)[0].sum()
+        return torch.autograd.grad(total, predictions)[0]
+
+    def theirs() -> Tensor:
+        losses = [plain_loss(targets[h], neighbours[h], predictions[h], 0.2) for h in range(HEADS)]
+        return torch.autograd.grad(torch.stack(losses).sum(), predictions)[0]
+
+    assert_close(ours(), theirs(), 1e-5)
+    measured, peer = interleaved(ours, theirs, rounds=15)
+    return Row("loss", 4.0, measured, peer, None, f"{SIZES}; a loop over heads and pairs of views")
+
+
+def micro_batches() -> Row:
+    """A step in four micro-batches against the same step in one pass."""
+    refiner, (views, index, draw) = make_refiner(), a_batch()
+    start = copy.deepcopy(refiner.state_dict())
+
+    def step(micro: int | None) -> Tensor:
+        refiner.zero_grad()
+        refiner.backward(views, index, index, topk=TOPK, draw=draw, micro_batch_size=micro)
+        return torch.cat([p.grad.flatten() for p in refiner.encoder.parameters() if p.grad is not None])
+
+    whole = step(None)
+    refiner.load_state_dict(start)  # the queue has moved on
+    assert_close(step(BATCH // 4), whole, 1e-5)
+    measured, peer = interleaved(lambda: step(BATCH // 4), lambda: step(None), rounds=5)
+    return Row("micro-batches", 1.25, measured, peer, None, f"{SIZES}; 4 images at a time against all at once", at_most=True)
+
+
+def whole_step(name: str, bf16: bool, target: float) -> Row:
+    """Gradients, optimiser and moving average, against the plain step with `torch.optim.AdamW`'s loop and an average in a loop."""
+    refiner, (views, index, draw) = make_refiner(bf16), a_batch()
+    other = copy.deepcopy(refiner)
+    plain = PlainStep(other)
+    parts = [(refiner.encoder, [refiner.heads]), (other.encoder, [plain.projectors, plain.predictors])]
+    (fused, average), (looped, plain_average) = (
+        (
+            torch.optim.AdamW(
+                [*encoder_groups(encoder, 0.65, 0.05), *(group for each in heads for group in head_groups(each, 1e-5))],
+                lr=1e-5,
+                **way,
+            ),
+            copy.deepcopy(encoder),
+        )
+        for (encoder, heads), way in zip(parts, ({"fused": True}, {"foreach": False, "fused": False}), strict=True)
+    )
+
+    def ours() -> Tensor:
+        fused.zero_grad()
+        result = refiner.backward(views, index, index, topk=TOPK, draw=draw)
+        fused.step()
+        update_average(average, refiner.encoder, 0.9999)
+        return result.loss.detach()
+
+    @torch.no_grad()
+    def move_average() -> None:
+        for kept, new in zip(plain_average.parameters(), other.encoder.parameters(), strict=True):
+            kept.mul_(0.9999).add_(new, alpha=1e-4)
+
+    def theirs() -> Tensor:
+        looped.zero_grad()
+        total = plain.backward(views, index, TOPK, draw)
+        looped.step()
+        move_average()
+        return total
+
+    for _ in range(2):  # the second step sees what the first one did to weights and queue
+        assert_close(ours(), theirs(), 0.02 if bf16 else 1e-4)
+    measured, peer = interleaved(ours, theirs, rounds=5)
+    return Row(
+        name, target, measured, peer, None, f"{SIZES}; 6 blocks of width {WIDTH}; the step written straight from the method"
+    )
+
+
+ROWS: dict[str, Callable[[], Row]] = {
+    "heads-queue-loss": heads_queue_loss,
+    "queue": queue,
+    "queue-lightly": queue_lightly,
+    "loss": loss,
+    "micro-batches": micro_batches,
+    "step": lambda: whole_step("step", bf16=False, target=1.15),
+    "step-bf16": lambda: whole_step("step-bf16", bf16=True, target=1.35),
+}
+"""The rows of this file by name."""
