@@ -36,6 +36,7 @@ from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import Evaluation, comparison_table, evaluate_encoder
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe, pretrain_mae
+from .failure import FAILURES, NotFiniteError
 from .head_choice import check_measurable, choose_head_blocks
 from .plan import Steps, count_steps, plan_text
 from .recipe import RefineRecipe, resolve
@@ -111,8 +112,7 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     torch.set_flush_denormal(True)
     prepared = prepare(recipe)
     recipe, output = prepared.recipe, Path(recipe.output_dir)
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    bf16 = recipe.mixed_precision == "bf16" or (recipe.mixed_precision == "auto" and gpu)
+    bf16 = computes_in_bf16(recipe.mixed_precision)
     start_step = 0 if prepared.found is None else prepared.found.step
     accelerator = Accelerator(
         cpu=several_on_the_cpu(),
@@ -129,9 +129,25 @@ def run(recipe: RefineRecipe) -> RunResult | None:
         write_json(output / "recipe.json", dataclasses.asdict(recipe))
     accelerator.wait_for_everyone()
     accelerator.init_trackers("mim-refiner")
-    result = _train_and_measure(prepared, accelerator, bf16)
+    try:
+        result = _train_and_measure(prepared, accelerator, bf16)
+    except NotFiniteError as error:
+        path = output / FAILURES / f"step-{error.report['step']:08d}.json"
+        if accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, error.report)
+        raise NotFiniteError(
+            f"{error}. The report: {path}; `mim-refiner replay {output}` runs the step again", error.report
+        ) from error
     accelerator.end_training()
     return result
+
+
+def computes_in_bf16(mixed_precision: str) -> bool:
+    """Whether `--mixed_precision` means bf16 on this machine: when asked for, or with "auto" on a GPU that has it."""
+    return mixed_precision == "bf16" or (
+        mixed_precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
 
 
 def prepare(recipe: RefineRecipe) -> Prepared:
@@ -240,17 +256,9 @@ def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
 def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> RunResult | None:
     """The run itself, on every process; files are written by the main one."""
     recipe, steps, found = prepared.recipe, prepared.steps, prepared.found
-    began = time.perf_counter()
     workers = _num_workers(recipe, accelerator)
-    earlier = {} if found is None else dict(found.state["seconds"])
-    encoder = prepared.encoder
-    if encoder is None and found is None:
-        assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
-        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers)
-        earlier["pretrain"] = time.perf_counter() - began
-    elif encoder is None:
-        encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
-    encoder = encoder.float().to(accelerator.device)
+    seconds: dict[str, float] = {} if found is None else dict(found.state["seconds"])
+    encoder = starting_encoder(prepared, accelerator, seconds)
 
     def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
         if prepared.eval_images is None or prepared.bank is None:
@@ -260,15 +268,8 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
 
     start = None if found is not None else evaluate(encoder)
     before = found.state["before"] if found is not None else (start.metrics if start is not None else None)
-    choice = _choose_head_blocks(prepared, accelerator, encoder, workers)
-    if choice is not None:
-        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
-    processor = prepared.processor
-    trainer = Trainer(
-        recipe, steps, accelerator, prepared.images, encoder, processor.image_mean, processor.image_std, workers, bf16, earlier
-    )
-    if found is not None:
-        trainer.restore(found)
+    choice = choose_blocks(prepared, accelerator, encoder)
+    trainer = make_trainer(prepared, accelerator, bf16, encoder, choice, seconds)
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
         0 if found is None else found.step,
@@ -291,12 +292,42 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         draw_curves(Path(recipe.output_dir) / "log.jsonl", before, after, Path(recipe.output_dir) / "curves.png")
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
-    return RunResult(trainer.average, processor, metrics, Path(recipe.output_dir))
+    return RunResult(trainer.average, prepared.processor, metrics, Path(recipe.output_dir))
 
 
-def _choose_head_blocks(
-    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel, workers: int
-) -> dict[str, Any] | None:
+def starting_encoder(prepared: Prepared, accelerator: Accelerator, seconds: dict[str, float]) -> MimRefinerModel:
+    """The encoder that the run starts from, in fp32 on the device: loaded, or pre-trained, with its time put into `seconds`."""
+    encoder, began = prepared.encoder, time.perf_counter()
+    if encoder is None and prepared.found is None:
+        assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
+        workers = _num_workers(prepared.recipe, accelerator)
+        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers)
+        seconds["pretrain"] = time.perf_counter() - began
+    elif encoder is None:
+        encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
+    return encoder.float().to(accelerator.device)
+
+
+def make_trainer(
+    prepared: Prepared,
+    accelerator: Accelerator,
+    bf16: bool,
+    encoder: MimRefinerModel,
+    choice: dict[str, Any] | None,
+    seconds: dict[str, float],
+) -> Trainer:
+    """The trainer of the run, standing where its checkpoint was written if there is one; `choice` as `choose_blocks` gives it."""
+    recipe, processor = prepared.recipe, prepared.processor
+    if choice is not None:
+        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
+    workers, statistics = _num_workers(recipe, accelerator), (processor.image_mean, processor.image_std)
+    trainer = Trainer(recipe, prepared.steps, accelerator, prepared.images, encoder, *statistics, workers, bf16, seconds)
+    if prepared.found is not None:
+        trainer.restore(prepared.found)
+    return trainer
+
+
+def choose_blocks(prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel) -> dict[str, Any] | None:
     """What `--head_blocks auto` chooses, said and drawn; the first run's choice when resumed; None where blocks were named."""
     if prepared.recipe.head_blocks != "auto":
         return None
@@ -304,7 +335,9 @@ def _choose_head_blocks(
         kept: dict[str, Any] = prepared.found.state["head_choice"]
         return kept
     assert prepared.bank is not None  # or check_measurable would have refused
-    choice = choose_head_blocks(prepared.recipe, encoder, prepared.processor, prepared.bank, workers)
+    choice = choose_head_blocks(
+        prepared.recipe, encoder, prepared.processor, prepared.bank, _num_workers(prepared.recipe, accelerator)
+    )
     accelerator.print(f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True)
     if accelerator.is_main_process:
         profile = [BlockProfile(**block) for block in choice["profile"]]
