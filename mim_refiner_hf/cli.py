@@ -31,7 +31,7 @@ from .checkpointing import SaveError
 from .configuration_mim_refiner import Pooling
 from .conversion.load import image_processor, load_encoder
 from .data import open_images, open_stream
-from .distributed import launch_processes, launched_short, several_on_the_cpu
+from .distributed import launch_processes, launched_short, rank, several_on_the_cpu
 from .evaluation.embed import PRECISIONS, embed_images
 from .evaluation.evaluate import PROTOCOLS, evaluate
 from .evaluation.feature_store import read_manifest
@@ -45,8 +45,10 @@ from .publishing.evaluated_card import update_card
 from .publishing.export import FORMATS, ExportError, export
 from .publishing.hub import CARD, PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
+from .refinement.interruption import Interrupted
 from .refinement.recipe import RefineRecipe
 from .refinement.recipe_files import parse_recipe, read_fields
+from .refinement.replay import replay
 from .refinement.run import RunResult, run
 from .run_lock import sole_run
 
@@ -285,6 +287,19 @@ def _cluster(arguments: Sequence[str]) -> None:
     print(f"{summary['note']}\nThe page: {out / 'index.html'}")
 
 
+def _replay(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner replay",
+        description="Run the step again at which a refinement stopped, watch its parts, and say where it goes wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("output_dir", type=Path, help="the run's folder")
+    parser.add_argument("--step", type=int, help="default: the last one of failures/")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: as the run had it")
+    options = vars(parser.parse_args(arguments))
+    print(replay(options.pop("output_dir"), **options))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "refine": _refine,
     "pretrain": _pretrain,
@@ -294,6 +309,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _evaluate,
     "export": _export,
     "embed": _embed,
+    "replay": _replay,
 }
 
 
@@ -307,13 +323,17 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interruption:
+        if rank() == 0:
+            print(interruption, file=sys.stderr)
+        return interruption.exit_code
     except (PushError, ExportError, FloatingPointError, OSError) as error:  # OSError: disk full, read-only, the network
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command starts again, from the last checkpoint where there is one", file=sys.stderr)
         return 130
     return 0
 

@@ -5,6 +5,7 @@ With one process every function returns its input. The gradient of a gathered te
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +14,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_processes
 from tqdm.auto import tqdm
+
+SHUTDOWN_SECONDS = 600  # for a step and a checkpoint of a large model, before the launcher kills its processes
 
 
 def world_size() -> int:
@@ -121,8 +125,12 @@ def launch_processes(count: int) -> int:
     """Run this very command in `count` processes on this machine, by torch's own launcher; returns the exit code."""
     specification = sys.modules["__main__"].__spec__
     target = [sys.argv[0]] if specification is None else ["-m", specification.name]
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")  # and passes on
+    patience = ["--shutdown_timeout", str(SHUTDOWN_SECONDS)]
     try:
-        run_processes(["--standalone", "--nproc_per_node", str(count), *target, *sys.argv[1:]])
+        run_processes(["--standalone", "--nproc_per_node", str(count), *patience, *target, *sys.argv[1:]])
+    except SignalException as error:  # the processes had it too, and time to finish their step
+        return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
     except ChildFailedError as error:  # what went wrong has been said by the process itself
         _, failure = error.get_first_failure()
         return failure.exitcode

@@ -16,8 +16,9 @@ from mim_refiner_hf.checkpointing import SaveError, load_latest, save_checkpoint
 from mim_refiner_hf.evaluation.evaluate import evaluate
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.refinement import plan
+from mim_refiner_hf.refinement.prepare import prepare
 from mim_refiner_hf.refinement.recipe import resolve
-from mim_refiner_hf.refinement.run import prepare, run
+from mim_refiner_hf.refinement.run import run
 
 SHAPE: dict[str, Any] = {
     "image_size": 16,

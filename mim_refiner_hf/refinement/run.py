@@ -11,7 +11,6 @@ All that can be wrong with recipe, data, weights or output folder is said before
 
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -27,49 +26,26 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from ..broken_images import readable
-from ..checkpointing import Checkpoint, check_folder, load_latest, staged_folder, write_json
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..conversion import load_encoder
-from ..conversion.load import image_processor
-from ..data import Broken, ImageDataset, ImageStream, hold_out, open_images, open_stream
-from ..data_changes import RECORD, check_data_record, write_data_record
+from ..checkpointing import staged_folder, write_json
+from ..data import Broken, ImageDataset
+from ..data_changes import RECORD, write_data_record
 from ..distributed import several_on_the_cpu
 from ..evaluation.block_analysis import BlockProfile
 from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, comparison_table, evaluate_encoder, evenly_spaced
 from ..modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import PretrainRecipe, pretrain_mae
-from ..run_lock import check_writable
-from .device import available_memory, check_compile, uses_bf16
-from .head_choice import check_measurable, choose_head_blocks
-from .plan import Steps, count_steps, plan_text
-from .recipe import RefineRecipe, resolve
-from .recipe_files import read_fields
+from ..pretraining.mae import pretrain_mae
+from .device import available_memory, uses_bf16
+from .failure import FAILURES, NotFiniteError
+from .head_choice import choose_head_blocks
+from .plan import plan_text
+from .prepare import PRETRAINED, Prepared, check_start, prepare
+from .recipe import RefineRecipe
 from .tracking import trackers
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# Fields that may differ when a run is continued: they say where and how it runs, not what is computed.
-FREE_FIELDS = frozenset(
-    [
-        "recipe",
-        "max_bad_fraction",
-        "output_dir",
-        "stage",
-        "num_workers",
-        "micro_batch_size",
-        "compile",
-        "gradient_checkpointing",
-        "report_to",
-        "log_every",
-        "save_every",
-        "keep",
-        "push_to_hub",
-        "dry_run",
-    ]
-)
-PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` starts from
 PROTOCOL = {
     "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
     "knn": "k=10, temperature 0.07, features standardised by the training images, cosine similarity",
@@ -85,27 +61,6 @@ class RunResult:
     processor: Any
     metrics: dict[str, Any]
     output_dir: Path
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained, `bank` is for k-NN."""
-
-    recipe: RefineRecipe
-    config: MimRefinerConfig
-    encoder: MimRefinerModel | None
-    pretraining: PretrainRecipe | None
-    processor: Any
-    images: ImageDataset | ImageStream
-    eval_images: ImageDataset | None
-    bank: ImageDataset | None
-    steps: Steps
-    found: Checkpoint | None
-
-    @property
-    def num_images(self) -> int | None:
-        """Images to train on; None for a stream."""
-        return len(self.images) if isinstance(self.images, ImageDataset) else None
 
 
 def run(recipe: RefineRecipe) -> RunResult | None:
@@ -137,102 +92,18 @@ def run(recipe: RefineRecipe) -> RunResult | None:
             write_data_record(output / RECORD, prepared.images)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("mim-refiner")
-    result = _train_and_measure(prepared, accelerator, bf16)
+    try:
+        result = _train_and_measure(prepared, accelerator, bf16)
+    except NotFiniteError as error:
+        path = output / FAILURES / f"step-{error.report['step']:08d}.json"
+        if accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, error.report)
+        raise NotFiniteError(
+            f"{error}. The report: {path}; `mim-refiner replay {output}` runs the step again", error.report
+        ) from error
     accelerator.end_training()
     return result
-
-
-def prepare(recipe: RefineRecipe) -> Prepared:
-    """Open data and weights, fill in the recipe, and check it against both, the device and the output folder."""
-    uses_bf16(recipe)
-    check_compile(recipe)
-    images, eval_images = open_data(recipe, num_channels=3)
-    pretraining = encoder = None
-    processor: Any
-    if recipe.pretrain is not None:
-        pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed})
-        config = pretraining.encoder_config()
-        processor = image_processor(config, {})
-    else:
-        assert recipe.model is not None
-        encoder = load_encoder(recipe.model, family=recipe.family)
-        config, processor = encoder.config, encoder.image_processor
-    if config.num_channels != 3:
-        images, eval_images = open_data(recipe, num_channels=config.num_channels)
-    bank = images if isinstance(images, ImageDataset) else None
-    if bank is None and eval_images is not None:  # a stream is gone once read: half of the evaluation images are the bank
-        bank, eval_images = hold_out(eval_images, 0.5, recipe.seed)
-    num_images = len(images) if isinstance(images, ImageDataset) else None
-    recipe = resolve(recipe, config, num_images, int(os.environ.get("WORLD_SIZE", "1")))
-    if recipe.head_blocks == "auto":
-        check_measurable(bank)
-    steps = count_steps(recipe, num_images)
-    if pretraining is not None and num_images is None:
-        raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
-    if pretraining is not None and num_images is not None and pretraining.batch_size > num_images:
-        raise ValueError(
-            f"--pretrain {recipe.pretrain}: its batch_size {pretraining.batch_size} exceeds the {num_images} images"
-        )
-    check_output(Path(recipe.output_dir), recipe)
-    if pretraining is not None:
-        check_start(Path(recipe.output_dir) / PRETRAINED)
-    found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
-    if recipe.stage == "refine" and not recipe.dry_run and (found is None or found.step < steps.warmup):
-        raise ValueError(
-            f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
-        )
-    record = Path(recipe.output_dir) / RECORD
-    if found is not None and isinstance(images, ImageDataset) and record.exists():
-        check_data_record(record, images)
-    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found)
-
-
-def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
-    """The images to train on and those to evaluate on; the latter are never trained on."""
-    where = {"config": recipe.dataset_config, "num_channels": num_channels}
-    evaluate = None
-    if recipe.eval_dataset is not None or recipe.eval_split is not None:
-        same = recipe.eval_dataset in (None, recipe.dataset)
-        eval_where = where if same else {"num_channels": num_channels}
-        evaluate = open_images(recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where)
-    if recipe.streaming:
-        return open_stream(recipe.dataset, split=recipe.split, **where), evaluate  # type: ignore[arg-type]
-    images = open_images(recipe.dataset, split=recipe.split, **where)  # type: ignore[arg-type]
-    if len(images) < 2:
-        raise ValueError(f"--dataset {recipe.dataset}: {len(images)} image(s) found; contrastive refinement needs at least 2")
-    if evaluate is not None and evaluate.fingerprint == images.fingerprint:
-        raise ValueError(
-            f"--eval_dataset {evaluate.name}: these are the images to train on; name others, another --eval_split, or leave both "
-            "out to hold some back"
-        )
-    if evaluate is None and recipe.eval_fraction > 0:
-        return hold_out(images, recipe.eval_fraction, recipe.seed)
-    return images, evaluate
-
-
-def check_output(output: Path, recipe: RefineRecipe) -> None:
-    """Refuse an output folder that belongs to another recipe, naming the fields that differ, or that cannot be one."""
-    check_writable(output, "--output_dir")
-    saved = output / "recipe.json"
-    if not saved.is_file():
-        return
-    try:
-        old, new = dict(json.loads(saved.read_text())), dataclasses.asdict(recipe)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"--output_dir {output}: its recipe.json cannot be read ({error}); name another folder or remove it"
-        ) from error
-    differing = [key for key in new if key not in FREE_FIELDS and old.get(key) != new[key]]
-    if differing:
-        changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in differing)
-        raise ValueError(
-            f"--output_dir {output}: holds a run of another recipe ({changes}); choose another folder or remove it"
-        )
-
-
-def check_start(folder: Path) -> Path:
-    """`folder`, resolved, if the pre-trained encoder can be written there: it is absent, empty or holds a model."""
-    return check_folder(folder, "config.json", "model")
 
 
 def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
@@ -264,19 +135,9 @@ def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
 def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> RunResult | None:
     """The run itself, on every process; files are written by the main one."""
     recipe, steps, found = prepared.recipe, prepared.steps, prepared.found
-    began = time.perf_counter()
     workers = _num_workers(recipe, accelerator)
-    earlier = {} if found is None else dict(found.state["seconds"])
-    encoder = prepared.encoder
-    if encoder is None and found is None:
-        assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
-        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers, recipe.max_bad_fraction)
-        earlier["pretrain"] = time.perf_counter() - began
-        if accelerator.is_main_process:
-            save_start(Path(recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
-    elif encoder is None:
-        encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
-    encoder = encoder.float().to(accelerator.device)
+    seconds: dict[str, float] = {} if found is None else dict(found.state["seconds"])
+    encoder = starting_encoder(prepared, accelerator, seconds)
     prepared, unreadable = _readable_only(prepared, workers)
 
     def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
@@ -287,22 +148,10 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
 
     start = None if found is not None else evaluate(encoder)
     before = found.state["before"] if found is not None else (start.metrics if start is not None else None)
-    choice = _choose_head_blocks(prepared, accelerator, encoder, workers)
-    if choice is not None:
-        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
-    processor = prepared.processor
-    trainer = Trainer(
-        recipe, steps, accelerator, prepared.images, encoder, processor.image_mean, processor.image_std, workers, bf16, earlier
-    )
-    if found is not None:
-        trainer.restore(found)
+    choice = choose_blocks(prepared, accelerator, encoder)
+    trainer = make_trainer(prepared, accelerator, bf16, encoder, choice, seconds)
     trainer.broken.add(unreadable)
     trainer.broken.share()
-    if recipe.micro_batch_size == "auto":
-        kept: Any = (
-            "auto" if found is None else found.state.get("micro_batch", "auto")
-        )  # the same bits as without the interruption
-        trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
     stop = steps.warmup if recipe.stage == "warmup" else steps.total
     trainer.fit(
         0 if found is None else found.step,
@@ -326,7 +175,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         draw_curves(Path(recipe.output_dir) / "log.jsonl", before, after, Path(recipe.output_dir) / "curves.png")
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
-    return RunResult(trainer.average, processor, metrics, Path(recipe.output_dir))
+    return RunResult(trainer.average, prepared.processor, metrics, Path(recipe.output_dir))
 
 
 def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Broken]]:
@@ -348,9 +197,46 @@ def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Bro
     return dataclasses.replace(prepared, eval_images=kept[0], bank=kept[1]), own
 
 
-def _choose_head_blocks(
-    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel, workers: int
-) -> dict[str, Any] | None:
+def starting_encoder(prepared: Prepared, accelerator: Accelerator, seconds: dict[str, float]) -> MimRefinerModel:
+    """The encoder that the run starts from, in fp32 on the device: loaded, or pre-trained, with its time put into `seconds`."""
+    encoder, began = prepared.encoder, time.perf_counter()
+    if encoder is None and prepared.found is None:
+        assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
+        workers = _num_workers(prepared.recipe, accelerator)
+        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers, prepared.recipe.max_bad_fraction)
+        seconds["pretrain"] = time.perf_counter() - began
+        if accelerator.is_main_process:
+            save_start(Path(prepared.recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
+    elif encoder is None:
+        encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
+    return encoder.float().to(accelerator.device)
+
+
+def make_trainer(
+    prepared: Prepared,
+    accelerator: Accelerator,
+    bf16: bool,
+    encoder: MimRefinerModel,
+    choice: dict[str, Any] | None,
+    seconds: dict[str, float],
+) -> Trainer:
+    """The trainer of the run, standing where its checkpoint was written if there is one; `choice` as `choose_blocks` gives it."""
+    recipe, processor = prepared.recipe, prepared.processor
+    if choice is not None:
+        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
+    workers, statistics = _num_workers(recipe, accelerator), (processor.image_mean, processor.image_std)
+    trainer = Trainer(recipe, prepared.steps, accelerator, prepared.images, encoder, *statistics, workers, bf16, seconds)
+    if prepared.found is not None:
+        trainer.restore(prepared.found)
+    if recipe.micro_batch_size == "auto":
+        kept: Any = (
+            "auto" if prepared.found is None else prepared.found.state.get("micro_batch", "auto")
+        )  # the same bits as before
+        trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
+    return trainer
+
+
+def choose_blocks(prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel) -> dict[str, Any] | None:
     """What `--head_blocks auto` chooses, said and drawn; the first run's choice when resumed; None where blocks were named."""
     if prepared.recipe.head_blocks != "auto":
         return None
@@ -358,7 +244,9 @@ def _choose_head_blocks(
         kept: dict[str, Any] = prepared.found.state["head_choice"]
         return kept
     assert prepared.bank is not None  # or check_measurable would have refused
-    choice = choose_head_blocks(prepared.recipe, encoder, prepared.processor, prepared.bank, workers)
+    choice = choose_head_blocks(
+        prepared.recipe, encoder, prepared.processor, prepared.bank, _num_workers(prepared.recipe, accelerator)
+    )
     accelerator.print(f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True)
     if accelerator.is_main_process:
         profile = [BlockProfile(**block) for block in choice["profile"]]
@@ -411,4 +299,4 @@ def describe(
     }
 
 
-__all__ = ["Prepared", "RunResult", "check_output", "describe", "open_data", "prepare", "run"]
+__all__ = ["RunResult", "choose_blocks", "describe", "make_trainer", "run", "starting_encoder"]

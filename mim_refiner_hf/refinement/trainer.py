@@ -36,8 +36,10 @@ from ..data import BatchSampler, ImageDataset, ImageStream
 from ..distributed import average_gradients, gather_objects, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
+from .failure import check_finite
 from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
 from .heads import IdHeads
+from .interruption import Interrupted, StopSignals, ignore_stop_signals
 from .memory import choose_micro_batch
 from .objective import head_weights
 from .plan import Steps
@@ -130,37 +132,49 @@ class Trainer:
         Args:
             extra_state: JSON that goes into every checkpoint.
             evaluate: called without arguments after every `eval_every`-th epoch of the refinement; returns metrics to log.
+
+        Raises:
+            Interrupted: after a checkpoint, when a signal asked the run to stop.
+            NotFiniteError: before the update of the step whose loss or gradient is not finite.
         """
         recipe, progress, fit_began = self.recipe, self._progress(start_step, stop_step), time.perf_counter()
         per_epoch = len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
-        for step, batch in zip(range(start_step, stop_step), self._batches(start_step, stop_step), strict=False):
-            began = time.perf_counter()
-            if step == self.steps.warmup:
-                self.optimizer = self._optimizer(step)
-            result = self.update(step, batch)
-            self.broken.add(batch["broken"])
-            done, stage = step + 1, self.stage(step)
-            logs = done % recipe.log_every == 0 or done == stop_step
-            saves = recipe.save_every and (done % recipe.save_every == 0 or done == stop_step)
-            if logs or saves:
-                self.broken.share(images_read=done * recipe.batch_size)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-            progress.update()
-            if logs:
-                self._log(step, result, progress, (time.perf_counter() - fit_began) / (done - start_step))
-            epoch_ended = per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
-            if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
-                self.accelerator.log(evaluate(), step=done)
-            if saves:
-                self.save(done, extra_state)
-        progress.close()
+        with progress, StopSignals() as signals:
+            for step, batch in zip(range(start_step, stop_step), self._batches(start_step, stop_step), strict=False):
+                began = time.perf_counter()
+                if step == self.steps.warmup:
+                    self.optimizer = self._optimizer(step)
+                result = self.update(step, batch)
+                self.broken.add(batch["broken"])
+                done, stage = step + 1, self.stage(step)
+                received = signals.agreed(self.accelerator.device) if done < stop_step else 0
+                logs = done % recipe.log_every == 0 or done == stop_step
+                saves = received or (recipe.save_every and (done % recipe.save_every == 0 or done == stop_step))
+                if logs or saves:
+                    self.broken.share(images_read=done * recipe.batch_size)
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+                progress.update()
+                if logs:
+                    self._log(step, result, progress, (time.perf_counter() - fit_began) / (done - start_step))
+                epoch_ended = (
+                    per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
+                )
+                if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
+                    self.accelerator.log(evaluate(), step=done)
+                if saves:
+                    self.save(done, extra_state)
+                if received:
+                    raise Interrupted(
+                        received,
+                        f"stopped after step {done} of {stop_step}; the same command goes on from the checkpoint there",
+                    )
 
     def stage(self, step: int) -> str:
         """`warmup` or `refine`."""
         return "warmup" if step < self.steps.warmup else "refine"
 
     def update(self, step: int, batch: dict[str, Tensor]) -> StepResult:
-        """One optimiser step on one batch of views; raises FloatingPointError before it if the loss is not finite."""
+        """One optimiser step on one batch of views; raises NotFiniteError before it if loss or gradient is not finite."""
         recipe, device = self.recipe, self.accelerator.device
         refining = step >= self.steps.warmup
         self.refiner.train(True)
@@ -183,20 +197,12 @@ class Trainer:
             train_encoder=refining,
             micro_batch_size=recipe.micro_batch_size,  # type: ignore[arg-type]  # "auto" is a number by now
         )
-        self._check_finite(step, result, batch["index"])
         average_gradients(self.refiner.parameters())
+        check_finite(self.refiner, result, step=step, sample_index=index)
         self.optimizer.step()
         if refining:
             update_average(self.average, self.encoder, recipe.ema_decay)
         return result
-
-    def _check_finite(self, step: int, result: StepResult, sample_index: Tensor) -> None:
-        if not result.loss.isfinite():
-            losses = dict(zip(self.refiner.head_names, result.head_losses.tolist(), strict=True))
-            raise FloatingPointError(
-                f"the loss of step {step} is not finite; losses per head: {losses}; samples: {sample_index[:8].tolist()}...; "
-                "the weights were not updated. Lower --learning_rate, or --mixed_precision no"
-            )
 
     def _learning_rate(self, step: int) -> float:
         recipe, refining = self.recipe, step >= self.steps.warmup
@@ -238,7 +244,9 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         multicrop = MultiCrop(specs) if recipe.views == "exact" else FastMultiCrop(specs, hand_over=pin)
         dataset = ViewDataset(self.images, multicrop, recipe.seed)
-        return DataLoader(dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pin)
+        return DataLoader(
+            dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=ignore_stop_signals
+        )
 
     # ---- what it says
 
