@@ -48,7 +48,6 @@ FREE_FIELDS = frozenset(
     ]
 )
 PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` starts from
-PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` starts from
 
 
 @dataclass(frozen=True)
