@@ -85,7 +85,7 @@ def watched(module: nn.Module) -> Iterator[list[str]]:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     kind = "nan" if bool(tensor.isnan().any()) else "inf"
                     reached = [each for each in inputs if isinstance(each, Tensor) and each.is_floating_point()]
-                    largest = max((float(each.abs().max()) for each in reached), default=float("nan"))
+                    largest = max((float(each.detach().abs().max()) for each in reached), default=float("nan"))
                     seen.append(f"{name} ({type(part).__name__}): {kind}, from inputs of at most {largest:.3g}")
 
         return look

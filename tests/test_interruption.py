@@ -1,0 +1,179 @@
+"""Runs that are told to stop, killed, or go wrong: the same command ends with the same bits, and a failed step can be seen again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chaos import ARGUMENTS, POLITE, chaos, save_start
+from safetensors.torch import load_file
+from small_runs import assert_identical, log_of, quick, small_recipes, write_cifar, write_models
+from torch import Tensor
+
+from mim_refiner_hf import RefineRecipe, cli
+from mim_refiner_hf.checkpointing import load_latest
+from mim_refiner_hf.refinement.failure import NotFiniteError
+from mim_refiner_hf.refinement.interruption import SIGNALS, Interrupted, StopSignals
+from mim_refiner_hf.refinement.replay import replay
+from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.refinement.trainer import Trainer
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_models(tmp_path_factory.mktemp("models"))["vit_mae"]
+
+
+@pytest.fixture
+def recipe(cifar: str, model: str, tmp_path: Path) -> Callable[..., RefineRecipe]:
+    return small_recipes(model, cifar, tmp_path)
+
+
+def signal_in(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process signal itself in the middle of `step` (0-based)."""
+    update = Trainer.update
+
+    def signalled(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
+        if now == step:
+            os.kill(os.getpid(), number)
+        return update(self, now, batch)
+
+    monkeypatch.setattr(Trainer, "update", signalled)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_ends_the_run_after_a_checkpoint(
+    number: int, recipe: Callable[..., RefineRecipe], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a step that saves nothing by itself; what the handlers were before, they are afterwards."""
+    asked, handlers = recipe("stopped", save_every=0), [signal.getsignal(each) for each in SIGNALS]
+    with pytest.MonkeyPatch.context() as patched:
+        signal_in(4, number, patched)
+        with pytest.raises(Interrupted, match="stopped after step 5 of 8; the same command goes on") as raised:
+            run(asked)
+    assert raised.value.exit_code == POLITE[signal.Signals(number)]
+    assert f"{signal.Signals(number).name}: this step is finished" in capfd.readouterr().err
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    found = load_latest(Path(asked.output_dir) / "checkpoints")
+    assert found is not None and found.step == 5
+    run(recipe("stopped"))  # how often it saves is free to change
+    whole = recipe("whole")
+    run(whole)
+    assert_identical(recipe("stopped"), whole)
+
+
+def test_commands_end_with_the_codes_of_a_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
+
+        def stopped(arguments: Any, number: int = number) -> None:
+            raise Interrupted(number, "stopped after step 5 of 8")
+
+        monkeypatch.setitem(cli.COMMANDS, "refine", stopped)
+        assert cli.main(["refine"]) == code
+        assert capsys.readouterr().err == "stopped after step 5 of 8\n"
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    if (child := os.fork()) == 0:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if signals.agreed(torch.device("cpu")) == signal.SIGTERM:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """The short form of `python -m tests.chaos`, with data-loading workers."""
+    cases = chaos(tmp_path, kills=2, signals=1, workers=1)
+    assert [case for case in cases if not case.good] == []
+
+
+def test_torchrun_restarts_after_a_lost_worker(tmp_path: Path) -> None:
+    """One of two processes is killed; the launcher starts both again, and they go on from the checkpoint."""
+    save_start(tmp_path / "start")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
+    words = [*ARGUMENTS, "--model", str(tmp_path / "start"), "--num_workers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+    def started(output: str) -> subprocess.Popen[str]:
+        command = [*launcher, str(REPOSITORY / "training/refine.py"), *words, "--output_dir", str(tmp_path / output)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    killed = started("killed")
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    undisturbed = started("undisturbed")
+    for process in (killed, undisturbed):
+        output, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, output[-3000:]
+    ended = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "undisturbed")]
+    assert all(torch.equal(ended[0][name], tensor) for name, tensor in ended[1].items())
+
+
+# ---- a step that is not finite
+
+
+@pytest.fixture
+def exploding(recipe: Callable[..., RefineRecipe]) -> tuple[RefineRecipe, NotFiniteError]:
+    """A run whose head weights leave the range of fp32 in the second of its steps."""
+    asked = recipe("exploding", head_learning_rate=1e38)
+    with pytest.raises(NotFiniteError) as raised:
+        run(asked)
+    return asked, raised.value
+
+
+def test_a_failed_step_is_reported(exploding: tuple[RefineRecipe, NotFiniteError]) -> None:
+    asked, error = exploding
+    step = error.report["step"]
+    assert f"step {step} is not finite" in str(error) and f"mim-refiner replay {asked.output_dir}" in str(error)
+    (path,) = (Path(asked.output_dir) / "failures").iterdir()
+    assert path.name == f"step-{step:08d}.json" and json.loads(path.read_text())["step"] == step
+    assert len(error.report["samples"]) == 32 and error.report["bad_gradients"] > 0
+    assert set(error.report["head_losses"]) == {"block1", "output"}
+    assert all(line["step"] <= step for line in log_of(asked))
+
+
+def test_a_failed_step_is_replayed(exploding: tuple[RefineRecipe, NotFiniteError], capsys: pytest.CaptureFixture[str]) -> None:
+    asked, error = exploding
+    before = {path: path.stat().st_mtime_ns for path in Path(asked.output_dir).rglob("*") if path.is_file()}
+    assert cli.main(["replay", asked.output_dir]) == 0
+    said = capsys.readouterr().out
+    assert f"step {error.report['step']} is not finite" in said
+    assert re.search(r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most", said)
+    assert {path: path.stat().st_mtime_ns for path in Path(asked.output_dir).rglob("*") if path.is_file()} == before
+    assert "went well this time" in replay(Path(asked.output_dir), step=0)
+
+
+def test_what_cannot_be_replayed(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:
+    assert cli.main(["replay", str(tmp_path / "nothing")]) == 2
+    asked = recipe("whole")
+    run(asked)
+    with pytest.raises(FileNotFoundError, match="no report of a failed step; name one with --step"):
+        replay(Path(asked.output_dir))
+    with pytest.raises(ValueError, match="--step 3: can be replayed from the newest checkpoint on"):
+        replay(Path(asked.output_dir), step=3)
