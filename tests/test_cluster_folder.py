@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
+from mim_refiner_hf.clustering import near_duplicates
 from mim_refiner_hf.data import open_images
 from mim_refiner_hf.publishing import cluster_folder, cluster_page, save_model_folder
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
@@ -106,6 +107,39 @@ def read_page(html: str) -> tuple[Structure, dict[str, Any]]:
     return page, json.loads(page.scripts[0])
 
 
+def test_near_duplicates_are_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets of equal files among noise; none are looked for where there are too many images to compare."""
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.fromarray(random.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    for i, copies in ((2, "ab"), (5, "c")):
+        for copy in copies:
+            (tmp_path / "photos" / f"{i}{copy}.png").write_bytes((tmp_path / "photos" / f"{i}.png").read_bytes())
+    monkeypatch.setattr(cluster_folder, "near_duplicates", lambda features: near_duplicates(features, 0.99999))
+    command = [
+        "cluster",
+        str(tmp_path / "photos"),
+        "--model",
+        str(model),
+        "--num_clusters",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(command) == 0
+    sets: dict[str, set[str]] = {}
+    for row in table(tmp_path / "out" / "near-duplicates.csv"):
+        sets.setdefault(row["set"], set()).add(Path(row["path"]).name)
+    assert sorted(map(sorted, sets.values())) == [["2.png", "2a.png", "2b.png"], ["5.png", "5c.png"]]
+    note = json.loads((tmp_path / "out" / "summary.json").read_text())["note"]
+    assert note.endswith("; 5 are nearly the same as another (near-duplicates.csv)")
+    monkeypatch.setattr(cluster_folder, "COMPARED", 10)
+    assert cli.main(command) == 0
+    assert not (tmp_path / "out" / "near-duplicates.csv").exists()
+    assert "not looked for among more than 10 images" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_the_table_names_every_image_once(made: Path, photos: Path) -> None:
     rows = table(made / "groups.csv")
     assert list(rows[0]) == ["path", "cluster", "confidence"]
@@ -136,7 +170,9 @@ def test_the_summary_says_what_was_done(made: Path, photos: Path) -> None:
     summary = json.loads((made / "summary.json").read_text(encoding="utf-8"))
     assert summary["num_images"] == 21 and summary["num_clusters"] == 3 and summary["sizes"] == [7, 7, 7]
     assert summary["broken"] == [str(photos / "cut.jpg")]
-    assert summary["note"] == "21 images in 3 groups (as asked for); 1 could not be read"
+    alike = sum(map(len, summary["near_duplicates"]))  # to random weights nearly all of them are
+    told = f"{alike} are nearly the same as another (near-duplicates.csv)"
+    assert summary["note"] == f"21 images in 3 groups (as asked for); 1 could not be read; {told}"
     assert all(Path(path).is_file() for group in summary["exemplars"] for path in group)
 
 
@@ -297,8 +333,7 @@ def test_an_earlier_result_is_replaced_only_by_a_whole_one(
     before = everything(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(cluster_folder, "render_page", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            cli.main([*words, "2"])
+        assert cli.main([*words, "2"]) == 1
     assert everything(tmp_path) == before
     assert cli.main([*words, "2"]) == 0
     assert {row["cluster"] for row in table(tmp_path / "groups" / "groups.csv")} == {"0", "1"}

@@ -3,14 +3,15 @@
     mim-refiner cluster photos/ --model out/model --out groups/                  # number of groups proposed
     mim-refiner cluster photos/ --model facebook/vit-mae-large --num_clusters 12 --method heads --out groups/
 
-| in the folder       | what it is                                                                                     |
-|---------------------|------------------------------------------------------------------------------------------------|
-| `index.html`        | one self-contained page: contact sheets, map, search by example and by name                    |
-| `groups.csv`        | path, cluster, confidence, in the order of the images; cluster 0 is the largest                |
-| `group-00/`, ...    | links to the images of a group, most confident first (an image out of a table is written)      |
-| `exemplars/`        | for each group a link to its most typical image                                                |
-| `summary.json`      | how many groups and why, their sizes and exemplars, near-duplicates                            |
-| `broken.csv`        | path and error of every image that could not be read; absent when there is none                |
+| in the folder         | what it is                                                                                |
+|-----------------------|-------------------------------------------------------------------------------------------|
+| `index.html`          | one self-contained page: contact sheets, map, search by example and by name               |
+| `groups.csv`          | path, cluster, confidence, in the order of the images; cluster 0 is the largest           |
+| `group-00/`, ...      | links to the images of a group, most confident first (an image out of a table is written) |
+| `exemplars/`          | for each group a link to its most typical image                                           |
+| `summary.json`        | how many groups and why, their sizes and exemplars, near-duplicates                       |
+| `near-duplicates.csv` | path and set of every image that is nearly the same as another; absent when there is none |
+| `broken.csv`          | path and error of every image that could not be read; absent when there is none           |
 """
 
 import csv
@@ -31,6 +32,7 @@ from ..distributed import progress_bar
 from ..pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
 from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
+COMPARED = 200_000  # images; comparing all pairs of more takes longer than all else
 MARKER = "groups.csv"  # by it a folder is known as one that may be replaced
 
 
@@ -95,11 +97,15 @@ def write_groups(
     links = write_links(folder, images, [[entries[place]["index"] for place in members] for members in order])
     exemplars = [members[0] for members in pipe.summary["exemplars"]]
     write_exemplars(folder, [links[entries[place]["index"]] for place in exemplars])
+    alike = near_duplicates(pipe.features) if len(entries) <= COMPARED else []
+    if alike:
+        twins = [(paths[place], number) for number, members in enumerate(alike) for place in members]
+        write_table(folder / "near-duplicates.csv", ("path", "set"), twins)
     summary: dict[str, Any] = {
         **pipe.summary,
         "images": printable(images.name),
         "exemplars": [[names[place] for place in members] for members in pipe.summary["exemplars"]],
-        "near_duplicates": [[names[place] for place in alike] for alike in near_duplicates(pipe.features)],
+        "near_duplicates": [[names[place] for place in members] for members in alike],
         "broken": [printable(path) for path, _ in broken],
     }
     summary["note"] = describe(summary)
@@ -167,9 +173,13 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The groups and their number in a sentence."""
-    broken = f"; {len(summary['broken'])} could not be read" if summary["broken"] else ""
-    return f"{summary['num_images']} images in {summary['num_clusters']} groups ({summary['reason']}){broken}"
+    """The groups, their number and what is special in a sentence."""
+    more = f"; {len(summary['broken'])} could not be read" if summary["broken"] else ""
+    if summary["near_duplicates"]:
+        more += f"; {sum(map(len, summary['near_duplicates']))} are nearly the same as another (near-duplicates.csv)"
+    if summary["num_images"] > COMPARED:
+        more += f"; near-duplicates are not looked for among more than {COMPARED} images"
+    return f"{summary['num_images']} images in {summary['num_clusters']} groups ({summary['reason']}){more}"
 
 
 __all__ = ["check_groups_folder", "cluster_images", "write_groups"]
