@@ -159,3 +159,15 @@ def test_stacked_heads_are_modules_one_by_one(
         torch.testing.assert_close(predicted[head], output, atol=1e-9, rtol=1e-6)
         torch.testing.assert_close(gradient[head], expected, atol=1e-9, rtol=1e-6)
         torch.testing.assert_close(heads.predictor[-1].norm.running_var[head], own[-1].running_var, atol=1e-9, rtol=1e-6)
+
+
+def test_spread_is_that_of_the_last_projections_around_the_end_of_the_queue() -> None:
+    queue = NearestNeighbourQueue(num_heads=2, size=300, dim=16)
+    for start in range(0, 800, 200):  # the last 200 lie at both ends
+        last = normal(start, 2, 200, 16).float()
+        last[1] = last[1, :1] + 1e-3 * last[1]  # collapsed
+        queue.enqueue(last, torch.arange(200), torch.full((200,), -1))
+    unit = F.normalize(last, dim=-1)
+    slow = torch.stack([torch.stack([unit[head, :, i].std() for i in range(16)]).mean() * 4 for head in range(2)])
+    torch.testing.assert_close(queue.spread(200), slow)
+    assert 0.95 < slow[0] < 1.05 and slow[1] < 0.01

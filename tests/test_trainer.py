@@ -26,6 +26,7 @@ from mim_refiner_hf import RefineRecipe, cli
 from mim_refiner_hf.checkpointing import load_latest
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.refinement.objective import head_weights
+from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
 
@@ -122,12 +123,21 @@ def test_log_tells_every_head(recipe: Callable[..., RefineRecipe]) -> None:
             assert 0 < line[f"{head}/loss"] < 10
             assert -1 <= line[f"{head}/neighbour_similarity"] <= 1
             assert 0 < line[f"{head}/alignment"] < 1
-            assert line[f"{head}/neighbour_age"] >= 0
+            assert line[f"{head}/neighbour_age"] >= 0 and 0 < line[f"{head}/spread"] < 1.2
         assert line["loss"] == pytest.approx(line["block1/loss"] + line["output/loss"], rel=1e-5)
         assert line["learning_rate"] > 0 and line["images_per_second"] > 0 and line["seconds_left"] >= 0
     assert not any("neighbour_accuracy" in key for key in log[0])  # the queue holds no labels yet
     accuracies = [line["output/neighbour_accuracy"] for line in log[1:]]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies) and max(accuracies) > 0
+
+
+def test_collapse_is_warned_of_once_per_head(
+    recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(NearestNeighbourQueue, "spread", lambda queue, count: torch.tensor([0.5, 0.01]))
+    run(recipe())
+    (warning,) = [record.getMessage() for record in caplog.records if "collapsing" in record.getMessage()]
+    assert warning.startswith("step 0: to head output all images look nearly alike (spread 0.010")
 
 
 def test_unlabelled_folder_needs_no_labels(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:

@@ -89,5 +89,14 @@ class NearestNeighbourQueue(nn.Module):
         self.age[places] = batch
         self.pointer.copy_((self.pointer + batch) % size)
 
+    def spread(self, count: int) -> Tensor:
+        """How evenly the last `count` projections of each head point in all directions (H,): 1 for evenly, 0 for all in the same one.
+
+        Standard deviation over the projections, mean over the dimensions, times sqrt(E); its fall to 0 is collapse (Chen & He 2021,
+        SimSiam, Fig. 2).
+        """
+        places = (self.pointer - count + torch.arange(count, device=self.rows.device)) % self.rows.shape[1]
+        return self.rows[:, places].std(dim=1).mean(dim=1) * self.rows.shape[2] ** 0.5
+
 
 __all__ = ["NearestNeighbourQueue", "Neighbours"]

@@ -50,6 +50,8 @@ from .views import MultiCrop, ViewDataset, normalise, view_specs
 
 logger = logging.getLogger(__name__)
 
+COLLAPSED = 0.1  # spread of a head's projections below which a warning is due
+
 
 @dataclass
 class Trainer:
@@ -76,6 +78,7 @@ class Trainer:
     num_workers: int
     bf16: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    collapsed: set[str] = field(default_factory=set)  # heads that were warned of
     sized: set[str] = field(default_factory=set)  # stages whose checkpoints' size has been said
 
     def __post_init__(self) -> None:
@@ -272,6 +275,16 @@ class Trainer:
             for head, value in zip(self.refiner.head_names, row, strict=True):
                 if value == value:  # not nan: without labels there is no neighbour accuracy
                     values[f"{head}/{key}"] = value
+        for head, spread in zip(
+            self.refiner.head_names, self.refiner.queue.spread(self.recipe.batch_size).tolist(), strict=True
+        ):
+            values[f"{head}/spread"] = spread
+            if spread < COLLAPSED and head not in self.collapsed:
+                self.collapsed.add(head)
+                logger.warning(
+                    "step %d: to head %s all images look nearly alike (spread %.3f, 1 is even): the features may be collapsing; "
+                    "lower --learning_rate, or start from weights that tell these images apart", step, head, spread,
+                )  # fmt: skip
         progress.set_description(
             f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}", refresh=False
         )
