@@ -52,7 +52,7 @@ def report(text: str) -> dict[str, Any]:
     change = {"difference": 0.1, "low": 0.0, "high": 0.2, "verdict": "better"}
     names = dict.fromkeys(("name", "config", "eval_name", "fingerprint", "eval_fingerprint"), text)
     data = {**names, "eval_images": 5, "bank_images": 6, "train_images": 6}
-    measured = {"before": METRICS, "after": METRICS, "changes": {"nmi": change}, "dataset": data}
+    measured = {"before": METRICS, "after": METRICS, "changes": {"nmi": change}, "dataset": data, "broken": []}
     return {
         "model": text, "against": text, **measured, "transfer": {text: measured}, "seed": 0, "command": text, "seconds": 1.0,
         "protocol": {"knn": text}, "versions": {"torch": text}, "fingerprints": {text: text}, "hardware": text,

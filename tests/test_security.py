@@ -96,6 +96,7 @@ def stranger(tmp_path: Path) -> Any:
         shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
         processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
         save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor)
+        (folder / "weights_digests.json").unlink()  # a stranger's folder has none, or its own
         code = f"open({str(tmp_path / 'mark')!r}, 'w')\n"
         for name in ("evil.py", *(file.name for file in folder.glob("*.py"))):
             (folder / name).write_text(code)

@@ -55,6 +55,7 @@ class Data:
     eval_split: str | None
     train: Any  # ImageDataset, or SegmentationDataset
     evaluated: Any
+    broken: Sequence[dict[str, Any]] = ()  # left out of both
 
     @property
     def labelled(self) -> bool:
@@ -132,12 +133,15 @@ def open_data(
     return Data(dataset, config, split, eval_split or "train", images, evaluated)
 
 
-def readable(encoders: Mapping[str, MimRefinerModel], images: ImageDataset, **settings: Any) -> ImageDataset:
-    """Those of the images that can be read, with the features that all protocols need now in the store."""
+def readable(
+    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, **settings: Any
+) -> tuple[ImageDataset, list[dict[str, Any]]]:
+    """Those of the images that can be read, with the features that all protocols need now in the store; and the others."""
+    broken: list[dict[str, Any]] = []
     for encoder in encoders.values():
-        columns = evaluation_columns(encoder.config)
-        images = read_rows(encoder, images, vars(encoder)["image_processor"], columns, **settings).images
-    return images
+        rows = read_rows(encoder, images, vars(encoder)["image_processor"], evaluation_columns(encoder.config), **settings)
+        images, broken = rows.images, [*broken, *rows.broken]
+    return images, broken
 
 
 # --- one side -----------------------------------------------------------------------------------------------------------------

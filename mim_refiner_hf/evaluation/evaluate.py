@@ -99,7 +99,10 @@ def evaluate(
             measure_sides(encoders, each, TRANSFER_PROTOCOLS if place else protocols, seed=seed, recipe=fine_tune, **settings)
             for place, each in enumerate(data)
         ]
-    first, *others = [{"dataset": each.describe(), **compared(found)} for each, found in zip(data, sides, strict=True)]
+    first, *others = [
+        {"dataset": each.describe(), "broken": list(each.broken), **compared(found)}
+        for each, found in zip(data, sides, strict=True)
+    ]
     report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
     report |= how_measured(encoders, protocols, seed, began)
     write_report(output_dir, report, sides[0], data[0])
@@ -165,13 +168,14 @@ def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings
     """The data without the images of bank and evaluation that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
         return data
-    evaluated, train = readable(encoders, data.evaluated, **settings), data.train
+    evaluated, broken = readable(encoders, data.evaluated, **settings)
     if not data.labelled:  # nothing is learnt from, or compared with, other images
-        return replace(data, evaluated=evaluated)
-    broken = set(data.bank.indices.tolist()) - set(readable(encoders, data.bank, **settings).indices.tolist())
-    if broken:
-        train = train.subset([place for place, index in enumerate(train.indices.tolist()) if index not in broken])
-    return replace(data, train=train, evaluated=evaluated)
+        return replace(data, evaluated=evaluated, broken=broken)
+    _, more = readable(encoders, data.bank, **settings)
+    lost, train = {image["index"] for image in more}, data.train
+    if lost:
+        train = train.subset([place for place, index in enumerate(train.indices.tolist()) if index not in lost])
+    return replace(data, train=train, evaluated=evaluated, broken=[*broken, *more])
 
 
 def measure_sides(encoders: Mapping[str, MimRefinerModel], data: Data, protocols: Sequence[str], **settings: Any) -> list[Side]:

@@ -42,10 +42,12 @@ class Rows:
     Attributes:
         images: those that could be read, in the order asked for.
         column: name -> (N, D) fp32 on the CPU, row i of image i; read anew at each call.
+        broken: {"index", "path", "reason"} of those that could not be read.
     """
 
     images: "ImageDataset"
     column: Callable[[str], Tensor]
+    broken: Sequence[dict[str, Any]] = ()
 
     @property
     def labels(self) -> Tensor | None:
@@ -211,10 +213,12 @@ def gather(images: "ImageDataset", stores: Sequence[FeatureStore]) -> Rows:
     for number, store in enumerate(stores):
         owner[store.indices], row[store.indices] = number, np.arange(len(store))
     owner, row = owner[images.indices], row[images.indices]
-    readable = images
+    readable, broken = images, list[dict[str, Any]]()
     if bool((owner < 0).any()):
-        broken = int(np.flatnonzero(owner < 0)[0])
-        logger.warning("%d images cannot be read and are left out, such as %s", (owner < 0).sum(), images.describe(broken))
+        first = int(np.flatnonzero(owner < 0)[0])
+        logger.warning("%d images cannot be read and are left out, such as %s", (owner < 0).sum(), images.describe(first))
+        lost = set(images.indices[owner < 0].tolist())
+        broken = list({image["index"]: image for store in stores for image in store.broken if image["index"] in lost}.values())
         readable = images.subset(np.flatnonzero(owner >= 0))
         row, owner = row[owner >= 0], owner[owner >= 0]
     if len(readable) == 0:
@@ -232,7 +236,7 @@ def gather(images: "ImageDataset", stores: Sequence[FeatureStore]) -> Rows:
                 start += len(batch)
         return finite(values, name, readable)
 
-    return Rows(readable, column)
+    return Rows(readable, column, broken)
 
 
 __all__ = ["Rows", "check_features", "evaluation_columns", "for_altered_images", "own_columns", "read_rows"]

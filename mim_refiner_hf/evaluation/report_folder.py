@@ -123,11 +123,14 @@ def summary(report: Mapping[str, Any]) -> str:
     return f"Of {len(verdicts)} scores whose change can be judged: {', '.join(counts)}."
 
 
-def describe_images(data: Mapping[str, Any], labelled: bool) -> str:
+def describe_images(measured: Mapping[str, Any], labelled: bool) -> str:
     """One line on what was measured on."""
+    data, count = measured["dataset"], len(measured["broken"])
     learnt = f"k-NN bank of {data['bank_images']} images" if labelled else f"{data['train_images']} images to learn from"
     names = [plain(data[key]) for key in ("eval_name", "fingerprint", "eval_fingerprint")]
-    return f"{data['eval_images']} images of {names[0]}, {learnt}; data {names[1]}, {names[2]}."
+    return f"{data['eval_images']} images of {names[0]}, {learnt}; data {names[1]}, {names[2]}." + (
+        f" {count} images could not be read and are left out; metrics.json lists them." if count else ""
+    )
 
 
 def method(report: Mapping[str, Any]) -> str:
@@ -154,7 +157,7 @@ def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]
         found["Scores"] += "\n\nThere are images without labels, so nothing was measured that needs them."
     for name, transferred in report["transfer"].items():
         seen = {**transferred, "against": report["against"]}
-        text = f"{describe_images(transferred['dataset'], True)}\n\n{report_table(seen)}"
+        text = f"{describe_images(transferred, True)}\n\n{report_table(seen)}"
         found[f"Transfer to {plain(name)}"] = text + (f"\n\n{summary(transferred)}" if transferred["changes"] else "")
     if "knn" in after:
         found["k-NN"] = knn_tables(report)
@@ -186,7 +189,7 @@ def write_report(output_dir: Path, report: dict[str, Any], sides: Sequence[Side]
     with staged_folder(output_dir, check_output) as new:
         write_json(new / "metrics.json", report)
         pictures = [] if found is None else draw_pictures(new, data, sides, found)
-        head = [f"# {plain(report['model'])}", describe_images(report["dataset"], found is not None)]
+        head = [f"# {plain(report['model'])}", describe_images(report, found is not None)]
         if report["against"] is not None:
             head.append(f"Compared with {plain(report['against'])} on the same images.")
         head.append(fenced(report["command"], "bash"))
