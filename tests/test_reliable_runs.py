@@ -13,6 +13,7 @@ from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, checkpointing, cli
 from mim_refiner_hf.checkpointing import SaveError, load_latest, save_checkpoint, size_of
+from mim_refiner_hf.data import hold_out, open_images
 from mim_refiner_hf.evaluation.evaluate import evaluate
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.refinement import plan
