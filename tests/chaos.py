@@ -2,6 +2,7 @@
 
     python -m tests.chaos                                  # 50 kills, 20 polite signals; about 10 minutes on one core
     python -m tests.chaos --kills 3 --signals 2 --json chaos.json
+    python -m tests.chaos --kills 0 --signals 0 --lost_worker      # torchrun with two processes, one of which is killed
 
 A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once undisturbed. Then, for every case, it is
 started anew in a process of its own, hit at a random moment, and the same command is given again until it is through. Every second
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
@@ -162,6 +165,26 @@ def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int
     return cases
 
 
+def lost_worker(folder: Path) -> bool:
+    """Whether two processes, one of them killed and started again by torchrun, end with the weights of two undisturbed ones."""
+    save_start(folder / "start")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "3"]
+    weights = []
+    for output in (folder / "killed", folder / "undisturbed"):
+        flags = ["--model", str(folder / "start"), "--output_dir", str(output), "--num_workers", "0"]
+        process = subprocess.Popen(
+            [*launcher, "training/refine.py", *ARGUMENTS, *flags], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        if output.name == "killed":
+            while process.poll() is None and steps_done(output) == 0:
+                time.sleep(0.05)
+            os.kill(psutil.Process(process.pid).children()[-1].pid, signal.SIGKILL)
+        if process.wait() != 0:
+            return False
+        weights.append(hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest())
+    return weights[0] == weights[1]
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,16 +192,22 @@ def main() -> int:
     parser.add_argument("--signals", type=int, default=20, help="runs hit by SIGTERM, SIGUSR1, SIGUSR2 or SIGINT")
     parser.add_argument("--workers", type=int, default=0, help="data-loading workers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--lost_worker", action="store_true", help="also kill one of two processes under torchrun")
     parser.add_argument("--json", type=Path, help="write all cases there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cases = chaos(Path(folder), options.kills, options.signals, workers=options.workers, seed=options.seed)
+        asked = options.kills or options.signals
+        cases = chaos(Path(folder), options.kills, options.signals, workers=options.workers, seed=options.seed) if asked else []
+    with tempfile.TemporaryDirectory() as folder:
+        restarted = not options.lost_worker or lost_worker(Path(folder))
     good = sum(case.good for case in cases)
     written = sum(case.while_writing for case in cases)
     print(f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a checkpoint was being written")
+    if options.lost_worker:
+        print(f"a lost worker: {'the same bits' if restarted else 'NOT the same bits'}")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(case) for case in cases], indent=1) + "\n")
-    return 0 if good == len(cases) else 1
+    return 0 if restarted and good == len(cases) else 1
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chaos import ARGUMENTS, POLITE, chaos, save_start
-from safetensors.torch import load_file
+from chaos import POLITE
 from small_runs import assert_identical, log_of, quick, small_recipes, write_cifar, write_models
 from torch import Tensor
 
@@ -103,36 +101,12 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """The short form of `python -m tests.chaos`, with data-loading workers."""
-    cases = chaos(tmp_path, kills=2, signals=1, workers=1)
-    assert [case for case in cases if not case.good] == []
-
-
-def test_torchrun_restarts_after_a_lost_worker(tmp_path: Path) -> None:
-    """One of two processes is killed; the launcher starts both again, and they go on from the checkpoint."""
-    save_start(tmp_path / "start")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
-    words = [*ARGUMENTS, "--model", str(tmp_path / "start"), "--num_workers", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-    def started(output: str) -> subprocess.Popen[str]:
-        command = [*launcher, str(REPOSITORY / "training/refine.py"), *words, "--output_dir", str(tmp_path / output)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    killed = started("killed")
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline and killed.poll() is None
-        time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    undisturbed = started("undisturbed")
-    for process in (killed, undisturbed):
-        output, _ = process.communicate(timeout=250)
-        assert process.returncode == 0, output[-3000:]
-    ended = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("killed", "undisturbed")]
-    assert all(torch.equal(ended[0][name], tensor) for name, tensor in ended[1].items())
+def test_killed_at_random_moments() -> None:
+    """The short form of `python -m tests.chaos`, with data-loading workers; in a process that has not used threads, as it forks."""
+    command = [sys.executable, "-m", "tests.chaos", "--kills", "2", "--signals", "1", "--workers", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.startswith("3 of 3 runs ended with the same bits")
 
 
 # ---- a step that is not finite
