@@ -32,6 +32,7 @@ from ..distributed import progress_bar
 from ..pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
 from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
+NEARLY_SAME = 0.99  # cosine; of features without their mean, which all images share: with it, all digits are nearly the same
 COMPARED = 200_000  # images; comparing all pairs of more takes longer than all else
 MARKER = "groups.csv"  # by it a folder is known as one that may be replaced
 
@@ -97,7 +98,8 @@ def write_groups(
     links = write_links(folder, images, [[entries[place]["index"] for place in members] for members in order])
     exemplars = [members[0] for members in pipe.summary["exemplars"]]
     write_exemplars(folder, [links[entries[place]["index"]] for place in exemplars])
-    alike = near_duplicates(pipe.features) if len(entries) <= COMPARED else []
+    features = pipe.features
+    alike = near_duplicates(features - features.mean(0), NEARLY_SAME) if len(entries) <= COMPARED else []
     if alike:
         twins = [(paths[place], number) for number, members in enumerate(alike) for place in members]
         write_table(folder / "near-duplicates.csv", ("path", "set"), twins)
@@ -115,7 +117,7 @@ def write_groups(
         Tile(names[place], groups[place], scores[place], load_thumbnail(images, index), quote(os.fsencode(links[index])))
         for place, index in progress_bar([(place, entries[place]["index"]) for place in shown], desc="page", unit="image")
     ]
-    page = render_page(Path(summary["images"]).resolve().name, summary["note"], tiles, pipe.features[shown], summary["sizes"])
+    page = render_page(Path(summary["images"]).resolve().name, summary["note"], tiles, features[shown], summary["sizes"])
     (folder / "index.html").write_text(page, encoding="utf-8")
     return summary
 
