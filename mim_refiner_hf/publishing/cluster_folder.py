@@ -175,10 +175,10 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The groups, their number and what is special in a sentence."""
+    """The groups, their number and what is special in a sentence; of a pipeline's own summary, without near-duplicates, too."""
     more = f"; {len(summary['broken'])} could not be read" if summary["broken"] else ""
-    if summary["near_duplicates"]:
-        more += f"; {sum(map(len, summary['near_duplicates']))} are nearly the same as another (near-duplicates.csv)"
+    if alike := summary.get("near_duplicates"):
+        more += f"; {sum(map(len, alike))} are nearly the same as another (near-duplicates.csv)"
     if summary["num_images"] > COMPARED:
         more += f"; near-duplicates are not looked for among more than {COMPARED} images"
     return f"{summary['num_images']} images in {summary['num_clusters']} groups ({summary['reason']}){more}"
