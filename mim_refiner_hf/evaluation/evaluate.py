@@ -99,10 +99,7 @@ def evaluate(
             measure_sides(encoders, each, TRANSFER_PROTOCOLS if place else protocols, seed=seed, recipe=fine_tune, **settings)
             for place, each in enumerate(data)
         ]
-    first, *others = [
-        {"dataset": each.describe(), "broken": list(each.broken), **compared(found)}
-        for each, found in zip(data, sides, strict=True)
-    ]
+    first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
     report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
     report |= how_measured(encoders, protocols, seed, began)
     write_report(output_dir, report, sides[0], data[0])
@@ -183,10 +180,12 @@ def measure_sides(encoders: Mapping[str, MimRefinerModel], data: Data, protocols
     return [measure_side(name, encoder, data, protocols, **settings) for name, encoder in encoders.items()]
 
 
-def compared(sides: Sequence[Side]) -> dict[str, Any]:
-    """`before`, `after` and `changes` of the measurements on one data set."""
+def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
+    """Which images, those left out, and `before`, `after` and `changes` of the measurements on them."""
     changes = changes_of(*sides) if len(sides) == 2 else {}
     return {
+        "dataset": data.describe(),
+        "broken": list(data.broken),
         "before": sides[0].metrics if len(sides) == 2 else None,
         "after": sides[-1].metrics,
         "changes": {name: describe_change(change) for name, change in changes.items()},
