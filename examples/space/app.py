@@ -38,7 +38,7 @@ from comparison import SIDES, Collection, Grouping, group_images, legend, show_n
 
 from mim_refiner_hf import load_encoder, read_recipe, refine
 from mim_refiner_hf.data import ImageDataset, open_images
-from mim_refiner_hf.data_sources import FoundImages
+from mim_refiner_hf.data_sources import Entries, FoundImages
 from mim_refiner_hf.evaluation.report import evenly_spaced
 from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
 
@@ -60,7 +60,8 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
     paths = [Path(file["path"]) for file in files or ()]
     if not 2 <= len(paths) <= MAX_IMAGES:
         raise ValueError(f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number.")
-    images = ImageDataset(FoundImages(paths, None, None, "upload", ""), num_channels=num_channels)
+    entries = Entries.of(range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths))
+    images = ImageDataset(FoundImages(paths, None, None, "upload", entries), num_channels=num_channels)
     return Collection(images, [printable(Path(file.get("orig_name") or file["path"]).name) for file in files or ()])
 
 
