@@ -223,14 +223,14 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(client: Any, photos: li
     [
         ([], 3, "0 images: give 2 to 500"),
         ([0], 0, "1 images: give 2 to 500"),
-        ([1, 2, 3], 5, "num_clusters is 5 for 3 images; allowed are 1 to 3, or None."),
+        ([1, 2, 3], 5, "num_clusters is 5 for 3 images; allowed are 1 to 3 with method 'kmeans', or None."),
         ([1, 2, 3], -1, "num_clusters is -1 for 3 images"),
         ([1, 2, 3], 1.5, "The number of groups is 1.5; give a whole number"),
         ([1, -1], 0, "Only 1 of these images can be read"),
         (
             [-1, -1],
             None,
-            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: cannot identify image file;",
+            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: it is no image of a known format",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def compare(
         raise ValueError(f"The number of groups is {num_clusters}; give a whole number, or 0 to have it proposed.")
     sides: list[Grouping] = []
     total, readings = len(collection.images), len(encoders) * len(collection.images)
-    for name in reversed(encoders):  # the refined encoder proposes a number; the other one takes it, to be comparable
+    for name in reversed(list(encoders)):  # the refined encoder proposes a number; the other one takes it, to be comparable
         tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
         sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
         wanted = sides[-1].summary["num_clusters"]
@@ -214,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"]}  # none from the network
+    fonts["font_mono"] = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)
     style = Path(__file__).with_name("style.css")
     plain: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "footer_links": ["api"]}
