@@ -93,7 +93,7 @@ def test_a_model_is_not_better_than_itself(
     copy = tmp_path / "copy"
     encoder = load_encoder(models[0])
     save_model_folder(copy, encoder, vars(encoder)["image_processor"])
-    flags = ["--dataset", "digits", "--against", str(copy), "--output_dir", str(tmp_path / "out"), "--transfer", "digits"]
+    flags = ["--dataset", "digits", "--split", "test", "--against", str(copy), "--output_dir", str(tmp_path / "out"), "--transfer", "digits"]
     assert main(["evaluate", str(models[0]), *flags, "--protocols", "low_shot"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(report["changes"]) == 6 and "linear_probe_accuracy" in report["transfer"]["digits"]["changes"]
@@ -104,7 +104,7 @@ def test_a_model_is_not_better_than_itself(
 
 def test_card_is_updated_and_not_piled_up(models: tuple[Path, Path], tmp_path: Path) -> None:
     card = models[1] / "README.md"
-    command = ["evaluate", str(models[1]), "--dataset", "digits", "--output_dir", str(tmp_path / "out")]
+    command = ["evaluate", str(models[1]), "--dataset", "digits", "--split", "test", "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     once = card.read_text()
     assert main(command) == 0

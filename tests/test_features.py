@@ -175,8 +175,8 @@ def test_the_picture_shows_each_group_from_its_centre_outwards(monkeypatch: pyte
     assignments = (angles > 1).numpy().astype(np.int64)
     groups = KMeansRun(assignments, centroids, 0.0, assignments[None].astype(np.int32))
     rows = []
-    strip = pictures.group_strip
-    monkeypatch.setattr(pictures, "group_strip", lambda data, members: rows.append(members.tolist()) or strip(data, members))
+    caption = pictures.group_caption
+    monkeypatch.setattr(pictures, "group_caption", lambda *given: rows.append(given[-1].tolist()) or caption(*given))
     shown = Evaluation({}, FeatureSet(features, labels=torch.tensor([i % 4 for i in range(9)])), groups)
     draw_clusters(images, shown, tmp_path / "out" / "clusters.png")
     assert rows == [[8, 1, 6, 2, 0], [7, 3, 4, 5]] or rows == [[8, 1, 6, 2, 0], [3, 7, 4, 5]]

@@ -34,12 +34,14 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), (TILE, TILE), method=resample)
 
 
-def group_strip(images: "ImageDataset", members: NDArray[np.int64]) -> Image.Image:
-    """The first images of a group side by side, on white."""
-    strip = Image.new("RGB", (TILES * (TILE + 2) - 2, TILE), "white")
-    for column, index in enumerate(members[:TILES]):
-        strip.paste(thumbnail(images[int(index)].image), (column * (TILE + 2), 0))
-    return strip
+def mosaic(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
+    """Tiles of one size in rows, on white; one picture draws many times faster than an axes per tile."""
+    step = rows[0][0].width + 2
+    sheet = Image.new("RGB", (columns * step - 2, len(rows) * step - 2), "white")
+    for place, tiles in enumerate(rows):
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (column * step, place * step))
+    return sheet
 
 
 def class_name(images: "ImageDataset", label: int) -> str:
@@ -92,7 +94,8 @@ def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Pat
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top", parse_math=False)
     for axes, group in zip(rows, shown, strict=True):
         members = order[groups.assignments[order] == group]
-        draw_row(axes, group_strip(eval_images, members), group_caption(eval_images, labels, members))
+        tiles = [thumbnail(eval_images[int(index)].image) for index in members[:TILES]]
+        draw_row(axes, mosaic([tiles], TILES), group_caption(eval_images, labels, members))
     save_figure(figure, path)
 
 

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 
 from .feature_map import flat_map
 from .knn import standardise
-from .pictures import class_name, plot_knn_per_block, save_figure, thumbnail
+from .pictures import class_name, mosaic, plot_knn_per_block, save_figure, thumbnail
 from .report import Evaluation
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None
     save_figure(figure, path)
 
 
+def framed(tile: Image.Image, colour: str) -> Image.Image:
+    """A tile with a frame of a matplotlib colour."""
+    return ImageOps.expand(tile, border=4, fill=tuple(round(255 * part) for part in to_rgb(colour)))
+
+
 def draw_neighbours(images: "ImageDataset", bank_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
     """Evaluation images, some classified right and some wrong, each with its nearest images of the k-NN bank.
 
@@ -113,18 +120,21 @@ def draw_neighbours(images: "ImageDataset", bank_images: "ImageDataset", evaluat
     bank_x, eval_x = standardise(bank.features, found.features[rows])
     similarity = torch.nn.functional.normalize(eval_x, dim=1) @ torch.nn.functional.normalize(bank_x, dim=1).T
     nearest = similarity.topk(min(NEIGHBOURS, len(bank_x)), dim=1).indices
-    figure = new_figure(1.1 * (1 + nearest.shape[1]), 1.15 * len(rows) + 0.4)
-    figure.suptitle("image, then its nearest neighbours; green: its class", fontsize=9)
-    grid = figure.subplots(len(rows), 1 + nearest.shape[1], squeeze=False)
-    for place, row in enumerate(rows):
-        tiles = [(images, row), *((bank_images, int(column)) for column in nearest[place])]
-        for axes, (source, index) in zip(grid[place], tiles, strict=True):
-            axes.imshow(np.asarray(thumbnail(source[index].image)), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            same = (source is images and index == row) or source[index].label == int(found.labels[row])
-            for spine in axes.spines.values():
-                spine.set(color="tab:green" if same else "tab:red", linewidth=0 if axes is grid[place, 0] else 2)
-        grid[place, 0].set_ylabel("right" if place < len(chosen[0]) else "wrong", fontsize=8)
+    sheet = []
+    for row, columns in zip(rows, nearest.tolist(), strict=True):
+        neighbours = [bank_images[column] for column in columns]
+        same = ["tab:green" if neighbour.label == int(found.labels[row]) else "tab:red" for neighbour in neighbours]
+        tiles = [thumbnail(images[row].image), *(thumbnail(neighbour.image) for neighbour in neighbours)]
+        sheet.append([framed(tile, colour) for tile, colour in zip(tiles, ["white", *same], strict=True)])
+    figure = new_figure(1 + 0.85 * len(sheet[0]), 0.85 * len(sheet) + 0.5)
+    axes = figure.subplots()
+    axes.imshow(np.asarray(mosaic(sheet, len(sheet[0]))), interpolation="antialiased")
+    axes.set_title("image, then its nearest neighbours; green: its class", fontsize=9)
+    step = sheet[0][0].height + 2
+    said = ["right" if place < len(chosen[0]) else "wrong" for place in range(len(rows))]
+    axes.set_yticks([(place + 0.5) * step for place in range(len(rows))], said, fontsize=8)
+    axes.set(xticks=[], frame_on=False)
+    axes.tick_params(length=0)
     save_figure(figure, path)
 
 
