@@ -93,7 +93,8 @@ def test_a_model_is_not_better_than_itself(
     copy = tmp_path / "copy"
     encoder = load_encoder(models[0])
     save_model_folder(copy, encoder, vars(encoder)["image_processor"])
-    flags = ["--dataset", "digits", "--split", "test", "--against", str(copy), "--output_dir", str(tmp_path / "out"), "--transfer", "digits"]
+    flags = ["--dataset", "digits", "--split", "test", "--transfer", "digits"]
+    flags += ["--against", str(copy), "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", str(models[0]), *flags, "--protocols", "low_shot"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(report["changes"]) == 6 and "linear_probe_accuracy" in report["transfer"]["digits"]["changes"]
