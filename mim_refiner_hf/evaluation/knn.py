@@ -12,8 +12,8 @@ Features are standardised with the TRAIN mean and unbiased standard deviation, L
 the k neighbours votes for its class with weight `exp(similarity / temperature)`. The authors tuned k = 10 for plain MIM models
 (MIM-Refiner, Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
 
-The search is exact. It takes a tile of 1024 test rows by 16 384 bank rows at a time, one matrix product, whatever the sizes: some
-120 MB at width 768, beside the features themselves. Of each tile it sorts a few hundred similarities per row (see `largest`).
+The search is exact. It takes a tile of 2048 test rows by 16 384 bank rows at a time, one matrix product, whatever the sizes: some
+200 MB at width 768, beside the features themselves. Of each tile it sorts a few hundred similarities per row (see `largest`).
 """
 
 import math
@@ -27,8 +27,7 @@ from ..distributed import gather_objects, rank, world_size
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)  # of the grid
 TEMPERATURES = (0.02, 0.07, 0.2)
-ROWS_AT_ONCE, BANK_AT_ONCE = 1024, 2**14  # of one tile of the similarity matrix
-SIMILARITIES_AT_ONCE = ROWS_AT_ONCE * BANK_AT_ONCE  # 64 MiB in fp32
+ROWS_AT_ONCE, BANK_AT_ONCE = 2048, 2**14  # of one tile of the similarity matrix: 128 MiB in fp32
 
 Answers = dict[tuple[int, float], Tensor]
 """Predicted classes (M,) int64 by (k, temperature)."""
@@ -69,13 +68,12 @@ def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if size < 2:
         return similarity.topk(k, dim=1)
     count = columns // size
-    first = torch.arange(0, size * count, count, device=similarity.device)  # block b holds the columns `first + b`
-    maxima = similarity[:, : size * count].unflatten(1, (size, count)).amax(dim=1)
-    blocks = maxima.topk(k, dim=1, sorted=False).indices
-    rest = torch.arange(size * count, columns, device=similarity.device).expand(len(blocks), -1)  # fewer than `count`
-    candidates = torch.cat([(blocks[:, None] + first[:, None]).flatten(1), rest], dim=1)
-    values, places = similarity.gather(1, candidates).topk(k, dim=1)
-    return values, candidates.gather(1, places)
+    grid, rest = similarity[:, : size * count].unflatten(1, (size, count)), similarity[:, size * count :]
+    blocks = grid.amax(dim=1).topk(k, dim=1, sorted=False).indices  # block b holds the columns b, b + count, b + 2 count, ...
+    inside = grid.gather(2, blocks[:, None].expand(-1, size, -1)).flatten(1)
+    values, places = torch.cat([inside, rest], dim=1).topk(k, dim=1)
+    column = places // k * count + blocks.gather(1, places % k)
+    return values, torch.where(places < size * k, column, places + size * (count - k))
 
 
 def nearest(bank: Tensor, parts: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
@@ -83,9 +81,10 @@ def nearest(bank: Tensor, parts: Sequence[Tensor], k: int) -> list[tuple[Tensor,
     parts = [F.normalize(rows, dim=1) for rows in parts]
     found = [(rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)) for rows in parts]
     width = math.ceil(len(bank) / math.ceil(len(bank) / BANK_AT_ONCE))  # tiles of equal width
-    tile = bank.new_empty(max(map(len, parts), default=0) * width)
+    tile, unit = bank.new_empty(max(map(len, parts), default=0) * width), bank.new_empty(width, bank.shape[1])
     for start in range(0, len(bank), width):
-        columns = F.normalize(bank[start : start + width], dim=1).T
+        part = bank[start : start + width]
+        columns = torch.div(part, part.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=unit[: len(part)]).T
         for number, rows in enumerate(parts):
             similarity = tile[: len(rows) * columns.shape[1]].view(len(rows), -1)
             torch.mm(rows, columns, out=similarity)
