@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import step
+from . import evaluation, step
 from .rows import Row
 
-ROWS: dict[str, Callable[[], Row]] = {**step.ROWS}
+ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS}
 """Every row by name; a file with rows adds its dict here."""
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.evaluation import (
@@ -24,6 +25,7 @@ from mim_refiner_hf.evaluation import (
     rankme,
     report,
 )
+from mim_refiner_hf.evaluation.features import encode
 
 
 class Sample(NamedTuple):
@@ -82,6 +84,26 @@ def test_features_equal_hooked_block_outputs(processor: MimRefinerImageProcessor
         torch.testing.assert_close(found.blocks[block], expected[block], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.features, expected[2], atol=1e-5, rtol=0)
     assert found.labels is not None and found.labels.tolist() == [i % 4 for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pooling": "cls"}, {"pooling": "mean"}, {"num_register_tokens": 2, "norm_placement": "post"}]
+)
+def test_patches_pass_the_last_block_only_where_a_column_reads_them(changes: dict[str, Any]) -> None:
+    encoder, pixels, work = make_encoder(**changes), torch.randn(2, 3, 16, 16), []
+    poolings = ["cls", "register"] if "num_register_tokens" in changes else ["cls"]
+    prefix = [f"{place}.{pooling}" for place in ("block2", "output") for pooling in poolings]
+    with torch.no_grad():
+        plain = encoder(pixels, output_hidden_states=True)
+        for columns in (["block0.mean", *prefix], ["block2.mean", *prefix]):
+            with FlopCounterMode(display=False) as flops:
+                found = encode(encoder, pixels, columns)
+            work.append(flops.get_total_flops())
+            for column in columns:
+                place, pooling = column.split(".")
+                tokens = plain.last_hidden_state if place == "output" else plain.hidden_states[int(place[5:]) + 1]
+                torch.testing.assert_close(found[column], encoder.pool(tokens, pooling), atol=1e-6, rtol=1e-5)
+    assert work[0] == work[1] if changes.get("pooling") == "mean" else work[0] < 0.9 * work[1]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -55,13 +55,35 @@ def test_every_k_and_temperature_equal_the_authors(golden: Golden, standardised:
         assert (predicted == inputs["test_y"]).float().mean().item() == pytest.approx(accuracies[f"{k},{tau:g}"], abs=1e-6)
 
 
-def test_predictions_equal_the_authors_in_any_chunks(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bank", [2**14, 100, 13])  # in one tile, in several, in tiles of fewer rows than there are neighbours
+def test_predictions_equal_the_authors_in_any_tiles(golden: Golden, monkeypatch: pytest.MonkeyPatch, bank: int) -> None:
     inputs, outputs, _ = golden
     train_x, test_x = standardise(inputs["train_x"], inputs["test_x"])
-    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 37 * len(train_x))  # 301 rows in 9 chunks, the last one short
+    monkeypatch.setattr(knn, "ROWS_AT_ONCE", 37)  # 301 rows in 9 tiles, the last one short
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", bank)
     found = knn_predict(train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20))
     for (k, _), predicted in found.items():
         assert torch.equal(predicted, outputs[f"predictions.k{k}.t0.07"])
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 500])
+@pytest.mark.parametrize("columns", [500, 1031, 4096])
+def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
+    distinct = torch.randn(5, columns)
+    values, places = knn.largest(distinct, k)
+    order = distinct.argsort(dim=1, descending=True)[:, :k]
+    assert torch.equal(places, order) and torch.equal(values, distinct.gather(1, order))
+    ties = torch.randint(4, (5, columns)).float()
+    values, places = knn.largest(ties, k)
+    assert torch.equal(values, ties.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(values, ties.gather(1, places)) and all(len(row.unique()) == k for row in places)
+
+
+def test_the_spread_is_the_unbiased_standard_deviation() -> None:
+    train, test = 3 * torch.randn(500, 6) + 7, torch.randn(10, 6)
+    mean, std = train.double().mean(dim=0), train.double().std(dim=0) + 1e-6
+    for found, rows in zip(standardise(train, test), (train, test), strict=True):
+        torch.testing.assert_close(found, ((rows - mean) / std).float(), atol=1e-5, rtol=0)
 
 
 def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Golden) -> None:

@@ -62,9 +62,9 @@ def test_the_grid_equals_single_classifiers_under_torchs_sgd() -> None:
     test = torch.randn(2500, 6)
     for place, rate in enumerate(RATES):
         alone = train_alone(start[:, place], rate, batches)
-        torch.testing.assert_close(grid.weight[:, place].T, alone.weight.detach(), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(grid.bias[place], alone.bias.detach(), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(grid.logits(test)[:, place], alone(test).detach(), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(grid.weight[:, place].T, alone.weight.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grid.bias[place], alone.bias.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grid.logits(test)[:, place], alone(test).detach(), atol=1e-4, rtol=1e-4)
         assert (grid.predict(test)[place] == alone(test).argmax(dim=1)).float().mean() > 0.998
 
 

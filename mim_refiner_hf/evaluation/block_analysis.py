@@ -29,7 +29,7 @@ from ..refinement.recipe import default_head_blocks
 from ..refinement.views import ViewSpec, make_view, view_specs
 from .feature_cache import for_altered_images, own_columns, read_rows
 from .features import FeatureSet
-from .knn import SIMILARITIES_AT_ONCE, knn_accuracy, standardise
+from .knn import knn_accuracy, standardise
 from .reconstruction import reconstruction_losses
 from .report import evenly_spaced, fully_labelled
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..data import ImageDataset
 
 NEIGHBOURS = 10
+SIMILARITIES_AT_ONCE = 2**24  # entries of the similarity matrix that are held: 64 MiB in fp32
 GLOBAL_SCALE = (0.25, 1.0)  # of the view behind the agreement: the paper's global views (Table 10)
 ATTENTION_IMAGES, ATTENTION_BATCH = 64, 8  # all attention weights of a batch are in memory at once: 0.5 GB for a ViT-L/16
 NOISE = 0.01  # of an accuracy or agreement: what a block may lack to the best one without being called worse

@@ -23,7 +23,7 @@ with pooling cls, mean (of the patches), register (the first one), or, for `outp
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from ..configuration_mim_refiner import MimRefinerConfig, Pooling
 from ..distributed import all_gather, progress_bar, rank, world_size
+from ..last_block import prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
 
 if TYPE_CHECKING:
@@ -158,14 +159,22 @@ def frozen(encoder: MimRefinerModel, device: torch.device | str | None) -> Itera
         encoder.train(training).to(home)
 
 
+def reads_last_patches(columns: Sequence[str], config: MimRefinerConfig) -> bool:
+    """Whether a column is made from the patches of the last block or of the output."""
+    last = config.num_hidden_layers - 1
+    late = [column for column in columns if last in (blocks_of(column, config.num_hidden_layers) or [last])]
+    return any(column.partition(".")[2] not in ("cls", "register") for column in late)
+
+
 def encode(encoder: MimRefinerModel, pixel_values: Tensor, columns: Sequence[str]) -> dict[str, Tensor]:
     """One forward pass over (B, C, H, W), in the dtype of the weights: every column (B, D), or (B, 4 D) for last4, in fp32.
 
-    Only the blocks that a column needs are recorded.
+    Only the blocks that a column needs are recorded, and the patches pass through the last one only where a column reads them.
     """
     read = {column: blocks_of(column, encoder.config.num_hidden_layers) for column in columns}
     recorded = sorted({block + 1 for blocks in read.values() for block in blocks})  # entry 0 is the embeddings
-    outputs = encoder(pixel_values, output_hidden_states=recorded or None)
+    with nullcontext() if reads_last_patches(columns, encoder.config) else prefix_tokens_only(encoder):
+        outputs = encoder(pixel_values, output_hidden_states=recorded or None)
 
     def pooled(column: str) -> Tensor:
         pooling: Any = column.partition(".")[2]

@@ -153,7 +153,7 @@ def evaluate_encoder(
         metrics |= clustering_metrics(last.labels.numpy(), groups)
         if per_block:
             metrics["knn_per_block"] = [
-                knn_accuracy(rows.column(column), bank.labels, found.column(column), last.labels) for column in own
+                knn_accuracy(rows.column(column), bank.labels, found.column(column), last.labels, shared=True) for column in own
             ]
     else:
         groups = kmeans(last.features, picture_groups(len(found.images)), runs=10, seed=seed)
@@ -165,10 +165,10 @@ def knn_metrics(bank: Rows, found: Rows, own: Sequence[str], grid: bool) -> tupl
     """The classes that k = 10 and temperature 0.07 predict from the last block, (M,), their accuracy, and with `grid` all others."""
     assert bank.labels is not None and found.labels is not None
     if not grid:
-        (predicted,) = knn_predict(*_standardised(bank, found, own[-1:])).values()
+        (predicted,) = knn_predict(*_standardised(bank, found, own[-1:]), shared=True).values()
         return predicted, {"knn_accuracy": (predicted == found.labels).float().mean().item()}
     places = {"last block": own[-1:]} | ({f"last {len(own[-4:])} blocks": own[-4:]} if len(own) > 1 else {})
-    answers = {place: knn_grid(*_standardised(bank, found, columns)) for place, columns in places.items()}
+    answers = {place: knn_grid(*_standardised(bank, found, columns), shared=True) for place, columns in places.items()}
     table = {
         place: [
             {"k": k, "temperature": tau, "accuracy": (classes == found.labels).float().mean().item()}

@@ -1,0 +1,148 @@
+"""Rows about evaluation on one CPU thread: python -m benchmarks knn features linear-probe
+
+The floors are bare matrix products of the shapes that cannot be done without. Before anything is timed, the answers of both ways
+are compared: classes, features, weights of classifiers.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+from transformers import ViTModel
+
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
+from mim_refiner_hf.evaluation.features import encode
+from mim_refiner_hf.evaluation.knn import knn_predict
+from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES
+from mim_refiner_hf.publishing import export_native, export_timm
+
+from .rows import Row, interleaved
+from .step import assert_close
+
+BANK, QUERIES, WIDTH, CLASSES, NEIGHBOURS = 50_000, 2_048, 768, 100, 10
+IMAGES, DEPTH = 4, 12
+PROBE_BATCH, PROBE_STEPS = 1024, 2
+
+
+def knn() -> Row:
+    """The whole of `knn_predict`, against scikit-learn's brute force on rows that are normalised beforehand."""
+    torch.manual_seed(0)
+    centres = torch.randn(CLASSES, WIDTH)
+    classes, truth = torch.randint(CLASSES, (BANK,)), torch.randint(CLASSES, (QUERIES,))
+    bank, rows = (centres[own] + 6 * torch.randn(len(own), WIDTH) for own in (classes, truth))
+    unit_bank, unit_rows, product = F.normalize(bank, dim=1), F.normalize(rows, dim=1), torch.empty(QUERIES, BANK)
+    peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute").fit(unit_bank.numpy(), classes.numpy())
+
+    def ours(temperature: float = 0.07) -> Tensor:
+        (predicted,) = knn_predict(bank, classes, rows, k=(NEIGHBOURS,), temperature=(temperature,)).values()
+        return predicted
+
+    def theirs(count: int = QUERIES) -> Tensor:
+        return torch.from_numpy(peer.predict(unit_rows[:count].numpy()))
+
+    agreement = (ours(float("inf"))[:256] == theirs(256)).float().mean()  # its votes are all alike
+    assert agreement > 0.99, f"only {agreement:.2%} of the classes agree"  # rows may tie but for rounding
+    measured, other, floor = interleaved(ours, theirs, lambda: torch.mm(unit_rows, unit_bank.T, out=product), rounds=3)
+    note = f"{QUERIES} x {BANK} x {WIDTH}, k {NEIGHBOURS}; scikit-learn's brute force, votes alike; floor: the product alone"
+    return Row("knn", 2.0, measured, other, floor, note)
+
+
+def vit_products() -> Callable[[], None]:
+    """The matrix products of the encoder of `features`, into tensors that are there already."""
+    tokens = IMAGES * 197
+    rows, wide, out, wide_out = (torch.randn(tokens, width) for width in (WIDTH, 4 * WIDTH, WIDTH, 4 * WIDTH))
+    square, up, down = (torch.randn(*shape) for shape in ((WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)))
+    query, scores = torch.randn(IMAGES * 12, 197, 64), torch.empty(IMAGES * 12, 197, 197)
+    attended = torch.empty_like(query)
+
+    def products() -> None:
+        torch.mm(rows, square, out=out)  # the patches
+        for block in range(DEPTH):
+            for _ in range(
+                2 if block == DEPTH - 1 else 4
+            ):  # keys and values of the last block; of all others queries, output too
+                torch.mm(rows, square, out=out)
+            if block < DEPTH - 1:
+                torch.bmm(query, query.transpose(1, 2), out=scores)
+                torch.bmm(scores, query, out=attended)
+                torch.mm(rows, up, out=wide_out)
+                torch.mm(wide, down, out=out)
+
+    return products
+
+
+@torch.inference_mode()
+def features() -> Row:
+    """CLS of a ViT-B/16, against the faster of timm's and transformers' model with the same weights."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 12, "intermediate_size": 4 * WIDTH}
+    encoder = MimRefinerModel(MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)).eval()
+    config, pixels = encoder.config, torch.randn(IMAGES, 3, 224, 224)
+    of_timm = timm.create_model(export_timm.architecture(config), **export_timm.model_args(config)).eval()
+    of_timm.load_state_dict(export_timm.state_dict(encoder))
+    with tempfile.TemporaryDirectory() as folder:
+        export_native.write(Path(folder), encoder, MimRefinerImageProcessor())
+        of_transformers = ViTModel.from_pretrained(folder).eval()
+
+    ways: list[Callable[[], Tensor]] = [
+        lambda: encode(encoder, pixels, ["output.cls"])["output.cls"],
+        lambda: of_timm.forward_features(pixels)[:, 0],
+        lambda: of_transformers(pixels).last_hidden_state[:, 0],
+    ]
+    for peer in ways[1:]:
+        assert_close(ways[0](), peer(), 1e-5)
+    measured, *others, floor = interleaved(*ways, vit_products(), rounds=3)
+    note = f"ViT-B/16, {IMAGES} images of 224 px, fp32; the faster of timm and transformers; floor: our products alone"
+    return Row("features", 1.0, measured, min(others), floor, note)
+
+
+def linear_probe() -> Row:
+    """Steps of all classifiers of the grid, against one `torch.nn.Linear` under `torch.optim.SGD` after another."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (WIDTH, 2 * WIDTH, 4 * WIDTH, 5 * WIDTH)  # the paper's four kinds of features
+    inputs = [torch.randn(PROBE_BATCH, width, generator=generator) for width in widths]
+    labels = torch.randint(CLASSES, (PROBE_BATCH,), generator=generator)
+    grids = [ClassifierGrid(width, CLASSES, LEARNING_RATES, generator) for width in widths]
+    layers = [[nn.Linear(width, CLASSES) for _ in LEARNING_RATES] for width in widths]
+    with torch.no_grad():
+        for grid, row in zip(grids, layers, strict=True):
+            for place, layer in enumerate(row):
+                layer.weight.copy_(grid.weight[:, place].T)
+                layer.bias.zero_()
+    optimizers = [
+        [torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9) for layer, rate in zip(row, LEARNING_RATES, strict=True)]
+        for row in layers
+    ]
+
+    def ours() -> None:
+        for _ in range(PROBE_STEPS):
+            for grid, rows in zip(grids, inputs, strict=True):
+                grid.step(rows, cross_entropy_gradient(grid.logits(rows), labels), decay=1.0)
+
+    def theirs() -> None:
+        for _ in range(PROBE_STEPS):
+            for row, own, rows in zip(layers, optimizers, inputs, strict=True):
+                for layer, optimizer in zip(row, own, strict=True):
+                    optimizer.zero_grad()
+                    F.cross_entropy(layer(rows), labels).backward()
+                    optimizer.step()
+
+    ours()
+    theirs()
+    for grid, row in zip(grids, layers, strict=True):
+        for place, layer in enumerate(row):
+            assert_close(grid.weight[:, place].T, layer.weight.detach(), 1e-5)
+    measured, peer = interleaved(ours, theirs, rounds=3)
+    count = len(widths) * len(LEARNING_RATES)
+    note = f"{count} classifiers, {CLASSES} classes, {PROBE_STEPS} batches of {PROBE_BATCH}; one nn.Linear after another"
+    return Row("linear-probe", 1.3, measured, peer, None, note)
+
+
+ROWS: dict[str, Callable[[], Row]] = {"knn": knn, "features": features, "linear-probe": linear_probe}
+"""The rows of this file by name."""

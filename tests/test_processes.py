@@ -1,0 +1,100 @@
+"""Two and four processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from small_store import BATCH, COUNT, SHARD, contents, embed, make_encoder, make_processor, write_photos
+from torch import Tensor
+
+from mim_refiner_hf.clustering import ArrayBatches, kmeans
+from mim_refiner_hf.data import open_images, open_stream
+from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
+
+GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
+
+
+def separated_rows() -> tuple[Tensor, Tensor]:
+    """Rows (331, 12) in six groups far from each other, and their groups."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(GROUPS, (ROWS,), generator=generator)
+    centres = 5 * torch.randn(GROUPS, 12, generator=generator)
+    return centres[groups] + torch.randn(ROWS, 12, generator=generator), groups
+
+
+def answers() -> dict[str, Tensor]:
+    """k-NN of noisy rows in a bank where every row stands twice, with two classes: nothing but the order settles these ties."""
+    generator = torch.Generator().manual_seed(1)
+    bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
+    classes = torch.randint(5, (300,), generator=generator)
+    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE, kept = 32, 64, (knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE)  # 11 tiles of rows
+    found = knn_predict(torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True)
+    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE = kept
+    return {f"k-NN {setting}": predicted for setting, predicted in found.items()}
+
+
+def in_memory(photos: Path) -> dict[str, Tensor]:
+    """Features and labels of all images."""
+    found = extract_features(make_encoder(), open_images(str(photos)), make_processor(), blocks=[1], batch_size=BATCH)
+    assert found.labels is not None
+    return {"features": found.features, "block 1": found.blocks[1], "labels": found.labels}
+
+
+def groups_of(rank: int, processes: int) -> dict[str, Tensor]:
+    """k-means of every n-th row: this process's assignments, and the centroids of all."""
+    found = kmeans(ArrayBatches(separated_rows()[0][rank::processes], rows_per_batch=50), GROUPS, runs=3)
+    return {"assignments": found.assignments, "centroids": found.centroids}
+
+
+def process(rank: int, processes: int, port: int, photos: Path, folder: Path) -> None:
+    """One of several processes; writes all that it was told."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes)
+    embed(photos, folder / "table")
+    embed_images(
+        make_encoder(), open_stream(str(photos)), make_processor(), folder / "stream", shard_size=SHARD, batch_size=BATCH
+    )
+    save_file(in_memory(photos) | answers() | groups_of(rank, processes), folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = int(probe.getsockname()[1])
+    arguments = (processes, port, photos, tmp_path)
+    torch.multiprocessing.start_processes(process, arguments, nprocs=processes, start_method="fork")
+    told = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(processes)]
+
+    embed(photos, tmp_path / "one")
+    assert contents(tmp_path / "table") == contents(tmp_path / "one")  # the same bytes
+    one, stream = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "stream")
+    assert stream.indices.tolist() == list(range(COUNT)) and stream.manifest["num_images"] == COUNT  # nothing twice or lost
+    assert torch.equal(stream.features("block3.cls"), one.features("block3.cls"))
+
+    expected = in_memory(photos) | answers()
+    for found in told:
+        assert found.keys() == {*expected, "assignments", "centroids"}
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor) or name in ("features", "block 1"), name
+        for name in ("features", "block 1"):  # other images share a batch
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
+
+    alone, (rows, groups) = groups_of(0, 1), separated_rows()
+    assignments = torch.empty(len(rows), dtype=torch.int64)
+    for rank, found in enumerate(told):
+        assignments[rank::processes] = found["assignments"]
+        assert torch.equal(found["centroids"], told[0]["centroids"])  # the processes agree to the last bit
+    order = [int(assignments[groups == group][0]) for group in range(GROUPS)]
+    assert torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS  # what was planted
+    names = [int(alone["assignments"][groups == group][0]) for group in range(GROUPS)]
+    torch.testing.assert_close(told[0]["centroids"][order], alone["centroids"][names], atol=1e-5, rtol=0)
