@@ -1,4 +1,7 @@
-"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind."""
+"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind.
+
+`tests/conftest.py` makes fixtures of it: `quick`, `cifar`, `models` and `recipe`.
+"""
 
 import json
 from collections.abc import Callable
@@ -28,7 +31,7 @@ SHAPE = {
 }
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
     monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)

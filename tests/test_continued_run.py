@@ -14,10 +14,6 @@ from small_runs import (
     assert_identical,
     final_state,
     losses,
-    quick,
-    small_recipes,
-    write_cifar,
-    write_models,
 )
 from torch import Tensor
 
@@ -28,25 +24,7 @@ from mim_refiner_hf.refinement import run as run_module
 from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
-    return small_recipes(models["vit_mae"], cifar, tmp_path)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Stopped(Exception):
