@@ -53,6 +53,17 @@ from .refinement.run import RunResult, run
 from .run_lock import sole_run
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """What argparse turns a word into: a whole number, `least` or more; argparse puts the flag's name before the message."""
+
+    def number(word: str) -> int:
+        if not word.removeprefix("-").isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word}: must be a whole number, at least {least}")
+        return int(word)
+
+    return number
+
+
 def refine(recipe: RefineRecipe) -> RunResult | None:
     """Refine a masked-image model as `recipe` says and write the result to `recipe.output_dir`.
 
@@ -104,6 +115,12 @@ class _PretrainCommand:
     max_bad_fraction: float = field(
         default=MAX_BAD_FRACTION, metadata={"help": "Stop when more than this share of the images is broken."}
     )
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"--num_workers {self.num_workers}: must be at least 0")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction}: must be between 0 and 1")
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -197,8 +214,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--transfer", nargs="+", default=[], metavar="DATASET", help="other data to measure the models on too")
     kept = "folder that keeps the features for the next command, or one that 'mim-refiner embed' made; default: none are kept"
     parser.add_argument("--features", type=Path, help=kept)
-    parser.add_argument("--seed", type=int, default=0, help="of k-means, the held-out part and the protocols")
-    parser.add_argument("--num_workers", type=int, default=2, help="data-loading workers")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of k-means, the held-out part and the protocols")
+    parser.add_argument("--num_workers", type=_at_least(0), default=2, help="data-loading workers")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"), help="folder for numbers and pictures")
     options = vars(parser.parse_args(arguments))
     report = evaluate(options.pop("model"), options.pop("dataset"), **options)
@@ -278,9 +295,9 @@ def _cluster(arguments: Sequence[str]) -> None:
     parser.add_argument("--num_clusters", type=int, help="number of groups; default: proposed from the images")
     parser.add_argument("--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower")
     parser.add_argument("--out", type=Path, default=Path("groups"), help="folder to write; earlier groups there are replaced")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images beside this one")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--batch_size", type=_at_least(1), default=32, help="images per forward pass")
+    parser.add_argument("--num_workers", type=_at_least(0), default=0, help="processes that decode images beside this one")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of everything random")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
     summary = cluster_images(options.pop("images"), options.pop("model"), out, **options)

@@ -71,7 +71,8 @@ def save_start(folder: Path) -> None:
     torch.manual_seed(0)
     shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     encoder = MimRefinerModel(MimRefinerConfig(**shape, intermediate_size=64))
-    save_model_folder(folder, encoder, MimRefinerImageProcessor(size={"height": 16, "width": 16}))
+    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    save_model_folder(folder, encoder, processor)
 
 
 def start(model: Path, output: Path, workers: int) -> int:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from small_runs import shorten, small_recipes, write_cifar, write_models
+
+from mim_refiner_hf import RefineRecipe
 
 torch.set_num_threads(1)  # tiny models: waiting for each other costs threads more than they bring
 
@@ -42,6 +45,30 @@ def goldens(shared: Path) -> Path:
 def mae_state(goldens: Path) -> dict[str, torch.Tensor]:
     """The state dict of the official MAE golden, to be damaged."""
     return dict(torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"])
+
+
+@pytest.fixture(scope="session")
+def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """200 images of CIFAR-10 as a parquet file, 20 of each class."""
+    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of two tiny encoders as transformers saves them, "vit_mae" and "data2vec"."""
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
+    """Makes recipes of 4 + 4 steps on `cifar`: `recipe("name of the output folder", seed=1)`."""
+    return small_recipes(models["vit_mae"], cifar, tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations with few runs of k-means, and streams that close at once."""
+    shorten(monkeypatch)
 
 
 @pytest.fixture

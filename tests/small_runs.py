@@ -1,4 +1,7 @@
-"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind."""
+"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind.
+
+`tests/conftest.py` makes fixtures of it: `quick`, `cifar`, `models` and `recipe`.
+"""
 
 import json
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.checkpointing import load_latest
 from mim_refiner_hf.evaluation import report
 from mim_refiner_hf.evaluation.cluster_scores import kmeans
+from mim_refiner_hf.refinement.trainer import Trainer
 
 SHAPE = {
     "image_size": 32,
@@ -28,7 +32,7 @@ SHAPE = {
 }
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
     monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
@@ -94,6 +98,22 @@ def small_recipes(model: str, dataset: str, folder: Path) -> Callable[..., Refin
         return RefineRecipe(**{**fields, **changes})
 
     return changed
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run die when it is about to compute `step` (0-based)."""
+    update = Trainer.update
+
+    def dying(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
+        if now == step:
+            raise Stopped
+        return update(self, now, batch)
+
+    monkeypatch.setattr(Trainer, "update", dying)
 
 
 def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:

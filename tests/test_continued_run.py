@@ -4,65 +4,26 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from small_runs import (
     SHAPE,
+    Stopped,
     assert_identical,
     final_state,
     losses,
-    quick,
-    small_recipes,
-    write_cifar,
-    write_models,
+    stop_before,
 )
-from torch import Tensor
 
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.evaluation import report
 from mim_refiner_hf.refinement import run as run_module
 from mim_refiner_hf.refinement.run import run
-from mim_refiner_hf.refinement.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
-    return small_recipes(models["vit_mae"], cifar, tmp_path)
-
-
-class Stopped(Exception):
-    """Stands for a power cut."""
-
-
-def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the run die when it is about to compute `step` (0-based)."""
-    update = Trainer.update
-
-    def dying(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
-        if now == step:
-            raise Stopped
-        return update(self, now, batch)
-
-    monkeypatch.setattr(Trainer, "update", dying)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

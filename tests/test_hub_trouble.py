@@ -32,7 +32,7 @@ REPOSITORY = "tester/tiny"
 
 class Trouble:
     """`spoil(pattern, how, times)`: so many requests whose "METHOD /path" matches are answered with a status (429 asks to wait
-    0 s), "reset" (the connection breaks) or "hang"; `seen` holds what came."""
+    0 s), "reset" (the connection breaks), "hang", or "pass" (it is let through, and no later rule sees it); `seen` holds what came."""
 
     def __init__(self, hub_url: str) -> None:
         self.rules: list[list[Any]] = []
@@ -50,7 +50,7 @@ class Trouble:
                 for rule in trouble.rules:
                     if rule[2] > 0 and re.search(rule[0], request):
                         rule[2] -= 1
-                        return self.spoil(rule[1])
+                        return self.pass_on(body) if rule[1] == "pass" else self.spoil(rule[1])
                 return self.pass_on(body)
 
             def spoil(self, how: int | str) -> None:
@@ -206,6 +206,40 @@ def test_a_killed_push_is_continued_without_sending_files_twice(trouble: Trouble
     sent = len(trouble.seen)
     push_folder(model, REPOSITORY)  # complete: nothing is sent at all
     assert not [request for request in trouble.seen[sent:] if request.startswith("PUT")]
+
+
+KILLED_AT = {
+    "the second file": ("PUT /_lfs/", False),
+    "the commit": ("POST .*/commit/", False),
+    "the card": ("POST .*/commit/", True),
+}
+
+
+@pytest.mark.parametrize("place", KILLED_AT)
+def test_a_killed_push_never_shows_half_a_model(place: str, trouble: Trouble, stub_hub: Any, model: Path) -> None:
+    """kill -9 somewhere on the way: the repository holds nothing or all of the model; the same command completes it."""
+    pattern, weights_are_there = KILLED_AT[place]
+    before, whole = contents(model), set(contents(model))
+    if place != "the commit":
+        trouble.spoil(pattern, "pass", times=1)
+    trouble.spoil(pattern, "hang", times=1)
+    process = os.fork()
+    if process == 0:
+        close_session()
+        cli.main(["push", str(model), REPOSITORY])
+        os._exit(0)
+    assert trouble.hanging.wait(60)
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert on_the_hub(stub_hub) - {".gitattributes"} == (whole - {"README.md"} if weights_are_there else set())
+    assert contents(model) == before
+    assert cli.main(["push", str(model), REPOSITORY]) == 0
+    summaries = [summary for _, summary in stub_hub.repos[REPOSITORY]["commits"]]
+    assert summaries[-1] == "Model card with metrics" and summaries[0] == "Weights, configuration and code"
+    assert {name: stub_hub.repos[REPOSITORY]["files"][name] for name in whole - {"README.md"}} == {
+        name: content for name, content in before.items() if name != "README.md"
+    }
+    assert contents(model) == before
 
 
 @pytest.mark.parametrize("how", HOW)

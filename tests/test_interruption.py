@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chaos import POLITE
-from small_runs import assert_identical, log_of, quick, small_recipes, write_cifar, write_models
+from small_runs import assert_identical, log_of
 from torch import Tensor
 
 from mim_refiner_hf import RefineRecipe, cli
@@ -27,24 +27,7 @@ from mim_refiner_hf.refinement.trainer import Trainer
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_models(tmp_path_factory.mktemp("models"))["vit_mae"]
-
-
-@pytest.fixture
-def recipe(cifar: str, model: str, tmp_path: Path) -> Callable[..., RefineRecipe]:
-    return small_recipes(model, cifar, tmp_path)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def signal_in(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:

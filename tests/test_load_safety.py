@@ -1,5 +1,6 @@
 """Nothing in a checkpoint is executed, and no damaged tensor passes: planted pickles, and every tensor damaged in every way."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 from damage import TENSOR_DAMAGES, State, tiny_encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel
 
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.conversion.digests import DIGESTS
@@ -221,13 +223,66 @@ def test_truncated_files(tmp_path: Path, goldens: Path, keep: int, suffix: str) 
         load_encoder(tmp_path / f"cut{suffix}")
 
 
+def copied(folder: Path, to: Path) -> Path:
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_a_model_saved_into_its_own_folder_is_still_the_same_model(own_folder: Path, tmp_path: Path) -> None:
+    """By transformers, by ourselves, by another version of transformers, in another order; the bytes of the files change."""
+    expected = load_encoder(own_folder)
+    for save in (lambda: AutoModel.from_pretrained(tmp_path), lambda: load_encoder(tmp_path)):
+        copied(own_folder, tmp_path)
+        save().save_pretrained(tmp_path)
+        AutoImageProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        assert (tmp_path / "preprocessor_config.json").read_bytes() != (own_folder / "preprocessor_config.json").read_bytes()
+        config = json.loads((tmp_path / "config.json").read_text())
+        reordered = dict(reversed((config | {"transformers_version": "6.0.0"}).items()))
+        (tmp_path / "config.json").write_text(json.dumps(reordered, indent=7))
+        again = load_encoder(tmp_path)
+        place = {"_name_or_path": ""}
+        assert again.config.to_dict() | place == expected.config.to_dict() | place
+        assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_every_changed_field_is_refused(file: str, own_folder: Path, tmp_path: Path) -> None:
+    fields = json.loads((copied(own_folder, tmp_path) / file).read_text())
+    written_by = ("transformers_version", "auto_map", "custom_pipelines")
+    used = [name for name in fields if name not in written_by]
+    assert len(used) >= 11
+    for name in used:
+        for changed in ({**fields, name: [fields[name], 1]}, {key: fields[key] for key in fields if key != name}):
+            (tmp_path / file).write_text(json.dumps(changed))
+            with pytest.raises(
+                CheckpointError, match=rf"{file} has not the fields that .* describes; .* remove its line from {DIGESTS}"
+            ):
+                load_encoder(tmp_path)
+    (tmp_path / file).write_text(json.dumps({**fields, "rope_theta": 1}))
+    with pytest.raises(CheckpointError, match="has not the fields"):
+        load_encoder(tmp_path)
+
+
+def test_digests_of_the_bytes_as_earlier_versions_wrote_them(own_folder: Path, tmp_path: Path) -> None:
+    copied(own_folder, tmp_path)
+    digests = json.loads((tmp_path / DIGESTS).read_text())
+    for name in ("config.json", "preprocessor_config.json"):
+        digests[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    (tmp_path / DIGESTS).write_text(json.dumps(digests))
+    load_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 1}))
+    with pytest.raises(CheckpointError, match="has not the fields"):
+        load_encoder(tmp_path)
+
+
 def test_digests_follow_the_folder_they_describe(own_folder: Path, tmp_path: Path) -> None:
     """A folder without digests loads; other weights saved over ours are refused until the stale digests are gone."""
     encoder = load_encoder(own_folder)
     with torch.no_grad():
         encoder.norm.weight += 1
-    for file in own_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copied(own_folder, tmp_path)
     encoder.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=rf"1 of 38 tensors .*: norm\.weight; .* delete its {DIGESTS}"):
         load_encoder(tmp_path)

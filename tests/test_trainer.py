@@ -14,10 +14,6 @@ from small_runs import (
     final_state,
     log_of,
     losses,
-    quick,
-    small_recipes,
-    write_cifar,
-    write_models,
 )
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
@@ -43,24 +39,7 @@ LABELLED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_cifar(shared, tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., RefineRecipe]:
-    return small_recipes(models["vit_mae"], cifar, tmp_path)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ---- from foreign weights to a saved model

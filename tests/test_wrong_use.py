@@ -141,6 +141,104 @@ CASES = [
 ]
 
 
+OTHER_COMMANDS = [
+    ("refin", ["'refin'", "refine"]),
+    # ---- pretrain
+    ("pretrain --epochs 0", ["--epochs 0", "at least 1"]),
+    ("pretrain --epochs 10 --warmup_epochs 10", ["--warmup_epochs 10", "less than epochs"]),
+    ("pretrain --mask_ratio 1", ["--mask_ratio 1", "between 0 and 1"]),
+    ("pretrain --scale 0", ["--scale 0", "greater than 0"]),
+    ("pretrain --flip 2", ["--flip 2", "between 0 and 1"]),
+    ("pretrain --seed -1", ["--seed -1", "at least 0"]),
+    ("pretrain --learning_rate 0", ["--learning_rate 0", "greater than 0"]),
+    ("pretrain --batch_size 0", ["--batch_size 0", "greater than 0"]),
+    ("pretrain --hidden_size x", ["--hidden_size", "'x'"]),
+    ("pretrain --hidden_size 10 --num_attention_heads 3", ["num_attention_heads=3", "hidden_size=10"]),
+    ("pretrain --image_size 20 --patch_size 8", ["patch_size=8", "image_size=20"]),
+    ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
+    ("pretrain --num_channels 2", ["num_channels is 2", "3 (RGB) or 1"]),
+    ("pretrain --num_workers -1", ["--num_workers -1", "at least 0"]),
+    ("pretrain --max_bad_fraction 2", ["--max_bad_fraction 2", "between 0 and 1"]),
+    ("pretrain --recipe mea", ["--recipe mea", "pretrain-digits"]),
+    ("pretrain --recipe pretrain-digits --batch_size 5000", ["batch_size 5000", "1297"]),
+    ("pretrain --dataset ./gone", ["./gone"]),
+    ("pretrain --split trian", ["'trian'", "['test', 'train']"]),
+    ("pretrain --output_dir {tmp}/photos", ["{tmp}/photos", "not a model folder"]),
+    # ---- evaluate
+    ("evaluate {model}", ["--dataset"]),
+    ("evaluate {tmp}/gone.pth --dataset digits", ["{tmp}/gone.pth", "does not exist"]),
+    ("evaluate {model} --dataset {tmp}/photo", ["{tmp}/photo", "did you mean {tmp}/photos"]),
+    ("evaluate {model} --dataset digits --split trian", ["'trian'", "['test', 'train']"]),
+    ("evaluate {model} --dataset digits --protocols knn", ["--protocols", "'knn'", "low_shot"]),
+    ("evaluate {model} --dataset digits --protocols segmentation low_shot", ["--protocols segmentation", "masks"]),
+    ("evaluate {model} --dataset digits --recipe fine-tune-inat", ["--recipe fine-tune-inat", "--protocols fine_tuning"]),
+    ("evaluate {model} --dataset digits --protocols fine_tuning --recipe gone", ["--recipe gone", "fine-tune-inat"]),
+    ("evaluate {model} --dataset digits --against {model}", ["--against {model}", "name another one"]),
+    ("evaluate {model} --dataset digits --against {tmp}/empty", ["{tmp}/empty", "model*.safetensors"]),
+    ("evaluate {model} --dataset digits --features {tmp}/photos", ["{tmp}/photos", "not a folder of features"]),
+    ("evaluate {model} --dataset digits --transfer {tmp}/gone", ["{tmp}/gone"]),
+    ("evaluate {model} --dataset digits --output_dir {tmp}/notes.pth", ["--output_dir {tmp}/notes.pth", "is a file"]),
+    ("evaluate {model} --dataset digits --seed -1", ["--seed", "-1", "at least 0"]),
+    ("evaluate {model} --dataset digits --num_workers -1", ["--num_workers", "-1", "at least 0"]),
+    # ---- embed
+    ("embed {model} --dataset digits", ["--out"]),
+    ("embed {model} --out out", ["--dataset"]),
+    ("embed {tmp}/notes.pth --dataset digits --out out", ["{tmp}/notes.pth", "unreadable"]),
+    ("embed {model} --dataset {tmp}/empty --out out", ["No images in {tmp}/empty"]),
+    ("embed {model} --dataset digits --streaming --out out", ["digits", "without streaming"]),
+    ("embed {model} --dataset digits --out {tmp}/photos", ["{tmp}/photos", "not a folder of features"]),
+    ("embed {model} --dataset digits --out out --blocks 2", ["blocks has 2", "0 to 1"]),
+    ("embed {model} --dataset digits --out out --blocks last", ["--blocks", "'last'", "'output'"]),
+    ("embed {model} --dataset digits --out out --pooling max", ["--pooling", "'max'", "'mean'"]),
+    ("embed {no_cls} --dataset digits --out out --pooling cls", ["pooling 'cls'", "no CLS token", "'mean'"]),
+    ("embed {model} --dataset digits --out out --last4", ["last4", "the encoder has 2"]),
+    ("embed {model} --dataset digits --out out --dtype int8", ["--dtype", "'int8'", "'bf16'"]),
+    ("embed {model} --dataset digits --out out --batch_size 0", ["batch_size is 0", "at least 1"]),
+    ("embed {model} --dataset digits --out out --num_workers -1", ["num_workers is -1", "at least 0"]),
+    ("embed {model} --dataset digits --out out --shard_size 0", ["shard_size is 0", "at least 1"]),
+    # ---- cluster
+    ("cluster {tmp}/photos", ["--model"]),
+    ("cluster {tmp}/photo --model {model}", ["{tmp}/photo", "did you mean {tmp}/photos"]),
+    ("cluster {tmp}/photos --model {tmp}/gone.pth", ["{tmp}/gone.pth", "does not exist"]),
+    ("cluster {tmp}/photos --model {model} --num_clusters 0", ["num_clusters is 0", "allowed are 1 to 3"]),
+    ("cluster {tmp}/photos --model {model} --num_clusters 9", ["num_clusters is 9", "3 images"]),
+    ("cluster {tmp}/photos --model {model} --method dbscan", ["--method", "'dbscan'", "'kmeans'"]),
+    ("cluster {tmp}/photos --model {model} --out {tmp}/photos", ["{tmp}/photos", "not a groups folder"]),
+    ("cluster {tmp}/photos --model {model} --batch_size 0", ["--batch_size", "0", "at least 1"]),
+    ("cluster {tmp}/photos --model {model} --num_workers -1", ["--num_workers", "-1", "at least 0"]),
+    ("cluster {tmp}/photos --model {model} --seed -1", ["--seed", "-1", "at least 0"]),
+    # ---- convert
+    ("convert {model}", ["destination"]),
+    ("convert {tmp}/gone.pth out", ["{tmp}/gone.pth", "does not exist"]),
+    ("convert {tmp}/truncated out", ["{tmp}/truncated/model.safetensors", "truncated"]),
+    ("convert {model} {tmp}/photos", ["{tmp}/photos", "not a model folder"]),
+    ("convert {model} out --dtype int8", ["--dtype", "'int8'", "'bfloat16'"]),
+    ("convert {model} out --family mea", ["'mea'", "allowed", "mae"]),
+    ("convert {model} out --num_heads 3", ["num_heads=3", "states 2"]),
+    ("convert {model} out --num_heads many", ["--num_heads", "'many'"]),
+    ("convert {model} out --push model", ["'model'", "user/name"]),
+    ("convert {model} out --to timm", ["--to timm"]),
+    # ---- export
+    ("export {model} out", ["--to"]),
+    ("export {model} out --to keras", ["--to", "'keras'", "'onnx'"]),
+    ("export {model} {model} --to timm", ["{model}", "overwrite the source"]),
+    ("export {model} {tmp}/photos --to vit", ["{tmp}/photos", "not a model folder"]),
+    ("export {tmp}/gone.pth out --to timm", ["{tmp}/gone.pth", "does not exist"]),
+    # ---- push
+    ("push {model}", ["repository"]),
+    ("push gone user/name", ["gone", "not a model folder"]),
+    ("push {tmp}/photos user/name", ["{tmp}/photos", "config.json and model*.safetensors missing"]),
+    ("push gone name", ["'name'", "user/name"]),
+    ("push {model} user/na^me", ["'user/na^me'", "user/name"]),
+    # ---- replay
+    ("replay {tmp}/photos", ["{tmp}/photos", "no recipe.json"]),
+    ("replay {tmp}/spoilt_run", ["{tmp}/spoilt_run/recipe.json", "cannot be read"]),
+    ("replay {tmp}/photos --step first", ["--step", "'first'"]),
+    ("replay {tmp}/photos --mixed_precision fp16", ["--mixed_precision", "'fp16'", "'bf16'"]),
+]
+"""Command lines of the other commands, and what their one line must say."""
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny model, one without CLS, and a folder {tmp} of things that are not what they should be."""
@@ -213,8 +311,8 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def the_line(errors: str) -> str:
-    """The one line on stderr, beside argparse's usage."""
-    lines = [line for line in errors.splitlines() if not line.startswith("usage:")]
+    """The one line on stderr, beside argparse's usage, whose further lines are indented."""
+    lines = [line for line in errors.splitlines() if not line.startswith(("usage:", " "))]
     assert len(lines) == 1, errors
     return lines[0]
 
@@ -259,31 +357,24 @@ def test_the_command_line_of_the_cases_is_otherwise_fine(
     assert everything(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["refin"], ["'refin'", "refine"]),
-        (["pretrain", "--epochs", "0"], ["--epochs 0", "at least 1"]),
-        (["pretrain", "--mask_ratio", "1"], ["--mask_ratio 1", "between 0 and 1"]),
-        (["pretrain", "--hidden_size", "10", "--num_attention_heads", "3"], ["num_attention_heads=3", "hidden_size=10"]),
-        (["pretrain", "--image_size", "20", "--patch_size", "8"], ["patch_size=8", "image_size=20"]),
-        (["pretrain", "--recipe", "mea"], ["--recipe mea", "pretrain-digits"]),
-        (["pretrain", "--dataset", "./gone"], ["./gone"]),
-        (["pretrain", "--recipe", "pretrain-digits", "--batch_size", "5000"], ["batch_size 5000", "1297"]),
-        (["pretrain", "--output_dir", "{tmp}/photos"], ["{tmp}/photos", "not a model folder"]),
-        (["push", "gone", "user/name"], ["gone", "model"]),
-        (["push", "gone", "name"], ["'name'", "user/name"]),
-    ],
-    ids=lambda value: "-".join(value).replace(" ", "-") if isinstance(value, list) else None,
-)
+def test_there_are_enough_cases() -> None:
+    """At least 100 different command lines in all, and some for every command."""
+    lines = {f"refine {case.flags}" for case in CASES} | {line for line, _ in OTHER_COMMANDS}
+    assert len(lines) == len(CASES) + len(OTHER_COMMANDS) >= 100
+    assert {line.split()[0] for line, _ in OTHER_COMMANDS} | {"refine"} >= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(("line", "says"), OTHER_COMMANDS, ids=[line.replace(" ", "_") for line, _ in OTHER_COMMANDS])
 def test_wrong_use_of_the_other_commands(
-    arguments: list[str], says: list[str], places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, says: list[str], places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_code([word.format(**places) for word in arguments]) == 2
-    line = the_line(capsys.readouterr().err)
+    before = everything(Path(places["tmp"]))
+    assert exit_code([word.format(**places) for word in line.split()]) == 2
+    said = the_line(capsys.readouterr().err)
     for fragment in says:
-        assert fragment.format(**places) in line, line
-    assert everything(tmp_path) == []
+        assert fragment.format(**places) in said, said
+    assert "error: " in said and len(said) < 1200
+    assert everything(tmp_path) == [] and everything(Path(places["tmp"])) == before
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,10 @@ class PretrainRecipe:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         if not 0 < self.scale <= 1:
             raise ValueError(f"--scale {self.scale}: must be greater than 0 and at most 1")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"--flip {self.flip}: must be between 0 and 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be at least 0")
         if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"

@@ -46,13 +46,14 @@ class Steps(NamedTuple):
 
 
 def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
-    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`."""
+    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`; heads that come along are warm."""
     if num_images is None:
         assert recipe.max_steps is not None
-        return Steps(recipe.max_steps, recipe.max_steps)
-    per_epoch = num_images // recipe.batch_size
-    stages = [round(epochs * per_epoch) for epochs in (recipe.head_epochs, recipe.epochs)]
-    return Steps(*(min(steps, recipe.max_steps or steps) for steps in stages))
+        stages = [recipe.max_steps, recipe.max_steps]
+    else:
+        stages = [round(epochs * (num_images // recipe.batch_size)) for epochs in (recipe.head_epochs, recipe.epochs)]
+    warmup, refine = (min(steps, recipe.max_steps or steps) for steps in stages)
+    return Steps(0 if recipe.init_from is not None else warmup, refine)
 
 
 def checkpoint_bytes(recipe: RefineRecipe, config: MimRefinerConfig) -> float:
@@ -123,12 +124,15 @@ def plan_text(
         if recipe.freeze_blocks
         else "nothing (position tables are never trained)"
     )
-    start = recipe.model or f"pre-trained first by {recipe.pretrain}"
+    start = recipe.model or recipe.init_from or f"pre-trained first by {recipe.pretrain}"
     images = "a stream" if num_images is None else f"{num_images} images"
     micro = "" if recipe.micro_batch_size is None else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
     if recipe.micro_batch_size == "auto":
         micro = ", as many at a time through the encoder as fit (auto; exact)"
     precision = ("bf16, emulated and slower than fp32 on this CPU" if emulates_bf16(device) else "bf16") if bf16 else "fp32"
+    warmup = f"{steps.warmup} of head warm-up (encoder frozen)"
+    if recipe.init_from is not None:
+        warmup = "no head warm-up (heads and queues come along)"
     colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
     lines = [
         (
@@ -147,7 +151,7 @@ def plan_text(
             f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}",
         ),
         ("batch", f"{recipe.batch_size} images over {processes} process(es) on {device}, {precision}{micro}"),
-        ("steps", f"{steps.warmup} of head warm-up (encoder frozen) + {steps.refine} of refinement; stage: {recipe.stage}"),
+        ("steps", f"{warmup} + {steps.refine} of refinement; stage: {recipe.stage}"),
         *zip(("memory", ""), _memory_lines(recipe, config, processes, bf16, available), strict=False),
         ("disk", disk_text(recipe, config) if recipe.save_every else "no checkpoints"),
         ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, curves.png, log.jsonl"),

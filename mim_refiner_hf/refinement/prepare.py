@@ -24,6 +24,7 @@ from ..pretraining.mae import PretrainRecipe
 from ..run_lock import check_writable
 from .device import check_compile, uses_bf16
 from .head_choice import check_measurable
+from .init_from import check_heads, encoder_of, open_start, with_its_blocks
 from .plan import Steps, count_steps
 from .recipe import RefineRecipe, resolve
 from .recipe_files import read_fields
@@ -52,7 +53,8 @@ PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained, `bank` is for k-NN."""
+    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained, `bank` is for k-NN, `found` is
+    the checkpoint to go on from, `start` another run's to begin with (`init_from.py`)."""
 
     recipe: RefineRecipe
     config: MimRefinerConfig
@@ -64,6 +66,7 @@ class Prepared:
     bank: ImageDataset | None
     steps: Steps
     found: Checkpoint | None
+    start: Checkpoint | None = None
 
     @property
     def num_images(self) -> int | None:
@@ -76,12 +79,17 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     uses_bf16(recipe)
     check_compile(recipe)
     images, eval_images = open_data(recipe, num_channels=3)
-    pretraining = encoder = None
+    found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
+    pretraining = encoder = start = None
     processor: Any
     if recipe.pretrain is not None:
         pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed})
         config = pretraining.encoder_config()
         processor = image_processor(config, {})
+    elif recipe.init_from is not None:
+        start = found or open_start(recipe.init_from)  # once begun, a run needs the other one no more
+        encoder, recipe = encoder_of(start), with_its_blocks(recipe, start)
+        config, processor = encoder.config, encoder.image_processor
     else:
         assert recipe.model is not None
         encoder = load_encoder(recipe.model, family=recipe.family)
@@ -105,15 +113,17 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     check_output(Path(recipe.output_dir), recipe)
     if pretraining is not None:
         check_start(Path(recipe.output_dir) / PRETRAINED)
-    found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
-    if recipe.stage == "refine" and not recipe.dry_run and (found is None or found.step < steps.warmup):
+    if start is not None and found is None:
+        check_heads(recipe, start)
+    done = None if found is None else found.step
+    if recipe.stage == "refine" and not recipe.dry_run and start is None and (done is None or done < steps.warmup):
         raise ValueError(
             f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
         )
     record = Path(recipe.output_dir) / RECORD
     if found is not None and isinstance(images, ImageDataset) and record.exists():
         check_data_record(record, images)
-    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found)
+    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found, start)
 
 
 def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:

@@ -18,6 +18,9 @@ from ..broken_images import MAX_BAD_FRACTION
 from ..configuration_mim_refiner import MimRefinerConfig, Pooling
 from .objective import LossSchedule, Swap
 
+START_FIELDS = ("model", "pretrain", "init_from")
+"""Where the starting weights are from: exactly one of them is given."""
+
 
 def documented(default: Any, text: str) -> Any:
     """A dataclass field with its documentation; lists become factories."""
@@ -54,6 +57,11 @@ class RefineRecipe:
     family: str | None = documented(None, "Family of an original file, when detection should be overruled.")
     pretrain: str | None = documented(
         None, "Pre-train the starting weights first, by this pre-training recipe, on the same images."
+    )
+    init_from: str | None = documented(
+        None,
+        "Start a new run from the weights of another one: its checkpoint or output folder. Encoder average, heads and queues come "
+        "along; steps, optimiser and schedule start anew, without head warm-up. To go on with a run, give its own command again.",
     )
     pooling: Pooling | None = documented(
         None,
@@ -162,10 +170,15 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     for name, (low, *high) in (("global_scale", recipe.global_scale or [0]), ("local_scale", recipe.local_scale or [0])):
         if len(high) != 1 or not 0 < low <= high[0] <= 1:
             yield f"--{name} {_show([low, *high])}: must be two numbers, 0 < low <= high <= 1"
-    if recipe.model is not None and recipe.pretrain is not None:
-        yield f"--model {recipe.model} and --pretrain {recipe.pretrain} exclude each other: give one of them"
-    if recipe.model is None and recipe.pretrain is None:
+    starts = [f"--{name} {value}" for name in START_FIELDS if (value := getattr(recipe, name)) is not None]
+    if len(starts) > 1:
+        yield f"{' and '.join(starts)} exclude each other: give one of them"
+    if not starts:
         yield "--model is missing: give a Hub name (facebook/vit-mae-large), a folder, or an original checkpoint file"
+    if recipe.init_from is not None and recipe.stage == "warmup":
+        yield f"--init_from {recipe.init_from} and --stage warmup exclude each other: the heads come along warm"
+    if recipe.init_from is not None and recipe.head_blocks == "auto":
+        yield f"--init_from {recipe.init_from} and --head_blocks auto exclude each other: the heads come along with their blocks"
     blocks = recipe.head_blocks
     if blocks is not None and recipe.num_heads is not None:
         yield f"--head_blocks {_show(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
@@ -355,4 +368,4 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     )
 
 
-__all__ = ["RefineRecipe", "check_types", "default_head_blocks", "documented", "resolve"]
+__all__ = ["START_FIELDS", "RefineRecipe", "check_types", "default_head_blocks", "documented", "resolve"]

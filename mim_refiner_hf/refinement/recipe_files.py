@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .recipe import RefineRecipe, documented
+from .recipe import START_FIELDS, RefineRecipe, documented
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
 DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
@@ -58,16 +58,20 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     return values
 
 
-def _defaults(name: str, dataset: str | None) -> dict[str, Any]:
-    """The fields of the recipe `name`, without those that say where its own data lie if `dataset` replaces it."""
+def _defaults(name: str, dataset: str | None, init_from: str | None) -> dict[str, Any]:
+    """The fields of the recipe `name`, without those that say where its own data lie if `dataset` replaces it, and without its
+    starting weights if `init_from` does."""
     values = {"recipe": name, **read_fields(name, RefineRecipe)}
-    replaced = dataset is not None and dataset != values.get("dataset")
-    return {key: value for key, value in values.items() if not (replaced and key in DATA_FIELDS)}
+    void = DATA_FIELDS if dataset is not None and dataset != values.get("dataset") else frozenset()
+    if init_from is not None:
+        void |= {*START_FIELDS, "family"}
+    return {key: value for key, value in values.items() if key not in void}
 
 
 def read_recipe(name: str, **changes: Any) -> RefineRecipe:
-    """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over."""
-    return RefineRecipe(**{**_defaults(name, changes.get("dataset")), **changes})
+    """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over, with
+    `init_from` not its starting weights."""
+    return RefineRecipe(**{**_defaults(name, changes.get("dataset"), changes.get("init_from")), **changes})
 
 
 def _help(name: str) -> str:
@@ -103,13 +107,13 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
     parser = HfArgumentParser(_Flags, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
-    for flag in ("--recipe", "--model", "--pretrain", "--dataset"):
+    for flag in ("--recipe", "--model", "--pretrain", "--init_from", "--dataset"):
         first.add_argument(flag)
     start = first.parse_known_args(arguments)[0]
     name = start.recipe if any(vars(start).values()) else "quickstart"
     try:
         if name is not None:
-            parser.set_defaults(**_defaults(name, start.dataset))
+            parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
         values = vars(parser.parse_args(arguments))
         numbers = {"head_blocks": _head_blocks(values["head_blocks"]), "micro_batch_size": _number(values["micro_batch_size"])}
         return RefineRecipe(**{**values, **numbers})

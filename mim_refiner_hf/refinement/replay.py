@@ -36,11 +36,14 @@ def replay(output_dir: Path, *, step: int | None = None, mixed_precision: str | 
 
     Raises:
         FileNotFoundError: when the folder holds no run, or no failure.
-        ValueError: when the step lies before the newest checkpoint or behind the end.
+        ValueError: when the step lies before the newest checkpoint or behind the end, or the recipe cannot be read.
     """
     if not (output_dir / "recipe.json").is_file():
         raise FileNotFoundError(f"{output_dir} holds no run: it has no recipe.json")
-    recipe = RefineRecipe(**json.loads((output_dir / "recipe.json").read_text()))
+    try:
+        recipe = RefineRecipe(**json.loads((output_dir / "recipe.json").read_text()))
+    except (ValueError, TypeError) as error:  # TypeError: fields of another version
+        raise ValueError(f"{output_dir / 'recipe.json'} cannot be read ({error}); name another run's folder") from error
     if step is None:
         step = last_failure(output_dir)
     quiet = {"save_every": 0, "eval_every": 0, "report_to": "none", "dry_run": False, "output_dir": str(output_dir)}

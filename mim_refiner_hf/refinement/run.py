@@ -38,6 +38,7 @@ from ..pretraining.mae import pretrain_mae
 from .device import available_memory, uses_bf16
 from .failure import FAILURES, NotFiniteError
 from .head_choice import choose_head_blocks
+from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
 from .prepare import PRETRAINED, Prepared, check_start, prepare
 from .recipe import RefineRecipe
@@ -156,7 +157,12 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
     trainer.fit(
         0 if found is None else found.step,
         stop,
-        extra_state={"before": before, "head_choice": choice, "micro_batch": trainer.recipe.micro_batch_size},
+        extra_state={
+            "before": before,
+            "head_choice": choice,
+            "micro_batch": trainer.recipe.micro_batch_size,
+            **start_state(encoder, prepared.processor, prepared.images, steps.warmup),
+        },
         evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":
@@ -228,6 +234,10 @@ def make_trainer(
     trainer = Trainer(recipe, prepared.steps, accelerator, prepared.images, encoder, *statistics, workers, bf16, seconds)
     if prepared.found is not None:
         trainer.restore(prepared.found)
+    elif prepared.start is not None:
+        own, its = data_digest(prepared.images), prepared.start.state["data"]
+        same_data = own is not None and own == its
+        place_heads(prepared.start, trainer.tensors(), trainer.refiner.heads, trainer.refiner.queue, same_data)
     if recipe.micro_batch_size == "auto":
         kept: Any = (
             "auto" if prepared.found is None else prepared.found.state.get("micro_batch", "auto")
@@ -274,6 +284,7 @@ def describe(
     launched = "accelerate launch" if any(name.startswith("ACCELERATE_") for name in os.environ) else "python"
     if accelerator.num_processes > 1:
         launched += f"{' --cpu' if accelerator.device.type == 'cpu' else ''} --num_processes {accelerator.num_processes}"
+    begun = "a MAE pre-trained in this run" if recipe.init_from is None else f"the weights of the run {recipe.init_from}"
     return {
         "before": before,
         "after": after,
@@ -283,7 +294,7 @@ def describe(
         "stage_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": f"{accelerator.num_processes} x {device}" if accelerator.num_processes > 1 else device,
-        "starting_model": recipe.model or "a MAE pre-trained in this run",
+        "starting_model": recipe.model or begun,
         "dataset": {
             "name": recipe.dataset,
             "config": recipe.dataset_config,

@@ -300,7 +300,7 @@ class Trainer:
 
     def _write(self, done: int, extra_state: dict[str, Any]) -> str | None:
         """Write a checkpoint; what went wrong, if anything."""
-        tensors = self._tensors() | optimizer_tensors(self.optimizer)
+        tensors = self.tensors() | optimizer_tensors(self.optimizer)
         state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
         state["broken"] = self.broken.entries
         folder, keep = Path(self.recipe.output_dir) / "checkpoints", self.recipe.keep
@@ -313,14 +313,14 @@ class Trainer:
             print(f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
         return None
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
         parts = {"refiner": self.refiner, "average": self.average}
         return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where the checkpoint was written, or raise a CheckpointError that names file and tensor, and change nothing."""
-        check_tensors(checkpoint, self._tensors())
+        check_tensors(checkpoint, self.tensors())
         # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
         if checkpoint.step != self.steps.warmup:
             optimizer = self._optimizer(checkpoint.step)

@@ -1,0 +1,14 @@
+"""A run of 200 steps, with an evaluation, checkpoints and a log, keeps no more at its end than before: `python -m tests.memory_growth`."""
+
+from pathlib import Path
+
+from memory_growth import growth
+
+
+def test_nothing_is_kept_from_step_to_step(tmp_path: Path) -> None:
+    """No tensor, and less than one Python object per step; resident memory is given the room of an allocator's arena."""
+    early, late = growth(tmp_path, 200)
+    assert (early.step, late.step) == (133, 199)
+    assert late.tensors <= early.tensors and late.tensor_bytes <= early.tensor_bytes
+    assert late.objects - early.objects < late.step - early.step
+    assert late.resident - early.resident < 32 * 2**20
