@@ -155,11 +155,12 @@ def loss() -> Row:
 
 
 def micro_batches(name: str, parts: int) -> Row:
-    """A step in micro-batches against the same step in one pass; twice the batch of the other rows, so that a quarter is 8 images.
+    """A step in micro-batches against the same step in one pass, at four times the batch of the other rows.
 
-    A pass has 1040 tokens then, where one of 64 images of 224 px has 25 216: what a pass costs beside its products weighs more here.
+    A quarter's largest pass then has 2080 tokens, where one of 64 images of 224 px has 25 216: what a pass costs beside its products,
+    10 to 20 ms here, weighs more than in use.
     """
-    batch = 2 * BATCH
+    batch = 4 * BATCH
     refiner, (views, index, draw) = make_refiner(), a_batch(batch)
     start = copy.deepcopy(refiner.state_dict())
 
@@ -171,7 +172,7 @@ def micro_batches(name: str, parts: int) -> Row:
     whole = step(None)
     refiner.load_state_dict(start)  # the queue has moved on
     assert_close(step(batch // parts), whole, 1e-5)
-    measured, peer = interleaved(lambda: step(batch // parts), lambda: step(None), rounds=5)
+    measured, peer = interleaved(lambda: step(batch // parts), lambda: step(None), rounds=3)
     sizes = SIZES.replace(f"batch {BATCH}", f"batch {batch}")
     return Row(
         name, 1.25, measured, peer, None, f"{sizes}; {batch // parts} images at a time against all at once", at_most=True
