@@ -157,8 +157,8 @@ def loss() -> Row:
 def micro_batches(name: str, parts: int) -> Row:
     """A step in micro-batches against the same step in one pass, at four times the batch of the other rows.
 
-    A quarter's largest pass then has 2080 tokens, where one of 64 images of 224 px has 25 216: what a pass costs beside its products,
-    10 to 20 ms here, weighs more than in use.
+    A quarter's largest pass then has 2080 tokens, where one of 64 images of 224 px has 25 216: what a pass costs beside its products
+    weighs more than in use.
     """
     batch = 4 * BATCH
     refiner, (views, index, draw) = make_refiner(), a_batch(batch)

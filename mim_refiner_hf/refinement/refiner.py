@@ -65,7 +65,7 @@ def view_major(views: Tensor) -> Tensor:
 
 
 KEPT_OF = 4
-"""Up to so many micro-batches, one graph is kept: 3 % of the encoder's time at 4, not worth its memory beyond."""
+"""Up to so many micro-batches, one graph is kept: by count 3 % of the encoder's work at 4, not worth its memory beyond."""
 
 
 def keeps_a_graph(batch: int, micro: int) -> bool:
