@@ -1,7 +1,7 @@
 """Every promise about speed, measured here and now: python -m benchmarks [row ...] [--json]
 
 Prints target, measured, peer, ratio and floor of each row; exits with 1 where a target is missed, with 2 for a row that does not
-exist. A row whose peer is not installed says so and is left out.
+exist. A row whose peer is not installed, or whose promise is none on this machine, says so and is left out.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from . import evaluation, step
-from .rows import Row
+from .rows import LeftOut, Row
 
 ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS}
 """Every row by name; a file with rows adds its dict here."""
@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
             row = ROWS[name]()
         except ModuleNotFoundError as missing:
             print(f"{name}: left out, {missing.name} is not installed", file=sys.stderr)
+            continue
+        except LeftOut as reason:
+            print(f"{name}: left out, {reason}", file=sys.stderr)
             continue
         missed |= not row.holds
         print(

@@ -17,6 +17,10 @@ import torch
 from threadpoolctl import threadpool_limits
 
 
+class LeftOut(Exception):
+    """Raised by a row whose promise is none on this machine: the reason, as what follows "left out, "."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One comparison.
@@ -70,4 +74,4 @@ def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[float]:
     return [statistics.median(taken) for taken in seconds]
 
 
-__all__ = ["Row", "interleaved"]
+__all__ = ["LeftOut", "Row", "interleaved"]

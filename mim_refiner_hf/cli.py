@@ -45,6 +45,7 @@ from .publishing.evaluated_card import update_card
 from .publishing.export import FORMATS, ExportError, export
 from .publishing.hub import CARD, PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
+from .refinement.device import warn_of_emulation
 from .refinement.interruption import Interrupted
 from .refinement.recipe import RefineRecipe
 from .refinement.recipe_files import parse_recipe, read_fields
@@ -259,6 +260,8 @@ def _embed(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     read_manifest(options.out)  # says so now if it is something else
     accelerator = Accelerator(cpu=several_on_the_cpu())
+    if options.dtype == "bf16" and accelerator.is_main_process:
+        warn_of_emulation("--dtype bf16", accelerator.device.type)
     encoder: Any = load_encoder(options.model)
     encoder.to(PRECISIONS[options.dtype])
     opened = open_stream if options.streaming else open_images

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from mim_refiner_hf.refinement.memory import choose_micro_batch, largest_that_fi
 from mim_refiner_hf.refinement.plan import Steps, plan_text
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.recipe import resolve
-from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+from mim_refiner_hf.refinement.refiner import Refiner, keeps_a_graph, neighbour_draw
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
 POST = {"norm_placement": "post", "embedding_norm": True, "final_norm": False}
@@ -77,30 +79,37 @@ def test_micro_batches_with_recomputed_blocks_and_in_bf16() -> None:
 
 
 def test_activation_memory_does_not_grow_with_the_batch() -> None:
-    """Bytes that autograd keeps at once for the encoder; heads, queue and loss have the whole batch in any case."""
+    """Bytes that autograd keeps at once for the encoder, over the whole step: one micro-batch's, whether its graph waits or not."""
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
 
     def kept(batch: int, micro: int | None) -> int:
         refiner, most = small_refiner(), 0
+        holders: Counter[tuple[int, int]] = Counter()  # of each (address, bytes)
+
+        def count(tensor: Tensor) -> Saved:
+            nonlocal most
+            saved, storage = Saved(tensor), tensor.untyped_storage()
+            key = (storage.data_ptr(), storage.nbytes())
+            holders[key] += 1
+            weakref.finalize(saved, holders.subtract, [key])
+            most = max(most, sum(size for (_, size), number in holders.items() if number))
+            return saved
 
         def encode(pixels: Tensor) -> Tensor:
-            nonlocal most
-            seen: dict[int, int] = {}
-
-            def count(tensor: Tensor) -> Tensor:
-                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                features = Refiner.encode(refiner, pixels)
-            most = max(most, sum(seen.values()) if features.requires_grad else 0)
-            return features
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved.tensor):
+                return Refiner.encode(refiner, pixels)
 
         refiner.encode = encode  # type: ignore[method-assign]
         gradients(refiner, batch, micro_batch_size=micro)
+        assert not any(holders.values())  # all of it has gone
         return most
 
     weights = kept(2, 2) - (kept(4, 4) - kept(2, 2))  # what does not depend on the number of images
-    assert kept(8, 2) == kept(2, 2) < kept(4, 4)
+    assert keeps_a_graph(8, 2) and not keeps_a_graph(12, 2)
+    assert kept(12, 2) == kept(8, 2) == kept(2, 2) < kept(4, 4)
     assert kept(8, None) - weights > 3.5 * (kept(2, 2) - weights)
 
 
@@ -175,7 +184,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
     (TINY, {"pooling": "mean"}, False),
     (TINY, {"micro_batch_size": 8, "gradient_checkpointing": True}, True),
     (TINY, {"freeze_blocks": 1, "num_heads": 2}, True),
-    (TINY, {"batch_size": 128, "micro_batch_size": 64, "queue_size": 65536}, True),  # the heads' moment is the larger one
+    (TINY, {"micro_batch_size": 3}, False),  # no graph waits
+    (
+        TINY,
+        {"batch_size": 80, "micro_batch_size": 16, "queue_size": 65536},
+        True,
+    ),  # nor here, and the heads' moment is the larger
     (BASE, {"gradient_checkpointing": True}, False),
     (BASE, {"micro_batch_size": 8}, True),
 ]

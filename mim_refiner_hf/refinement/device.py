@@ -2,12 +2,22 @@
 
 bf16 = uses_bf16(recipe)                    # ValueError where --mixed_precision bf16 or --compile asks for what is not there
 free = available_memory("cuda", processes)  # bytes
+
+`--compile` compiles each block on its own, `compile_blocks`: all blocks share their code, so it takes as long for 32 blocks as for 1.
 """
+
+import importlib.util
+import logging
+import os
+import shutil
 
 import psutil
 import torch
 
+from ..modeling_mim_refiner import MimRefinerModel
 from .recipe import RefineRecipe
+
+logger = logging.getLogger(__name__)
 
 
 def uses_bf16(recipe: RefineRecipe) -> bool:
@@ -30,14 +40,38 @@ def emulates_bf16(device: str) -> bool:
     return device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", True)
 
 
+def warn_of_emulation(flag: str, device: str) -> None:
+    """Log a warning where `flag` asks for bfloat16 on a device that is slower in it than in fp32."""
+    if emulates_bf16(device):
+        logger.warning("%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here", flag)
+
+
 def check_compile(recipe: RefineRecipe) -> None:
-    """Raise a ValueError where --compile is asked for and torch.compile has no GPU to make kernels for."""
+    """Raise a ValueError where --compile is asked for and torch.compile has no GPU to make kernels for, or nothing to make them with."""
     if not recipe.compile:
         return
     if not torch.cuda.is_available():
         raise ValueError("--compile: blocks are compiled for a GPU, and there is none here; leave --compile out")
     if torch.cuda.get_device_capability() < (7, 0):
         raise ValueError(f"--compile: {torch.cuda.get_device_name()} is older than compute capability 7.0; leave --compile out")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "--compile: kernels are made by Triton, which is not installed; pip install triton, or leave --compile out"
+        )
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        raise ValueError(
+            "--compile: Triton needs a C compiler, and there is neither gcc nor clang; install one, or leave --compile out"
+        )
+
+
+def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
+    """torch.compile every block of an encoder, in place; the first passes of each size and stage take longer.
+
+    Args:
+        backend: of torch.compile. "aot_eager" makes no kernels and runs anywhere; the tests compare its gradients.
+    """
+    for layer in encoder.layers:
+        layer.compile(backend=backend)
 
 
 def available_memory(device: str, processes: int = 1) -> int:
@@ -47,4 +81,4 @@ def available_memory(device: str, processes: int = 1) -> int:
     return int(psutil.virtual_memory().available) // processes
 
 
-__all__ = ["available_memory", "check_compile", "emulates_bf16", "uses_bf16"]
+__all__ = ["available_memory", "check_compile", "compile_blocks", "emulates_bf16", "uses_bf16", "warn_of_emulation"]

@@ -4,8 +4,9 @@
     size, reason = choose_micro_batch(recipe, refiner, processes=1, available=free)           # --micro_batch_size auto
 
 Counted is what is alive at the peak of a step. In one pass that is the start of the encoder's backward pass: all activations, and
-the heads'. In micro-batches it is the larger of two moments that never meet: heads, queue and loss on the whole batch, or one
-micro-batch in the encoder with all gradients. What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it.
+the heads'. In many micro-batches it is the larger of two moments that never meet: heads, queue and loss on the whole batch, or one
+micro-batch in the encoder with all gradients; in few, one of which waits with its graph (`refiner.keeps_a_graph`), they do meet.
+What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from ..last_block import can_leave_patches_out, prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import freeze
 from .recipe import RefineRecipe, default_head_blocks
-from .refiner import Refiner
+from .refiner import Refiner, keeps_a_graph
 
 GIGA = 2**30
 HEADROOM = 0.85
@@ -78,31 +79,38 @@ def _activations(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool, kep
     return float(kept * (block * (blocks - can_leave_patches_out(config)) + turning))
 
 
+def _of_heads(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
+    """Bytes alive while heads, queue and loss see the whole batch."""
+    heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
+    views = recipe.global_views + recipe.local_views
+    rows, embedding = heads * batch * views, recipe.embedding_dim
+    activations = each * rows * (6 * recipe.projector_dim + 3 * recipe.predictor_dim + 4 * embedding)
+    casts = 2 * (head_parameters(recipe, config) + rows * config.hidden_size) if bf16 else 0
+    similarities = each * heads * recipe.queue_size * (recipe.global_views * batch + (embedding if bf16 else 0))
+    logits = 8 * heads * recipe.global_views * batch * views * recipe.batch_size
+    return {
+        "head activations": float(activations + casts),
+        "similarities and logits": float(max(similarities, logits)),
+    }
+
+
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
     """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None."""
     micro = recipe.micro_batch_size
     assert micro != "auto"
     heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
-    projector, predictor, embedding = recipe.projector_dim, recipe.predictor_dim, recipe.embedding_dim
     groups = _groups(recipe, config)
     views, pixels = sum(g.views for g in groups), config.num_channels * sum(g.views * g.size**2 for g in groups)
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
-    of_heads = head_parameters(recipe, config)
-    rows = heads * batch * views
-    head_activations = each * rows * (6 * projector + 3 * predictor + 4 * embedding) + (each == 2) * 2 * (
-        of_heads + rows * config.hidden_size
-    )
-    similarities = each * heads * recipe.queue_size * (recipe.global_views * batch + (each == 2) * embedding)
-    logits = 8 * heads * recipe.global_views * batch * views * recipe.batch_size
+    of_heads, at_work = head_parameters(recipe, config), _of_heads(recipe, config, processes, bf16)
     parts = {
         "encoder and EMA": 8.0 * weights,
         "heads": 8.0 * of_heads,  # and their gradients
         "AdamW": 8.0 * (trained + of_heads),
-        "queue": 4.0 * heads * recipe.queue_size * (embedding + 1),
+        "queue": 4.0 * heads * recipe.queue_size * (recipe.embedding_dim + 1),
         "views": 4.0 * batch * pixels,
-        "features": (4.0 if micro is None else 8.0) * rows * config.hidden_size,
+        "features": 8.0 * heads * batch * views * config.hidden_size,  # and their gradients
     }
-    at_work = {"head activations": float(head_activations), "similarities and logits": float(max(similarities, logits))}
     largest = max(g.tokens for g in groups)
     if micro is None:
         tokens = batch * sum(g.tokens for g in groups)
@@ -112,6 +120,8 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
         return parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained - activations)}
     tokens = min(micro, batch) * largest
     passing = {"activations": _activations(recipe, config, bf16, tokens, tokens) + (2.0 * trained if bf16 else 0.0)}
+    if keeps_a_graph(batch, micro):  # gradients of the encoder come when heads and loss have gone
+        return parts | at_work | passing | {"gradients": max(0.0, 4.0 * trained - sum(at_work.values()))}
     passing["gradients"] = 4.0 * trained
     return parts | max(at_work, passing, key=lambda moment: sum(moment.values()))
 
@@ -167,7 +177,8 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     """For --micro_batch_size auto: images per pass, the same on every process, and why.
 
     Where the estimate says that the whole batch fits at once, it passes at once. Otherwise a GPU is asked by trying: 1, 2, 4, ...
-    images forward and backward, beside a reserve for the optimiser, gradients and views; on the CPU the estimate decides.
+    images forward and backward, beside a reserve for the optimiser, gradients and views, and for heads and loss where a graph waits
+    for them; on the CPU the estimate decides.
 
     Args:
         recipe: a resolved one with micro_batch_size "auto".
@@ -182,7 +193,12 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     if size is not None and refiner.encoder.device.type == "cuda":
         parts = memory_estimate(dataclasses.replace(recipe, micro_batch_size=1), config, processes, refiner.bf16)
         reserve = int(parts["AdamW"] + parts["views"] + parts["features"] + parts["heads"] + (1 - HEADROOM) * available)
-        size = largest_that_fits(lambda images: _passes(refiner, recipe, images, reserve), batch)
+        at_work = int(sum(_of_heads(recipe, config, processes, refiner.bf16).values()))
+
+        def fits(images: int) -> bool:
+            return _passes(refiner, recipe, images, reserve + at_work * keeps_a_graph(batch, images))
+
+        size = largest_that_fits(fits, batch)
     everyone = all_gather(torch.tensor([batch + 1 if size is None else size], device=refiner.encoder.device))
     smallest = int(everyone.min())
     if smallest == 0:

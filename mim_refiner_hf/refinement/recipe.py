@@ -133,7 +133,7 @@ class RefineRecipe:
     gradient_checkpointing: bool = documented(
         False, "Recompute each block in the backward pass: less memory, about 1.3x the time."
     )
-    compile: bool = documented(False, "torch.compile every block; needs a GPU.")
+    compile: bool = documented(False, "torch.compile every block; needs a GPU, Triton and a C compiler.")
     num_workers: int | None = documented(None, "Data-loading workers per process; None: one per core and process, at most 16.")
     # ---- evaluation
     eval_every: int = documented(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")

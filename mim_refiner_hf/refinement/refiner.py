@@ -8,15 +8,19 @@ the encoder's OUTPUT, final norm included. With "global_repr" the output's head 
 output and nothing else, and the heads on earlier blocks the mean of the patches. Targets are the same projector's output on the
 global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters and does nothing else to them.
 
-A batch that does not fit goes through the encoder in micro-batches, exactly: features of all micro-batches without a graph, then
-heads, queue and loss once on the whole batch (batch norm and negatives see all of it), then each micro-batch again with the
-gradient of its features. The result is the gradient of the whole batch, at the memory of one micro-batch. Both passes see the same:
-nothing in the encoder is random (no dropout, no drop path). A last micro-batch that is smaller than the others changes nothing.
+The loss is computed from detached features; its gradient at the features then goes back through the encoder, one size of views
+after the other. A batch that does not fit does so in micro-batches, exactly: their features are made without a graph, heads, queue
+and loss see the whole batch once (batch norm and negatives included), and each micro-batch passes again for its gradient. The result
+is the gradient of the whole batch, at the activation memory of one micro-batch. Both passes see the same: nothing in the encoder is
+random (no dropout, no drop path). A last micro-batch that is smaller than the others changes nothing.
+
+A second forward beside forward (1) and backward (2) is at most 4/3 of the encoder's time. Of few micro-batches the largest is not
+computed twice: its graph waits for its gradient (`keeps_a_graph`). Measured: `python -m benchmarks micro-batches micro-batches-half`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +62,27 @@ def neighbour_draw(seed: int, step: int, topk: int, heads: int, views: int, batc
 def view_major(views: Tensor) -> Tensor:
     """(batch, views, C, S, S) -> (views * batch, C, S, S): all samples of view 0 first."""
     return views.transpose(0, 1).flatten(0, 1)
+
+
+KEPT_OF = 4
+"""Up to so many micro-batches, one graph is kept: by count 3 % of the encoder's work at 4, not worth its memory beyond."""
+
+
+def keeps_a_graph(batch: int, micro: int) -> bool:
+    """Whether a step of `batch` images, `micro` at a time, keeps a micro-batch's graph while heads and loss are computed."""
+    return batch <= KEPT_OF * micro
+
+
+class _Pass(NamedTuple):
+    """Views of one size (images, views, C, S, S) that go through the encoder together: which views, and images, of the batch."""
+
+    group: Tensor
+    views: slice
+    images: slice
+
+    @property
+    def pixels(self) -> Tensor:
+        return view_major(self.group)
 
 
 class Refiner(nn.Module):
@@ -112,10 +137,6 @@ class Refiner(nn.Module):
             reads_predictor = self.encoder.config.pooling == "global_repr"
             features.append(outputs.pooler_output if reads_predictor else self.encoder.pool(outputs.last_hidden_state))
         return torch.stack(features)
-
-    def encode_views(self, views: Sequence[Tensor]) -> Tensor:
-        """`encode` for groups of views (batch, views, C, S, S) of one size each: (heads, views * batch, D), view-major."""
-        return torch.cat([self.encode(view_major(group)) for group in views if group.shape[1]], dim=1)
 
     def align(
         self,
@@ -180,37 +201,40 @@ class Refiner(nn.Module):
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
         settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
+        batch = len(sample_index)
+        passes = self._passes(views, micro_batch_size or batch)
+        keep = len(passes) if micro_batch_size is None else int(keeps_a_graph(batch, micro_batch_size))
         with prefix_tokens_only(self.encoder):
-            if train_encoder and micro_batch_size is None:
-                result = self.align(self.encode_views(views), sample_index, labels, **settings)
-                result.loss.backward()
-                return result
-            features = self._features(views, micro_batch_size or len(sample_index), train_encoder)
-            result = self.align(features.flatten(1, 2), sample_index, labels, **settings)
+            features, kept = self._features(passes, batch, keep * train_encoder)
+            result = self.align(features.requires_grad_(train_encoder).flatten(1, 2), sample_index, labels, **settings)
             result.loss.backward()
-            if train_encoder:
+            for number, each in enumerate(passes if train_encoder else []):
                 assert features.grad is not None
-                for pixels, which, images in self._micro_batches(views, micro_batch_size or len(sample_index)):
-                    self.encode(pixels).backward(features.grad[:, which, images].flatten(1, 2))
+                encoded = kept[number] if number < keep else self.encode(each.pixels)
+                encoded.backward(features.grad[:, each.views, each.images].flatten(1, 2))
         return result
 
-    def _features(self, views: Sequence[Tensor], micro: int, train_encoder: bool) -> Tensor:
-        """Pooled features of every head block, (heads, views, batch, D), without the encoder's graph."""
-        shape = (len(self.head_blocks), self.num_views, len(views[0]), self.encoder.config.hidden_size)
-        features = torch.empty(shape, dtype=self.encoder.dtype, device=views[0].device)
+    def _features(self, passes: Sequence[_Pass], batch: int, keep: int) -> tuple[Tensor, list[Tensor]]:
+        """Pooled features of every head block (heads, views, batch, D), detached, and those of the first `keep` passes with graph."""
+        shape = (len(self.head_blocks), self.num_views, batch, self.encoder.config.hidden_size)
+        features = torch.empty(shape, dtype=self.encoder.dtype, device=passes[0].group.device)
         with torch.inference_mode():
-            for pixels, which, images in self._micro_batches(views, micro):
-                features[:, which, images] = self.encode(pixels).unflatten(1, (which.stop - which.start, -1))
-        return features.requires_grad_(train_encoder)
+            for each in passes[keep:]:
+                features[:, each.views, each.images] = self.encode(each.pixels).unflatten(1, (-1, len(each.group)))
+        kept = [self.encode(each.pixels) for each in passes[:keep]]
+        for each, encoded in zip(passes, kept, strict=False):
+            features[:, each.views, each.images] = encoded.detach().unflatten(1, (-1, len(each.group)))
+        return features, kept
 
     @staticmethod
-    def _micro_batches(views: Sequence[Tensor], micro: int) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Views of one size of at most `micro` images at a time: view-major pixels, which views they are, which images."""
-        first = 0
+    def _passes(views: Sequence[Tensor], micro: int) -> list[_Pass]:
+        """What goes through the encoder together, largest first: views of one size of at most `micro` images."""
+        passes, first = [], 0
         for group in views:
             which = slice(first, first := first + group.shape[1])
-            for start in range(0, len(group) if group.shape[1] else 0, micro):
-                yield view_major(group[start : start + micro]), which, slice(start, start + micro)
+            starts = range(0, len(group) if group.shape[1] else 0, micro)
+            passes += [_Pass(group[start : start + micro], which, slice(start, start + micro)) for start in starts]
+        return sorted(passes, key=lambda each: each.group.numel(), reverse=True)
 
 
-__all__ = ["Refiner", "StepResult", "neighbour_draw", "view_major"]
+__all__ = ["Refiner", "StepResult", "keeps_a_graph", "neighbour_draw", "view_major"]

@@ -35,7 +35,7 @@ from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, comparison_table, evaluate_encoder, evenly_spaced
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
-from .device import available_memory, uses_bf16
+from .device import available_memory, uses_bf16, warn_of_emulation
 from .failure import FAILURES, NotFiniteError
 from .head_choice import choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
@@ -83,6 +83,8 @@ def run(recipe: RefineRecipe) -> RunResult | None:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
     )
     if accelerator.is_main_process:
+        if bf16:
+            warn_of_emulation(f"--mixed_precision {recipe.mixed_precision}", accelerator.device.type)
         print(_plan(prepared, accelerator, bf16), flush=True)
     if recipe.dry_run:
         return None

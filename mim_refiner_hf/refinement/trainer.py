@@ -36,6 +36,7 @@ from ..data import BatchSampler, ImageDataset, ImageStream
 from ..distributed import average_gradients, gather_objects, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
+from .device import compile_blocks
 from .failure import check_finite
 from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
 from .heads import IdHeads
@@ -108,8 +109,7 @@ class Trainer:
             renamed = hasattr(self.encoder, "activation_checkpointing_enable")  # in transformers 5.23
             getattr(self.encoder, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")()
         if recipe.compile:
-            for layer in self.encoder.layers:
-                layer.compile()
+            compile_blocks(self.encoder)
         self.optimizer = self._optimizer(0)
         self.broken = BrokenImages(self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN)
 

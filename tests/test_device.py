@@ -1,0 +1,66 @@
+"""What the device can do: bf16 that would be slower is warned of, --compile is refused where it cannot be, and computes the same."""
+
+import dataclasses
+import importlib.util
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_step_cost import gradients, small_refiner
+from torch._dynamo.utils import counters
+
+from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf.refinement.device import check_compile, compile_blocks, emulates_bf16, warn_of_emulation
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
+    native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    assert emulates_bf16("cpu") == (not native) and not emulates_bf16("cuda")
+    for device in ("cpu", "cuda"):
+        warn_of_emulation("--dtype bf16", device)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (not native) and all("--dtype bf16" in line and "fp32 is faster" in line for line in said)
+
+
+def test_a_row_in_emulated_bf16_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.__main__ import main
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert main(["step-bf16"]) == 0
+    printed = capsys.readouterr()
+    assert "step-bf16: left out, this CPU emulates bfloat16" in printed.err and "MISSED" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("gpu", "there is none"), ("old", "7.0"), ("triton", "pip install triton"), ("cc", "gcc"), ("", "")]
+)
+def test_compile_is_refused_where_it_would_not_work(missing: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RefineRecipe(model="a", compile=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "gpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 0) if missing == "old" else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "triton" else object())
+    monkeypatch.setattr(shutil, "which", lambda name: None if missing == "cc" else f"/usr/bin/{name}")
+    check_compile(dataclasses.replace(recipe, compile=False))
+    refused = pytest.raises(ValueError, match=f"--compile: .*{words}.* leave --compile out") if missing else nullcontext()
+    with refused:
+        check_compile(recipe)
+
+
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    """Without and with a graph, both sizes, a smaller last micro-batch; no block falls back for having too many shapes."""
+    compiled = small_refiner()
+    compile_blocks(compiled.encoder, backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    expected, found = (gradients(refiner, micro_batch_size=4) for refiner in (small_refiner(), compiled))
+    assert (found - expected).norm() <= 2e-6 * expected.norm()
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+    torch._dynamo.reset()
