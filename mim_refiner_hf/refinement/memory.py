@@ -5,7 +5,8 @@
 
 Counted is what is alive at the peak of a step. In one pass that is the start of the encoder's backward pass: all activations, and
 the heads'. In micro-batches it is the larger of two moments that never meet: heads, queue and loss on the whole batch, or one
-micro-batch in the encoder with all gradients. What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it.
+micro-batch in the encoder with all gradients. What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it. Under FSDP2
+(`sharding.py`) a process has its share of weights and moments, and two units of them whole, the one at work and the next.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from ..distributed import all_gather
 from ..last_block import can_leave_patches_out, prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import freeze
+from ..sharding import fsdp2_requested
 from .recipe import RefineRecipe, default_head_blocks
 from .refiner import Refiner
 
@@ -79,7 +81,10 @@ def _activations(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool, kep
 
 
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
-    """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None."""
+    """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None.
+
+    In micro-batches a sharded encoder's gradients are whole until the last one is through.
+    """
     micro = recipe.micro_batch_size
     assert micro != "auto"
     heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
@@ -87,7 +92,7 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
     groups = _groups(recipe, config)
     views, pixels = sum(g.views for g in groups), config.num_channels * sum(g.views * g.size**2 for g in groups)
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
-    of_heads = head_parameters(recipe, config)
+    of_heads, shards = head_parameters(recipe, config), processes if fsdp2_requested() else 1
     rows = heads * batch * views
     head_activations = each * rows * (6 * projector + 3 * predictor + 4 * embedding) + (each == 2) * 2 * (
         of_heads + rows * config.hidden_size
@@ -95,13 +100,15 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
     similarities = each * heads * recipe.queue_size * (recipe.global_views * batch + (each == 2) * embedding)
     logits = 8 * heads * recipe.global_views * batch * views * recipe.batch_size
     parts = {
-        "encoder and EMA": 8.0 * weights,
-        "heads": 8.0 * of_heads,  # and their gradients
-        "AdamW": 8.0 * (trained + of_heads),
+        "encoder and EMA": 8.0 * weights / shards,
+        "heads": 8.0 * of_heads / shards,  # and their gradients
+        "AdamW": 8.0 * (trained + of_heads) / shards,
         "queue": 4.0 * heads * recipe.queue_size * (embedding + 1),
         "views": 4.0 * batch * pixels,
         "features": (4.0 if micro is None else 8.0) * rows * config.hidden_size,
     }
+    if shards > 1:
+        parts["gathered weights"] = 8.0 * max(weights / config.num_hidden_layers, heads * projector**2)
     at_work = {"head activations": float(head_activations), "similarities and logits": float(max(similarities, logits))}
     largest = max(g.tokens for g in groups)
     if micro is None:
@@ -109,7 +116,9 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
         activations = _activations(recipe, config, bf16, tokens, batch * largest) + each * batch * pixels
         casts = 2.0 * trained * len([g for g in groups if g.views]) if bf16 else 0.0
         # gradients of the encoder come as its activations go
-        return parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained - activations)}
+        return (
+            parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained / shards - activations)}
+        )
     tokens = min(micro, batch) * largest
     passing = {"activations": _activations(recipe, config, bf16, tokens, tokens) + (2.0 * trained if bf16 else 0.0)}
     passing["gradients"] = 4.0 * trained
@@ -167,7 +176,8 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     """For --micro_batch_size auto: images per pass, the same on every process, and why.
 
     Where the estimate says that the whole batch fits at once, it passes at once. Otherwise a GPU is asked by trying: 1, 2, 4, ...
-    images forward and backward, beside a reserve for the optimiser, gradients and views; on the CPU the estimate decides.
+    images forward and backward, beside a reserve for the optimiser, gradients and views; on the CPU, and under FSDP2, where one
+    process cannot try without the others, the estimate decides.
 
     Args:
         recipe: a resolved one with micro_batch_size "auto".
@@ -179,7 +189,7 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     """
     config, batch = refiner.encoder.config, recipe.batch_size // processes
     size = fitting_micro_batch(recipe, config, processes, refiner.bf16, available)
-    if size is not None and refiner.encoder.device.type == "cuda":
+    if size is not None and refiner.encoder.device.type == "cuda" and not fsdp2_requested():
         parts = memory_estimate(dataclasses.replace(recipe, micro_batch_size=1), config, processes, refiner.bf16)
         reserve = int(parts["AdamW"] + parts["views"] + parts["features"] + parts["heads"] + (1 - HEADROOM) * available)
         size = largest_that_fits(lambda images: _passes(refiner, recipe, images, reserve), batch)

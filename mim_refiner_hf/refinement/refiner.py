@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..last_block import prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
+from ..sharding import synchronise
 from .heads import IdHeads
 from .objective import Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
@@ -176,7 +177,7 @@ class Refiner(nn.Module):
         Args:
             sample_index, labels: data set index and label (-1: none) of each sample (batch,).
             topk, draw, head_weights: see `NearestNeighbourQueue.lookup`, `objective.head_weights`.
-            train_encoder: False in the head warm-up, where the encoder runs in inference mode.
+            train_encoder: False in the head warm-up, where the encoder runs without a graph.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
         settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
@@ -191,6 +192,8 @@ class Refiner(nn.Module):
             if train_encoder:
                 assert features.grad is not None
                 for pixels, which, images in self._micro_batches(views, micro_batch_size or len(sample_index)):
+                    # sharded gradients are added up whole, and reduced after the last micro-batch of the last view
+                    synchronise(self.encoder, which.stop == self.num_views and images.stop >= len(sample_index))
                     self.encode(pixels).backward(features.grad[:, which, images].flatten(1, 2))
         return result
 
@@ -198,7 +201,7 @@ class Refiner(nn.Module):
         """Pooled features of every head block, (heads, views, batch, D), without the encoder's graph."""
         shape = (len(self.head_blocks), self.num_views, len(views[0]), self.encoder.config.hidden_size)
         features = torch.empty(shape, dtype=self.encoder.dtype, device=views[0].device)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: FSDP2 keeps the tensors that it gathers weights into for the backward pass
             for pixels, which, images in self._micro_batches(views, micro):
                 features[:, which, images] = self.encode(pixels).unflatten(1, (which.stop - which.start, -1))
         return features.requires_grad_(train_encoder)
