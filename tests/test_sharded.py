@@ -1,5 +1,6 @@
 """Refinement under FSDP2: two processes that share the weights do what one does, and any number goes on from their checkpoints."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli
-from mim_refiner_hf.checkpointing import CheckpointError, read_checkpoint, save_checkpoint, sha256_of, write_json
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, checkpointing, cli
+from mim_refiner_hf.checkpointing import CheckpointError, SaveError, read_checkpoint, save_checkpoint, sha256_of, write_json
 from mim_refiner_hf.distributed import average_gradients
 from mim_refiner_hf.optimization import freeze
 from mim_refiner_hf.publishing.hub import save_model_folder
@@ -101,6 +102,24 @@ def check_that_one_bad_shard_stops_all(rank: int) -> None:
         check_finite(refiner, told, step=1, sample_index=torch.arange(4))
 
 
+def check_that_one_full_disk_stops_all(rank: int, folder: Path) -> None:
+    """The second of two checkpoints, whose part one process cannot write, is absent in both, and the first one stays."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    modules = small_modules()
+    shard(modules, [modules[3]])
+    first = save_checkpoint(folder, step=1, tensors=modules.state_dict(), state={}, keep=1)
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:
+            patched.setattr(checkpointing, "save_file", refuse)
+        with pytest.raises(SaveError, match=r"No space left on device.*step-00000001 is intact"):
+            save_checkpoint(folder, step=2, tensors=modules.state_dict(), state={}, keep=1)
+    dist.barrier()
+    assert list(folder.iterdir()) == [first] and read_checkpoint(first).step == 1
+
+
 @contextmanager
 def job(rank: int, port: int) -> Iterator[None]:
     """Two processes that have found each other; a run parts them in the end."""
@@ -119,6 +138,7 @@ def process(rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecip
     with job(rank, ports[0]):
         check_gradients(rank)
         check_that_one_bad_shard_stops_all(rank)
+        check_that_one_full_disk_stops_all(rank, Path(fresh.output_dir).with_name("full"))
         run(fresh)
     if rank == 0:
         copy_run(fresh, lost)
