@@ -193,7 +193,7 @@ def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
 
 
 def _write_part(path: Path, parts: dict[str, Tensor], places: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    save_file(parts, path, metadata={PLACES: json.dumps(places)} if places else None)
+    save_file(parts, path, {PLACES: json.dumps(places)} if places else None)
     return _on_disk(path)
 
 
