@@ -1,9 +1,10 @@
 """Checkpoints that are complete or absent: safetensors and JSON in a folder, a manifest with sha256 last, then a rename.
 
-    save_checkpoint(Path("out/checkpoints"), step=500, tensors=tensors, state={"recipe": ...}, keep=2)
+    save_checkpoint(Path("out/checkpoints"), step=500, tensors=tensors, state={"recipe": ...}, keep=2)    # in every process
     found = load_latest(Path("out/checkpoints"))               # the newest whose manifest verifies; skipped ones are named
     check_tensors(found, model.state_dict())                   # before anything is restored
 
+Of sharded tensors every process writes its parts (`tensor_files.py`), and any number of processes reads them back.
 Nothing is pickled. A folder whose name starts with `.tmp-` was being written, or removed, when its run ended; the next save clears
 it. A disk without room for the next checkpoint is noticed before a byte is written; `tests/test_checkpoint_faults.py` fails or kills
 a save at each of its operations in turn.
@@ -23,16 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .distributed import gather_objects, rank, world_size
+from .sharding import own_parts
+from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
 
 logger = logging.getLogger(__name__)
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FILES = (TENSORS, STATE)
-"""What the manifest vouches for."""
+STATE, MANIFEST = "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 STAGED = ".tmp-"
 MANY_SMALL_FILES = 2**20  # bytes for headers, manifest and folder entries beside the tensors
@@ -51,9 +54,14 @@ class Checkpoint:
     """A verified checkpoint: number of finished steps, named tensors on the CPU, JSON state, and where it was read from."""
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     state: dict[str, Any]
     path: Path
+
+    @property
+    def where(self) -> Path:
+        """What to name when a tensor does not fit: its one file, or the folder of its many."""
+        return self.path if isinstance(self.tensors, ShardedTensors) else self.path / TENSORS
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -123,50 +131,97 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
         shutil.rmtree(new, ignore_errors=True)
 
 
-def save_checkpoint(folder: Path, *, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-<step>` and remove all but the newest `keep`; returns where it is.
+def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-<step>` and remove all but the newest `keep`; returns where it is. Every process of the job calls it.
 
     The order is what makes it complete or absent: tensors and state reach the disk, then the manifest, then the folder's entries,
     then the new name. A checkpoint of the same step gets a second name (`step-<step>-2`) until the new one is in place.
 
+    Args:
+        folder: one that all processes see, on all machines.
+        tensors: names are the same in every process; what is not sharded, and `state`, the first one writes.
+
     Raises:
-        SaveError: if it cannot be written (no space for it, disk full, read-only, failing disk); earlier ones are intact then.
+        SaveError: in every process, if it cannot be written (no space for it, disk full, read-only, failing disk); earlier ones are
+            intact then.
     """
-    target = _unused(folder / f"step-{step:08d}")
-    temporary = folder / f"{STAGED}{target.name}"
-    contents = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    text = json.dumps(state)
+    parts, places = own_parts(tensors)
+    names = tensor_files(world_size() if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1)
+    text, target, temporary = json.dumps(state), None, None
+    needed = sum(gather_objects(sum(part.nbytes for part in parts.values()))) + len(text) + MANY_SMALL_FILES
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(f"{STAGED}*"):
-            shutil.rmtree(left_over)
-        _check_space(folder, sum(tensor.nbytes for tensor in contents.values()) + len(text) + MANY_SMALL_FILES)
-        temporary.mkdir()
-        save_file(contents, temporary / TENSORS)
-        (temporary / STATE).write_text(text)
-        for name in FILES:
-            sync_to_disk(temporary / name)
-        files = {name: {"size": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in FILES}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}))
-        sync_to_disk(temporary / MANIFEST)
-        sync_to_disk(temporary)
-        temporary.rename(target)
-        sync_to_disk(folder)
-    except (OSError, SafetensorError) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
-        shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what fills the disk
+        target, temporary = _in_all(lambda: _begin(folder, step, needed) if rank() == 0 else None)[0]
+        files = dict(_in_all(lambda: _write_part(temporary / names[rank()], parts, places) if rank() < len(names) else None))
+        _in_all(lambda: _complete(temporary, target, step, text, files) if rank() == 0 else None)
+    except OSError as error:
+        if temporary is not None and rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what fills the disk
         intact = [path.name for path in _newest_first(folder) if path != target]
         raise SaveError(
             f"the checkpoint after step {step} could not be written to {folder} ({error}); "
             f"{f'{intact[0]} is intact' if intact else 'there is no earlier one'}; make room, or the folder writable, and run the same "
             "command again"
         ) from error
+    if rank() == 0:
+        _remove_superseded(folder, target, keep)
+    return target
+
+
+def _in_all(work: Callable[[], Any]) -> list[Any]:
+    """What `work` gives in the processes that have something to do, in their order; OSError in all where it fails in one."""
+    failure = done = None
+    try:
+        done = work()
+    except (OSError, SafetensorError) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
+        failure = str(error)
+    every = gather_objects((done, failure))
+    if failed := [message for _, message in every if message is not None]:
+        raise OSError(failed[0])
+    return [each for each, _ in every if each is not None]
+
+
+def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
+    """The place of a new checkpoint, and an empty folder beside it to write it into."""
+    target = _unused(folder / f"step-{step:08d}")
+    temporary = folder / f"{STAGED}{target.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(f"{STAGED}*"):
+        shutil.rmtree(left_over)
+    _check_space(folder, needed)
+    temporary.mkdir()
+    return target, temporary
+
+
+def _write_part(path: Path, parts: dict[str, Tensor], places: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    save_file(parts, path, {PLACES: json.dumps(places)} if places else None)
+    return _on_disk(path)
+
+
+def _on_disk(path: Path) -> tuple[str, dict[str, Any]]:
+    """Bring a file to the disk; its name, and what the manifest says of it."""
+    sync_to_disk(path)
+    return path.name, {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _complete(temporary: Path, target: Path, step: int, text: str, files: dict[str, Any]) -> None:
+    """State, manifest and name of a checkpoint whose tensors are on the disk."""
+    (temporary / STATE).write_text(text)
+    manifest = {"step": step, "files": files | dict([_on_disk(temporary / STATE)])}
+    (temporary / MANIFEST).write_text(json.dumps(manifest))
+    sync_to_disk(temporary / MANIFEST)
+    sync_to_disk(temporary)
+    temporary.rename(target)
+    sync_to_disk(target.parent)
+
+
+def _remove_superseded(folder: Path, target: Path, keep: int) -> None:
+    """Remove what `target` makes superfluous; a warning where that cannot be done."""
     try:
         for superseded in _superseded(folder, target, keep):
             superseded.rename(discarded := folder / f"{STAGED}old-{superseded.name}")  # never half a checkpoint under its name
             shutil.rmtree(discarded)
     except OSError as error:  # nothing is lost by that; the next save tries again
         logger.warning("a superseded checkpoint in %s could not be removed (%s)", folder, error)
-    return target
 
 
 def size_of(checkpoint: Path) -> int:
@@ -222,7 +277,8 @@ def verify(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         step, files = manifest["step"], dict(manifest["files"])
-        if set(files) != set(FILES) or step != _order(checkpoint)[0]:
+        expected = {STATE, *tensor_files(len(files) - 1)}
+        if set(files) != expected or step != _order(checkpoint)[0]:
             return f"{MANIFEST} is of another checkpoint"
         for name, expected in files.items():
             path = checkpoint / name
@@ -245,8 +301,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is no intact checkpoint: {wrong}; remove it, and the run goes on from the one before")
     try:
         state = json.loads((path / STATE).read_text())
-        return Checkpoint(_order(path)[0], load_file(path / TENSORS), dict(state), path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:  # a manifest that was rewritten to fit
+        return Checkpoint(_order(path)[0], read_tensors(path), dict(state), path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # a manifest that was rewritten to fit
         raise CheckpointError(f"{path} cannot be read ({error}); remove it, and the run goes on from the one before") from error
 
 
@@ -279,7 +335,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
         CheckpointError: naming file and tensor; nothing has been restored then.
     """
     found = checkpoint.tensors
-    where = f"{checkpoint.path / TENSORS}: "
+    where = f"{checkpoint.where}: "
     remedy = "; it is of another model or version: name another --output_dir, or remove this checkpoint"
     own = {name for name in found if not name.startswith("optimizer.")}
     if missing := sorted(expected.keys() - own):
@@ -287,43 +343,15 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
     if unknown := sorted(own - expected.keys()):
         raise CheckpointError(f"{where}{len(unknown)} tensors have no place, first {unknown[0]}{remedy}")
     for name, tensor in expected.items():
-        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
-            was, is_ = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (found[name], tensor))
+        there = found[name]
+        if (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+            was, is_ = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (there, tensor))
             raise CheckpointError(f"{where}{name} is {was} and has to be {is_}{remedy}")
     for name, tensor in found.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(
                 f"{where}{name} holds values that are not finite; remove this checkpoint to go on from the one before"
             )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat named tensors, `optimizer.<parameter>.<key>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Put back what `optimizer_tensors` gave.
-
-    Raises:
-        CheckpointError: naming file and tensor, for the state of a parameter that does not exist, has another shape, or is not whole.
-    """
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    keys = {key for values in state.values() for key in values}
-    for place, values in state.items():
-        fits = place < len(parameters) and values.keys() == keys
-        if not fits or any(value.ndim and value.shape != parameters[place].shape for value in values.values()):
-            raise CheckpointError(
-                f"{checkpoint.path / TENSORS}: optimizer.{place} is not the state of parameter {place} of {len(parameters)}; it is of "
-                "another model or version: name another --output_dir, or remove this checkpoint"
-            )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 __all__ = [
@@ -334,9 +362,7 @@ __all__ = [
     "check_tensors",
     "in_bytes",
     "load_latest",
-    "optimizer_tensors",
     "read_checkpoint",
-    "restore_optimizer",
     "save_checkpoint",
     "sha256_of",
     "size_of",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_processes
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 SHUTDOWN_SECONDS = 600  # for a step and a checkpoint of a large model, before the launcher kills its processes
@@ -79,12 +80,15 @@ def all_gather_with_gradient(tensor: Tensor, dim: int = 0) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes: one flat all-reduce per dtype, after any number of backwards."""
+    """Replace every gradient by its mean over the processes: one flat all-reduce per dtype, after any number of backwards.
+
+    Sharded gradients (`sharding.py`) are means already.
+    """
     if world_size() == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_dtype.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -1,4 +1,4 @@
-"""Learning rates, weight decay, schedule and the moving average of the weights, as in the paper's Table 10.
+"""Learning rates, weight decay, schedule, moving average of the weights (paper, Table 10), and what a checkpoint keeps of AdamW.
 
     groups = encoder_groups(encoder, layer_decay=0.65, weight_decay=0.05) + head_groups(heads, weight_decay=1e-5)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .checkpointing import Checkpoint, CheckpointError
+from .sharding import local, place
 
 END_LEARNING_RATE = 1e-6
 
@@ -94,7 +97,38 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """EMA of the trained weights, `average = decay * average + (1 - decay) * model`; the average starts as a copy."""
     pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
     if pairs:
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+        torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as flat named tensors, `optimizer.<parameter>.<key>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Put back what `optimizer_tensors` gave, sharded as the parameters are.
+
+    Raises:
+        CheckpointError: naming file and tensor, for the state of a parameter that does not exist, has another shape, or is not whole.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names: dict[int, dict[str, str]] = {}
+    for name in checkpoint.tensors:
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            names.setdefault(int(index), {})[key] = name
+    keys, state = {key for each in names.values() for key in each}, {}
+    for number, own in names.items():
+        values = {key: checkpoint.tensors[name] for key, name in own.items()}
+        fits = number < len(parameters) and values.keys() == keys
+        if not fits or any(value.ndim and value.shape != parameters[number].shape for value in values.values()):
+            raise CheckpointError(
+                f"{checkpoint.where}: optimizer.{number} is not the state of parameter {number} of {len(parameters)}; it is of "
+                "another model or version: name another --output_dir, or remove this checkpoint"
+            )
+        state[number] = {key: place(value, parameters[number]) if value.ndim else value for key, value in values.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 __all__ = [
@@ -104,6 +138,8 @@ __all__ = [
     "is_position",
     "layer_scale",
     "learning_rate",
+    "optimizer_tensors",
+    "restore_optimizer",
     "set_learning_rate",
     "update_average",
 ]

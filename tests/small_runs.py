@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def losses(recipe: RefineRecipe) -> list[float]:
     return [line["loss"] for line in log_of(recipe) if "loss" in line]
 
 
-def final_state(recipe: RefineRecipe) -> dict[str, Tensor]:
+def final_state(recipe: RefineRecipe) -> Mapping[str, Tensor]:
     """Everything the last checkpoint holds: encoder, heads, batch statistics, queue, average, optimiser."""
     found = load_latest(Path(recipe.output_dir) / "checkpoints")
     assert found is not None

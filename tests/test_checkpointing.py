@@ -13,11 +13,10 @@ from mim_refiner_hf.checkpointing import (
     CheckpointError,
     check_tensors,
     load_latest,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
     verify,
 )
+from mim_refiner_hf.optimization import optimizer_tensors, restore_optimizer
 
 
 def save(folder: Path, step: int, keep: int = 10) -> Path:

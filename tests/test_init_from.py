@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from small_runs import Stopped, assert_identical, final_state, log_of, losses, small_recipes, stop_before
 
 from mim_refiner_hf import RefineRecipe, cli
-from mim_refiner_hf.checkpointing import TENSORS, CheckpointError, load_latest, save_checkpoint
+from mim_refiner_hf.checkpointing import CheckpointError, load_latest, save_checkpoint
 from mim_refiner_hf.refinement import run as run_module
 from mim_refiner_hf.refinement.init_from import encoder_of, open_start, place_heads
 from mim_refiner_hf.refinement.plan import Steps
 from mim_refiner_hf.refinement.recipe_files import read_recipe
 from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.tensor_files import TENSORS
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import all_gather, world_size
+from ..sharding import local
 from .refiner import Refiner, StepResult
 
 FAILURES = "failures"  # folder of the reports in the output folder
@@ -36,7 +37,7 @@ def check_finite(refiner: Refiner, result: StepResult, *, step: int, sample_inde
     """Raise unless the loss and every gradient are finite, in all processes alike.
 
     Args:
-        refiner: after the backward pass; its gradients are the averages over the processes.
+        refiner: after the backward pass; its gradients are the averages over the processes, whole or sharded.
         result: of the step; its loss is this process's own.
         step: number of the step, for the message.
         sample_index: indices in the data set of this process's share of the batch (b,).
@@ -44,7 +45,7 @@ def check_finite(refiner: Refiner, result: StepResult, *, step: int, sample_inde
     Raises:
         NotFiniteError: what is not finite, and where.
     """
-    gradients = [parameter.grad for parameter in refiner.parameters() if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in refiner.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = torch.isfinite(result.loss.detach()) & torch.isfinite(norm)
     if world_size() > 1:
@@ -63,9 +64,11 @@ def check_finite(refiner: Refiner, result: StepResult, *, step: int, sample_inde
 
 
 def describe_failure(refiner: Refiner, result: StepResult, step: int, sample_index: Tensor) -> dict[str, Any]:
-    """The report of a step, with the losses of the worst process and the samples of all."""
-    named = [(name, parameter) for name, parameter in refiner.named_parameters() if parameter.grad is not None]
-    bad = [name for name, parameter in named if parameter.grad is not None and not bool(parameter.grad.isfinite().all())]
+    """The report of a step, with the losses of the worst process, the gradients and the samples of all."""
+    named = [(name, local(parameter.grad)) for name, parameter in refiner.named_parameters() if parameter.grad is not None]
+    finite = all_gather(torch.stack([gradient.isfinite().all() for _, gradient in named])[None].int()).amin(dim=0)
+    bad = [name for (name, _), is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
+    largest = torch.stack([weight.abs().max() for parameter in refiner.parameters() if (weight := local(parameter)).numel()])
     every = all_gather(
         torch.cat([result.loss.detach().float()[None], result.head_losses.float()])[None]
     )  # (processes, 1 + heads)
@@ -77,7 +80,7 @@ def describe_failure(refiner: Refiner, result: StepResult, step: int, sample_ind
         "gradients": len(named),
         "bad_gradients": len(bad),
         "bad_gradient_names": bad[:NAMED_PARAMETERS],
-        "largest_weight": max(float(parameter.detach().abs().max()) for parameter in refiner.parameters()),
+        "largest_weight": float(all_gather(largest.detach().max()[None]).max()),
         "bf16": refiner.bf16,
         "samples": all_gather(sample_index).tolist(),
     }

@@ -15,11 +15,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..checkpointing import MANIFEST, NAME, TENSORS, Checkpoint, CheckpointError, check_tensors, load_latest, read_checkpoint
+from ..checkpointing import MANIFEST, NAME, Checkpoint, CheckpointError, check_tensors, load_latest, read_checkpoint
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.load import LoadReport, image_processor
 from ..data import ImageDataset, ImageStream
 from ..modeling_mim_refiner import MimRefinerModel
+from ..sharding import place
 from .recipe import RefineRecipe
 
 PLACED = ("average.", "refiner.heads.", "refiner.queue.")
@@ -85,7 +86,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
     Raises:
         CheckpointError: when a tensor is neither placed nor dropped on purpose, or does not fit.
     """
-    where = f"--init_from: {start.path / TENSORS}"
+    where = f"--init_from: {start.where}"
     dropped: dict[str, list[str]] = {reason: [] for reason in DROPPED.values()}
     placed = [name for name in start.tensors if name.startswith(PLACED)]
     for name in start.tensors.keys() - set(placed):
@@ -144,7 +145,8 @@ def place_heads(start: Checkpoint, expected: dict[str, Any], heads: Any, queue: 
     """
     check_tensors(start, expected)
     for prefix, module in (("refiner.heads.", heads), ("refiner.queue.", queue)):
-        module.load_state_dict({n.removeprefix(prefix): tensor for n, tensor in start.tensors.items() if n.startswith(prefix)})
+        own = module.state_dict()
+        module.load_state_dict({name: place(start.tensors[prefix + name], own[name]) for name in own})
     if not same_data:
         queue.sample_index.fill_(-1)
         queue.labels.fill_(-1)

@@ -6,7 +6,8 @@
 Counted is what is alive at the peak of a step. In one pass that is the start of the encoder's backward pass: all activations, and
 the heads'. In many micro-batches it is the larger of two moments that never meet: heads, queue and loss on the whole batch, or one
 micro-batch in the encoder with all gradients; in few, one of which waits with its graph (`refiner.keeps_a_graph`), they do meet.
-What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it.
+What CUDA itself takes, 1-2 GiB, is left out; `HEADROOM` covers it. Under FSDP2 (`sharding.py`) a process has its share of weights
+and moments, and two units of them whole, the one at work and the next.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ..distributed import all_gather
 from ..last_block import can_leave_patches_out, prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
 from ..optimization import freeze
+from ..sharding import fsdp2_requested
 from .recipe import RefineRecipe, default_head_blocks
 from .refiner import Refiner, keeps_a_graph
 
@@ -95,7 +97,10 @@ def _of_heads(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf
 
 
 def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
-    """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None."""
+    """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None.
+
+    In micro-batches a sharded encoder's gradients are whole until the last one is through.
+    """
     micro = recipe.micro_batch_size
     assert micro != "auto"
     heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
@@ -103,21 +108,26 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
     views, pixels = sum(g.views for g in groups), config.num_channels * sum(g.views * g.size**2 for g in groups)
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
     of_heads, at_work = head_parameters(recipe, config), _of_heads(recipe, config, processes, bf16)
+    shards = processes if fsdp2_requested() else 1
     parts = {
-        "encoder and EMA": 8.0 * weights,
-        "heads": 8.0 * of_heads,  # and their gradients
-        "AdamW": 8.0 * (trained + of_heads),
+        "encoder and EMA": 8.0 * weights / shards,
+        "heads": 8.0 * of_heads / shards,  # and their gradients
+        "AdamW": 8.0 * (trained + of_heads) / shards,
         "queue": 4.0 * heads * recipe.queue_size * (recipe.embedding_dim + 1),
         "views": 4.0 * batch * pixels,
         "features": 8.0 * heads * batch * views * config.hidden_size,  # and their gradients
     }
+    if shards > 1:
+        parts["gathered weights"] = 8.0 * max(weights / config.num_hidden_layers, heads * recipe.projector_dim**2)
     largest = max(g.tokens for g in groups)
     if micro is None:
         tokens = batch * sum(g.tokens for g in groups)
         activations = _activations(recipe, config, bf16, tokens, batch * largest) + each * batch * pixels
         casts = 2.0 * trained * len([g for g in groups if g.views]) if bf16 else 0.0
         # gradients of the encoder come as its activations go
-        return parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained - activations)}
+        return (
+            parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained / shards - activations)}
+        )
     tokens = min(micro, batch) * largest
     passing = {"activations": _activations(recipe, config, bf16, tokens, tokens) + (2.0 * trained if bf16 else 0.0)}
     if keeps_a_graph(batch, micro):  # gradients of the encoder come when heads and loss have gone
@@ -178,7 +188,7 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
 
     Where the estimate says that the whole batch fits at once, it passes at once. Otherwise a GPU is asked by trying: 1, 2, 4, ...
     images forward and backward, beside a reserve for the optimiser, gradients and views, and for heads and loss where a graph waits
-    for them; on the CPU the estimate decides.
+    for them; on the CPU, and under FSDP2, where one process cannot try without the others, the estimate decides.
 
     Args:
         recipe: a resolved one with micro_batch_size "auto".
@@ -190,7 +200,7 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     """
     config, batch = refiner.encoder.config, recipe.batch_size // processes
     size = fitting_micro_batch(recipe, config, processes, refiner.bf16, available)
-    if size is not None and refiner.encoder.device.type == "cuda":
+    if size is not None and refiner.encoder.device.type == "cuda" and not fsdp2_requested():
         parts = memory_estimate(dataclasses.replace(recipe, micro_batch_size=1), config, processes, refiner.bf16)
         reserve = int(parts["AdamW"] + parts["views"] + parts["features"] + parts["heads"] + (1 - HEADROOM) * available)
         at_work = int(sum(_of_heads(recipe, config, processes, refiner.bf16).values()))

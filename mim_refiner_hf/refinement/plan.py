@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..checkpointing import in_bytes
 from ..configuration_mim_refiner import MimRefinerConfig
+from ..sharding import fsdp2_requested
 from .device import emulates_bf16
 from .memory import (
     GIGA,
@@ -99,6 +100,16 @@ def _memory_lines(recipe: RefineRecipe, config: MimRefinerConfig, processes: int
     return [*lines, "it does not fit, whatever the micro-batch: lower --batch_size, --queue_size or --num_heads"]
 
 
+def _shards_text(processes: int) -> str:
+    """What FSDP2 does to a run, in words."""
+    if processes == 1:
+        return "FSDP2 is on, but one process has nothing to share"
+    return (
+        f"FSDP2: each of {processes} processes keeps 1/{processes} of encoder, moving average, heads, gradients and AdamW's moments; "
+        "a block is whole while it is used, the queue always"
+    )
+
+
 def plan_text(
     recipe: RefineRecipe,
     config: MimRefinerConfig,
@@ -151,6 +162,7 @@ def plan_text(
             f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}",
         ),
         ("batch", f"{recipe.batch_size} images over {processes} process(es) on {device}, {precision}{micro}"),
+        *([("shards", _shards_text(processes))] if fsdp2_requested() else []),
         ("steps", f"{warmup} + {steps.refine} of refinement; stage: {recipe.stage}"),
         *zip(("memory", ""), _memory_lines(recipe, config, processes, bf16, available), strict=False),
         ("disk", disk_text(recipe, config) if recipe.save_every else "no checkpoints"),

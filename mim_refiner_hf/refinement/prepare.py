@@ -22,6 +22,7 @@ from ..data_changes import RECORD, check_data_record
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe
 from ..run_lock import check_writable
+from ..sharding import fsdp2_requested
 from .device import check_compile, uses_bf16
 from .head_choice import check_measurable
 from .init_from import check_heads, encoder_of, open_start, with_its_blocks
@@ -76,6 +77,7 @@ class Prepared:
 
 def prepare(recipe: RefineRecipe) -> Prepared:
     """Open data and weights, fill in the recipe, and check it against both, the device and the output folder."""
+    fsdp2_requested()
     uses_bf16(recipe)
     check_compile(recipe)
     images, eval_images = open_data(recipe, num_channels=3)

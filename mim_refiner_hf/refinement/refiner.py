@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..last_block import prefix_tokens_only
 from ..modeling_mim_refiner import MimRefinerModel
+from ..sharding import synchronise
 from .heads import IdHeads
 from .objective import Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
@@ -197,7 +198,7 @@ class Refiner(nn.Module):
         Args:
             sample_index, labels: data set index and label (-1: none) of each sample (batch,).
             topk, draw, head_weights: see `NearestNeighbourQueue.lookup`, `objective.head_weights`.
-            train_encoder: False in the head warm-up, where the encoder runs in inference mode.
+            train_encoder: False in the head warm-up, where the encoder runs without a graph.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
         settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
@@ -211,6 +212,8 @@ class Refiner(nn.Module):
             for number, each in enumerate(passes if train_encoder else []):
                 assert features.grad is not None
                 encoded = kept[number] if number < keep else self.encode(each.pixels)
+                # in micro-batches sharded gradients are added up whole, and reduced after the last one
+                synchronise(self.encoder, micro_batch_size is None or number == len(passes) - 1)
                 encoded.backward(features.grad[:, each.views, each.images].flatten(1, 2))
         return result
 
@@ -218,7 +221,7 @@ class Refiner(nn.Module):
         """Pooled features of every head block (heads, views, batch, D), detached, and those of the first `keep` passes with graph."""
         shape = (len(self.head_blocks), self.num_views, batch, self.encoder.config.hidden_size)
         features = torch.empty(shape, dtype=self.encoder.dtype, device=passes[0].group.device)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: FSDP2 keeps the tensors that it gathers weights into for the backward pass
             for each in passes[keep:]:
                 features[:, each.views, each.images] = self.encode(each.pixels).unflatten(1, (-1, len(each.group)))
         kept = [self.encode(each.pixels) for each in passes[:keep]]

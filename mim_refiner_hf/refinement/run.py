@@ -35,6 +35,7 @@ from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, comparison_table, evaluate_encoder, evenly_spaced
 from ..modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
+from ..sharding import fsdp2_requested
 from .device import available_memory, uses_bf16, warn_of_emulation
 from .failure import FAILURES, NotFiniteError
 from .head_choice import choose_head_blocks
@@ -165,12 +166,13 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
             "micro_batch": trainer.recipe.micro_batch_size,
             **start_state(encoder, prepared.processor, prepared.images, steps.warmup),
         },
-        evaluate=lambda: {} if (e := evaluate(trainer.average, per_block=False)) is None else e.metrics,
+        evaluate=lambda: {} if (e := evaluate(trainer.averaged(), per_block=False)) is None else e.metrics,
     )
     if recipe.stage == "warmup":
         accelerator.print(f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine.")
         return None
-    measured = evaluate(trainer.average)
+    refined = trainer.averaged()
+    measured = evaluate(refined)
     after = None if measured is None else measured.metrics
     metrics = describe(prepared, accelerator, before, after, trainer.seconds)
     metrics["broken_images"] = len(trainer.broken)
@@ -183,7 +185,7 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         draw_curves(Path(recipe.output_dir) / "log.jsonl", before, after, Path(recipe.output_dir) / "curves.png")
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
-    return RunResult(trainer.average, prepared.processor, metrics, Path(recipe.output_dir))
+    return RunResult(refined, prepared.processor, metrics, Path(recipe.output_dir))
 
 
 def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Broken]]:
@@ -285,7 +287,8 @@ def describe(
     )
     launched = "accelerate launch" if any(name.startswith("ACCELERATE_") for name in os.environ) else "python"
     if accelerator.num_processes > 1:
-        launched += f"{' --cpu' if accelerator.device.type == 'cpu' else ''} --num_processes {accelerator.num_processes}"
+        how = " --use_fsdp --fsdp_version 2" if fsdp2_requested() else " --cpu" if accelerator.device.type == "cpu" else ""
+        launched += f"{how} --num_processes {accelerator.num_processes}"
     begun = "a MAE pre-trained in this run" if recipe.init_from is None else f"the weights of the run {recipe.init_from}"
     return {
         "before": before,

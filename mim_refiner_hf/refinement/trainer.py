@@ -24,22 +24,29 @@ from torch.utils.data import DataLoader
 from ..broken_images import BROKEN, BrokenImages
 from ..checkpointing import (
     Checkpoint,
-    SaveError,
     check_tensors,
     in_bytes,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
     size_of,
 )
 from ..data import BatchSampler, ImageDataset, ImageStream
-from ..distributed import average_gradients, gather_objects, progress_bar, rank, world_size
+from ..distributed import average_gradients, progress_bar, rank, world_size
 from ..modeling_mim_refiner import MimRefinerModel
-from ..optimization import encoder_groups, freeze, head_groups, learning_rate, set_learning_rate, update_average
+from ..optimization import (
+    encoder_groups,
+    freeze,
+    head_groups,
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+    update_average,
+)
+from ..sharding import fsdp2_requested, gather_into, place, shard
 from .device import compile_blocks
 from .failure import check_finite
 from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
-from .heads import IdHeads
+from .heads import GroupedLayer, IdHeads
 from .interruption import Interrupted, StopSignals, ignore_stop_signals
 from .memory import choose_micro_batch
 from .objective import head_weights
@@ -110,6 +117,11 @@ class Trainer:
             getattr(self.encoder, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")()
         if recipe.compile:
             compile_blocks(self.encoder)
+        self.sharded = fsdp2_requested() and world_size() > 1
+        if self.sharded:
+            shard(self.encoder, self.encoder.layers)
+            shard(self.average, self.average.layers)
+            shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
         self.optimizer = self._optimizer(0)
         self.broken = BrokenImages(self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN)
 
@@ -171,6 +183,14 @@ class Trainer:
                         received,
                         f"stopped after step {done} of {stop_step}; the same command goes on from the checkpoint there",
                     )
+
+    def averaged(self) -> MimRefinerModel:
+        """The moving average of the encoder as an ordinary model, whole in every process."""
+        if not self.sharded:
+            return self.average
+        encoder = MimRefinerModel(self.average.config).to(self.accelerator.device).requires_grad_(False).eval()
+        gather_into(encoder, self.average)
+        return encoder
 
     def stage(self, step: int) -> str:
         """`warmup` or `refine`."""
@@ -293,25 +313,15 @@ class Trainer:
     # ---- what it keeps
 
     def save(self, done: int, extra_state: dict[str, Any]) -> None:
-        """Write a checkpoint after `done` steps (main process); SaveError on every process if that cannot be done."""
-        failure = self._write(done, extra_state) if self.accelerator.is_main_process else None
-        if message := next(filter(None, gather_objects(failure)), None):
-            raise SaveError(message)
-
-    def _write(self, done: int, extra_state: dict[str, Any]) -> str | None:
-        """Write a checkpoint; what went wrong, if anything."""
+        """Write a checkpoint after `done` steps; SaveError on every process if that cannot be done."""
         tensors = self.tensors() | optimizer_tensors(self.optimizer)
         state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
         state["broken"] = self.broken.entries
         folder, keep = Path(self.recipe.output_dir) / "checkpoints", self.recipe.keep
-        try:
-            path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
-        except SaveError as error:
-            return str(error)
-        if (stage := self.stage(done - 1)) not in self.sized:
+        path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
+        if (stage := self.stage(done - 1)) not in self.sized and self.accelerator.is_main_process:
             self.sized.add(stage)
             print(f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
-        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
@@ -327,8 +337,8 @@ class Trainer:
             restore_optimizer(optimizer, checkpoint)
             self.optimizer = optimizer
         for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
-            state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-            module.load_state_dict(state)
+            own = module.state_dict()
+            module.load_state_dict({name: place(checkpoint.tensors[prefix + name], own[name]) for name in own})
         self.seconds = dict(checkpoint.state["seconds"])
         self.broken.add(checkpoint.state.get("broken", []))
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
