@@ -87,7 +87,7 @@ def row(num_clusters: int, runs: int, rounds: int) -> Row:
 
 
 ROWS: dict[str, Callable[[], Row]] = {
-    "kmeans-100": lambda: row(100, runs=5, rounds=3),
+    "kmeans-100": lambda: row(100, runs=10, rounds=2),
     "kmeans-1000": lambda: row(1000, runs=3, rounds=1),
 }
 """The rows of this file by name."""
