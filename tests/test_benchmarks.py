@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks import growth, views_quality
 from benchmarks.rows import LeftOut, Row, Seconds, interleaved
 
 
@@ -60,3 +61,29 @@ def test_a_cheap_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["loss", "--json"]) in (0, 1)
     found = json.loads(capsys.readouterr().out)
     assert found["name"] == "loss" and found["floor"] > 0 and found["ratio"] == pytest.approx(found["peer"] / found["measured"])
+
+
+def test_exponents_and_their_verdict() -> None:
+    axis = growth.Axis(lambda size: lambda: None, (2, 3, 7), (0.9, 1.1), "so", "rows", lambda size: size**2)
+    cost = [5 * axis.work(size) ** 1.5 for size in axis.sizes]
+    assert growth.exponent(axis, cost) == pytest.approx(1.5)
+    page = "\n".join(growth.table("rows", axis, cost))
+    assert "**1.50**, NOT as expected: more" in page and "| rows | 4 | 9 | 49 |" in page
+    assert "as expected." in growth.table("rows", axis, [axis.work(size) for size in axis.sizes])[2]
+
+
+def test_verdicts_on_the_quality_of_views() -> None:
+    """A difference of 2 points on every seed, give or take 0.1, is one; of 2 on one seed only it is none."""
+    for apart, verdict in (
+        ((0.02, 0.021, 0.019), "better"),
+        ((-0.02, -0.021, -0.019), "worse"),
+        ((0, 0.02, 0), "no difference"),
+    ):
+        exact, fast = 3 * (0.5,), [0.5 + each for each in apart]
+        scores = {
+            (way, seed): dict.fromkeys(views_quality.METRICS, values[seed])
+            for way, values in (("exact", exact), ("fast", fast))
+            for seed in range(3)
+        }
+        found = views_quality.lines("digits", scores)
+        assert len(found) == 3 and all(verdict in line for line in found)

@@ -7,7 +7,7 @@
 A worker decodes, crops, resizes and flips on uint8 tensors. With `hand_over` it leaves the colour operations to the device, which
 does a whole batch at a time (`colour_ops.py`); without, as on a machine that has only CPUs, it does them itself, view by view.
 A view is the one that the exact way makes of the same (seed, epoch, index), but for interpolation and rounding.
-`python -m benchmarks.views` compares their speed; `tests/test_fast_views.py` bounds the differences.
+`python -m benchmarks views-cpu views-hand-over` compares their speed; `tests/test_fast_views.py` bounds the differences.
 """
 
 from collections.abc import Mapping, Sequence
