@@ -132,7 +132,7 @@ def tokens(side: int) -> int:
 
 AXES = {
     "batch": Axis(lambda n: step(batch=n), (8, 16, 32, 64), (0.8, 1.1), "every image costs the same", "images per step"),
-    "heads": Axis(align, (2, 4, 8, 16), (0.85, 1.1), "every head costs the same", "heads"),
+    "heads": Axis(align, (2, 4, 8, 16), (0.8, 1.1), "every head costs the same; starting operations does not grow", "heads"),
     "queue": Axis(lookup, (4096, 8192, 16384, 32768, 65536), (0.8, 1.15), "every row is compared once", "rows of the queue"),
     "local crops": Axis(
         lambda n: step(local=n),
@@ -145,7 +145,7 @@ AXES = {
     "image size": Axis(
         lambda n: step(batch=4, size=n),
         (64, 96, 128, 192),
-        (0.9, 1.4),
+        (0.85, 1.4),
         "linear layers grow with the tokens, attention with their square; at these sizes the layers are most of it",
         "tokens per image",
         lambda n: GLOBAL * tokens(n) + 4 * tokens(n // 2),
@@ -153,7 +153,7 @@ AXES = {
     "k-NN": Axis(neighbours, (10_000, 20_000, 40_000, 80_000), (0.85, 1.15), "every row is compared once", "rows of the bank"),
     "k-means": Axis(
         groups,
-        (10_000, 20_000, 40_000, 80_000),
+        (20_000, 40_000, 80_000, 160_000),
         (0.5, 1.05),
         "full passes grow with the rows; the starts are found on a sample of 4096 rows, which does not grow",
         "rows",
@@ -216,6 +216,8 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
         panel.loglog(works, seconds, "o-", color="tab:blue", label=f"measured, {exponent(axis, seconds):.2f}")
         panel.loglog(works, seconds[-1] * works / works[-1], ":", color="grey", label="exponent 1")
         panel.set(title=name, xlabel=axis.unit, ylabel="seconds")
+        panel.set_xticks(works, [f"{work:.0f}" for work in works], fontsize=8)
+        panel.minorticks_off()
         panel.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -165,6 +165,7 @@ def brightness_(views: Array, amount: Amount) -> None:
 def contrast_(views: Array, amount: Amount) -> None:
     """Away from the mean grey, rounded to a whole level as in Pillow."""
     grey = luminance(views)
+    mean: Amount
     if isinstance(grey, Tensor):
         mean = grey.mean((-2, -1), keepdim=True, dtype=torch.float32).round_().to(torch.int16)
     else:
