@@ -239,7 +239,7 @@ def main(names: list[str]) -> None:
         "# How costs grow",
         "",
         "Processor time of one thread, medians of three calls, and the exponent p of time ~ size^p that fits them. Each",
-        "part says which range is expected, and why; those of heads, local crops and image size were widened at the lower end, and the sizes",
+        "part says which range is expected, and why; those of heads, local crops and image size were widened downwards, and the sizes",
         "of k-means doubled, after a first run had shown what does not grow. Encoder: 6 blocks of width 192, random weights.",
         "",
         "```bash",
