@@ -1,21 +1,28 @@
-"""Every promise about speed, measured here and now: python -m benchmarks [row ...] [--json]
+"""Every promise about speed, measured here and now: python -m benchmarks [row ...] [--json | --markdown FILE]
 
-Prints target, measured, peer, ratio and floor of each row; exits with 1 where a target is missed, with 2 for a row that does not
-exist. A row whose peer is not installed, or whose promise is none on this machine, says so and is left out.
+Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two threads; exits with 1 where a target
+is missed, with 2 for a row that does not exist. A row whose peer is not installed (`pip install -e ".[bench]"`), or whose promise is
+none on this machine, says so and is left out. `--markdown benchmarks/results/speed.md` also writes the table, with command, machine
+and date; on an idle machine only, and rows that other work disturbed are worth running again.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
+import os
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
-from . import evaluation, step
+from . import evaluation, kmeans, step, views
 from .rows import LeftOut, Row
 
-ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS}
+ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS, **views.ROWS, **kmeans.ROWS}
 """Every row by name; a file with rows adds its dict here."""
 
 
@@ -26,37 +33,84 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("rows", nargs="*", metavar="row", help=f"which to run: {', '.join(ROWS)}; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there, replacing what it holds")
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.rows if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if asked.markdown is not None and not asked.markdown.parent.is_dir():
+        parser.error(f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or name another")
     torch.set_flush_denormal(True)
-    missed = False
+    found, left_out = [], []
     if not asked.json:
-        print(f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'floor':>10}")
+        print(f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8} {'floor':>10}")
     for name in asked.rows or ROWS:
         try:
             row = ROWS[name]()
-        except ModuleNotFoundError as missing:
-            print(f"{name}: left out, {missing.name} is not installed", file=sys.stderr)
-            continue
-        except LeftOut as reason:
+        except (ModuleNotFoundError, LeftOut) as error:
+            reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
             print(f"{name}: left out, {reason}", file=sys.stderr)
+            left_out.append(f"`{name}`: left out, {reason}")
             continue
-        missed |= not row.holds
-        print(
-            json.dumps({**dataclasses.asdict(row), "ratio": row.ratio, "holds": row.holds}) if asked.json else line(row),
-            flush=True,
-        )
-    return int(missed)
+        found.append(row)
+        print(json.dumps(facts(row)) if asked.json else line(row), flush=True)
+    if asked.markdown is not None:
+        asked.markdown.write_text(markdown(found, left_out, asked.rows), encoding="utf-8")
+    return int(not all(row.holds for row in found))
+
+
+def facts(row: Row) -> dict[str, object]:
+    """A row as JSON."""
+    return {**dataclasses.asdict(row), "ratio": row.ratio, "wall_ratio": row.wall_ratio, "holds": row.holds}
+
+
+def cells(row: Row) -> list[str]:
+    """Target, measured, peer, ratio, ratio by wall time, and floor in words."""
+    target = f"{'<=' if row.at_most else '>='} {row.target:.2f}x"
+    measured, peer, floor = (
+        f"{value:.4f}{row.unit}" if value is not None else "-" for value in (row.measured, row.peer, row.floor)
+    )
+    wall = f"{row.wall_ratio:.2f}x" if row.wall_ratio is not None else "-"
+    return [target, measured, peer, f"{row.ratio:.2f}x", wall, floor]
 
 
 def line(row: Row) -> str:
     """A row of the table."""
-    sign = "<=" if row.at_most else ">="
-    numbers = [f"{value:.4f}{row.unit}" if value is not None else "-" for value in (row.measured, row.peer, row.floor)]
-    measured, peer, floor = (f"{number:>10}" for number in numbers)
-    verdict = "" if row.holds else "  MISSED"
-    return f"{row.name:<22} {sign}{row.target:>5.2f}x {measured} {peer} {row.ratio:>6.2f}x {floor}  {row.note}{verdict}"
+    widths = (8, 10, 10, 7, 8, 10)
+    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells(row), widths, strict=True))
+    return f"{row.name:<22} {numbers}  {row.note}{'' if row.holds else '  MISSED'}"
+
+
+def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
+    """The page of results: how it was measured, the table, the machine."""
+    head = "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
+    table = [f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} | {row.note} |" for row in found]
+    text = [
+        "# Speed against named peers",
+        "",
+        "Medians of rounds in which ours and the peer take turns, in processor time of one thread, after both have given the same",
+        "numbers. The target applies to that ratio; beside it stands the one of wall time with two threads. The floor is what the",
+        "bare matrix products (for views: decoding) take. Rows are defined in [benchmarks/](..).",
+        "",
+        "```bash",
+        " ".join(["python -m benchmarks", *asked]),
+        "```",
+        "",
+        head,
+        "|---|---:|---:|---:|---:|---:|---:|---|---|",
+        *table,
+        "",
+        *left_out,
+        *([""] if left_out else []),
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, torch {version('torch')}, Python {platform.python_version()}",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it; elsewhere its kind."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":

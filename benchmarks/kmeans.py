@@ -1,8 +1,9 @@
 """k-means against scikit-learn's MiniBatchKMeans, per restart, one thread each: python -m benchmarks.kmeans
 
 For k groups: max(20 000, 50 k) rows of 192 dimensions in 3 k normal groups of different spread in a space of 40 dimensions, plus
-noise in all. Each round times ten restarts of either one after the other and takes the best inertia of each over all
-rows. Before, both are started from the same centroids and must end in the same ones. Writes benchmarks/results/kmeans.md.
+noise in all. Each round times ten restarts of either one after the other and takes the best inertia of each over all rows. Before,
+both are started from the same centroids and must end in the same ones. Writes benchmarks/results/kmeans.md. `python -m benchmarks
+kmeans-100 kmeans-1000` are rows on the same data, 20 000 rows of it, with 15 passes at most.
 """
 
 import datetime
@@ -10,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from torch import Tensor
 
 from mim_refiner_hf.clustering import kmeans
 
+from .rows import Row, interleaved, products
+
 WIDTH, RUNS = 192, 10
 ROUNDS = {100: 3, 1000: 1}  # by number of groups; a round of 1000 takes two minutes
 PASSES = (5, 15, 50)  # full Lloyd passes at most; 50 is the default
+ROW_SIZE, ROW_PASSES = 20_000, 15  # of the rows of `python -m benchmarks`
 
 
 def size(num_clusters: int) -> int:
@@ -49,20 +54,44 @@ def check(rows: Tensor) -> None:
     assert abs(found.inertia / expected.inertia_ - 1) < 1e-4, "the inertia differs from scikit-learn's"
 
 
-def ours(rows: Tensor, num_clusters: int, seed: int, passes: int) -> tuple[float, float]:
+def ours(rows: Tensor, num_clusters: int, seed: int, passes: int, runs: int = RUNS) -> tuple[float, float]:
     """Seconds of processor time per restart, and the inertia of the best."""
     start = time.process_time()
-    found = kmeans(rows, num_clusters, runs=RUNS, iterations=passes, seed=seed, spherical=False)
-    return (time.process_time() - start) / RUNS, found.inertia
+    found = kmeans(rows, num_clusters, runs=runs, iterations=passes, seed=seed, spherical=False)
+    return (time.process_time() - start) / runs, found.inertia
 
 
-def theirs(rows: Tensor, num_clusters: int, seed: int) -> tuple[float, float]:
+def theirs(rows: Tensor, num_clusters: int, seed: int, runs: int = RUNS) -> tuple[float, float]:
     """The same of scikit-learn."""
     start, points = time.process_time(), rows.numpy()
     inertia = min(
-        MiniBatchKMeans(num_clusters, n_init=1, random_state=seed * RUNS + run).fit(points).inertia_ for run in range(RUNS)
+        MiniBatchKMeans(num_clusters, n_init=1, random_state=seed * runs + run).fit(points).inertia_ for run in range(runs)
     )
-    return (time.process_time() - start) / RUNS, inertia
+    return (time.process_time() - start) / runs, inertia
+
+
+def row(num_clusters: int, runs: int, rounds: int) -> Row:
+    """Restarts of both; every round of both has the same seed, so that the inertias say what the time was spent on."""
+    rows = features(num_clusters)[:ROW_SIZE]
+    check(rows)
+    mine: list[float] = []
+    others: list[float] = []
+    measured, peer, floor = interleaved(
+        lambda: mine.append(ours(rows, num_clusters, 0, ROW_PASSES, runs)[1]),
+        lambda: others.append(theirs(rows, num_clusters, 0, runs)[1]),
+        products(*[(len(rows), WIDTH, num_clusters)] * runs),
+        rounds=rounds,
+    )
+    assert max(mine) <= min(others), f"our inertia is {max(mine) / min(others) - 1:.1%} higher than scikit-learn's"
+    note = f"{len(rows)} x {WIDTH}, {runs} restarts, {ROW_PASSES} passes at most; MiniBatchKMeans; floor: one assignment each"
+    return Row(f"kmeans-{num_clusters}", 2.5, measured, peer, floor, note)
+
+
+ROWS: dict[str, Callable[[], Row]] = {
+    "kmeans-100": lambda: row(100, runs=10, rounds=2),
+    "kmeans-1000": lambda: row(1000, runs=5, rounds=1),
+}
+"""The rows of this file by name."""
 
 
 def table(num_clusters: int, rounds: list[list[tuple[float, float]]]) -> list[str]:

@@ -5,12 +5,13 @@
         return Row("my-row", target=1.15, measured=mine, peer=theirs, floor=least, note="what it is measured on")
 
 A row asserts first that both ways give the same numbers. Timings are processor time of this process with one thread, both ways in
-turns, so that what else the machine does hits them alike; what counts is the ratio.
+turns, so that what else the machine does hits them alike; what counts is the ratio. Wall time with two threads stands beside it.
 """
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,12 @@ from threadpoolctl import threadpool_limits
 
 class LeftOut(Exception):
     """Raised by a row whose promise is none on this machine: the reason, as what follows "left out, "."""
+
+
+class Seconds(float):
+    """Seconds of processor time with one thread; `wall` are those of the clock with two, None on a machine with one core."""
+
+    wall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,28 +57,64 @@ class Row:
         return self.measured / self.peer if self.at_most else self.peer / self.measured
 
     @property
+    def wall_ratio(self) -> float | None:
+        """`ratio` by wall time with two threads; None where that was not taken. The target does not apply to it."""
+        mine, theirs = (getattr(seconds, "wall", None) for seconds in (self.measured, self.peer))
+        if not mine or not theirs:
+            return None
+        return float(mine / theirs if self.at_most else theirs / mine)
+
+    @property
     def holds(self) -> bool:
         """Whether the target is met."""
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
 
-def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[float]:
-    """Median processor seconds of each way, one thread, in turns, after one call of each that is not timed."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[Seconds]:
+    """Median seconds of each way, in turns, after one call of each that is not timed: of the processor with one thread, and, in half
+    as many rounds, of the clock with two."""
+    seconds = [Seconds(median) for median in _medians(ways, rounds, 1, time.process_time, warm=True)]
+    if (os.cpu_count() or 1) > 1:
+        walls = _medians(ways, (rounds + 1) // 2, 2, time.perf_counter, warm=False)
+        for taken, wall in zip(seconds, walls, strict=True):
+            taken.wall = wall
+    return seconds
+
+
+def _medians(
+    ways: Sequence[Callable[[], object]], rounds: int, threads: int, clock: Callable[[], float], warm: bool
+) -> list[float]:
+    taken: list[list[float]] = [[] for _ in ways]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        with threadpool_limits(1):
-            for way in ways:
+        with threadpool_limits(threads):
+            for way in ways if warm else ():
                 way()
             for _ in range(rounds):
-                for way, taken in zip(ways, seconds, strict=True):
-                    start = time.process_time()
+                for way, times in zip(ways, taken, strict=True):
+                    start = clock()
                     way()
-                    taken.append(time.process_time() - start)
+                    times.append(clock() - start)
     finally:
-        torch.set_num_threads(threads)
-    return [statistics.median(taken) for taken in seconds]
+        torch.set_num_threads(before)
+    return [statistics.median(times) for times in taken]
 
 
-__all__ = ["LeftOut", "Row", "interleaved"]
+def products(*shapes: tuple[int, int, int]) -> Callable[[], None]:
+    """A floor: one matrix product (m, k) x (k, n) for each (m, k, n), into tensors that are there already."""
+    matrices = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
+
+    def multiply() -> None:
+        for left, right, out in matrices:
+            torch.mm(left, right, out=out)
+
+    return multiply
+
+
+def trained(rows: int, inputs: int, outputs: int) -> list[tuple[int, int, int]]:
+    """The three products of a linear layer on so many rows in training: its output, the gradients of its input and of its weight."""
+    return [(rows, inputs, outputs), (rows, outputs, inputs), (outputs, rows, inputs)]
+
+
+__all__ = ["LeftOut", "Row", "Seconds", "interleaved", "products", "trained"]

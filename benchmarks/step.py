@@ -5,6 +5,7 @@ and gradients of both are compared. `queue-lightly` compares with lightly's NNMe
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
 
 from .plain_step import PlainQueue, PlainStep, plain_loss
-from .rows import LeftOut, Row, interleaved
+from .rows import LeftOut, Row, interleaved, products, trained
 
 HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING = 4, 192, 512, 1024, 128
 QUEUE, TOPK, GLOBAL, LOCAL, BATCH = 16384, 20, 2, 6, 16
@@ -53,6 +54,27 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert difference <= tolerance, f"the two ways differ by {difference:.1e}, allowed is {tolerance:.0e}"
 
 
+def loss_products() -> list[tuple[int, int, int]]:
+    """All pairs of targets and predictions of a head, and the gradient of the predictions."""
+    targets, predictions = GLOBAL * BATCH, (GLOBAL + LOCAL) * BATCH
+    return [(targets, EMBEDDING, predictions), (predictions, targets, EMBEDDING)] * HEADS
+
+
+def head_products() -> list[tuple[int, int, int]]:
+    """The layers of all heads in training, the queue's lookup, and the loss."""
+    rows = (GLOBAL + LOCAL) * BATCH
+    widths = [WIDTH, PROJECTOR, PROJECTOR, EMBEDDING, PREDICTOR, EMBEDDING]
+    layers = [shape for sizes in itertools.pairwise(widths) for shape in trained(rows, *sizes)]
+    return [*layers, (GLOBAL * BATCH, EMBEDDING, QUEUE)] * HEADS + loss_products()
+
+
+def encoder_products() -> list[tuple[int, int, int]]:
+    """The linear layers of all blocks but the last in training; of the last one not every token is needed."""
+    layers = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
+    tokens = [count * BATCH * (1 + (size // 8) ** 2) for count, size in ((GLOBAL, 64), (LOCAL, 32))]
+    return [shape for rows in tokens for sizes in layers for shape in trained(rows, *sizes)] * 5
+
+
 def heads_queue_loss() -> Row:
     """Heads, queue and loss, forward and backward, from features."""
     refiner, (_, index, draw) = make_refiner(), a_batch()
@@ -77,8 +99,8 @@ def heads_queue_loss() -> Row:
 
     assert_close(ours(), theirs(), 1e-5)
     assert_close(features.grad, torch.stack([rows.grad for rows in separate]), 1e-4)
-    measured, peer = interleaved(ours, theirs)
-    return Row("heads-queue-loss", 1.15, measured, peer, None, f"{SIZES}; one module per head, a loop over pairs")
+    measured, peer, floor = interleaved(ours, theirs, products(*head_products()))
+    return Row("heads-queue-loss", 1.15, measured, peer, floor, f"{SIZES}; one module per head, a loop over pairs")
 
 
 def queue() -> Row:
@@ -150,8 +172,8 @@ def loss() -> Row:
         return torch.autograd.grad(torch.stack(losses).sum(), predictions)[0]
 
     assert_close(ours(), theirs(), 1e-5)
-    measured, peer = interleaved(ours, theirs, rounds=15)
-    return Row("loss", 4.0, measured, peer, None, f"{SIZES}; a loop over heads and pairs of views")
+    measured, peer, floor = interleaved(ours, theirs, products(*loss_products()), rounds=15)
+    return Row("loss", 4.0, measured, peer, floor, f"{SIZES}; a loop over heads and pairs of views")
 
 
 def micro_batches(name: str, parts: int) -> Row:
@@ -225,10 +247,9 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
 
     for _ in range(2):  # the second step sees what the first one did to weights and queue
         assert_close(ours(), theirs(), 0.02 if bf16 else 1e-4)
-    measured, peer = interleaved(ours, theirs, rounds=5)
-    return Row(
-        name, target, measured, peer, None, f"{SIZES}; 6 blocks of width {WIDTH}; the step written straight from the method"
-    )
+    measured, peer, floor = interleaved(ours, theirs, products(*encoder_products(), *head_products()), rounds=5)
+    note = f"{SIZES}; 6 blocks of width {WIDTH}; the step written straight from the method"
+    return Row(name, target, measured, peer, None if bf16 else floor, note)
 
 
 ROWS: dict[str, Callable[[], Row]] = {

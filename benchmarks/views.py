@@ -1,49 +1,32 @@
-"""How many images a core makes into views: python -m benchmarks.views ../shared/data/imagenet-sample/train.parquet
+"""How many images a core makes into views: python -m benchmarks views-cpu views-hand-over
 
-The 12 views of the paper (2 of 224 px, 10 of 96 px) of JPEGs, one process, one thread, processor time, medians of interleaved
-rounds. The peer is the PIL way with torchvision's operations, in the order and with the numbers of the authors' kappadata, up to
-normalised float tensors. `hand-over` decodes, crops and flips to uint8 and leaves colour to a GPU; `all on the CPU` does the rest
-too, and normalises. Prints target, measured, peer and ratio; `--images` and `--rounds` make it shorter or surer. Where other work
-shares the cores, only the ratios mean something, and those of `all on the CPU`, many small operations, suffer most.
+The 12 views of the paper (2 of 224 px, 10 of 96 px) of JPEGs, decoding included. The peer is the PIL way with torchvision's
+operations, in the order and with the numbers of the authors' kappadata, up to normalised float tensors. `views-hand-over` decodes,
+crops and flips to uint8 and leaves colour to a GPU; `views-cpu` does the rest too, and normalises. The floor is decoding alone.
+The photographs are those of `MIM_REFINER_SHARED` (or ../shared); without them the rows are left out. Where other work shares the
+cores, `views-cpu`, many small operations, suffers most.
 """
 
-import argparse
-import statistics
-import time
+import itertools
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torchvision import transforms as tt
-from torchvision.transforms import functional as tv
 
 from mim_refiner_hf.data import decode_image, open_images
 from mim_refiner_hf.refinement.fast_views import FastMultiCrop
 from mim_refiner_hf.refinement.views import MultiCrop, normalise, view_rng, view_specs
 
+from .rows import LeftOut, Row, interleaved
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECS = view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True)
-TARGETS = {"hand-over": 270 / 46, "all on the CPU": 180 / 46, "exact": 1.0}
-
-
-class Row(NamedTuple):
-    """One comparison: seconds per image of ours and of the peer, the ratio promised, and the seconds of decoding alone."""
-
-    name: str
-    target: float
-    measured: float
-    peer: float
-    floor: float
-    note: str
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than the peer."""
-        return self.peer / self.measured
+IMAGES = 16
+PHOTOS = Path(os.environ.get("MIM_REFINER_SHARED", "../shared")) / "data/imagenet-sample/train.parquet"
 
 
 def pil_way() -> Callable[[Image.Image], list[Tensor]]:
@@ -70,65 +53,47 @@ def pil_way() -> Callable[[Image.Image], list[Tensor]]:
     return lambda image: [make(image) for make in pipelines]
 
 
-def finished(multicrop: MultiCrop | FastMultiCrop) -> Callable[[Image.Image], list[Tensor]]:
-    """Our views of an image, normalised."""
-    generators = (view_rng(0, 0, index) for index in range(2**31))
-    return lambda image: [normalise(views, MEAN, STD) for views in multicrop(image, next(generators)).values()]
+def our_way(hand_over: bool) -> Callable[[Image.Image], list[Tensor]]:
+    """Our views of an image: normalised, or, with `hand_over`, as a worker leaves them."""
+    multicrop, counter = FastMultiCrop(SPECS, hand_over), itertools.count()
+
+    def make(image: Image.Image) -> list[Tensor]:
+        views = list(multicrop(image, view_rng(0, 0, next(counter))).values())
+        return views if hand_over else [normalise(view, MEAN, STD) for view in views]
+
+    return make
 
 
-def rows(dataset: str, images: int = 40, rounds: int = 5) -> list[Row]:
-    """One row per way; the views are compared first: the exact ones by hand with torchvision's operations, fast with exact."""
-    table = open_images(dataset)
-    encoded = [table.found.sources[int(place)] for place in table.indices[:: max(1, len(table) // images)][:images]]
-    photo = decode_image(encoded[0])
-    _check(photo)
-    hand_over = FastMultiCrop(SPECS, hand_over=True)
-    ways: dict[str, Callable[[Image.Image], object]] = {
-        "decode": lambda image: image,
-        "peer": pil_way(),
-        "exact": finished(MultiCrop(SPECS)),
-        "all on the CPU": finished(FastMultiCrop(SPECS, hand_over=False)),
-        "hand-over": lambda image: hand_over(image, view_rng(0, 0, 0)),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        for turn in range(rounds + 1):  # the first is not counted
-            for name, way in ways.items():
-                start = time.process_time()
-                for source in encoded:
-                    way(decode_image(source))
-                if turn:
-                    seconds[name].append((time.process_time() - start) / len(encoded))
-    torch.set_num_threads(threads)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    note = f"12 views of a JPEG, {len(encoded)} images; the peer is torchvision on Pillow"
-    return [Row(name, TARGETS[name], median[name], median["peer"], median["decode"], note) for name in TARGETS]
-
-
-def _check(photo: Image.Image) -> None:
+def check(photo: Image.Image) -> None:
     """The same pictures before any time is taken: mean differences in grey levels of fast and exact views, of 255."""
     exact, fast = (make(photo, view_rng(0, 0, 1)) for make in (MultiCrop(SPECS), FastMultiCrop(SPECS, hand_over=False)))
     for kind, views in exact.items():
-        assert (fast[kind].float() - views.float()).abs().mean() < 1.0, kind
-    crop = FastMultiCrop([SPECS[0]], hand_over=True)(photo, view_rng(0, 0, 1))["global_views"][0]
-    assert crop.shape == (3, 224, 224) and np.array(tv.to_pil_image(crop)).std() > 0
+        assert (fast[kind].float() - views.float()).abs().mean() < 1.0, f"fast {kind} are not the exact ones"
 
 
-def main(dataset: str, images: int, rounds: int) -> None:
-    """Print the rows."""
-    print(f"{'row':<16}{'target':>9}{'measured':>12}{'peer':>12}{'ratio':>8}{'decoding':>12}  met")
-    for row in rows(dataset, images, rounds):
-        rates = [f"{1 / value:.0f} im/s" for value in (row.measured, row.peer, row.floor)]
-        met = "yes" if row.ratio >= row.target else "no"
-        print(f"{row.name:<16}{row.target:>8.2f}x{rates[0]:>12}{rates[1]:>12}{row.ratio:>7.2f}x{rates[2]:>12}  {met}")
+def views(name: str, hand_over: bool, target: float) -> Row:
+    """Seconds per image of our way and the PIL way; LeftOut without photographs."""
+    if not PHOTOS.is_file():
+        raise LeftOut(f"there is no {PHOTOS}; MIM_REFINER_SHARED names the folder that holds data/")
+    table = open_images(str(PHOTOS))
+    encoded = [table.found.sources[int(place)] for place in table.indices[:: len(table) // IMAGES][:IMAGES]]
+    check(decode_image(encoded[0]))
+
+    def over_all(make: Callable[[Image.Image], object]) -> Callable[[], None]:
+        def run() -> None:
+            for source in encoded:
+                make(decode_image(source))
+
+        return run
+
+    measured, peer, floor = interleaved(*map(over_all, (our_way(hand_over), pil_way(), lambda image: image)), rounds=5)
+    what = "decoded and cropped" if hand_over else "normalised"
+    note = f"{len(SPECS)} views of {IMAGES} JPEGs, {what}, {IMAGES / measured:.0f} images/s; torchvision on Pillow; floor: decoding"
+    return Row(name, target, measured, peer, floor, note)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="parquet file or folder of JPEGs, such as ../shared/data/imagenet-sample/train.parquet")
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    main(arguments.dataset, arguments.images, arguments.rounds)
+ROWS: dict[str, Callable[[], Row]] = {
+    "views-hand-over": lambda: views("views-hand-over", True, 270 / 46),
+    "views-cpu": lambda: views("views-cpu", False, 180 / 46),
+}
+"""The rows of this file by name."""

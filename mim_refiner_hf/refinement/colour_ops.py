@@ -1,4 +1,4 @@
-"""The colour operations of the views on tensors, each sample with its own parameters: on the device, a batch at a time.
+"""The colour operations of the views on arrays, each view with its own parameters.
 
     table = draw_table(draws)                     # (N, 11) from `views.draw_view`, on the CPU
     views = apply_colour(views, table)            # uint8 (N, C, H, W) -> uint8, on the device of `views`
@@ -7,31 +7,38 @@ The same parameters as in `views.py` and the same 8-bit steps, in int16: a facto
 is within one grey level of Pillow's. Hue is turned without going through HSV: within two levels of torchvision's on floats, and
 up to 11 from Pillow's, whose 8-bit HSV is the coarser. int16 takes half the memory traffic of float32, which is what all of this
 costs.
+
+Each operation is written once. A device gets tensors (N, C, H, W), all views of a batch that want it; a CPU one view (C, H, W) after
+the other, which stays in its cache, as NumPy arrays, whose small operations start in a quarter of the time.
 """
 
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .views import ViewDraw
 
 COLUMNS = 11  # 4 factors, 4 places of the order, sigma, grey, solarised
 ORDER, SIGMA, GREY, SOLARISED = 4, 8, 9, 10
-BATCH = 512  # views at a time; bounds the memory
+BATCH = 512  # views at a time on a device; bounds the memory
 RADIUS = 6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
 MAX_SIGMA, SIGMA_STEPS = 2.0, 500  # per pixel
-BLOCK = 96  # pixels that one product with a band matrix filters
+BLOCK = 96  # pixels that one product with a band matrix filters, of a batch
+SMALL_BLOCK = 112  # the same of a single view
 
-# Constants as tensors without dimensions: a Python number would cost a small operation more than the operation itself.
-_WEIGHTS = torch.tensor([38, 75, 15]) / 128  # 0.299 R + 0.587 G + 0.114 B
-_SEVEN, _EIGHT, _FIFTEEN, _HALF = (torch.tensor(value, dtype=torch.int16) for value in (7, 8, 15, 64))
-
-Operation = Callable[[Tensor, Tensor], None]
+Array = Any
+"""int16, in 0..255: a tensor (N, C, H, W), or a NumPy array (C, H, W)."""
+Amount = Any
+"""A whole number of a view: int16 (N, 1, 1, 1) beside a tensor, an int beside an array."""
+Operation = Callable[[Array, Amount], None]
 
 
 def draw_table(draws: Sequence[ViewDraw]) -> Tensor:
@@ -43,7 +50,7 @@ def draw_table(draws: Sequence[ViewDraw]) -> Tensor:
             factors[operation] = factor
             order[place] = 4 if operation == 3 and factor < 0 else operation
         rows.append([*factors, *order, draw.sigma, draw.grey, draw.solarised])
-    return torch.tensor(rows, dtype=torch.float32).view(len(rows), COLUMNS)
+    return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(rows), COLUMNS))
 
 
 @torch.inference_mode()
@@ -56,126 +63,196 @@ def apply_colour(views: Tensor, table: Tensor) -> Tensor:
     """
     if not views.numel():
         return views
-    flat, rows = views.reshape(-1, *views.shape[-3:]), table.reshape(-1, COLUMNS)
+    flat, orders = views.reshape(-1, *views.shape[-3:]), operations(table, views.shape[-3])
     result = torch.empty_like(flat)
+    if views.device.type == "cpu":
+        for view, order, done in zip(flat.numpy(), orders, result.numpy(), strict=True):
+            done[...] = colour_view_(view.astype(np.int16), order)
+        return result.view(views.shape)
     for start in range(0, len(flat), BATCH):
-        chunk, part = flat[start : start + BATCH].to(torch.int16), rows[start : start + BATCH]
-        _apply_rows(chunk, part.tolist(), _fixed_point(part).to(views.device), one_by_one=views.device.type == "cpu")
+        chunk = flat[start : start + BATCH].to(torch.int16)
+        colour_batch_(chunk, orders[start : start + BATCH])
         result[start : start + BATCH] = chunk
     return result.view(views.shape)
 
 
-def _apply_rows(views: Tensor, settings: list[list[float]], values: Tensor, one_by_one: bool) -> None:
-    """All operations on int16 views (N, C, H, W) in place; `values` (5, N, 1, 1) as of `_fixed_point`.
-
-    `one_by_one`: one view after the other, which a CPU keeps in its cache, instead of gathering those of an operation."""
-    colour = views.shape[1] == 3
-    for place in range(4):
-        rows: dict[int, list[int]] = defaultdict(list)
-        for row, setting in enumerate(settings):
-            rows[int(setting[ORDER + place])].append(row)
-        for number, operation in enumerate(_ADJUSTMENTS if colour else _ADJUSTMENTS[:2]):
-            if number in rows:
-                _on_rows(operation, views, values[min(number, 3)], rows[number], one_by_one)
-    last: list[tuple[int, Operation, Tensor]] = [
-        (SIGMA, blur_, values[4]),
-        (GREY, greyscale_, values[0]),
-        (SOLARISED, solarise_, values[0]),
-    ]
-    for column, operation, value in last:
-        chosen = [row for row, setting in enumerate(settings) if setting[column]]
-        if chosen:
-            _on_rows(operation, views, value, chosen, one_by_one)
+def operations(table: Tensor, channels: int) -> list[dict[int, tuple[Operation, int]]]:
+    """What is done to each view of a table (..., 11): operations with their amounts, by place in the order, 0 to 6."""
+    usable = len(_ADJUSTMENTS) if channels == 3 else 2
+    orders = []
+    for row in table.reshape(-1, COLUMNS).tolist():
+        turn = abs(math.trunc(row[3] * 255)) * 6 * 128 / 255  # Pillow turns by whole levels of 255, towards zero
+        amounts = [*(round(256 * (factor - 1)) for factor in row[:3]), round(turn)]
+        order: dict[int, tuple[Operation, int]] = {}
+        for place, number in enumerate(map(int, row[ORDER : ORDER + 4])):
+            if 0 <= number < usable:
+                order[place] = _ADJUSTMENTS[number], amounts[min(number, 3)]
+        if row[SIGMA]:
+            order[4] = blur_, round(row[SIGMA] * SIGMA_STEPS)
+        if row[GREY]:
+            order[5] = greyscale_, 0
+        if row[SOLARISED]:
+            order[6] = solarise_, 0
+        orders.append(order)
+    return orders
 
 
-def _fixed_point(table: Tensor) -> Tensor:
-    """int16 (5, N, 1, 1): round(256 (f - 1)) of brightness, contrast and saturation; the hue's turn in 1/128 of a sixth of the
-    circle; sigma in 1/500 px."""
-    numbers = table.double().numpy().T
-    turns = np.abs(np.trunc(numbers[3] * 255)) * (6 * 128 / 255)  # Pillow turns by whole levels of 255, towards zero
-    fixed = np.stack([*(numbers[:3] - 1) * 256, turns, numbers[SIGMA] * SIGMA_STEPS])
-    return torch.from_numpy(np.rint(fixed).astype(np.int16))[:, :, None, None]
+def colour_view_(view: NDArray[np.int16], order: dict[int, tuple[Operation, int]]) -> NDArray[np.int16]:
+    """The operations of one view (C, H, W), in place."""
+    for operation, amount in order.values():
+        operation(view, amount)
+    return view
 
 
-def _on_rows(operation: Operation, views: Tensor, values: Tensor, rows: list[int], one_by_one: bool) -> None:
-    if one_by_one:
-        for row in rows:
-            operation(views[row : row + 1], values[row : row + 1])
-    else:
-        index = torch.tensor(rows, device=views.device)
-        chosen = views[index]
-        operation(chosen, values[index])
-        views[index] = chosen
+def colour_batch_(views: Tensor, orders: Sequence[dict[int, tuple[Operation, int]]]) -> None:
+    """The operations of all views (N, C, H, W), in place: place by place, for all views at once that have the same one there."""
+    for place in range(7):
+        chosen: dict[Operation, list[tuple[int, int]]] = defaultdict(list)
+        for row, order in enumerate(orders):
+            if place in order:
+                operation, amount = order[place]
+                chosen[operation].append((row, amount))
+        for operation, pairs in chosen.items():
+            index, amounts = torch.tensor(pairs, device=views.device).unbind(dim=1)
+            part = views[index]
+            operation(part, amounts.to(torch.int16).view(-1, 1, 1, 1))
+            views[index] = part
 
 
-# The operations, in place: views int16 (N, C, H, W) in 0..255, values int16 (N, 1, 1) as of `_fixed_point`.
+# The operations, in place.
 
 
-def luminance(views: Tensor) -> Tensor:
-    """(N, H, W): 0.299 R + 0.587 G + 0.114 B with weights in 1/128, within one grey level; the image itself if greyscale."""
-    if views.shape[1] == 1:
-        return views[:, 0]
-    red, green, blue = views.unbind(dim=1)
-    return torch.add(_HALF, red, alpha=38).add_(green, alpha=75).add_(blue, alpha=15).bitwise_right_shift_(_SEVEN)
+def _planes(views: Array) -> tuple[Array, Array, Array]:
+    """Red, green and blue, (..., 1, H, W) each."""
+    return views[..., 0:1, :, :], views[..., 1:2, :, :], views[..., 2:3, :, :]
 
 
-def _blend_(views: Tensor, change: Tensor) -> None:
+def luminance(views: Array) -> Array:
+    """(..., 1, H, W): 0.299 R + 0.587 G + 0.114 B with weights in 1/128, within one grey level; the image itself if greyscale."""
+    if views.shape[-3] == 1:
+        return views
+    red, green, blue = _planes(views)
+    grey = red * 38
+    grey += green * 75
+    grey += blue * 15
+    grey += 64
+    grey >>= 7
+    return grey
+
+
+def _blend_(views: Array, change: Array, amount: Amount) -> None:
     """views += floor(change / 256), where change = amount * (views - other): towards `other` or away from it."""
-    views.add_(change.bitwise_right_shift_(_EIGHT)).clamp_(0, 255)
+    change >>= 8
+    views += change
+    if isinstance(views, Tensor):
+        views.clamp_(0, 255)
+    elif amount > 0:  # towards `other` it stays within bounds
+        np.maximum(views, _plane(views.shape[1:], 0), out=views)
+        np.minimum(views, _plane(views.shape[1:], 255), out=views)
 
 
-def brightness_(views: Tensor, amount: Tensor) -> None:
+@functools.cache
+def _plane(size: tuple[int, int], value: int) -> NDArray[np.int16]:
+    """(H, W) of one value: NumPy's minimum with an array is four times as fast as with a number."""
+    return np.full(size, value, dtype=np.int16)
+
+
+def brightness_(views: Array, amount: Amount) -> None:
     """Away from black."""
-    _blend_(views, views * amount.unsqueeze(1))
+    _blend_(views, views * amount, amount)
 
 
-def contrast_(views: Tensor, amount: Tensor) -> None:
+def contrast_(views: Array, amount: Amount) -> None:
     """Away from the mean grey, rounded to a whole level as in Pillow."""
-    mean = views.sum((2, 3), dtype=torch.float32) / views[0, 0].numel()  # (N, C)
-    grey = (mean @ _WEIGHTS.to(mean.device) if views.shape[1] == 3 else mean[:, 0]).round_().to(torch.int16)
-    _blend_(views, (views - grey.view(-1, 1, 1, 1)).mul_(amount.unsqueeze(1)))
+    grey = luminance(views)
+    mean: Amount
+    if isinstance(grey, Tensor):
+        mean = grey.mean((-2, -1), keepdim=True, dtype=torch.float32).round_().to(torch.int16)
+    else:
+        mean = int(np.add.reduce(grey, axis=None, dtype=np.int32) / grey.size + 0.5)
+    change = views - mean
+    change *= amount
+    _blend_(views, change, amount)
 
 
-def saturation_(views: Tensor, amount: Tensor) -> None:
+def saturation_(views: Array, amount: Amount) -> None:
     """Away from the greyscale image."""
-    _blend_(views, (views - luminance(views).unsqueeze(1)).mul_(amount.unsqueeze(1)))
+    change = views - luminance(views)
+    change *= amount
+    _blend_(views, change, amount)
 
 
-def hue_(views: Tensor, amount: Tensor, back: bool = False) -> None:
+def hue_(views: Array, amount: Amount, back: bool = False) -> None:
     """Turn the hue forward, red to green, by `amount` / 128 of a sixth of the circle, at most one; `back`: the other way.
 
     In HSV a channel c rises from the minimum to the maximum, stays for two sixths, and falls again. On either slope it lies
     c - next above the start of that slope, where next is the one after it in R, G, B, R; a turn by t moves it by t * chroma up a
     rising slope (previous >= next), or (1 - t) * chroma on a falling one; the clamp does the corners.
     """
-    red, green, blue = views.unbind(dim=1)[::-1] if back else views.unbind(dim=1)
-    low = torch.minimum(red, green)
-    high = torch.maximum(red, green)
-    torch.minimum(low, blue, out=low)
-    torch.maximum(high, blue, out=high)
+    xp: Any = torch if isinstance(views, Tensor) else np
+    red, green, blue = _planes(views)[::-1] if back else _planes(views)
+    low, high = xp.minimum(red, green), xp.maximum(red, green)
+    xp.minimum(low, blue, out=low)
+    xp.maximum(high, blue, out=high)
     falling = high - low  # chroma
-    rising = (falling * amount).bitwise_right_shift_(_SEVEN)
-    falling.sub_(rising).sub_(rising)  # (1 - 2 t) chroma: what a falling slope has beyond a rising one
-    rising.add_(low)
-    ahead = torch.stack([green - red, blue - green, red - blue], dim=1)  # next - c
-    falls = ahead.bitwise_right_shift(_FIFTEEN).bitwise_and_(falling.unsqueeze(1))  # next - c < 0 for c: c's predecessor falls
-    slope, correction = ahead.unbind(dim=1), falls.unbind(dim=1)
+    rising = falling * amount
+    rising >>= 7
+    falling -= rising
+    falling -= rising  # (1 - 2 t) chroma: what a falling slope has beyond a rising one
+    rising += low
+    ahead = (green - red, blue - green, red - blue)  # next - c
     for place, channel in enumerate((red, green, blue)):
-        torch.sub(rising, slope[place], out=channel).add_(correction[(place + 1) % 3])
-    torch.clamp(views, low.unsqueeze(1), high.unsqueeze(1), out=views)
+        falls = ahead[(place + 1) % 3] >> 15  # all ones where c's predecessor lies above next: c falls
+        falls &= falling
+        xp.subtract(rising, ahead[place], out=channel)
+        channel += falls
+        xp.maximum(channel, low, out=channel)
+        xp.minimum(channel, high, out=channel)
 
 
-_ADJUSTMENTS: tuple[Operation, ...] = (brightness_, contrast_, saturation_, hue_, functools.partial(hue_, back=True))
+_hue_back_ = functools.partial(hue_, back=True)
+_ADJUSTMENTS: tuple[Operation, ...] = (brightness_, contrast_, saturation_, hue_, _hue_back_)
 
 
-def blur_(views: Tensor, sigma: Tensor) -> None:
-    """Pillow's Gaussian blur, three boxes of fractional radius, as one kernel of 13 taps per direction, edges repeated."""
-    padded = F.pad(views.to(torch.float32), [RADIUS] * 4, mode="replicate")
-    taps = blur_taps().to(views.device)[sigma.flatten().long()]
-    band = (
-        F.pad(taps, (BLOCK - 1, BLOCK - 1)).unfold(-1, BLOCK + 2 * RADIUS, 1).flip(1).unsqueeze(1)
-    )  # row i: taps from place i on
-    views.copy_(_smooth(_smooth(padded, band).mT, band).mT.add_(0.5))
+def blur_(views: Array, sigma: Amount) -> None:
+    """Pillow's Gaussian blur, three boxes of fractional radius, as one kernel of 13 taps per direction, edges repeated; `sigma` in
+    1/500 px."""
+    if isinstance(views, Tensor):
+        padded = F.pad(views.to(torch.float32), [RADIUS] * 4, mode="replicate")
+        taps = blur_taps().to(views.device)[sigma.flatten().long()]
+        band = (
+            F.pad(taps, (BLOCK - 1, BLOCK - 1)).unfold(-1, BLOCK + 2 * RADIUS, 1).flip(1).unsqueeze(1)
+        )  # row i: taps from i on
+        views.copy_(_smooth(_smooth(padded, band).mT, band).mT.add_(0.5))
+        return
+    _blur_view_(views, int(sigma))
+
+
+def _blur_view_(view: NDArray[np.int16], sigma: int) -> None:
+    """`blur_` of one view (C, H, W): repeated edges are folded into the matrices, which saves padding the view."""
+    rows = torch.from_numpy(view.astype(np.float32))
+    bands = {length: _folded_band(sigma, length) for length in set(view.shape[1:])}
+    down = [bands[rows.shape[1]][part, near] @ rows[:, near] for part, near in _parts(rows.shape[1])]
+    rows = torch.cat(down, dim=1) if len(down) > 1 else down[0]
+    for part, near in _parts(rows.shape[2]):
+        view[:, :, part] = (rows[:, :, near] @ bands[rows.shape[2]][part, near].T).add_(0.5).numpy()
+
+
+def _folded_band(sigma: int, length: int) -> Tensor:
+    """(length, length): row i holds the taps around place i; what would lie outside is added to the edge."""
+    wide = np.zeros((length, length + 2 * RADIUS + 1), dtype=np.float32)
+    wide[:, : 2 * RADIUS + 1] = blur_taps()[sigma].numpy()  # read with rows one shorter, each begins one place further
+    wide = wide.reshape(-1)[: length * (length + 2 * RADIUS)].reshape(length, -1)
+    band = wide[:, RADIUS : RADIUS + length]
+    band[:RADIUS, 0] += wide[:RADIUS, :RADIUS].sum(1)
+    band[-RADIUS:, -1] += wide[-RADIUS:, RADIUS + length :].sum(1)
+    return torch.from_numpy(band)
+
+
+def _parts(length: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a length, each with the places that its blur reads."""
+    for start in range(0, length, SMALL_BLOCK):
+        yield slice(start, start + SMALL_BLOCK), slice(max(0, start - RADIUS), start + SMALL_BLOCK + RADIUS)
 
 
 def _smooth(padded: Tensor, band: Tensor) -> Tensor:
@@ -204,14 +281,15 @@ def blur_taps() -> Tensor:
     return torch.from_numpy(np.stack(kernels).astype(np.float32))
 
 
-def greyscale_(views: Tensor, _: Tensor) -> None:
+def greyscale_(views: Array, _: Amount) -> None:
     """Luminance on every channel."""
-    views.copy_(luminance(views).unsqueeze(1).expand_as(views))
+    views[...] = luminance(views)
 
 
-def solarise_(views: Tensor, _: Tensor) -> None:
+def solarise_(views: Array, _: Amount) -> None:
     """Invert every value from 128 on: whichever of value and inverse is the smaller."""
-    torch.minimum(views, 255 - views, out=views)
+    xp: Any = torch if isinstance(views, Tensor) else np
+    xp.minimum(views, 255 - views, out=views)
 
 
-__all__ = ["apply_colour", "draw_table"]
+__all__ = ["apply_colour", "colour_view_", "draw_table", "operations"]

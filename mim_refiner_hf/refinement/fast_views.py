@@ -7,7 +7,7 @@
 A worker decodes, crops, resizes and flips on uint8 tensors. With `hand_over` it leaves the colour operations to the device, which
 does a whole batch at a time (`colour_ops.py`); without, as on a machine that has only CPUs, it does them itself, view by view.
 A view is the one that the exact way makes of the same (seed, epoch, index), but for interpolation and rounding.
-`python -m benchmarks.views` compares their speed; `tests/test_fast_views.py` bounds the differences.
+`python -m benchmarks views-cpu views-hand-over` compares their speed; `tests/test_fast_views.py` bounds the differences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .colour_ops import apply_colour, draw_table
+from .colour_ops import apply_colour, colour_view_, draw_table, operations
 from .views import ViewDraw, ViewSpec, by_kind, draw_view
 
 VIEW_KINDS: tuple[Literal["global"], Literal["local"]] = ("global", "local")
@@ -37,28 +38,31 @@ class FastMultiCrop:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         pixels = torch.from_numpy(np.array(image))
-        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)  # (C, H, W), channels last in memory
+        pixels = pixels.unsqueeze(-1) if pixels.ndim == 2 else pixels
         item = {}
         for kind, specs in self.kinds.items():
             draws = [draw_view(*image.size, spec, rng) for spec in specs]
-            views = torch.empty(len(specs), len(pixels), *[specs[0].size if specs else 0] * 2, dtype=torch.uint8)
-            for view, draw in zip(views, draws, strict=True):
-                view.copy_(resized_crop(pixels, draw, view.shape[-1]))
+            views = torch.empty(len(specs), pixels.shape[-1], *[specs[0].size if specs else 0] * 2, dtype=torch.uint8)
             table = draw_table(draws)
-            item[f"{kind}_views"] = views if self.hand_over else apply_colour(views, table)
+            orders = [{}] * len(specs) if self.hand_over else operations(table, pixels.shape[-1])
+            for view, draw, order in zip(views.numpy(), draws, orders, strict=True):
+                crop = resized_crop(pixels, draw, view.shape[-1])
+                view[...] = colour_view_(crop.astype(np.int16, order="C"), order) if order else crop
+            item[f"{kind}_views"] = views
             if self.hand_over:
                 item[f"{kind}_draws"] = table
         return item
 
 
-def resized_crop(pixels: Tensor, draw: ViewDraw, size: int) -> Tensor:
-    """uint8 (C, H, W) -> (C, size, size): the crop of a draw, bicubic with antialiasing, flipped if it says so.
+def resized_crop(pixels: Tensor, draw: ViewDraw, size: int) -> NDArray[np.uint8]:
+    """uint8 (H, W, C) -> (C, size, size): the crop of a draw, bicubic with antialiasing, flipped if it says so; channels last in
+    memory.
 
     torch's uint8 kernel has Pillow's filter and 16-bit weights; it is faster on a crop copied out first."""
     top, left, height, width = draw.box
-    crop = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    view = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-    return view.flip(-1) if draw.flip else view
+    crop = pixels[top : top + height, left : left + width].contiguous().permute(2, 0, 1).unsqueeze(0)
+    view: NDArray[np.uint8] = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].numpy()
+    return view[..., ::-1] if draw.flip else view
 
 
 def finished_views(batch: Mapping[str, Tensor], kind: Literal["global", "local"], device: torch.device | str) -> Tensor:
