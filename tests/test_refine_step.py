@@ -1,6 +1,7 @@
 """One whole step against the authors' code: heads, queue, objective, every gradient, and the exact micro-batches."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.optimization import freeze
+from mim_refiner_hf.refinement.device import compile_blocks
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.objective import head_weights, nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
@@ -207,11 +210,24 @@ def build_refiner(goldens: Path, case: str, tmp_path: Path) -> tuple[Refiner, di
     return refiner, inputs, outputs
 
 
+# every way through a step: images at a time, and what is done to the encoder. Grouped heads, the queue's kept norms, the loss in
+# one product with its own gradient, and the last block without patches are part of all of them.
+PATHS: dict[str, tuple[int | None, Callable[[MimRefinerModel], object]]] = {
+    "whole batch": (None, lambda encoder: None),
+    "micro-batches, one graph kept": (2, lambda encoder: None),
+    "micro-batches, each computed twice": (1, lambda encoder: None),
+    "activation checkpointing": (None, lambda encoder: encoder.gradient_checkpointing_enable()),
+    "compiled blocks": (None, lambda encoder: compile_blocks(encoder, backend="aot_eager")),
+}
+
+
 @pytest.mark.parametrize("case", ["prenorm", "postnorm"])
 @pytest.mark.parametrize("pairs", ["intended", "official"])
-@pytest.mark.parametrize("micro", [None, 2, 5])
-def test_refine_step(goldens: Path, tmp_path: Path, case: str, pairs: str, micro: int | None) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_refine_step(goldens: Path, tmp_path: Path, case: str, pairs: str, path: str) -> None:
     refiner, inputs, outputs = build_refiner(goldens, case, tmp_path)
+    micro, prepare = PATHS[path]
+    prepare(refiner.encoder)
     if pairs == "official":
         refiner.weights = official_pairs(2, 3)
     views = [inputs["global_views"], inputs["local_views"]]
