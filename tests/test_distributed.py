@@ -1,4 +1,4 @@
-"""Two processes with half the batch each are one process with all of it: loss, gradients, batch norm, queue, whole runs."""
+"""Two processes with half the batch each, or four with a quarter, are one with all of it: loss, gradients, queue, whole runs."""
 
 import io
 import json
@@ -37,7 +37,7 @@ SHAPE = {
     "intermediate_size": 48,
 }
 BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20  # the queue wraps around in the third step
-MICRO_BATCHES = (None, 3)
+MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}  # by the number of processes: images at a time
 
 
 def free_port() -> int:
@@ -75,24 +75,25 @@ def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor
     return kept | {f"state.{name}": tensor.clone() for name, tensor in refiner.state_dict().items()}
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    """One of two processes; writes what every case left behind."""
+def process(rank: int, processes: int, port: int, folder: str) -> None:
+    """One of several processes; writes what every case left behind."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    for micro in MICRO_BATCHES:
-        save_file(take_steps(rank, 2, micro), Path(folder) / f"{micro}-{rank}.safetensors")
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes)
+    for micro in MICRO_BATCHES[processes]:
+        save_file(take_steps(rank, processes, micro), Path(folder) / f"{micro}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
-    for micro in MICRO_BATCHES:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
+    torch.multiprocessing.spawn(process, (processes, free_port(), str(tmp_path)), nprocs=processes)
+    for micro in MICRO_BATCHES[processes]:
         expected = take_steps(0, 1, micro)
-        first, second = (load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(2))
-        assert expected.keys() == first.keys() == second.keys()
+        first, *others = (load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(processes))
+        assert all(expected.keys() == found.keys() for found in (first, *others))
         assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
         for name, tensor in expected.items():
-            assert torch.equal(first[name], second[name]), name  # the processes never drift apart
+            assert all(torch.equal(first[name], found[name]) for found in others), name  # the processes never drift apart
             if not tensor.is_floating_point():
                 assert torch.equal(first[name], tensor), name  # the queue's indices, labels, ages
             else:  # what is told for the log is in single precision
