@@ -39,8 +39,10 @@ def machine() -> str:
     """What decides the last bits: versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pillow", "numpy"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {names[0] if names else platform.machine()}, 1 thread"
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line)  # of the first processor
+    names = ("model name", "cpu family", "model", "stepping")  # virtual machines give the same name to several kinds
+    processor = " ".join(facts[name] for name in names if name in facts) or platform.machine()
+    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {processor}, 1 thread"
 
 
 def golden_recipe(folder: Path) -> RefineRecipe:
