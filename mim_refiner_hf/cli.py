@@ -46,7 +46,7 @@ from .publishing.export import FORMATS, ExportError, export
 from .publishing.hub import CARD, PushError, check_model_folder, check_repo_id, push_folder, save_model_folder
 from .publishing.model_card import write_card
 from .refinement.device import warn_of_emulation
-from .refinement.interruption import Interrupted
+from .refinement.interruption import Ended, Interrupted, ended_by_signals
 from .refinement.recipe import RefineRecipe
 from .refinement.recipe_files import parse_recipe, read_fields
 from .refinement.replay import replay
@@ -339,7 +339,8 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     if arguments is None and (processes := launched_short()):
         return launch_processes(processes)
     try:
-        COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
+        with ended_by_signals():
+            COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -352,9 +353,9 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("interrupted; the same command starts again, from the last checkpoint where there is one", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interruption, Ended) else 130
     return 0
 
 

@@ -5,9 +5,10 @@
     python -m tests.chaos --kills 0 --signals 0 --lost_worker      # torchrun with two processes, one of which is killed
 
 A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once undisturbed. Then, for every case, it is
-started anew in a process of its own, hit at a random moment, and the same command is given again until it is through. Every second
-SIGKILL waits for a checkpoint that is being written. A case is good when weights and log are those of the undisturbed run, bit by
-bit, and a polite signal ended the process with 143 or 130. Exits with 1 if any case is not.
+started anew in a process of its own, hit in a random step, and the same command is given again until it is through. Every second
+SIGKILL waits for the next checkpoint that is being written, every tenth comes before the first step. A case is good when weights
+and log are those of the undisturbed run, bit by bit, and a polite signal ended the process with 143 or 130. Exits with 1 if any
+case is not.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Case:
 
     @property
     def good(self) -> bool:
-        """Identical in the end; a polite signal that came during the training was answered politely."""
+        """Identical in the end, and a polite signal was answered politely."""
         polite = POLITE.get(signal.Signals[self.signal])
         return self.identical and (polite is None or self.exit_code == polite)
 
@@ -116,8 +117,17 @@ def steps_done(output: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")), default=0)
 
 
-def hit(number: signal.Signals, model: Path, output: Path, *, after: float, aimed: bool, workers: int) -> Case:
-    """Start the run, hit it `after` seconds (if `aimed`: when a checkpoint is being written next), run it through; `identical` is open."""
+def steps_logged(output: Path) -> int:
+    """How many steps the log has."""
+    log = output / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
+def hit(number: signal.Signals, model: Path, output: Path, *, step: int, after: float, aimed: bool, workers: int) -> Case:
+    """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is being written next), run it through.
+
+    `identical` is open.
+    """
     child, began = start(model, output, workers), time.perf_counter()
     ended = False
 
@@ -127,7 +137,9 @@ def hit(number: signal.Signals, model: Path, output: Path, *, after: float, aime
             ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
             time.sleep(0.0002)
 
-    until(lambda: time.perf_counter() - began >= after)
+    until(lambda: steps_logged(output) >= step)
+    reached = time.perf_counter()
+    until(lambda: time.perf_counter() - reached >= after)
     if aimed:
         until(lambda: writing(output))
     hit_at = time.perf_counter()
@@ -142,24 +154,20 @@ def hit(number: signal.Signals, model: Path, output: Path, *, after: float, aime
 
 
 def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int = 0) -> list[Case]:
-    """All cases; the moments are drawn by `seed` from the time that an undisturbed run takes."""
+    """All cases; the moments are drawn by `seed`."""
     draw = random.Random(seed)
     torch.set_num_threads(1)  # threads do not survive a fork
     save_start(folder / "start")
-    began = time.time()
     code = wait(start(folder / "start", folder / "undisturbed", workers))
     assert code == 0, (folder / "undisturbed.txt").read_text()
-    duration, expected = time.time() - began, ending(folder / "undisturbed")
-    training = (
-        (folder / "undisturbed" / "recipe.json").stat().st_mtime - began + 1.0
-    )  # seconds until the first step, and a little
-    cases = []
+    expected, cases = ending(folder / "undisturbed"), []
     for i in range(kills + signals):
         polite = i >= kills
         number = list(POLITE)[i % len(POLITE)] if polite else signal.SIGKILL
-        after = draw.uniform(training if polite else 0.0, 0.9 * duration)
-        output = folder / f"case-{i:03d}"
-        case = hit(number, folder / "start", output, after=after, aimed=not polite and i % 2 == 1, workers=workers)
+        early = not polite and i % 10 == 8
+        step, after = (0, draw.uniform(0, 1)) if early else (draw.randrange(1, STEPS - 2 * SAVE_EVERY), draw.uniform(0, 0.05))
+        output, aimed = folder / f"case-{i:03d}", not polite and i % 2 == 1
+        case = hit(number, folder / "start", output, step=step, after=after, aimed=aimed, workers=workers)
         case.identical = ending(output) == expected
         cases.append(case)
         print(f"{i + 1}/{kills + signals} {case}", file=sys.stderr, flush=True)

@@ -74,6 +74,17 @@ def test_commands_end_with_the_codes_of_a_shell(monkeypatch: pytest.MonkeyPatch,
         assert capsys.readouterr().err == "stopped after step 5 of 8\n"
 
 
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_before_or_after_the_steps_ends_the_command_politely(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda arguments: os.kill(os.getpid(), number))
+    assert cli.main(["evaluate"]) == POLITE[signal.Signals(number)]
+    assert capsys.readouterr().err.startswith("interrupted; the same command starts again")
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+
+
 def test_the_second_signal_ends_the_process_at_once() -> None:
     if (child := os.fork()) == 0:
         with StopSignals() as signals:

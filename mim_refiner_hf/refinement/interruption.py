@@ -13,11 +13,15 @@
 | SIGINT                    | Ctrl-C                                                   | 130       |
 
 The second signal ends the process at once, as it would have without all this; the last checkpoint is what is left then.
+Before and after the steps, and in other commands, there is nothing to finish: `ended_by_signals` ends them there and then, by an
+exception, so that what is half-written is removed, and with the same exit codes.
 """
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -39,6 +43,28 @@ class Interrupted(RuntimeError):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM, SIGUSR1 or SIGUSR2 came where Ctrl-C would end the command; the exit code is 143."""
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let those of `SIGNALS` that would end the process raise `Ended` inside the block; what they did before, they do after it."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(signal.Signals(number).name)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        ending = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]  # Ctrl-C raises by itself
+        before = {number: signal.signal(number, end) for number in ending}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:
@@ -85,4 +111,4 @@ def ignore_stop_signals(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-__all__ = ["Interrupted", "StopSignals", "ignore_stop_signals"]
+__all__ = ["Ended", "Interrupted", "StopSignals", "ended_by_signals", "ignore_stop_signals"]
