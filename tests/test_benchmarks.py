@@ -84,6 +84,6 @@ def test_verdicts_on_the_quality_of_views() -> None:
             (way, seed): dict.fromkeys(views_quality.METRICS, values[seed])
             for way, values in (("exact", exact), ("fast", fast))
             for seed in range(3)
-        }
+        } | {("start", 0): dict.fromkeys(views_quality.METRICS, 0.25)}
         found = views_quality.lines("digits", scores)
-        assert len(found) == 3 and all(verdict in line for line in found)
+        assert len(found) == 3 and all(verdict in line and "| 25.0 |" in line for line in found)
