@@ -79,6 +79,23 @@ def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
     assert torch.equal(values, ties.gather(1, places)) and all(len(row.unique()) == k for row in places)
 
 
+@pytest.mark.parametrize("k", [1, 7, 90])  # the last more than a tile holds
+@pytest.mark.parametrize("order", ["random", "nearer and nearer", "farther and farther", "ties"])
+def test_the_search_over_tiles_is_a_sort(monkeypatch: pytest.MonkeyPatch, order: str, k: int) -> None:
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", 70)
+    angles = torch.rand(500, dtype=torch.float64) * 3
+    if order == "ties":
+        angles = angles.round(decimals=1)
+    elif order != "random":
+        angles = angles.sort(descending=order == "nearer and nearer").values
+    bank, rows = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([[2.0, 0.0], [1.0, 0.01]], dtype=torch.float64)
+    values, places = (torch.cat(both) for both in zip(*knn.nearest(bank, rows.split(1), k), strict=True))
+    cosines = torch.cosine_similarity(rows[:, None], bank[None], dim=2)
+    torch.testing.assert_close(values, cosines.sort(dim=1, descending=True).values[:, :k], atol=1e-12, rtol=0)
+    torch.testing.assert_close(values, cosines.gather(1, places), atol=1e-12, rtol=0)
+    assert all(len(row.unique()) == k for row in places)
+
+
 def test_the_spread_is_the_unbiased_standard_deviation() -> None:
     train, test = 3 * torch.randn(500, 6) + 7, torch.randn(10, 6)
     mean, std = train.double().mean(dim=0), train.double().std(dim=0) + 1e-6

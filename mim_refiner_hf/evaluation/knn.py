@@ -13,7 +13,8 @@ the k neighbours votes for its class with weight `exp(similarity / temperature)`
 (MIM-Refiner, Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
 
 The search is exact. It takes a tile of 2048 test rows by 16 384 bank rows at a time, one matrix product, whatever the sizes: some
-200 MB at width 768, beside the features themselves. Of each tile it sorts a few hundred similarities per row (see `largest`).
+200 MB at width 768, beside the features themselves. Of the first tile it sorts a few hundred similarities per row (`largest`), of
+the others only those that are better than what it has (`improved`).
 """
 
 import math
@@ -28,6 +29,7 @@ from ..distributed import gather_objects, rank, world_size
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)  # of the grid
 TEMPERATURES = (0.02, 0.07, 0.2)
 ROWS_AT_ONCE, BANK_AT_ONCE = 2048, 2**14  # of one tile of the similarity matrix: 128 MiB in fp32
+BLOCK = 16  # columns of a tile of which only the largest is compared at first
 
 Answers = dict[tuple[int, float], Tensor]
 """Predicted classes (M,) int64 by (k, temperature)."""
@@ -78,21 +80,41 @@ def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def nearest(bank: Tensor, parts: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
     """For each part (r, D) the cosines (r, k) of the k most similar rows of the bank (N, D), best first, and their numbers (r, k)."""
-    parts = [F.normalize(rows, dim=1) for rows in parts]
-    found = [(rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)) for rows in parts]
-    width = math.ceil(len(bank) / math.ceil(len(bank) / BANK_AT_ONCE))  # tiles of equal width
-    tile, unit = bank.new_empty(max(map(len, parts), default=0) * width), bank.new_empty(width, bank.shape[1])
+    parts, found = [F.normalize(rows, dim=1) for rows in parts], []
+    width = math.ceil(len(bank) / math.ceil(len(bank) / BANK_AT_ONCE) / BLOCK) * BLOCK  # tiles of equal width
+    tile, unit = bank.new_empty(max(map(len, parts), default=0), width), bank.new_empty(width, bank.shape[1])
     for start in range(0, len(bank), width):
         part = bank[start : start + width]
         columns = torch.div(part, part.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=unit[: len(part)]).T
+        tile[:, len(part) :] = -math.inf
         for number, rows in enumerate(parts):
-            similarity = tile[: len(rows) * columns.shape[1]].view(len(rows), -1)
-            torch.mm(rows, columns, out=similarity)
-            values, places = largest(similarity, min(k, columns.shape[1]))
-            both = [torch.cat(pair, dim=1) for pair in zip(found[number], (values, places + start), strict=True)]
-            best = both[0].topk(min(k, both[0].shape[1]), dim=1)
-            found[number] = best.values, both[1].gather(1, best.indices)
+            similarity = tile[: len(rows)]
+            torch.mm(rows, columns, out=similarity[:, : len(part)])
+            if start == 0:
+                found.append(largest(similarity[:, : len(part)], min(k, len(part))))
+            else:
+                found[number] = improved(*found[number], similarity, start, k)
     return found
+
+
+def improved(values: Tensor, places: Tensor, similarity: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of `values` (r, up to k), best first, with their `places`, and the next tile (r, c), which begins at `start`.
+
+    After the first tile few entries are better than the worst of the k, some k / t of the t-th per row. The columns fall into blocks,
+    of which only those are looked into whose maximum is better.
+    """
+    worst = values[:, -1:] if values.shape[1] == k else values.new_full((len(values), 1), -math.inf)
+    grid = similarity.unflatten(1, (BLOCK, -1))  # block b holds the columns b, b + count, b + 2 count, ...
+    row, block = (grid.amax(dim=1) > worst).nonzero(as_tuple=True)
+    inside = grid[row, :, block]
+    hit, step = (inside > worst[row]).nonzero(as_tuple=True)
+    row, column = row[hit], block[hit] + step * grid.shape[2]
+    count = torch.bincount(row, minlength=len(values))
+    slot = values.shape[1] + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]  # rows come in order
+    both = F.pad(values, (0, int(count.max())), value=-math.inf), F.pad(places, (0, int(count.max())))
+    both[0][row, slot], both[1][row, slot] = inside[hit, step], column + start
+    best = both[0].topk(min(k, both[0].shape[1]), dim=1)
+    return best.values, both[1].gather(1, best.indices)
 
 
 def vote(similarity: Tensor, classes: Tensor, num_classes: int, settings: Sequence[tuple[int, float]]) -> Answers:
