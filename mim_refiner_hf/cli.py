@@ -177,7 +177,8 @@ def _convert(arguments: Sequence[str]) -> None:
     if options.push is not None:
         check_repo_id(options.push)
     settings = {name: getattr(options, name) for name in ("family", "dtype", "num_heads", "revision")}
-    print(convert(options.source, options.destination, **settings), flush=True)
+    with sole_run(options.destination, "DESTINATION", beside=True):
+        print(convert(options.source, options.destination, **settings), flush=True)
     if options.push is not None:
         print(f"Published: {push_folder(options.destination, options.push, private=options.private)}")
 
@@ -192,7 +193,8 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("destination", type=Path, help="new folder")
     parser.add_argument("--to", choices=FORMATS, required=True, help="timm, transformers' own classes, or ONNX")
     options = parser.parse_args(arguments)
-    differences = export(options.source, options.destination, options.to)
+    with sole_run(options.destination, "DESTINATION", beside=True):
+        differences = export(options.source, options.destination, options.to)
     worst = ", ".join(f"{difference:.1e} in its {output}" for output, difference in differences.items())
     print(f"{options.destination}: loaded back as {options.to}, it differs from {options.source} by at most {worst}")
 
@@ -200,7 +202,8 @@ def _export(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mim-refiner evaluate",
-        description="How good an encoder is, and whether it got better than another: scores with errors, verdicts, pictures.",
+        description="How good an encoder is, and whether it got better than another: scores with errors, verdicts, pictures; "
+        "under accelerate launch the processes share the work.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="Hub name, model folder, checkpoint file, or a name of the zoo")
@@ -219,7 +222,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--num_workers", type=_at_least(0), default=2, help="data-loading workers")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"), help="folder for numbers and pictures")
     options = vars(parser.parse_args(arguments))
-    report = evaluate(options.pop("model"), options.pop("dataset"), **options)
+    accelerator = Accelerator(cpu=several_on_the_cpu())
+    with sole_run(options["output_dir"], "--output_dir", beside=True):
+        report = evaluate(options.pop("model"), options.pop("dataset"), **options)
+    if not accelerator.is_main_process:
+        return
     print(report_table(report))
     print(f"The report: {options['output_dir']}/report.md")
     if (Path(report["model"]) / CARD).is_file():
@@ -303,7 +310,8 @@ def _cluster(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of everything random")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
-    summary = cluster_images(options.pop("images"), options.pop("model"), out, **options)
+    with sole_run(out, "--out", beside=True):
+        summary = cluster_images(options.pop("images"), options.pop("model"), out, **options)
     print(f"{summary['note']}\nThe page: {out / 'index.html'}")
 
 
@@ -332,6 +340,15 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "replay": _replay,
 }
 
+SHARED = ("refine", "pretrain", "evaluate", "embed")
+"""The commands that several processes do together."""
+
+
+def check_alone(name: str) -> None:
+    """ValueError for a command that one process does, in a job of several: each would do it all, and write the same files."""
+    if name not in SHARED and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{name}: runs in one process, not {processes}; start it without the launcher")
+
 
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
     """Run one command and translate what it raises into an exit code and one line on stderr."""
@@ -339,6 +356,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     if arguments is None and (processes := launched_short()):
         return launch_processes(processes)
     try:
+        check_alone(name)
         with ended_by_signals():
             COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:

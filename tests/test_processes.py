@@ -1,18 +1,25 @@
-"""Two and four processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means."""
+"""Several processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports."""
 
+import json
+import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from small_store import BATCH, COUNT, SHARD, contents, embed, make_encoder, make_processor, write_photos
 from torch import Tensor
 
+from mim_refiner_hf.cli import main
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
 from mim_refiner_hf.data import open_images, open_stream
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
+from mim_refiner_hf.evaluation.cluster_scores import kmeans as kmeans_runs
+from mim_refiner_hf.publishing import save_model_folder
 
 GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
 
@@ -98,3 +105,45 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     assert torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS  # what was planted
     names = [int(alone["assignments"][groups == group][0]) for group in range(GROUPS)]
     torch.testing.assert_close(told[0]["centroids"][order], alone["centroids"][names], atol=1e-5, rtol=0)
+
+
+def report_process(rank: int, port: int, words: list[str]) -> None:
+    """One of two processes that a launcher started, and that find each other by themselves."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before this one
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    assert main(words) == 0
+    dist.destroy_process_group()
+
+
+def test_a_report_of_two_processes_is_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
+    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans_runs, runs=5))
+    save_model_folder(tmp_path / "model", make_encoder(), make_processor())
+    (tmp_path / "model/README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8")
+    words = ["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num_workers", "0", "--protocols", "low_shot"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = int(probe.getsockname()[1])
+    arguments = (port, [*words, "--output_dir", str(tmp_path / "two")])
+    torch.multiprocessing.start_processes(report_process, arguments, nprocs=2, start_method="fork")
+    said = capfd.readouterr().out
+    assert said.count("The report:") == said.count("The card:") == 1  # the first one alone speaks and writes
+    assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    assert two["hardware"].startswith("2 x ") and not one["hardware"].startswith("2 x ")
+    assert two["after"].keys() == one["after"].keys() and two["broken"] == one["broken"] == []
+    for metric in ("knn_accuracy", "rankme", "low_shot_1_accuracy", "cluster_accuracy_mean"):
+        assert two["after"][metric] == pytest.approx(one["after"][metric], abs=0.01), metric  # other images share a batch
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]  # no lock, no passing features
+
+
+def test_a_command_for_one_process_is_refused_in_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["cluster", "photos", "--model", "model"]) == 2
+    assert "error: cluster: runs in one process, not 2; start it without the launcher" in capsys.readouterr().err

@@ -100,19 +100,26 @@ def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
             sole_run(folder, "--out").__enter__()
 
 
-@pytest.mark.parametrize("command", ["refine", "pretrain", "embed"])
+@pytest.mark.parametrize("command", ["refine", "pretrain", "embed", "evaluate", "cluster", "convert", "export"])
 def test_commands_refuse_a_folder_in_use(command: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = {
         "refine": ["--model", model, "--dataset", "digits", "--output_dir", str(out)],
         "pretrain": ["--recipe", "pretrain-digits", "--output_dir", str(out)],
         "embed": [model, "--dataset", "digits", "--num_workers", "0", "--out", str(out)],
+        "evaluate": [model, "--dataset", "digits", "--output_dir", str(out)],
+        "cluster": ["digits", "--model", model, "--out", str(out)],
+        "convert": [model, str(out)],
+        "export": [model, str(out), "--to", "timm"],
     }[command]
-    with another_run(out, beside=command == "pretrain") as (process, _):
+    with another_run(out, beside=command not in ("refine", "embed")) as (process, _):
         before = sorted(tmp_path.rglob("*"))
         assert cli.main([command, *words]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("error: --out") and f"another run writes there (process {process} on " in line
+        assert (
+            line.startswith(("error: --out", "error: DESTINATION "))
+            and f"another run writes there (process {process} on " in line
+        )
         assert "wait for it, stop it, or name another folder" in line
         assert sorted(tmp_path.rglob("*")) == before
 

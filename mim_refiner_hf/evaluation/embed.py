@@ -76,7 +76,7 @@ def embed_images(
         columns: names as in features.py; none for the encoder's own pooling of the last block.
         batch_size: images per forward pass.
         num_workers: processes that decode and preprocess; 0 for none beside this one.
-        shard_size: images per file; None for what `folder` has, 8192 in a new one.
+        shard_size: images per file; None for what `folder` has, in a new one 8192, or fewer where that gives every process a shard.
         device: where to encode; None for where the encoder is.
         command: what to run to get this store again, for the manifest.
 
@@ -165,17 +165,18 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a new store."""
     config, depth = encoder.config, encoder.config.num_hidden_layers
+    num_images = len(images) if isinstance(images, ImageDataset) else None
     return {
         "format": FORMAT,
         "encoder": {"name": config.name_or_path or "unnamed", "fingerprint": weights_fingerprint(encoder)},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "preprocessing": json.loads(processor.to_json_string()),
         "data": {"name": images.name, "fingerprint": data_fingerprint(images), "whole": whole_fingerprint(images)},
-        "num_images": len(images) if isinstance(images, ImageDataset) else None,
+        "num_images": num_images,
         "class_names": images.class_names,
         "columns": {column: config.hidden_size * max(1, len(blocks_of(column, depth))) for column in columns},
         "own_columns": [own_column(config, block) for block in range(depth)],
-        "shard_size": shard_size or SHARD_SIZE,
+        "shard_size": shard_size or (min(SHARD_SIZE, -(-num_images // world_size())) if num_images else SHARD_SIZE),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "command": command,
     }

@@ -9,7 +9,8 @@
 
 k-NN for many k, clustering, RankMe and the block profile are always measured; without labels RankMe, the agreement of neighbours under
 augmentation, and how separate the groups are. `protocols` adds slower ones, `transfer` the same encoder on other data. No image is
-encoded twice: features go through a feature store, which vanishes at the end or stays in `features` for the next command.
+encoded twice: features go through a feature store, which vanishes at the end or stays in `features` for the next command. Under
+`accelerate launch training/evaluate.py` the processes share encoding, k-NN and fine-tuning; the first one writes.
 
 The folder gets `metrics.json`, `report.md` and pictures (report_folder.py); it appears whole or not at all.
 """
@@ -20,7 +21,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 
 from ..conversion import load_encoder
 from ..data import ImageDataset
+from ..distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe_files import read_fields
 from . import evidence
@@ -102,7 +104,8 @@ def evaluate(
     first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
     report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
     report |= how_measured(encoders, protocols, seed, began)
-    write_report(output_dir, report, sides[0], data[0])
+    if rank() == 0:
+        write_report(output_dir, report, sides[0], data[0])
     return report
 
 
@@ -152,13 +155,15 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
 
 @contextmanager
 def feature_folder(features: Path | None, output_dir: Path) -> Iterator[Path]:
-    """Where the features go: the folder that was named, or one beside the output that vanishes."""
+    """Where the features go: the folder that was named, or one beside the output that vanishes; the same for all processes."""
     if features is not None:
         yield features
         return
-    output_dir.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".features-", dir=output_dir.resolve().parent) as folder:
-        yield Path(folder)
+    beside = output_dir.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".features-", dir=beside) if rank() == 0 else nullcontext() as folder:
+        yield Path(gather_objects(folder)[0])
+        wait_for_everyone()  # nobody reads it any more
 
 
 def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings: dict[str, Any]) -> Data:
@@ -194,6 +199,8 @@ def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
 
 def how_measured(encoders: Mapping[str, MimRefinerModel], protocols: Sequence[str], seed: int, began: float) -> dict[str, Any]:
     """Everything needed to get the same numbers again."""
+    threads = f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} in use"
+    hardware = torch.cuda.get_device_name() if device_here() == "cuda" else threads
     return {
         "fingerprints": {name: weights_fingerprint(encoder) for name, encoder in encoders.items()},
         "protocol": {
@@ -207,9 +214,7 @@ def how_measured(encoders: Mapping[str, MimRefinerModel], protocols: Sequence[st
         "command": command_line(),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": torch.cuda.get_device_name()
-        if device_here() == "cuda"
-        else f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} in use",
+        "hardware": f"{world_size()} x {hardware}" if world_size() > 1 else hardware,
     }
 
 

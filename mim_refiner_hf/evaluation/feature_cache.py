@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..configuration_mim_refiner import MimRefinerConfig
 from ..data_sources import digest
+from ..distributed import wait_for_everyone
 from ..modeling_mim_refiner import MimRefinerModel
 from .embed import describe, differences, embed_images
 from .feature_store import MANIFEST, FeatureStore, is_intact, read_manifest
@@ -101,6 +102,7 @@ def read_rows(
     one = (features / MANIFEST).is_file()  # what `mim-refiner embed` made
     stores = [the_store(features, wanted)] if one else usable_stores(features, wanted)
     missing = np.flatnonzero(~np.isin(images.indices, known_indices(stores)))
+    wait_for_everyone()  # all have looked, before one of them adds to the folder
     if len(missing) and one:
         raise ValueError(
             f"--features {features}: it lacks {len(missing)} of the {len(images)} images of {images.name}, such as "
