@@ -1,15 +1,16 @@
 """Several processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports."""
 
 import json
+import multiprocessing
 import os
 import socket
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from small_store import BATCH, COUNT, SHARD, contents, embed, make_encoder, make_processor, write_photos
 from torch import Tensor
@@ -107,38 +108,47 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     torch.testing.assert_close(told[0]["centroids"][order], alone["centroids"][names], atol=1e-5, rtol=0)
 
 
-def report_process(rank: int, port: int, words: list[str]) -> None:
-    """One of two processes that a launcher started, and that find each other by themselves."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before this one
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    assert main(words) == 0
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
+    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans_runs, runs=5))
+
+
+def report_process(rank: int, port: int, words: list[str], said: Path) -> None:
+    """One of two processes as a launcher starts them, which find each other by themselves."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    few_runs(pytest.MonkeyPatch())
+    with said.with_suffix(f".{rank}").open("w") as file, redirect_stdout(file):
+        assert main(words) == 0
     dist.destroy_process_group()
 
 
-def test_a_report_of_two_processes_is_that_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans_runs, runs=5))
+def test_a_report_of_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_runs(monkeypatch)
     save_model_folder(tmp_path / "model", make_encoder(), make_processor())
     (tmp_path / "model/README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8")
     words = ["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num_workers", "0", "--protocols", "low_shot"]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = int(probe.getsockname()[1])
-    arguments = (port, [*words, "--output_dir", str(tmp_path / "two")])
-    torch.multiprocessing.start_processes(report_process, arguments, nprocs=2, start_method="fork")
-    said = capfd.readouterr().out
-    assert said.count("The report:") == said.count("The card:") == 1  # the first one alone speaks and writes
+    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])  # a fork of this very process could not use its threads
+    arguments = (port, [*words, "--output_dir", str(tmp_path / "two")], tmp_path / "said")
+    torch.multiprocessing.start_processes(report_process, arguments, nprocs=2, start_method="forkserver")
+    first, second = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
+    assert "The report:" in first and "The card:" in first and second == ""  # one of them speaks and writes
     assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
     two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
     assert two["hardware"].startswith("2 x ") and not one["hardware"].startswith("2 x ")
     assert two["after"].keys() == one["after"].keys() and two["broken"] == one["broken"] == []
     for metric in ("knn_accuracy", "rankme", "low_shot_1_accuracy", "cluster_accuracy_mean"):
         assert two["after"][metric] == pytest.approx(one["after"][metric], abs=0.01), metric  # other images share a batch
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "two"]  # no lock, no passing features
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model",
+        "one",
+        "said.0",
+        "said.1",
+        "two",
+    ]  # no lock, no passing features
 
 
 def test_a_command_for_one_process_is_refused_in_two(
