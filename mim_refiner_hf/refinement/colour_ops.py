@@ -15,7 +15,7 @@ the other, which stays in its cache, as NumPy arrays, whose small operations sta
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,11 @@ from .views import ViewDraw
 COLUMNS = 11  # 4 factors, 4 places of the order, sigma, grey, solarised
 ORDER, SIGMA, GREY, SOLARISED = 4, 8, 9, 10
 BATCH = 512  # views at a time on a device; bounds the memory
+LUMINANCE = (38, 75, 15)  # of red, green and blue, in 1/128
 RADIUS = 6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
 MAX_SIGMA, SIGMA_STEPS = 2.0, 500  # per pixel
 BLOCK = 96  # pixels that one product with a band matrix filters, of a batch
-SMALL_BLOCK = 112  # the same of a single view
+SMALL_BLOCK = 96  # the same of a single view
 
 Array = Any
 """int16, in 0..255: a tensor (N, C, H, W), or a NumPy array (C, H, W)."""
@@ -87,10 +88,11 @@ def operations(table: Tensor, channels: int) -> list[dict[int, tuple[Operation, 
         for place, number in enumerate(map(int, row[ORDER : ORDER + 4])):
             if 0 <= number < usable:
                 order[place] = _ADJUSTMENTS[number], amounts[min(number, 3)]
-        if row[SIGMA]:
-            order[4] = blur_, round(row[SIGMA] * SIGMA_STEPS)
-        if row[GREY]:
-            order[5] = greyscale_, 0
+        grey, sigma = row[GREY] and channels == 3, round(row[SIGMA] * SIGMA_STEPS)
+        if grey:  # before the blur, which then has one channel to do: they may change places
+            order[4] = greyscale_, 0
+        if sigma:
+            order[5] = blur_grey_ if grey else blur_, sigma
         if row[SOLARISED]:
             order[6] = solarise_, 0
         orders.append(order)
@@ -132,9 +134,9 @@ def luminance(views: Array) -> Array:
     if views.shape[-3] == 1:
         return views
     red, green, blue = _planes(views)
-    grey = red * 38
-    grey += green * 75
-    grey += blue * 15
+    grey = red * LUMINANCE[0]
+    grey += green * LUMINANCE[1]
+    grey += blue * LUMINANCE[2]
     grey += 64
     grey >>= 7
     return grey
@@ -164,12 +166,12 @@ def brightness_(views: Array, amount: Amount) -> None:
 
 def contrast_(views: Array, amount: Amount) -> None:
     """Away from the mean grey, rounded to a whole level as in Pillow."""
-    grey = luminance(views)
     mean: Amount
-    if isinstance(grey, Tensor):
-        mean = grey.mean((-2, -1), keepdim=True, dtype=torch.float32).round_().to(torch.int16)
-    else:
-        mean = int(np.add.reduce(grey, axis=None, dtype=np.int32) / grey.size + 0.5)
+    if isinstance(views, Tensor):
+        mean = luminance(views).mean((-2, -1), keepdim=True, dtype=torch.float32).round_().to(torch.int16)
+    else:  # the mean of the weighted sums is the weighted sum of the means
+        means = np.add.reduce(views.reshape(len(views), -1), axis=1, dtype=np.int32) / views[0].size
+        mean = int((means @ LUMINANCE / 128 if len(views) == 3 else means[0]) + 0.5)
     change = views - mean
     change *= amount
     _blend_(views, change, amount)
@@ -230,29 +232,37 @@ def blur_(views: Array, sigma: Amount) -> None:
 
 def _blur_view_(view: NDArray[np.int16], sigma: int) -> None:
     """`blur_` of one view (C, H, W): repeated edges are folded into the matrices, which saves padding the view."""
-    rows = torch.from_numpy(view.astype(np.float32))
-    bands = {length: _folded_band(sigma, length) for length in set(view.shape[1:])}
-    down = [bands[rows.shape[1]][part, near] @ rows[:, near] for part, near in _parts(rows.shape[1])]
-    rows = torch.cat(down, dim=1) if len(down) > 1 else down[0]
-    for part, near in _parts(rows.shape[2]):
-        view[:, :, part] = (rows[:, :, near] @ bands[rows.shape[2]][part, near].T).add_(0.5).numpy()
+    channels, height, width = view.shape
+    bands = {length: _bands(sigma, length) for length in {height, width}}
+    rows = torch.from_numpy(view.transpose(1, 0, 2).astype(np.float32, order="C")).view(height, -1)  # (H, C W)
+    down = torch.empty_like(rows)
+    for part, near, band in bands[height]:
+        torch.mm(band, rows[near], out=down[part])
+    across, down = rows.view(-1, width), down.view(-1, width)  # (H C, W); the input is not needed any more
+    for part, near, band in bands[width]:
+        torch.mm(down[:, near], band.T, out=across[:, part])
+    view[...] = across.add_(0.5).view(height, channels, width).numpy().transpose(1, 0, 2)
 
 
-def _folded_band(sigma: int, length: int) -> Tensor:
-    """(length, length): row i holds the taps around place i; what would lie outside is added to the edge."""
-    wide = np.zeros((length, length + 2 * RADIUS + 1), dtype=np.float32)
+def _bands(sigma: int, length: int) -> list[tuple[slice, slice, Tensor]]:
+    """Blocks of a length: their places, the places that the blur of those reads, and its matrix, one row per place.
+
+    What would lie outside is added to the edge."""
+    size = min(SMALL_BLOCK, length)
+    wide = np.zeros((size, size + 2 * RADIUS + 1), dtype=np.float32)
     wide[:, : 2 * RADIUS + 1] = blur_taps()[sigma].numpy()  # read with rows one shorter, each begins one place further
-    wide = wide.reshape(-1)[: length * (length + 2 * RADIUS)].reshape(length, -1)
-    band = wide[:, RADIUS : RADIUS + length]
-    band[:RADIUS, 0] += wide[:RADIUS, :RADIUS].sum(1)
-    band[-RADIUS:, -1] += wide[-RADIUS:, RADIUS + length :].sum(1)
-    return torch.from_numpy(band)
-
-
-def _parts(length: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of a length, each with the places that its blur reads."""
-    for start in range(0, length, SMALL_BLOCK):
-        yield slice(start, start + SMALL_BLOCK), slice(max(0, start - RADIUS), start + SMALL_BLOCK + RADIUS)
+    wide = wide.reshape(-1)[: size * (size + 2 * RADIUS)].reshape(size, -1)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first, last = max(0, start - RADIUS), min(length, stop + RADIUS)
+        whole = wide[: stop - start, : stop - start + 2 * RADIUS]
+        before, after = first - start + RADIUS, whole.shape[1] - (stop + RADIUS - last)
+        band = whole[:, before:after].copy()
+        band[:, 0] += whole[:, :before].sum(1)
+        band[:, -1] += whole[:, after:].sum(1)
+        blocks.append((slice(start, stop), slice(first, last), torch.from_numpy(band)))
+    return blocks
 
 
 def _smooth(padded: Tensor, band: Tensor) -> Tensor:
@@ -279,6 +289,13 @@ def blur_taps() -> Tensor:
         box = np.where(distance <= whole, 1.0, np.where(distance == whole + 1, edge, 0.0)) / (2 * (whole + edge) + 1)
         kernels.append(np.convolve(np.convolve(box, box), box))
     return torch.from_numpy(np.stack(kernels).astype(np.float32))
+
+
+def blur_grey_(views: Array, sigma: Amount) -> None:
+    """`blur_` of views whose channels are all the same."""
+    grey, others = views[..., :1, :, :], views[..., 1:, :, :]
+    blur_(grey, sigma)
+    others[...] = grey
 
 
 def greyscale_(views: Array, _: Amount) -> None:
