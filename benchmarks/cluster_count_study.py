@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.stats import vonmises_fisher
 from sklearn.datasets import load_digits
 
-from mim_refiner_hf.cluster_count import Proposal, propose_num_clusters
+from mim_refiner_hf.clustering.cluster_count import Proposal, propose_num_clusters
 
 Array = NDArray[np.float64]
 WIDTHS = (16, 32, 64, 128, 256)
@@ -144,7 +144,7 @@ def digits(rng: np.random.Generator) -> Iterator[Case]:
 def cifar10(rng: np.random.Generator, shared: Path) -> Iterator[Case]:
     """Classes of CIFAR-10, which a good encoder may or may not turn into groups."""
     from mim_refiner_hf import load_encoder  # here: the other cases do without transformers
-    from mim_refiner_hf.data import open_images
+    from mim_refiner_hf.data.images import open_images
     from mim_refiner_hf.evaluation import extract_features
 
     encoder = load_encoder(shared / "models" / "mae-tiny-cifar10")

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from mim_refiner_hf import load_encoder
-from mim_refiner_hf.cluster_heads import TEMPERATURE, nearest_neighbours, train_heads
-from mim_refiner_hf.clustering import kmeans
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.clustering.cluster_heads import TEMPERATURE, nearest_neighbours, train_heads
+from mim_refiner_hf.clustering.k_means import kmeans
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import FeatureStore, cluster_scores, embed_images
 
 SEEDS = range(5)

@@ -34,19 +34,18 @@ from torch.profiler import profile, record_function
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
-from mim_refiner_hf.clustering import kmeans
+from mim_refiner_hf.clustering.k_means import kmeans
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
-from mim_refiner_hf.last_block import can_leave_patches_out
+from mim_refiner_hf.model.last_block import can_leave_patches_out
 from mim_refiner_hf.refinement import refiner as refiner_module
 from mim_refiner_hf.refinement import trainer as trainer_module
-from mim_refiner_hf.refinement.device import available_memory, check_compile, uses_bf16
 from mim_refiner_hf.refinement.memory import head_parameters
-from mim_refiner_hf.refinement.plan import Steps
-from mim_refiner_hf.refinement.recipe import resolve
 from mim_refiner_hf.refinement.refiner import StepResult
+from mim_refiner_hf.refinement.resolve import Steps, resolve
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runtime.device import available_memory, check_compile, uses_bf16
 
 SIZES: dict[str, dict[str, Any]] = {
     "b16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -132,8 +131,8 @@ def make_trainer(case: Case, images: ImageDataset, options: argparse.Namespace, 
         settings["micro_batch_size"] = min(settings["micro_batch_size"], 2) if "24 GB" in case.name else None
     quiet = {"save_every": 0, "log_every": 10**6, "report_to": "none", "output_dir": folder}
     recipe = RefineRecipe(model="random weights", dataset=str(options.images), max_steps=options.steps, **settings, **quiet)
-    check_compile(recipe)
-    recipe, bf16 = resolve(recipe, config, len(images)), options.device == "cuda" and uses_bf16(recipe)
+    check_compile(recipe.compile)
+    recipe, bf16 = resolve(recipe, config, len(images)), options.device == "cuda" and uses_bf16(recipe.mixed_precision)
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)

@@ -22,14 +22,14 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
-from mim_refiner_hf.clustering import kmeans
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.clustering.k_means import kmeans
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.knn import knn_predict
-from mim_refiner_hf.optimization import freeze
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.runtime.optimisation import freeze
 
 from .__main__ import processor
 

@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from mim_refiner_hf.clustering import kmeans
+from mim_refiner_hf.clustering.k_means import kmeans
 
 from .rows import Row, interleaved, products
 

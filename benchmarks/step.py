@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.optimization import encoder_groups, freeze, head_groups, update_average
-from mim_refiner_hf.refinement.device import emulates_bf16
 from mim_refiner_hf.refinement.heads import IdHeads
-from mim_refiner_hf.refinement.objective import nna_loss, pair_weights
+from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.runtime.device import emulates_bf16
+from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups, update_average
 
 from .plain_step import PlainQueue, PlainStep, plain_loss
 from .rows import LeftOut, Row, interleaved, products, trained

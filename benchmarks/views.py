@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms as tt
 
-from mim_refiner_hf.data import decode_image, open_images
-from mim_refiner_hf.refinement.fast_views import FastMultiCrop
-from mim_refiner_hf.refinement.views import MultiCrop, normalise, view_rng, view_specs
+from mim_refiner_hf.data.fast_views import FastMultiCrop
+from mim_refiner_hf.data.images import decode_image, open_images
+from mim_refiner_hf.data.views import MultiCrop, normalise, view_rng, view_specs
 
 from .rows import LeftOut, Row, interleaved
 

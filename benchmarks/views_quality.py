@@ -20,10 +20,10 @@ import torch
 from pyarrow import parquet
 
 from mim_refiner_hf import load_encoder
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation.report import evaluate_encoder
 from mim_refiner_hf.refinement.recipe_files import read_recipe
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.runs.run import run
 
 SEEDS, WAYS = (0, 1, 2), ("exact", "fast")
 T95 = 4.303  # Student's t for 3 seeds

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 from mim_refiner_hf import load_encoder
-from mim_refiner_hf.data import hold_out, open_images
+from mim_refiner_hf.data.images import evenly_spaced, hold_out, open_images
 from mim_refiner_hf.evaluation import block_profile, draw_block_profile, profile_table, propose_head_blocks
-from mim_refiner_hf.evaluation.report import evenly_spaced
 
 QUICKSTART = "outputs/quickstart/model"
 

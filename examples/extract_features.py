@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
 import mim_refiner_hf  # noqa: F401  registers the Auto classes
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 
 QUICKSTART = "outputs/quickstart/model"
 

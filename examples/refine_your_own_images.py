@@ -27,7 +27,7 @@ from pathlib import Path
 from transformers import AutoModel
 
 from mim_refiner_hf import RefineRecipe, refine
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 
 # A toy for 16-pixel digits: a small MAE is pre-trained on the same images first.
 TOY = {"pretrain": str(Path(__file__).with_name("toy-mae.yaml")), "num_workers": 1}

@@ -15,16 +15,17 @@ from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
-from .configuration_mim_refiner import MimRefinerConfig
-from .image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
-from .modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
-from .pipeline_image_clustering import TASK, ImageClusteringPipeline
+from .clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline
+from .model.configuration_mim_refiner import MimRefinerConfig
+from .model.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
+from .model.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
 
 if TYPE_CHECKING:
-    from .cli import refine, refine_command
+    from .cli import refine_command
     from .conversion import CheckpointError, LoadReport, load_encoder
     from .refinement.recipe import RefineRecipe
     from .refinement.recipe_files import read_recipe
+    from .runs.refine import refine
 
 
 AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
@@ -45,7 +46,7 @@ _LAZY = {
     "load_encoder": ".conversion",
     "RefineRecipe": ".refinement.recipe",
     "read_recipe": ".refinement.recipe_files",
-    "refine": ".cli",
+    "refine": ".runs.refine",
     "refine_command": ".cli",
 }
 

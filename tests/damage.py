@@ -25,15 +25,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner_hf.checkpointing import CheckpointError, check_tensors, load_latest, read_checkpoint, save_checkpoint
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.clustering.decoding import decode_image
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.data import open_images
-from mim_refiner_hf.data_changes import RECORD, check_data_record, write_data_record
-from mim_refiner_hf.decoding import decode_image
-from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.data.fingerprint import RECORD, check_data_record, write_data_record
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.runtime.checkpoint import check_tensors, load_latest, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.files import CheckpointError
 
 State = dict[str, Tensor]
 REMEDY = r"\b(get .* again|remove it|remove its|replace or remove|delete its|name another|Put it back|start the run anew|give the file)"

@@ -28,7 +28,7 @@ from chaos import save_start
 from small_runs import losses
 
 from mim_refiner_hf import RefineRecipe
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.runs.run import run
 
 KEPT = Path(__file__).with_name("golden_losses.json")
 STEPS = 50

@@ -28,8 +28,8 @@ from chaos import save_start
 from small_runs import shorten
 
 from mim_refiner_hf import RefineRecipe
-from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runs.run import run
 
 GROWTH = 0.01
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import Data2VecVisionConfig, Data2VecVisionModel, ViTMAEConfig, ViTMAEModel
 
 from mim_refiner_hf import RefineRecipe
-from mim_refiner_hf.checkpointing import load_latest
 from mim_refiner_hf.evaluation import report
 from mim_refiner_hf.evaluation.cluster_scores import kmeans
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runtime.checkpoint import load_latest
 
 SHAPE = {
     "image_size": 32,

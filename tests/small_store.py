@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import FeatureStore, embed_images
 
 COUNT, SHARD, BATCH = 23, 5, 3  # 5 shards of 2 batches each

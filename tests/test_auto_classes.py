@@ -22,9 +22,9 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mim_refiner_hf
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
-from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -11,14 +11,9 @@ from small_encoder import make_encoder, make_processor, open_digits
 from torch import Tensor, nn
 
 from mim_refiner_hf import load_encoder
-from mim_refiner_hf.data import ImageDataset, open_images
-from mim_refiner_hf.evaluation import (
-    block_analysis,
-    block_profile,
-    draw_block_profile,
-    knn_accuracy,
-    profile_table,
-)
+from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.views import ViewSpec, make_view, view_specs
+from mim_refiner_hf.evaluation import block_analysis, block_profile, draw_block_profile, knn_accuracy, profile_table
 from mim_refiner_hf.evaluation.block_analysis import (
     RandomView,
     assemble,
@@ -34,7 +29,6 @@ from mim_refiner_hf.evaluation.reconstruction import (
     train_decoders,
 )
 from mim_refiner_hf.pretraining.mae import MaeDecoder, mae_loss
-from mim_refiner_hf.refinement.views import ViewSpec, make_view, view_specs
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from PIL import Image
 from small_runs import log_of
 from test_broken_images import assert_same, bit_flip, encoded, epoch_of, png_of_size
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli, decoding
-from mim_refiner_hf.broken_images import BROKEN
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli
+from mim_refiner_hf.clustering import decoding
+from mim_refiner_hf.data.broken import BROKEN
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import save_model_folder
 
 PICTURE = encoded(image=Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)))

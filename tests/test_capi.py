@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
-from mim_refiner_hf.positions_mim_refiner import (
+from mim_refiner_hf.model.positions_mim_refiner import (
     RotaryPositions,
     border_coordinates,
     patch_coordinates,

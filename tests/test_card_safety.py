@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from mim_refiner_hf.evaluation.comparison import Side
-from mim_refiner_hf.evaluation.report_folder import write_report
-from mim_refiner_hf.markdown import UNSEEN, fenced, one_line, plain
 from mim_refiner_hf.publishing.convert import Conversion, render
 from mim_refiner_hf.publishing.evaluated_card import update_card
 from mim_refiner_hf.publishing.model_card import CardData
+from mim_refiner_hf.runs.comparison import Side
+from mim_refiner_hf.runs.report_folder import write_report
+from mim_refiner_hf.runtime.text import UNSEEN, fenced, one_line, plain
 
 NASTY = [
     "a\n---\nlicense: evil\n---\n# b", "---", "`a` ``b`` ```\n<script>x</script>\n```", "<script>alert(1)</script><img src=x onerror=y>",
@@ -116,7 +116,7 @@ def test_text_of_strangers_changes_nothing_but_itself(text: str, kind: str, tmp_
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:24]))
 def test_a_report_keeps_its_structure(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report_folder.draw_pictures", lambda *_: ["map.png"])
+    monkeypatch.setattr("mim_refiner_hf.runs.report_folder.draw_pictures", lambda *_: ["map.png"])
     written = {}
     for which, name in (("nasty", text), ("harmless", HARMLESS)):
         side = Side(name, METRICS, {}, {"low_shot": name}, evaluation=object())  # type: ignore[arg-type, dict-item]

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mim_refiner_hf import checkpointing
-from mim_refiner_hf.checkpointing import SaveError, load_latest, read_checkpoint, save_checkpoint, write_json
+from mim_refiner_hf.runtime import checkpoint as checkpointing
+from mim_refiner_hf.runtime.checkpoint import SaveError, load_latest, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.files import write_json
 
 OPERATIONS: dict[str, tuple[Any, str]] = {
     "mkdir": (os, "mkdir"),

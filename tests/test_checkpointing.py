@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_refiner_hf.checkpointing import (
-    Checkpoint,
-    CheckpointError,
-    check_tensors,
-    load_latest,
-    save_checkpoint,
-    verify,
-)
-from mim_refiner_hf.optimization import optimizer_tensors, restore_optimizer
+from mim_refiner_hf.runtime.checkpoint import Checkpoint, check_tensors, load_latest, save_checkpoint, verify
+from mim_refiner_hf.runtime.files import CheckpointError
+from mim_refiner_hf.runtime.optimisation import optimizer_tensors, restore_optimizer
 
 
 def save(folder: Path, step: int, keep: int = 10) -> Path:

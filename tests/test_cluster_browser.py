@@ -13,8 +13,8 @@ import pytest
 import torch
 from chromium import DOWN, END, ENTER, ESCAPE, RIGHT, Chromium, needs_chromium
 
-from mim_refiner_hf.clustering import kmeans
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.clustering.k_means import kmeans
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
 COUNT, GROUPS = 5000, 20

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
-from mim_refiner_hf.cluster_count import adjusted_rand, draw_proposal, propose_num_clusters, silhouette
+from mim_refiner_hf.clustering.cluster_count import adjusted_rand, draw_proposal, propose_num_clusters, silhouette
 
 pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
 

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import cluster_folder, cluster_page, save_model_folder
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 

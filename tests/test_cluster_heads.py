@@ -17,18 +17,12 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from mim_refiner_hf import (
-    ImageClusteringPipeline,
-    MimRefinerConfig,
-    MimRefinerImageProcessor,
-    MimRefinerModel,
-    cli,
-    cluster_heads,
-)
-from mim_refiner_hf.cluster_heads import BETA, nearest_neighbours, pair_losses, train_heads
-from mim_refiner_hf.clustering import Clustering, kmeans, merged
+from mim_refiner_hf import ImageClusteringPipeline, MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
+from mim_refiner_hf.clustering import cluster_heads
+from mim_refiner_hf.clustering.cluster_heads import BETA, nearest_neighbours, pair_losses, train_heads
+from mim_refiner_hf.clustering.k_means import Clustering, kmeans, merged
+from mim_refiner_hf.clustering.prototype_heads import PrototypeHeads, best_match, class_logits, standardised
 from mim_refiner_hf.evaluation import cluster_accuracy
-from mim_refiner_hf.prototype_heads import PrototypeHeads, best_match, class_logits, standardised
 from mim_refiner_hf.publishing import save_model_folder
 
 FEW = {"heads": 3, "steps": 20}

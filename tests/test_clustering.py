@@ -17,8 +17,9 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merge_tree, merged, near_duplicates
-from mim_refiner_hf.lloyd import greedy_starts
+from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
+from mim_refiner_hf.clustering.k_means import merge_tree
+from mim_refiner_hf.clustering.lloyd import greedy_starts
 
 
 @pytest.fixture(scope="module")

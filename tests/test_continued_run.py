@@ -20,8 +20,8 @@ from small_runs import (
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.evaluation import report
-from mim_refiner_hf.refinement import run as run_module
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.runs import run as run_module
+from mim_refiner_hf.runs.run import run
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from small_checkpoints import TINY, save_mae
 
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, LoadReport, load_encoder
 from mim_refiner_hf.conversion.layouts import LAYOUTS
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 
 GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not state them, report
     ("mimrefiner-prenorm", "checkpoint.th", "", 3, "mim_refiner_prenorm: 70 of 70 placed"),

@@ -12,9 +12,10 @@ from PIL import Image
 from scipy.stats import chisquare
 from sklearn.datasets import load_digits
 
-from mim_refiner_hf import data
-from mim_refiner_hf.data import BatchSampler, ImageDataset, epoch_order, hold_out, open_images, open_stream
-from mim_refiner_hf.decoding import decode_image
+from mim_refiner_hf.clustering.decoding import decode_image
+from mim_refiner_hf.data import images as data
+from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images, open_stream
+from mim_refiner_hf.data.order import BatchSampler, epoch_order
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (16, 1))  # (16, 32), dark left to bright right
 

@@ -9,8 +9,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from mim_refiner_hf.data import hold_out, open_images
-from mim_refiner_hf.data_changes import RECORD, check_data_record, write_data_record
+from mim_refiner_hf.data.fingerprint import RECORD, check_data_record, write_data_record
+from mim_refiner_hf.data.images import hold_out, open_images
 
 
 def image(path: Path, size: int = 4) -> None:

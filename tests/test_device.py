@@ -1,6 +1,5 @@
 """What the device can do: bf16 that would be slower is warned of, --compile is refused where it cannot be, and computes the same."""
 
-import dataclasses
 import importlib.util
 import shutil
 from contextlib import nullcontext
@@ -11,7 +10,8 @@ from test_step_cost import gradients, small_refiner
 from torch._dynamo.utils import counters
 
 from mim_refiner_hf import RefineRecipe
-from mim_refiner_hf.refinement.device import check_compile, compile_blocks, emulates_bf16, warn_of_emulation
+from mim_refiner_hf.refinement.trainer import compile_blocks
+from mim_refiner_hf.runtime.device import check_compile, emulates_bf16, warn_of_emulation
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -47,10 +47,10 @@ def test_compile_is_refused_where_it_would_not_work(missing: str, words: str, mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "triton" else object())
     monkeypatch.setattr(shutil, "which", lambda name: None if missing == "cc" else f"/usr/bin/{name}")
-    check_compile(dataclasses.replace(recipe, compile=False))
+    check_compile(False)
     refused = pytest.raises(ValueError, match=f"--compile: .*{words}.* leave --compile out") if missing else nullcontext()
     with refused:
-        check_compile(recipe)
+        check_compile(recipe.compile)
 
 
 def test_compiled_blocks_give_the_same_gradients() -> None:

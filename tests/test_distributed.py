@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
-from mim_refiner_hf.distributed import average_gradients
-from mim_refiner_hf.optimization import freeze
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, refine
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+from mim_refiner_hf.runtime.distributed import average_gradients
+from mim_refiner_hf.runtime.optimisation import freeze
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPE = {
@@ -156,7 +156,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Plan") == 1 and "2 process(es)" in done.stdout
 
-    cli.refine(parse_recipe([*words, "--output_dir", str(tmp_path / "one")]))
+    refine(parse_recipe([*words, "--output_dir", str(tmp_path / "one")]))
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 8
     for one, two in zip(*logs, strict=True):

@@ -16,11 +16,11 @@ from transformers import BertConfig, BertModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, load_encoder
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.data import hold_out, open_images
+from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder, extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans, matched
-from mim_refiner_hf.evaluation.comparison import HELD_OUT
 from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.runs.comparison import HELD_OUT
 
 PICTURES = {"clusters.png", "map.png", "block_profile.png", "confusion.png", "neighbours.png"}
 

@@ -14,11 +14,12 @@ from torchvision.transforms import functional as tv
 from transformers import ViTMAEConfig, ViTMAEModel
 
 from mim_refiner_hf import RefineRecipe, cli
-from mim_refiner_hf.data import BatchSampler, open_images
-from mim_refiner_hf.refinement import colour_ops as C
-from mim_refiner_hf.refinement import views as V
-from mim_refiner_hf.refinement.fast_views import FastMultiCrop, finished_views, resized_crop
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.data import colour as C
+from mim_refiner_hf.data import views as V
+from mim_refiner_hf.data.fast_views import FastMultiCrop, finished_views, resized_crop
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.order import BatchSampler
+from mim_refiner_hf.runs.run import run
 
 SPECS = V.view_specs(2, 3, 64, 32, (0.25, 1.0), (0.05, 0.25), colour=True)
 BOX = (0, 0, 1, 1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import embed_images, extract_features
 from mim_refiner_hf.evaluation.feature_cache import Rows, check_features, evaluation_columns, read_rows
 from mim_refiner_hf.evaluation.linear_probe import linear_probe

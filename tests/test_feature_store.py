@@ -14,7 +14,7 @@ from small_store import BATCH, COUNT, SHARD, contents, embed, forward_passes, ma
 from torch import Tensor
 
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.data import open_images, open_stream
+from mim_refiner_hf.data.images import open_images, open_stream
 from mim_refiner_hf.evaluation import (
     FeatureStore,
     embed_images,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import ImageDataset, epoch_order, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.order import epoch_order
 from mim_refiner_hf.evaluation.fine_tuning import (
     AugmentedImages,
     FineTuneRecipe,
@@ -22,8 +23,8 @@ from mim_refiner_hf.evaluation.fine_tuning import (
     labelled_share,
     make_classifier,
 )
-from mim_refiner_hf.optimization import learning_rate
-from mim_refiner_hf.refinement.recipe_files import read_fields
+from mim_refiner_hf.runtime.optimisation import learning_rate
+from mim_refiner_hf.runtime.settings import read_fields
 
 EVERYTHING = {"rand_augment": True, "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2}
 

@@ -12,8 +12,8 @@ from benchmarks import gpu
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.recipe import resolve
 from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.resolve import resolve
 
 
 def test_every_case_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

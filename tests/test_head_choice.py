@@ -13,18 +13,13 @@ import torch
 from small_encoder import SHAPE, make_encoder, make_processor, open_digits
 
 from mim_refiner_hf import MimRefinerModel, RefineRecipe
-from mim_refiner_hf.data import ImageDataset, ImageStream, open_stream
-from mim_refiner_hf.evaluation import (
-    BlockProfile,
-    propose_head_blocks,
-)
-from mim_refiner_hf.evaluation.block_analysis import (
-    assemble,
-)
+from mim_refiner_hf.data.images import ImageDataset, ImageStream, open_stream
+from mim_refiner_hf.evaluation import BlockProfile, propose_head_blocks
+from mim_refiner_hf.evaluation.block_analysis import assemble
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.refinement import run as run_module
-from mim_refiner_hf.refinement.head_choice import check_measurable
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.runs import run as run_module
+from mim_refiner_hf.runs.head_choice import check_measurable
+from mim_refiner_hf.runs.run import run
 
 
 @pytest.fixture(scope="module")

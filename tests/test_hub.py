@@ -16,8 +16,9 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, patience
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.publishing import PushError, check_repo_id, push_folder, save_model_folder
+from mim_refiner_hf.runtime import retry as patience
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -150,7 +151,7 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     code = {f"{name}_mim_refiner.py" for name in ("configuration", "positions", "modeling", "image_processing")}
     code |= {
         "pipeline_image_clustering.py",
-        "clustering.py",
+        "k_means.py",
         "cluster_count.py",
         "lloyd.py",
         "cluster_heads.py",

@@ -24,8 +24,9 @@ import pytest
 import torch
 from huggingface_hub import close_session, constants
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli, load_encoder, patience
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli, load_encoder
 from mim_refiner_hf.publishing import hub, push_folder, save_model_folder
+from mim_refiner_hf.runtime import retry as patience
 
 REPOSITORY = "tester/tiny"
 

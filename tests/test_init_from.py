@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from small_runs import Stopped, assert_identical, final_state, log_of, losses, small_recipes, stop_before
 
 from mim_refiner_hf import RefineRecipe, cli
-from mim_refiner_hf.checkpointing import CheckpointError, load_latest, save_checkpoint
-from mim_refiner_hf.refinement import run as run_module
-from mim_refiner_hf.refinement.init_from import encoder_of, open_start, place_heads
-from mim_refiner_hf.refinement.plan import Steps
-from mim_refiner_hf.refinement.recipe_files import read_recipe
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_recipe
+from mim_refiner_hf.refinement.resolve import Steps
 from mim_refiner_hf.refinement.trainer import Trainer
-from mim_refiner_hf.tensor_files import TENSORS
+from mim_refiner_hf.runs import run as run_module
+from mim_refiner_hf.runs.init_from import encoder_of, open_start, place_heads
+from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.checkpoint import load_latest, save_checkpoint
+from mim_refiner_hf.runtime.files import CheckpointError
+from mim_refiner_hf.runtime.tensor_files import TENSORS
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -176,5 +177,5 @@ def test_checkpoints_of_earlier_versions_are_refused_with_what_to_do(old: Refine
 def test_a_recipes_own_starting_weights_are_left_out() -> None:
     recipe = read_recipe("quickstart", init_from="warm")
     assert (recipe.init_from, recipe.pretrain, recipe.model) == ("warm", None, None)
-    parsed = cli.parse_recipe(["--recipe", "mae-l16", "--init_from", "warm"])
+    parsed = parse_recipe(["--recipe", "mae-l16", "--init_from", "warm"])
     assert (parsed.init_from, parsed.model, parsed.batch_size) == ("warm", None, 1024)

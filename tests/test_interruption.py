@@ -17,12 +17,12 @@ from small_runs import assert_identical, log_of
 from torch import Tensor
 
 from mim_refiner_hf import RefineRecipe, cli
-from mim_refiner_hf.checkpointing import load_latest
 from mim_refiner_hf.refinement.failure import NotFiniteError
-from mim_refiner_hf.refinement.interruption import SIGNALS, Interrupted, StopSignals
-from mim_refiner_hf.refinement.replay import replay
-from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runs.replay import replay
+from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.checkpoint import load_latest
+from mim_refiner_hf.runtime.signals import SIGNALS, Interrupted, StopSignals
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import ImageDataset, epoch_order, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.order import epoch_order
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES, augmented_batches, feature_kinds, linear_probe, side_by_side

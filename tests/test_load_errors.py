@@ -8,9 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from small_checkpoints import TINY, save_mae
 
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerForImageClassification
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerForImageClassification
 
 
 def test_missing_sources(tmp_path: Path) -> None:

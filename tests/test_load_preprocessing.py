@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_checkpoints import TINY
 
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 
 
 @pytest.mark.parametrize(

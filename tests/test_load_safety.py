@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModel
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.conversion.digests import DIGESTS
 from mim_refiner_hf.conversion.layouts import LAYOUTS
-from mim_refiner_hf.image_processing_mim_refiner import MimRefinerImageProcessor
+from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor
 from mim_refiner_hf.publishing import save_model_folder
 
 # --- nothing is executed ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.features import extract_features
 from mim_refiner_hf.evaluation.low_shot import PENALTY, centred_rows, draw_split, fit_logistic, low_shot
 from mim_refiner_hf.evaluation.scores import ProtocolResult

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from mim_refiner_hf.markdown import fenced, plain
 from mim_refiner_hf.publishing import CardData, write_card
 from mim_refiner_hf.publishing.model_card import duration, is_hub_name
+from mim_refiner_hf.runtime.text import fenced, plain
 
 BEFORE = {
     "knn_accuracy": 0.956, "cluster_accuracy": 0.793, "nmi": 0.77, "ami": 0.76, "ari": 0.7, "cluster_accuracy_mean": 0.75,

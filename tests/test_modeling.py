@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from timm.layers import resample_abs_pos_embed
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from mim_refiner_hf.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.modeling_mim_refiner import MimRefinerModel
-from mim_refiner_hf.positions_mim_refiner import relative_position_index, sincos_position_table
+from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.model.positions_mim_refiner import relative_position_index, sincos_position_table
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

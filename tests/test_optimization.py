@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.optimization import (
+from mim_refiner_hf.refinement.heads import IdHeads
+from mim_refiner_hf.runtime.optimisation import (
     encoder_groups,
     freeze,
     head_groups,
@@ -16,7 +17,6 @@ from mim_refiner_hf.optimization import (
     set_learning_rate,
     update_average,
 )
-from mim_refiner_hf.refinement.heads import IdHeads
 
 
 @pytest.fixture(scope="module")

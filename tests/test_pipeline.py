@@ -17,11 +17,11 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEModel, pipeline
 
-import mim_refiner_hf.pipeline_image_clustering as module
+import mim_refiner_hf.clustering.pipeline_image_clustering as module
 from mim_refiner_hf import ImageClusteringPipeline, MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
-from mim_refiner_hf.cluster_count import Proposal
-from mim_refiner_hf.clustering import Clustering
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.clustering.cluster_count import Proposal
+from mim_refiner_hf.clustering.k_means import Clustering
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import extract_features
 from mim_refiner_hf.publishing import save_model_folder
 

@@ -14,17 +14,14 @@ from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, refine
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import extract_features
-from mim_refiner_hf.optimization import encoder_groups, freeze
-from mim_refiner_hf.positions_mim_refiner import (
-    patch_coordinates,
-    token_coordinates,
-)
+from mim_refiner_hf.model.positions_mim_refiner import patch_coordinates, token_coordinates
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.recipe import resolve
 from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.resolve import resolve
+from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mim_refiner_hf import MimRefinerModel
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.pretraining import mae
 from mim_refiner_hf.pretraining.mae import MaeDecoder, PretrainRecipe, mae_loss, patchify, pretrain_mae
 

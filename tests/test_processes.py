@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
-from mim_refiner_hf.data import open_images, open_stream
+from mim_refiner_hf.data.images import open_images, open_stream
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
 from mim_refiner_hf.evaluation.cluster_scores import kmeans as kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder

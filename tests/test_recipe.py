@@ -10,9 +10,10 @@ import yaml
 from mim_refiner_hf import MimRefinerConfig, RefineRecipe, read_recipe
 from mim_refiner_hf.evaluation.fine_tuning import FineTuneRecipe
 from mim_refiner_hf.pretraining.mae import PretrainRecipe
-from mim_refiner_hf.refinement.plan import count_steps, plan_text
-from mim_refiner_hf.refinement.recipe import check_types, default_head_blocks, resolve
-from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_fields, recipe_file
+from mim_refiner_hf.refinement.recipe_files import parse_recipe
+from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
+from mim_refiner_hf.runs.plan import plan_text
+from mim_refiner_hf.runtime.settings import check_types, read_fields, recipe_file
 
 RECIPES = Path(__file__).parents[1] / "training/recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.optimization import freeze
-from mim_refiner_hf.refinement.device import compile_blocks
 from mim_refiner_hf.refinement.heads import IdHeads
-from mim_refiner_hf.refinement.objective import head_weights, nna_loss, pair_weights
+from mim_refiner_hf.refinement.loss import head_weights, nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+from mim_refiner_hf.refinement.trainer import compile_blocks
+from mim_refiner_hf.runtime.optimisation import freeze
 
 
 def load_golden(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

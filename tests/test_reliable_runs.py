@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, checkpointing, cli
-from mim_refiner_hf.checkpointing import SaveError, load_latest, save_checkpoint, size_of
-from mim_refiner_hf.data import hold_out, open_images
-from mim_refiner_hf.evaluation.evaluate import evaluate
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli
+from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.publishing import save_model_folder
-from mim_refiner_hf.refinement import plan
-from mim_refiner_hf.refinement.prepare import prepare
-from mim_refiner_hf.refinement.recipe import resolve
-from mim_refiner_hf.refinement.run import run
+from mim_refiner_hf.refinement.resolve import resolve
+from mim_refiner_hf.runs import plan
+from mim_refiner_hf.runs.evaluate import evaluate
+from mim_refiner_hf.runs.prepare import prepare
+from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime import checkpoint as checkpointing
+from mim_refiner_hf.runtime.checkpoint import SaveError, load_latest, save_checkpoint, size_of
 
 SHAPE: dict[str, Any] = {
     "image_size": 16,

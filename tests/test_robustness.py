@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessorPil, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.data import ImageDataset, open_images
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.robustness import CORRUPTIONS, CorruptedInput, robustness
 

@@ -14,7 +14,7 @@ import pytest
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.run_lock import LOCK, sole_run
+from mim_refiner_hf.runtime.lock import LOCK, sole_run
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -21,7 +21,7 @@ from transformers import AutoModel, pipeline
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.conversion import CheckpointError, download
 from mim_refiner_hf.conversion.zoo import ENTRIES
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import save_model_folder
 
 REPOSITORY = Path(__file__).parents[1]

@@ -23,22 +23,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, checkpointing, cli
-from mim_refiner_hf.checkpointing import CheckpointError, SaveError, read_checkpoint, save_checkpoint, sha256_of, write_json
-from mim_refiner_hf.distributed import average_gradients
-from mim_refiner_hf.optimization import freeze
+from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, refine
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.failure import NotFiniteError, check_finite
 from mim_refiner_hf.refinement.heads import GroupedLayer, IdHeads
 from mim_refiner_hf.refinement.memory import memory_estimate
-from mim_refiner_hf.refinement.plan import Steps, plan_text
-from mim_refiner_hf.refinement.prepare import prepare
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.recipe import resolve
 from mim_refiner_hf.refinement.refiner import Refiner
-from mim_refiner_hf.refinement.run import run
-from mim_refiner_hf.sharding import local, own_parts, place, shard
-from mim_refiner_hf.tensor_files import PLACES, ShardedTensors, tensor_files
+from mim_refiner_hf.refinement.resolve import Steps, resolve
+from mim_refiner_hf.runs.plan import plan_text
+from mim_refiner_hf.runs.prepare import prepare
+from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime import checkpoint as checkpointing
+from mim_refiner_hf.runtime.checkpoint import SaveError, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.distributed import average_gradients
+from mim_refiner_hf.runtime.files import CheckpointError, sha256_of, write_json
+from mim_refiner_hf.runtime.optimisation import freeze
+from mim_refiner_hf.runtime.sharding import local, own_parts, place, shard
+from mim_refiner_hf.runtime.tensor_files import PLACES, ShardedTensors, tensor_files
 
 SHAPE: dict[str, Any] = {
     "image_size": 16,
@@ -146,7 +148,7 @@ def process(rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecip
     with job(rank, ports[1]):
         run(lost)
     with job(rank, ports[2]):
-        cli.refine(grown)
+        refine(grown)
 
 
 def copy_run(source: RefineRecipe, target: RefineRecipe, *, without: int | None = None) -> None:

@@ -35,7 +35,7 @@ from scipy.optimize import linear_sum_assignment
 from transformers import pipeline
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, load_encoder
-from mim_refiner_hf.data import open_images
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing.hub import save_model_folder
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[space]"')

@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
-from mim_refiner_hf.last_block import prefix_tokens_only
-from mim_refiner_hf.optimization import encoder_groups, freeze, head_groups
+from mim_refiner_hf.model.last_block import prefix_tokens_only
 from mim_refiner_hf.refinement import memory
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.memory import choose_micro_batch, largest_that_fits, memory_estimate, needed
-from mim_refiner_hf.refinement.plan import Steps, plan_text
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.recipe import resolve
 from mim_refiner_hf.refinement.refiner import Refiner, keeps_a_graph, neighbour_draw
+from mim_refiner_hf.refinement.resolve import Steps, resolve
+from mim_refiner_hf.runs.plan import plan_text
+from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
 POST = {"norm_placement": "post", "embedding_norm": True, "final_norm": False}

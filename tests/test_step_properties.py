@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mim_refiner_hf.refinement.heads import IdHeads
-from mim_refiner_hf.refinement.objective import nna_loss, pair_weights
+from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 
 small = st.integers(1, 4)

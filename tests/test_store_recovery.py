@@ -14,11 +14,8 @@ import torch.distributed as dist
 from small_store import BATCH, COUNT, SHARD, contents, embed, forward_passes, make_encoder, make_processor, write_photos
 
 from mim_refiner_hf import MimRefinerModel
-from mim_refiner_hf.data import open_images, open_stream
-from mim_refiner_hf.evaluation import (
-    FeatureStore,
-    embed_images,
-)
+from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.evaluation import FeatureStore, embed_images
 
 
 @pytest.fixture(scope="module")

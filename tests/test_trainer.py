@@ -18,13 +18,13 @@ from small_runs import (
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
-from mim_refiner_hf import RefineRecipe, cli
-from mim_refiner_hf.checkpointing import load_latest
+from mim_refiner_hf import RefineRecipe, refine
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.refinement.objective import head_weights
+from mim_refiner_hf.refinement.loss import head_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.run import run
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.checkpoint import load_latest
 
 LABELLED = {
     "knn_accuracy",
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 def test_refine_transformers_weights(family: str, recipe: Callable[..., RefineRecipe], models: dict[str, str]) -> None:
     asked = recipe(model=models[family], eval_fraction=0.2, max_steps=None, head_epochs=3, epochs=3)
     start = load_encoder(models[family])
-    result = cli.refine(asked)
+    result = refine(asked)
     assert result is not None
     folder = Path(asked.output_dir)
 
@@ -126,7 +126,7 @@ def test_unlabelled_folder_needs_no_labels(recipe: Callable[..., RefineRecipe], 
         name = f"photos/{i % 3}/{i}.png" if i else "photos/loose.png"  # one outside the sub-folders: they are no labels then
         Image.fromarray(pixels).save(tmp_path / name)
     asked = recipe(dataset=str(tmp_path / "photos"), eval_fraction=0.25, batch_size=16, max_steps=2)
-    result = cli.refine(asked)
+    result = refine(asked)
     assert result is not None
     assert set(result.metrics["before"]) == set(result.metrics["after"]) == {"rankme"}
     assert result.metrics["dataset"]["num_classes"] == 0
@@ -138,7 +138,7 @@ def test_unlabelled_folder_needs_no_labels(recipe: Callable[..., RefineRecipe], 
 
 def test_evaluation_can_be_left_out_or_repeated(recipe: Callable[..., RefineRecipe]) -> None:
     without = recipe("without", max_steps=2)
-    result = cli.refine(without)
+    result = refine(without)
     assert result is not None
     assert result.metrics["before"] is None and result.metrics["after"] is None
     assert (Path(without.output_dir) / "model/config.json").is_file()

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from mim_refiner_hf.data import BatchSampler, open_images, open_stream
-from mim_refiner_hf.refinement import views as V
+from mim_refiner_hf.data import views as V
+from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.order import BatchSampler
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -13,7 +13,8 @@ from PIL import Image
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.pretraining import mae
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.refinement import run as run_module
+from mim_refiner_hf.refinement.recipe_files import parse_recipe
+from mim_refiner_hf.runs import run as run_module
 
 FLAGS = {"model": "{model}", "dataset": "digits", "output_dir": "{out}", "batch_size": 64, "queue_size": 128, "topk": 5}
 
@@ -340,7 +341,7 @@ def test_wrong_use_is_refused(case: Case, places: dict[str, str], tmp_path: Path
 def leave_a_run(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with the recipe of a run that had seed 7."""
     words = command_line({**FLAGS, "seed": 7, "output_dir": "{tmp}/other_run"}, places)
-    prepared = run_module.prepare(run_module.RefineRecipe(**vars(cli.parse_recipe(words))))
+    prepared = run_module.prepare(run_module.RefineRecipe(**vars(parse_recipe(words))))
     folder = Path(places["tmp"]) / "other_run"
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(vars(prepared.recipe)))

@@ -37,9 +37,8 @@ import gradio as gr
 from comparison import SIDES, Collection, Grouping, group_images, legend, show_note, show_scores, show_side, write_downloads
 
 from mim_refiner_hf import load_encoder, read_recipe, refine
-from mim_refiner_hf.data import ImageDataset, open_images
-from mim_refiner_hf.data_sources import Entries, FoundImages
-from mim_refiner_hf.evaluation.report import evenly_spaced
+from mim_refiner_hf.data.images import ImageDataset, evenly_spaced, open_images
+from mim_refiner_hf.data.sources import Entries, FoundImages
 from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
 
 QUICKSTART = Path("outputs/quickstart")

@@ -21,17 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from mim_refiner_hf import ImageClusteringPipeline
-from mim_refiner_hf.data import ImageDataset, Sample
+from mim_refiner_hf.clustering.pipeline_image_clustering import TASK
+from mim_refiner_hf.data.images import ImageDataset, Sample, fully_labelled
 from mim_refiner_hf.evaluation import FeatureSet, KMeansRun, cluster_scores, extract_features, knn_predict, rankme, standardise
 from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
-from mim_refiner_hf.evaluation.comparison import Side, changes_of, describe_change, errors_of
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
-from mim_refiner_hf.evaluation.report import Evaluation, fully_labelled
-from mim_refiner_hf.evaluation.report_folder import report_table
-from mim_refiner_hf.pipeline_image_clustering import TASK
+from mim_refiner_hf.evaluation.report import Evaluation
+from mim_refiner_hf.evaluation.tables import report_table
 from mim_refiner_hf.publishing.cluster_folder import describe, write_table
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
+from mim_refiner_hf.runs.comparison import Side, changes_of, describe_change, errors_of
 
 SIDES = {"before": "Before refinement", "after": "After refinement"}
 SHOWN = 36  # images of a group on the page; the page to download shows all

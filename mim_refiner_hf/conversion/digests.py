@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpointing import CheckpointError, sha256_of
+from ..runtime.files import CheckpointError, sha256_of
 from .layout import listed
 
 DIGESTS = "weights_digests.json"

@@ -9,6 +9,7 @@ server is asked for the rest of that very version (`If-Range`); where it has ano
 """
 
 import http.client
+import importlib.metadata
 import json
 import logging
 import shutil
@@ -23,8 +24,7 @@ from urllib.error import HTTPError, URLError
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # silent where the Hub's bars are
 
-from .._version import __version__
-from ..checkpointing import CheckpointError, sha256_of
+from ..runtime.files import CheckpointError, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,9 @@ def attempt(url: str, part: Path, path: Path) -> Record:
     offset = size_of(part)
     if offset and offset == known.size:
         return known  # only the new name was missing
-    request = urllib.request.Request(url, headers={"User-Agent": f"mim_refiner_hf/{__version__}"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": f"mim_refiner_hf/{importlib.metadata.version('mim_refiner_hf')}"}
+    )
     if offset:
         request.add_header("Range", f"bytes={offset}-")
         request.add_header("If-Range", known.validator)

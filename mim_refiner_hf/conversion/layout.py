@@ -21,6 +21,18 @@ POSITIONS = "embeddings.position_embeddings"
 Placed = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What was read: the weights' container as it was saved, the JSON files beside it (empty where there are none), and the family
+    where the name says it (None where the weights have to)."""
+
+    name: str
+    contents: Mapping[str, Any]
+    config: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    family: str | None = None
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """Names for an error message, the first few of a long list."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

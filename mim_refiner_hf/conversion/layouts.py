@@ -10,17 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .layout import (
-    CLS_TOKEN,
-    POSITIONS,
-    Layout,
-    Rule,
-    any_positions,
-    cls_and_patches,
-    patches_only,
-    split_qkv,
-    stated,
-)
+from .layout import CLS_TOKEN, POSITIONS, Layout, Rule, any_positions, cls_and_patches, patches_only, split_qkv, stated
 
 # --- timm's names: MAE and all that grew out of it ----------------------------------------------------------------------------
 

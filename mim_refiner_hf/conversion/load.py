@@ -26,13 +26,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from ..checkpointing import CheckpointError
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..modeling_mim_refiner import MimRefinerModel
-from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, listed, stated
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.files import CheckpointError
+from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
-from .read import Source, read_source
+from .read import read_source
 from .timm_models import in_our_words
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,28 +15,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from ..checkpointing import CheckpointError
-from ..patience import patiently
+from ..runtime.files import CheckpointError
+from ..runtime.retry import patiently
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
-from .layout import listed
+from .layout import Source, listed
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 
 JSON_FILES = [*SETTINGS, DIGESTS]
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in order of preference, one file or several shards
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What was read: the weights' container as it was saved, the JSON files beside it (empty where there are none), and the family
-    where the name says it (None where the weights have to)."""
-
-    name: str
-    contents: Mapping[str, Any]
-    config: Mapping[str, Any]
-    preprocessing: Mapping[str, Any]
-    family: str | None = None
 
 
 def read_source(source: str | Path, revision: str | None) -> Source:

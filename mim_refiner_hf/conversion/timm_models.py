@@ -8,15 +8,13 @@ timm is asked: the architecture is built without memory and its number of heads,
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpointing import CheckpointError
-
-if TYPE_CHECKING:
-    from .read import Source
+from ..runtime.files import CheckpointError
+from .layout import Source
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 
@@ -41,7 +39,7 @@ def hub_name(name: str) -> str:
     return str(known.hf_hub_id) if known is not None and known.hf_hub_id else name
 
 
-def in_our_words(found: "Source") -> "Source":
+def in_our_words(found: Source) -> Source:
     """The same source with its `config.json` and preprocessing translated from timm's to ours; any other one as it is.
 
     Raises:

@@ -19,8 +19,8 @@ from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from ..checkpointing import CheckpointError, sha256_of
-from ..patience import patiently
+from ..runtime.files import CheckpointError, sha256_of
+from ..runtime.retry import patiently
 from .download import Record, download, is_intact
 
 

@@ -7,7 +7,8 @@ from .feature_store import FeatureStore, feature_set
 from .features import FeatureSet, extract_features, feature_columns
 from .knn import knn_accuracy, knn_predict, standardise
 from .pictures import draw_block_profile, draw_clusters, draw_curves
-from .report import Evaluation, comparison_table, evaluate_encoder
+from .report import Evaluation, evaluate_encoder
+from .tables import comparison_table
 
 __all__ = [
     "BlockProfile",

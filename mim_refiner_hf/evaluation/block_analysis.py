@@ -23,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import random_generator
-from ..modeling_mim_refiner import MimRefinerModel
-from ..refinement.recipe import default_head_blocks
-from ..refinement.views import ViewSpec, make_view, view_specs
+from ..data.images import evenly_spaced, fully_labelled
+from ..data.views import ViewSpec, make_view, view_specs
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..refinement.resolve import default_head_blocks
+from ..runtime.seeding import random_generator
 from .feature_cache import for_altered_images, own_columns, read_rows
 from .features import FeatureSet
 from .knn import knn_accuracy, standardise
 from .reconstruction import reconstruction_losses
-from .report import evenly_spaced, fully_labelled
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 NEIGHBOURS = 10
 SIMILARITIES_AT_ONCE = 2**24  # entries of the similarity matrix that are held: 64 MiB in fp32

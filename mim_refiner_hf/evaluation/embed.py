@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..broken_images import BROKEN
-from ..checkpointing import write_json
-from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.digests import digest as digest_of_tensor
-from ..data import ImageDataset
-from ..data_sources import digest
-from ..distributed import progress_bar, rank, wait_for_everyone, world_size
-from ..modeling_mim_refiner import MimRefinerModel
-from ..run_lock import check_writable, sole_run
+from ..data.broken import BROKEN
+from ..data.images import ImageDataset
+from ..data.sources import digest
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import progress_bar, rank, wait_for_everyone, world_size
+from ..runtime.files import write_json
+from ..runtime.lock import check_writable, sole_run
 from .feature_store import (
     FORMAT,
     MANIFEST,

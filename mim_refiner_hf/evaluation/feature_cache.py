@@ -22,16 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..data_sources import digest
-from ..distributed import wait_for_everyone
-from ..modeling_mim_refiner import MimRefinerModel
+from ..data.sources import digest
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import wait_for_everyone
 from .embed import describe, differences, embed_images
 from .feature_store import MANIFEST, FeatureStore, is_intact, read_manifest
 from .features import check_columns, encode_images, own_column
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 logger = logging.getLogger(__name__)
 

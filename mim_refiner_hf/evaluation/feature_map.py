@@ -9,7 +9,7 @@ Features are compared by their cosine. UMAP comes with `pip install "mim_refiner
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cluster_count
+from ..clustering import cluster_count
 
 UMAP_FROM = 100  # images; below, a map by neighbourhoods says nothing
 NEIGHBOURS, MIN_DIST = 15, 0.1  # UMAP's own defaults, made for looking at

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..checkpointing import sha256_of, sync_to_disk, write_json
+from ..runtime.files import sha256_of, sync_to_disk, write_json
 from .features import FeatureSet, check_blocks
 
 FORMAT = "mim_refiner_hf features, version 1"

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..configuration_mim_refiner import MimRefinerConfig, Pooling
-from ..distributed import all_gather, progress_bar, rank, world_size
-from ..last_block import prefix_tokens_only
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..model.last_block import prefix_tokens_only
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import all_gather, progress_bar, rank, world_size
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset, Sample
+    from ..data.images import ImageDataset, Sample
 
 
 @dataclass

@@ -36,19 +36,21 @@ from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import BatchSampler, Key, random_generator, read_sample
-from ..distributed import average_gradients, progress_bar, rank, world_size
-from ..modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
-from ..optimization import encoder_groups, learning_rate, set_learning_rate
-from ..refinement.recipe import check_types, documented
-from ..refinement.views import ViewSpec, make_view, normalise
+from ..data.images import Key, read_sample
+from ..data.order import BatchSampler
+from ..data.views import ViewSpec, make_view, normalise
+from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
+from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.optimisation import encoder_groups, learning_rate, set_learning_rate
+from ..runtime.seeding import random_generator
+from ..runtime.settings import check_types, documented
 from .features import Preprocess
 from .scores import ProtocolResult, class_labels, mean_score
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # MAE's
 CLASSIFIER_STD = 2e-5  # MAE's: the classifier starts next to zero

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data import ImageDataset, ImageStream, Sample
+from ..data.images import ImageDataset, ImageStream, Sample
 from .features import Preprocess
 
 Images = ImageDataset | ImageStream

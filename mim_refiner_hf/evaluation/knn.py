@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import gather_objects, rank, world_size
+from ..runtime.distributed import gather_objects, rank, world_size
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)  # of the grid
 TEMPERATURES = (0.02, 0.07, 0.2)

@@ -23,19 +23,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..broken_images import BrokenImages
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..data import BatchSampler, epoch_order
-from ..distributed import progress_bar, rank
-from ..modeling_mim_refiner import MimRefinerModel
-from ..refinement.views import MultiCrop, ViewDataset, ViewSpec, normalise
+from ..data.broken import BrokenImages
+from ..data.order import BatchSampler, epoch_order
+from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import progress_bar, rank
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
 from .feature_cache import read_rows
 from .features import encode, frozen, own_column
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 LAST_BLOCKS = 4

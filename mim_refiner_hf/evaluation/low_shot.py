@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ..data import random_generator
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.seeding import random_generator
 from .feature_cache import Rows, read_rows
 from .features import own_column
 from .scores import ProtocolResult, Score, class_labels
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 PENALTY = 0.00025  # lambda * n, of MSN's and the authors' evaluation
 SPLITS = 3

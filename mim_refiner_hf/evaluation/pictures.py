@@ -22,7 +22,7 @@ from torch import Tensor
 from .report import Evaluation
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
     from .block_analysis import BlockProfile
 
 MAX_ROWS, TILES, TILE = 50, 14, 64  # of the groups: rows, images per row, pixels per image

@@ -29,7 +29,7 @@ from .pictures import class_name, mosaic, plot_knn_per_block, save_figure, thumb
 from .report import Evaluation
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 NEIGHBOURS, EXAMPLES = 6, 6  # of the neighbours' picture: neighbours per image, images right and images wrong
 NAMED_CLASSES = 30  # more are numbered: their names would overlap

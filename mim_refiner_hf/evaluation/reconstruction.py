@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..configuration_mim_refiner import ABSOLUTE, MimRefinerConfig
-from ..distributed import average_gradients, progress_bar, rank
-from ..modeling_mim_refiner import MimRefinerModel
-from ..optimization import learning_rate, set_learning_rate
+from ..model.configuration_mim_refiner import ABSOLUTE, MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import (
     MaeDecoder,
     PretrainRecipe,
@@ -32,10 +30,12 @@ from ..pretraining.mae import (
     visible_tokens,
     xavier_uniform,
 )
+from ..runtime.distributed import average_gradients, progress_bar, rank
+from ..runtime.optimisation import learning_rate, set_learning_rate
 from .features import Preprocess
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 PEAK_LEARNING_RATE = 1e-3  # MAE's is 2.4e-3 at its batch of 4096
 

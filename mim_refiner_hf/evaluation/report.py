@@ -9,7 +9,7 @@ Without labels only RankMe is measured, and the groups are a rule-of-thumb numbe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,34 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..modeling_mim_refiner import MimRefinerModel
+from ..data.images import evenly_spaced, fully_labelled
+from ..model.modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans, mean_scores, rankme
 from .feature_cache import Rows, own_columns, read_rows
 from .features import FeatureSet
 from .knn import knn_accuracy, knn_grid, knn_predict, standardise
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 BANK_SIZE = 10_000  # training images in the k-NN bank, at most
 MAX_PICTURE_GROUPS = 20  # without labels
-
-# Every scalar metric, in the order of the tables: name for readers, and whether it is a fraction of 1
-METRICS: dict[str, tuple[str, bool]] = {
-    "knn_accuracy": ("k-NN accuracy (k=10)", True),
-    "cluster_accuracy": ("cluster accuracy", True),
-    "nmi": ("NMI", True),
-    "ami": ("AMI", True),
-    "ari": ("ARI", True),
-    "cluster_accuracy_mean": ("cluster accuracy, mean over runs", True),
-    "nmi_mean": ("NMI, mean over runs", True),
-    "rankme": ("RankMe (no labels needed)", False),
-    "neighbour_agreement": (
-        "agreement of neighbours under augmentation (no labels needed)",
-        True,
-    ),  # `block_analysis.neighbour_agreement`
-    "silhouette": ("silhouette of the groups (no labels needed)", False),
-}
 
 
 @dataclass
@@ -74,18 +58,6 @@ class Evaluation:
     def assignments(self) -> NDArray[np.int64]:
         """Group of each evaluation image (N,)."""
         return self.groups.assignments
-
-
-def fully_labelled(images: "ImageDataset") -> bool:
-    """Whether every image has a label."""
-    return images.labels is not None and bool((images.labels >= 0).all())
-
-
-def evenly_spaced(images: "ImageDataset", limit: int) -> "ImageDataset":
-    """At most `limit` of the images, evenly spaced over the data set."""
-    if len(images) <= limit:
-        return images
-    return images.subset([index * len(images) // limit for index in range(limit)])
 
 
 def picture_groups(num_images: int) -> int:
@@ -187,34 +159,4 @@ def _standardised(bank: Rows, found: Rows, columns: Sequence[str]) -> tuple[Tens
     return bank_x, bank.labels, eval_x
 
 
-def format_metric(name: str, value: float) -> str:
-    """A fraction as a percentage, anything else with one decimal, or three below 1."""
-    return f"{100 * value:.1f} %" if METRICS[name][1] else f"{value:.{1 if abs(value) >= 1 else 3}f}"
-
-
-def format_change(name: str, before: float, after: float) -> str:
-    """The signed difference; percentage points for fractions."""
-    change = after - before
-    return f"{100 * change:+.1f} points" if METRICS[name][1] else f"{change:+.{1 if max(abs(before), abs(after)) >= 1 else 3}f}"
-
-
-def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(name, before, after, change) of every scalar metric that both sides have, as text."""
-    rows = []
-    for name, (label, _) in METRICS.items():
-        if name in before and name in after:
-            old, new = before[name], after[name]
-            rows.append((label, format_metric(name, old), format_metric(name, new), format_change(name, old, new)))
-    return rows
-
-
-def comparison_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The metrics of two evaluations as an aligned plain-text table: metric, before, after, change."""
-    rows = [("metric", "before", "after", "change"), *comparison_rows(before, after)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    aligned = (str.ljust, str.rjust, str.rjust, str.rjust)
-    lines = ["  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-__all__ = ["Evaluation", "comparison_table", "evaluate_encoder"]
+__all__ = ["Evaluation", "evaluate_encoder"]

@@ -22,16 +22,17 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from ..data import random_generator
-from ..modeling_mim_refiner import MimRefinerModel
+from ..data.images import evenly_spaced
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.seeding import random_generator
 from .feature_cache import for_altered_images, read_rows
 from .features import own_column
 from .knn import knn_predict, standardise
-from .report import BANK_SIZE, evenly_spaced
+from .report import BANK_SIZE
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
 NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)  # of pixel values in [0, 1]

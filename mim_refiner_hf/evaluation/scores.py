@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..data import ImageDataset
+    from ..data.images import ImageDataset
 
 
 @dataclass(frozen=True)

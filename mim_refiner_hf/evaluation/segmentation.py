@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import epoch_order, random_generator
-from ..distributed import progress_bar, rank
-from ..modeling_mim_refiner import MimRefinerModel
-from ..refinement.views import normalise
+from ..data.order import epoch_order
+from ..data.views import normalise
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import progress_bar, rank
+from ..runtime.seeding import random_generator
 from .classifier_grid import ClassifierGrid
 from .features import frozen
 from .scores import ProtocolResult, Score

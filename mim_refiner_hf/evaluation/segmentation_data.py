@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..data import random_generator
-from ..data_sources import find_columns, load_table, stored, undecoded
-from ..decoding import ImageSource, decode_image
-from ..refinement.views import draw_crop, flip_horizontally, resized_crop
+from ..clustering.decoding import ImageSource, decode_image
+from ..data.sources import find_columns, load_table, stored, undecoded
+from ..data.views import draw_crop, flip_horizontally, resized_crop
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..runtime.seeding import random_generator
 
 VOID = -1  # in targets: neither trained on nor counted
 VOID_NAME = "void"

@@ -21,16 +21,17 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..broken_images import MAX_BAD_FRACTION, BrokenImages
-from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion.load import image_processor
-from ..data import BatchSampler, ImageDataset
-from ..distributed import average_gradients, progress_bar, rank, world_size
-from ..modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
-from ..optimization import encoder_groups, freeze, learning_rate, set_learning_rate
-from ..positions_mim_refiner import sincos_position_table
-from ..refinement.recipe import check_types, documented
-from ..refinement.views import MultiCrop, ViewDataset, normalise, view_specs
+from ..data.broken import MAX_BAD_FRACTION, BrokenImages
+from ..data.images import ImageDataset
+from ..data.order import BatchSampler
+from ..data.views import MultiCrop, ViewDataset, normalise, view_specs
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
+from ..model.positions_mim_refiner import sincos_position_table
+from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
+from ..runtime.settings import check_types, documented
 
 logger = logging.getLogger(__name__)
 

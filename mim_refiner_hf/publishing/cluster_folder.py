@@ -23,13 +23,13 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..checkpointing import check_folder, staged_folder, write_json
-from ..clustering import near_duplicates
+from ..clustering.decoding import decode_image
+from ..clustering.k_means import near_duplicates
+from ..clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
 from ..conversion import load_encoder
-from ..data import ImageDataset, open_images
-from ..decoding import decode_image
-from ..distributed import progress_bar
-from ..pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
+from ..data.images import ImageDataset, open_images
+from ..runtime.distributed import progress_bar
+from ..runtime.files import check_folder, staged_folder, write_json
 from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
 
 NEARLY_SAME = 0.99  # cosine; of features without their mean, which all images share: with it, all digits are nearly the same

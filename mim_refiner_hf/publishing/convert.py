@@ -17,13 +17,13 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
-from ..checkpointing import sha256_of, staged_folder
-from ..configuration_mim_refiner import MimRefinerConfig
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..markdown import fenced, plain
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.files import sha256_of, staged_folder
+from ..runtime.text import fenced, plain
 from .hub import CARD, check_model_folder, write_model
 from .model_card import REPO_PLACEHOLDER, TAGS, is_hub_name
 from .zoo_card import eval_files, render_card

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from ..evaluation.report import METRICS
-from ..evaluation.report_folder import protocol_labels, report_table
-from ..markdown import fenced, one_line, plain
+from ..evaluation.tables import METRICS, protocol_labels, report_table
+from ..runtime.text import fenced, one_line, plain
 from .hub import CARD
 from .model_card import is_hub_name
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpointing import staged_folder
 from ..conversion import load_encoder
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.files import staged_folder
 from .hub import check_model_folder
 from .twins import Twin
 

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, BeitConfig, Data2VecVisionConfig, PreTrainedConfig, ViTConfig
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Names, Twin, complete_state, native_processor, refused, rename, unsupported
 
 LAYER, TABLE = r"layers\.(\d+)\.", "relative_position_bias_table"

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Twin, native_processor
 
 EXTRA = ("onnx", "onnxruntime", "onnxscript")

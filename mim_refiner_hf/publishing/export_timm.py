@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.image_utils import PILImageResampling
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Names, Twin, complete_state, refused, rename, unsupported
 
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}

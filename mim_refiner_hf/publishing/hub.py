@@ -20,16 +20,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..checkpointing import check_folder, staged_folder
+from ..clustering.pipeline_image_clustering import announce_code
 from ..conversion.digests import add_file_digests, write_digests
-from ..modeling_mim_refiner import MimRefinerModel
-from ..patience import patiently
-from ..pipeline_image_clustering import announce_code
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.files import check_folder, staged_folder
+from ..runtime.retry import patiently
 from .model_card import REPO_PLACEHOLDER
 
 CARD = "README.md"
 SHARD_SIZE = "2GB"
-ENTRIES = ("modeling_mim_refiner", "image_processing_mim_refiner", "pipeline_image_clustering")
+ENTRIES = ("model/modeling_mim_refiner.py", "model/image_processing_mim_refiner.py", "clustering/pipeline_image_clustering.py")
 """The modules that config.json names; what they import of their flat neighbours travels with them."""
 
 
@@ -67,7 +67,7 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
     announce_code(folder, dtype=str(dtype).removeprefix("torch."))
     add_file_digests(folder)
     package = Path(__file__).resolve().parents[1]
-    for entry in (package / f"{module}.py" for module in ENTRIES):
+    for entry in (package / module for module in ENTRIES):
         for file in (entry, *map(Path, get_relative_import_files(entry))):
             shutil.copyfile(file, folder / file.name)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.report import METRICS, comparison_rows, format_metric
-from ..markdown import fenced, one_line, plain
+from ..evaluation.tables import METRICS, comparison_rows, format_metric
+from ..runtime.text import fenced, one_line, plain
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..image_processing_mim_refiner import MimRefinerImageProcessor
-from ..modeling_mim_refiner import MimRefinerModel
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.modeling_mim_refiner import MimRefinerModel
 
 Names = Iterable[tuple[str, str]]
 """(pattern of our name, replacement) rows; every name must match one in full."""

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..conversion.zoo import ZOO
-from ..markdown import fenced, plain
+from ..runtime.text import fenced, plain
 from .model_card import CITATION, TAGS
 from .zoo_results import DATASETS, METRICS, PROTOCOLS, Measured, Protocol, Reported, Results, read_results
 

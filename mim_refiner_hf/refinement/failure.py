@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import all_gather, world_size
-from ..sharding import local
+from ..runtime.distributed import all_gather, world_size
+from ..runtime.sharding import local
 from .refiner import Refiner, StepResult
 
 FAILURES = "failures"  # folder of the reports in the output folder

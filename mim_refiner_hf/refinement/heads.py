@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import all_gather_with_gradient, world_size
+from ..runtime.distributed import all_gather_with_gradient, world_size
 
 
 class GroupedBatchNorm(nn.Module):

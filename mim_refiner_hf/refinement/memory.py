@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..configuration_mim_refiner import MimRefinerConfig
-from ..distributed import all_gather
-from ..last_block import can_leave_patches_out, prefix_tokens_only
-from ..modeling_mim_refiner import MimRefinerModel
-from ..optimization import freeze
-from ..sharding import fsdp2_requested
-from .recipe import RefineRecipe, default_head_blocks
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.last_block import can_leave_patches_out, prefix_tokens_only
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import all_gather
+from ..runtime.optimisation import freeze
+from ..runtime.sharding import fsdp2_requested
+from .recipe import RefineRecipe
 from .refiner import Refiner, keeps_a_graph
+from .resolve import default_head_blocks
 
 GIGA = 2**30
 HEADROOM = 0.85

@@ -7,26 +7,18 @@ The same names in YAML, Python and on the command line (`recipe_files.py`). The 
 A None is derived from the encoder by `resolve`, which also holds every check that needs the encoder or the data.
 """
 
-import dataclasses
 import math
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-from ..broken_images import MAX_BAD_FRACTION
-from ..configuration_mim_refiner import MimRefinerConfig, Pooling
-from .objective import LossSchedule, Swap
+from ..data.broken import MAX_BAD_FRACTION
+from ..model.configuration_mim_refiner import Pooling
+from ..runtime.settings import check_types, documented
+from .loss import LossSchedule, Swap
 
 START_FIELDS = ("model", "pretrain", "init_from")
 """Where the starting weights are from: exactly one of them is given."""
-
-
-def documented(default: Any, text: str) -> Any:
-    """A dataclass field with its documentation; lists become factories."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -207,28 +199,6 @@ def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type; an int passes for a float, a bool for neither."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(_is(value, part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
-    if get_origin(kind) is Literal:
-        return isinstance(value, str)  # which ones, `_ALLOWED` says
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def check_types(recipe: Any) -> None:
-    """Raise a ValueError unless every field of a recipe holds its annotated type; YAML and Python do not look at types."""
-    for name, kind in get_type_hints(type(recipe)).items():
-        value = getattr(recipe, name)
-        if not _is(value, kind):
-            allowed = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind).replace("typing.", "")
-            raise ValueError(f"--{name} {value!r}: must be of the type {allowed}")
-
-
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value >= low, f"at least {low:g}"
 
@@ -294,78 +264,4 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What belongs to a recipe's own data set, and says nothing about another one."""
 
 
-def default_head_blocks(num_layers: int) -> list[int]:
-    """The last third of the blocks, rounded up to an even number: 8 heads for 24 blocks, 12 for 32 (paper, Sec. 5.1)."""
-    heads = min(num_layers, 2 * math.ceil(num_layers / 6))
-    return list(range(num_layers - heads, num_layers))
-
-
-def _resolve_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> list[int] | Literal["auto"]:
-    """The blocks with a head, checked against an encoder of `layers` blocks; "auto" stays: `head_choice.py` chooses within them."""
-    blocks = recipe.head_blocks
-    if isinstance(blocks, str):
-        return "auto"
-    if recipe.num_heads is not None and recipe.num_heads > layers:
-        raise ValueError(f"--num_heads {recipe.num_heads}: the encoder has only {layers} blocks")
-    if blocks is None:
-        blocks = default_head_blocks(layers) if recipe.num_heads is None else list(range(layers - recipe.num_heads, layers))
-    if blocks[0] < 0 or blocks[-1] >= layers:
-        raise ValueError(f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}")
-    if recipe.freeze_blocks > blocks[0]:
-        raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
-        )
-    if pooling == "global_repr" and blocks[-1] != layers - 1:
-        raise ValueError(
-            f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
-            f"{_show(blocks)}, or use mean"
-        )
-    return blocks
-
-
-def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | None, world_size: int = 1) -> RefineRecipe:
-    """The recipe with every None filled in from the encoder, checked against encoder, data and number of processes.
-
-    Args:
-        num_images: training images; None for a stream.
-
-    Raises:
-        ValueError: naming flag, value and what is allowed.
-    """
-    layers, patch = config.num_hidden_layers, config.patch_size
-    if recipe.freeze_blocks >= layers:
-        raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the encoder has {layers} blocks, at least one must be trained"
-        )
-    pooling = recipe.pooling or config.pooling
-    assert pooling is not None  # the configuration fills it in
-    if missing := config.missing_for(pooling):
-        raise ValueError(f"--pooling {pooling}: the encoder has {missing}; use mean")
-    blocks = _resolve_blocks(recipe, layers, pooling)
-    global_size = recipe.global_size or config.image_hw[0]
-    local_size = recipe.local_size or max(1, round(config.grid[0] * 3 / 7)) * patch
-    for flag, size in (("global_size", global_size), ("local_size", local_size)):
-        if size % patch:
-            near = max(patch, round(size / patch) * patch)
-            raise ValueError(f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}")
-    if num_images is not None and recipe.batch_size > num_images:
-        raise ValueError(f"--batch_size {recipe.batch_size}: the data set has only {num_images} training images")
-    if recipe.batch_size % world_size:
-        raise ValueError(f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes")
-    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size // world_size:
-        raise ValueError(
-            f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process"
-        )
-    width = config.hidden_size
-    return dataclasses.replace(
-        recipe,
-        head_blocks=blocks,
-        num_heads=None,
-        temperature=recipe.temperature or (0.2 if width <= 1024 else 0.3 if width <= 1280 else 0.35),
-        pooling=pooling,
-        global_size=global_size,
-        local_size=local_size,
-    )
-
-
-__all__ = ["START_FIELDS", "RefineRecipe", "check_types", "default_head_blocks", "documented", "resolve"]
+__all__ = ["START_FIELDS", "RefineRecipe"]

@@ -8,54 +8,15 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
-from .recipe import START_FIELDS, RefineRecipe, documented
+from ..runtime.settings import documented, read_fields
+from .recipe import START_FIELDS, RefineRecipe
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
 DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
-
-
-def recipe_file(name: str, flag: str = "recipe") -> Path:
-    """The YAML file of a recipe: a path, or a name in `training/recipes/` (shipped with the package as `mim_refiner_hf.recipes`)."""
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--{flag} {name}: no such file")
-        return Path(name)
-    folders = [Path(__file__).parents[2] / "training" / "recipes", Path(str(resources.files("mim_refiner_hf"))) / "recipes"]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise FileNotFoundError(f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file")
-    return folder / f"{name}.yaml"
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for text; here it is the number that it is on the command line."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
-    """The fields of a YAML recipe, checked against the dataclass `kind`; `flag` is what asked for it, for messages."""
-    path = recipe_file(name, flag)
-    try:
-        values = yaml.load(path.read_text(), _YamlLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
-    if unknown := sorted(map(str, set(values) - {f.name for f in fields(kind)})):
-        raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
-    return values
 
 
 def _defaults(name: str, dataset: str | None, init_from: str | None) -> dict[str, Any]:
@@ -121,4 +82,4 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
         parser.exit(2, f"error: {error}\n")
 
 
-__all__ = ["parse_recipe", "read_fields", "read_recipe", "recipe_file"]
+__all__ = ["parse_recipe", "read_recipe"]

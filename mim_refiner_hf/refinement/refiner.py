@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distributed import all_gather, all_gather_with_gradient, rank, world_size
-from ..last_block import prefix_tokens_only
-from ..modeling_mim_refiner import MimRefinerModel
-from ..sharding import synchronise
+from ..model.last_block import prefix_tokens_only
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
+from ..runtime.sharding import synchronise
 from .heads import IdHeads
-from .objective import Swap, nna_loss, pair_weights
+from .loss import Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
 
 

@@ -1,6 +1,6 @@
 """The training loop: head warm-up on the frozen encoder, then refinement of both.
 
-    accelerate launch -m mim_refiner_hf.refinement.trainer --recipe mae-l16 --dataset my_images/ --output_dir out
+    accelerate launch -m mim_refiner_hf.cli refine --recipe mae-l16 --dataset my_images/ --output_dir out
 
 Both stages are one sequence of steps: step s takes batch s of the data order, and everything random in it (order, views, neighbour
 draws) is a pure function of the seed and s. So a checkpoint is the weights, the optimiser and the number s. Running the same
@@ -21,18 +21,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..broken_images import BROKEN, BrokenImages
-from ..checkpointing import (
-    Checkpoint,
-    check_tensors,
-    in_bytes,
-    save_checkpoint,
-    size_of,
-)
-from ..data import BatchSampler, ImageDataset, ImageStream
-from ..distributed import average_gradients, progress_bar, rank, world_size
-from ..modeling_mim_refiner import MimRefinerModel
-from ..optimization import (
+from ..data.broken import BROKEN, BrokenImages
+from ..data.fast_views import VIEW_KINDS, FastMultiCrop, finished_views
+from ..data.images import ImageDataset, ImageStream
+from ..data.order import BatchSampler
+from ..data.views import MultiCrop, ViewDataset, normalise, view_specs
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.checkpoint import Checkpoint, check_tensors, save_checkpoint, size_of
+from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.files import in_bytes
+from ..runtime.optimisation import (
     encoder_groups,
     freeze,
     head_groups,
@@ -42,23 +40,30 @@ from ..optimization import (
     set_learning_rate,
     update_average,
 )
-from ..sharding import fsdp2_requested, gather_into, place, shard
-from .device import compile_blocks
+from ..runtime.sharding import fsdp2_requested, gather_into, place, shard
+from ..runtime.signals import Interrupted, StopSignals, ignore_stop_signals
 from .failure import check_finite
-from .fast_views import VIEW_KINDS, FastMultiCrop, finished_views
 from .heads import GroupedLayer, IdHeads
-from .interruption import Interrupted, StopSignals, ignore_stop_signals
+from .loss import head_weights
 from .memory import choose_micro_batch
-from .objective import head_weights
-from .plan import Steps
 from .queue import NearestNeighbourQueue
 from .recipe import RefineRecipe
 from .refiner import Refiner, StepResult, neighbour_draw
-from .views import MultiCrop, ViewDataset, normalise, view_specs
+from .resolve import Steps
 
 logger = logging.getLogger(__name__)
 
 COLLAPSED = 0.1  # spread of a head's projections below which a warning is due
+
+
+def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
+    """torch.compile every block of an encoder, in place; the first passes of each size and stage take longer.
+
+    Args:
+        backend: of torch.compile. "aot_eager" makes no kernels and runs anywhere; the tests compare its gradients.
+    """
+    for layer in encoder.layers:
+        layer.compile(backend=backend)
 
 
 @dataclass
@@ -344,9 +349,4 @@ class Trainer:
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
 
 
-__all__ = ["Trainer"]
-
-if __name__ == "__main__":  # as a command this module is the front door, so it enters by the package's public face
-    from mim_refiner_hf import refine_command
-
-    raise SystemExit(refine_command())
+__all__ = ["Trainer", "compile_blocks"]

@@ -1,0 +1,98 @@
+"""`mim-refiner`: the commands, and the job behind `accelerate launch training/refine.py`.
+
+    mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out     (or under `accelerate launch -m`)
+    mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
+    mim-refiner convert mae_pretrain_vit_large.pth mae-l16
+    mim-refiner evaluate out/model --dataset my_images/ --against facebook/vit-mae-large
+    mim-refiner embed facebook/vit-mae-large --dataset photos/ --out features/ --blocks 11 23 --pooling cls mean
+    mim-refiner cluster photos/ --model out/model --out groups/                                  (then open groups/index.html)
+    mim-refiner push out/model user/name
+    mim-refiner export out/model out/timm --to timm                                              (or vit, or onnx)
+
+Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else failed, 130 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from ..publishing.export import ExportError
+from ..publishing.hub import PushError
+from ..runtime.checkpoint import SaveError
+from ..runtime.distributed import rank
+from ..runtime.launch import launch_processes, launched_short
+from ..runtime.signals import Ended, Interrupted, ended_by_signals
+from .cluster import run_cluster
+from .measuring import run_embed, run_evaluate
+from .models import run_convert, run_export, run_push
+from .training import run_pretrain, run_refine, run_replay
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "refine": run_refine,
+    "pretrain": run_pretrain,
+    "convert": run_convert,
+    "cluster": run_cluster,
+    "push": run_push,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "embed": run_embed,
+    "replay": run_replay,
+}
+
+SHARED = ("refine", "pretrain", "evaluate", "embed")
+"""The commands that several processes do together."""
+
+
+def check_alone(name: str) -> None:
+    """ValueError for a command that one process does, in a job of several: each would do it all, and write the same files."""
+    if name not in SHARED and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{name}: runs in one process, not {processes}; start it without the launcher")
+
+
+def command(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one command and translate what it raises into an exit code and one line on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if arguments is None and (processes := launched_short()):
+        return launch_processes(processes)
+    try:
+        check_alone(name)
+        with ended_by_signals():
+            COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        if rank() == 0:
+            print(interruption, file=sys.stderr)
+        return interruption.exit_code
+    except (PushError, ExportError, FloatingPointError, OSError) as error:  # OSError: disk full, read-only, the network
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, SaveError) and arguments is None:
+            print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interruption:
+        print("interrupted; the same command starts again, from the last checkpoint where there is one", file=sys.stderr)
+        return 143 if isinstance(interruption, Ended) else 130
+    return 0
+
+
+def refine_command() -> int:
+    """What `training/refine.py` runs."""
+    return command("refine")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command `mim-refiner`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
+    chosen = parser.parse_args(arguments[:1]).command
+    return command(chosen, arguments[1:])
+
+
+__all__ = ["command", "main", "refine_command"]

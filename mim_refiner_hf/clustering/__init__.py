@@ -1,0 +1,21 @@
+"""Groups of features; this folder travels with every saved model, so it imports only itself.
+
+k-means in memory or from disk (`kmeans`), cluster heads (`train_heads`), the number of groups (`propose_num_clusters`), images
+decoded, and `pipeline("image-clustering")` over all of them.
+"""
+
+from .cluster_count import propose_num_clusters
+from .cluster_heads import train_heads
+from .k_means import Clustering, kmeans, merged, near_duplicates
+from .lloyd import ArrayBatches, Batches
+
+__all__ = [
+    "ArrayBatches",
+    "Batches",
+    "Clustering",
+    "kmeans",
+    "merged",
+    "near_duplicates",
+    "propose_num_clusters",
+    "train_heads",
+]

@@ -1,0 +1,6 @@
+"""Images in, views out: `open_images` reads folders, tables, Hub data sets and streams; `views` and `order` feed a training run."""
+
+from .images import ImageDataset, ImageStream, Sample, hold_out, open_images, open_stream
+from .order import BatchSampler
+
+__all__ = ["BatchSampler", "ImageDataset", "ImageStream", "Sample", "hold_out", "open_images", "open_stream"]

@@ -1,0 +1,1 @@
+"""A run from recipe to evidence: prepare, plan, choose heads, train, measure, report."""
