@@ -29,25 +29,44 @@ ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS, **views.RO
 def main(arguments: list[str] | None = None) -> int:
     """Run the rows that are asked for, or all; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"which to run: {', '.join(ROWS)}; all by default")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there, replacing what it holds")
+    parser.add_argument(
+        "rows", nargs="*", metavar="row", help=f"which to run: {', '.join(ROWS)}; all by default"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per line instead of the table"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="also write the table there, replacing what it holds",
+    )
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.rows if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if asked.markdown is not None and not asked.markdown.parent.is_dir():
-        parser.error(f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or name another")
+        parser.error(
+            f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or name another"
+        )
     torch.set_flush_denormal(True)
     found, left_out = [], []
     if not asked.json:
-        print(f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8} {'floor':>10}")
+        print(
+            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8} {'floor':>10}"
+        )
     for name in asked.rows or ROWS:
         try:
             row = ROWS[name]()
         except (ModuleNotFoundError, LeftOut) as error:
-            reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+            reason = (
+                f"{error.name} is not installed"
+                if isinstance(error, ModuleNotFoundError)
+                else str(error)
+            )
             print(f"{name}: left out, {reason}", file=sys.stderr)
             left_out.append(f"`{name}`: left out, {reason}")
             continue
@@ -60,14 +79,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def facts(row: Row) -> dict[str, object]:
     """A row as JSON."""
-    return {**dataclasses.asdict(row), "ratio": row.ratio, "wall_ratio": row.wall_ratio, "holds": row.holds}
+    return {
+        **dataclasses.asdict(row),
+        "ratio": row.ratio,
+        "wall_ratio": row.wall_ratio,
+        "holds": row.holds,
+    }
 
 
 def cells(row: Row) -> list[str]:
     """Target, measured, peer, ratio, ratio by wall time, and floor in words."""
     target = f"{'<=' if row.at_most else '>='} {row.target:.2f}x"
     measured, peer, floor = (
-        f"{value:.4f}{row.unit}" if value is not None else "-" for value in (row.measured, row.peer, row.floor)
+        f"{value:.4f}{row.unit}" if value is not None else "-"
+        for value in (row.measured, row.peer, row.floor)
     )
     wall = f"{row.wall_ratio:.2f}x" if row.wall_ratio is not None else "-"
     return [target, measured, peer, f"{row.ratio:.2f}x", wall, floor]
@@ -82,8 +107,13 @@ def line(row: Row) -> str:
 
 def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
     """The page of results: how it was measured, the table, the machine."""
-    head = "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
-    table = [f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} | {row.note} |" for row in found]
+    head = (
+        "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
+    )
+    table = [
+        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} | {row.note} |"
+        for row in found
+    ]
     text = [
         "# Speed against named peers",
         "",
@@ -109,7 +139,11 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
 def processor() -> str:
     """The processor's name, as Linux gives it; elsewhere its kind."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 

@@ -51,11 +51,20 @@ def directions(rng: np.random.Generator, count: int, width: int) -> Array:
 def members(rng: np.random.Generator, groups: int, unequal: bool) -> NDArray[np.int64]:
     """Group of every row; `unequal`: the largest group has eight times the rows of the smallest."""
     sizes = np.geomspace(8, 1, groups) if unequal else np.ones(groups)
-    return np.repeat(np.arange(groups), np.maximum(15, np.round(sizes / sizes.sum() * max(1500, 40 * groups))).astype(int))
+    return np.repeat(
+        np.arange(groups),
+        np.maximum(15, np.round(sizes / sizes.sum() * max(1500, 40 * groups))).astype(int),
+    )
 
 
 def normal_groups(
-    rng: np.random.Generator, groups: int, width: int, apart: float, *, unequal: bool = False, stretched: bool = False
+    rng: np.random.Generator,
+    groups: int,
+    width: int,
+    apart: float,
+    *,
+    unequal: bool = False,
+    stretched: bool = False,
 ) -> Array:
     """Normal groups of variance 1, the two nearest centres `apart`; `stretched`: deviations of 0.5 to 1.5, turned differently."""
     centres = directions(rng, groups, width)
@@ -69,7 +78,14 @@ def normal_groups(
     return centres[label] + rows
 
 
-def round_groups(rng: np.random.Generator, groups: int, width: int, concentration: float, *, unequal: bool = False) -> Array:
+def round_groups(
+    rng: np.random.Generator,
+    groups: int,
+    width: int,
+    concentration: float,
+    *,
+    unequal: bool = False,
+) -> Array:
     """Von Mises-Fisher groups of concentration `concentration` times the width."""
     label = members(rng, groups, unequal)
     rows = np.empty((len(label), width))
@@ -81,9 +97,9 @@ def round_groups(rng: np.random.Generator, groups: int, width: int, concentratio
 
 def with_noise(rng: np.random.Generator, rows: Array) -> Array:
     """A tenth of the rows replaced by draws from one normal cloud around all of them."""
-    rows[rng.choice(len(rows), len(rows) // 10, replace=False)] = rows.mean(0) + rows.std(0) * rng.standard_normal(
-        (len(rows) // 10, rows.shape[1])
-    )
+    rows[rng.choice(len(rows), len(rows) // 10, replace=False)] = rows.mean(0) + rows.std(
+        0
+    ) * rng.standard_normal((len(rows) // 10, rows.shape[1]))
     return rows
 
 
@@ -92,25 +108,51 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
     widths, apart = itertools.cycle(WIDTHS), itertools.cycle((10.0, 8.0, 7.0))
     for groups in (2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50):
         width, gap = next(widths), next(apart)
-        yield Case("normal", f"{groups} in {width}-d, {gap:g} apart", groups, normal_groups(rng, groups, width, gap))
+        yield Case(
+            "normal",
+            f"{groups} in {width}-d, {gap:g} apart",
+            groups,
+            normal_groups(rng, groups, width, gap),
+        )
     for groups in (2, 3, 5, 8, 12, 20, 30, 40):
         width = next(widths)
-        yield Case("normal, sizes 8:1", f"{groups} in {width}-d", groups, normal_groups(rng, groups, width, 8, unequal=True))
+        yield Case(
+            "normal, sizes 8:1",
+            f"{groups} in {width}-d",
+            groups,
+            normal_groups(rng, groups, width, 8, unequal=True),
+        )
     for groups in (3, 5, 10, 20, 30, 50):
         width = next(widths)
         yield Case(
-            "normal, 10 % noise", f"{groups} in {width}-d", groups, with_noise(rng, normal_groups(rng, groups, width, 9))
+            "normal, 10 % noise",
+            f"{groups} in {width}-d",
+            groups,
+            with_noise(rng, normal_groups(rng, groups, width, 9)),
         )
     for groups in (2, 4, 7, 14, 24, 36):
         width = next(widths)
-        yield Case("normal, stretched", f"{groups} in {width}-d", groups, normal_groups(rng, groups, width, 9, stretched=True))
+        yield Case(
+            "normal, stretched",
+            f"{groups} in {width}-d",
+            groups,
+            normal_groups(rng, groups, width, 9, stretched=True),
+        )
     for groups in (2, 3, 5, 7, 10, 16, 20, 30, 40, 50):
         width = next(widths)
-        yield Case("von Mises-Fisher", f"{groups} in {width}-d", groups, round_groups(rng, groups, width, 1.0))
+        yield Case(
+            "von Mises-Fisher",
+            f"{groups} in {width}-d",
+            groups,
+            round_groups(rng, groups, width, 1.0),
+        )
     for groups in (4, 6, 9, 22):
         width = next(widths)
         yield Case(
-            "von Mises-Fisher, sizes 8:1", f"{groups} in {width}-d", groups, round_groups(rng, groups, width, 1.0, unequal=True)
+            "von Mises-Fisher, sizes 8:1",
+            f"{groups} in {width}-d",
+            groups,
+            round_groups(rng, groups, width, 1.0, unequal=True),
         )
 
 
@@ -119,18 +161,32 @@ def uncountable(rng: np.random.Generator) -> Iterator[Case]:
     for width in (16, 64, 256):
         ball = directions(rng, 1500, width) * rng.random((1500, 1)) ** (1 / width)
         yield Case("no groups", f"uniform ball, {width}-d", None, ball)
-        yield Case("no groups", f"normal cloud, {width}-d", None, rng.standard_normal((1500, width)))
+        yield Case(
+            "no groups", f"normal cloud, {width}-d", None, rng.standard_normal((1500, width))
+        )
         stretched = rng.standard_normal((1500, width)) / np.arange(1, width + 1) ** 0.5
         yield Case("no groups", f"stretched cloud, {width}-d", None, stretched)
-        shifted = rng.standard_normal((1500, width)) / np.arange(1, width + 1) + 3 * directions(rng, 1, width)
+        shifted = rng.standard_normal((1500, width)) / np.arange(1, width + 1) + 3 * directions(
+            rng, 1, width
+        )
         yield Case("no groups", f"very stretched cloud off the origin, {width}-d", None, shifted)
         yield Case("no groups", f"heavy tails, {width}-d", None, rng.standard_t(3, (1500, width)))
         turns = rng.random((1500, 1)) * np.linspace(1, 3, width // 2)
         curve = np.hstack([np.cos(turns), np.sin(turns)]) + 0.1 * rng.standard_normal((1500, width))
         yield Case("no groups", f"a curve, {width}-d", None, curve)
     for groups, width in zip((3, 6, 12, 25, 40), itertools.cycle(WIDTHS), strict=False):
-        yield Case("too close", f"{groups} normal in {width}-d, 1.5 apart", None, normal_groups(rng, groups, width, 1.5))
-        yield Case("too close", f"{groups} von Mises-Fisher in {width}-d", None, round_groups(rng, groups, width, 0.03))
+        yield Case(
+            "too close",
+            f"{groups} normal in {width}-d, 1.5 apart",
+            None,
+            normal_groups(rng, groups, width, 1.5),
+        )
+        yield Case(
+            "too close",
+            f"{groups} von Mises-Fisher in {width}-d",
+            None,
+            round_groups(rng, groups, width, 0.03),
+        )
 
 
 def digits(rng: np.random.Generator) -> Iterator[Case]:
@@ -148,10 +204,19 @@ def cifar10(rng: np.random.Generator, shared: Path) -> Iterator[Case]:
     from mim_refiner_hf.evaluation import extract_features
 
     encoder = load_encoder(shared / "models" / "mae-tiny-cifar10")
-    images = open_images(str(shared / "data" / "cifar10" / "test.parquet")).subset(np.arange(0, 4000, 2))
+    images = open_images(str(shared / "data" / "cifar10" / "test.parquet")).subset(
+        np.arange(0, 4000, 2)
+    )
     spaces: dict[str, Any] = {
-        "MAE features": extract_features(encoder, images, encoder.image_processor).features.double().numpy(),
-        "pixels": np.stack([np.asarray(images[i].image, dtype=np.float64).reshape(-1) / 255 for i in range(len(images))]),
+        "MAE features": extract_features(encoder, images, encoder.image_processor)
+        .features.double()
+        .numpy(),
+        "pixels": np.stack(
+            [
+                np.asarray(images[i].image, dtype=np.float64).reshape(-1) / 255
+                for i in range(len(images))
+            ]
+        ),
     }
     centred = spaces["pixels"] - spaces["pixels"].mean(0)
     spaces["50 principal components"] = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -50:]
@@ -190,13 +255,17 @@ class Tally:
         self.cases += 1
         self.exact += guess is not None and guess == truth
         self.close += close
-        self.covered += truth is not None and interval is not None and interval[0] <= truth <= interval[1]
+        self.covered += (
+            truth is not None and interval is not None and interval[0] <= truth <= interval[1]
+        )
         self.unclear += not proposal.clear
         self.wrong += proposal.clear and not close
 
     def row(self, kind: str, countable: bool) -> str:
         """A line of the table."""
-        found = [f"{value}" if countable else "-" for value in (self.exact, self.close, self.covered)]
+        found = [
+            f"{value}" if countable else "-" for value in (self.exact, self.close, self.covered)
+        ]
         return f"| {kind} | {' | '.join([str(self.cases), *found, str(self.unclear), str(self.wrong)])} |"
 
 
@@ -216,7 +285,9 @@ def main(shared: Path | None) -> None:
     countable, seconds = set[str](), list[float]()
     for number, case in enumerate(cases(shared)):
         began = time.process_time()
-        proposal = propose_num_clusters(torch.tensor(case.features, dtype=torch.float32), max_samples=SAMPLES)
+        proposal = propose_num_clusters(
+            torch.tensor(case.features, dtype=torch.float32), max_samples=SAMPLES
+        )
         seconds.append(time.process_time() - began)
         halves[number % 2].setdefault(case.kind, Tally()).add(case.truth, proposal)
         countable |= {case.kind} if case.truth is not None else set()
@@ -258,11 +329,15 @@ def main(shared: Path | None) -> None:
         "",
         f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}",
     ]
-    (Path(__file__).parent / "results" / "cluster-count.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (Path(__file__).parent / "results" / "cluster-count.md").write_text(
+        "\n".join(text) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "shared",
         type=Path,

@@ -39,7 +39,9 @@ MARK = "<!-- from here on written by benchmarks/cluster_heads.py -->"
 Scores = dict[str, float]
 
 
-def features(model: Path, dataset: str, splits: tuple[str, ...], folder: Path) -> tuple[Tensor, Tensor]:
+def features(
+    model: Path, dataset: str, splits: tuple[str, ...], folder: Path
+) -> tuple[Tensor, Tensor]:
     """Features (N, D) as the pipeline clusters them, and classes (N,), of all splits together."""
     stores, encoder = [], None
     for split in splits:
@@ -47,7 +49,9 @@ def features(model: Path, dataset: str, splits: tuple[str, ...], folder: Path) -
             encoder = encoder or load_encoder(str(model))
             images = open_images(dataset, split=split, num_channels=encoder.config.num_channels)
             if len(images) > MOST:
-                images = images.subset(np.sort(np.random.default_rng(0).choice(len(images), MOST, replace=False)))
+                images = images.subset(
+                    np.sort(np.random.default_rng(0).choice(len(images), MOST, replace=False))
+                )
             embed_images(encoder, images, encoder.image_processor, folder / split)
         stores.append(FeatureStore(folder / split))
     rows = torch.cat([store.features(next(iter(store.columns))) for store in stores])
@@ -72,15 +76,24 @@ def measure(rows: Tensor, classes: Tensor, seed: int) -> dict[str, Scores]:
     found = (plain.assignments, control.assignments, best, heads.assignments)
     clocks = (plain_seconds, control_seconds, seconds, seconds)
     return {
-        method: {**cluster_scores(classes, labels), "seconds": clock, "groups": len(labels.unique())}
+        method: {
+            **cluster_scores(classes, labels),
+            "seconds": clock,
+            "groups": len(labels.unique()),
+        }
         for method, labels, clock in zip(METHODS, found, clocks, strict=True)
     }
 
 
-def line(dataset: str, encoder: str, runs: list[dict[str, Scores]], shape: tuple[int, int, int]) -> list[str]:
+def line(
+    dataset: str, encoder: str, runs: list[dict[str, Scores]], shape: tuple[int, int, int]
+) -> list[str]:
     """The table's lines for one cell."""
     gain = [run[METHODS[3]]["accuracy"] - run[METHODS[0]]["accuracy"] for run in runs]
-    low, high = (statistics.mean(gain) + sign * T95 * statistics.stdev(gain) / len(gain) ** 0.5 for sign in (-1, 1))
+    low, high = (
+        statistics.mean(gain) + sign * T95 * statistics.stdev(gain) / len(gain) ** 0.5
+        for sign in (-1, 1)
+    )
     verdict = "heads" if low > 0 else "k-means" if high < 0 else "neither"
     rows, width, classes = shape
     star = " *" if (dataset, encoder) in TUNED else ""
@@ -92,9 +105,17 @@ def line(dataset: str, encoder: str, runs: list[dict[str, Scores]], shape: tuple
             cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
         seconds = statistics.mean(run[method]["seconds"] for run in runs)
         least = min(int(run[method]["groups"]) for run in runs)
-        about = f"{dataset}, {encoder}{star} | {rows} x {width}, {classes}" if method == METHODS[0] else " | "
-        judged = f"{verdict} ({100 * low:+.1f} to {100 * high:+.1f})" if method == METHODS[3] else ""
-        lines.append(f"| {about} | {method} | {' | '.join(cells)} | {least} | {seconds:.1f} | {judged} |")
+        about = (
+            f"{dataset}, {encoder}{star} | {rows} x {width}, {classes}"
+            if method == METHODS[0]
+            else " | "
+        )
+        judged = (
+            f"{verdict} ({100 * low:+.1f} to {100 * high:+.1f})" if method == METHODS[3] else ""
+        )
+        lines.append(
+            f"| {about} | {method} | {' | '.join(cells)} | {least} | {seconds:.1f} | {judged} |"
+        )
     return lines
 
 
@@ -102,7 +123,9 @@ def write(table: list[str]) -> None:
     """Put the table below the mark in the results page; what stands above it is kept."""
     header = "| features | rows x width, classes | method | accuracy | NMI | ARI | groups | seconds | better |"
     head = (
-        RESULTS.read_text(encoding="utf-8").partition(MARK)[0] if RESULTS.is_file() else "# Cluster heads against k-means\n\n"
+        RESULTS.read_text(encoding="utf-8").partition(MARK)[0]
+        if RESULTS.is_file()
+        else "# Cluster heads against k-means\n\n"
     )
     versions = f"torch {version('torch')}, {torch.get_num_threads()} thread on 1 of {os.cpu_count()} CPU cores"
     text = [MARK, "", header, "|---|---|---|---:|---:|---:|---:|---:|---|", *table, "", versions]
@@ -112,14 +135,21 @@ def write(table: list[str]) -> None:
 def time_many(rows: int = 100_000, width: int = 384, classes: int = 100) -> None:
     """Print the seconds that a large set takes: random rows, since only their number matters."""
     generator = torch.Generator().manual_seed(0)
-    points = torch.randn(classes, width, generator=generator)[torch.randint(classes, (rows,), generator=generator)]
+    points = torch.randn(classes, width, generator=generator)[
+        torch.randint(classes, (rows,), generator=generator)
+    ]
     points += 2 * torch.randn(rows, width, generator=generator)
     begin = time.perf_counter()
     _, search = timed(lambda: nearest_neighbours(F.normalize(points, dim=1), 50))
-    print(f"neighbours alone: {search:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time", flush=True)
+    print(
+        f"neighbours alone: {search:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time",
+        flush=True,
+    )
     begin = time.perf_counter()
     _, total = timed(lambda: train_heads(points, classes))
-    print(f"everything: {total:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time")
+    print(
+        f"everything: {total:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -127,17 +157,28 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     models = {"start": options.start, "refined": options.refined, "quickstart": options.quickstart}
-    cells = [("digits", "quickstart"), *((name, encoder) for name in SETS for encoder in ("start", "refined"))]
+    cells = [
+        ("digits", "quickstart"),
+        *((name, encoder) for name in SETS for encoder in ("start", "refined")),
+    ]
     table = []
     for dataset, encoder in cells:
         file = options.work / f"{encoder}-{dataset}.json"
         if not file.is_file() and (not options.parts or f"{encoder}-{dataset}" in options.parts):
             splits = ("train",) if dataset == "digits" else ("train", "test")
             source = dataset if dataset == "digits" else str(options.data / dataset)
-            rows, classes = features(models[encoder], source, splits, options.work / "features" / encoder / dataset)
+            rows, classes = features(
+                models[encoder], source, splits, options.work / "features" / encoder / dataset
+            )
             runs = [measure(rows, classes, seed) for seed in SEEDS]
-            file.write_text(json.dumps({"shape": [*rows.shape, len(classes.unique())], "runs": runs}))
-            print(*line(dataset, encoder, runs, (*rows.shape, len(classes.unique()))), sep="\n", flush=True)
+            file.write_text(
+                json.dumps({"shape": [*rows.shape, len(classes.unique())], "runs": runs})
+            )
+            print(
+                *line(dataset, encoder, runs, (*rows.shape, len(classes.unique()))),
+                sep="\n",
+                flush=True,
+            )
         if file.is_file():
             found = json.loads(file.read_text())
             table += line(dataset, encoder, found["runs"], tuple(found["shape"]))
@@ -145,13 +186,31 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="folder of the data sets (parquet)")
-    parser.add_argument("--start", type=Path, default=Path("../shared/models/mae-tiny-cifar10"), help="the MAE")
-    parser.add_argument("--refined", type=Path, default=Path("outputs/cifar10-tiny/model"), help="the same, refined")
-    parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart/model"), help="the digits' encoder")
-    parser.add_argument("--work", type=Path, default=Path("outputs/cluster-heads"), help="features and finished cells")
-    parser.add_argument("--parts", nargs="+", default=[], help="cells such as refined-gtsrb; default: all")
+    parser.add_argument(
+        "--start", type=Path, default=Path("../shared/models/mae-tiny-cifar10"), help="the MAE"
+    )
+    parser.add_argument(
+        "--refined", type=Path, default=Path("outputs/cifar10-tiny/model"), help="the same, refined"
+    )
+    parser.add_argument(
+        "--quickstart",
+        type=Path,
+        default=Path("outputs/quickstart/model"),
+        help="the digits' encoder",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("outputs/cluster-heads"),
+        help="features and finished cells",
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=[], help="cells such as refined-gtsrb; default: all"
+    )
     parser.add_argument("--time", action="store_true", help="time 10^5 x 384 rows instead")
     chosen = parser.parse_args()
     time_many() if chosen.time else main(chosen)

@@ -17,16 +17,25 @@ def main(folders: list[str]) -> None:
     head = " | ".join(METRICS.values())
     lines = [f"| seed | {head} | seconds of training |", f"|---:|{'---:|' * len(METRICS)}---:|"]
     for run in runs:
-        cells = [f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}" for key in METRICS]
+        cells = [
+            f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}" for key in METRICS
+        ]
         lines.append(f"| {run['seed']} | {' | '.join(cells)} | {run['seconds']:.0f} |")
-    gains = [statistics.mean(100 * (run["after"][key] - run["before"][key]) for run in runs) for key in METRICS]
+    gains = [
+        statistics.mean(100 * (run["after"][key] - run["before"][key]) for run in runs)
+        for key in METRICS
+    ]
     lines.append(f"| mean change | {' | '.join(f'{gain:+.1f}' for gain in gains)} | |")
     commands = "\n".join(run["command"] for run in runs)
     text = f"# The quickstart over seeds\n\nPer cent, before -> after, on 500 held-out digits; {runs[0]['hardware']}.\n\n"
     text += f"```bash\n{commands}\n```\n\n"
-    text += "Seconds of other seeds than the first were taken beside other work and are no timings.\n\n"
+    text += (
+        "Seconds of other seeds than the first were taken beside other work and are no timings.\n\n"
+    )
     versions = ", ".join(f"{name} {number}" for name, number in runs[0]["versions"].items())
-    (Path(__file__).parent / "results" / "quickstart.md").write_text(text + "\n".join(lines) + f"\n\n{versions}\n")
+    (Path(__file__).parent / "results" / "quickstart.md").write_text(
+        text + "\n".join(lines) + f"\n\n{versions}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def mae_weights(width: int, depth: int, patch: int) -> dict[str, Tensor]:
 
     tokens = (224 // patch) ** 2 + 1
     weights = {"cls_token": random(1, 1, width), "pos_embed": random(1, tokens, width)}
-    weights |= {"patch_embed.proj.weight": random(width, 3, patch, patch), "patch_embed.proj.bias": random(width)}
+    weights |= {
+        "patch_embed.proj.weight": random(width, 3, patch, patch),
+        "patch_embed.proj.bias": random(width),
+    }
     for block in range(depth):
         linear = {
             "attn.qkv": (3 * width, width),
@@ -44,9 +47,15 @@ def mae_weights(width: int, depth: int, patch: int) -> dict[str, Tensor]:
             "mlp.fc2": (width, 4 * width),
         }
         for name, shape in linear.items():
-            weights |= {f"blocks.{block}.{name}.weight": random(*shape), f"blocks.{block}.{name}.bias": random(shape[0])}
+            weights |= {
+                f"blocks.{block}.{name}.weight": random(*shape),
+                f"blocks.{block}.{name}.bias": random(shape[0]),
+            }
         for name in ("norm1", "norm2"):
-            weights |= {f"blocks.{block}.{name}.weight": 1 + random(width), f"blocks.{block}.{name}.bias": random(width)}
+            weights |= {
+                f"blocks.{block}.{name}.weight": 1 + random(width),
+                f"blocks.{block}.{name}.bias": random(width),
+            }
     return weights | {"norm.weight": 1 + random(width), "norm.bias": random(width)}
 
 
@@ -57,7 +66,9 @@ def status(pid: int) -> dict[str, float]:
     except OSError:
         return {}
     fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[name].split()[0]) / 1e6 for name in ("VmHWM", "RssAnon") if name in fields}
+    return {
+        name: int(fields[name].split()[0]) / 1e6 for name in ("VmHWM", "RssAnon") if name in fields
+    }
 
 
 def measure(name: str, scratch: Path) -> tuple[str, ...]:
@@ -82,7 +93,9 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
         peaks = {key: max(value, status(process.pid).get(key, 0.0)) for key, value in peaks.items()}
         time.sleep(0.05)
     seconds = time.perf_counter() - began
-    assert process.returncode == 0, f"{name}: the conversion failed with exit code {process.returncode}"
+    assert process.returncode == 0, (
+        f"{name}: the conversion failed with exit code {process.returncode}"
+    )
     source.unlink()
     shutil.rmtree(scratch / "converted")
     return (
@@ -97,14 +110,25 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
 
 def main() -> None:
     """Measure the shapes asked for and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scratch", type=Path, help="folder for the weights, removed again")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
     rows = [measure(name, options.scratch) for name in options.shapes]
-    head = ("shape", "weights, GB", "seconds", "own memory, GB", "per weights", "with mapped file, GB")
-    table = "\n".join(" | ".join(("", *row, "")).strip() for row in (head, ("---:",) * len(head), *rows))
+    head = (
+        "shape",
+        "weights, GB",
+        "seconds",
+        "own memory, GB",
+        "per weights",
+        "with mapped file, GB",
+    )
+    table = "\n".join(
+        " | ".join(("", *row, "")).strip() for row in (head, ("---:",) * len(head), *rows)
+    )
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {datetime.date.today()}"
     text = (
         "# Conversion: time and memory\n\n```bash\npython -m benchmarks.conversion /tmp/scratch\n```\n\n"

@@ -36,18 +36,28 @@ def knn_ways(queries: int) -> list[Callable[[], Tensor]]:
     centres = torch.randn(CLASSES, WIDTH)
     classes, truth = torch.randint(CLASSES, (BANK,)), torch.randint(CLASSES, (queries,))
     bank, rows = (centres[own] + 6 * torch.randn(len(own), WIDTH) for own in (classes, truth))
-    unit_bank, unit_rows, product = F.normalize(bank, dim=1), F.normalize(rows, dim=1), torch.empty(QUERIES, BANK)
-    peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute").fit(unit_bank.numpy(), classes.numpy())
+    unit_bank, unit_rows, product = (
+        F.normalize(bank, dim=1),
+        F.normalize(rows, dim=1),
+        torch.empty(QUERIES, BANK),
+    )
+    peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute").fit(
+        unit_bank.numpy(), classes.numpy()
+    )
 
     def ours(temperature: float = 0.07) -> Tensor:
-        (predicted,) = knn_predict(bank, classes, rows, k=(NEIGHBOURS,), temperature=(temperature,)).values()
+        (predicted,) = knn_predict(
+            bank, classes, rows, k=(NEIGHBOURS,), temperature=(temperature,)
+        ).values()
         return predicted
 
     def theirs(count: int = queries) -> Tensor:
         return torch.from_numpy(peer.predict(unit_rows[:count].numpy()))
 
     agreement = (ours(float("inf"))[:256] == theirs(256)).float().mean()  # its votes are all alike
-    assert agreement > 0.99, f"only {agreement:.2%} of the classes agree"  # rows may tie but for rounding
+    assert agreement > 0.99, (
+        f"only {agreement:.2%} of the classes agree"
+    )  # rows may tie but for rounding
 
     def floor() -> Tensor:
         for part in unit_rows.split(QUERIES):
@@ -65,21 +75,40 @@ def knn_sizes(queries: int) -> str:
 def knn() -> Row:
     """k-NN against scikit-learn's."""
     measured, peer, floor = interleaved(*knn_ways(QUERIES), rounds=3)
-    return Row("knn", 2.0, measured, peer, floor, f"{knn_sizes(QUERIES)}; scikit-learn's brute force, votes alike")
+    return Row(
+        "knn",
+        2.0,
+        measured,
+        peer,
+        floor,
+        f"{knn_sizes(QUERIES)}; scikit-learn's brute force, votes alike",
+    )
 
 
 def knn_floor() -> Row:
     """k-NN against the product alone, of which it is to reach 90 %."""
     ours, _, product = knn_ways(4 * QUERIES)
     measured, floor = interleaved(ours, product, rounds=5)
-    return Row("knn-floor", 1 / 0.9, measured, floor, floor, f"{knn_sizes(4 * QUERIES)}; the product alone", at_most=True)
+    return Row(
+        "knn-floor",
+        1 / 0.9,
+        measured,
+        floor,
+        floor,
+        f"{knn_sizes(4 * QUERIES)}; the product alone",
+        at_most=True,
+    )
 
 
 def vit_products() -> Callable[[], None]:
     """The matrix products of the encoder of `features`, into tensors that are there already."""
     tokens = IMAGES * 197
-    rows, wide, out, wide_out = (torch.randn(tokens, width) for width in (WIDTH, 4 * WIDTH, WIDTH, 4 * WIDTH))
-    square, up, down = (torch.randn(*shape) for shape in ((WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)))
+    rows, wide, out, wide_out = (
+        torch.randn(tokens, width) for width in (WIDTH, 4 * WIDTH, WIDTH, 4 * WIDTH)
+    )
+    square, up, down = (
+        torch.randn(*shape) for shape in ((WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
+    )
     query, scores = torch.randn(IMAGES * 12, 197, 64), torch.empty(IMAGES * 12, 197, 197)
     attended = torch.empty_like(query)
 
@@ -102,10 +131,19 @@ def vit_products() -> Callable[[], None]:
 def feature_ways() -> list[Callable[[], Tensor]]:
     """CLS of a ViT-B/16 by ours, timm's and transformers' model with the same weights."""
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 12, "intermediate_size": 4 * WIDTH}
-    encoder = MimRefinerModel(MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)).eval()
+    shape = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 12,
+        "intermediate_size": 4 * WIDTH,
+    }
+    encoder = MimRefinerModel(
+        MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)
+    ).eval()
     config, pixels = encoder.config, torch.randn(IMAGES, 3, 224, 224)
-    of_timm = timm.create_model(export_timm.architecture(config), **export_timm.model_args(config)).eval()
+    of_timm = timm.create_model(
+        export_timm.architecture(config), **export_timm.model_args(config)
+    ).eval()
     of_timm.load_state_dict(export_timm.state_dict(encoder))
     with tempfile.TemporaryDirectory() as folder:
         export_native.write(Path(folder), encoder, MimRefinerImageProcessor())
@@ -128,14 +166,29 @@ FEATURE_SIZES = f"ViT-B/16, {IMAGES} images of 224 px, fp32"
 def features() -> Row:
     """Features against the faster of timm and transformers."""
     measured, *others, floor = interleaved(*feature_ways(), vit_products(), rounds=3)
-    return Row("features", 1.0, measured, min(others), floor, f"{FEATURE_SIZES}; the faster of timm and transformers")
+    return Row(
+        "features",
+        1.0,
+        measured,
+        min(others),
+        floor,
+        f"{FEATURE_SIZES}; the faster of timm and transformers",
+    )
 
 
 @torch.inference_mode()
 def features_floor() -> Row:
     """Features against our products alone, of whose rate they are to reach 80 %."""
     measured, floor = interleaved(feature_ways()[0], vit_products(), rounds=3)
-    return Row("features-floor", 1 / 0.8, measured, floor, floor, f"{FEATURE_SIZES}; our products alone", at_most=True)
+    return Row(
+        "features-floor",
+        1 / 0.8,
+        measured,
+        floor,
+        floor,
+        f"{FEATURE_SIZES}; our products alone",
+        at_most=True,
+    )
 
 
 def linear_probe() -> Row:
@@ -152,7 +205,10 @@ def linear_probe() -> Row:
                 layer.weight.copy_(grid.weight[:, place].T)
                 layer.bias.zero_()
     optimizers = [
-        [torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9) for layer, rate in zip(row, LEARNING_RATES, strict=True)]
+        [
+            torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
+            for layer, rate in zip(row, LEARNING_RATES, strict=True)
+        ]
         for row in layers
     ]
 

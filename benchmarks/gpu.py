@@ -48,8 +48,18 @@ from mim_refiner_hf.refinement.trainer import Trainer
 from mim_refiner_hf.runtime.device import available_memory, check_compile, uses_bf16
 
 SIZES: dict[str, dict[str, Any]] = {
-    "b16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "l16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "b16": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "l16": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
     "h14": {
         "hidden_size": 1280,
         "num_hidden_layers": 32,
@@ -58,9 +68,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "patch_size": 14,
     },
 }
-TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+}
 TINY |= {"image_size": 32, "patch_size": 8}
-TINY_RECIPE = {"projector_dim": 24, "predictor_dim": 32, "embedding_dim": 16, "queue_size": 64, "local_views": 2, "topk": 5}
+TINY_RECIPE = {
+    "projector_dim": 24,
+    "predictor_dim": 32,
+    "embedding_dim": 16,
+    "queue_size": 64,
+    "local_views": 2,
+    "topk": 5,
+}
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 """Operations per second in dense bf16, by what the device's name contains, first match; from NVIDIA's data sheets."""
 SKIPPED = 3
@@ -91,12 +113,19 @@ def cases(sizes: list[str]) -> list[Case]:
     """Every size as it would be run; of the first one compiled and with exact views; of L/16 the paper's batch in 24 GB."""
     first = sizes[0]
     found = [Case(size, "fast views", {}) for size in sizes]
-    found += [Case(first, "exact views", {"views": "exact"}), Case(first, "compiled", {"compile": True})]
+    found += [
+        Case(first, "exact views", {"views": "exact"}),
+        Case(first, "compiled", {"compile": True}),
+    ]
     if "l16" in sizes:
         small = {"batch_size": 1024, "micro_batch_size": 64, "gradient_checkpointing": True}
         found.append(Case("l16", "24 GB: blocks recomputed", small))
         found.append(
-            Case("l16", "24 GB: smaller micro-batches", {**small, "micro_batch_size": 16, "gradient_checkpointing": False})
+            Case(
+                "l16",
+                "24 GB: smaller micro-batches",
+                {**small, "micro_batch_size": 16, "gradient_checkpointing": False},
+            )
         )
     return found
 
@@ -105,39 +134,71 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
     """Floating-point operations per image and stage, by the formula above; `recipe` is a resolved one."""
     width, inner, prefix = config.hidden_size, config.intermediate_size, config.num_prefix_tokens
     forward = patches_in = 0.0
-    for views, size in ((recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)):
+    for views, size in (
+        (recipe.global_views, recipe.global_size),
+        (recipe.local_views, recipe.local_size),
+    ):
         assert size is not None
         patches = (size // config.patch_size) ** 2
         tokens = patches + prefix
         block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
         last = block
         if can_leave_patches_out(config):
-            last = 2 * tokens * 2 * width**2 + 2 * prefix * (2 * width**2 + 2 * width * inner) + 4 * prefix * tokens * width
+            last = (
+                2 * tokens * 2 * width**2
+                + 2 * prefix * (2 * width**2 + 2 * width * inner)
+                + 4 * prefix * tokens * width
+            )
         forward += views * (block * (config.num_hidden_layers - 1) + last)
         patches_in += views * 2 * patches * config.num_channels * config.patch_size**2 * width
     heads = 2.0 * head_parameters(recipe, config) * (recipe.global_views + recipe.local_views)
-    return {"warmup": forward + patches_in + 3 * heads, "refine": 3 * forward + 2 * patches_in + 3 * heads}
+    return {
+        "warmup": forward + patches_in + 3 * heads,
+        "refine": 3 * forward + 2 * patches_in + 3 * heads,
+    }
 
 
 # ---- running the trainer
 
 
-def make_trainer(case: Case, images: ImageDataset, options: argparse.Namespace, folder: str) -> Trainer:
+def make_trainer(
+    case: Case, images: ImageDataset, options: argparse.Namespace, folder: str
+) -> Trainer:
     """The trainer of a case, ready for its first step; ValueError where the device cannot do what the case asks for."""
     config = MimRefinerConfig(**(TINY if options.tiny else SIZES[case.size]))
-    settings: dict[str, Any] = {"batch_size": options.batch_size, "micro_batch_size": "auto", "views": "fast"} | case.changes
+    settings: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "micro_batch_size": "auto",
+        "views": "fast",
+    } | case.changes
     if options.tiny:
         settings |= TINY_RECIPE | {"batch_size": 8}
-        settings["micro_batch_size"] = min(settings["micro_batch_size"], 2) if "24 GB" in case.name else None
+        settings["micro_batch_size"] = (
+            min(settings["micro_batch_size"], 2) if "24 GB" in case.name else None
+        )
     quiet = {"save_every": 0, "log_every": 10**6, "report_to": "none", "output_dir": folder}
-    recipe = RefineRecipe(model="random weights", dataset=str(options.images), max_steps=options.steps, **settings, **quiet)
+    recipe = RefineRecipe(
+        model="random weights",
+        dataset=str(options.images),
+        max_steps=options.steps,
+        **settings,
+        **quiet,
+    )
     check_compile(recipe.compile)
-    recipe, bf16 = resolve(recipe, config, len(images)), options.device == "cuda" and uses_bf16(recipe.mixed_precision)
+    recipe, bf16 = (
+        resolve(recipe, config, len(images)),
+        options.device == "cuda" and uses_bf16(recipe.mixed_precision),
+    )
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)
-    steps, statistics = Steps(options.steps, options.steps), (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
-    trainer = Trainer(recipe, steps, accelerator, images, encoder, *statistics, options.num_workers, bf16)
+    steps, statistics = (
+        Steps(options.steps, options.steps),
+        (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)),
+    )
+    trainer = Trainer(
+        recipe, steps, accelerator, images, encoder, *statistics, options.num_workers, bf16
+    )
     if recipe.micro_batch_size == "auto":
         trainer.choose_micro_batch(available_memory(options.device))
     return trainer
@@ -209,7 +270,9 @@ def labelled(trainer: Trainer) -> Iterator[None]:
 
     with ExitStack() as stack:
         for target, attribute, part in places:
-            stack.enter_context(patch.object(target, attribute, named(getattr(target, attribute), part)))
+            stack.enter_context(
+                patch.object(target, attribute, named(getattr(target, attribute), part))
+            )
         yield
 
 
@@ -217,7 +280,9 @@ def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
     """Seconds of the device in every part of `PARTS`, of what is in none of them ("the rest"), of a profile made under `labelled`."""
     found, total = dict.fromkeys(PARTS, 0.0), 0.0
     for event in profiler.key_averages():
-        if event.device_type != DeviceType.CPU:  # kernels, which the operations that launched them count
+        if (
+            event.device_type != DeviceType.CPU
+        ):  # kernels, which the operations that launched them count
             continue
         of_it = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
         total += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
@@ -236,9 +301,18 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
     for size in options.size:
         config = MimRefinerConfig(**(TINY if options.tiny else SIZES[size]))
         with torch.device(options.device):
-            encoder = MimRefinerModel(config).to(torch.bfloat16 if options.device == "cuda" else torch.float32)
-        settings: Any = {"batch_size": options.batch_size, "num_workers": options.num_workers, "device": options.device}
-        chosen, processor = images.subset(range(8 if options.tiny else 4096)), image_processor(config, {})
+            encoder = MimRefinerModel(config).to(
+                torch.bfloat16 if options.device == "cuda" else torch.float32
+            )
+        settings: Any = {
+            "batch_size": options.batch_size,
+            "num_workers": options.num_workers,
+            "device": options.device,
+        }
+        chosen, processor = (
+            images.subset(range(8 if options.tiny else 4096)),
+            image_processor(config, {}),
+        )
         extract_features(encoder, images.subset(range(8)), processor, **settings)
         began = time.perf_counter()
         extract_features(encoder, chosen, processor, **settings)
@@ -255,7 +329,9 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
         f"k-NN, {bank} x {width} bank, {rows - bank} rows": lambda: knn_accuracy(
             features[:bank], labels[:bank], features[bank:], labels[bank:]
         ),
-        f"k-means, {rows} x {width}, {groups} groups, 10 restarts": lambda: kmeans(features, groups),
+        f"k-means, {rows} x {width}, {groups} groups, 10 restarts": lambda: kmeans(
+            features, groups
+        ),
     }
     for name, way in ways.items():
         began = time.perf_counter()
@@ -269,10 +345,21 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
 def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
     """The lines of the page, as they are measured."""
     name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
-    peak = next((value for part, value in PEAKS.items() if part in name), None) if options.device == "cuda" else None
-    yield from ("# What a refinement costs on a GPU", "", f"`python -m benchmarks.gpu {shlex.join(sys.argv[1:])}`  ")
+    peak = (
+        next((value for part, value in PEAKS.items() if part in name), None)
+        if options.device == "cuda"
+        else None
+    )
+    yield from (
+        "# What a refinement costs on a GPU",
+        "",
+        f"`python -m benchmarks.gpu {shlex.join(sys.argv[1:])}`  ",
+    )
     yield f"{name}, {options.num_workers} workers, torch {torch.__version__}, {datetime.date.today()}; random weights, real JPEGs"
-    yield from ("", "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for data |")
+    yield from (
+        "",
+        "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for data |",
+    )
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     profiles: dict[str, dict[str, float]] = {}
     for case in cases(options.size):
@@ -283,7 +370,9 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
                 trainer = make_trainer(case, images, options, folder)
                 stages = measure(trainer)
         except (ValueError, torch.OutOfMemoryError) as error:
-            yield f"| {case.size} | {case.name} | left out: {str(error).splitlines()[0]} |" + " |" * 6
+            yield (
+                f"| {case.size} | {case.name} | left out: {str(error).splitlines()[0]} |" + " |" * 6
+            )
             continue
         for stage, measured in stages.items():
             yield stage_line(case, stage, trainer, measured, peak)
@@ -298,7 +387,9 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
     yield from (f"| {name} | {result} |" for name, result in evaluation_rows(images, options))
 
 
-def stage_line(case: Case, stage: str, trainer: Trainer, measured: Measured, peak: float | None) -> str:
+def stage_line(
+    case: Case, stage: str, trainer: Trainer, measured: Measured, peak: float | None
+) -> str:
     """One row: rate of a step on its own, MFU, peak memory, and the share of the time that it waits for its batch."""
     recipe, step, waited = trainer.recipe, median(measured.seconds), sum(measured.waited)
     rate = recipe.batch_size / step
@@ -314,23 +405,50 @@ def stage_line(case: Case, stage: str, trainer: Trainer, measured: Measured, pea
 def main(arguments: list[str] | None = None) -> None:
     """Print the page as it is measured, and write it; exits with 2 for a size or a device that is not there."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--images", type=Path, required=True, help="parquet file or folder of JPEGs, repeated to 8192 images")
-    parser.add_argument("--size", type=lambda text: text.split(","), default=list(SIZES), help="of b16,l16,h14; default: all")
-    parser.add_argument("--batch_size", type=int, default=256, help="images per step, but for the cases of 1024")
-    parser.add_argument("--steps", type=int, default=12, help=f"per stage; the first {SKIPPED} and the last are not timed")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="parquet file or folder of JPEGs, repeated to 8192 images",
+    )
+    parser.add_argument(
+        "--size",
+        type=lambda text: text.split(","),
+        default=list(SIZES),
+        help="of b16,l16,h14; default: all",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="images per step, but for the cases of 1024"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=12,
+        help=f"per stage; the first {SKIPPED} and the last are not timed",
+    )
     parser.add_argument("--num_workers", type=int, default=16, help="data-loading workers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny encoder and batch: tries the script")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.md"), help="the page")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny encoder and batch: tries the script"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu.md"), help="the page"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.size) - set(SIZES):
         parser.error(f"--size {','.join(sorted(unknown))}: there are {', '.join(SIZES)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU; --device cpu --tiny tries the script without one")
+        parser.error(
+            "--device cuda: there is no GPU; --device cpu --tiny tries the script without one"
+        )
     if options.steps < SKIPPED + 2:
-        parser.error(f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are not timed")
+        parser.error(
+            f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are not timed"
+        )
     images = open_images(str(options.images))
     images = images.subset(np.arange(max(8192, len(images))) % len(images))
     lines = []

@@ -69,10 +69,19 @@ def step(batch: int = 16, heads: int = 2, local: int = 4, size: int = 64) -> Cal
     torch.manual_seed(0)
     encoder = an_encoder(size)
     freeze(encoder, 0)
-    modules = IdHeads(heads, WIDTH, 512, 1024, EMBEDDING), NearestNeighbourQueue(heads, 4096, EMBEDDING)
+    modules = (
+        IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
+        NearestNeighbourQueue(heads, 4096, EMBEDDING),
+    )
     places = list(range(BLOCKS - heads, BLOCKS))
-    refiner = Refiner(encoder, places, *modules, num_global=GLOBAL, num_views=GLOBAL + local, temperature=0.2).train()
-    views = [torch.randn(batch, count, 3, side, side) for count, side in ((GLOBAL, size), (local, size // 2)) if count]
+    refiner = Refiner(
+        encoder, places, *modules, num_global=GLOBAL, num_views=GLOBAL + local, temperature=0.2
+    ).train()
+    views = [
+        torch.randn(batch, count, 3, side, side)
+        for count, side in ((GLOBAL, size), (local, size // 2))
+        if count
+    ]
     index, draw = torch.arange(batch), torch.randint(TOPK, (heads, GLOBAL, batch))
 
     def run() -> None:
@@ -86,8 +95,13 @@ def align(heads: int) -> Callable[[], object]:
     """Heads, queue and loss alone, forward and backward."""
     torch.manual_seed(0)
     encoder, batch, views = an_encoder(16, heads), 16, 8
-    modules = IdHeads(heads, WIDTH, 512, 1024, EMBEDDING), NearestNeighbourQueue(heads, 4096, EMBEDDING)
-    refiner = Refiner(encoder, list(range(heads)), *modules, num_global=GLOBAL, num_views=views, temperature=0.2).train()
+    modules = (
+        IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
+        NearestNeighbourQueue(heads, 4096, EMBEDDING),
+    )
+    refiner = Refiner(
+        encoder, list(range(heads)), *modules, num_global=GLOBAL, num_views=views, temperature=0.2
+    ).train()
     features = torch.randn(heads, views * batch, WIDTH, requires_grad=True)
     index, draw = torch.arange(batch), torch.randint(TOPK, (heads, GLOBAL, batch))
     return lambda: refiner.align(features, index, index, topk=TOPK, draw=draw).loss.backward()
@@ -96,7 +110,10 @@ def align(heads: int) -> Callable[[], object]:
 def lookup(rows: int) -> Callable[[], object]:
     """Neighbours of two views of 64 images for 4 heads."""
     torch.manual_seed(0)
-    queue, targets = NearestNeighbourQueue(4, rows, EMBEDDING), torch.randn(4, GLOBAL, 64, EMBEDDING)
+    queue, targets = (
+        NearestNeighbourQueue(4, rows, EMBEDDING),
+        torch.randn(4, GLOBAL, 64, EMBEDDING),
+    )
     index, draw = torch.arange(64), torch.randint(TOPK, (4, GLOBAL, 64))
     return lambda: queue.lookup(targets, index, topk=TOPK, draw=draw)
 
@@ -104,7 +121,11 @@ def lookup(rows: int) -> Callable[[], object]:
 def neighbours(rows: int) -> Callable[[], object]:
     """k-NN of 1000 rows in a bank of so many."""
     torch.manual_seed(0)
-    bank, classes, asked = torch.randn(rows, WIDTH), torch.randint(100, (rows,)), torch.randn(1000, WIDTH)
+    bank, classes, asked = (
+        torch.randn(rows, WIDTH),
+        torch.randint(100, (rows,)),
+        torch.randn(1000, WIDTH),
+    )
     return lambda: knn_predict(bank, classes, asked)
 
 
@@ -120,7 +141,9 @@ def embedding(images: int) -> Callable[[], object]:
     torch.manual_seed(0)
     digits = open_images("digits").subset(range(images))
     encoder = an_encoder(32).eval()
-    image_processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image_processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     column = f"block{BLOCKS - 1}.cls"
     return lambda: encode_images(encoder, digits, image_processor, [column], batch_size=64)
 
@@ -131,9 +154,27 @@ def tokens(side: int) -> int:
 
 
 AXES = {
-    "batch": Axis(lambda n: step(batch=n), (8, 16, 32, 64), (0.8, 1.1), "every image costs the same", "images per step"),
-    "heads": Axis(align, (2, 4, 8, 16), (0.8, 1.1), "every head costs the same; starting operations does not grow", "heads"),
-    "queue": Axis(lookup, (4096, 8192, 16384, 32768, 65536), (0.8, 1.15), "every row is compared once", "rows of the queue"),
+    "batch": Axis(
+        lambda n: step(batch=n),
+        (8, 16, 32, 64),
+        (0.8, 1.1),
+        "every image costs the same",
+        "images per step",
+    ),
+    "heads": Axis(
+        align,
+        (2, 4, 8, 16),
+        (0.8, 1.1),
+        "every head costs the same; starting operations does not grow",
+        "heads",
+    ),
+    "queue": Axis(
+        lookup,
+        (4096, 8192, 16384, 32768, 65536),
+        (0.8, 1.15),
+        "every row is compared once",
+        "rows of the queue",
+    ),
     "local crops": Axis(
         lambda n: step(local=n),
         (2, 4, 8, 16),
@@ -150,7 +191,13 @@ AXES = {
         "tokens per image",
         lambda n: GLOBAL * tokens(n) + 4 * tokens(n // 2),
     ),
-    "k-NN": Axis(neighbours, (10_000, 20_000, 40_000, 80_000), (0.85, 1.15), "every row is compared once", "rows of the bank"),
+    "k-NN": Axis(
+        neighbours,
+        (10_000, 20_000, 40_000, 80_000),
+        (0.85, 1.15),
+        "every row is compared once",
+        "rows of the bank",
+    ),
     "k-means": Axis(
         groups,
         (20_000, 40_000, 80_000, 160_000),
@@ -158,7 +205,9 @@ AXES = {
         "full passes grow with the rows; the starts are found on a sample of 4096 rows, which does not grow",
         "rows",
     ),
-    "embedding": Axis(embedding, (160, 320, 640, 1280), (0.85, 1.1), "every image costs the same", "images"),
+    "embedding": Axis(
+        embedding, (160, 320, 640, 1280), (0.85, 1.1), "every image costs the same", "images"
+    ),
 }
 """Every axis by name."""
 
@@ -179,14 +228,20 @@ def measure(axis: Axis) -> list[float]:
 
 def exponent(axis: Axis, seconds: list[float]) -> float:
     """The slope of log time over log work, by least squares."""
-    return float(np.polyfit(np.log([axis.work(size) for size in axis.sizes]), np.log(seconds), 1)[0])
+    return float(
+        np.polyfit(np.log([axis.work(size) for size in axis.sizes]), np.log(seconds), 1)[0]
+    )
 
 
 def table(name: str, axis: Axis, seconds: list[float]) -> list[str]:
     """The part of the page about one axis."""
     low, high = axis.expected
     fitted = exponent(axis, seconds)
-    verdict = "as expected" if low <= fitted <= high else "NOT as expected" + (": less" if fitted < low else ": more")
+    verdict = (
+        "as expected"
+        if low <= fitted <= high
+        else "NOT as expected" + (": less" if fitted < low else ": more")
+    )
     works = [f"{axis.work(size):.0f}" for size in axis.sizes]
     return [
         f"## {name}",
@@ -213,7 +268,9 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
         name, seconds = item
         axis = AXES[name]
         works = np.array([axis.work(size) for size in axis.sizes])
-        panel.loglog(works, seconds, "o-", color="tab:blue", label=f"measured, {exponent(axis, seconds):.2f}")
+        panel.loglog(
+            works, seconds, "o-", color="tab:blue", label=f"measured, {exponent(axis, seconds):.2f}"
+        )
         panel.loglog(works, seconds[-1] * works / works[-1], ":", color="grey", label="exponent 1")
         panel.set(title=name, xlabel=axis.unit, ylabel="seconds")
         panel.set_xticks(works, [f"{work:.0f}" for work in works], fontsize=8)
@@ -255,8 +312,15 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("axes", nargs="*", metavar="axis", help=f"which to measure: {', '.join(AXES)}; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "axes",
+        nargs="*",
+        metavar="axis",
+        help=f"which to measure: {', '.join(AXES)}; all by default",
+    )
     chosen = parser.parse_args().axes
     if unknown := [name for name in chosen if name not in AXES]:
         parser.error(f"no axis {', '.join(unknown)}; there are {', '.join(AXES)}")

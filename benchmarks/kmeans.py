@@ -37,24 +37,38 @@ def size(num_clusters: int) -> int:
 
 def features(num_clusters: int) -> Tensor:
     """Rows (N, 192) fp32 with three times as many groups as are asked for."""
-    count, groups, generator = size(num_clusters), 3 * num_clusters, torch.Generator().manual_seed(0)
+    count, groups, generator = (
+        size(num_clusters),
+        3 * num_clusters,
+        torch.Generator().manual_seed(0),
+    )
     centres = torch.randn(groups, 40, generator=generator)
     spread = 0.3 + torch.rand(groups, 1, generator=generator)
     group = torch.randint(groups, (count,), generator=generator)
     inner = centres[group] + spread[group] * torch.randn(count, 40, generator=generator)
-    return inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5 + 0.1 * torch.randn(count, WIDTH, generator=generator)
+    return inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5 + 0.1 * torch.randn(
+        count, WIDTH, generator=generator
+    )
 
 
 def check(rows: Tensor) -> None:
     """From the same start, scikit-learn's full k-means and ours are one."""
     initial, part = rows[:50], rows[:5000]
-    expected = KMeans(50, init=initial.numpy(), n_init=1, max_iter=10, algorithm="lloyd").fit(part.numpy())
+    expected = KMeans(50, init=initial.numpy(), n_init=1, max_iter=10, algorithm="lloyd").fit(
+        part.numpy()
+    )
     found = kmeans(part, 50, initial=initial, iterations=10, spherical=False)
-    assert (found.assignments.numpy() == expected.labels_).mean() > 0.999, "the groups differ from scikit-learn's"
-    assert abs(found.inertia / expected.inertia_ - 1) < 1e-4, "the inertia differs from scikit-learn's"
+    assert (found.assignments.numpy() == expected.labels_).mean() > 0.999, (
+        "the groups differ from scikit-learn's"
+    )
+    assert abs(found.inertia / expected.inertia_ - 1) < 1e-4, (
+        "the inertia differs from scikit-learn's"
+    )
 
 
-def ours(rows: Tensor, num_clusters: int, seed: int, passes: int, runs: int = RUNS) -> tuple[float, float]:
+def ours(
+    rows: Tensor, num_clusters: int, seed: int, passes: int, runs: int = RUNS
+) -> tuple[float, float]:
     """Seconds of processor time per restart, and the inertia of the best."""
     start = time.process_time()
     found = kmeans(rows, num_clusters, runs=runs, iterations=passes, seed=seed, spherical=False)
@@ -65,7 +79,8 @@ def theirs(rows: Tensor, num_clusters: int, seed: int, runs: int = RUNS) -> tupl
     """The same of scikit-learn."""
     start, points = time.process_time(), rows.numpy()
     inertia = min(
-        MiniBatchKMeans(num_clusters, n_init=1, random_state=seed * runs + run).fit(points).inertia_ for run in range(runs)
+        MiniBatchKMeans(num_clusters, n_init=1, random_state=seed * runs + run).fit(points).inertia_
+        for run in range(runs)
     )
     return (time.process_time() - start) / runs, inertia
 
@@ -82,7 +97,9 @@ def row(num_clusters: int, runs: int, rounds: int) -> Row:
         products(*[(len(rows), WIDTH, num_clusters)] * runs),
         rounds=rounds,
     )
-    assert max(mine) <= min(others), f"our inertia is {max(mine) / min(others) - 1:.1%} higher than scikit-learn's"
+    assert max(mine) <= min(others), (
+        f"our inertia is {max(mine) / min(others) - 1:.1%} higher than scikit-learn's"
+    )
     note = f"{len(rows)} x {WIDTH}, {runs} restarts, {ROW_PASSES} passes at most; MiniBatchKMeans; floor: one assignment each"
     return Row(f"kmeans-{num_clusters}", 2.5, measured, peer, floor, note)
 
@@ -99,7 +116,9 @@ def table(num_clusters: int, rounds: list[list[tuple[float, float]]]) -> list[st
     lines = []
     for place, passes in enumerate(PASSES, 1):
         pairs = [(line[0], line[place]) for line in rounds]
-        seconds, their_seconds = (statistics.median(pair[side][0] for pair in pairs) for side in (1, 0))
+        seconds, their_seconds = (
+            statistics.median(pair[side][0] for pair in pairs) for side in (1, 0)
+        )
         ratio = statistics.median(old[0] / new[0] for old, new in pairs)
         higher = statistics.median(new[1] / old[1] for old, new in pairs) - 1
         lines.append(
@@ -129,7 +148,9 @@ def write_table(lines: list[str]) -> None:
         f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, "
         f"torch {version('torch')}, scikit-learn {version('scikit-learn')}",
     ]
-    (Path(__file__).parent / "results" / "kmeans.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (Path(__file__).parent / "results" / "kmeans.md").write_text(
+        "\n".join(text) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
@@ -142,7 +163,10 @@ def main() -> None:
         for seed in range(count):
             with threadpool_limits(1):
                 rounds.append(
-                    [theirs(rows, num_clusters, seed), *(ours(rows, num_clusters, seed, passes) for passes in PASSES)]
+                    [
+                        theirs(rows, num_clusters, seed),
+                        *(ours(rows, num_clusters, seed, passes) for passes in PASSES),
+                    ]
                 )
             print(num_clusters, rounds[-1], flush=True)
         lines += table(num_clusters, rounds)

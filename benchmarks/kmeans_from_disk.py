@@ -25,7 +25,11 @@ from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
 
-GROUPS, CHUNK, PART = 300, 20_000, 20_000  # planted groups; rows written at once; rows that are also grouped in memory
+GROUPS, CHUNK, PART = (
+    300,
+    20_000,
+    20_000,
+)  # planted groups; rows written at once; rows that are also grouped in memory
 RUNS, PASSES = 10, 3
 
 
@@ -82,8 +86,12 @@ def check(rows: NDArray[np.float16], num_clusters: int) -> None:
     """The first rows give the same groups from the file as from memory."""
     stored = kmeans(ArrayBatches(rows[:PART]), num_clusters, runs=RUNS, iterations=PASSES)
     loaded = kmeans(torch.tensor(rows[:PART]).float(), num_clusters, runs=RUNS, iterations=PASSES)
-    assert torch.equal(stored.assignments, loaded.assignments), "the groups differ from those in memory"
-    assert abs(stored.inertia / loaded.inertia - 1) < 1e-6, "the inertia differs from that in memory"
+    assert torch.equal(stored.assignments, loaded.assignments), (
+        "the groups differ from those in memory"
+    )
+    assert abs(stored.inertia / loaded.inertia - 1) < 1e-6, (
+        "the inertia differs from that in memory"
+    )
 
 
 def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
@@ -115,14 +123,22 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
         "",
         f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch {version('torch')}",
     ]
-    (Path(__file__).parent / "results" / "kmeans-from-disk.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (Path(__file__).parent / "results" / "kmeans-from-disk.md").write_text(
+        "\n".join(text) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--num_clusters", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="where the file is written; the system's temporary folder when left out")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the file is written; the system's temporary folder when left out",
+    )
     arguments = parser.parse_args()
     main(arguments.rows, arguments.width, arguments.num_clusters, arguments.folder)

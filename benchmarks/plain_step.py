@@ -20,7 +20,11 @@ def modules_of(layers: nn.Sequential, head: int) -> nn.Sequential:
         assert isinstance(layer, GroupedLayer)
         linear = nn.Linear(layer.weight.shape[2], layer.weight.shape[1], bias=False)
         linear.weight.data.copy_(layer.weight[head])
-        parts += [linear, nn.BatchNorm1d(layer.weight.shape[1]), *([nn.GELU()] if layer.activation else [])]
+        parts += [
+            linear,
+            nn.BatchNorm1d(layer.weight.shape[1]),
+            *([nn.GELU()] if layer.activation else []),
+        ]
     return nn.Sequential(*parts)
 
 
@@ -33,7 +37,9 @@ class PlainQueue:
     @torch.no_grad()
     def lookup(self, targets: Tensor, sample_index: Tensor, topk: int, draw: Tensor) -> Tensor:
         """The drawn neighbour of each of one view's targets, (b, E) -> (b, E)."""
-        similarity = F.normalize(targets, dim=-1) @ F.normalize(self.rows, dim=-1).T.to(targets.dtype)
+        similarity = F.normalize(targets, dim=-1) @ F.normalize(self.rows, dim=-1).T.to(
+            targets.dtype
+        )
         similarity[sample_index[:, None] == self.index[None]] = -1.0
         positions = similarity.topk(topk, dim=-1).indices
         return self.rows[positions.gather(1, draw[:, None]).squeeze(1)]
@@ -46,7 +52,9 @@ class PlainQueue:
         self.pointer = (self.pointer + len(projected)) % len(self.rows)
 
 
-def plain_loss(targets: Tensor, neighbours: Tensor, predictions: Tensor, temperature: float) -> Tensor:
+def plain_loss(
+    targets: Tensor, neighbours: Tensor, predictions: Tensor, temperature: float
+) -> Tensor:
     """Eq. 1 of one head, pair by pair: targets, neighbours (G, b, E), predictions (V, b, E)."""
     targets, neighbours, predictions = (
         F.normalize(x, dim=-1).to(predictions.dtype) for x in (targets, neighbours, predictions)
@@ -67,26 +75,39 @@ class PlainStep:
     def __init__(self, refiner: Refiner) -> None:
         count = len(refiner.head_blocks)
         self.refiner = refiner
-        self.projectors = nn.ModuleList(modules_of(refiner.heads.projector, head) for head in range(count))
-        self.predictors = nn.ModuleList(modules_of(refiner.heads.predictor, head) for head in range(count))
+        self.projectors = nn.ModuleList(
+            modules_of(refiner.heads.projector, head) for head in range(count)
+        )
+        self.predictors = nn.ModuleList(
+            modules_of(refiner.heads.predictor, head) for head in range(count)
+        )
         raw = refiner.queue.rows * refiner.queue.norms.unsqueeze(-1)
         self.queues = [PlainQueue(rows) for rows in raw]
 
-    def align(self, features: list[Tensor], sample_index: Tensor, topk: int, draw: Tensor) -> Tensor:
+    def align(
+        self, features: list[Tensor], sample_index: Tensor, topk: int, draw: Tensor
+    ) -> Tensor:
         """The total loss of features (V * b, D) per head."""
         refiner, losses = self.refiner, []
         for head, rows in enumerate(features):
             with torch.autocast("cpu", torch.bfloat16, enabled=refiner.bf16):
                 projected = self.projectors[head](rows)
                 predicted = self.predictors[head](projected)
-            projected, predicted = (x.unflatten(0, (refiner.num_views, -1)) for x in (projected.detach(), predicted))
+            projected, predicted = (
+                x.unflatten(0, (refiner.num_views, -1)) for x in (projected.detach(), predicted)
+            )
             targets = projected[: refiner.num_global]
-            found = [self.queues[head].lookup(view, sample_index, topk, draw[head, v]) for v, view in enumerate(targets)]
+            found = [
+                self.queues[head].lookup(view, sample_index, topk, draw[head, v])
+                for v, view in enumerate(targets)
+            ]
             losses.append(plain_loss(targets, torch.stack(found), predicted, refiner.temperature))
             self.queues[head].enqueue(projected[0], sample_index)
         return torch.stack(losses).sum()
 
-    def backward(self, views: list[Tensor], sample_index: Tensor, topk: int, draw: Tensor) -> Tensor:
+    def backward(
+        self, views: list[Tensor], sample_index: Tensor, topk: int, draw: Tensor
+    ) -> Tensor:
         """One whole step's gradients: every block for every token, all blocks recorded."""
         refiner = self.refiner
         encoder: MimRefinerModel = refiner.encoder

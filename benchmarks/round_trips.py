@@ -60,14 +60,23 @@ def original(fixtures: Path, checkpoint: str) -> tuple[MimRefinerModel, float]:
     encoder = load_encoder(file, num_heads=states["num_heads"])
     pixels = load_file(file.parent / "inputs.safetensors")["pixel_values"]
     expected = load_file(file.parent / "outputs.safetensors")["blocks"]
-    hidden = encoder(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[1:]
+    hidden = encoder(
+        pixels, interpolate_pos_encoding=True, output_hidden_states=True
+    ).hidden_states[1:]
     return encoder, worst(torch.stack(hidden), expected)
 
 
 def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
     """The same for transformers' own data2vec-vision with random values; its authors' code reads other names."""
-    shape = {"hidden_size": 36, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 144}
-    config = transformers.Data2VecVisionConfig(**shape, image_size=32, patch_size=8, use_shared_relative_position_bias=True)
+    shape = {
+        "hidden_size": 36,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "intermediate_size": 144,
+    }
+    config = transformers.Data2VecVisionConfig(
+        **shape, image_size=32, patch_size=8, use_shared_relative_position_bias=True
+    )
     theirs = transformers.Data2VecVisionModel(config).eval()
     for parameter in theirs.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
@@ -85,10 +94,15 @@ def there_and_back(encoder: MimRefinerModel, folder: Path, to: str) -> str:
     text = shown(max(differences.values()))
     if to == "onnx":
         return text
-    returned, pixels = load_encoder(folder / to), torch.randn(2, encoder.config.num_channels, *encoder.config.image_hw)
+    returned, pixels = (
+        load_encoder(folder / to),
+        torch.randn(2, encoder.config.num_channels, *encoder.config.image_hw),
+    )
     back = worst(returned(pixels).last_hidden_state, encoder(pixels).last_hidden_state)
     ours, theirs = encoder.state_dict(), returned.state_dict()
-    equal = ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    equal = ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+    )
     return f"{text}, back {shown(back)}{' (bit-equal weights)' if equal else ''}"
 
 
@@ -96,12 +110,22 @@ def there_and_back(encoder: MimRefinerModel, folder: Path, to: str) -> str:
 def measure(fixtures: Path, checkpoint: str, folder: Path) -> Row:
     """One family's row."""
     torch.manual_seed(0)
-    source = data2vec_vision(folder / "source") if checkpoint == "transformers" else original(fixtures, checkpoint)
+    source = (
+        data2vec_vision(folder / "source")
+        if checkpoint == "transformers"
+        else original(fixtures, checkpoint)
+    )
     encoder, difference = source
     save_model_folder(folder / "model", encoder, encoder.image_processor)
     reloaded = load_encoder(folder / "model")
-    equal = all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in encoder.state_dict().items())
-    row = {"original -> ours": shown(difference), "model folder": "bit-equal" if equal else "DIFFERS"}
+    equal = all(
+        torch.equal(tensor, reloaded.state_dict()[name])
+        for name, tensor in encoder.state_dict().items()
+    )
+    row = {
+        "original -> ours": shown(difference),
+        "model folder": "bit-equal" if equal else "DIFFERS",
+    }
     for to, title in (("timm", "timm"), ("vit", "native class"), ("onnx", "ONNX")):
         row[title] = there_and_back(encoder, folder, to)
     if (folder / "vit").is_dir():
@@ -138,10 +162,16 @@ def main(fixtures: Path) -> None:
         "",
         f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), {versions}",
     ]
-    (Path(__file__).parent / "results" / "round-trips.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (Path(__file__).parent / "results" / "round-trips.md").write_text(
+        "\n".join(text) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fixtures", type=Path, help="folder of the families' checkpoints and outputs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "fixtures", type=Path, help="folder of the families' checkpoints and outputs"
+    )
     main(parser.parse_args().fixtures)

@@ -73,7 +73,9 @@ class Row:
 def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[Seconds]:
     """Median seconds of each way, in turns, after one call of each that is not timed: of the processor with one thread, and, in half
     as many rounds, of the clock with two."""
-    seconds = [Seconds(median) for median in _medians(ways, rounds, 1, time.process_time, warm=True)]
+    seconds = [
+        Seconds(median) for median in _medians(ways, rounds, 1, time.process_time, warm=True)
+    ]
     if (os.cpu_count() or 1) > 1:
         walls = _medians(ways, (rounds + 1) // 2, 2, time.perf_counter, warm=False)
         for taken, wall in zip(seconds, walls, strict=True):
@@ -82,7 +84,11 @@ def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[Seconds]:
 
 
 def _medians(
-    ways: Sequence[Callable[[], object]], rounds: int, threads: int, clock: Callable[[], float], warm: bool
+    ways: Sequence[Callable[[], object]],
+    rounds: int,
+    threads: int,
+    clock: Callable[[], float],
+    warm: bool,
 ) -> list[float]:
     taken: list[list[float]] = [[] for _ in ways]
     before = torch.get_num_threads()

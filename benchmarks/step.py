@@ -27,7 +27,13 @@ QUEUE, TOPK, GLOBAL, LOCAL, BATCH = 16384, 20, 2, 6, 16
 PAPER_QUEUE = (65536, 256)  # rows and width of the paper's queues, for the rows about nothing else
 QUEUE_SIZES = f"{HEADS} heads, batch {BATCH}, {GLOBAL} global views, queue {PAPER_QUEUE[0]} x {PAPER_QUEUE[1]}"
 SIZES = f"{HEADS} heads, batch {BATCH}, {GLOBAL + LOCAL} views, queue {QUEUE} x {EMBEDDING}"
-ENCODER = {"image_size": 64, "patch_size": 8, "hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 3}
+ENCODER = {
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+}
 
 
 def make_refiner(bf16: bool = False) -> Refiner:
@@ -38,7 +44,10 @@ def make_refiner(bf16: bool = False) -> Refiner:
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     freeze(encoder, 0)
-    heads, queue = IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING), NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING)
+    heads, queue = (
+        IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING),
+        NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING),
+    )
     blocks = list(range(6 - HEADS, 6))
     settings = {"num_global": GLOBAL, "num_views": GLOBAL + LOCAL, "temperature": 0.2, "bf16": bf16}
     return Refiner(encoder, blocks, heads, queue, **settings).train()  # type: ignore[arg-type]
@@ -46,14 +55,18 @@ def make_refiner(bf16: bool = False) -> Refiner:
 
 def a_batch(batch: int = BATCH) -> tuple[list[Tensor], Tensor, Tensor]:
     """Views of both sizes, sample indices, and which neighbours are drawn."""
-    views = [torch.randn(batch, count, 3, size, size) for count, size in ((GLOBAL, 64), (LOCAL, 32))]
+    views = [
+        torch.randn(batch, count, 3, size, size) for count, size in ((GLOBAL, 64), (LOCAL, 32))
+    ]
     return views, torch.arange(batch), torch.randint(TOPK, (HEADS, GLOBAL, batch))
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     """Relative difference of two tensors as a whole."""
     difference = float((ours - theirs).norm() / theirs.norm())
-    assert difference <= tolerance, f"the two ways differ by {difference:.1e}, allowed is {tolerance:.0e}"
+    assert difference <= tolerance, (
+        f"the two ways differ by {difference:.1e}, allowed is {tolerance:.0e}"
+    )
 
 
 def loss_products() -> list[tuple[int, int, int]]:
@@ -80,7 +93,10 @@ def encoder_products() -> list[tuple[int, int, int]]:
 def heads_queue_loss() -> Row:
     """Heads, queue and loss, forward and backward, from features."""
     refiner, (_, index, draw) = make_refiner(), a_batch()
-    plain, features = PlainStep(refiner), torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True)
+    plain, features = (
+        PlainStep(refiner),
+        torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True),
+    )
     separate = [rows.detach().clone().requires_grad_() for rows in features]
 
     def ours() -> Tensor:
@@ -102,14 +118,24 @@ def heads_queue_loss() -> Row:
     assert_close(ours(), theirs(), 1e-5)
     assert_close(features.grad, torch.stack([rows.grad for rows in separate]), 1e-4)
     measured, peer, floor = interleaved(ours, theirs, products(*head_products()))
-    return Row("heads-queue-loss", 1.15, measured, peer, floor, f"{SIZES}; one module per head, a loop over pairs")
+    return Row(
+        "heads-queue-loss",
+        1.15,
+        measured,
+        peer,
+        floor,
+        f"{SIZES}; one module per head, a loop over pairs",
+    )
 
 
 def queue() -> Row:
     """Lookup and enqueue, against a queue per head and view that is normalised at every lookup."""
     torch.manual_seed(0)
     _, index, draw = a_batch()
-    ours, targets = NearestNeighbourQueue(HEADS, *PAPER_QUEUE), torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1])
+    ours, targets = (
+        NearestNeighbourQueue(HEADS, *PAPER_QUEUE),
+        torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1]),
+    )
     theirs = [PlainQueue(rows) for rows in ours.rows * ours.norms.unsqueeze(-1)]
     unit = torch.nn.functional.normalize(targets, dim=-1).flatten(1, 2)
 
@@ -119,14 +145,26 @@ def queue() -> Row:
         return rows
 
     def plain() -> Tensor:
-        found = [[q.lookup(targets[h, v], index, TOPK, draw[h, v]) for v in range(GLOBAL)] for h, q in enumerate(theirs)]
+        found = [
+            [q.lookup(targets[h, v], index, TOPK, draw[h, v]) for v in range(GLOBAL)]
+            for h, q in enumerate(theirs)
+        ]
         for head, each in enumerate(theirs):
             each.enqueue(targets[head, 0], index)
         return torch.stack([torch.stack(views) for views in found])
 
     assert_close(mine(), torch.nn.functional.normalize(plain(), dim=-1), 1e-5)
-    measured, peer, floor = interleaved(mine, plain, lambda: torch.bmm(unit, ours.rows.transpose(1, 2)))
-    return Row("queue", 1.7, measured, peer, floor, f"{QUEUE_SIZES}; normalised at every lookup; floor: its product alone")
+    measured, peer, floor = interleaved(
+        mine, plain, lambda: torch.bmm(unit, ours.rows.transpose(1, 2))
+    )
+    return Row(
+        "queue",
+        1.7,
+        measured,
+        peer,
+        floor,
+        f"{QUEUE_SIZES}; normalised at every lookup; floor: its product alone",
+    )
 
 
 def queue_lightly() -> Row:
@@ -150,7 +188,10 @@ def queue_lightly() -> Row:
 
     def lightly() -> Tensor:
         return torch.stack(
-            [torch.stack([bank(targets[h, v], update=v == 0) for v in range(GLOBAL)]) for h, bank in enumerate(banks)]
+            [
+                torch.stack([bank(targets[h, v], update=v == 0) for v in range(GLOBAL)])
+                for h, bank in enumerate(banks)
+            ]
         )
 
     first = ours.lookup(targets, index, exclude_self=False).rows
@@ -158,7 +199,12 @@ def queue_lightly() -> Row:
     assert_close(first[:, 0], torch.nn.functional.normalize(found, dim=-1), 1e-5)
     measured, peer = interleaved(mine, lightly)
     return Row(
-        "queue-lightly", 6.0, measured, peer, None, f"{QUEUE_SIZES}; lightly's NNMemoryBankModule, one per head, nearest only"
+        "queue-lightly",
+        6.0,
+        measured,
+        peer,
+        None,
+        f"{QUEUE_SIZES}; lightly's NNMemoryBankModule, one per head, nearest only",
     )
 
 
@@ -194,7 +240,9 @@ def micro_batches(name: str, parts: int) -> Row:
     def step(micro: int | None) -> Tensor:
         refiner.zero_grad()
         refiner.backward(views, index, index, topk=TOPK, draw=draw, micro_batch_size=micro)
-        return torch.cat([p.grad.flatten() for p in refiner.encoder.parameters() if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten() for p in refiner.encoder.parameters() if p.grad is not None]
+        )
 
     whole = step(None)
     refiner.load_state_dict(start)  # the queue has moved on
@@ -202,7 +250,13 @@ def micro_batches(name: str, parts: int) -> Row:
     measured, peer = interleaved(lambda: step(batch // parts), lambda: step(None), rounds=3)
     sizes = SIZES.replace(f"batch {BATCH}", f"batch {batch}")
     return Row(
-        name, 1.25, measured, peer, None, f"{sizes}; {batch // parts} images at a time against all at once", at_most=True
+        name,
+        1.25,
+        measured,
+        peer,
+        None,
+        f"{sizes}; {batch // parts} images at a time against all at once",
+        at_most=True,
     )
 
 
@@ -218,17 +272,25 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
     refiner, (views, index, draw) = make_refiner(bf16), a_batch()
     other = copy.deepcopy(refiner)
     plain = PlainStep(other)
-    parts = [(refiner.encoder, [refiner.heads]), (other.encoder, [plain.projectors, plain.predictors])]
+    parts = [
+        (refiner.encoder, [refiner.heads]),
+        (other.encoder, [plain.projectors, plain.predictors]),
+    ]
     (fused, average), (looped, plain_average) = (
         (
             torch.optim.AdamW(
-                [*encoder_groups(encoder, 0.65, 0.05), *(group for each in heads for group in head_groups(each, 1e-5))],
+                [
+                    *encoder_groups(encoder, 0.65, 0.05),
+                    *(group for each in heads for group in head_groups(each, 1e-5)),
+                ],
                 lr=1e-5,
                 **way,
             ),
             copy.deepcopy(encoder),
         )
-        for (encoder, heads), way in zip(parts, ({"fused": True}, {"foreach": False, "fused": False}), strict=True)
+        for (encoder, heads), way in zip(
+            parts, ({"fused": True}, {"foreach": False, "fused": False}), strict=True
+        )
     )
 
     def ours() -> Tensor:
@@ -252,7 +314,9 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
 
     for _ in range(2):  # the second step sees what the first one did to weights and queue
         assert_close(ours(), theirs(), 0.02 if bf16 else 1e-4)
-    measured, peer, floor = interleaved(ours, theirs, products(*encoder_products(), *head_products()), rounds=9)
+    measured, peer, floor = interleaved(
+        ours, theirs, products(*encoder_products(), *head_products()), rounds=9
+    )
     note = f"{SIZES}; 6 blocks of width {WIDTH}; the step written straight from the method"
     return Row(name, target, measured, peer, None if bf16 else floor, note)
 

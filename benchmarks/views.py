@@ -26,7 +26,9 @@ from .rows import LeftOut, Row, interleaved
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECS = view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True)
 IMAGES = 16
-PHOTOS = Path(os.environ.get("MIM_REFINER_SHARED", "../shared")) / "data/imagenet-sample/train.parquet"
+PHOTOS = (
+    Path(os.environ.get("MIM_REFINER_SHARED", "../shared")) / "data/imagenet-sample/train.parquet"
+)
 
 
 def pil_way() -> Callable[[Image.Image], list[Tensor]]:
@@ -35,7 +37,9 @@ def pil_way() -> Callable[[Image.Image], list[Tensor]]:
     def blur(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0))))
 
-    def pipeline(size: int, scale: tuple[float, float], blur_p: float, solarise_p: float) -> tt.Compose:
+    def pipeline(
+        size: int, scale: tuple[float, float], blur_p: float, solarise_p: float
+    ) -> tt.Compose:
         return tt.Compose(
             [
                 tt.RandomResizedCrop(size, scale, interpolation=tt.InterpolationMode.BICUBIC),
@@ -66,9 +70,14 @@ def our_way(hand_over: bool) -> Callable[[Image.Image], list[Tensor]]:
 
 def check(photo: Image.Image) -> None:
     """The same pictures before any time is taken: mean differences in grey levels of fast and exact views, of 255."""
-    exact, fast = (make(photo, view_rng(0, 0, 1)) for make in (MultiCrop(SPECS), FastMultiCrop(SPECS, hand_over=False)))
+    exact, fast = (
+        make(photo, view_rng(0, 0, 1))
+        for make in (MultiCrop(SPECS), FastMultiCrop(SPECS, hand_over=False))
+    )
     for kind, views in exact.items():
-        assert (fast[kind].float() - views.float()).abs().mean() < 1.0, f"fast {kind} are not the exact ones"
+        assert (fast[kind].float() - views.float()).abs().mean() < 1.0, (
+            f"fast {kind} are not the exact ones"
+        )
 
 
 def views(name: str, hand_over: bool, target: float) -> Row:
@@ -76,7 +85,9 @@ def views(name: str, hand_over: bool, target: float) -> Row:
     if not PHOTOS.is_file():
         raise LeftOut(f"there is no {PHOTOS}; MIM_REFINER_SHARED names the folder that holds data/")
     table = open_images(str(PHOTOS))
-    encoded = [table.found.sources[int(place)] for place in table.indices[:: len(table) // IMAGES][:IMAGES]]
+    encoded = [
+        table.found.sources[int(place)] for place in table.indices[:: len(table) // IMAGES][:IMAGES]
+    ]
     check(decode_image(encoded[0]))
 
     def over_all(make: Callable[[Image.Image], object]) -> Callable[[], None]:
@@ -86,7 +97,9 @@ def views(name: str, hand_over: bool, target: float) -> Row:
 
         return run
 
-    measured, peer, floor = interleaved(*map(over_all, (our_way(hand_over), pil_way(), lambda image: image)), rounds=5)
+    measured, peer, floor = interleaved(
+        *map(over_all, (our_way(hand_over), pil_way(), lambda image: image)), rounds=5
+    )
     what = "decoded and cropped" if hand_over else "normalised"
     note = f"{len(SPECS)} views of {IMAGES} JPEGs, {what}, {IMAGES / measured:.0f} images/s; torchvision on Pillow; floor: decoding"
     return Row(name, target, measured, peer, floor, note)

@@ -51,14 +51,18 @@ def cifar_images(shared: Path, work: Path) -> str:
     """A parquet file of the first `IMAGES` training images of CIFAR-10; they are shuffled as they are."""
     path = work / "cifar10.parquet"
     if not path.is_file():
-        parquet.write_table(parquet.read_table(shared / "data/cifar10/train.parquet").slice(0, IMAGES), path)
+        parquet.write_table(
+            parquet.read_table(shared / "data/cifar10/train.parquet").slice(0, IMAGES), path
+        )
     return str(path)
 
 
 def start_and_images(data: str, shared: Path, work: Path) -> tuple[str, ImageDataset, ImageDataset]:
     """The model that all cells of this data start from, the k-NN bank, and images that none of them has seen."""
     if data == "digits":
-        train, test = (open_images("digits", split=split, num_channels=3) for split in ("train", "test"))
+        train, test = (
+            open_images("digits", split=split, num_channels=3) for split in ("train", "test")
+        )
         return digits_start(work), train, test
     files = (cifar_images(shared, work), str(shared / "data/cifar10/test.parquet"))
     train, test = (open_images(name).subset(range(TEST)) for name in files)
@@ -68,7 +72,12 @@ def start_and_images(data: str, shared: Path, work: Path) -> tuple[str, ImageDat
 def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
     """The scores of one refined encoder, or, `way` "start", of the one that it is refined from."""
     model, train, test = start_and_images(data, shared, work)
-    changes: dict[str, Any] = {**QUIET, "views": way, "seed": seed, "output_dir": str(work / f"{data}-{way}-{seed}")}
+    changes: dict[str, Any] = {
+        **QUIET,
+        "views": way,
+        "seed": seed,
+        "output_dir": str(work / f"{data}-{way}-{seed}"),
+    }
     encoder: Any
     if way == "start":
         encoder = load_encoder(model)
@@ -77,7 +86,9 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
         if data == "digits":
             recipe = read_recipe("quickstart", model=model, pretrain=None, **changes)
         else:
-            recipe = read_recipe("cifar10-tiny", model=model, dataset=cifar_images(shared, work), **SHORT, **changes)
+            recipe = read_recipe(
+                "cifar10-tiny", model=model, dataset=cifar_images(shared, work), **SHORT, **changes
+            )
         result = run(recipe)
         assert result is not None
         encoder, processor = result.encoder, result.processor
@@ -93,9 +104,13 @@ def lines(data: str, scores: dict[tuple[str, int], Scores]) -> list[str]:
         apart = [new - old for new, old in zip(fast, exact, strict=True)]
         mean, error = statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5
         cells = [", ".join(f"{value:.1f}" for value in values) for values in (exact, fast)]
-        verdict = "no difference shown" if abs(mean) <= T95 * error else "better" if mean > 0 else "worse"
+        verdict = (
+            "no difference shown" if abs(mean) <= T95 * error else "better" if mean > 0 else "worse"
+        )
         start = 100 * scores["start", 0][metric]
-        table.append(f"| {data} | {words} | {start:.1f} | {cells[0]} | {cells[1]} | {mean:+.2f} ± {error:.2f} | {verdict} |")
+        table.append(
+            f"| {data} | {words} | {start:.1f} | {cells[0]} | {cells[1]} | {mean:+.2f} ± {error:.2f} | {verdict} |"
+        )
     return table
 
 
@@ -127,7 +142,9 @@ def write(table: list[str]) -> None:
 def main(shared: Path, work: Path) -> None:
     """Run what is not finished, one cell after the other, and write the table."""
     if not (shared / "data/cifar10/train.parquet").is_file():
-        raise SystemExit(f"{shared} has no data/cifar10/train.parquet; name the folder that holds data/ and models/")
+        raise SystemExit(
+            f"{shared} has no data/cifar10/train.parquet; name the folder that holds data/ and models/"
+        )
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     table = []
@@ -147,8 +164,12 @@ def main(shared: Path, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shared", type=Path, help="folder with data/cifar10 and models/mae-tiny-cifar10")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shared", type=Path, help="folder with data/cifar10 and models/mae-tiny-cifar10"
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/views-quality"))
     options = parser.parse_args()
     main(options.shared, options.work)

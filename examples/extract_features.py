@@ -48,20 +48,34 @@ def extract(name: str, images: ImageDataset, batch_size: int = 64) -> torch.Tens
 
 def main() -> int:
     """Extract, save, and print the nearest neighbours of one image."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=QUICKSTART, help="model folder or Hub name")
-    parser.add_argument("--images", help="folder of images; left out: 200 bundled handwritten digits")
-    parser.add_argument("--query", type=int, default=0, help="number of the image whose neighbours are printed")
+    parser.add_argument(
+        "--images", help="folder of images; left out: 200 bundled handwritten digits"
+    )
+    parser.add_argument(
+        "--query", type=int, default=0, help="number of the image whose neighbours are printed"
+    )
     parser.add_argument("--output", type=Path, default=Path("features.safetensors"))
     options = parser.parse_args()
     if options.model == QUICKSTART and not Path(QUICKSTART).is_dir():
         print(
-            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model", file=sys.stderr
+            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model",
+            file=sys.stderr,
         )
         return 2
-    images = open_images(options.images) if options.images else open_images("digits", split="test").subset(range(200))
+    images = (
+        open_images(options.images)
+        if options.images
+        else open_images("digits", split="test").subset(range(200))
+    )
     if not 0 <= options.query < len(images):
-        print(f"--query {options.query}: there are {len(images)} images, numbered from 0", file=sys.stderr)
+        print(
+            f"--query {options.query}: there are {len(images)} images, numbered from 0",
+            file=sys.stderr,
+        )
         return 2
 
     features = extract(options.model, images)
@@ -69,10 +83,14 @@ def main() -> int:
     save_file({"features": features}, options.output, metadata={"images": json.dumps(names)})
     print(f"{len(features)} features of {features.shape[1]} numbers -> {options.output}")
 
-    similarity = F.normalize(features, dim=1) @ F.normalize(features[options.query], dim=0)  # cosine, (N,)
+    similarity = F.normalize(features, dim=1) @ F.normalize(
+        features[options.query], dim=0
+    )  # cosine, (N,)
     nearest = similarity.topk(min(6, len(images))).indices.tolist()  # the first is the image itself
     for place, i in enumerate(nearest):
-        label = "" if images.class_names is None else f"  class {images.class_names[images[i].label]}"
+        label = (
+            "" if images.class_names is None else f"  class {images.class_names[images[i].label]}"
+        )
         print(f"{'nearest to' if place == 0 else f'{similarity[i]:10.3f}'}  {names[i]}{label}")
     return 0
 

@@ -31,12 +31,31 @@ from mim_refiner_hf.data.images import open_images
 
 # A toy for 16-pixel digits: a small MAE is pre-trained on the same images first.
 TOY = {"pretrain": str(Path(__file__).with_name("toy-mae.yaml")), "num_workers": 1}
-TOY |= {"num_heads": 2, "projector_dim": 256, "predictor_dim": 256, "embedding_dim": 64, "queue_size": 512, "topk": 5}
+TOY |= {
+    "num_heads": 2,
+    "projector_dim": 256,
+    "predictor_dim": 256,
+    "embedding_dim": 64,
+    "queue_size": 512,
+    "topk": 5,
+}
 TOY |= {"local_views": 0, "global_scale": [0.5, 1.0], "flip": 0.0, "colour": False}
-TOY |= {"batch_size": 50, "head_epochs": 5, "epochs": 30, "warmup_epochs": 2, "layer_decay": 0.9, "ema_decay": 0.95}
+TOY |= {
+    "batch_size": 50,
+    "head_epochs": 5,
+    "epochs": 30,
+    "warmup_epochs": 2,
+    "layer_decay": 0.9,
+    "ema_decay": 0.95,
+}
 TOY |= {"learning_rate": 8e-3, "head_learning_rate": 8e-3}
 # For a real model: smaller than the paper's batch and queue, for a few thousand images on one GPU. The rest are the defaults.
-REAL = {"batch_size": 256, "queue_size": 4096, "micro_batch_size": 32, "gradient_checkpointing": True}
+REAL = {
+    "batch_size": 256,
+    "queue_size": 4096,
+    "micro_batch_size": 32,
+    "gradient_checkpointing": True,
+}
 
 
 def write_digits(folder: Path) -> None:
@@ -48,9 +67,15 @@ def write_digits(folder: Path) -> None:
 
 def main() -> None:
     """Images -> refinement -> before and after -> the refined model as anybody would load it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="?", help="folder of images, at any depth, labelled by sub-folders or not")
-    parser.add_argument("--model", help="starting weights: Hub name, folder, or an original checkpoint file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images", nargs="?", help="folder of images, at any depth, labelled by sub-folders or not"
+    )
+    parser.add_argument(
+        "--model", help="starting weights: Hub name, folder, or an original checkpoint file"
+    )
     parser.add_argument("--output_dir", default="outputs/example")
     options = parser.parse_args()
     images = options.images or "outputs/example-images"
@@ -58,14 +83,23 @@ def main() -> None:
         write_digits(Path(images))
 
     settings = {"model": options.model, **REAL} if options.model else TOY
-    result = refine(RefineRecipe(dataset=images, eval_fraction=0.25, output_dir=options.output_dir, **settings))
+    result = refine(
+        RefineRecipe(dataset=images, eval_fraction=0.25, output_dir=options.output_dir, **settings)
+    )
     assert result is not None  # None is for dry runs
-    before, after = result.metrics["before"], result.metrics["after"]  # the numbers of the table, also in metrics.json
+    before, after = (
+        result.metrics["before"],
+        result.metrics["after"],
+    )  # the numbers of the table, also in metrics.json
     name = "nmi" if "nmi" in after else "rankme"  # with labels, without
     print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
 
-    model = AutoModel.from_pretrained(f"{options.output_dir}/model")  # `mim_refiner_hf` is imported, so no flag is needed
-    print(f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from {options.output_dir}/model")
+    model = AutoModel.from_pretrained(
+        f"{options.output_dir}/model"
+    )  # `mim_refiner_hf` is imported, so no flag is needed
+    print(
+        f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from {options.output_dir}/model"
+    )
 
 
 if __name__ == "__main__":

@@ -11,14 +11,27 @@ from mim_refiner_hf import load_encoder, refine, RefineRecipe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline
 from .model.configuration_mim_refiner import MimRefinerConfig
-from .model.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
-from .model.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+from .model.image_processing_mim_refiner import (
+    MimRefinerImageProcessor,
+    MimRefinerImageProcessorPil,
+)
+from .model.modeling_mim_refiner import (
+    MimRefinerBackbone,
+    MimRefinerForImageClassification,
+    MimRefinerModel,
+)
 
 if TYPE_CHECKING:
     from .cli import refine_command
@@ -30,14 +43,21 @@ if TYPE_CHECKING:
 
 AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
 AutoModel.register(MimRefinerConfig, MimRefinerModel, exist_ok=True)
-AutoModelForImageClassification.register(MimRefinerConfig, MimRefinerForImageClassification, exist_ok=True)
+AutoModelForImageClassification.register(
+    MimRefinerConfig, MimRefinerForImageClassification, exist_ok=True
+)
 AutoBackbone.register(MimRefinerConfig, MimRefinerBackbone, exist_ok=True)
 AutoImageProcessor.register(
     MimRefinerConfig,
-    image_processor_classes={"torchvision": MimRefinerImageProcessor, "pil": MimRefinerImageProcessorPil},
+    image_processor_classes={
+        "torchvision": MimRefinerImageProcessor,
+        "pil": MimRefinerImageProcessorPil,
+    },
     exist_ok=True,
 )
-PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image")
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image"
+)
 
 # Loaded on first use: whoever only wants features need not import accelerate, datasets, matplotlib and scikit-learn.
 _LAZY = {

@@ -70,9 +70,17 @@ class Case:
 def save_start(folder: Path) -> None:
     """The starting weights: a tiny encoder with random weights."""
     torch.manual_seed(0)
-    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     encoder = MimRefinerModel(MimRefinerConfig(**shape, intermediate_size=64))
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     save_model_folder(folder, encoder, processor)
 
 
@@ -103,8 +111,12 @@ def ending(output: Path) -> str:
     """A digest of what the run ended with: the weights of its model, and the losses of its log."""
     weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "the log does not have every step once"
-    return weights + hashlib.sha256(json.dumps([line["loss"] for line in lines]).encode()).hexdigest()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), (
+        "the log does not have every step once"
+    )
+    return (
+        weights + hashlib.sha256(json.dumps([line["loss"] for line in lines]).encode()).hexdigest()
+    )
 
 
 def writing(output: Path) -> bool:
@@ -114,7 +126,10 @@ def writing(output: Path) -> bool:
 
 def steps_done(output: Path) -> int:
     """The step of the newest checkpoint."""
-    return max((int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")), default=0)
+    return max(
+        (int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")),
+        default=0,
+    )
 
 
 def steps_logged(output: Path) -> int:
@@ -123,7 +138,16 @@ def steps_logged(output: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
-def hit(number: signal.Signals, model: Path, output: Path, *, step: int, after: float, aimed: bool, workers: int) -> Case:
+def hit(
+    number: signal.Signals,
+    model: Path,
+    output: Path,
+    *,
+    step: int,
+    after: float,
+    aimed: bool,
+    workers: int,
+) -> Case:
     """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is being written next), run it through.
 
     `identical` is open.
@@ -145,7 +169,15 @@ def hit(number: signal.Signals, model: Path, output: Path, *, step: int, after: 
     hit_at = time.perf_counter()
     os.killpg(child, number)
     code, seconds = wait(child), time.perf_counter() - hit_at
-    case = Case(number.name, round(hit_at - began, 3), writing(output), steps_done(output), code, round(seconds, 3), False)
+    case = Case(
+        number.name,
+        round(hit_at - began, 3),
+        writing(output),
+        steps_done(output),
+        code,
+        round(seconds, 3),
+        False,
+    )
     while (code := wait(start(model, output, workers))) != 0:
         raise RuntimeError(
             f"the same command did not go on, exit code {code}: {output.with_suffix('.txt').read_text()[-2000:]}"
@@ -165,9 +197,15 @@ def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int
         polite = i >= kills
         number = list(POLITE)[i % len(POLITE)] if polite else signal.SIGKILL
         early = not polite and i % 10 == 8
-        step, after = (0, draw.uniform(0, 1)) if early else (draw.randrange(1, STEPS - 2 * SAVE_EVERY), draw.uniform(0, 0.05))
+        step, after = (
+            (0, draw.uniform(0, 1))
+            if early
+            else (draw.randrange(1, STEPS - 2 * SAVE_EVERY), draw.uniform(0, 0.05))
+        )
         output, aimed = folder / f"case-{i:03d}", not polite and i % 2 == 1
-        case = hit(number, folder / "start", output, step=step, after=after, aimed=aimed, workers=workers)
+        case = hit(
+            number, folder / "start", output, step=step, after=after, aimed=aimed, workers=workers
+        )
         case.identical = ending(output) == expected
         cases.append(case)
         print(f"{i + 1}/{kills + signals} {case}", file=sys.stderr, flush=True)
@@ -177,12 +215,29 @@ def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int
 def lost_worker(folder: Path) -> bool:
     """Whether two processes, one of them killed and started again by torchrun, end with the weights of two undisturbed ones."""
     save_start(folder / "start")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "3"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max_restarts",
+        "3",
+    ]
     weights = []
     for output in (folder / "killed", folder / "undisturbed"):
-        flags = ["--model", str(folder / "start"), "--output_dir", str(output), "--num_workers", "0"]
+        flags = [
+            "--model",
+            str(folder / "start"),
+            "--output_dir",
+            str(output),
+            "--num_workers",
+            "0",
+        ]
         process = subprocess.Popen(
-            [*launcher, "training/refine.py", *ARGUMENTS, *flags], env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [*launcher, "training/refine.py", *ARGUMENTS, *flags],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         if output.name == "killed":
             while process.poll() is None and steps_done(output) == 0:
@@ -190,28 +245,48 @@ def lost_worker(folder: Path) -> bool:
             os.kill(psutil.Process(process.pid).children()[-1].pid, signal.SIGKILL)
         if process.wait() != 0:
             return False
-        weights.append(hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest())
+        weights.append(
+            hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
+        )
     return weights[0] == weights[1]
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="runs hit by SIGKILL")
-    parser.add_argument("--signals", type=int, default=20, help="runs hit by SIGTERM, SIGUSR1, SIGUSR2 or SIGINT")
+    parser.add_argument(
+        "--signals", type=int, default=20, help="runs hit by SIGTERM, SIGUSR1, SIGUSR2 or SIGINT"
+    )
     parser.add_argument("--workers", type=int, default=0, help="data-loading workers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--lost_worker", action="store_true", help="also kill one of two processes under torchrun")
+    parser.add_argument(
+        "--lost_worker", action="store_true", help="also kill one of two processes under torchrun"
+    )
     parser.add_argument("--json", type=Path, help="write all cases there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asked = options.kills or options.signals
-        cases = chaos(Path(folder), options.kills, options.signals, workers=options.workers, seed=options.seed) if asked else []
+        cases = (
+            chaos(
+                Path(folder),
+                options.kills,
+                options.signals,
+                workers=options.workers,
+                seed=options.seed,
+            )
+            if asked
+            else []
+        )
     with tempfile.TemporaryDirectory() as folder:
         restarted = not options.lost_worker or lost_worker(Path(folder))
     good = sum(case.good for case in cases)
     written = sum(case.while_writing for case in cases)
-    print(f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a checkpoint was being written")
+    print(
+        f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a checkpoint was being written"
+    )
     if options.lost_worker:
         print(f"a lost worker: {'the same bits' if restarted else 'NOT the same bits'}")
     if options.json is not None:

@@ -25,7 +25,8 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for a refe
 ESCAPE, END, RIGHT, DOWN, ENTER = "\ue00c", "\ue010", "\ue014", "\ue015", "\ue007"
 
 needs_chromium = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver on the PATH"
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs chromium and chromedriver on the PATH",
 )
 
 
@@ -43,10 +44,15 @@ class Chromium:
     def __init__(self, profile: Path) -> None:
         port = free_port()
         self.process = subprocess.Popen(
-            [str(shutil.which("chromedriver")), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [str(shutil.which("chromedriver")), f"--port={port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self.address = f"http://127.0.0.1:{port}/session"
-        options = {"binary": shutil.which("chromium"), "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
+        options = {
+            "binary": shutil.which("chromium"),
+            "args": [*FLAGS.split(), f"--user-data-dir={profile}"],
+        }
         capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         for _ in range(100):
             try:
@@ -88,12 +94,20 @@ class Chromium:
 
     def errors(self) -> list[dict[str, Any]]:
         """What the console has had to complain about since the last call."""
-        return [entry for entry in self.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        return [
+            entry
+            for entry in self.call("/se/log", {"type": "browser"})
+            if entry["level"] == "SEVERE"
+        ]
 
     def press(self, keys: str) -> None:
         """Real key events to whatever has the focus."""
-        ups_and_downs = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": ups_and_downs}]})
+        ups_and_downs = [
+            {"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")
+        ]
+        self.call(
+            "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": ups_and_downs}]}
+        )
 
     def point(self, x: int, y: int) -> None:
         move = {"type": "pointerMove", "duration": 0, "x": x, "y": y}
@@ -106,6 +120,8 @@ class Chromium:
         (folder / f"{name}.png").write_bytes(base64.b64decode(self.call("/screenshot")))
 
     def quit(self) -> None:
-        urllib.request.urlopen(urllib.request.Request(self.address, method="DELETE"), timeout=60).close()
+        urllib.request.urlopen(
+            urllib.request.Request(self.address, method="DELETE"), timeout=60
+        ).close()
         self.process.terminate()
         self.process.wait(60)

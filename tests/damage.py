@@ -33,7 +33,12 @@ from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.publishing import save_model_folder
-from mim_refiner_hf.runtime.checkpoint import check_tensors, load_latest, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.checkpoint import (
+    check_tensors,
+    load_latest,
+    read_checkpoint,
+    save_checkpoint,
+)
 from mim_refiner_hf.runtime.files import CheckpointError
 
 State = dict[str, Tensor]
@@ -74,11 +79,21 @@ def with_nan(state: State, name: str) -> State:
 def swapped(state: State, name: str) -> State | None:
     """Under each other's names with the next tensor of another shape."""
     names = list(state)
-    others = [key for key in names[names.index(name) :] + names if state[key].shape != state[name].shape]
+    others = [
+        key for key in names[names.index(name) :] + names if state[key].shape != state[name].shape
+    ]
     return state | {name: state[others[0]], others[0]: state[name]}
 
 
-TENSOR_DAMAGES: list[Callable[[State, str], State | None]] = [dropped, renamed, transposed, half, integer, with_nan, swapped]
+TENSOR_DAMAGES: list[Callable[[State, str], State | None]] = [
+    dropped,
+    renamed,
+    transposed,
+    half,
+    integer,
+    with_nan,
+    swapped,
+]
 
 # --- damage to bytes ----------------------------------------------------------------------------------------------------------
 
@@ -104,7 +119,9 @@ def zeroed(content: bytes, rng: np.random.Generator) -> bytes:
 def exchanged(content: bytes, rng: np.random.Generator) -> bytes:
     """Two blocks in each other's place."""
     size = max(len(content) // 8, 1)
-    first, second = sorted(int(place) * size for place in rng.choice(max(len(content) // size, 2), 2, replace=False))
+    first, second = sorted(
+        int(place) * size for place in rng.choice(max(len(content) // size, 2), 2, replace=False)
+    )
     a, b = content[first : first + size], content[second : second + size]
     return content[:first] + b + content[first + size : second] + a + content[second + size :]
 
@@ -147,13 +164,21 @@ def digest(*parts: object) -> str:
 
 
 def values(state: Mapping[str, Tensor]) -> list[tuple[str, str, bytes]]:
-    return [(name, str(tensor.dtype), tensor.numpy().tobytes()) for name, tensor in sorted(state.items())]
+    return [
+        (name, str(tensor.dtype), tensor.numpy().tobytes())
+        for name, tensor in sorted(state.items())
+    ]
 
 
 def tiny_encoder() -> MimRefinerModel:
     torch.manual_seed(1)
     config = MimRefinerConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
     )
     encoder = MimRefinerModel(config)
     with torch.no_grad():
@@ -164,7 +189,10 @@ def tiny_encoder() -> MimRefinerModel:
 
 def checkpoint_tensors() -> State:
     generator = torch.Generator().manual_seed(0)
-    return {"weight": torch.randn(6, 4, generator=generator), "bias": torch.randn(6, generator=generator)}
+    return {
+        "weight": torch.randn(6, 4, generator=generator),
+        "bias": torch.randn(6, generator=generator),
+    }
 
 
 def write_checkpoint(folder: Path, tensors: State | None = None) -> None:
@@ -182,8 +210,12 @@ def read_the_checkpoint(folder: Path) -> str:
 def read_the_model(folder: Path) -> str:
     encoder = load_encoder(folder)
     processor = vars(encoder)["image_processor"]
-    settings = {key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"}
-    return digest(values(encoder.state_dict()), sorted(settings.items(), key=str), processor.to_json_string())
+    settings = {
+        key: value for key, value in encoder.config.to_dict().items() if key != "_name_or_path"
+    }
+    return digest(
+        values(encoder.state_dict()), sorted(settings.items(), key=str), processor.to_json_string()
+    )
 
 
 def write_record(folder: Path) -> None:
@@ -214,20 +246,37 @@ def image_target(kind: str) -> Target:
     )
 
 
-CHECKPOINT_FILES = tuple(f"step-00000020/{name}" for name in ("tensors.safetensors", "state.json", "manifest.json"))
-MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "weights_digests.json")
+CHECKPOINT_FILES = tuple(
+    f"step-00000020/{name}" for name in ("tensors.safetensors", "state.json", "manifest.json")
+)
+MODEL_FILES = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "weights_digests.json",
+)
 TARGETS = [
     Target("training checkpoint", write_checkpoint, read_the_checkpoint, CHECKPOINT_FILES),
-    Target("checkpoint, vouched for", write_checkpoint, read_the_checkpoint, (), rewrite=write_checkpoint),
+    Target(
+        "checkpoint, vouched for",
+        write_checkpoint,
+        read_the_checkpoint,
+        (),
+        rewrite=write_checkpoint,
+    ),
     Target(
         "model folder",
-        lambda folder: save_model_folder(folder / "model", tiny_encoder(), MimRefinerImageProcessor()),
+        lambda folder: save_model_folder(
+            folder / "model", tiny_encoder(), MimRefinerImageProcessor()
+        ),
         lambda folder: read_the_model(folder / "model"),
         tuple(f"model/{name}" for name in MODEL_FILES),
     ),
     Target(
         "model, tensors",
-        lambda folder: save_model_folder(folder / "model", tiny_encoder(), MimRefinerImageProcessor()),
+        lambda folder: save_model_folder(
+            folder / "model", tiny_encoder(), MimRefinerImageProcessor()
+        ),
         lambda folder: read_the_model(folder / "model"),
         (),
         rewrite=lambda folder, state: save_file(state, folder / "model/model.safetensors"),
@@ -279,7 +328,10 @@ def damage_once(target: Target, folder: Path, before: str, rng: np.random.Genera
         else:
             file = str(next(folder.rglob("*.safetensors")).relative_to(folder))
             content, state = (folder / file).read_bytes(), load_file(folder / file)
-            name, change = str(rng.choice(list(state))), TENSOR_DAMAGES[rng.integers(len(TENSOR_DAMAGES))]
+            name, change = (
+                str(rng.choice(list(state))),
+                TENSOR_DAMAGES[rng.integers(len(TENSOR_DAMAGES))],
+            )
             kind, rewritten = change.__name__.replace("_", " "), change(state, name)
             if rewritten is None:
                 continue
@@ -309,7 +361,9 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
             target.write(folder)
             prepared.append((target, folder, target.read(folder)))
         for number in range(count):
-            yield damage_once(*prepared[number % len(TARGETS)], np.random.default_rng([seed, number]))
+            yield damage_once(
+                *prepared[number % len(TARGETS)], np.random.default_rng([seed, number])
+            )
 
 
 def table(found: list[Case]) -> str:
@@ -318,7 +372,10 @@ def table(found: list[Case]) -> str:
     damages = list(dict.fromkeys(damage for _, damage in counts))
     names = list(dict.fromkeys(target for target, _ in counts))
     lines = [f"| damage | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    lines += [f"| {damage} | {' | '.join(str(counts[name, damage] or '-') for name in names)} |" for damage in sorted(damages)]
+    lines += [
+        f"| {damage} | {' | '.join(str(counts[name, damage] or '-') for name in names)} |"
+        for damage in sorted(damages)
+    ]
     wrong = Counter(case.wrong for case in found if case.wrong)
     lines += [
         "",
@@ -329,7 +386,9 @@ def table(found: list[Case]) -> str:
 
 def main() -> int:
     """The command; exit code 1 if any case went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="every case, with what was said")

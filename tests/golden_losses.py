@@ -37,10 +37,21 @@ TOLERANCE = 1e-5
 
 def machine() -> str:
     """What decides the last bits: versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pillow", "numpy"))
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    facts = dict(line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line)  # of the first processor
-    names = ("model name", "cpu family", "model", "stepping")  # virtual machines give the same name to several kinds
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pillow", "numpy")
+    )
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
+    facts = dict(
+        line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line
+    )  # of the first processor
+    names = (
+        "model name",
+        "cpu family",
+        "model",
+        "stepping",
+    )  # virtual machines give the same name to several kinds
     processor = " ".join(facts[name] for name in names if name in facts) or platform.machine()
     return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {processor}, 1 thread"
 
@@ -72,7 +83,10 @@ def measured(folder: Path) -> list[float]:
 
 def kept() -> dict[str, list[float]]:
     """Losses per kind of machine."""
-    return {name: [float.fromhex(word) for word in words] for name, words in json.loads(KEPT.read_text()).items()}
+    return {
+        name: [float.fromhex(word) for word in words]
+        for name, words in json.loads(KEPT.read_text()).items()
+    }
 
 
 def difference(found: list[float], expected: list[float]) -> float:
@@ -82,8 +96,12 @@ def difference(found: list[float], expected: list[float]) -> float:
 
 def main() -> int:
     """The command; exit code 1 if the losses are others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="keep this run's losses in the place of all others")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="keep this run's losses in the place of all others"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measured(Path(folder))

@@ -83,13 +83,17 @@ def growth(folder: Path, steps: int) -> tuple[Alive, Alive]:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         early, late = growth(Path(folder), options.steps)
-    print("| | after step | resident, MiB | tensors | their MiB | Python objects |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "| | after step | resident, MiB | tensors | their MiB | Python objects |\n|---|---:|---:|---:|---:|---:|"
+    )
     for name, alive in (("early", early), ("late", late)):
         sizes = f"{alive.resident / 2**20:.1f} | {alive.tensors} | {alive.tensor_bytes / 2**20:.2f}"
         print(f"| {name} | {alive.step} | {sizes} | {alive.objects} |")

@@ -7,13 +7,20 @@ import torch
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.data.images import ImageDataset, open_images
 
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 
 
 def make_encoder(**changes: Any) -> MimRefinerModel:
     """A tiny encoder with random values in every tensor."""
     torch.manual_seed(0)
-    encoder = MimRefinerModel(MimRefinerConfig(**{**SHAPE, "image_size": 16, "patch_size": 4, **changes})).eval()
+    encoder = MimRefinerModel(
+        MimRefinerConfig(**{**SHAPE, "image_size": 16, "patch_size": 4, **changes})
+    ).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -34,7 +34,11 @@ SHAPE = {
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
-    monkeypatch.setattr(report, "kmeans", lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}))
+    monkeypatch.setattr(
+        report,
+        "kmeans",
+        lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}),
+    )
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
 
 
@@ -54,7 +58,10 @@ def write_models(folder: Path) -> dict[str, str]:
     relative = {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
     for name, model in (
         ("vit_mae", ViTMAEModel(ViTMAEConfig(**SHAPE))),
-        ("data2vec", Data2VecVisionModel(Data2VecVisionConfig(**SHAPE, **relative), add_pooling_layer=False)),
+        (
+            "data2vec",
+            Data2VecVisionModel(Data2VecVisionConfig(**SHAPE, **relative), add_pooling_layer=False),
+        ),
     ):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -117,7 +124,10 @@ def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def losses(recipe: RefineRecipe) -> list[float]:

@@ -8,8 +8,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FREE = {"empty", "new_empty", "new_empty_strided", "_unsafe_view", "promote_types", "lift_fresh"}  # nothing is launched
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}  # the host has to know the result
+FREE = {
+    "empty",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "promote_types",
+    "lift_fresh",
+}  # nothing is launched
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+}  # the host has to know the result
 
 
 class Launches(TorchDispatchMode):
@@ -53,7 +66,10 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.sizes:
+            if (
+                isinstance(tensor, Tensor)
+                and id(storage := tensor.untyped_storage()) not in self.sizes
+            ):
                 self.sizes[id(storage)] = storage.nbytes()
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)

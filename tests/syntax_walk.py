@@ -8,7 +8,18 @@ from collections.abc import Iterator
 
 # modules that execute what they read; of pickle only the name of its error
 MODULES = frozenset(
-    ["pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "runpy"]
+    [
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+        "jsonpickle",
+        "runpy",
+    ]
 )
 HARMLESS = frozenset(["pickle.UnpicklingError"])
 CALLS = frozenset(
@@ -46,7 +57,11 @@ def findings(source: str) -> list[tuple[int, str]]:
         if isinstance(node, ast.ClassDef)
         if any(dotted(b, names) in SAFE_LOADERS for b in node.bases)
     }
-    return sorted((getattr(node, "lineno", 0), what) for node in ast.walk(tree) for what in wrong(node, names, safe))
+    return sorted(
+        (getattr(node, "lineno", 0), what)
+        for node in ast.walk(tree)
+        for what in wrong(node, names, safe)
+    )
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -54,9 +69,15 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield (alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2
+                yield (
+                    (alias.asname, alias.name)
+                    if alias.asname
+                    else (alias.name.partition(".")[0],) * 2
+                )
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+            yield from (
+                (alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names
+            )
 
 
 def dotted(node: ast.AST, names: dict[str, str]) -> str:
@@ -68,13 +89,19 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
     return ""
 
 
-def wrong(node: ast.AST, names: dict[str, str], safe_loaders: frozenset[str] | set[str]) -> Iterator[str]:
+def wrong(
+    node: ast.AST, names: dict[str, str], safe_loaders: frozenset[str] | set[str]
+) -> Iterator[str]:
     """What is wrong with one node."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         module = getattr(node, "module", None)
         for alias in node.names:
             name = f"{module}.{alias.name}" if module else alias.name
-            if name.partition(".")[0] in MODULES and name not in HARMLESS and not getattr(node, "level", 0):
+            if (
+                name.partition(".")[0] in MODULES
+                and name not in HARMLESS
+                and not getattr(node, "level", 0)
+            ):
                 yield f"import of {name}"
     elif isinstance(node, ast.Call):
         called = dotted(node.func, names)
@@ -84,7 +111,10 @@ def wrong(node: ast.AST, names: dict[str, str], safe_loaders: frozenset[str] | s
         if called == "torch.load" and "weights_only" not in keywords:
             yield "torch.load without weights_only=True"
         if called == "yaml.load":
-            given = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "Loader")]
+            given = [
+                *node.args[1:2],
+                *(keyword.value for keyword in node.keywords if keyword.arg == "Loader"),
+            ]
             if not given or dotted(given[0], names) not in safe_loaders:
                 yield "yaml.load without a SafeLoader"
     elif isinstance(node, ast.keyword) and node.arg in KEYWORDS:

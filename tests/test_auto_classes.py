@@ -23,8 +23,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mim_refiner_hf
 from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
-from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor, MimRefinerImageProcessorPil
-from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerBackbone, MimRefinerForImageClassification, MimRefinerModel
+from mim_refiner_hf.model.image_processing_mim_refiner import (
+    MimRefinerImageProcessor,
+    MimRefinerImageProcessorPil,
+)
+from mim_refiner_hf.model.modeling_mim_refiner import (
+    MimRefinerBackbone,
+    MimRefinerForImageClassification,
+    MimRefinerModel,
+)
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -38,7 +45,12 @@ VARIANTS = [
     {},
     {"norm_placement": "post", "embedding_norm": True, "final_norm": False},
     {"position_encoding": "absolute+relative", "layer_scale_init": 0.1, "bias": "no_key"},
-    {"position_encoding": "shared_relative", "num_register_tokens": 2, "features": "last_block", "num_channels": 1},
+    {
+        "position_encoding": "shared_relative",
+        "num_register_tokens": 2,
+        "features": "last_block",
+        "num_channels": 1,
+    },
     {"use_cls_token": False, "bias": "none", "image_size": [16, 32]},
     {
         "position_encoding": "rope",
@@ -66,7 +78,10 @@ def test_the_package_registers_its_classes() -> None:
     config = AutoConfig.for_model("mim_refiner", **TINY)
     assert type(config) is MimRefinerConfig
     assert type(AutoModel.from_config(config)) is MimRefinerModel
-    assert type(AutoModelForImageClassification.from_config(config)) is MimRefinerForImageClassification
+    assert (
+        type(AutoModelForImageClassification.from_config(config))
+        is MimRefinerForImageClassification
+    )
     assert type(AutoBackbone.from_config(config)) is MimRefinerBackbone
 
 
@@ -79,7 +94,9 @@ def test_save_load_save_is_bit_equal(tmp_path: Path, settings: dict[str, Any]) -
         assert not any(info.values())
         loaded.save_pretrained(tmp_path / later)
         for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / later / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+            assert (tmp_path / later / name).read_bytes() == (
+                tmp_path / "first" / name
+            ).read_bytes()
     pixels = torch.randn(2, model.config.num_channels, *model.config.image_hw)
     with torch.no_grad():
         assert torch.equal(model(pixels).pooler_output, loaded(pixels).pooler_output)
@@ -107,10 +124,14 @@ def test_dict_and_tuple_outputs() -> None:
 def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path: Path) -> None:
     encoder = tiny(MimRefinerModel)
     encoder.save_pretrained(tmp_path)
-    model, info = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    model, info = AutoModelForImageClassification.from_pretrained(
+        tmp_path, num_labels=5, output_loading_info=True
+    )
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
     assert not info["unexpected_keys"]
-    assert 0 < model.classifier.weight.std() < 0.05  # normal of initializer_range, not whatever was in memory
+    assert (
+        0 < model.classifier.weight.std() < 0.05
+    )  # normal of initializer_range, not whatever was in memory
     assert torch.equal(model.classifier.bias, torch.zeros(5))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -119,12 +140,18 @@ def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path:
 
 def test_missing_encoder_weights_are_initialised(tmp_path: Path) -> None:
     """A token or a table missing in the file is drawn afresh, never left as uninitialised memory."""
-    settings = {"position_encoding": "absolute+shared_relative", "layer_scale_init": 0.1, "num_register_tokens": 2}
+    settings = {
+        "position_encoding": "absolute+shared_relative",
+        "layer_scale_init": 0.1,
+        "num_register_tokens": 2,
+    }
     tiny(MimRefinerModel).save_pretrained(tmp_path)
     model = MimRefinerModel.from_pretrained(tmp_path, **settings)
     fresh = [model.embeddings.register_tokens, model.relative_position_bias.table]
     assert all(0 < weight.std() < 0.05 for weight in fresh)
-    assert all(torch.equal(layer.layer_scale1.weight, torch.full((32,), 0.1)) for layer in model.layers)
+    assert all(
+        torch.equal(layer.layer_scale1.weight, torch.full((32,), 0.1)) for layer in model.layers
+    )
 
 
 def test_classification_loss_and_gradients() -> None:
@@ -133,7 +160,9 @@ def test_classification_loss_and_gradients() -> None:
     output = model(pixels, labels=labels, output_hidden_states=True)
     assert output.logits.shape == (4, 5)
     assert len(output.hidden_states) == 5
-    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.cross_entropy(output.logits, labels)
+    )
     torch.testing.assert_close(output.logits, model.classifier(model.encoder(pixels).pooler_output))
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -157,14 +186,18 @@ def test_backbone_gives_the_patches_of_the_chosen_blocks(settings: dict[str, Any
     assert len(output.feature_maps) == 3
     for feature_map, expected in zip(output.feature_maps, chosen, strict=True):
         assert feature_map.shape == (2, 32, 2, 3)
-        assert torch.equal(feature_map[:, :, 1, 2], expected[:, prefix + 5])  # row 1, column 2 of 2 x 3
+        assert torch.equal(
+            feature_map[:, :, 1, 2], expected[:, prefix + 5]
+        )  # row 1, column 2 of 2 x 3
         assert torch.equal(feature_map[:, :, 0, 1], expected[:, prefix + 1])
 
 
 def test_backbone_loads_an_encoder(tmp_path: Path) -> None:
     encoder = tiny(MimRefinerModel)
     encoder.save_pretrained(tmp_path)
-    backbone, info = MimRefinerBackbone.from_pretrained(tmp_path, out_features=["stage4"], output_loading_info=True)
+    backbone, info = MimRefinerBackbone.from_pretrained(
+        tmp_path, out_features=["stage4"], output_loading_info=True
+    )
     assert not any(info.values())
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -181,7 +214,9 @@ def photo() -> Image.Image:
     rows, columns = np.mgrid[:60, :80]
     disc = 120.0 * ((rows - 30) ** 2 + (columns - 40) ** 2 < 400)
     return Image.fromarray(
-        np.stack([rows * 2 + disc, columns * 1.5 + disc, rows + columns], axis=-1).clip(0, 255).astype(np.uint8)
+        np.stack([rows * 2 + disc, columns * 1.5 + disc, rows + columns], axis=-1)
+        .clip(0, 255)
+        .astype(np.uint8)
     )
 
 
@@ -189,35 +224,54 @@ def test_processor_backends_agree(tmp_path: Path, photo: Image.Image) -> None:
     settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
     MimRefinerImageProcessor(**settings).save_pretrained(tmp_path)
     MimRefinerConfig(**TINY).save_pretrained(tmp_path)
-    processors = [AutoImageProcessor.from_pretrained(tmp_path, backend=backend) for backend in ("torchvision", "pil")]
-    assert [type(processor) for processor in processors] == [MimRefinerImageProcessor, MimRefinerImageProcessorPil]
-    batched, single = (processor([photo, photo], return_tensors="pt").pixel_values for processor in processors)
+    processors = [
+        AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+        for backend in ("torchvision", "pil")
+    ]
+    assert [type(processor) for processor in processors] == [
+        MimRefinerImageProcessor,
+        MimRefinerImageProcessorPil,
+    ]
+    batched, single = (
+        processor([photo, photo], return_tensors="pt").pixel_values for processor in processors
+    )
     assert batched.shape == single.shape == (2, 3, 32, 32)
-    assert (batched - single).abs().mean() < 0.01  # of values with standard deviation 1; the two resize slightly differently
+    assert (
+        (batched - single).abs().mean() < 0.01
+    )  # of values with standard deviation 1; the two resize slightly differently
     assert (batched - single).abs().max() < 0.2
 
 
 def test_processor_equals_the_steps_by_hand(photo: Image.Image) -> None:
     """Shortest edge to 40 (60 x 80 -> 40 x 53), centre crop of 32, /255, ImageNet statistics."""
-    processor = MimRefinerImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    processor = MimRefinerImageProcessorPil(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    )
     pixels = processor(photo, return_tensors="pt").pixel_values[0]
-    resized = np.asarray(photo.resize((53, 40), Image.Resampling.BICUBIC), dtype=np.float64)[4:36, 10:42]
+    resized = np.asarray(photo.resize((53, 40), Image.Resampling.BICUBIC), dtype=np.float64)[
+        4:36, 10:42
+    ]
     expected = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
 def test_processor_feeds_the_model(photo: Image.Image) -> None:
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     greyscale = photo.convert("L")
     with torch.no_grad():
-        assert tiny(MimRefinerModel)(**processor([photo, greyscale], return_tensors="pt")).pooler_output.shape == (2, 32)
+        assert tiny(MimRefinerModel)(
+            **processor([photo, greyscale], return_tensors="pt")
+        ).pooler_output.shape == (2, 32)
 
 
 # --- what transformers promises of every model --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "settings", [{"hidden_size": "32"}, {"num_hidden_layers": 2.5}, {"use_cls_token": "yes"}, {"bias": None}]
+    "settings",
+    [{"hidden_size": "32"}, {"num_hidden_layers": 2.5}, {"use_cls_token": "yes"}, {"bias": None}],
 )
 def test_fields_of_a_wrong_type_raise(settings: dict[str, Any]) -> None:
     with pytest.raises(StrictDataclassError, match=next(iter(settings))):
@@ -228,7 +282,14 @@ def test_attention_is_dispatched_through_the_interface() -> None:
     """A kernel that a user registers under a name of their own is called once per block, with what it needs to know."""
     calls = []
 
-    def kernel(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
+    def kernel(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
         calls.append((query.shape, module.is_causal, kwargs["scaling"], kwargs["dropout"]))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
@@ -243,51 +304,91 @@ def test_attention_is_dispatched_through_the_interface() -> None:
 
 def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> None:
     pixels = torch.randn(2, 3, 32, 32)
-    classifier, backbone = tiny(MimRefinerForImageClassification, num_labels=3), tiny(MimRefinerBackbone, out_indices=[2, 4])
+    classifier, backbone = (
+        tiny(MimRefinerForImageClassification, num_labels=3),
+        tiny(MimRefinerBackbone, out_indices=[2, 4]),
+    )
     with torch.no_grad():
         chosen = classifier(pixels, output_hidden_states=[1, 3]).hidden_states
         everything = classifier.encoder(pixels, output_hidden_states=True).hidden_states
         recorded = [state for state in chosen if state is not None]
-        assert all(torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True))
+        assert all(
+            torch.equal(state, everything[index])
+            for state, index in zip(recorded, (1, 3), strict=True)
+        )
         maps = backbone(pixels)
         assert maps.hidden_states is None  # recorded for the maps, returned only when asked for
         as_tuple = backbone(pixels, return_dict=False)
         assert isinstance(as_tuple, tuple)
-        assert all(torch.equal(first, second) for first, second in zip(as_tuple[0], maps.feature_maps, strict=True))
-        classifier.config.output_hidden_states = classifier.encoder.config.output_hidden_states = True
+        assert all(
+            torch.equal(first, second)
+            for first, second in zip(as_tuple[0], maps.feature_maps, strict=True)
+        )
+        classifier.config.output_hidden_states = classifier.encoder.config.output_hidden_states = (
+            True
+        )
         assert len(classifier.encoder(pixels).hidden_states) == 5
 
 
 def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path: Path) -> None:
     """Meta device, bf16, device_map; blocks that do not fit come from disk one at a time, with the same result."""
-    model = tiny(MimRefinerModel, position_encoding="absolute+shared_relative", num_register_tokens=2, layer_scale_init=0.1)
+    model = tiny(
+        MimRefinerModel,
+        position_encoding="absolute+shared_relative",
+        num_register_tokens=2,
+        layer_scale_init=0.1,
+    )
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     with torch.device("meta"):
-        assert {parameter.device.type for parameter in AutoModel.from_config(model.config).parameters()} == {"meta"}
+        assert {
+            parameter.device.type for parameter in AutoModel.from_config(model.config).parameters()
+        } == {"meta"}
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    parts = ["embeddings", "relative_position_bias", "norm", *(f"layers.{block}" for block in range(4))]
+    parts = [
+        "embeddings",
+        "relative_position_bias",
+        "norm",
+        *(f"layers.{block}" for block in range(4)),
+    ]
     places = {part: "disk" if part in ("layers.1", "layers.3") else "cpu" for part in parts}
-    split = AutoModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    split = AutoModel.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
     assert split.layers[3].mlp.fc1.weight.device.type == "meta"
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).pooler_output
         assert torch.equal(split(pixels).pooler_output, expected)
-        assert torch.nn.functional.cosine_similarity(half(pixels).pooler_output.float(), expected).min() > 0.99
+        assert (
+            torch.nn.functional.cosine_similarity(
+                half(pixels).pooler_output.float(), expected
+            ).min()
+            > 0.99
+        )
 
 
 def test_pipelines_know_the_model(tmp_path: Path, photo: Image.Image) -> None:
     """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no prompt."""
-    labels = {"id2label": {0: "cat", 1: "dog", 2: "newt"}, "label2id": {"cat": 0, "dog": 1, "newt": 2}}
+    labels = {
+        "id2label": {0: "cat", 1: "dog", 2: "newt"},
+        "label2id": {"cat": 0, "dog": 1, "newt": 2},
+    }
     classifier = tiny(MimRefinerForImageClassification, **labels)
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     classifier.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with torch.no_grad():
         pixels = processor(photo, return_tensors="pt").pixel_values
-        features, scores = classifier.encoder(pixels).pooler_output, classifier(pixels).logits.softmax(-1)[0]
-    extract = pipeline("image-feature-extraction", model=str(tmp_path), pool=True, return_tensors=True)
+        features, scores = (
+            classifier.encoder(pixels).pooler_output,
+            classifier(pixels).logits.softmax(-1)[0],
+        )
+    extract = pipeline(
+        "image-feature-extraction", model=str(tmp_path), pool=True, return_tensors=True
+    )
     assert type(extract.model) is MimRefinerModel
     torch.testing.assert_close(extract(photo), features)
     answer = pipeline("image-classification", model=str(tmp_path))(photo)
@@ -318,8 +419,14 @@ def test_the_processor_needs_no_torchvision(tmp_path: Path, photo: Image.Image) 
     photo.save(tmp_path / "photo.png")
     arguments = [str(tmp_path), str(tmp_path / "photo.png"), str(tmp_path / "pixels.pt")]
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCHVISION, *arguments], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", WITHOUT_TORCHVISION, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     pixels = torch.load(tmp_path / "pixels.pt", weights_only=True)
-    assert torch.equal(pixels, MimRefinerImageProcessorPil(**settings)(photo, return_tensors="pt").pixel_values)
+    assert torch.equal(
+        pixels, MimRefinerImageProcessorPil(**settings)(photo, return_tensors="pt").pixel_values
+    )

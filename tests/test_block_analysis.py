@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from mim_refiner_hf import load_encoder
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.views import ViewSpec, make_view, view_specs
-from mim_refiner_hf.evaluation import block_analysis, block_profile, draw_block_profile, knn_accuracy, profile_table
+from mim_refiner_hf.evaluation import (
+    block_analysis,
+    block_profile,
+    draw_block_profile,
+    knn_accuracy,
+    profile_table,
+)
 from mim_refiner_hf.evaluation.block_analysis import (
     RandomView,
     assemble,
@@ -57,7 +63,9 @@ def slow_agreement(first: np.ndarray, second: np.ndarray, k: int) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = torch.randn(40, 8) * torch.arange(1, 9)
     second = first + 0.7 * torch.randn(40, 8) * torch.arange(1, 9)
     expected = slow_agreement(first.double().numpy(), second.double().numpy(), k)
@@ -70,7 +78,9 @@ def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(k: int, monkeypat
 def test_neighbour_agreement_is_one_for_equal_views_and_chance_for_unrelated_ones() -> None:
     features = torch.randn(400, 16)
     assert neighbour_agreement(features, features * 2 + 1).mean() == 1
-    assert neighbour_agreement(features, torch.randn(400, 16)).mean().item() == pytest.approx(10 / 399, abs=0.01)
+    assert neighbour_agreement(features, torch.randn(400, 16)).mean().item() == pytest.approx(
+        10 / 399, abs=0.01
+    )
     with pytest.raises(ValueError, match=r"k=10 must lie between 1 and 9"):
         neighbour_agreement(features[:10], features[:10])
     with pytest.raises(ValueError, match=r"one shape, not \(400, 16\) and \(399, 16\)"):
@@ -80,7 +90,10 @@ def test_neighbour_agreement_is_one_for_equal_views_and_chance_for_unrelated_one
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([0.2, 0.5, 0.6, 0.45], [None, 1, 1 / 3, -0.5]),  # paper, App. C.2: divided by the largest change
+        (
+            [0.2, 0.5, 0.6, 0.45],
+            [None, 1, 1 / 3, -0.5],
+        ),  # paper, App. C.2: divided by the largest change
         ([-0.9, -0.5, -0.4, -0.2], [None, 1, 0.25, 0.5]),  # a loss that falls
         ([0.8, 0.6, 0.5], [None, -1, -0.5]),  # nothing improves
         ([0.5, 0.5], [None, 0]),
@@ -88,7 +101,9 @@ def test_neighbour_agreement_is_one_for_equal_views_and_chance_for_unrelated_one
     ],
 )
 def test_relative_improvements(values: list[float], expected: list[float | None]) -> None:
-    assert relative_improvements(values) == [value if value is None else pytest.approx(value) for value in expected]
+    assert relative_improvements(values) == [
+        value if value is None else pytest.approx(value) for value in expected
+    ]
 
 
 def test_attention_distance_of_uniform_attention_is_the_mean_distance() -> None:
@@ -112,13 +127,18 @@ def test_attention_distance_equals_the_slow_one(positions: str) -> None:
     found = attention_distances(encoder, pixels)
     encoder.set_attn_implementation("eager")
     with torch.no_grad():
-        weights = encoder(pixels, output_attentions=True).attentions[2].double().numpy()  # (3, 2, 17, 17)
+        weights = (
+            encoder(pixels, output_attentions=True).attentions[2].double().numpy()
+        )  # (3, 2, 17, 17)
     distances = []
     for image in weights:
         for head in image:
             for query in range(16):
                 shares = head[query + 1, 1:] / head[query + 1, 1:].sum()
-                to = [np.hypot(4 * (query // 4 - key // 4), 4 * (query % 4 - key % 4)) for key in range(16)]
+                to = [
+                    np.hypot(4 * (query // 4 - key // 4), 4 * (query % 4 - key % 4))
+                    for key in range(16)
+                ]
                 distances.append(float(shares @ to))
     assert found[2] == pytest.approx(np.mean(distances), rel=1e-5)
 
@@ -128,9 +148,13 @@ def test_a_view_is_a_function_of_seed_and_pixels(digits: ImageDataset) -> None:
     images = [digits[i].image for i in range(6)]
     view = RandomView(make_processor(), spec, seed=1)
     pixels = view(images, return_tensors="pt")["pixel_values"]
-    alone = torch.cat([view([image], return_tensors="pt")["pixel_values"] for image in reversed(images)]).flip(0)
+    alone = torch.cat(
+        [view([image], return_tensors="pt")["pixel_values"] for image in reversed(images)]
+    ).flip(0)
     assert torch.equal(pixels, alone)
-    one = make_processor()([make_view(images[2], spec, view._generator(images[2]))], return_tensors="pt")["pixel_values"]
+    one = make_processor()(
+        [make_view(images[2], spec, view._generator(images[2]))], return_tensors="pt"
+    )["pixel_values"]
     assert torch.equal(pixels[2:3], one)
     other = dataclasses.replace(view, seed=2)(images, return_tensors="pt")["pixel_values"]
     assert not torch.equal(pixels, other)
@@ -153,12 +177,16 @@ def test_the_last_block_reconstructs_as_a_mae_with_a_plain_norm() -> None:
     pixels, noise = pixels_and_noise()
     errors = list(block_errors(encoder, decoders, pixels, noise, 0.75))
     assert len(errors) == 4
-    torch.testing.assert_close(errors[-1], mae_loss(encoder, decoders[-1], pixels, noise, 0.75), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        errors[-1], mae_loss(encoder, decoders[-1], pixels, noise, 0.75), atol=1e-4, rtol=0
+    )
     shorter = make_encoder()
     shorter.layers = shorter.layers[:2]  # an encoder that ends after block 1
     nn.init.ones_(shorter.norm.weight)
     nn.init.zeros_(shorter.norm.bias)
-    torch.testing.assert_close(errors[1], mae_loss(shorter, decoders[1], pixels, noise, 0.75), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        errors[1], mae_loss(shorter, decoders[1], pixels, noise, 0.75), atol=1e-4, rtol=0
+    )
 
 
 def test_decoders_learn_and_the_encoder_does_not(digits: ImageDataset) -> None:
@@ -167,12 +195,20 @@ def test_decoders_learn_and_the_encoder_does_not(digits: ImageDataset) -> None:
     recipe = decoder_recipe(encoder.config, epochs=12, batch_size=30, flip=0.0, seed=0)
     few = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
     train, test = digits.subset(range(90)), digits.subset(range(90, 120))
-    untrained = mean_errors(encoder, train_decoders(encoder, processor, train, few, 0), processor, test, recipe)
-    losses = reconstruction_losses(encoder, processor, train, test, epochs=12, batch_size=30, flip=0.0)
-    assert len(losses) == 4 and all(loss < 0.9 * start for loss, start in zip(losses, untrained, strict=True))
+    untrained = mean_errors(
+        encoder, train_decoders(encoder, processor, train, few, 0), processor, test, recipe
+    )
+    losses = reconstruction_losses(
+        encoder, processor, train, test, epochs=12, batch_size=30, flip=0.0
+    )
+    assert len(losses) == 4 and all(
+        loss < 0.9 * start for loss, start in zip(losses, untrained, strict=True)
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    assert losses == reconstruction_losses(encoder, processor, train, test, epochs=12, batch_size=30, flip=0.0)
+    assert losses == reconstruction_losses(
+        encoder, processor, train, test, epochs=12, batch_size=30, flip=0.0
+    )
 
 
 def test_reconstruction_is_refused_where_patches_cannot_be_left_out(digits: ImageDataset) -> None:
@@ -198,33 +234,55 @@ def test_profile_of_every_block(digits: ImageDataset) -> None:
     assert encoder.training
 
     outputs: list[Tensor] = []
-    hook = encoder.layers[2].register_forward_hook(lambda module, inputs, output: outputs.append(output[:, 0].detach()))
+    hook = encoder.layers[2].register_forward_hook(
+        lambda module, inputs, output: outputs.append(output[:, 0].detach())
+    )
     for images in (train, test):
-        encoder(processor([images[i].image for i in range(len(images))], return_tensors="pt")["pixel_values"])
+        encoder(
+            processor([images[i].image for i in range(len(images))], return_tensors="pt")[
+                "pixel_values"
+            ]
+        )
     hook.remove()
     bank, found = outputs
-    expected = knn_accuracy(bank, torch.from_numpy(train.labels), found, torch.from_numpy(test.labels))
+    expected = knn_accuracy(
+        bank, torch.from_numpy(train.labels), found, torch.from_numpy(test.labels)
+    )
     assert profile[2].knn_accuracy == pytest.approx(expected, abs=1e-6)
     features = found.double().numpy()
     assert profile[2].feature_mean == pytest.approx(features.mean(), abs=1e-5)
-    assert profile[2].feature_variance == pytest.approx(features.var(axis=0, ddof=1).mean(), rel=1e-4)
+    assert profile[2].feature_variance == pytest.approx(
+        features.var(axis=0, ddof=1).mean(), rel=1e-4
+    )
     accuracies = [block.knn_accuracy for block in profile]
     assert [block.knn_improvement for block in profile] == relative_improvements(accuracies)
     losses = [block.reconstruction_loss for block in profile]
-    assert [block.reconstruction_improvement for block in profile] == relative_improvements([-loss for loss in losses])
-    assert profile == block_profile(encoder, processor, train, test, reconstruction_epochs=1, batch_size=40)
+    assert [block.reconstruction_improvement for block in profile] == relative_improvements(
+        [-loss for loss in losses]
+    )
+    assert profile == block_profile(
+        encoder, processor, train, test, reconstruction_epochs=1, batch_size=40
+    )
 
 
 def test_profile_without_labels(digits: ImageDataset, tmp_path: Path) -> None:
     images = without_labels(digits)
     encoder, processor = make_encoder(), make_processor()
-    profile = block_profile(encoder, processor, images.subset(range(60)), images.subset(range(60, 120)), seed=3)
-    assert {block.knn_accuracy for block in profile} == {block.reconstruction_loss for block in profile} == {None}
+    profile = block_profile(
+        encoder, processor, images.subset(range(60)), images.subset(range(60, 120)), seed=3
+    )
+    assert (
+        {block.knn_accuracy for block in profile}
+        == {block.reconstruction_loss for block in profile}
+        == {None}
+    )
     (spec,) = view_specs(1, 0, 16, 16, (0.25, 1.0), (0.25, 1.0), colour=True)
     pictures, sides = [images[i].image for i in range(60, 120)], []
     for shown in (processor, RandomView(processor, spec, seed=3)):
         with torch.no_grad():
-            outputs = encoder(shown(pictures, return_tensors="pt")["pixel_values"], output_hidden_states=True)
+            outputs = encoder(
+                shown(pictures, return_tensors="pt")["pixel_values"], output_hidden_states=True
+            )
         sides.append(outputs.hidden_states[2][:, 0].double().numpy())  # CLS after block 1
     assert profile[1].neighbour_agreement == pytest.approx(slow_agreement(*sides, k=10), abs=0.01)
     table = profile_table(profile)
@@ -237,12 +295,18 @@ def test_profile_without_labels(digits: ImageDataset, tmp_path: Path) -> None:
 
 
 def test_table_is_markdown() -> None:
-    profile = assemble([0.25, 0.5, 0.375], [0.75, 0.5, 0.625], None, [torch.randn(5, 3)] * 3, [1.0] * 3)
+    profile = assemble(
+        [0.25, 0.5, 0.375], [0.75, 0.5, 0.625], None, [torch.randn(5, 3)] * 3, [1.0] * 3
+    )
     lines = profile_table(profile).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][:3] == ["block", "k-NN accuracy", "its improvement"]
-    assert [row[:3] for row in cells[2:]] == [["0", "25.0%", ""], ["1", "50.0%", "+1.00"], ["2", "37.5%", "-0.50"]]
+    assert [row[:3] for row in cells[2:]] == [
+        ["0", "25.0%", ""],
+        ["1", "50.0%", "+1.00"],
+        ["2", "37.5%", "-0.50"],
+    ]
 
 
 # ---- on the real small model
@@ -254,7 +318,9 @@ def test_a_real_small_mae_has_the_profile_in_its_readme(shared: Path) -> None:
     data = shared / "data/cifar10"
     train = open_images(str(data / "train.parquet")).subset(range(0, 20000, 80))
     test = open_images(str(data / "test.parquet")).subset(range(0, 4000, 40))
-    accuracies = [block.knn_accuracy for block in block_profile(encoder, encoder.image_processor, train, test)]
+    accuracies = [
+        block.knn_accuracy for block in block_profile(encoder, encoder.image_processor, train, test)
+    ]
     assert None not in accuracies
     assert max(accuracies[6:]) > accuracies[0] + 0.03
     assert 0.2 < accuracies[-1] < 0.45

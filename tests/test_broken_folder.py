@@ -15,28 +15,43 @@ from PIL import Image
 from small_runs import log_of
 from test_broken_images import assert_same, bit_flip, encoded, epoch_of, png_of_size
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    RefineRecipe,
+    cli,
+)
 from mim_refiner_hf.clustering import decoding
 from mim_refiner_hf.data.broken import BROKEN
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import save_model_folder
 
-PICTURE = encoded(image=Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)))
+PICTURE = encoded(
+    image=Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+)
 PALETTE = encoded(image=Image.new("P", (12, 12)))
 
 
 def without_chunk(content: bytes, name: bytes) -> bytes:
     start = content.index(name) - 4
-    return content[:start] + content[start + 12 + int.from_bytes(content[start : start + 4], "big") :]
+    return (
+        content[:start] + content[start + 12 + int.from_bytes(content[start : start + 4], "big") :]
+    )
 
 
-BAD: dict[str, tuple[bytes | None, str]] = {  # what is in the file (None: it is made otherwise), and the reason that is listed
+BAD: dict[
+    str, tuple[bytes | None, str]
+] = {  # what is in the file (None: it is made otherwise), and the reason that is listed
     "truncated": (PICTURE[:-200], "runcated|broken PNG"),
     "empty": (b"", "it is empty"),
     "text": (b"this was never an image", "no image of a known format"),
     "bomb": (png_of_size(30000, 30000), "30000 x 30000 pixels|decompression bomb"),
     "crc": (bit_flip(PICTURE), "broken PNG"),
-    "half-written": (PICTURE[: len(PICTURE) // 2] + bytes(len(PICTURE) // 2), "broken PNG|runcated|chunk"),
+    "half-written": (
+        PICTURE[: len(PICTURE) // 2] + bytes(len(PICTURE) // 2),
+        "broken PNG|runcated|chunk",
+    ),
     "no-palette": (without_chunk(PALETTE, b"PLTE"), ""),
     "unreadable": (PICTURE, "Permission denied"),
     "loop": (None, "Too many levels of symbolic links"),
@@ -49,7 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 500 good images, 50 of every bad kind with the kind in the name, and folders that are called like images."""
     root = tmp_path_factory.mktemp("pile")
     for i in range(4500):
-        (root / f"{i:04d}.png").write_bytes(encoded("PPM", Image.new("RGB", (4, 4), (i % 256, i // 256, 9))))
+        (root / f"{i:04d}.png").write_bytes(
+            encoded("PPM", Image.new("RGB", (4, 4), (i % 256, i // 256, 9)))
+        )
     for i in range(500):
         kind = list(BAD)[i % 10]
         content, path = BAD[kind][0], root / f"{9 * i:04d}-{kind}.png"
@@ -86,7 +103,12 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
     reported = [json.loads(entry) for batch in one for entry in batch["broken"] if entry]
     assert 100 < len(reported) < 200
     # nothing stands in twice in silence: without those that replace a reported image, every image is there once
-    own = [i for batch in one for i, entry in zip(batch["index"].tolist(), batch["broken"], strict=True) if not entry]
+    own = [
+        i
+        for batch in one
+        for i, entry in zip(batch["index"].tolist(), batch["broken"], strict=True)
+        if not entry
+    ]
     assert len(set(own)) == len(own) == len(indices) - len(reported)
 
 
@@ -94,9 +116,17 @@ def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the default of 5 % it stops, with a sentence; with 20 % the same command ends, and all 500 are listed, once each."""
-    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    shape = {
+        "image_size": 8,
+        "patch_size": 4,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+    }
     encoder = MimRefinerModel(MimRefinerConfig(**shape, intermediate_size=8))
-    save_model_folder(tmp_path / "start", encoder, MimRefinerImageProcessor(size={"height": 8, "width": 8}))
+    save_model_folder(
+        tmp_path / "start", encoder, MimRefinerImageProcessor(size={"height": 8, "width": 8})
+    )
     words = (
         f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out --eval_fraction 0 --num_heads 1 "
         "--projector_dim 8 --predictor_dim 8 --embedding_dim 8 --queue_size 500 --topk 1 --global_views 1 --local_views 1 "
@@ -106,16 +136,22 @@ def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction allows, first: ", error
+        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction allows, first: ",
+        error,
     )
-    assert f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go on" in error
+    assert (
+        f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go on"
+        in error
+    )
     assert not (tmp_path / "out/model").exists()
 
     assert cli.main([*words, "--max_bad_fraction", "0.2"]) == 0
     entries = json.loads((tmp_path / "out" / BROKEN).read_text())["images"]
     names = [Path(entry["path"]).name for entry in entries]
     assert len(entries) == len(set(names)) == 500
-    assert Counter(name.split("-", 1)[1].removesuffix(".png") for name in names) == dict.fromkeys(BAD, 50)
+    assert Counter(name.split("-", 1)[1].removesuffix(".png") for name in names) == dict.fromkeys(
+        BAD, 50
+    )
     for entry in entries:
         kind = Path(entry["path"]).name.split("-", 1)[1].removesuffix(".png")
         assert re.search(BAD[kind][1], entry["reason"]), entry

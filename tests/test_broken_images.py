@@ -41,7 +41,8 @@ def png_of_size(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
     )
 
 
@@ -56,7 +57,10 @@ KNOWN = "it is no image of a known format \\("
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it is empty"),
     "a web page": (b"<!DOCTYPE html>", KNOWN),
-    "PostScript, which Pillow would run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", KNOWN),
+    "PostScript, which Pillow would run": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+        KNOWN,
+    ),
     "truncated JPEG": (encoded("JPEG")[:-300], "image file is truncated"),
     "truncated PNG": (encoded("PNG")[:-300], "runcated"),
     "truncated GIF": (encoded("GIF")[:-300], "image file is truncated"),
@@ -74,10 +78,14 @@ def test_bad_files_and_their_reasons(case: str, tmp_path: Path) -> None:
     path.write_bytes(content)
     said = []
     for source, name in ((path, None), (content, str(path))):
-        with pytest.raises(ValueError, match=rf"Cannot decode {path}: .*({reason}).*; replace or remove it\.$") as raised:
+        with pytest.raises(
+            ValueError, match=rf"Cannot decode {path}: .*({reason}).*; replace or remove it\.$"
+        ) as raised:
             decode_image(source, name=name)
         said.append(str(raised.value))
-    assert said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]  # no addresses: the list is the same everywhere
+    assert (
+        said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]
+    )  # no addresses: the list is the same everywhere
 
 
 def cmyk_with_a_broken_profile() -> bytes:
@@ -87,7 +95,9 @@ def cmyk_with_a_broken_profile() -> bytes:
 GOOD: dict[str, Callable[[], bytes]] = {
     "another extension": lambda: encoded("PNG"),
     "garbage in EXIF": lambda: encoded("JPEG", exif=b"Exif\x00\x00" + bytes(range(64))),
-    "EXIF cut off": lambda: encoded("JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01"),
+    "EXIF cut off": lambda: encoded(
+        "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01"
+    ),
     "broken colour profile": cmyk_with_a_broken_profile,
     "animation": lambda: encoded("GIF", save_all=True, append_images=[Image.new("RGB", (30, 40))]),
     "16 bits": lambda: encoded("PNG", Image.fromarray(np.full((9, 9), 4660, np.uint16))),
@@ -103,7 +113,9 @@ def test_odd_files_that_are_fine(case: str) -> None:
 
 
 @pytest.mark.parametrize("pillows", [None, 10, 2**40])
-def test_our_own_limit_whatever_pillows_is(pillows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_limit_whatever_pillows_is(
+    pillows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Someone else in the process may have switched Pillow's off, or made its warning an error."""
     monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows if pillows != 10 else 1000)
@@ -142,8 +154,18 @@ def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "zero.png",
     ]
     left, broken = readable(images)
-    assert left.indices.tolist() == [0, 1, 4] and [entry["index"] for entry in broken] == [2, 3, 5, 6]
-    reasons = ["it is no regular file", "No such file", "Too many levels of symbolic links", "it is no regular file"]
+    assert left.indices.tolist() == [0, 1, 4] and [entry["index"] for entry in broken] == [
+        2,
+        3,
+        5,
+        6,
+    ]
+    reasons = [
+        "it is no regular file",
+        "No such file",
+        "Too many levels of symbolic links",
+        "it is no regular file",
+    ]
     assert all(reason in entry["reason"] for reason, entry in zip(reasons, broken, strict=True))
     assert time.perf_counter() - began < 5
 
@@ -154,18 +176,24 @@ def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(ValueError, match=rf"{root / 'a'} cannot be listed \(Permission denied\); make it readable"):
+    with pytest.raises(
+        ValueError, match=rf"{root / 'a'} cannot be listed \(Permission denied\); make it readable"
+    ):
         open_images(str(root))
 
 
-def test_an_unreadable_file_is_a_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_a_broken_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "1.png").write_bytes(encoded())
 
     def denied(*_: object, **__: object) -> int:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(decoding.os, "open", denied)
-    with pytest.raises(ValueError, match=r"Cannot decode .*1\.png: Permission denied; replace or remove it"):
+    with pytest.raises(
+        ValueError, match=r"Cannot decode .*1\.png: Permission denied; replace or remove it"
+    ):
         open_images(str(tmp_path))[0]
 
 
@@ -176,16 +204,27 @@ def test_an_unreadable_file_is_a_broken_image(tmp_path: Path, monkeypatch: pytes
 def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
     """5 000 images of one colour, 500 of them broken."""
     bad = set(np.random.default_rng(1).choice(5000, 500, replace=False).tolist())
-    cells = [b"broken" if i in bad else encoded("PPM", Image.new("RGB", (2, 2), (i % 256, i // 256, 9))) for i in range(5000)]
+    cells = [
+        b"broken" if i in bad else encoded("PPM", Image.new("RGB", (2, 2), (i % 256, i // 256, 9)))
+        for i in range(5000)
+    ]
     path = tmp_path_factory.mktemp("table") / "images"
-    datasets.Dataset.from_dict({"image": cells, "label": [i % 10 for i in range(5000)]}).save_to_disk(path)
+    datasets.Dataset.from_dict(
+        {"image": cells, "label": [i % 10 for i in range(5000)]}
+    ).save_to_disk(path)
     return path, bad
 
 
-def epoch_of(source: Any, workers: int, rank: int = 0, world_size: int = 1, steps: int = 10) -> list[dict[str, Any]]:
+def epoch_of(
+    source: Any, workers: int, rank: int = 0, world_size: int = 1, steps: int = 10
+) -> list[dict[str, Any]]:
     crop = MultiCrop(view_specs(1, 1, 4, 2, (0.5, 1.0), (0.3, 0.5), colour=False))
-    sampler = BatchSampler(source, batch_size=500, seed=3, steps=steps, rank=rank, world_size=world_size)
-    return list(DataLoader(ViewDataset(source, crop, seed=5), batch_sampler=sampler, num_workers=workers))
+    sampler = BatchSampler(
+        source, batch_size=500, seed=3, steps=steps, rank=rank, world_size=world_size
+    )
+    return list(
+        DataLoader(ViewDataset(source, crop, seed=5), batch_sampler=sampler, num_workers=workers)
+    )
 
 
 def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
@@ -218,13 +257,17 @@ def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
 
     order = epoch_order(5000, 3, 0).tolist()
     expected = []
-    for place, index in enumerate(order):  # the rule, in slow and plain words: one batch later, and on until one is readable
+    for place, index in enumerate(
+        order
+    ):  # the rule, in slow and plain words: one batch later, and on until one is readable
         later = place + 500
         while index in bad:
             index, later = order[later % 5000], later + 1
         expected.append(index)
     assert torch.cat([batch["index"] for batch in whole]).tolist() == expected
-    assert torch.cat([batch["label"] for batch in whole]).tolist() == [index % 10 for index in expected]
+    assert torch.cat([batch["label"] for batch in whole]).tolist() == [
+        index % 10 for index in expected
+    ]
     # replaced by others of the same batch only where two broken neighbours point to one image
     twice = [500 - len(set(batch["index"].tolist())) for batch in whole]
     assert sum(twice) <= 15
@@ -248,22 +291,33 @@ def test_a_stream_follows_the_same_rule(table: tuple[Path, set[int]]) -> None:
     indices = torch.cat([batch["index"] for batch in whole]).tolist()
     for place, index in enumerate(indices[:4500]):
         later = place // 500 * 500 + 500
-        wanted = place if place not in bad else next(p for k in range(500) if (p := later + (place + k) % 500) not in bad)
+        wanted = (
+            place
+            if place not in bad
+            else next(p for k in range(500) if (p := later + (place + k) % 500) not in bad)
+        )
         assert index == wanted
 
 
 def test_a_substitute_has_its_own_index_and_views_of_its_own(tmp_path: Path) -> None:
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        (tmp_path / f"{i}.png").write_bytes(encoded(image=Image.fromarray(pixels)) if i != 3 else b"")
+        (tmp_path / f"{i}.png").write_bytes(
+            encoded(image=Image.fromarray(pixels)) if i != 3 else b""
+        )
     images = open_images(str(tmp_path))
     crop = MultiCrop(view_specs(2, 0, 8, 8, (0.3, 1.0), (0.1, 0.5), colour=True))
     views = ViewDataset(images, crop, seed=0)
     other, own = views[0, 3, 5, 6], views[0, 5, 6, 7]
-    assert other["index"] == own["index"] == 5  # the queue keeps an image from finding itself by this index
+    assert (
+        other["index"] == own["index"] == 5
+    )  # the queue keeps an image from finding itself by this index
     assert not torch.equal(other["global_views"], own["global_views"])
     assert own["broken"] == "" and [entry["index"] for entry in json.loads(other["broken"])] == [3]
-    with pytest.raises(ValueError, match=r"1 images of .* in a row are broken, first: Cannot decode .*3\.png: it is empty"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 images of .* in a row are broken, first: Cannot decode .*3\.png: it is empty",
+    ):
         read_sample(images, (0, 3))
 
 
@@ -274,11 +328,25 @@ def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_pa
 
     def pixels(rank: int, world_size: int, start: int = 0) -> list[list[int]]:
         stream = open_stream(str(tmp_path))
-        sampler = BatchSampler(stream, batch_size=8, seed=1, steps=9, rank=rank, world_size=world_size, start_step=start)
-        return [[read_sample(stream, key).sample.image.getpixel((0, 0))[0] for key in batch] for batch in sampler]
+        sampler = BatchSampler(
+            stream,
+            batch_size=8,
+            seed=1,
+            steps=9,
+            rank=rank,
+            world_size=world_size,
+            start_step=start,
+        )
+        return [
+            [read_sample(stream, key).sample.image.getpixel((0, 0))[0] for key in batch]
+            for batch in sampler
+        ]
 
     whole = pixels(0, 1)
-    first, second = [*chain(*whole[:6])], [*chain(*whole[6:])]  # 6 batches an epoch; two images are left over
+    first, second = (
+        [*chain(*whole[:6])],
+        [*chain(*whole[6:])],
+    )  # 6 batches an epoch; two images are left over
     assert len(set(first)) == 48 and len(set(second)) == 24
     for world_size in (2, 4):
         parts = [pixels(rank, world_size) for rank in range(world_size)]
@@ -296,15 +364,23 @@ def test_too_many_stop_and_the_list_is_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = open_images("digits").subset(range(100))
-    entries = [{"index": i, "path": f"row {i}", "reason": f"Cannot decode row {i}: it is empty"} for i in range(80)]
+    entries = [
+        {"index": i, "path": f"row {i}", "reason": f"Cannot decode row {i}: it is empty"}
+        for i in range(80)
+    ]
     broken = BrokenImages(images, max_fraction=0.05, path=tmp_path / BROKEN)  # of all 1297: 64
     broken.add(["", json.dumps(entries[:40]), *entries[20:64]])
     assert len(broken) == 0
     broken.share()
     assert len(broken) == 64 and len(caplog.records) == 10
     assert json.loads((tmp_path / BROKEN).read_text()) == {"images": entries[:64]}
-    monkeypatch.setattr(broken_images, "gather_objects", lambda own: [own, {70: entries[70]}])  # another process's
-    with pytest.raises(ValueError, match=r"65 of 1297 images of digits are broken, more than the 5.0% .*first: .*row 0"):
+    monkeypatch.setattr(
+        broken_images, "gather_objects", lambda own: [own, {70: entries[70]}]
+    )  # another process's
+    with pytest.raises(
+        ValueError,
+        match=r"65 of 1297 images of digits are broken, more than the 5.0% .*first: .*row 0",
+    ):
         broken.share()
     assert len(json.loads((tmp_path / BROKEN).read_text())["images"]) == 65
 
@@ -322,7 +398,9 @@ def test_the_share_of_a_stream_is_one_of_what_was_read(tmp_path: Path) -> None:
 
 def test_none_readable(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"None of the 1 images of .* can be read, first: .*it is empty"):
+    with pytest.raises(
+        ValueError, match=r"None of the 1 images of .* can be read, first: .*it is empty"
+    ):
         readable(open_images(str(tmp_path)))
     digits: ImageDataset = open_images("digits")
     assert readable(digits)[0] is digits

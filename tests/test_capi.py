@@ -41,15 +41,22 @@ def capi(goldens: Path) -> Path:
         ("checkpoint_perturbed_rope.pth", "perturbed_rope.", "pixel_values"),
     ],
 )
-def test_equals_the_authors_model(capi: Path, file: str, case: str, pixels: str, attention: str) -> None:
+def test_equals_the_authors_model(
+    capi: Path, file: str, case: str, pixels: str, attention: str
+) -> None:
     """No tensor of the encoder and of the read-out is off by more than 1e-5, at sizes that no flag has to allow."""
-    inputs, expected = load_file(capi / "inputs.safetensors"), load_file(capi / "outputs.safetensors")
+    inputs, expected = (
+        load_file(capi / "inputs.safetensors"),
+        load_file(capi / "outputs.safetensors"),
+    )
     encoder = load_encoder(capi / file)
     encoder.set_attn_implementation(attention)
     encoder.config.pooling = "global_repr"
     with torch.no_grad():
         output = encoder(inputs[pixels], output_hidden_states=True)
-    registers, patches = output.last_hidden_state.split([8, output.last_hidden_state.shape[1] - 8], dim=1)
+    registers, patches = output.last_hidden_state.split(
+        [8, output.last_hidden_state.shape[1] - 8], dim=1
+    )
     found = {
         "embeddings": output.hidden_states[0],
         "blocks": torch.stack(output.hidden_states[1:]),
@@ -59,33 +66,58 @@ def test_equals_the_authors_model(capi: Path, file: str, case: str, pixels: str,
         "global_repr": output.pooler_output,
     }
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[case + name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor,
+            expected[case + name],
+            **TOLERANCE,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_report_names_what_is_left_behind(capi: Path) -> None:
     report = load_encoder(capi / "checkpoint_perturbed_rope.pth").load_report
-    assert str(report) == "capi: 49 of 49 placed; predictor after its first block: 9 dropped; clustering head: 2 dropped"
+    assert (
+        str(report)
+        == "capi: 49 of 49 placed; predictor after its first block: 9 dropped; clustering head: 2 dropped"
+    )
     assert all(".blocks.1." in name for name in report.dropped["predictor after its first block"])
 
 
 def test_configuration_is_read_off_the_file(capi: Path) -> None:
     config = load_encoder(capi / "checkpoint.pth").config
-    assert (config.num_attention_heads, config.num_register_tokens, config.predictor_layers) == (3, 8, 1)
+    assert (config.num_attention_heads, config.num_register_tokens, config.predictor_layers) == (
+        3,
+        8,
+        1,
+    )
     assert (config.layer_norm_eps, config.bias, config.pooling) == (1e-5, "none", "mean")
 
 
-def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(capi: Path, tmp_path: Path) -> None:
+def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
+    capi: Path, tmp_path: Path
+) -> None:
     state = torch.load(capi / "checkpoint.pth", weights_only=True)
-    alone = {name: tensor for name, tensor in state.items() if "decoder" not in name and "mask_token" not in name}
+    alone = {
+        name: tensor
+        for name, tensor in state.items()
+        if "decoder" not in name and "mask_token" not in name
+    }
     torch.save(alone, tmp_path / "encoder.pth")
     encoder = load_encoder(tmp_path / "encoder.pth")
     assert encoder.predictor is None
     assert encoder.config.missing_for("global_repr") == "no predictor (predictor_layers=0)"
-    torch.save({**alone, "backbone.mask_token": state["backbone.mask_token"]}, tmp_path / "torn.pth")
+    torch.save(
+        {**alone, "backbone.mask_token": state["backbone.mask_token"]}, tmp_path / "torn.pth"
+    )
     with pytest.raises(CheckpointError, match=r"1 tensors have no place .*predictor\.mask_token"):
         load_encoder(tmp_path / "torn.pth")
     torch.save(
-        {name: tensor for name, tensor in state.items() if "blocks.1.residual1.fn.rope" not in name}, tmp_path / "no_rope.pth"
+        {
+            name: tensor
+            for name, tensor in state.items()
+            if "blocks.1.residual1.fn.rope" not in name
+        },
+        tmp_path / "no_rope.pth",
     )
     with pytest.raises(CheckpointError, match=r"missing: layers\.1\.attention\.rope\.frequencies"):
         load_encoder(tmp_path / "no_rope.pth")
@@ -96,9 +128,13 @@ def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(capi: Pa
 
 def test_start_values_equal_the_authors(capi: Path) -> None:
     expected = load_file(capi / "outputs.safetensors")
-    torch.testing.assert_close(rotary_frequencies(12), expected["rope_freqs_default"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rotary_frequencies(12), expected["rope_freqs_default"], rtol=1e-6, atol=0
+    )
     assert torch.equal(border_coordinates(8, CPU), expected["edge_register_coords"][0])
-    model = MimRefinerModel(MimRefinerConfig(**TINY))  # and they are what an encoder starts with, after `_init_weights`
+    model = MimRefinerModel(
+        MimRefinerConfig(**TINY)
+    )  # and they are what an encoder starts with, after `_init_weights`
     assert torch.equal(model.layers[2].attention.rope.frequencies, rotary_frequencies(16))
 
 
@@ -111,18 +147,41 @@ def test_rotation_is_the_formula_written_out() -> None:
         angle = (places[token] @ rope.frequencies).tolist()
         for c in range(8):
             partner = -heads[:, :, token, c + 4] if c < 4 else heads[:, :, token, c - 4]
-            expected[:, :, token, c] = heads[:, :, token, c] * math.cos(angle[c]) + partner * math.sin(angle[c])
+            expected[:, :, token, c] = heads[:, :, token, c] * math.cos(
+                angle[c]
+            ) + partner * math.sin(angle[c])
     torch.testing.assert_close(rope(heads, places), expected, **TOLERANCE)
-    torch.testing.assert_close(rope(heads, places.expand(2, 5, 2)), expected, **TOLERANCE)  # places of each image its own
+    torch.testing.assert_close(
+        rope(heads, places.expand(2, 5, 2)), expected, **TOLERANCE
+    )  # places of each image its own
 
 
 def test_registers_sit_on_the_box_of_the_patches() -> None:
     """The whole image: corners and mid-edges; one row of patches: on that row; a part of the image: on its own box."""
     whole = token_coordinates(patch_coordinates((4, 3), CPU), registers=8)
-    assert whole[:8].tolist() == [[0, 0], [0.5, 0], [1, 0], [1, 0.5], [1, 1], [0.5, 1], [0, 1], [0, 0.5]]
-    assert whole.shape == (20, 2) and whole[9].tolist() == [0, 0.5]  # the second patch of the first row
-    assert token_coordinates(patch_coordinates((1, 3), CPU), registers=4)[:4].tolist() == [[0, 0], [0, 0], [0, 1], [0, 1]]
-    part = torch.tensor([[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]])  # two images, two visible patches each
+    assert whole[:8].tolist() == [
+        [0, 0],
+        [0.5, 0],
+        [1, 0],
+        [1, 0.5],
+        [1, 1],
+        [0.5, 1],
+        [0, 1],
+        [0, 0.5],
+    ]
+    assert whole.shape == (20, 2) and whole[9].tolist() == [
+        0,
+        0.5,
+    ]  # the second patch of the first row
+    assert token_coordinates(patch_coordinates((1, 3), CPU), registers=4)[:4].tolist() == [
+        [0, 0],
+        [0, 0],
+        [0, 1],
+        [0, 1],
+    ]
+    part = torch.tensor(
+        [[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]]
+    )  # two images, two visible patches each
     corners = token_coordinates(part, registers=4)[:, :4]
     assert corners[0].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.75, 1.0], [0.25, 1.0]]
     assert corners[1].tolist() == [[0, 0], [0.5, 0], [0.5, 0.25], [0, 0.25]]
@@ -163,7 +222,9 @@ def test_compiles_and_exports() -> None:
         expected = model(pixels)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels)
         batch = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
-        exported = torch.export.export(model, (torch.randn(2, 3, 16, 24),), dynamic_shapes=batch).module()(pixels)
+        exported = torch.export.export(
+            model, (torch.randn(2, 3, 16, 24),), dynamic_shapes=batch
+        ).module()(pixels)
     for output in (compiled, exported):
         torch.testing.assert_close(output.pooler_output, expected.pooler_output, **TOLERANCE)
 
@@ -188,7 +249,9 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
         assert model.predictor.blocks[0].gradient_checkpointing is checkpointing
         model.zero_grad()
         model(pixels).pooler_output.square().sum().backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        )
     for name, plain in gradients[0].items():
         assert plain.abs().max() > 0, name
         torch.testing.assert_close(plain, gradients[1][name])
@@ -225,8 +288,14 @@ def test_bf16_keeps_the_angles_in_fp32() -> None:
         ({"hidden_size": 36}, "whose width is a multiple of 4.*make it 18"),
         ({"position_encoding": "absolute"}, "predictor_layers=1 needs position_encoding='rope'"),
         ({"predictor_layers": -1}, "predictor_layers=-1 must not be negative"),
-        ({"predictor_layers": 0, "pooling": "global_repr"}, "the encoder has no predictor.*use pooling='mean'"),
-        ({"num_register_tokens": 0, "pooling": "register"}, "the encoder has no register tokens.*use pooling='mean'"),
+        (
+            {"predictor_layers": 0, "pooling": "global_repr"},
+            "the encoder has no predictor.*use pooling='mean'",
+        ),
+        (
+            {"num_register_tokens": 0, "pooling": "register"},
+            "the encoder has no register tokens.*use pooling='mean'",
+        ),
         ({"pooling": "global_repr", "features": "last_block"}, "use features='output'"),
         ({"pooling": "max"}, "pooling"),
     ],

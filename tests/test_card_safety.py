@@ -52,7 +52,13 @@ def report(text: str) -> dict[str, Any]:
     change = {"difference": 0.1, "low": 0.0, "high": 0.2, "verdict": "better"}
     names = dict.fromkeys(("name", "config", "eval_name", "fingerprint", "eval_fingerprint"), text)
     data = {**names, "eval_images": 5, "bank_images": 6, "train_images": 6}
-    measured = {"before": METRICS, "after": METRICS, "changes": {"nmi": change}, "dataset": data, "broken": []}
+    measured = {
+        "before": METRICS,
+        "after": METRICS,
+        "changes": {"nmi": change},
+        "dataset": data,
+        "broken": [],
+    }
     return {
         "model": text, "against": text, **measured, "transfer": {text: measured}, "seed": 0, "command": text, "seconds": 1.0,
         "protocol": {"knn": text}, "versions": {"torch": text}, "fingerprints": {text: text}, "hardware": text,
@@ -75,7 +81,9 @@ def structure(markdown: str) -> list[tuple[str, str, str]]:
 
     reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     tokens = [
-        token for token in flat(reader.parse(markdown)) if token.type not in ("text", "text_special", "softbreak", "inline")
+        token
+        for token in flat(reader.parse(markdown))
+        if token.type not in ("text", "text_special", "softbreak", "inline")
     ]
     return [(token.type, token.tag, token.attrGet("href") or token.info) for token in tokens]
 
@@ -115,7 +123,9 @@ def test_text_of_strangers_changes_nothing_but_itself(text: str, kind: str, tmp_
 
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:24]))
-def test_a_report_keeps_its_structure(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_keeps_its_structure(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mim_refiner_hf.runs.report_folder.draw_pictures", lambda *_: ["map.png"])
     written = {}
     for which, name in (("nasty", text), ("harmless", HARMLESS)):
@@ -139,6 +149,9 @@ def test_the_check_sees_an_escape() -> None:
 
 
 def test_hidden_characters_are_spelt_out() -> None:
-    assert one_line("photo\u202egnp.exe") == "photo\\u202egnp.exe" and plain("a\u202eb") == "a&#92;u202eb"
+    assert (
+        one_line("photo\u202egnp.exe") == "photo\\u202egnp.exe"
+        and plain("a\u202eb") == "a&#92;u202eb"
+    )
     assert one_line("été 猫 नमस्ते سلام 👩\u200d🔬") == "été 猫 नमस्ते سلام 👩\u200d🔬"
     assert one_line("bad \udcff byte") == "bad \\udcff byte"

@@ -18,7 +18,12 @@ import torch
 from safetensors import SafetensorError
 
 from mim_refiner_hf.runtime import checkpoint as checkpointing
-from mim_refiner_hf.runtime.checkpoint import SaveError, load_latest, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.checkpoint import (
+    SaveError,
+    load_latest,
+    read_checkpoint,
+    save_checkpoint,
+)
 from mim_refiner_hf.runtime.files import write_json
 
 OPERATIONS: dict[str, tuple[Any, str]] = {
@@ -107,7 +112,15 @@ def test_killed_at_any_operation(operation: str, before: str, tmp_path: Path) ->
             break
         assert_goes_on(folder, newest)
         calls += 1
-    expected = {"mkdir": 1, "write tensors": 1, "open": 2, "fsync": 5, "rename": 1, "remove a file": 0, "remove a folder": 0}
+    expected = {
+        "mkdir": 1,
+        "write tensors": 1,
+        "open": 2,
+        "fsync": 5,
+        "rename": 1,
+        "remove a file": 0,
+        "remove a folder": 0,
+    }
     assert calls >= expected[operation] + (operation.startswith("remove") and before != "nothing")
 
 
@@ -133,7 +146,9 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
                 assert f"after step 30 could not be written to {folder}" in str(raised)
                 assert "step-000000" in str(raised) and "run the same command again" in str(raised)
             else:  # the folder was there already, or all is written and an old checkpoint could not be removed
-                assert not struck or operation in ("mkdir", "rename") or operation.startswith("remove")
+                assert (
+                    not struck or operation in ("mkdir", "rename") or operation.startswith("remove")
+                )
         if not struck:
             break
         assert not list(folder.glob(".tmp-step*"))  # its bytes may be what fills the disk
@@ -142,12 +157,19 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
     assert calls >= 1
 
 
-def test_no_space_is_noticed_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_noticed_before_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 10)
     monkeypatch.setattr(checkpointing, "save_file", lambda *_: pytest.fail("began to write"))
-    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 2**19, 2**19))
+    monkeypatch.setattr(
+        checkpointing.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(2**40, 2**40 - 2**19, 2**19),
+    )
     with pytest.raises(
-        SaveError, match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make room"
+        SaveError,
+        match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make room",
     ):
         save(tmp_path, 20)
     found = load_latest(tmp_path)
@@ -156,7 +178,9 @@ def test_no_space_is_noticed_before_it_is_needed(tmp_path: Path, monkeypatch: py
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match="there is no earlier one; make room, or the folder writable"):
+    with pytest.raises(
+        SaveError, match="there is no earlier one; make room, or the folder writable"
+    ):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
@@ -173,4 +197,6 @@ def test_json_is_the_old_or_the_new(operation: str, tmp_path: Path) -> None:
         patched.setitem(OPERATIONS, operation, (OPERATIONS[operation][0], name))
         with fault(operation, 1, refuse) as struck, pytest.raises(OSError, match="No space"):
             write_json(path, {"new": 2})
-    assert struck and path.read_text() == '{\n  "old": 1\n}\n' and list(tmp_path.iterdir()) == [path]
+    assert (
+        struck and path.read_text() == '{\n  "old": 1\n}\n' and list(tmp_path.iterdir()) == [path]
+    )

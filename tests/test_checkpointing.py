@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_refiner_hf.runtime.checkpoint import Checkpoint, check_tensors, load_latest, save_checkpoint, verify
+from mim_refiner_hf.runtime.checkpoint import (
+    Checkpoint,
+    check_tensors,
+    load_latest,
+    save_checkpoint,
+    verify,
+)
 from mim_refiner_hf.runtime.files import CheckpointError
 from mim_refiner_hf.runtime.optimisation import optimizer_tensors, restore_optimizer
 
@@ -16,7 +22,9 @@ from mim_refiner_hf.runtime.optimisation import optimizer_tensors, restore_optim
 def save(folder: Path, step: int, keep: int = 10) -> Path:
     """A checkpoint whose every value is its step."""
     tensors = {"weight": torch.full((64, 3), float(step)), "count": torch.tensor(step)}
-    return save_checkpoint(folder, step=step, tensors=tensors, state={"step": step, "name": "é"}, keep=keep)
+    return save_checkpoint(
+        folder, step=step, tensors=tensors, state={"step": step, "name": "é"}, keep=keep
+    )
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -35,8 +43,15 @@ def test_round_trip(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found.tensors[name].dtype == tensor.dtype
         assert torch.equal(found.tensors[name], tensor)
-    assert {file.name for file in path.iterdir()} == {"tensors.safetensors", "state.json", "manifest.json"}  # no pickle
-    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {"tensors.safetensors", "state.json"}
+    assert {file.name for file in path.iterdir()} == {
+        "tensors.safetensors",
+        "state.json",
+        "manifest.json",
+    }  # no pickle
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {
+        "tensors.safetensors",
+        "state.json",
+    }
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -56,7 +71,9 @@ def test_newest_is_taken_and_keep_is_respected(tmp_path: Path) -> None:
 
 def test_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    save_checkpoint(tmp_path, step=3, tensors={"weight": torch.zeros(1)}, state={"second": True}, keep=2)
+    save_checkpoint(
+        tmp_path, step=3, tensors={"weight": torch.zeros(1)}, state={"second": True}, keep=2
+    )
     found = load_latest(tmp_path)
     assert found is not None
     assert found.state == {"second": True}
@@ -97,7 +114,15 @@ def empty_manifest(path: Path) -> None:
     (path / "manifest.json").write_text("[]")
 
 
-DAMAGES = [truncate, flip_bit, flip_bit_of_state, remove_tensors, remove_manifest, halve_manifest, empty_manifest]
+DAMAGES = [
+    truncate,
+    flip_bit,
+    flip_bit_of_state,
+    remove_tensors,
+    remove_manifest,
+    halve_manifest,
+    empty_manifest,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -120,7 +145,10 @@ def test_broken_checkpoints_are_skipped_and_named(
 def test_all_broken(tmp_path: Path) -> None:
     """Hours of work do not start anew without a word."""
     flip_bit(save(tmp_path, 1))
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* is intact \(step-00000001; .*remove that folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of the checkpoints in .* is intact \(step-00000001; .*remove that folder",
+    ):
         load_latest(tmp_path)
 
 
@@ -162,19 +190,25 @@ def test_optimiser_round_trip(tmp_path: Path, fused: bool) -> None:
     def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
-            model(torch.randn(5, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            model(
+                torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            ).square().sum().backward()
             optimizer.step()
 
     model, optimizer = build()
     train(model, optimizer, range(3))
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(tmp_path, step=3, tensors=weights | optimizer_tensors(optimizer), state={}, keep=1)
+    save_checkpoint(
+        tmp_path, step=3, tensors=weights | optimizer_tensors(optimizer), state={}, keep=1
+    )
     train(model, optimizer, range(3, 6))
 
     resumed, new_optimizer = build()
     found = load_latest(tmp_path)
     assert found is not None
-    resumed.load_state_dict({k.removeprefix("model."): v for k, v in found.tensors.items() if k.startswith("model.")})
+    resumed.load_state_dict(
+        {k.removeprefix("model."): v for k, v in found.tensors.items() if k.startswith("model.")}
+    )
     restore_optimizer(new_optimizer, found)
     assert [group["lr_scale"] for group in new_optimizer.param_groups] == [0.5, 1.0]
     train(resumed, new_optimizer, range(3, 6))
@@ -189,10 +223,22 @@ STATE = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
 MISFITS = {
     "missing": ({"bias": torch.zeros(3)}, "1 tensors are missing, first weight"),
     "unknown": (STATE | {"extra": torch.zeros(1)}, "1 tensors have no place, first extra"),
-    "transposed": (STATE | {"weight": torch.zeros(2, 3)}, r"weight is \[2, 3\] float32 and has to be \[3, 2\] float32"),
-    "other dtype": (STATE | {"bias": torch.zeros(3).half()}, r"bias is \[3\] float16 and has to be \[3\] float32"),
-    "not a number": (STATE | {"bias": torch.tensor([0, float("nan"), 0])}, "bias holds values that are not finite"),
-    "infinite moment": (STATE | {"optimizer.0.exp_avg": torch.tensor([float("inf")])}, "optimizer.0.exp_avg holds values that"),
+    "transposed": (
+        STATE | {"weight": torch.zeros(2, 3)},
+        r"weight is \[2, 3\] float32 and has to be \[3, 2\] float32",
+    ),
+    "other dtype": (
+        STATE | {"bias": torch.zeros(3).half()},
+        r"bias is \[3\] float16 and has to be \[3\] float32",
+    ),
+    "not a number": (
+        STATE | {"bias": torch.tensor([0, float("nan"), 0])},
+        "bias holds values that are not finite",
+    ),
+    "infinite moment": (
+        STATE | {"optimizer.0.exp_avg": torch.tensor([float("inf")])},
+        "optimizer.0.exp_avg holds values that",
+    ),
 }
 
 
@@ -210,13 +256,22 @@ def test_optimiser_state_that_does_not_fit_is_named(damage: str, tmp_path: Path)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     tensors = optimizer_tensors(optimizer)
-    assert {name for name in tensors if ".0." in name} == {"optimizer.0.step", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"}
+    assert {name for name in tensors if ".0." in name} == {
+        "optimizer.0.step",
+        "optimizer.0.exp_avg",
+        "optimizer.0.exp_avg_sq",
+    }
     restore_optimizer(optimizer, Checkpoint(1, tensors, {}, tmp_path))
     if damage == "another parameter":
-        tensors |= {name.replace(".1.", ".2."): tensor for name, tensor in tensors.items() if ".1." in name}
+        tensors |= {
+            name.replace(".1.", ".2."): tensor for name, tensor in tensors.items() if ".1." in name
+        }
     elif damage == "another shape":
         tensors["optimizer.1.exp_avg"] = torch.zeros(4)
     else:
         del tensors["optimizer.1.exp_avg_sq"]
-    with pytest.raises(CheckpointError, match=rf"optimizer\.{2 if damage == 'another parameter' else 1} is not the state of"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"optimizer\.{2 if damage == 'another parameter' else 1} is not the state of",
+    ):
         restore_optimizer(optimizer, Checkpoint(1, tensors, {}, tmp_path))

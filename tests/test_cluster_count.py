@@ -13,7 +13,12 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
-from mim_refiner_hf.clustering.cluster_count import adjusted_rand, draw_proposal, propose_num_clusters, silhouette
+from mim_refiner_hf.clustering.cluster_count import (
+    adjusted_rand,
+    draw_proposal,
+    propose_num_clusters,
+    silhouette,
+)
 
 pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
 
@@ -29,7 +34,9 @@ def test_planted_groups_are_found(groups: int) -> None:
     assert proposal.clear, proposal.reason
     assert proposal.num_clusters == groups
     assert proposal.interval is not None and proposal.interval[0] <= groups <= proposal.interval[1]
-    assert [entry["k"] for entry in proposal.evidence] == sorted({entry["k"] for entry in proposal.evidence})
+    assert [entry["k"] for entry in proposal.evidence] == sorted(
+        {entry["k"] for entry in proposal.evidence}
+    )
 
 
 @pytest.mark.parametrize("width", [8, 64])
@@ -61,7 +68,12 @@ def test_the_seed_alone_decides_and_the_sample_is_bounded() -> None:
 
 def test_bad_rows_and_few_rows_are_told() -> None:
     few = propose_num_clusters(torch.randn(7, 4))
-    assert few.num_clusters is None and few.interval is None and not few.clear and "7 rows" in few.reason
+    assert (
+        few.num_clusters is None
+        and few.interval is None
+        and not few.clear
+        and "7 rows" in few.reason
+    )
     with pytest.raises(ValueError, match="1 of 40 rows hold NaN"):
         propose_num_clusters(torch.randn(40, 4).index_fill_(0, torch.tensor([5]), math.nan))
     same = propose_num_clusters(torch.ones(60, 4))
@@ -87,10 +99,16 @@ def test_umap_is_evidence_and_does_not_decide(monkeypatch: pytest.MonkeyPatch) -
     assert [{**entry, "silhouette_umap": 0} for entry in found.evidence] == [
         {**entry, "silhouette_umap": 0} for entry in without.evidence
     ]
-    assert (found.num_clusters, found.interval, found.clear) == (without.num_clusters, without.interval, without.clear)
+    assert (found.num_clusters, found.interval, found.clear) == (
+        without.num_clusters,
+        without.interval,
+        without.clear,
+    )
 
 
-def test_the_silhouette_after_umap_is_highest_for_planted_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_silhouette_after_umap_is_highest_for_planted_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delitem(sys.modules, "umap")
     pytest.importorskip("umap", reason="needs umap-learn: pip install umap-learn")
     evidence = propose_num_clusters(planted(3, rows=150), candidates=[2, 3, 5]).evidence
@@ -101,7 +119,9 @@ def test_measures_equal_scikit_learns() -> None:
     rows, one, two = torch.randn(80, 5), torch.randint(6, (80,)), torch.randint(4, (80,))
     one[:3] = torch.tensor([7, 8, 8])  # a group of one, an empty one
     one[one == 2] = 3
-    assert silhouette(torch.cdist(rows, rows), one, 9) == pytest.approx(silhouette_score(rows, one), abs=1e-5)
+    assert silhouette(torch.cdist(rows, rows), one, 9) == pytest.approx(
+        silhouette_score(rows, one), abs=1e-5
+    )
     assert adjusted_rand(one, two) == pytest.approx(adjusted_rand_score(one, two))
     assert adjusted_rand(one, one) == 1 == adjusted_rand(one * 0, one * 0)
 

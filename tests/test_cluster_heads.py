@@ -17,11 +17,27 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from mim_refiner_hf import ImageClusteringPipeline, MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
+from mim_refiner_hf import (
+    ImageClusteringPipeline,
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    cli,
+)
 from mim_refiner_hf.clustering import cluster_heads
-from mim_refiner_hf.clustering.cluster_heads import BETA, nearest_neighbours, pair_losses, train_heads
+from mim_refiner_hf.clustering.cluster_heads import (
+    BETA,
+    nearest_neighbours,
+    pair_losses,
+    train_heads,
+)
 from mim_refiner_hf.clustering.k_means import Clustering, kmeans, merged
-from mim_refiner_hf.clustering.prototype_heads import PrototypeHeads, best_match, class_logits, standardised
+from mim_refiner_hf.clustering.prototype_heads import (
+    PrototypeHeads,
+    best_match,
+    class_logits,
+    standardised,
+)
 from mim_refiner_hf.evaluation import cluster_accuracy
 from mim_refiner_hf.publishing import save_model_folder
 
@@ -44,7 +60,9 @@ def slow_loss(student: Tensor, teacher: Tensor, prior: Tensor, weights: list[flo
     n, total = len(weights), 0.0
     for i in range(n):
         for one, other in ((i, i + n), (i + n, i)):
-            joint = sum((student[one, c] * teacher[other, c]) ** BETA / prior[c] for c in range(len(prior)))
+            joint = sum(
+                (student[one, c] * teacher[other, c]) ** BETA / prior[c] for c in range(len(prior))
+            )
             total = total - weights[i] * torch.log(joint) / (2 * n)
     return total
 
@@ -54,7 +72,9 @@ def test_loss_and_gradients_are_those_of_separate_heads() -> None:
     heads, classes, width, n = 3, 4, 6, 5
     points = F.normalize(torch.randn(2 * n, width, dtype=torch.float64), dim=1)
     stacked = torch.randn(heads, classes, width, dtype=torch.float64, requires_grad=True)
-    teachers = class_logits(points, torch.randn(heads, classes, width, dtype=torch.float64), 0.1).log_softmax(2)
+    teachers = class_logits(
+        points, torch.randn(heads, classes, width, dtype=torch.float64), 0.1
+    ).log_softmax(2)
     prior = torch.rand(heads, 1, classes, dtype=torch.float64).softmax(2)
     losses = pair_losses(class_logits(points, stacked, 0.1).log_softmax(2), teachers, prior)
     losses.sum().backward()
@@ -64,7 +84,9 @@ def test_loss_and_gradients_are_those_of_separate_heads() -> None:
     for h in range(heads):
         module = torch.nn.Linear(width, classes, bias=False, dtype=torch.float64)
         module.weight.data = stacked.detach()[h].clone()
-        cosines = torch.stack([F.cosine_similarity(points, row[None]) for row in module.weight], dim=1)
+        cosines = torch.stack(
+            [F.cosine_similarity(points, row[None]) for row in module.weight], dim=1
+        )
         loss = slow_loss((cosines / 0.1).softmax(1), teachers[h].exp(), prior[h, 0], weights)
         loss.backward()
         torch.testing.assert_close(losses[h], loss)
@@ -73,8 +95,14 @@ def test_loss_and_gradients_are_those_of_separate_heads() -> None:
 
 def test_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = F.normalize(torch.randn(90, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    monkeypatch.setattr(cluster_heads, "SIMILARITIES", 90 * 16)  # blocks of 16 rows, the last one smaller
-    expected = NearestNeighbors(n_neighbors=6, metric="cosine").fit(rows.numpy()).kneighbors(return_distance=False)
+    monkeypatch.setattr(
+        cluster_heads, "SIMILARITIES", 90 * 16
+    )  # blocks of 16 rows, the last one smaller
+    expected = (
+        NearestNeighbors(n_neighbors=6, metric="cosine")
+        .fit(rows.numpy())
+        .kneighbors(return_distance=False)
+    )
     assert np.array_equal(nearest_neighbours(rows, 6), expected)
 
 
@@ -92,12 +120,22 @@ def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
     prototypes = kmeans(rows, 5, runs=3).centroids
     orders = torch.stack([torch.randperm(5) for _ in range(4)])
     copies = torch.stack([prototypes[order] + 0.01 * torch.randn(5, 8) for order in orders])
-    heads = PrototypeHeads(copies, torch.zeros(8), torch.ones(8), torch.arange(5).repeat(4, 1), torch.tensor([2.0, 1, 3, 4]))
+    heads = PrototypeHeads(
+        copies,
+        torch.zeros(8),
+        torch.ones(8),
+        torch.arange(5).repeat(4, 1),
+        torch.tensor([2.0, 1, 3, 4]),
+    )
     found = heads.aligned(rows, 0.1)
     assert torch.equal(found.groups[1], torch.arange(5))  # the best head's numbers are kept
-    assert torch.equal(torch.stack([orders[h].argsort()[orders[1]] for h in range(4)]), found.groups.argsort(1))
+    assert torch.equal(
+        torch.stack([orders[h].argsort()[orders[1]] for h in range(4)]), found.groups.argsort(1)
+    )
     labels, confidence = found.assign(rows, 0.1)
-    probabilities = class_logits(standardised(rows, found.mean, found.scale), copies, 0.1).softmax(2)
+    probabilities = class_logits(standardised(rows, found.mean, found.scale), copies, 0.1).softmax(
+        2
+    )
     mean = torch.stack([probabilities[h][:, found.groups[h].argsort()] for h in range(4)]).mean(0)
     torch.testing.assert_close(confidence, mean.max(1).values)
     assert torch.equal(labels, mean.argmax(1))
@@ -113,13 +151,18 @@ def test_planted_groups_are_found_and_where_one_channel_drowns_the_rest_k_means_
     rows = 3 * F.one_hot(labels, 12).float() + 0.5 * torch.randn(400, 12, generator=generator)
     rows = torch.cat([rows, 12 * (2 * torch.rand(400, 1, generator=generator) - 1)], dim=1)
     heads, plain = train_heads(rows, 4, heads=4, steps=60), kmeans(rows, 4)
-    assert cluster_accuracy(labels, heads.assignments) > cluster_accuracy(labels, plain.assignments) + 0.2
+    assert (
+        cluster_accuracy(labels, heads.assignments)
+        > cluster_accuracy(labels, plain.assignments) + 0.2
+    )
 
 
 def test_the_same_seed_gives_the_same(groups: Clustering) -> None:
     torch.manual_seed(99)  # must not matter
     again, other = train_heads(blobs()[0], 5, **FEW), train_heads(blobs()[0], 5, **FEW, seed=1)
-    assert torch.equal(again.assignments, groups.assignments) and torch.equal(again.confidence, groups.confidence)
+    assert torch.equal(again.assignments, groups.assignments) and torch.equal(
+        again.confidence, groups.confidence
+    )
     assert groups.heads is not None and other.heads is not None
     assert torch.equal(again.heads.prototypes, groups.heads.prototypes)  # type: ignore[union-attr]
     assert not torch.equal(other.heads.prototypes, groups.heads.prototypes)
@@ -130,9 +173,13 @@ def test_the_result_is_a_clustering(groups: Clustering, tmp_path: Path) -> None:
     assert groups.counts.sum() == 300 and groups.counts.min() > 0
     assert bool((groups.confidence > 0).all()) and bool((groups.confidence <= 1).all())
     units = F.normalize(rows, dim=1)
-    means = torch.stack([F.normalize(units[groups.assignments == group].mean(0), dim=0) for group in range(5)])
+    means = torch.stack(
+        [F.normalize(units[groups.assignments == group].mean(0), dim=0) for group in range(5)]
+    )
     torch.testing.assert_close(groups.centroids, means)
-    assert groups.inertia == pytest.approx(float((units - means[groups.assignments]).square().sum()), rel=1e-4)
+    assert groups.inertia == pytest.approx(
+        float((units - means[groups.assignments]).square().sum()), rel=1e-4
+    )
     assert all(len(members) == 4 for members in groups.exemplars(rows, per_group=4))
     groups.save(tmp_path / "groups.safetensors")
     loaded = Clustering.load(tmp_path / "groups.safetensors")
@@ -153,7 +200,9 @@ def test_joined_groups_add_their_probabilities(groups: Clustering) -> None:
     assert coarse.heads is not None and groups.heads is not None
     new = torch.stack([coarse.assignments[groups.assignments == group][0] for group in range(5)])
     probabilities = class_logits(
-        standardised(F.normalize(rows, dim=1), groups.heads.mean, groups.heads.scale), groups.heads.prototypes, 0.1
+        standardised(F.normalize(rows, dim=1), groups.heads.mean, groups.heads.scale),
+        groups.heads.prototypes,
+        0.1,
     ).softmax(2)
     fine = groups.heads.consensus(probabilities)
     labels, confidence = coarse.assign(rows)
@@ -207,19 +256,37 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     folder = tmp_path_factory.mktemp("models") / "model"
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor)
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    save_model_folder(
+        folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor
+    )
     return folder
 
 
-def test_the_pipeline_groups_by_heads_and_keeps_them(model: Path, photos: Path, tmp_path: Path) -> None:
-    assert {"cluster_heads.py", "prototype_heads.py"} <= {path.name for path in model.glob("*.py")}  # they travel
+def test_the_pipeline_groups_by_heads_and_keeps_them(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert {"cluster_heads.py", "prototype_heads.py"} <= {
+        path.name for path in model.glob("*.py")
+    }  # they travel
     encoder = MimRefinerModel.from_pretrained(model)
-    pipe = ImageClusteringPipeline(model=encoder, image_processor=MimRefinerImageProcessor.from_pretrained(model))
+    pipe = ImageClusteringPipeline(
+        model=encoder, image_processor=MimRefinerImageProcessor.from_pretrained(model)
+    )
     entries = pipe(photos, num_clusters=3, method="heads")
-    assert adjusted_rand_score([i % 3 for i in range(30)], [entry["cluster"] for entry in entries]) == 1
+    assert (
+        adjusted_rand_score([i % 3 for i in range(30)], [entry["cluster"] for entry in entries])
+        == 1
+    )
     assert pipe.clustering.heads is not None and pipe.summary["sizes"] == [10, 10, 10]
     pipe.clustering.save(tmp_path / "groups.safetensors")
     paths = sorted(map(str, photos.glob("*.png")))[6:12]
@@ -227,17 +294,38 @@ def test_the_pipeline_groups_by_heads_and_keeps_them(model: Path, photos: Path, 
     assert [entry["cluster"] for entry in again] == [entry["cluster"] for entry in entries[6:12]]
     with pytest.raises(ValueError, match="method is 'means'; allowed are 'kmeans', 'heads'"):
         pipe(photos, num_clusters=3, method="means")
-    with pytest.raises(ValueError, match="num_clusters is 1 for 30 images; allowed are 2 to 30 with method 'heads'"):
+    with pytest.raises(
+        ValueError, match="num_clusters is 1 for 30 images; allowed are 2 to 30 with method 'heads'"
+    ):
         pipe(photos, num_clusters=1, method="heads")
 
 
-def test_the_command_groups_by_heads(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["cluster", str(photos), "--model", str(model), "--out", str(tmp_path / "groups"), "--method", "heads"]
-    assert cli.main([*words, "--num_clusters", "31"]) == 2 and "allowed are 2 to 30" in capsys.readouterr().err
+def test_the_command_groups_by_heads(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "cluster",
+        str(photos),
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "groups"),
+        "--method",
+        "heads",
+    ]
+    assert (
+        cli.main([*words, "--num_clusters", "31"]) == 2
+        and "allowed are 2 to 30" in capsys.readouterr().err
+    )
     assert cli.main([*words, "--num_clusters", "3"]) == 0
     with (tmp_path / "groups" / "groups.csv").open() as file:
         found = list(csv.DictReader(file))
-    assert adjusted_rand_score([int(Path(row["path"]).stem) % 3 for row in found], [row["cluster"] for row in found]) == 1
+    assert (
+        adjusted_rand_score(
+            [int(Path(row["path"]).stem) % 3 for row in found], [row["cluster"] for row in found]
+        )
+        == 1
+    )
     assert json.loads((tmp_path / "groups" / "summary.json").read_text())["num_clusters"] == 3
     with pytest.raises(SystemExit) as error:
         cli.main([*words, "--method", "means"])

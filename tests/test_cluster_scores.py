@@ -23,11 +23,19 @@ def digits() -> Tensor:
 
 @pytest.mark.parametrize("case", [0, 1, 2])
 def test_scores_equal_clustpy_and_scikit_learn(goldens: Path, case: int) -> None:
-    expected = json.loads((goldens / "cluster-metrics" / "expected.json").read_text())["cases"][case]
+    expected = json.loads((goldens / "cluster-metrics" / "expected.json").read_text())["cases"][
+        case
+    ]
     inputs = load_file(goldens / "cluster-metrics" / "inputs.safetensors")
-    labels, groups, embeddings = (inputs[f"case{case}.{name}"] for name in ("labels", "pred", "embeddings"))
+    labels, groups, embeddings = (
+        inputs[f"case{case}.{name}"] for name in ("labels", "pred", "embeddings")
+    )
     found = cluster_scores(labels, groups, embeddings)
-    names = {"accuracy": "acc", "silhouette": "silhouette_labels", "davies_bouldin": "davies_bouldin_labels"}
+    names = {
+        "accuracy": "acc",
+        "silhouette": "silhouette_labels",
+        "davies_bouldin": "davies_bouldin_labels",
+    }
     assert set(found) == {"accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"}
     for name, value in found.items():
         assert value == pytest.approx(expected[names.get(name, name)], abs=1e-6), name
@@ -41,7 +49,9 @@ def test_accuracy_is_the_best_over_all_matches(num_groups: int) -> None:
     best = max(np.mean([match[group] == label for group, label in zip(groups, labels, strict=True)])
                for match in itertools.permutations(range(slots)))  # fmt: skip
     assert cluster_accuracy(labels, groups) == pytest.approx(best)
-    assert cluster_accuracy(labels * 7 - 3, groups + 100) == pytest.approx(best)  # ids are only names
+    assert cluster_accuracy(labels * 7 - 3, groups + 100) == pytest.approx(
+        best
+    )  # ids are only names
 
 
 def test_scores_refuse_lists_of_different_length() -> None:
@@ -64,8 +74,12 @@ def test_kmeans_returns_its_best_run_and_depends_on_the_seed_alone(digits: Tenso
     single = [kmeans(digits, 10, runs=1, seed=seed) for seed in range(3, 8)]
     assert run.inertia == min(one.inertia for one in single)
     assert np.array_equal(run.all_assignments, np.stack([one.assignments for one in single]))
-    assert np.array_equal(run.assignments, single[int(np.argmin([one.inertia for one in single]))].assignments)
-    assert np.array_equal(kmeans(digits * 100, 10, runs=5, seed=3).assignments, run.assignments)  # length does not count
+    assert np.array_equal(
+        run.assignments, single[int(np.argmin([one.inertia for one in single]))].assignments
+    )
+    assert np.array_equal(
+        kmeans(digits * 100, 10, runs=5, seed=3).assignments, run.assignments
+    )  # length does not count
 
 
 def test_one_hundred_runs_take_seconds() -> None:
@@ -81,7 +95,11 @@ def test_one_hundred_runs_take_seconds() -> None:
 @pytest.mark.parametrize(
     ("features", "arguments", "message"),
     [
-        (torch.randn(5, 3), {"num_clusters": 6}, "num_clusters=6 must lie between 1 and the 5 items"),
+        (
+            torch.randn(5, 3),
+            {"num_clusters": 6},
+            "num_clusters=6 must lie between 1 and the 5 items",
+        ),
         (torch.randn(5, 3), {"num_clusters": 0}, "num_clusters=0"),
         (torch.randn(5, 3), {"num_clusters": 2, "runs": 0}, "runs=0"),
         (torch.full((5, 3), float("nan")), {"num_clusters": 2}, "NaN or infinity"),

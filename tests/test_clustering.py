@@ -27,7 +27,9 @@ def digits() -> Tensor:
     return torch.tensor(load_digits().data, dtype=torch.float32)
 
 
-def blobs(count: int = 900, groups: int = 9, width: int = 12, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+def blobs(
+    count: int = 900, groups: int = 9, width: int = 12, spread: float = 1.0
+) -> tuple[Tensor, Tensor]:
     rows, labels = make_blobs(count, width, centers=groups, cluster_std=spread, random_state=0)
     return torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)
 
@@ -38,10 +40,16 @@ def as_one_partition(first: Tensor, second: Tensor) -> bool:
 
 @pytest.mark.parametrize("iterations", [1, 3, 50])
 @pytest.mark.parametrize("num_clusters", [4, 10, 37])
-def test_from_the_same_start_scikit_learn_gets_the_same(digits: Tensor, num_clusters: int, iterations: int) -> None:
-    digits = digits + 0.1 * torch.randn(digits.shape)  # whole numbers lie just as far from two centroids
+def test_from_the_same_start_scikit_learn_gets_the_same(
+    digits: Tensor, num_clusters: int, iterations: int
+) -> None:
+    digits = digits + 0.1 * torch.randn(
+        digits.shape
+    )  # whole numbers lie just as far from two centroids
     initial = digits[torch.randperm(len(digits))[:num_clusters]]
-    theirs = KMeans(num_clusters, init=initial.numpy(), n_init=1, max_iter=iterations, algorithm="lloyd").fit(digits.numpy())
+    theirs = KMeans(
+        num_clusters, init=initial.numpy(), n_init=1, max_iter=iterations, algorithm="lloyd"
+    ).fit(digits.numpy())
     ours = kmeans(digits, num_clusters, initial=initial, iterations=iterations, spherical=False)
     assert np.array_equal(ours.assignments, theirs.labels_)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
@@ -55,14 +63,18 @@ def test_empty_groups_get_the_farthest_rows_as_in_scikit_learn(digits: Tensor) -
     theirs = KMeans(8, init=initial.numpy(), n_init=1).fit(digits.numpy())
     ours = kmeans(digits, 8, initial=initial, spherical=False)
     assert ours.counts.min() > 0
-    assert as_one_partition(ours.assignments, torch.tensor(theirs.labels_))  # which empty group gets which row is free
+    assert as_one_partition(
+        ours.assignments, torch.tensor(theirs.labels_)
+    )  # which empty group gets which row is free
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
 
 
 def test_as_many_groups_as_rows_and_fewer_different_rows_than_groups() -> None:
     rows = torch.randn(12, 3)
     groups = kmeans(rows, 12, runs=2, spherical=False)
-    assert sorted(groups.assignments.tolist()) == list(range(12)) and groups.inertia == pytest.approx(0, abs=1e-9)
+    assert sorted(groups.assignments.tolist()) == list(
+        range(12)
+    ) and groups.inertia == pytest.approx(0, abs=1e-9)
     same = kmeans(rows[:2].repeat(10, 1), 5, runs=2)
     assert torch.isfinite(same.centroids).all() and torch.isfinite(same.confidence).all()
     assert (same.counts > 0).sum() == 2 and same.inertia == pytest.approx(0, abs=1e-5)
@@ -73,11 +85,20 @@ def test_starts_are_as_good_as_scikit_learns_greedy_ones() -> None:
     rows, _ = blobs(2000, groups=30, width=8, spread=1.5)
     starts = greedy_starts(rows, 30, 20, torch.Generator().manual_seed(0))
     ours = np.mean([torch.cdist(rows, start).min(1).values.square().sum() for start in starts])
-    theirs = [torch.tensor(kmeans_plusplus(rows.numpy(), 30, random_state=seed)[0]) for seed in range(20)]
+    theirs = [
+        torch.tensor(kmeans_plusplus(rows.numpy(), 30, random_state=seed)[0]) for seed in range(20)
+    ]
     theirs = np.mean([torch.cdist(rows, start).min(1).values.square().sum() for start in theirs])
-    plain = np.mean([torch.cdist(rows, rows[torch.randperm(2000)[:30]]).min(1).values.square().sum() for _ in range(20)])
+    plain = np.mean(
+        [
+            torch.cdist(rows, rows[torch.randperm(2000)[:30]]).min(1).values.square().sum()
+            for _ in range(20)
+        ]
+    )
     assert ours < 1.03 * theirs < 0.8 * plain
-    assert all(len(start.unique(dim=0)) == 30 for start in starts) and len(starts.unique(dim=0)) == 20
+    assert (
+        all(len(start.unique(dim=0)) == 30 for start in starts) and len(starts.unique(dim=0)) == 20
+    )
 
 
 def test_restarts_find_what_many_runs_of_scikit_learn_find(digits: Tensor) -> None:
@@ -93,12 +114,18 @@ def test_spherical_is_dhillon_and_modhas_loop(digits: Tensor) -> None:
     centroids = F.normalize(initial.double(), dim=1)
     for _ in range(6):
         labels = (rows @ centroids.T).argmax(1)
-        centroids = torch.stack([F.normalize(rows[labels == group].sum(0), dim=0) for group in range(7)])
+        centroids = torch.stack(
+            [F.normalize(rows[labels == group].sum(0), dim=0) for group in range(7)]
+        )
     labels = (rows @ centroids.T).argmax(1)
-    ours = kmeans(digits * torch.rand(len(digits), 1).add(0.1), 7, initial=initial, iterations=6, tolerance=0)
+    ours = kmeans(
+        digits * torch.rand(len(digits), 1).add(0.1), 7, initial=initial, iterations=6, tolerance=0
+    )
     assert torch.equal(ours.assignments, labels)
     assert torch.allclose(ours.centroids, centroids.float(), atol=1e-5)
-    assert ours.inertia == pytest.approx(float((2 - 2 * (rows * centroids[labels]).sum(1)).sum()), rel=1e-5)
+    assert ours.inertia == pytest.approx(
+        float((2 - 2 * (rows * centroids[labels]).sum(1)).sum()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("spherical", [True, False])
@@ -111,16 +138,22 @@ def test_confidence_is_the_posterior_of_round_normal_groups(spherical: bool) -> 
     assert (groups.confidence > 1 / 9 - 1e-6).all() and (groups.confidence <= 1).all()
     if not spherical:
         assert groups.temperature == pytest.approx(16, rel=0.15)  # the planted variance
-        agreed = torch.tensor([labels[groups.assignments == group].bincount().argmax() for group in range(9)])
+        agreed = torch.tensor(
+            [labels[groups.assignments == group].bincount().argmax() for group in range(9)]
+        )
         right = (agreed[groups.assignments] == labels).float()
-        assert groups.confidence.mean() == pytest.approx(float(right.mean()), abs=0.05)  # it means what it says
+        assert groups.confidence.mean() == pytest.approx(
+            float(right.mean()), abs=0.05
+        )  # it means what it says
 
 
 @pytest.mark.parametrize("spherical", [True, False])
 def test_assigning_the_same_rows_again_changes_nothing(digits: Tensor, spherical: bool) -> None:
     groups = kmeans(digits, 20, runs=3, spherical=spherical)
     assignments, confidence = groups.assign(digits)
-    assert torch.equal(assignments, groups.assignments) and torch.allclose(confidence, groups.confidence, atol=1e-5)
+    assert torch.equal(assignments, groups.assignments) and torch.allclose(
+        confidence, groups.confidence, atol=1e-5
+    )
 
 
 def test_saved_and_loaded_it_is_the_same(digits: Tensor, tmp_path: Path) -> None:
@@ -130,7 +163,11 @@ def test_saved_and_loaded_it_is_the_same(digits: Tensor, tmp_path: Path) -> None
     loaded = Clustering.load(tmp_path / "new" / "groups.safetensors")
     for name in ("assignments", "centroids", "confidence"):
         assert torch.equal(getattr(loaded, name), getattr(groups, name))
-    assert (loaded.inertia, loaded.spherical, loaded.temperature) == (groups.inertia, True, groups.temperature)
+    assert (loaded.inertia, loaded.spherical, loaded.temperature) == (
+        groups.inertia,
+        True,
+        groups.temperature,
+    )
     assert torch.equal(loaded.assign(digits[:50])[0], groups.assignments[:50])
 
 
@@ -153,7 +190,9 @@ def test_exemplars_are_the_rows_nearest_to_the_centroids() -> None:
         mine = (groups.assignments == group).nonzero().flatten()
         cosines = F.normalize(rows[mine], dim=1) @ groups.centroids[group]
         assert members == mine[cosines.argsort(descending=True)[:4]].tolist()
-    assert sorted(row for members in groups.exemplars(rows, per_group=200) for row in members) == list(range(200))
+    assert sorted(
+        row for members in groups.exemplars(rows, per_group=200) for row in members
+    ) == list(range(200))
     with pytest.raises(ValueError, match="199 rows, but 200 were clustered"):
         groups.exemplars(rows[1:])
 
@@ -161,9 +200,16 @@ def test_exemplars_are_the_rows_nearest_to_the_centroids() -> None:
 @pytest.mark.parametrize("spherical", [True, False])
 def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool) -> None:
     np.save(tmp_path / "features.npy", digits.numpy())
-    datasets.Dataset.from_dict({"features": digits.tolist()}).to_parquet(tmp_path / "features.parquet")
-    table = datasets.Dataset.from_parquet(str(tmp_path / "features.parquet"), cache_dir=str(tmp_path / "cache"))
-    sources = [np.load(tmp_path / "features.npy", mmap_mode="r"), table.with_format("torch")["features"]]
+    datasets.Dataset.from_dict({"features": digits.tolist()}).to_parquet(
+        tmp_path / "features.parquet"
+    )
+    table = datasets.Dataset.from_parquet(
+        str(tmp_path / "features.parquet"), cache_dir=str(tmp_path / "cache")
+    )
+    sources = [
+        np.load(tmp_path / "features.npy", mmap_mode="r"),
+        table.with_format("torch")["features"],
+    ]
     expected = kmeans(digits, 10, runs=4, spherical=spherical)
     for source in sources:
         found = kmeans(ArrayBatches(source, rows_per_batch=130), 10, runs=4, spherical=spherical)
@@ -177,7 +223,9 @@ def test_half_precision_files_are_read_in_batches(digits: Tensor, tmp_path: Path
     digits.half().numpy().tofile(tmp_path / "rows.f16")
     digits.bfloat16().view(torch.int16).numpy().tofile(tmp_path / "rows.bf16")
     float16 = np.memmap(tmp_path / "rows.f16", np.float16, "r", shape=tuple(digits.shape))
-    bfloat16 = torch.from_file(str(tmp_path / "rows.bf16"), size=digits.numel(), dtype=torch.bfloat16).view(digits.shape)
+    bfloat16 = torch.from_file(
+        str(tmp_path / "rows.bf16"), size=digits.numel(), dtype=torch.bfloat16
+    ).view(digits.shape)
     expected = kmeans(digits, 10, runs=4, spherical=False)
     for source in (float16, bfloat16):
         found = kmeans(ArrayBatches(source, rows_per_batch=130), 10, runs=4, spherical=False)
@@ -205,7 +253,9 @@ def cluster_share(rank: int, processes: int, case: str) -> Clustering:
     rows = torch.tensor(load_digits().data, dtype=torch.float32)
     parts = (rows[0::2], rows[1::2]) if case == "every second row" else (rows[:1000], rows[1000:])
     share = ArrayBatches(torch.cat(parts) if processes == 1 else parts[rank], rows_per_batch=300)
-    initial = rows[:6].clone().index_fill_(0, torch.tensor([1, 4]), 1e3) if case == "empty" else None
+    initial = (
+        rows[:6].clone().index_fill_(0, torch.tensor([1, 4]), 1e3) if case == "empty" else None
+    )
     return kmeans(share, **CASES[case], initial=initial)
 
 
@@ -215,9 +265,15 @@ def process(rank: int, port: int, folder: str) -> None:
     for case in CASES:
         cluster_share(rank, 2, case).save(Path(folder) / f"{case}-{rank}.safetensors")
     try:
-        kmeans(ArrayBatches(torch.full((5, 2), float("nan") if rank else 1.0)), 2)  # stops both, not one
+        kmeans(
+            ArrayBatches(torch.full((5, 2), float("nan") if rank else 1.0)), 2
+        )  # stops both, not one
     except ValueError as error:
-        save_file({"refused": torch.ones(1)}, Path(folder) / f"refused-{rank}.safetensors", metadata={"error": str(error)})
+        save_file(
+            {"refused": torch.ones(1)},
+            Path(folder) / f"refused-{rank}.safetensors",
+            metadata={"error": str(error)},
+        )
     dist.destroy_process_group()
 
 
@@ -225,14 +281,20 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = int(probe.getsockname()[1])
-    torch.multiprocessing.start_processes(process, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        process, (port, str(tmp_path)), nprocs=2, start_method="fork"
+    )
     for case in CASES:
         expected = cluster_share(0, 1, case)
         found = [Clustering.load(tmp_path / f"{case}-{rank}.safetensors") for rank in range(2)]
         assert torch.equal(found[0].centroids, found[1].centroids)
         assert torch.allclose(found[0].centroids, expected.centroids, atol=1e-4), case
-        assert torch.equal(torch.cat([part.assignments for part in found]), expected.assignments), case
-        assert torch.allclose(torch.cat([part.confidence for part in found]), expected.confidence, atol=1e-4)
+        assert torch.equal(torch.cat([part.assignments for part in found]), expected.assignments), (
+            case
+        )
+        assert torch.allclose(
+            torch.cat([part.confidence for part in found]), expected.confidence, atol=1e-4
+        )
         assert found[0].inertia == found[1].inertia == pytest.approx(expected.inertia, rel=1e-6)
     assert all(load_file(tmp_path / f"refused-{rank}.safetensors") for rank in range(2))
 
@@ -245,7 +307,9 @@ def test_equal_counts_merge_as_in_scipys_ward_tree() -> None:
     for count in (1, 3, 12):
         joined = merged(groups, count)
         assert len(joined.centroids) == count == len(joined.counts.nonzero())
-        assert as_one_partition(joined.assignments, torch.tensor(fcluster(theirs, count, "maxclust")))
+        assert as_one_partition(
+            joined.assignments, torch.tensor(fcluster(theirs, count, "maxclust"))
+        )
 
 
 def test_merging_costs_least_inertia_and_tells_how_much() -> None:
@@ -253,7 +317,10 @@ def test_merging_costs_least_inertia_and_tells_how_much() -> None:
     groups = kmeans(rows, 8, spherical=False)
 
     def inertia(labels: Tensor) -> float:
-        return sum(float((rows[labels == g] - rows[labels == g].mean(0)).square().sum()) for g in labels.unique())
+        return sum(
+            float((rows[labels == g] - rows[labels == g].mean(0)).square().sum())
+            for g in labels.unique()
+        )
 
     options = {}
     for a in range(8):
@@ -263,11 +330,18 @@ def test_merging_costs_least_inertia_and_tells_how_much() -> None:
     found = merged(groups, 7)
     assert as_one_partition(found.assignments, options[min(options)])
     assert found.inertia == pytest.approx(min(options), rel=1e-4)
-    assert torch.allclose(found.centroids, torch.stack([rows[found.assignments == g].mean(0) for g in range(7)]), atol=1e-4)
+    assert torch.allclose(
+        found.centroids,
+        torch.stack([rows[found.assignments == g].mean(0) for g in range(7)]),
+        atol=1e-4,
+    )
     round_groups = merged(kmeans(rows, 8), 3)
     points = F.normalize(rows, dim=1)
     assert torch.allclose(round_groups.centroids.norm(dim=1), torch.ones(3), atol=1e-5)
-    assert round_groups.inertia >= float((points - round_groups.centroids[round_groups.assignments]).square().sum()) - 1e-3
+    assert (
+        round_groups.inertia
+        >= float((points - round_groups.centroids[round_groups.assignments]).square().sum()) - 1e-3
+    )
     with pytest.raises(ValueError, match="num_clusters=9 must lie between 1 and the 8 groups"):
         merged(groups, 9)
 
@@ -296,12 +370,24 @@ def test_near_duplicates_are_a_slow_loops(block: int) -> None:
 @pytest.mark.parametrize(
     ("features", "arguments", "message"),
     [
-        (torch.randn(5, 3), {"num_clusters": 6}, "num_clusters=6 must lie between 1 and the 5 rows"),
+        (
+            torch.randn(5, 3),
+            {"num_clusters": 6},
+            "num_clusters=6 must lie between 1 and the 5 rows",
+        ),
         (torch.randn(5, 3), {"num_clusters": 0}, "num_clusters=0"),
         (torch.randn(5, 3), {"num_clusters": 2, "runs": 0}, "runs=0 must be at least 1"),
         (torch.randn(5, 3), {"num_clusters": 2, "iterations": 0}, "iterations=0"),
-        (torch.randn(5, 3), {"num_clusters": 2, "initial": torch.randn(2, 4)}, r"initial has shape \(2, 4\)"),
-        (torch.tensor([[1.0, math.nan], [1, 2], [math.inf, 1]]), {"num_clusters": 2}, "2 of 3 rows hold NaN or infinity"),
+        (
+            torch.randn(5, 3),
+            {"num_clusters": 2, "initial": torch.randn(2, 4)},
+            r"initial has shape \(2, 4\)",
+        ),
+        (
+            torch.tensor([[1.0, math.nan], [1, 2], [math.inf, 1]]),
+            {"num_clusters": 2},
+            "2 of 3 rows hold NaN or infinity",
+        ),
         (torch.randn(5), {"num_clusters": 2}, r"shape \(5,\)"),
         (torch.randn(0, 3), {"num_clusters": 1}, "no rows"),
     ],

@@ -33,7 +33,11 @@ def uninterrupted(recipe: Callable[..., RefineRecipe]) -> RefineRecipe:
     return asked
 
 
-@pytest.mark.parametrize("steps", [(3,), (5,), (1, 4, 7)], ids=["in the head warm-up", "in the refinement", "three times"])
+@pytest.mark.parametrize(
+    "steps",
+    [(3,), (5,), (1, 4, 7)],
+    ids=["in the head warm-up", "in the refinement", "three times"],
+)
 def test_interrupted_run_ends_with_the_same_bits(
     steps: tuple[int, ...], recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
@@ -50,14 +54,18 @@ def test_interrupted_run_ends_with_the_same_bits(
     assert_identical(asked, uninterrupted)
 
 
-def test_two_stages_one_after_the_other(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+def test_two_stages_one_after_the_other(
+    recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
+) -> None:
     assert run(recipe("pieces", stage="warmup")) is None
     result = run(recipe("pieces", stage="refine"))
     assert result is not None
     assert_identical(recipe("pieces"), uninterrupted)
 
 
-def test_how_it_runs_does_not_change_what_is_trained(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+def test_how_it_runs_does_not_change_what_is_trained(
+    recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
+) -> None:
     other = recipe("other", num_workers=2, save_every=3)
     run(other)
     assert_identical(other, uninterrupted)
@@ -81,10 +89,14 @@ def test_micro_batches_and_gradient_checkpointing_change_nothing(
         state = final_state(asked)
         for key in expected:
             if key.startswith("average."):
-                torch.testing.assert_close(state[key], expected[key], atol=2e-3, rtol=0, msg=f"{name}: {key}")
+                torch.testing.assert_close(
+                    state[key], expected[key], atol=2e-3, rtol=0, msg=f"{name}: {key}"
+                )
 
 
-def test_finished_run_is_not_trained_again(uninterrupted: RefineRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_is_not_trained_again(
+    uninterrupted: RefineRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = final_state(uninterrupted)
     stop_before(0, monkeypatch)
     result = run(uninterrupted)
@@ -93,11 +105,25 @@ def test_finished_run_is_not_trained_again(uninterrupted: RefineRecipe, monkeypa
         assert torch.equal(tensor, before[f"average.{name}"])
 
 
-def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:
-    small = {**SHAPE, "decoder_size": 16, "decoder_layers": 1, "decoder_attention_heads": 1, "epochs": 2, "warmup_epochs": 0}
+def test_pretraining_is_not_repeated_by_a_continued_run(
+    recipe: Callable[..., RefineRecipe], tmp_path: Path
+) -> None:
+    small = {
+        **SHAPE,
+        "decoder_size": 16,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 1,
+        "epochs": 2,
+        "warmup_epochs": 0,
+    }
     del small["intermediate_size"]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**small, "batch_size": 100}))
-    settings = {"model": None, "pretrain": str(tmp_path / "small.yaml"), "max_steps": 2, "eval_fraction": 0.25}
+    settings = {
+        "model": None,
+        "pretrain": str(tmp_path / "small.yaml"),
+        "max_steps": 2,
+        "eval_fraction": 0.25,
+    }
     whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
     run(whole)
     with pytest.MonkeyPatch.context() as patched:
@@ -105,14 +131,18 @@ def test_pretraining_is_not_repeated_by_a_continued_run(recipe: Callable[..., Re
         with pytest.raises(Stopped):
             run(interrupted)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_module, "pretrain_mae", lambda *arguments: pytest.fail("pre-trained again"))
+        patched.setattr(
+            run_module, "pretrain_mae", lambda *arguments: pytest.fail("pre-trained again")
+        )
         run(interrupted)
     assert_identical(interrupted, whole)
     for once in (whole, interrupted):  # the start is kept, and is what was measured
         folder, prepared = Path(once.output_dir), run_module.prepare(once)
         start = load_encoder(folder / "pretrained")
         assert prepared.bank is not None and prepared.eval_images is not None
-        measured = report.evaluate_encoder(start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed)
+        measured = report.evaluate_encoder(
+            start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed
+        )
         assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
 
 
@@ -131,6 +161,8 @@ def test_stream(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
     assert_identical(interrupted, whole)
 
 
-def test_another_recipe_does_not_continue(recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe) -> None:
+def test_another_recipe_does_not_continue(
+    recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
+) -> None:
     with pytest.raises(ValueError, match=r"another recipe \(temperature was 0.2, is 0.5"):
         run(dataclasses.replace(uninterrupted, temperature=0.5))

@@ -19,10 +19,34 @@ from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not state them, report
     ("mimrefiner-prenorm", "checkpoint.th", "", 3, "mim_refiner_prenorm: 70 of 70 placed"),
     ("mimrefiner-postnorm", "checkpoint.th", "", 4, "mim_refiner_postnorm: 70 of 70 placed"),
-    ("mimrefiner-training-prenorm", "checkpoint.th", "raw.", None, "mim_refiner_prenorm: 70 of 70 placed"),
-    ("mimrefiner-training-prenorm", "checkpoint_ema.th", "", None, "mim_refiner_prenorm: 70 of 70 placed"),
-    ("mimrefiner-training-postnorm", "checkpoint_ema.th", "", None, "mim_refiner_postnorm: 70 of 70 placed"),
-    ("mimrefiner-training-postnorm", "checkpoint_legacy_norm_name.th", "", None, "mim_refiner_postnorm: 70 of 70 placed"),
+    (
+        "mimrefiner-training-prenorm",
+        "checkpoint.th",
+        "raw.",
+        None,
+        "mim_refiner_prenorm: 70 of 70 placed",
+    ),
+    (
+        "mimrefiner-training-prenorm",
+        "checkpoint_ema.th",
+        "",
+        None,
+        "mim_refiner_prenorm: 70 of 70 placed",
+    ),
+    (
+        "mimrefiner-training-postnorm",
+        "checkpoint_ema.th",
+        "",
+        None,
+        "mim_refiner_postnorm: 70 of 70 placed",
+    ),
+    (
+        "mimrefiner-training-postnorm",
+        "checkpoint_legacy_norm_name.th",
+        "",
+        None,
+        "mim_refiner_postnorm: 70 of 70 placed",
+    ),
     ("mae", "checkpoint_full.pth", "", 3, "mae: 70 of 70 placed; decoder: 20 dropped"),
     ("mae", "checkpoint_encoder.pth", "zero_cls_pos.", 3, "mae: 70 of 70 placed"),
     ("dbot", "checkpoint_full.pth", "", 4, "dbot: 70 of 70 placed; decoder: 20 dropped"),
@@ -45,7 +69,13 @@ GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not 
     ),
     ("ibot", "checkpoint.pth", "", 3, "ibot: 70 of 70 placed; projection head: 2 dropped"),
     ("ijepa", "checkpoint.pth.tar", "", 3, "ijepa: 69 of 69 placed"),
-    ("conmim", "checkpoint.pth", "", None, "conmim: 74 of 74 placed; pre-training head: 19 dropped; position index: 1 dropped"),
+    (
+        "conmim",
+        "checkpoint.pth",
+        "",
+        None,
+        "conmim: 74 of 74 placed; pre-training head: 19 dropped; position index: 1 dropped",
+    ),
     (
         "conmim",
         "checkpoint_with_ema.pth",
@@ -53,7 +83,13 @@ GOLDENS = [  # case, file, prefix of its outputs, heads where the file does not 
         None,
         "conmim: 74 of 74 placed; pre-training head: 19 dropped; position index: 1 dropped",
     ),
-    ("conmim-abs", "checkpoint.pth", "", 3, "conmim: 74 of 74 placed; pre-training head: 19 dropped"),
+    (
+        "conmim-abs",
+        "checkpoint.pth",
+        "",
+        3,
+        "conmim: 74 of 74 placed; pre-training head: 19 dropped",
+    ),
     (
         "conmim-perblock-noscale",
         "checkpoint.pth",
@@ -80,7 +116,9 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 # --- the authors' own outputs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "file", "prefix", "num_heads", "report"), GOLDENS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("case", "file", "prefix", "num_heads", "report"), GOLDENS, ids=lambda value: str(value)[:40]
+)
 def test_original_files_give_the_outputs_of_the_original_code(
     goldens: Path, case: str, file: str, prefix: str, num_heads: int | None, report: str
 ) -> None:
@@ -91,8 +129,12 @@ def test_original_files_give_the_outputs_of_the_original_code(
     assert_outputs(encoder, goldens / case, prefix)
 
 
-@pytest.mark.parametrize(("family", "case", "file", "prefix"), ASKED_FOR, ids=lambda value: str(value)[:40])
-def test_families_that_have_to_be_asked_for(goldens: Path, family: str, case: str, file: str, prefix: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "case", "file", "prefix"), ASKED_FOR, ids=lambda value: str(value)[:40]
+)
+def test_families_that_have_to_be_asked_for(
+    goldens: Path, family: str, case: str, file: str, prefix: str
+) -> None:
     heads = json.loads((goldens / case / "config.json").read_text())["num_heads"]
     encoder = load_encoder(goldens / case / file, family=family, num_heads=heads)
     assert encoder.load_report.family == family
@@ -113,24 +155,34 @@ def assert_outputs(encoder: MimRefinerModel, folder: Path, prefix: str) -> None:
             "embeddings": output.hidden_states[0],
             "blocks": torch.stack(output.hidden_states[1:]),
             "tokens_prenorm": output.hidden_states[-1],
-            "tokens_normed" if encoder.config.final_norm else "tokens_prenorm": output.last_hidden_state,
+            "tokens_normed"
+            if encoder.config.final_norm
+            else "tokens_prenorm": output.last_hidden_state,
         }
         for name, tokens in got.items():
-            torch.testing.assert_close(tokens, expected[f"{prefix}{size}{name}"], atol=2e-4, rtol=1e-4, msg=f"{size}{name}")
+            torch.testing.assert_close(
+                tokens, expected[f"{prefix}{size}{name}"], atol=2e-4, rtol=1e-4, msg=f"{size}{name}"
+            )
 
 
 def test_crossmae_with_a_final_norm(goldens: Path, tmp_path: Path) -> None:
     """Trained without weighted feature maps, the file has `norm.*` and neither `wfm` nor `dec_norms`; CLS still has no position."""
     folder = goldens / "crossmae"
     state = torch.load(folder / "checkpoint_full.pth", weights_only=True)["model"]
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(("wfm.", "dec_norms."))}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(("wfm.", "dec_norms."))
+    }
     norm = {"norm.weight": torch.rand(32) + 0.5, "norm.bias": torch.randn(32)}
     encoder = load_encoder(save_mae(tmp_path, state | norm), num_heads=2)
     assert str(encoder.load_report).startswith("crossmae: 70 of 70 placed")
     with torch.no_grad():
         tokens = encoder(load_file(folder / "inputs.safetensors")["pixel_values"]).last_hidden_state
     before = load_file(folder / "outputs.safetensors")["tokens_prenorm"]
-    expected = torch.nn.functional.layer_norm(before, (32,), norm["norm.weight"], norm["norm.bias"], eps=1e-6)
+    expected = torch.nn.functional.layer_norm(
+        before, (32,), norm["norm.weight"], norm["norm.bias"], eps=1e-6
+    )
     torch.testing.assert_close(tokens, expected, atol=2e-4, rtol=1e-4)
 
 
@@ -147,14 +199,18 @@ def test_position_of_the_cls_token_is_folded_not_dropped(goldens: Path) -> None:
     """The golden's `pos_embed[:, 0]` is far from zero; CrossMAE's own encoder is the one that never adds it."""
     state = torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"]
     encoder = load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=3)
-    torch.testing.assert_close(encoder.embeddings.cls_token, state["cls_token"] + state["pos_embed"][:, :1])
+    torch.testing.assert_close(
+        encoder.embeddings.cls_token, state["cls_token"] + state["pos_embed"][:, :1]
+    )
     assert state["pos_embed"][:, 0].abs().mean() > 0.1
     state = torch.load(goldens / "crossmae/checkpoint_full.pth", weights_only=True)["model"]
     encoder = load_encoder(goldens / "crossmae/checkpoint_full.pth", num_heads=2)
     assert torch.equal(encoder.embeddings.cls_token, state["cls_token"])
 
 
-def test_legacy_names_are_told_by_what_the_file_states_not_by_their_order(goldens: Path, tmp_path: Path) -> None:
+def test_legacy_names_are_told_by_what_the_file_states_not_by_their_order(
+    goldens: Path, tmp_path: Path
+) -> None:
     """Sorted, `norm.*` stands after the blocks as a final norm would; the kind in `ctor_kwargs` still says post-norm."""
     file = goldens / "mimrefiner-training-postnorm/checkpoint_legacy_norm_name.th"
     contents = torch.load(file, weights_only=True)
@@ -162,21 +218,30 @@ def test_legacy_names_are_told_by_what_the_file_states_not_by_their_order(golden
     torch.save(contents, tmp_path / "sorted.th")
     encoder, twin = load_encoder(tmp_path / "sorted.th"), load_encoder(file)
     assert encoder.config.norm_placement == twin.config.norm_placement == "post"
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True)
+    )
 
 
-def test_report_names_what_was_dropped(goldens: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> None:
+def test_report_names_what_was_dropped(
+    goldens: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="mim_refiner_hf"):
         encoder = load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=3)
     report = encoder.load_report
     assert isinstance(report, LoadReport)
     assert (report.family, report.placed, report.total) == ("mae", 70, 70)
-    assert {"mask_token", "decoder_pos_embed", "decoder_embed.weight"} < set(report.dropped["decoder"])
+    assert {"mask_token", "decoder_pos_embed", "decoder_embed.weight"} < set(
+        report.dropped["decoder"]
+    )
     assert "mae: 70 of 70 placed; decoder: 20 dropped" in caplog.text
     assert capsys.readouterr().out == ""
 
 
-def test_weights_keep_the_dtype_of_the_file(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
+def test_weights_keep_the_dtype_of_the_file(
+    tmp_path: Path, mae_state: dict[str, torch.Tensor]
+) -> None:
     half = {name: tensor.bfloat16() for name, tensor in mae_state.items()}
     encoder = load_encoder(save_mae(tmp_path, half), num_heads=3)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
@@ -187,7 +252,10 @@ def test_safetensors_of_an_original_state_dict(tmp_path: Path, goldens: Path) ->
     save_file(state, tmp_path / "maws.safetensors")
     encoder = load_encoder(tmp_path / "maws.safetensors", num_heads=3)
     twin = load_encoder(goldens / "maws/checkpoint.pt", num_heads=3)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_an_explicit_family_needs_no_signature(goldens: Path) -> None:
@@ -202,19 +270,31 @@ def transformers_models() -> dict[str, Any]:
     beit = {**TINY, "layer_norm_eps": 1e-5}
     return {
         "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
-        "vit-mim": lambda: transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**TINY, encoder_stride=8)),
-        "vit_mae": lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, mask_ratio=0.0)),
+        "vit-mim": lambda: transformers.ViTForMaskedImageModeling(
+            transformers.ViTConfig(**TINY, encoder_stride=8)
+        ),
+        "vit_mae": lambda: transformers.ViTMAEModel(
+            transformers.ViTMAEConfig(**TINY, mask_ratio=0.0)
+        ),
         "vit_mae-pretraining": lambda: transformers.ViTMAEForPreTraining(
-            transformers.ViTMAEConfig(**TINY, mask_ratio=0.0, decoder_hidden_size=16, decoder_num_hidden_layers=1)
+            transformers.ViTMAEConfig(
+                **TINY, mask_ratio=0.0, decoder_hidden_size=16, decoder_num_hidden_layers=1
+            )
         ),
         "beit": lambda: transformers.BeitModel(
-            transformers.BeitConfig(**beit, use_relative_position_bias=True, use_absolute_position_embeddings=True)
+            transformers.BeitConfig(
+                **beit, use_relative_position_bias=True, use_absolute_position_embeddings=True
+            )
         ),
         "beit-mim": lambda: transformers.BeitForMaskedImageModeling(
-            transformers.BeitConfig(**beit, use_shared_relative_position_bias=True, use_mask_token=True, vocab_size=20)
+            transformers.BeitConfig(
+                **beit, use_shared_relative_position_bias=True, use_mask_token=True, vocab_size=20
+            )
         ),
         "beit-final_norm": lambda: transformers.BeitModel(
-            transformers.BeitConfig(**beit, use_mean_pooling=False, use_shared_relative_position_bias=True)
+            transformers.BeitConfig(
+                **beit, use_mean_pooling=False, use_shared_relative_position_bias=True
+            )
         ),
         "data2vec_vision": lambda: transformers.Data2VecVisionModel(
             transformers.Data2VecVisionConfig(**beit, use_shared_relative_position_bias=True)
@@ -237,7 +317,9 @@ REPORTS = {
 def reference_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """What transformers itself computes, with no patch masked."""
     kwargs = {}
-    if "ViTMAE" in type(model).__name__:  # ViTMAE shuffles by noise even at ratio 0: increasing noise keeps the order
+    if (
+        "ViTMAE" in type(model).__name__
+    ):  # ViTMAE shuffles by noise even at ratio 0: increasing noise keeps the order
         kwargs["noise"] = torch.arange(16.0).expand(len(pixels), -1)
     inner = getattr(model, model.base_model_prefix, model)
     with torch.no_grad():
@@ -259,23 +341,35 @@ def test_transformers_folders(tmp_path: Path, name: str, spelling: str) -> None:
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         ours = encoder(pixels)
-    torch.testing.assert_close(ours.last_hidden_state, reference_tokens(model, pixels), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.last_hidden_state, reference_tokens(model, pixels), atol=1e-5, rtol=0
+    )
     assert torch.equal(ours.pooler_output, ours.last_hidden_state[:, 0])
 
 
 def test_beit_without_layer_scale_and_with_a_lost_bias_table(tmp_path: Path) -> None:
-    settings = {"use_relative_position_bias": True, "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0}
+    settings = {
+        "use_relative_position_bias": True,
+        "use_absolute_position_embeddings": True,
+        "layer_scale_init_value": 0.0,
+    }
     model = randomise(transformers.BeitModel(transformers.BeitConfig(**TINY, **settings)))
     model.save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
     assert encoder.config.layer_scale_init is None
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(pixels)[0], reference_tokens(model, pixels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            encoder(pixels)[0], reference_tokens(model, pixels), atol=1e-5, rtol=0
+        )
     state = load_file(tmp_path / "model.safetensors")
-    save_file({name: tensor for name, tensor in state.items() if "bias_table" not in name}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in state.items() if "bias_table" not in name},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(
-        CheckpointError, match=r"2 of 36 beit tensors are missing: layers\.0\.attention\.relative_position_bias\.table"
+        CheckpointError,
+        match=r"2 of 36 beit tensors are missing: layers\.0\.attention\.relative_position_bias\.table",
     ):
         load_encoder(tmp_path)
 
@@ -302,7 +396,9 @@ def test_real_mae_of_the_shared_folder(shared: Path) -> None:
 
 
 def test_own_folder_round_trip(tmp_path: Path) -> None:
-    config = MimRefinerConfig(**TINY, features="last_block", num_register_tokens=2, norm_placement="pre")
+    config = MimRefinerConfig(
+        **TINY, features="last_block", num_register_tokens=2, norm_placement="pre"
+    )
     model = randomise(MimRefinerModel(config))
     model.save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
@@ -318,7 +414,9 @@ def test_own_folder_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_hub_names_fetch_weights_and_json_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+def test_hub_names_fetch_weights_and_json_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     """A stand-in Hub that delivers what was asked for: safetensors where there are any, else pytorch_model.bin."""
     hub, cache = tmp_path / "hub", tmp_path / "cache"
     model = randomise(transformers_models()["vit_mae-pretraining"]())
@@ -350,17 +448,33 @@ def test_hub_names_fetch_weights_and_json_only(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (2560, 32)])
 def test_heads_of_the_published_widths(tmp_path: Path, width: int, heads: int) -> None:
     """Head dim 64 for B and L, 80 for H and 2B (METHOD.md, Encoders)."""
-    config = MimRefinerConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=1, intermediate_size=1, image_size=16)
+    config = MimRefinerConfig(
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=1,
+        image_size=16,
+    )
     state = {
-        name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in MimRefinerModel(config).state_dict().items()
+        name: torch.zeros(tensor.shape, dtype=torch.float16)
+        for name, tensor in MimRefinerModel(config).state_dict().items()
     }
-    rename = [("layers.0", "blocks.0"), ("embeddings.patch_embeddings", "patch_embed.proj"), ("attention.o_proj", "attn.proj")]
-    original = {"cls_token": state.pop("embeddings.cls_token"), "pos_embed": torch.zeros(1, 2, width).half()}
+    rename = [
+        ("layers.0", "blocks.0"),
+        ("embeddings.patch_embeddings", "patch_embed.proj"),
+        ("attention.o_proj", "attn.proj"),
+    ]
+    original = {
+        "cls_token": state.pop("embeddings.cls_token"),
+        "pos_embed": torch.zeros(1, 2, width).half(),
+    }
     for name, tensor in state.items():
         for new, old in rename:
             name = name.replace(new, old)
         if "q_proj" in name:
-            original[name.replace("attention.q_proj", "attn.qkv")] = tensor.repeat(3, *[1] * (tensor.ndim - 1))
+            original[name.replace("attention.q_proj", "attn.qkv")] = tensor.repeat(
+                3, *[1] * (tensor.ndim - 1)
+            )
         elif "_proj" not in name and "position_embeddings" not in name:
             original[name] = tensor
     assert load_encoder(save_mae(tmp_path, original)).config.num_attention_heads == heads

@@ -22,13 +22,22 @@ from mim_refiner_hf.publishing.convert import convert
 
 def mae_file(path: Path, seed: int = 1) -> Path:
     """A tiny MAE in the original layout, with a decoder."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     config = MimRefinerConfig(**shape, image_size=32, patch_size=8)
     torch.manual_seed(seed)
-    model = {f"{name}": tensor.clone() for name, tensor in MimRefinerModel(config).state_dict().items()}
+    model = {
+        f"{name}": tensor.clone() for name, tensor in MimRefinerModel(config).state_dict().items()
+    }
     state = {
         "cls_token": model["embeddings.cls_token"],
-        "pos_embed": torch.cat([torch.zeros(1, 1, 32), model["embeddings.position_embeddings"]], dim=1),
+        "pos_embed": torch.cat(
+            [torch.zeros(1, 1, 32), model["embeddings.position_embeddings"]], dim=1
+        ),
         "norm.weight": model["norm.weight"],
         "norm.bias": model["norm.bias"],
         "decoder_pred.weight": torch.zeros(192, 32),
@@ -56,11 +65,25 @@ def convert_command(source: Path, destination: Path, *flags: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "case", ["mae", "dbot", "crossmae", "maws", "dino", "data2vec2", "mimrefiner-prenorm", "mimrefiner-postnorm"]
+    "case",
+    [
+        "mae",
+        "dbot",
+        "crossmae",
+        "maws",
+        "dino",
+        "data2vec2",
+        "mimrefiner-prenorm",
+        "mimrefiner-postnorm",
+    ],
 )
-def test_a_converted_golden_gives_the_authors_outputs(goldens: Path, tmp_path: Path, case: str) -> None:
+def test_a_converted_golden_gives_the_authors_outputs(
+    goldens: Path, tmp_path: Path, case: str
+) -> None:
     facts = json.loads((goldens / case / "config.json").read_text())
-    file = next(path for path in sorted((goldens / case).glob("checkpoint*")) if "encoder" not in path.name)
+    file = next(
+        path for path in sorted((goldens / case).glob("checkpoint*")) if "encoder" not in path.name
+    )
     done = convert(file, tmp_path / "model", num_heads=facts["num_heads"])
     model = AutoModel.from_pretrained(tmp_path / "model")
     pixels = load_file(goldens / case / "inputs.safetensors")["pixel_values"]
@@ -79,33 +102,49 @@ def test_the_command_writes_a_complete_folder_and_says_what_it_checked(
     said = capsys.readouterr().out
     assert "mae: 38 of 38 placed; decoder: 1 dropped" in said and "read back and compared" in said
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "modeling_mim_refiner.py"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+        "modeling_mim_refiner.py",
+    } <= names
     card = (tmp_path / "model" / "README.md").read_text()
     assert "sha256" in card and "MAE (facebookresearch/mae)" in card.replace("&#45;", "-")
     assert AutoImageProcessor.from_pretrained(tmp_path / "model").crop_size["height"] == 32
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("float16", 0.005)])
-def test_dtype_is_written_and_its_rounding_is_measured(source: Path, tmp_path: Path, dtype: str, bound: float) -> None:
+def test_dtype_is_written_and_its_rounding_is_measured(
+    source: Path, tmp_path: Path, dtype: str, bound: float
+) -> None:
     done = convert(source, tmp_path / "model", dtype=dtype, num_heads=2)
-    assert {str(t.dtype) for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {f"torch.{dtype}"}
+    assert {str(t.dtype) for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {
+        f"torch.{dtype}"
+    }
     assert AutoModel.from_pretrained(tmp_path / "model").dtype == getattr(torch, dtype)
     assert 0 < done.rounding < bound and done.difference == 0
     assert f"{done.rounding:.1e}" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_shards_load_everywhere(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_load_everywhere(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "SHARD_SIZE", "30KB")
     convert(source, tmp_path / "model", num_heads=2)
     shards = list((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) > 1 and (tmp_path / "model" / "model.safetensors.index.json").is_file()
     original = load_encoder(source, num_heads=2).state_dict()
     for loaded in (AutoModel.from_pretrained(tmp_path / "model"), load_encoder(tmp_path / "model")):
-        assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+        assert all(
+            torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items()
+        )
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
-def test_a_result_that_differs_is_not_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+def test_a_result_that_differs_is_not_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
     encode, calls = convert_module.encode, []
 
     def unfaithful(encoder: Any) -> torch.Tensor:
@@ -144,7 +183,9 @@ def test_wrong_use_exits_2_and_writes_nothing(
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".tmp*"))
 
 
-def test_a_folder_that_is_no_model_is_not_overwritten(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_model_is_not_overwritten(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("mine")
     assert convert_command(source, tmp_path / "photos") == 2
@@ -158,7 +199,12 @@ def test_a_missing_source_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, **stub_hub.env(), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        **stub_hub.env(),
+        "HF_HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+    }
     flags = ["--num_heads", "2", "--push", "tester/converted"]
     run = subprocess.run(
         [sys.executable, "-m", "mim_refiner_hf.cli", "convert", str(source), str(tmp_path / "model"), *flags],
@@ -170,7 +216,9 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
     assert b"tester/converted" in pushed["README.md"]
 
 
-def test_a_model_of_the_zoo_brings_its_reported_numbers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_zoo_brings_its_reported_numbers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mim_refiner_hf.conversion.read.fetch", lambda entry: source)
     assert convert_command(Path("mae_large16"), tmp_path / "mae-l16") == 0
     card = ModelCard.load(tmp_path / "mae-l16" / "README.md")

@@ -11,7 +11,10 @@ from damage import BYTE_DAMAGES, TARGETS, Target, damage_once, judge
 def test_damage_is_named_in_one_line(target: Target, tmp_path: Path) -> None:
     target.write(tmp_path)
     before = target.read(tmp_path)
-    found = [damage_once(target, tmp_path, before, np.random.default_rng([1, number])) for number in range(9)]
+    found = [
+        damage_once(target, tmp_path, before, np.random.default_rng([1, number]))
+        for number in range(9)
+    ]
     assert [case for case in found if case.wrong] == []
     assert target.read(tmp_path) == before
 
@@ -30,7 +33,14 @@ def test_the_judge_condemns(tmp_path: Path) -> None:
         return Target("t", target.write, read, target.files)
 
     assert judge(reading("same"), tmp_path, "same", "a.json") is None
-    for said, wrong in (("other", "silent"), (KeyError("x"), "not ours"), (ValueError("remove it"), "not ours")):
+    for said, wrong in (
+        ("other", "silent"),
+        (KeyError("x"), "not ours"),
+        (ValueError("remove it"), "not ours"),
+    ):
         verdict = judge(reading(said), tmp_path, "same", "a.json")
         assert verdict is not None and verdict[1].startswith(wrong)
-    assert all(damage(b"0123456789", np.random.default_rng(0)) != b"0123456789" for damage in BYTE_DAMAGES.values())
+    assert all(
+        damage(b"0123456789", np.random.default_rng(0)) != b"0123456789"
+        for damage in BYTE_DAMAGES.values()
+    )

@@ -22,17 +22,37 @@ def image(path: Path, size: int = 4) -> None:
 def folder(tmp_path: Path) -> Path:
     for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
         image(tmp_path / "photos" / name)
-    write_data_record(tmp_path / RECORD, hold_out(open_images(str(tmp_path / "photos")), 0.5, seed=0)[0])
+    write_data_record(
+        tmp_path / RECORD, hold_out(open_images(str(tmp_path / "photos")), 0.5, seed=0)[0]
+    )
     return tmp_path / "photos"
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "one more": (lambda folder: image(folder / "a/15.png"), r"4 images then, 5 now; .* new or changed: .*a/15\.png"),
-    "one more at the end": (lambda folder: image(folder / "c/1.png"), r"4 images then, 5 now; .*: .*c/1\.png"),
-    "one less": (lambda folder: (folder / "a/2.png").unlink(), r"4 images then, 3 now; .*: .*b/3\.png"),
-    "the last is gone": (lambda folder: (folder / "b/4.png").unlink(), r"4 .*, 3 now; what came after .*b/3\.png is missing"),
-    "renamed": (lambda folder: (folder / "b/3.png").rename(folder / "b/5.png"), r"4 images then, 4 now; .*: .*b/4\.png"),
-    "another size": (lambda folder: image(folder / "a/2.png", 9), r"4 images then, 4 now; .*: .*a/2\.png"),
+    "one more": (
+        lambda folder: image(folder / "a/15.png"),
+        r"4 images then, 5 now; .* new or changed: .*a/15\.png",
+    ),
+    "one more at the end": (
+        lambda folder: image(folder / "c/1.png"),
+        r"4 images then, 5 now; .*: .*c/1\.png",
+    ),
+    "one less": (
+        lambda folder: (folder / "a/2.png").unlink(),
+        r"4 images then, 3 now; .*: .*b/3\.png",
+    ),
+    "the last is gone": (
+        lambda folder: (folder / "b/4.png").unlink(),
+        r"4 .*, 3 now; what came after .*b/3\.png is missing",
+    ),
+    "renamed": (
+        lambda folder: (folder / "b/3.png").rename(folder / "b/5.png"),
+        r"4 images then, 4 now; .*: .*b/4\.png",
+    ),
+    "another size": (
+        lambda folder: image(folder / "a/2.png", 9),
+        r"4 images then, 4 now; .*: .*a/2\.png",
+    ),
 }
 
 
@@ -41,7 +61,10 @@ def test_changes_of_a_folder_are_named(change: str, folder: Path, tmp_path: Path
     check_data_record(tmp_path / RECORD, open_images(str(folder)))
     alter, says = CHANGES[change]
     alter(folder)
-    with pytest.raises(ValueError, match=rf"photos is not the data set that this run began with: {says}\. Put it back"):
+    with pytest.raises(
+        ValueError,
+        match=rf"photos is not the data set that this run began with: {says}\. Put it back",
+    ):
         check_data_record(tmp_path / RECORD, open_images(str(folder)))
 
 
@@ -64,10 +87,14 @@ def test_tables(tmp_path: Path) -> None:
         check_data_record(tmp_path / RECORD, open_images(str(tmp_path / "data")))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"images": 3, "fingerprint": "x", "entries": "*"}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"images": 3, "fingerprint": "x", "entries": "*"}', "\x00"]
+)
 def test_a_damaged_record(content: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(content)
-    with pytest.raises(ValueError, match=rf"{RECORD} cannot be read \(.*\); remove it, and the data set is taken"):
+    with pytest.raises(
+        ValueError, match=rf"{RECORD} cannot be read \(.*\); remove it, and the data set is taken"
+    ):
         check_data_record(tmp_path / RECORD, open_images(str(folder)))
     write_data_record(tmp_path / RECORD, open_images(str(folder)))
     assert json.loads((tmp_path / RECORD).read_text())["images"] == 4

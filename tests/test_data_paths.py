@@ -79,13 +79,18 @@ def hostile(data: Path, address: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_row_opens_nothing_outside_its_data_set(data: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_opens_nothing_outside_its_data_set(
+    data: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random access, streaming and masks; also from a folder in which the path would count from the current directory."""
     monkeypatch.chdir(data.parent)
     monkeypatch.setenv("HOME", str(data.parent))
     (data.parent / "mine_too").mkdir()
     (data.parent / "mine_too/x.png").write_bytes(png("red"))
-    outside, absent = hostile(data, asked[0]), ["secret.png", "~/secret.png"]  # those would lie below the folder
+    outside, absent = (
+        hostile(data, asked[0]),
+        ["secret.png", "~/secret.png"],
+    )  # those would lie below the folder
     paths = [*outside, *absent]
     rows = [{"bytes": None, "path": path} for path in paths]
     masks = pa.array([{"bytes": png("black"), "path": None}] * len(rows), STRUCT)
@@ -94,17 +99,26 @@ def test_a_row_opens_nothing_outside_its_data_set(data: Path, asked: list[str], 
     segmented = open_segmentation(str(file), class_names=["a", "b"])
     examples = {str(example["image"]["path"]): example for _, example in stream.iterate(0, 0)}
     for i, path in enumerate(paths):
-        for read in (lambda i=i: images[i], lambda path=path: stream.decode(examples[path]), lambda i=i: segmented[i]):
+        for read in (
+            lambda i=i: images[i],
+            lambda path=path: stream.decode(examples[path]),
+            lambda i=i: segmented[i],
+        ):
             with pytest.raises(ValueError) as refused:
                 read()
             if path in outside:
-                assert f"names the file {path!r}, which is not one of that data set" in str(refused.value)
+                assert f"names the file {path!r}, which is not one of that data set" in str(
+                    refused.value
+                )
     assert asked[1:] == []
 
 
 def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
     own = data / "pictures" / "own.png"
-    rows = [{"bytes": None, "path": path} for path in ("pictures/own.png", "./pictures/../pictures/own.png", str(own))]
+    rows = [
+        {"bytes": None, "path": path}
+        for path in ("pictures/own.png", "./pictures/../pictures/own.png", str(own))
+    ]
     for dataset in (str(table(data / "train.parquet", rows)), str(data), os.path.relpath(data)):
         images = open_images(dataset)
         assert [images[i].image.getpixel((0, 0)) for i in range(3)] == [(0, 0, 255)] * 3
@@ -114,8 +128,14 @@ def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
 
 def test_other_columns_are_not_decoded(data: Path, asked: list[str]) -> None:
     """A second column of images with an address, in passing: nothing asks for it."""
-    features = datasets.Features({"image": datasets.Image(), "preview": datasets.Image(), "label": datasets.Value("int64")})
-    rows = {"image": [{"bytes": png("blue"), "path": None}], "preview": [f"{asked[0]}/x.png"], "label": [1]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "preview": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    rows = {
+        "image": [{"bytes": png("blue"), "path": None}],
+        "preview": [f"{asked[0]}/x.png"],
+        "label": [1],
+    }
     pq.write_table(datasets.Dataset.from_dict(rows, features).data.table, data / "train.parquet")
     stream = open_stream(str(data / "train.parquet"))
     image, label = stream.decode(next(stream.iterate(0, 0))[1])
@@ -150,7 +170,9 @@ def test_a_data_set_of_the_hub_reads_its_own_repository(path: str, allowed: bool
     if allowed:
         assert str(own_file(path, "ada/birds")) == path
     else:
-        with pytest.raises(ValueError, match=re.escape(f"A row of ada/birds names the file {path!r}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"A row of ada/birds names the file {path!r}")
+        ):
             own_file(path, "ada/birds")
 
 

@@ -23,7 +23,9 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
     for device in ("cpu", "cuda"):
         warn_of_emulation("--dtype bf16", device)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (not native) and all("--dtype bf16" in line and "fp32 is faster" in line for line in said)
+    assert len(said) == (not native) and all(
+        "--dtype bf16" in line and "fp32 is faster" in line for line in said
+    )
 
 
 def test_a_row_in_emulated_bf16_is_left_out_with_the_reason(
@@ -34,21 +36,43 @@ def test_a_row_in_emulated_bf16_is_left_out_with_the_reason(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     assert main(["step-bf16"]) == 0
     printed = capsys.readouterr()
-    assert "step-bf16: left out, this CPU emulates bfloat16" in printed.err and "MISSED" not in printed.out
+    assert (
+        "step-bf16: left out, this CPU emulates bfloat16" in printed.err
+        and "MISSED" not in printed.out
+    )
 
 
 @pytest.mark.parametrize(
-    ("missing", "words"), [("gpu", "there is none"), ("old", "7.0"), ("triton", "pip install triton"), ("cc", "gcc"), ("", "")]
+    ("missing", "words"),
+    [
+        ("gpu", "there is none"),
+        ("old", "7.0"),
+        ("triton", "pip install triton"),
+        ("cc", "gcc"),
+        ("", ""),
+    ],
 )
-def test_compile_is_refused_where_it_would_not_work(missing: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_is_refused_where_it_would_not_work(
+    missing: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = RefineRecipe(model="a", compile=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "gpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 0) if missing == "old" else (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda: (6, 0) if missing == "old" else (9, 0)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "triton" else object())
-    monkeypatch.setattr(shutil, "which", lambda name: None if missing == "cc" else f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if missing == "triton" else object()
+    )
+    monkeypatch.setattr(
+        shutil, "which", lambda name: None if missing == "cc" else f"/usr/bin/{name}"
+    )
     check_compile(False)
-    refused = pytest.raises(ValueError, match=f"--compile: .*{words}.* leave --compile out") if missing else nullcontext()
+    refused = (
+        pytest.raises(ValueError, match=f"--compile: .*{words}.* leave --compile out")
+        if missing
+        else nullcontext()
+    )
     with refused:
         check_compile(recipe.compile)
 
@@ -59,7 +83,9 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     compile_blocks(compiled.encoder, backend="aot_eager")
     torch._dynamo.reset()
     counters.clear()
-    expected, found = (gradients(refiner, micro_batch_size=4) for refiner in (small_refiner(), compiled))
+    expected, found = (
+        gradients(refiner, micro_batch_size=4) for refiner in (small_refiner(), compiled)
+    )
     assert (found - expected).norm() <= 2e-6 * expected.norm()
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     assert counters["frames"]["total"] == counters["frames"]["ok"]

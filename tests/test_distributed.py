@@ -52,19 +52,36 @@ def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     freeze(encoder, blocks=0)
     heads, queue = IdHeads(2, 24, 16, 20, 8), NearestNeighbourQueue(2, QUEUE, 8)
-    refiner = Refiner(encoder, [1, 2], heads, queue, num_global=2, num_views=5, temperature=0.2).double().train()
+    refiner = (
+        Refiner(encoder, [1, 2], heads, queue, num_global=2, num_views=5, temperature=0.2)
+        .double()
+        .train()
+    )
     optimizer = torch.optim.SGD((p for p in refiner.parameters() if p.requires_grad), lr=0.1)
     share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
     for step in range(STEPS):
-        views = [torch.randn(BATCH, count, 3, size, size).double()[share] for count, size in ((2, 16), (3, 8))]
+        views = [
+            torch.randn(BATCH, count, 3, size, size).double()[share]
+            for count, size in ((2, 16), (3, 8))
+        ]
         index, labels = torch.arange(BATCH) + 5 * step, torch.randint(-1, 3, (BATCH,))
         draw = neighbour_draw(0, step, TOPK, 2, 2, BATCH // processes)
         optimizer.zero_grad()
         result = refiner.backward(
-            views, index[share], labels[share], topk=TOPK, draw=draw, head_weights=[0.5, 1.0], micro_batch_size=micro
+            views,
+            index[share],
+            labels[share],
+            topk=TOPK,
+            draw=draw,
+            head_weights=[0.5, 1.0],
+            micro_batch_size=micro,
         )
         average_gradients(refiner.parameters())
-        kept |= {f"gradient.{step}.{name}": p.grad for name, p in refiner.named_parameters() if p.grad is not None}
+        kept |= {
+            f"gradient.{step}.{name}": p.grad
+            for name, p in refiner.named_parameters()
+            if p.grad is not None
+        }
         for name in ("loss", "head_losses", "alignment", "neighbour_similarity", "neighbour_age"):
             value = getattr(result, name).detach().double()
             if processes > 1:
@@ -78,7 +95,9 @@ def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor
 def process(rank: int, processes: int, port: int, folder: str) -> None:
     """One of several processes; writes what every case left behind."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes
+    )
     for micro in MICRO_BATCHES[processes]:
         save_file(take_steps(rank, processes, micro), Path(folder) / f"{micro}-{rank}.safetensors")
     dist.destroy_process_group()
@@ -89,16 +108,22 @@ def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
     torch.multiprocessing.spawn(process, (processes, free_port(), str(tmp_path)), nprocs=processes)
     for micro in MICRO_BATCHES[processes]:
         expected = take_steps(0, 1, micro)
-        first, *others = (load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(processes))
+        first, *others = (
+            load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(processes)
+        )
         assert all(expected.keys() == found.keys() for found in (first, *others))
         assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
         for name, tensor in expected.items():
-            assert all(torch.equal(first[name], found[name]) for found in others), name  # the processes never drift apart
+            assert all(torch.equal(first[name], found[name]) for found in others), (
+                name
+            )  # the processes never drift apart
             if not tensor.is_floating_point():
                 assert torch.equal(first[name], tensor), name  # the queue's indices, labels, ages
             else:  # what is told for the log is in single precision
                 tolerance = 1e-6 if name.startswith("told.") else 1e-9
-                assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, f"{name}, micro-batch {micro}"
+                assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, (
+                    f"{name}, micro-batch {micro}"
+                )
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +131,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small model and 72 images without labels, 7 of them broken."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     save_model_folder(folder / "model", MimRefinerModel(MimRefinerConfig(**SHAPE)), processor)
     images = []
     for i in range(72):
         buffer = io.BytesIO()
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        ).save(buffer, "PNG")
         images.append(buffer.getvalue() if i % 11 else b"no image")
     datasets.Dataset.from_dict({"image": images}).to_parquet(folder / "train.parquet")
     return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
@@ -144,10 +173,25 @@ def test_accelerate_launch_trains_what_one_process_trains(
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     # accelerate itself starts only one process then; ours are started by `distributed.launch_processes`
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
-        [*launch, str(REPOSITORY / "training/refine.py"), *words, "--output_dir", str(tmp_path / "two")],
+        [
+            *launch,
+            str(REPOSITORY / "training/refine.py"),
+            *words,
+            "--output_dir",
+            str(tmp_path / "two"),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -157,17 +201,29 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert done.stdout.count("Plan") == 1 and "2 process(es)" in done.stdout
 
     refine(parse_recipe([*words, "--output_dir", str(tmp_path / "one")]))
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     assert len(logs[0]) == len(logs[1]) == 8
     for one, two in zip(*logs, strict=True):
         assert one.keys() == two.keys()
         for key in one:
             if "loss" in key or "neighbour" in key or key in ("step", "stage", "learning_rate"):
-                assert two[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-5)), key
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    lists = [json.loads((tmp_path / name / "broken.json").read_text())["images"] for name in ("one", "two")]
+                assert two[key] == (
+                    one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-5)
+                ), key
+    metrics = [
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
+    ]
+    lists = [
+        json.loads((tmp_path / name / "broken.json").read_text())["images"]
+        for name in ("one", "two")
+    ]
     assert lists[0] == lists[1] and {entry["index"] for entry in lists[0]} <= set(range(0, 72, 11))
-    assert [each["broken_images"] for each in metrics] == [len(found) for found in lists] and len(lists[0]) >= 5
+    assert [each["broken_images"] for each in metrics] == [len(found) for found in lists] and len(
+        lists[0]
+    ) >= 5
     assert metrics[1]["hardware"].startswith("2 x")
     assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
     assert (tmp_path / "two/model/model.safetensors").is_file()

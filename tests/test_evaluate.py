@@ -32,12 +32,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folders = []
     for name, depth in (("good", 2), ("other", 1)):
         torch.manual_seed(depth)
-        shape = {"hidden_size": 32, "num_hidden_layers": depth, "num_attention_heads": 2, "intermediate_size": 64}
-        encoder = MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=4, num_channels=1))
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
+        encoder = MimRefinerModel(
+            MimRefinerConfig(**shape, image_size=16, patch_size=4, num_channels=1)
+        )
         size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-        processor = MimRefinerImageProcessor(**size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False)
+        processor = MimRefinerImageProcessor(
+            **size, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
+        )
         save_model_folder(root / name, encoder, processor)
-        (root / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8")
+        (root / name / "README.md").write_text(
+            "---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8"
+        )
         folders.append(root / name)
     return folders[0], folders[1]
 
@@ -59,31 +70,61 @@ def test_matched_items_are_those_that_accuracy_counts() -> None:
         assert len(np.unique(labels[own])) == len(np.unique(assignments[own]))
 
 
-def test_report_has_the_protocols_numbers_and_the_pictures(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_report_has_the_protocols_numbers_and_the_pictures(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     good, other = models
     assert (
-        main(["evaluate", str(good), "--dataset", "digits", "--against", str(other), "--output_dir", str(tmp_path / "out")])
+        main(
+            [
+                "evaluate",
+                str(good),
+                "--dataset",
+                "digits",
+                "--against",
+                str(other),
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
         == 0
     )
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     encoder = load_encoder(good)
     bank, evaluated = hold_out(open_images("digits", num_channels=1), HELD_OUT, 0)
     expected = evaluate_encoder(encoder, vars(encoder)["image_processor"], bank, evaluated).metrics
-    assert report["after"]["knn_per_block"] == pytest.approx(expected.pop("knn_per_block"), abs=0.003)  # one image of 359
+    assert report["after"]["knn_per_block"] == pytest.approx(
+        expected.pop("knn_per_block"), abs=0.003
+    )  # one image of 359
     assert {name: report["after"][name] for name in expected} == pytest.approx(expected, abs=0.003)
     share, count = expected["knn_accuracy"], len(evaluated)
-    assert report["after"]["knn_accuracy_standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / count), rel=0.4)
+    assert report["after"]["knn_accuracy_standard_error"] == pytest.approx(
+        np.sqrt(share * (1 - share) / count), rel=0.4
+    )
     assert set(report["changes"]) == {"knn_accuracy", "cluster_accuracy", "nmi"}
     change = report["changes"]["knn_accuracy"]
-    assert change["difference"] == pytest.approx(report["after"]["knn_accuracy"] - report["before"]["knn_accuracy"])
+    assert change["difference"] == pytest.approx(
+        report["after"]["knn_accuracy"] - report["before"]["knn_accuracy"]
+    )
     assert change["low"] < change["difference"] < change["high"]
-    assert report["dataset"]["eval_images"] == count and report["seed"] == 0 and report["versions"]["torch"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == PICTURES | {"metrics.json", "report.md"}
+    assert (
+        report["dataset"]["eval_images"] == count
+        and report["seed"] == 0
+        and report["versions"]["torch"]
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == PICTURES | {
+        "metrics.json",
+        "report.md",
+    }
     for name in PICTURES:
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 200
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| verdict |" in page and report["command"] in page and report["dataset"]["fingerprint"] in page
+    assert (
+        "| verdict |" in page
+        and report["command"] in page
+        and report["dataset"]["fingerprint"] in page
+    )
     assert "Of 3 scores whose change can be judged:" in page and "50 resamples" in page
 
 
@@ -97,15 +138,29 @@ def test_a_model_is_not_better_than_itself(
     flags += ["--against", str(copy), "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", str(models[0]), *flags, "--protocols", "low_shot"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert len(report["changes"]) == 6 and "linear_probe_accuracy" in report["transfer"]["digits"]["changes"]
+    assert (
+        len(report["changes"]) == 6
+        and "linear_probe_accuracy" in report["transfer"]["digits"]["changes"]
+    )
     changes = report["changes"] | report["transfer"]["digits"]["changes"]
-    assert {(change["difference"], change["verdict"]) for change in changes.values()} == {(0.0, "no clear difference")}
+    assert {(change["difference"], change["verdict"]) for change in changes.values()} == {
+        (0.0, "no clear difference")
+    }
     assert "no clear difference" in capsys.readouterr().out
 
 
 def test_card_is_updated_and_not_piled_up(models: tuple[Path, Path], tmp_path: Path) -> None:
     card = models[1] / "README.md"
-    command = ["evaluate", str(models[1]), "--dataset", "digits", "--split", "test", "--output_dir", str(tmp_path / "out")]
+    command = [
+        "evaluate",
+        str(models[1]),
+        "--dataset",
+        "digits",
+        "--split",
+        "test",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 0
     once = card.read_text()
     assert main(command) == 0
@@ -123,7 +178,9 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     forward = MimRefinerModel.forward
 
-    def counting(self: MimRefinerModel, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counting(
+        self: MimRefinerModel, pixel_values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         passes.append(len(pixel_values))
         return forward(self, pixel_values, *args, **kwargs)
 
@@ -135,26 +192,52 @@ def test_features_that_are_kept_are_never_computed_again(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = forward_passes(monkeypatch)
-    command = ["evaluate", str(models[0]), "--dataset", "digits", "--eval_split", "test", "--num_workers", "0"]
+    command = [
+        "evaluate",
+        str(models[0]),
+        "--dataset",
+        "digits",
+        "--eval_split",
+        "test",
+        "--num_workers",
+        "0",
+    ]
     command += ["--against", str(models[1]), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--protocols", "linear_probe_fast", "low_shot"]) == 0
-    assert sum(passes) == 2 * 1797  # both models, every image once; without --features nothing stays
+    assert (
+        sum(passes) == 2 * 1797
+    )  # both models, every image once; without --features nothing stays
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
     kept = [*command, "--features", str(tmp_path / "features")]
     assert main(kept) == 0 and sum(passes) == 4 * 1797
     assert main([*kept, "--protocols", "linear_probe_fast", "low_shot"]) == 0
     assert (
-        main(["evaluate", str(models[0]), "--dataset", "digits", "--split", "test", *kept[-4:]]) == 0
+        main(["evaluate", str(models[0]), "--dataset", "digits", "--split", "test", *kept[-4:]])
+        == 0
     )  # another split of the same
     assert sum(passes) == 4 * 1797
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["against"] is None
     assert first["after"]["linear_probe_accuracy"] > 0.3
 
 
-def test_every_k_and_temperature_is_what_it_is_alone(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_k_and_temperature_is_what_it_is_alone(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     assert (
-        main(["evaluate", str(models[0]), "--dataset", "digits", "--split", "test", "--output_dir", str(tmp_path / "out")]) == 0
+        main(
+            [
+                "evaluate",
+                str(models[0]),
+                "--dataset",
+                "digits",
+                "--split",
+                "test",
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
     )
     after = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]
     encoder = load_encoder(models[0])
@@ -164,11 +247,23 @@ def test_every_k_and_temperature_is_what_it_is_alone(models: tuple[Path, Path], 
     )
     assert bank.labels is not None and evaluated.labels is not None
     for place, blocks in (("last block", [1]), ("last 2 blocks", [0, 1])):
-        train, test = (torch.cat([found.blocks[block] for block in blocks], dim=1) for found in (bank, evaluated))
+        train, test = (
+            torch.cat([found.blocks[block] for block in blocks], dim=1)
+            for found in (bank, evaluated)
+        )
         settings = [(entry["k"], entry["temperature"]) for entry in after["knn"][place]]
-        assert settings == [(k, tau) for k in (1, 5, 10, 20, 50, 100, 200) for tau in (0.02, 0.07, 0.2)]
+        assert settings == [
+            (k, tau) for k in (1, 5, 10, 20, 50, 100, 200) for tau in (0.02, 0.07, 0.2)
+        ]
         for entry in after["knn"][place]:
-            alone = knn_accuracy(train, bank.labels, test, evaluated.labels, k=entry["k"], temperature=entry["temperature"])
+            alone = knn_accuracy(
+                train,
+                bank.labels,
+                test,
+                evaluated.labels,
+                k=entry["k"],
+                temperature=entry["temperature"],
+            )
             assert entry["accuracy"] == pytest.approx(alone, abs=0.011)  # one image of 100
     assert after["knn"]["last block"][7]["accuracy"] == after["knn_accuracy"]
 
@@ -197,12 +292,22 @@ def test_without_labels_what_needs_none_is_measured(
     assert main([*command, "--against", str(models[1])]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     names = {"rankme", "neighbour_agreement", "silhouette"}
-    assert set(report["after"]) == names | {"neighbour_agreement_standard_error", "silhouette_standard_error"}
-    assert set(report["changes"]) == {"neighbour_agreement"}  # a silhouette is of each model's own space
-    assert 0 <= report["after"]["neighbour_agreement"] <= 1 and "not judged" in (tmp_path / "out" / "report.md").read_text()
+    assert set(report["after"]) == names | {
+        "neighbour_agreement_standard_error",
+        "silhouette_standard_error",
+    }
+    assert set(report["changes"]) == {
+        "neighbour_agreement"
+    }  # a silhouette is of each model's own space
+    assert (
+        0 <= report["after"]["neighbour_agreement"] <= 1
+        and "not judged" in (tmp_path / "out" / "report.md").read_text()
+    )
 
 
-def test_broken_images_are_left_out_on_both_sides(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_broken_images_are_left_out_on_both_sides(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     digits = open_images("digits", num_channels=1)
     for i in range(80):
         image, label, _ = digits[i]
@@ -213,7 +318,14 @@ def test_broken_images_are_left_out_on_both_sides(models: tuple[Path, Path], tmp
     bank, evaluated = hold_out(images, HELD_OUT, 0)
     for found in (bank, evaluated):
         Path(found.describe(3)).write_bytes(b"no image")
-    flags = ["--dataset", str(tmp_path / "photos"), "--against", str(models[1]), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--dataset",
+        str(tmp_path / "photos"),
+        "--against",
+        str(models[1]),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(["evaluate", str(models[0]), *flags, "--protocols", "linear_probe_fast"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     bank, evaluated = (
@@ -222,36 +334,89 @@ def test_broken_images_are_left_out_on_both_sides(models: tuple[Path, Path], tmp
         )
         for found in (bank, evaluated)
     )
-    assert (report["dataset"]["bank_images"], report["dataset"]["eval_images"]) == (len(bank), len(evaluated))
+    assert (report["dataset"]["bank_images"], report["dataset"]["eval_images"]) == (
+        len(bank),
+        len(evaluated),
+    )
     encoder = load_encoder(models[0])
     expected = evaluate_encoder(encoder, vars(encoder)["image_processor"], bank, evaluated).metrics
     assert report["after"]["knn_accuracy"] == pytest.approx(expected["knn_accuracy"])
 
 
-def test_masks_are_measured_by_the_segmentation_probe(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_masks_are_measured_by_the_segmentation_probe(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     for split, seed in (("train", 0), ("test", 1)):
-        masks = np.random.default_rng(seed).integers(0, 2, (6, 4, 4)).repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
-        rows = {"image": [Image.fromarray(200 * mask) for mask in masks], "mask": [Image.fromarray(mask) for mask in masks]}
+        masks = (
+            np.random.default_rng(seed)
+            .integers(0, 2, (6, 4, 4))
+            .repeat(4, axis=1)
+            .repeat(4, axis=2)
+            .astype(np.uint8)
+        )
+        rows = {
+            "image": [Image.fromarray(200 * mask) for mask in masks],
+            "mask": [Image.fromarray(mask) for mask in masks],
+        }
         (tmp_path / "masks").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "masks" / f"{split}.parquet"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            str(tmp_path / "masks" / f"{split}.parquet")
+        )
     (tmp_path / "masks" / "classes.json").write_text(json.dumps(["dark", "bright"]))
-    command = ["evaluate", str(models[0]), "--dataset", str(tmp_path / "masks"), "--protocols", "segmentation"]
-    command += ["--against", str(models[1]), "--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    command = [
+        "evaluate",
+        str(models[0]),
+        "--dataset",
+        str(tmp_path / "masks"),
+        "--protocols",
+        "segmentation",
+    ]
+    command += [
+        "--against",
+        str(models[1]),
+        "--num_workers",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 2
     assert main([*command, "--eval_split", "test"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert set(report["after"]) == {"segmentation_miou", "segmentation_miou_standard_error"}
-    assert set(report["changes"]) == {"segmentation_miou"} and report["after"]["segmentation_miou"] > 0.4
+    assert (
+        set(report["changes"]) == {"segmentation_miou"}
+        and report["after"]["segmentation_miou"] > 0.4
+    )
     assert "only the segmentation probe was run" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "short.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nfraction: 0.1\nscale: 0.5\nflip: 0.0\n")
-    command = ["evaluate", str(models[1]), "--dataset", "digits", "--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "short.yaml").write_text(
+        "epochs: 2\nwarmup_epochs: 0\nfraction: 0.1\nscale: 0.5\nflip: 0.0\n"
+    )
+    command = [
+        "evaluate",
+        str(models[1]),
+        "--dataset",
+        "digits",
+        "--num_workers",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*command, "--recipe", "fine-tune-1percent"]) == 2
-    assert main([*command, "--protocols", "fine_tuning", "--recipe", str(tmp_path / "short.yaml")]) == 0
-    assert 0 <= json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["fine_tuning_accuracy"] <= 1
+    assert (
+        main([*command, "--protocols", "fine_tuning", "--recipe", str(tmp_path / "short.yaml")])
+        == 0
+    )
+    assert (
+        0
+        <= json.loads((tmp_path / "out" / "metrics.json").read_text())["after"][
+            "fine_tuning_accuracy"
+        ]
+        <= 1
+    )
     assert re.search(
         r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text()
     )  # a tenth of the 1038 that are not held out
@@ -267,19 +432,39 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
         (["--dataset", "digits", "--features", "{tmp}/full"], "not a folder of features"),
         (["--dataset", "digits", "--transfer", "no_such_folder/"], "no_such_folder"),
         (["--dataset", "digits", "--against", "{tmp}/text"], "text"),
-        (["--dataset", "digits", "--protocols", "segmentation", "low_shot"], "a command of its own"),
+        (
+            ["--dataset", "digits", "--protocols", "segmentation", "low_shot"],
+            "a command of its own",
+        ),
         (["--dataset", "digits", "--protocols", "fine_tuning", "--recipe", "no-such"], "no-such"),
     ],
 )
 def test_wrong_use_exits_2(
-    models: tuple[Path, Path], tmp_path: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    flags: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
-    BertModel(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        tmp_path / "text"
-    )
+    BertModel(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "text")
     before = (models[0] / "README.md").read_text()
-    assert main(["evaluate", str(models[0]), "--num_workers", "0", *(flag.format(tmp=tmp_path) for flag in flags)]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                str(models[0]),
+                "--num_workers",
+                "0",
+                *(flag.format(tmp=tmp_path) for flag in flags),
+            ]
+        )
+        == 2
+    )
     assert said in capsys.readouterr().err
-    assert (tmp_path / "full" / "note.txt").read_text() == "mine" and (models[0] / "README.md").read_text() == before
+    assert (tmp_path / "full" / "note.txt").read_text() == "mine" and (
+        models[0] / "README.md"
+    ).read_text() == before

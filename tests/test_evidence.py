@@ -28,7 +28,9 @@ def test_a_paired_change_has_the_error_of_the_differences() -> None:
     differences = after.astype(float) - before
     assert change.difference == pytest.approx(differences.mean())
     assert change.error == pytest.approx(differences.std(ddof=1) / np.sqrt(3000), rel=0.1)
-    assert change.error < 0.5 * accuracy(before).error  # unpaired, it would be more than the error of one side
+    assert (
+        change.error < 0.5 * accuracy(before).error
+    )  # unpaired, it would be more than the error of one side
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.08, "better"), (-0.08, "worse")])
@@ -41,7 +43,9 @@ def test_without_an_effect_the_verdict_is_rarely_wrong() -> None:
     verdicts = []
     for trial in range(60):
         rng = np.random.default_rng(trial)
-        verdicts.append(compare(accuracy(rng.random(400) < 0.5), accuracy(rng.random(400) < 0.5)).verdict)
+        verdicts.append(
+            compare(accuracy(rng.random(400) < 0.5), accuracy(rng.random(400) < 0.5)).verdict
+        )
     assert verdicts.count("no clear difference") >= 52  # 57 of 60 expected at 95 %
     assert len(set(verdicts)) > 1 or verdicts.count("no clear difference") == 60
 
@@ -50,7 +54,10 @@ def test_spread_over_restarts_can_drown_a_difference() -> None:
     noise = np.random.default_rng(3).random(2000)
     before, after = noise < 0.5, noise < 0.54
     assert compare(accuracy(before), accuracy(after)).verdict == "better"
-    assert compare(accuracy(before, spread=0.03), accuracy(after, spread=0.03)).verdict == "no clear difference"
+    assert (
+        compare(accuracy(before, spread=0.03), accuracy(after, spread=0.03)).verdict
+        == "no clear difference"
+    )
     assert accuracy(before, spread=0.03).error > 0.03
 
 

@@ -21,7 +21,9 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"
 def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The example `script`, run in the folder `cwd`."""
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,13 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     folder, printed = refined
     assert len(list((folder / "outputs/example-images").glob("[0-9]/*.png"))) == 400
-    for name in ("model/config.json", "model/model.safetensors", "model/README.md", "metrics.json", "clusters.png"):
+    for name in (
+        "model/config.json",
+        "model/model.safetensors",
+        "model/README.md",
+        "metrics.json",
+        "clusters.png",
+    ):
         assert (folder / "outputs/example" / name).stat().st_size > 0
     metrics = json.loads((folder / "outputs/example/metrics.json").read_text())
     before, after = (metrics[side]["nmi"] for side in ("before", "after"))
@@ -44,12 +52,24 @@ def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     row = f"NMI {100 * before:.1f} % {100 * after:.1f} % {100 * (after - before):+.1f} points"
     assert row in [" ".join(line.split()) for line in printed.splitlines()]
     assert printed.splitlines()[-2] == f"nmi: {before:.3f} -> {after:.3f}"
-    assert printed.splitlines()[-1] == "loaded MimRefinerModel with 0.2 M parameters from outputs/example/model"
+    assert (
+        printed.splitlines()[-1]
+        == "loaded MimRefinerModel with 0.2 M parameters from outputs/example/model"
+    )
 
 
 def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path) -> None:
     images, model = refined[0] / "outputs/example-images", refined[0] / "outputs/example/model"
-    done = run("extract_features.py", "--model", str(model), "--images", str(images), "--query", "7", cwd=tmp_path)
+    done = run(
+        "extract_features.py",
+        "--model",
+        str(model),
+        "--images",
+        str(images),
+        "--query",
+        "7",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "features.safetensors", "pt") as file:
         features, names = file.get_tensor("features"), json.loads(file.metadata()["images"])
@@ -60,9 +80,13 @@ def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path)
     from mim_refiner_hf import load_encoder  # another way to the same model
 
     encoder = load_encoder(model)
-    pixels = encoder.image_processor([Image.open(path).convert("RGB") for path in paths[:3]], return_tensors="pt").pixel_values
+    pixels = encoder.image_processor(
+        [Image.open(path).convert("RGB") for path in paths[:3]], return_tensors="pt"
+    ).pixel_values
     with torch.inference_mode():
-        torch.testing.assert_close(features[:3], encoder(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            features[:3], encoder(pixels).pooler_output, atol=1e-5, rtol=1e-5
+        )
 
     order = F.cosine_similarity(features, features[7:8]).argsort(descending=True).tolist()
     lines = done.stdout.splitlines()

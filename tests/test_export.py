@@ -30,7 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "crossmae": {"final_norm": False},
     "beit": BEIT,
     "conmim": {**BEIT, "position_encoding": "shared_relative"},
-    "beit-absolute": {**BEIT, "position_encoding": "absolute+relative", "bias": "all", "layer_scale_init": None},
+    "beit-absolute": {
+        **BEIT,
+        "position_encoding": "absolute+relative",
+        "bias": "all",
+        "layer_scale_init": None,
+    },
     "data2vec-vision": {**BEIT, "final_norm": False},
     "beit-rectangle": {**BEIT, "image_size": [16, 32]},
     "layer-scale": {"layer_scale_init": 0.1, "bias": "none"},
@@ -106,10 +111,17 @@ def assert_equal(first: MimRefinerModel, second: MimRefinerModel) -> None:
     assert {name: weight.shape for name, weight in first.state_dict().items()} == {
         name: weight.shape for name, weight in second.state_dict().items()
     }
-    assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+    assert all(
+        torch.equal(weight, second.state_dict()[name])
+        for name, weight in first.state_dict().items()
+    )
     ours, theirs = (encoder.config.to_diff_dict() for encoder in (first, second))
     different = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
-    assert different <= {"architectures", "dtype", "layer_scale_init"}  # a start value is no property of trained weights
+    assert different <= {
+        "architectures",
+        "dtype",
+        "layer_scale_init",
+    }  # a start value is no property of trained weights
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------------------
@@ -130,14 +142,20 @@ def test_timm_computes_the_same(tmp_path: Path, kind: str) -> None:
         timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True),
     ):
         twin.eval()
-        tolerance = {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE  # timm's epsilon is always 1e-6
+        tolerance = (
+            {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE
+        )  # timm's epsilon is always 1e-6
         with torch.no_grad():
             expected = encoder(pixels)
-            torch.testing.assert_close(twin.forward_features(pixels), expected.last_hidden_state, **tolerance)
+            torch.testing.assert_close(
+                twin.forward_features(pixels), expected.last_hidden_state, **tolerance
+            )
             torch.testing.assert_close(twin(pixels), expected.pooler_output, **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["mae", "crossmae", "beit", "conmim", "registers", "mean", "odd-mlp"])
+@pytest.mark.parametrize(
+    "kind", ["mae", "crossmae", "beit", "conmim", "registers", "mean", "odd-mlp"]
+)
 def test_weights_survive_the_way_to_timm_and_back(tmp_path: Path, kind: str) -> None:
     encoder = saved(tmp_path / "model", **KINDS[kind])
     export(tmp_path / "model", tmp_path / "timm", "timm")
@@ -170,7 +188,9 @@ def test_published_shapes_have_timms_own_names(name: str, shape: tuple[int, int,
     with torch.device("meta"):
         ours = export_timm.state_dict(MimRefinerModel(config))
         theirs = timm.create_model(name, num_classes=0, global_pool="token").state_dict()
-    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+    assert {key: tensor.shape for key, tensor in ours.items()} == {
+        key: tensor.shape for key, tensor in theirs.items()
+    }
 
 
 @pytest.mark.parametrize("shortest_edge", [32, 37, 93])  # 32 / (32 / 93), rounded down, is 92
@@ -179,7 +199,9 @@ def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> No
     saved(tmp_path / "model", shortest_edge)
     export(tmp_path / "model", tmp_path / "timm", "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
-    resize, crop, _, normalise = create_transform(**resolve_model_data_config(model), is_training=False).transforms
+    resize, crop, _, normalise = create_transform(
+        **resolve_model_data_config(model), is_training=False
+    ).transforms
     assert resize.size == shortest_edge
     assert resize.interpolation.value == "bicubic"
     assert tuple(crop.size) == (32, 32)
@@ -194,7 +216,11 @@ def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> No
 def test_native_classes_compute_the_same(tmp_path: Path, kind: str) -> None:
     encoder = saved(tmp_path / "model", **KINDS[kind])
     differences = export(tmp_path / "model", tmp_path / "vit", "vit")
-    assert files(tmp_path / "vit") == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files(tmp_path / "vit") == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
     native, info = AutoModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
     assert type(native).__name__ == CLASSES[kind]
     assert not any(info.values())  # also the pooler: nothing is drawn at random
@@ -222,12 +248,20 @@ def test_weights_survive_the_way_to_native_classes_and_back(tmp_path: Path, kind
 def test_the_native_processor_gives_the_same_pixels(tmp_path: Path, backend: str) -> None:
     encoder = saved(tmp_path / "model", shortest_edge=37)
     export(tmp_path / "model", tmp_path / "vit", "vit")
-    ours, native = (AutoImageProcessor.from_pretrained(tmp_path / name, backend=backend) for name in ("model", "vit"))
-    assert type(native).__name__ == {"torchvision": "CLIPImageProcessor", "pil": "CLIPImageProcessorPil"}[backend]
+    ours, native = (
+        AutoImageProcessor.from_pretrained(tmp_path / name, backend=backend)
+        for name in ("model", "vit")
+    )
+    assert (
+        type(native).__name__
+        == {"torchvision": "CLIPImageProcessor", "pil": "CLIPImageProcessorPil"}[backend]
+    )
     for size, mode in [((60, 45), "RGB"), ((33, 70), "L"), ((20, 20), "RGBA")]:
         noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
         image = Image.fromarray(noise, "RGBA").convert(mode)
-        found, expected = (processor(image, return_tensors="pt").pixel_values for processor in (native, ours))
+        found, expected = (
+            processor(image, return_tensors="pt").pixel_values for processor in (native, ours)
+        )
         assert expected.shape == (1, 3, *encoder.config.image_hw)
         assert torch.equal(found, expected)
 
@@ -265,7 +299,12 @@ def test_the_native_folder_needs_neither_the_package_nor_remote_code(tmp_path: P
     result = subprocess.run(
         [sys.executable, "-I", "-c", WITHOUT_PACKAGE, str(tmp_path), str(tmp_path / "features.pt")],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "OMP_NUM_THREADS": "1",
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -303,10 +342,15 @@ def test_onnx_computes_the_same_at_any_batch_size(
         np.testing.assert_allclose(features, expected.pooler_output, atol=1e-4, rtol=0)
 
 
-def test_onnx_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_without_its_extra_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(tmp_path / "model")
     monkeypatch.setattr(export_onnx, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'onnx and onnxruntime and onnxscript missing; pip install "mim_refiner_hf\[onnx\]"'):
+    with pytest.raises(
+        ValueError,
+        match=r'onnx and onnxruntime and onnxscript missing; pip install "mim_refiner_hf\[onnx\]"',
+    ):
         export(tmp_path / "model", tmp_path / "onnx", "onnx")
     assert files(tmp_path) == {"model"}
 
@@ -323,10 +367,18 @@ def test_onnx_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch
             r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first block",
         ),
         ("timm", {"features": "last_block"}, "no pooling before the final norm"),
-        ("timm", CAPI, "no norm but a LayerNorm.*no rotary positions.*no pooling but of CLS or patches"),
+        (
+            "timm",
+            CAPI,
+            "no norm but a LayerNorm.*no rotary positions.*no pooling but of CLS or patches",
+        ),
         ("timm", {"hidden_act": "relu"}, "no activation but GELU"),
         ("timm", KINDS["data2vec-vision"], "timm's Beit.*no way to leave out the final norm"),
-        ("timm", {**BEIT, "use_cls_token": False}, "timm's Beit.*no way to leave out the CLS token"),
+        (
+            "timm",
+            {**BEIT, "use_cls_token": False},
+            "timm's Beit.*no way to leave out the CLS token",
+        ),
         ("timm", {**BEIT, "num_register_tokens": 2}, "timm's Beit.*no registers"),
         ("vit", KINDS["data2vec2"], "has no norm of the sum"),
         (
@@ -338,7 +390,9 @@ def test_onnx_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch
         ("vit", KINDS["beit-rectangle"], "transformers' BeitModel has no grid but a square one"),
     ],
 )
-def test_what_a_format_lacks_is_refused_by_name(tmp_path: Path, to: str, settings: dict[str, Any], message: str) -> None:
+def test_what_a_format_lacks_is_refused_by_name(
+    tmp_path: Path, to: str, settings: dict[str, Any], message: str
+) -> None:
     saved(tmp_path / "model", **settings)
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "model", tmp_path / "twin", to)
@@ -346,7 +400,9 @@ def test_what_a_format_lacks_is_refused_by_name(tmp_path: Path, to: str, setting
 
 
 @pytest.mark.parametrize(("format_", "to"), [(export_timm, "timm"), (export_native, "vit")])
-def test_a_twin_that_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: Any, to: str) -> None:
+def test_a_twin_that_differs_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: Any, to: str
+) -> None:
     """One wrong tensor: an error, and the earlier export is still there."""
     saved(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "twin", to)
@@ -375,7 +431,9 @@ def test_the_destination_is_neither_the_source_nor_someone_elses_folder(tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             export(tmp_path / "photos/model", destination, "timm")
-    (tmp_path / "photos/config.json").write_text("{}")  # now it looks like a model, and still holds the source
+    (tmp_path / "photos/config.json").write_text(
+        "{}"
+    )  # now it looks like a model, and still holds the source
     with pytest.raises(ValueError, match="would overwrite the source"):
         export(tmp_path / "photos/model", tmp_path / "photos", "timm")
     with pytest.raises(ValueError, match="to='tf' is not a format; allowed: timm, vit, onnx"):

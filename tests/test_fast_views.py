@@ -50,7 +50,9 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize(("place", "factors"), [(0, (0.6, 0.93, 1.37)), (1, (0.6, 1.02, 1.4)), (2, (0.8, 0.95, 1.2))])
+@pytest.mark.parametrize(
+    ("place", "factors"), [(0, (0.6, 0.93, 1.37)), (1, (0.6, 1.02, 1.4)), (2, (0.8, 0.95, 1.2))]
+)
 def test_blends_are_within_a_grey_level_of_pillows(
     photo: Image.Image, mode: str, place: int, factors: tuple[float, ...]
 ) -> None:
@@ -64,16 +66,22 @@ def test_blends_are_within_a_grey_level_of_pillows(
 @pytest.mark.parametrize("turn", [-0.1, -0.07, -0.01, 0.0, 0.02, 0.06, 0.0999])
 def test_hue_is_torchvisions_on_tensors(photo: Image.Image, turn: float) -> None:
     actual = fast(photo, jitter=((3, turn),))
-    real = tv.adjust_hue(chw(photo).float() / 255, int(turn * 255) / 255) * 255  # no 8-bit HSV in between
+    real = (
+        tv.adjust_hue(chw(photo).float() / 255, int(turn * 255) / 255) * 255
+    )  # no 8-bit HSV in between
     assert difference(actual, real).max() <= 2 and difference(actual, real).mean() <= 0.3
-    pillow = chw(V.adjust_hue(photo, turn))  # whose hue and saturation are cut to 8 bits: itself up to 11 levels off `real`
+    pillow = chw(
+        V.adjust_hue(photo, turn)
+    )  # whose hue and saturation are cut to 8 bits: itself up to 11 levels off `real`
     assert difference(actual, pillow).max() <= 11 and difference(actual, pillow).mean() <= 0.9
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.41, 1.42, 2.0])
 def test_blur_is_pillows(photo: Image.Image, sigma: float) -> None:
     apart = difference(fast(photo, sigma=sigma), chw(V.gaussian_blur(photo, sigma)))
-    assert apart.max() <= 2 and apart.mean() <= 0.7  # Pillow rounds after each of six passes, we once
+    assert (
+        apart.max() <= 2 and apart.mean() <= 0.7
+    )  # Pillow rounds after each of six passes, we once
 
 
 def test_blur_taps_have_sum_one_and_pillows_variance() -> None:
@@ -88,10 +96,15 @@ def test_greyscale_and_solarise_are_pillows(photo: Image.Image) -> None:
     assert difference(fast(photo, grey=True), chw(V.greyscale(photo))).max() <= 1
     assert torch.equal(fast(photo, solarised=True), chw(V.solarise(photo)))
     grey = photo.convert("L")
-    assert torch.equal(fast(grey, grey=True), chw(grey)) and torch.equal(fast(grey, jitter=((3, 0.1), (2, 1.2))), chw(grey))
+    assert torch.equal(fast(grey, grey=True), chw(grey)) and torch.equal(
+        fast(grey, jitter=((3, 0.1), (2, 1.2))), chw(grey)
+    )
 
 
-@pytest.mark.parametrize(("box", "size"), [((3, 5, 60, 70), 96), ((0, 0, 70, 90), 16), ((10, 11, 9, 7), 98), ((1, 2, 1, 1), 8)])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [((3, 5, 60, 70), 96), ((0, 0, 70, 90), 16), ((10, 11, 9, 7), 98), ((1, 2, 1, 1), 8)],
+)
 def test_crops_are_pillows_and_flipped(photo: Image.Image, box: V.Box, size: int) -> None:
     pixels, exact = torch.from_numpy(np.array(photo)), V.resized_crop(photo, box, size)
     for flip, expected in ((False, exact), (True, V.flip_horizontally(exact))):
@@ -109,15 +122,20 @@ def test_a_batch_gets_what_each_view_gets(photo: Image.Image) -> None:
     together = views.to(torch.int16)
     C.colour_batch_(together, C.operations(table, 3))
     apart = difference(together, alone)
-    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3  # a sum in another order may round the other way
+    assert (
+        apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
+    )  # a sum in another order may round the other way
     assert torch.equal(views, before) and not torch.equal(alone, views)
 
 
 @pytest.mark.parametrize(
-    ("mode", "size"), [("RGB", (90, 70)), ("L", (90, 70)), ("RGB", (31, 333)), ("L", (8, 8)), ("RGB", (1, 5))]
+    ("mode", "size"),
+    [("RGB", (90, 70)), ("L", (90, 70)), ("RGB", (31, 333)), ("L", (8, 8)), ("RGB", (1, 5))],
 )
 @pytest.mark.parametrize("colour", [True, False])
-def test_views_are_the_exact_ones_but_for_rounding(photo: Image.Image, mode: str, size: tuple[int, int], colour: bool) -> None:
+def test_views_are_the_exact_ones_but_for_rounding(
+    photo: Image.Image, mode: str, size: tuple[int, int], colour: bool
+) -> None:
     image = photo.resize(size).convert(mode)
     specs = V.view_specs(2, 3, 32, 16, (0.25, 1.0), (0.05, 0.25), colour)
     squared, drift = [], []
@@ -151,7 +169,12 @@ def test_without_local_views_and_with_mixed_sizes() -> None:
     specs = V.view_specs(2, 0, 8, 8, (0.5, 1.0), (0.1, 0.5), True)
     for hand_over in (True, False):
         item = FastMultiCrop(specs, hand_over)(Image.new("L", (8, 8)), V.view_rng(0, 0, 0))
-        assert item["global_views"].shape == (2, 1, 8, 8) and item["local_views"].shape == (0, 1, 0, 0)
+        assert item["global_views"].shape == (2, 1, 8, 8) and item["local_views"].shape == (
+            0,
+            1,
+            0,
+            0,
+        )
         batch = {key: torch.stack([value, value]) for key, value in item.items()}
         assert finished_views(batch, "local", "cpu").shape == (2, 0, 1, 0, 0)
     with pytest.raises(ValueError, match=r"share one size, not \[8, 9\]"):
@@ -169,7 +192,9 @@ def test_draws_are_those_of_the_exact_way() -> None:
     table = C.draw_table(draws)
     for row, draw in zip(table.tolist(), draws, strict=True):
         assert row[8:] == [np.float32(draw.sigma), draw.grey, draw.solarised]
-        assert [min(int(place), 3) for place in row[4:8] if place >= 0] == [place for place, _ in draw.jitter]
+        assert [min(int(place), 3) for place in row[4:8] if place >= 0] == [
+            place for place, _ in draw.jitter
+        ]
         assert all(row[place] == np.float32(factor) for place, factor in draw.jitter)
         assert (4 in row[4:8]) == any(place == 3 and factor < 0 for place, factor in draw.jitter)
 
@@ -178,8 +203,18 @@ def test_draws_are_those_of_the_exact_way() -> None:
 def test_batches_do_not_depend_on_workers_processes_or_start(hand_over: bool) -> None:
     source = open_images("digits").subset(range(20))
 
-    def load(workers: int = 0, start: int = 0, rank: int = 0, world_size: int = 1) -> list[dict[str, Tensor]]:
-        sampler = BatchSampler(source, batch_size=8, seed=3, steps=4, start_step=start, rank=rank, world_size=world_size)
+    def load(
+        workers: int = 0, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> list[dict[str, Tensor]]:
+        sampler = BatchSampler(
+            source,
+            batch_size=8,
+            seed=3,
+            steps=4,
+            start_step=start,
+            rank=rank,
+            world_size=world_size,
+        )
         specs = V.view_specs(2, 3, 16, 8, (0.25, 1.0), (0.05, 0.25), True)
         dataset = V.ViewDataset(source, FastMultiCrop(specs, hand_over), seed=5)
         return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
@@ -213,10 +248,19 @@ def test_unknown_views_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_refinement_with_fast_views(tmp_path: Path) -> None:
     """Two short runs on digits: the same order, draws and weights, so losses apart by what a grey level makes."""
-    config = ViTMAEConfig(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = ViTMAEConfig(
+        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     torch.manual_seed(0)
     ViTMAEModel(config).save_pretrained(tmp_path / "start")
-    sizes = {"projector_dim": 32, "predictor_dim": 32, "embedding_dim": 16, "queue_size": 64, "topk": 3, "local_views": 2}
+    sizes = {
+        "projector_dim": 32,
+        "predictor_dim": 32,
+        "embedding_dim": 16,
+        "queue_size": 64,
+        "topk": 3,
+        "local_views": 2,
+    }
     steps = {
         "batch_size": 16,
         "max_steps": 2,
@@ -240,6 +284,8 @@ def test_refinement_with_fast_views(tmp_path: Path) -> None:
         )
         result = run(recipe)
         assert result is not None and result.metrics["recipe"]["views"] == views
-        losses[views] = [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+        losses[views] = [
+            json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()
+        ]
     assert len(losses["fast"]) == 4 and losses["fast"] != losses["exact"]
     assert np.allclose(losses["fast"], losses["exact"], rtol=0.05)

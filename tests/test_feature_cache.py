@@ -12,7 +12,12 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import embed_images, extract_features
-from mim_refiner_hf.evaluation.feature_cache import Rows, check_features, evaluation_columns, read_rows
+from mim_refiner_hf.evaluation.feature_cache import (
+    Rows,
+    check_features,
+    evaluation_columns,
+    read_rows,
+)
 from mim_refiner_hf.evaluation.linear_probe import linear_probe
 from mim_refiner_hf.evaluation.low_shot import low_shot
 
@@ -21,15 +26,27 @@ COLUMN = "block1.cls"
 
 def make_encoder(seed: int = 0) -> MimRefinerModel:
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return MimRefinerModel(MimRefinerConfig(**shape, image_size=8, patch_size=4, num_channels=1)).eval()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return MimRefinerModel(
+        MimRefinerConfig(**shape, image_size=8, patch_size=4, num_channels=1)
+    ).eval()
 
 
 def digits(places: Any = range(60)) -> ImageDataset:
     return open_images("digits", num_channels=1).subset(list(places))
 
 
-def read(encoder: MimRefinerModel, images: ImageDataset, folder: Path | None, columns: tuple[str, ...] = (COLUMN,)) -> Rows:
+def read(
+    encoder: MimRefinerModel,
+    images: ImageDataset,
+    folder: Path | None,
+    columns: tuple[str, ...] = (COLUMN,),
+) -> Rows:
     return read_rows(encoder, images, image_processor(encoder.config, {}), columns, features=folder)
 
 
@@ -40,13 +57,20 @@ def expected(encoder: MimRefinerModel, images: ImageDataset) -> torch.Tensor:
 def count_images(encoder: MimRefinerModel) -> list[int]:
     """A list that grows by the batch size at each forward pass."""
     passes: list[int] = []
-    encoder.embeddings.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
+    encoder.embeddings.register_forward_hook(
+        lambda _module, inputs, _output: passes.append(len(inputs[0]))
+    )
     return passes
 
 
 def test_images_of_overlapping_sets_are_encoded_once_and_keep_their_order(tmp_path: Path) -> None:
     encoder, rng = make_encoder(), np.random.default_rng(0)
-    sets = [digits(range(40)), digits(range(59, 19, -1)), digits(rng.permutation(60)[:30]), digits(range(60))]
+    sets = [
+        digits(range(40)),
+        digits(range(59, 19, -1)),
+        digits(rng.permutation(60)[:30]),
+        digits(range(60)),
+    ]
     wanted = [expected(encoder, images) for images in sets]
     passes = count_images(encoder)
     for images, features in zip(sets, wanted, strict=True):
@@ -60,7 +84,9 @@ def test_other_weights_and_columns_are_computed_and_kept_apart(tmp_path: Path) -
     one, other = make_encoder(0), make_encoder(1)
     for encoder in (one, other, one, other):
         rows = read(encoder, digits(), tmp_path)
-        torch.testing.assert_close(rows.column(COLUMN), expected(encoder, digits()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rows.column(COLUMN), expected(encoder, digits()), atol=1e-5, rtol=0
+        )
     assert len(list(tmp_path.iterdir())) == 2
     passes = count_images(one)
     both = read(one, digits(), tmp_path, (COLUMN, "block1.mean"))
@@ -69,7 +95,9 @@ def test_other_weights_and_columns_are_computed_and_kept_apart(tmp_path: Path) -
     assert sum(passes) == 60
 
 
-def test_a_damaged_store_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_store_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     encoder = make_encoder()
     read(encoder, digits(), tmp_path)
     (shard,) = tmp_path.rglob("*.parquet")
@@ -87,7 +115,9 @@ def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> No
     for i in range(30):
         path = tmp_path / "photos" / f"class{i % 3}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9), dtype=np.uint8)).save(path)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9), dtype=np.uint8)).save(
+            path
+        )
     images = open_images(str(tmp_path / "photos"), num_channels=1)
     bad = [4, 17]
     for place in bad:
@@ -97,17 +127,31 @@ def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> No
     for _ in range(2):
         rows = read(encoder, images, tmp_path / "features")
         assert rows.images.indices.tolist() == whole
-        torch.testing.assert_close(rows.column(COLUMN), expected(encoder, images.subset(whole)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rows.column(COLUMN), expected(encoder, images.subset(whole)), atol=1e-5, rtol=0
+        )
         assert rows.labels is not None and rows.labels.tolist() == images.labels[whole].tolist()  # type: ignore[index]
     settings: dict[str, Any] = {"processor": image_processor(encoder.config, {}), "seed": 3}
-    for protocol, more in ((low_shot, {"shots": (1, 5)}), (linear_probe, {"augment": False, "epochs": 3})):
+    for protocol, more in (
+        (low_shot, {"shots": (1, 5)}),
+        (linear_probe, {"augment": False, "epochs": 3}),
+    ):
         kept, memory = (
-            protocol(encoder=encoder, train_images=train, eval_images=images.subset(whole), features=folder, **settings, **more)  # type: ignore[operator]
+            protocol(
+                encoder=encoder,
+                train_images=train,
+                eval_images=images.subset(whole),
+                features=folder,
+                **settings,
+                **more,
+            )  # type: ignore[operator]
             for train, folder in ((images, tmp_path / "features"), (images.subset(whole), None))
         )
         assert set(kept.scores) == set(memory.scores)
         if protocol is linear_probe:
-            assert kept.metrics == pytest.approx(memory.metrics, abs=0.08)  # two of 28 images: batches differ in rounding
+            assert kept.metrics == pytest.approx(
+                memory.metrics, abs=0.08
+            )  # two of 28 images: batches differ in rounding
     with pytest.raises(ValueError, match=r"none of the 2 images of .*photos can be read"):
         read(encoder, images.subset(bad), tmp_path / "features")
 
@@ -115,11 +159,17 @@ def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> No
 def test_protocols_say_the_same_with_and_without_a_store(tmp_path: Path) -> None:
     encoder = make_encoder()
     images = {"train_images": digits(range(300)), "eval_images": digits(range(300, 500))}
-    settings: dict[str, Any] = {"encoder": encoder, "processor": image_processor(encoder.config, {}), **images}
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "processor": image_processor(encoder.config, {}),
+        **images,
+    }
     for protocol, more in ((low_shot, {}), (linear_probe, {"augment": False, "epochs": 5})):
         memory = protocol(**settings, **more)  # type: ignore[operator]
         kept = protocol(**settings, **more, features=tmp_path)  # type: ignore[operator]
-        assert kept.metrics == pytest.approx(memory.metrics, abs=0.011)  # one or two images of 200: batches differ in rounding
+        assert kept.metrics == pytest.approx(
+            memory.metrics, abs=0.011
+        )  # one or two images of 200: batches differ in rounding
 
 
 def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:
@@ -129,21 +179,32 @@ def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:
     embed_images(encoder, digits(), processor, tmp_path / "all", columns=columns)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
     passes = count_images(encoder)
-    features = read(encoder, digits(range(50, 10, -1)), tmp_path / "all", tuple(columns)).column(COLUMN)
-    assert not passes and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
-    torch.testing.assert_close(features, expected(encoder, digits(range(50, 10, -1))), atol=1e-5, rtol=0)
+    features = read(encoder, digits(range(50, 10, -1)), tmp_path / "all", tuple(columns)).column(
+        COLUMN
+    )
+    assert not passes and before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")
+    }
+    torch.testing.assert_close(
+        features, expected(encoder, digits(range(50, 10, -1))), atol=1e-5, rtol=0
+    )
 
 
 def test_a_store_that_cannot_serve_says_why(tmp_path: Path) -> None:
     encoder = make_encoder()
-    embed_images(encoder, digits(), image_processor(encoder.config, {}), tmp_path / "few", columns=[COLUMN])
+    embed_images(
+        encoder, digits(), image_processor(encoder.config, {}), tmp_path / "few", columns=[COLUMN]
+    )
     with pytest.raises(
-        ValueError, match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls and mean"
+        ValueError,
+        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls and mean",
     ):
         read(encoder, digits(), tmp_path / "few", ("block0.cls", COLUMN, "block1.mean"))
     with pytest.raises(ValueError, match="other features: encoder was unnamed"):
         read(make_encoder(1), digits(), tmp_path / "few")
-    with pytest.raises(ValueError, match="lacks 40 of the 60 images of digits, such as row 60 of digits"):
+    with pytest.raises(
+        ValueError, match="lacks 40 of the 60 images of digits, such as row 60 of digits"
+    ):
         read(encoder, digits(range(40, 100)), tmp_path / "few")
     (shard,) = (tmp_path / "few").rglob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
@@ -154,10 +215,13 @@ def test_a_store_that_cannot_serve_says_why(tmp_path: Path) -> None:
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     encoder = make_encoder()
     with torch.no_grad():
-        encoder.layers[1].layer_scale2.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+        encoder.layers[1].layer_scale2.register_forward_hook(
+            lambda _module, _inputs, output: output * float("nan")
+        )
     for folder in (tmp_path, None):
         with pytest.raises(
-            ValueError, match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check the model"
+            ValueError,
+            match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check the model",
         ):
             read(encoder, digits(), folder).column(COLUMN)
 

@@ -17,7 +17,9 @@ from mim_refiner_hf.publishing import cluster_page
 def planted(rows: int = 150, groups: int = 3, width: int = 20) -> Tensor:
     """Rows of changing length around a few directions; row i is of group i % groups."""
     centres = F.normalize(torch.randn(groups, width), dim=1)
-    return (centres[torch.arange(rows) % groups] + 0.05 * torch.randn(rows, width)) * (1 + torch.rand(rows, 1))
+    return (centres[torch.arange(rows) % groups] + 0.05 * torch.randn(rows, width)) * (
+        1 + torch.rand(rows, 1)
+    )
 
 
 class StandIn:
@@ -29,7 +31,9 @@ class StandIn:
         StandIn.settings = settings
 
     def fit_transform(self, points: np.ndarray) -> np.ndarray:
-        assert np.allclose(np.linalg.norm(points, axis=1), 1, atol=1e-5)  # Euclidean distances follow the cosine
+        assert np.allclose(
+            np.linalg.norm(points, axis=1), 1, atol=1e-5
+        )  # Euclidean distances follow the cosine
         return points[:, :2].astype(np.float64)
 
 

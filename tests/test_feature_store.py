@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_store import BATCH, COUNT, SHARD, contents, embed, forward_passes, make_encoder, make_processor, write_photos
+from small_store import (
+    BATCH,
+    COUNT,
+    SHARD,
+    contents,
+    embed,
+    forward_passes,
+    make_encoder,
+    make_processor,
+    write_photos,
+)
 from torch import Tensor
 
 from mim_refiner_hf.cli import main
@@ -51,7 +61,9 @@ def test_columns_equal_hooked_block_outputs(photos: Path, tmp_path: Path, num_wo
     for layer in encoder.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
     with torch.no_grad():
-        output = encoder(**make_processor()([images[i].image for i in range(COUNT)], return_tensors="pt")).last_hidden_state
+        output = encoder(
+            **make_processor()([images[i].image for i in range(COUNT)], return_tensors="pt")
+        ).last_hidden_state
     expected = {
         "block1.cls": blocks[1][:, 0],
         "block3.cls": blocks[3][:, 0],
@@ -71,10 +83,14 @@ def test_columns_equal_hooked_block_outputs(photos: Path, tmp_path: Path, num_wo
 def test_other_parquet_readers_see_the_same(photos: Path, tmp_path: Path) -> None:
     store = embed(photos, tmp_path / "out", columns=["block3.cls", "output.mean"])
     table = pq.read_table(tmp_path / "out" / "shards", columns=["output.mean", "label"])
-    assert np.array_equal(np.stack(table["output.mean"].to_numpy()), store.features("output.mean").numpy())
+    assert np.array_equal(
+        np.stack(table["output.mean"].to_numpy()), store.features("output.mean").numpy()
+    )
     assert table["label"].to_pylist() == store.labels.tolist()
     files = sorted(map(str, (tmp_path / "out" / "shards").iterdir()))
-    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert loaded.features["block3.cls"].length == 32
     assert torch.equal(torch.tensor(loaded["block3.cls"][:]), store.features("block3.cls"))
 
@@ -84,17 +100,27 @@ def test_stored_features_are_extracted_once(photos: Path, tmp_path: Path) -> Non
     expected = extract_features(encoder, images, make_processor(), blocks=[2, 0], batch_size=8)
     passes = forward_passes(encoder)
     for _ in range(2):
-        found = stored_features(encoder, images, make_processor(), tmp_path / "out", blocks=[2, 0], batch_size=8)
+        found = stored_features(
+            encoder, images, make_processor(), tmp_path / "out", blocks=[2, 0], batch_size=8
+        )
         assert passes == [8, 8, 7]
         assert torch.equal(found.features, expected.features)
         assert list(found.blocks) == [0, 2]
-        assert all(torch.equal(found.blocks[block], expected.blocks[block]) for block in found.blocks)
-        assert found.labels is not None and expected.labels is not None and torch.equal(found.labels, expected.labels)
+        assert all(
+            torch.equal(found.blocks[block], expected.blocks[block]) for block in found.blocks
+        )
+        assert (
+            found.labels is not None
+            and expected.labels is not None
+            and torch.equal(found.labels, expected.labels)
+        )
     fewer = stored_features(encoder, images, make_processor(), tmp_path / "out")
     assert passes == [8, 8, 7] and torch.equal(fewer.features, expected.features)
 
 
-def test_stored_features_follow_the_encoder_they_are_asked_for(photos: Path, tmp_path: Path) -> None:
+def test_stored_features_follow_the_encoder_they_are_asked_for(
+    photos: Path, tmp_path: Path
+) -> None:
     store = embed(photos, tmp_path / "out", columns=["block3.cls", "block3.mean"])
     encoder, images = make_encoder(pooling="mean"), open_images(str(photos))
     found = stored_features(encoder, images, make_processor(), tmp_path / "out")
@@ -106,7 +132,9 @@ def test_stored_features_without_cls_and_labels(photos: Path, tmp_path: Path) ->
     encoder, images = make_encoder(use_cls_token=False), open_images(str(photos / "cat"))
     found = stored_features(encoder, images, make_processor(), tmp_path / "out")
     assert found.labels is None
-    torch.testing.assert_close(found.features, extract_features(encoder, images, make_processor()).features)
+    torch.testing.assert_close(
+        found.features, extract_features(encoder, images, make_processor()).features
+    )
     assert list(FeatureStore(tmp_path / "out").columns) == ["block3.mean"]
 
 
@@ -124,7 +152,9 @@ def test_names_of_columns() -> None:
     config = make_encoder().config
     assert feature_columns(config) == ["block3.cls"]
     assert feature_columns(config, [1, "output"], ["cls", "mean"], last4=True) == [
-        f"{place}.{pooling}" for place in ("block1", "output", "last4") for pooling in ("cls", "mean")
+        f"{place}.{pooling}"
+        for place in ("block1", "output", "last4")
+        for pooling in ("cls", "mean")
     ]
     capi = make_encoder(
         use_cls_token=False,
@@ -144,35 +174,64 @@ def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> No
     encoded: list[bytes] = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
     encoded[7] = b"no picture"
     labels = datasets.ClassLabel(names=["cat", "dog"])
-    table = datasets.Dataset.from_dict({"image": encoded, "label": [i % 2 for i in range(COUNT)]}).cast_column("label", labels)
+    table = datasets.Dataset.from_dict(
+        {"image": encoded, "label": [i % 2 for i in range(COUNT)]}
+    ).cast_column("label", labels)
     table.to_parquet(tmp_path / "train.parquet")
-    settings: dict[str, Any] = {"shard_size": SHARD, "batch_size": BATCH, "columns": ["block3.cls", "block0.mean"]}
+    settings: dict[str, Any] = {
+        "shard_size": SHARD,
+        "batch_size": BATCH,
+        "columns": ["block3.cls", "block0.mean"],
+    }
     stores = []
     for name, opened in (("table", open_images), ("stream", open_stream)):
         images = opened(str(tmp_path / "train.parquet"))
-        stores.append(embed_images(make_encoder(), images, make_processor(), tmp_path / name, **settings))
+        stores.append(
+            embed_images(make_encoder(), images, make_processor(), tmp_path / name, **settings)
+        )
     table_store, stream_store = stores
-    assert all(torch.equal(table_store.features(column), stream_store.features(column)) for column in settings["columns"])
+    assert all(
+        torch.equal(table_store.features(column), stream_store.features(column))
+        for column in settings["columns"]
+    )
     for store in stores:
         assert store.indices.tolist() == [i for i in range(COUNT) if i != 7]
-        assert store.labels.tolist() == [i % 2 for i in range(COUNT) if i != 7] and store.class_names == ["cat", "dog"]
-        assert [image["index"] for image in store.broken] == [7] and store.manifest["num_images"] == COUNT
+        assert store.labels.tolist() == [
+            i % 2 for i in range(COUNT) if i != 7
+        ] and store.class_names == ["cat", "dog"]
+        assert [image["index"] for image in store.broken] == [7] and store.manifest[
+            "num_images"
+        ] == COUNT
 
 
 def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
     shards, rows, width = 2, 16384, 256  # 34 MB, 17 MB a shard
-    manifest = {"format": feature_store.FORMAT, "num_images": shards * rows, "shard_size": rows, "class_names": None}
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "columns": {"block0.cls": width}, "command": None}))
+    manifest = {
+        "format": feature_store.FORMAT,
+        "num_images": shards * rows,
+        "shard_size": rows,
+        "class_names": None,
+    }
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "columns": {"block0.cls": width}, "command": None})
+    )
     values = np.random.default_rng(0).standard_normal((shards * rows, width), dtype=np.float32)
     for shard in range(shards):
         part = values[shard * rows : (shard + 1) * rows]
         numbers = range(shard * rows, (shard + 1) * rows)
-        content = {"index": list(numbers), "label": [-1] * rows, "path": [str(i) for i in numbers], "block0.cls": part}
+        content = {
+            "index": list(numbers),
+            "label": [-1] * rows,
+            "path": [str(i) for i in numbers],
+            "block0.cls": part,
+        }
         feature_store.write_shard(tmp_path, shard, content, [])
     before, most, start = pa.total_allocated_bytes(), 0, 0
     store = FeatureStore(tmp_path)
     for batch in store.batches("block0.cls"):
-        assert len(batch) <= 1024 and torch.equal(batch, torch.from_numpy(values[start : start + len(batch)]))
+        assert len(batch) <= 1024 and torch.equal(
+            batch, torch.from_numpy(values[start : start + len(batch)])
+        )
         start, most = start + len(batch), max(most, pa.total_allocated_bytes() - before)
     assert start == shards * rows
     assert most < 10e6  # a row group, decoded and not, is 2 MB; pyarrow takes 5 MB once
@@ -189,38 +248,77 @@ def test_a_store_of_something_else_is_refused(photos: Path, tmp_path: Path) -> N
     refused: list[tuple[str, Any, Any, Any, dict[str, Any]]] = [
         ("encoder was unnamed", make_encoder(seed=1), images, make_processor(), {}),
         ("encoder was unnamed", make_encoder(layer_norm_eps=1e-3), images, make_processor(), {}),
-        ("dtype was float32, is bfloat16; name", make_encoder().to(torch.bfloat16), images, make_processor(), {}),
+        (
+            "dtype was float32, is bfloat16; name",
+            make_encoder().to(torch.bfloat16),
+            images,
+            make_processor(),
+            {},
+        ),
         ("data was .*photos", make_encoder(), images.subset(range(22)), make_processor(), {}),
         ("preprocessing was", make_encoder(), images, make_processor(18), {}),
-        ("columns were block3.cls, now with block2.cls", make_encoder(), images, make_processor(), {"columns": ["block2.cls"]}),
+        (
+            "columns were block3.cls, now with block2.cls",
+            make_encoder(),
+            images,
+            make_processor(),
+            {"columns": ["block2.cls"]},
+        ),
         ("shard_size was 5, is 6", make_encoder(), images, make_processor(), {"shard_size": 6}),
     ]
     for message, encoder, data, processor, settings in refused:
         with pytest.raises(ValueError, match=f"holds other features: {message}"):
             embed_images(encoder, data, processor, out, **settings)
     assert contents(out) == before
-    embed_images(make_encoder(pooling="mean"), images, make_processor(), out, columns=["block3.cls"])  # the same features
+    embed_images(
+        make_encoder(pooling="mean"), images, make_processor(), out, columns=["block3.cls"]
+    )  # the same features
     with pytest.raises(ValueError, match=r"no column 'block2.cls'; it has block3.cls"):
         FeatureStore(out).features("block2.cls")
-    with pytest.raises(ValueError, match="blocks has 4, but the encoder's blocks are numbered 0 to 3"):
+    with pytest.raises(
+        ValueError, match="blocks has 4, but the encoder's blocks are numbered 0 to 3"
+    ):
         feature_set(FeatureStore(out), [4])
     with pytest.raises(FileNotFoundError, match="holds no features; make them"):
         FeatureStore(tmp_path / "nowhere")
 
 
-def test_command_writes_a_store(model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_a_store(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    words = ["embed", model, "--dataset", str(photos), "--out", str(out), "--blocks", "1", "output", "--pooling", "cls", "mean"]
+    words = [
+        "embed",
+        model,
+        "--dataset",
+        str(photos),
+        "--out",
+        str(out),
+        "--blocks",
+        "1",
+        "output",
+        "--pooling",
+        "cls",
+        "mean",
+    ]
     words += ["--last4", "--dtype", "bf16", "--num_workers", "0", "--shard_size", "8"]
     assert main(words) == 0
     assert f"The features: {COUNT} images, block1.cls (32)" in capsys.readouterr().out
     store = FeatureStore(out)
-    assert list(store.columns) == [f"{place}.{way}" for place in ("block1", "output", "last4") for way in ("cls", "mean")]
-    assert store.manifest["encoder"]["name"] == model and store.manifest["command"] == " ".join(["mim-refiner", *words])
+    assert list(store.columns) == [
+        f"{place}.{way}" for place in ("block1", "output", "last4") for way in ("cls", "mean")
+    ]
+    assert store.manifest["encoder"]["name"] == model and store.manifest["command"] == " ".join(
+        ["mim-refiner", *words]
+    )
     assert torch.__version__.startswith(store.manifest["versions"]["torch"])
     encoder = make_encoder().to(torch.bfloat16)
-    expected = extract_features(encoder, open_images(str(photos)), make_processor(), blocks=[1], batch_size=8)
-    torch.testing.assert_close(store.features("block1.cls"), expected.blocks[1], atol=0.02, rtol=0.02)
+    expected = extract_features(
+        encoder, open_images(str(photos)), make_processor(), blocks=[1], batch_size=8
+    )
+    torch.testing.assert_close(
+        store.features("block1.cls"), expected.blocks[1], atol=0.02, rtol=0.02
+    )
 
 
 WRONG = {
@@ -232,14 +330,26 @@ WRONG = {
         ["{model}", "--dataset", "{photos}", "--blocks", "1", "4"],
         "blocks has 4, but the encoder's blocks are numbered 0",
     ),
-    "negative block": (["{model}", "--dataset", "{photos}", "--blocks", "-1"], "blocks has -1, but"),
+    "negative block": (
+        ["{model}", "--dataset", "{photos}", "--blocks", "-1"],
+        "blocks has -1, but",
+    ),
     "pooling": (
         ["{model}", "--dataset", "{photos}", "--pooling", "register"],
         "pooling 'register': the encoder has no register",
     ),
-    "predictor": (["{model}", "--dataset", "{photos}", "--pooling", "global_repr"], "the encoder has no predictor"),
-    "batch": (["{model}", "--dataset", "{photos}", "--batch_size", "0"], "batch_size is 0; it must be at least 1"),
-    "shard": (["{model}", "--dataset", "{photos}", "--shard_size", "-1"], "shard_size is -1; it must be at least 1"),
+    "predictor": (
+        ["{model}", "--dataset", "{photos}", "--pooling", "global_repr"],
+        "the encoder has no predictor",
+    ),
+    "batch": (
+        ["{model}", "--dataset", "{photos}", "--batch_size", "0"],
+        "batch_size is 0; it must be at least 1",
+    ),
+    "shard": (
+        ["{model}", "--dataset", "{photos}", "--shard_size", "-1"],
+        "shard_size is -1; it must be at least 1",
+    ),
 }
 
 
@@ -250,7 +360,10 @@ def test_wrong_use_is_one_sentence(
     (tmp_path / "empty").mkdir()
     words, message = WRONG[case]
     places = {"model": model, "photos": photos, "empty": tmp_path / "empty"}
-    assert main(["embed", *(word.format(**places) for word in words), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["embed", *(word.format(**places) for word in words), "--out", str(tmp_path / "out")])
+        == 2
+    )
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and message in said
     assert not (tmp_path / "out").exists()
@@ -260,11 +373,19 @@ def test_folders_that_hold_something_else_are_left_alone(
     model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    for folder, content in (("notes", "notes.txt"), ("checkpoint", "manifest.json"), ("garbled", "manifest.json")):
+    for folder, content in (
+        ("notes", "notes.txt"),
+        ("checkpoint", "manifest.json"),
+        ("garbled", "manifest.json"),
+    ):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / content).write_text('{"step": 1}' if folder == "checkpoint" else "kept")
+        (tmp_path / folder / content).write_text(
+            '{"step": 1}' if folder == "checkpoint" else "kept"
+        )
     for folder in ("file", "notes", "checkpoint", "garbled", "file/below"):
-        assert main(["embed", model, "--dataset", str(photos), "--out", str(tmp_path / folder)]) == 2
+        assert (
+            main(["embed", model, "--dataset", str(photos), "--out", str(tmp_path / folder)]) == 2
+        )
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert "left alone; name another one" in said or "is a file; name a folder" in said
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -272,10 +393,15 @@ def test_folders_that_hold_something_else_are_left_alone(
 
 
 def test_no_cls_no_last4(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pooling 'cls': the encoder has no CLS token \(use_cls_token=False\); use 'mean'"):
+    with pytest.raises(
+        ValueError,
+        match=r"pooling 'cls': the encoder has no CLS token \(use_cls_token=False\); use 'mean'",
+    ):
         embed(photos, tmp_path / "out", make_encoder(use_cls_token=False), columns=["block3.cls"])
     with pytest.raises(ValueError, match="last4 takes the last 4 blocks, but the encoder has 3"):
         embed(photos, tmp_path / "out", make_encoder(num_hidden_layers=3), columns=["last4.cls"])
-    with pytest.raises(ValueError, match=r"'last.cls' names no feature: give block<number>, last4 or output, a dot"):
+    with pytest.raises(
+        ValueError, match=r"'last.cls' names no feature: give block<number>, last4 or output, a dot"
+    ):
         embed(photos, tmp_path / "out", columns=["last.cls"])
     assert not (tmp_path / "out").exists()

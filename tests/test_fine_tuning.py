@@ -31,8 +31,17 @@ EVERYTHING = {"rand_augment": True, "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0,
 
 def make_encoder(**changes: Any) -> MimRefinerModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return MimRefinerModel(MimRefinerConfig(**{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes})).eval()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return MimRefinerModel(
+        MimRefinerConfig(
+            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
+        )
+    ).eval()
 
 
 def digits(split: str = "train") -> ImageDataset:
@@ -42,8 +51,12 @@ def digits(split: str = "train") -> ImageDataset:
 def tune(encoder: MimRefinerModel, images: ImageDataset, **changes: Any) -> dict[str, torch.Tensor]:
     """The weights after two epochs; `changes` are of the recipe, but for `passes`, the other arguments of `fine_tune`."""
     passes = changes.pop("passes", {})
-    recipe = FineTuneRecipe(**{"epochs": 2, "warmup_epochs": 0.5, "batch_size": 32, "seed": 3, **changes})
-    return fine_tune(encoder, image_processor(encoder.config, {}), images, recipe, **passes).state_dict()
+    recipe = FineTuneRecipe(
+        **{"epochs": 2, "warmup_epochs": 0.5, "batch_size": 32, "seed": 3, **changes}
+    )
+    return fine_tune(
+        encoder, image_processor(encoder.config, {}), images, recipe, **passes
+    ).state_dict()
 
 
 def test_training_equals_a_plain_loop() -> None:
@@ -58,7 +71,9 @@ def test_training_equals_a_plain_loop() -> None:
     groups = []
     for name, parameter in model.named_parameters():
         block = re.match(r"encoder\.layers\.(\d)", name)
-        depth = 2 if block is None else 1 + 1 - int(block[1])  # decays: embeddings 3, block 0 2, block 1 1, the rest 0
+        depth = (
+            2 if block is None else 1 + 1 - int(block[1])
+        )  # decays: embeddings 3, block 0 2, block 1 1, the rest 0
         depth = 3 if ".embeddings." in name else depth if block else 0
         decay = 0.0 if parameter.ndim <= 1 or name.endswith("cls_token") else 0.05
         groups.append({"params": [parameter], "weight_decay": decay, "scale": 0.75**depth})
@@ -70,12 +85,16 @@ def test_training_equals_a_plain_loop() -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, 2, 6, 1e-3 * 32 / 256)
         optimizer.zero_grad()
-        F.cross_entropy(model(torch.stack(pixels)).logits, torch.tensor(labels), label_smoothing=0.1).backward()
+        F.cross_entropy(
+            model(torch.stack(pixels)).logits, torch.tensor(labels), label_smoothing=0.1
+        ).backward()
         optimizer.step()
     moved = 0.0
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
-        moved = max(moved, (tensor - before.get(name.removeprefix("encoder."), tensor)).abs().max().item())
+        moved = max(
+            moved, (tensor - before.get(name.removeprefix("encoder."), tensor)).abs().max().item()
+        )
     assert moved > 2e-4
 
 
@@ -89,11 +108,16 @@ def test_smaller_passes_change_nothing() -> None:
 def test_the_classifier_starts_next_to_zero_on_the_same_encoder() -> None:
     encoder = make_encoder()
     model = make_classifier(encoder.to(torch.bfloat16), 7)
-    assert all(torch.equal(encoder.state_dict()[name].float(), tensor) for name, tensor in model.encoder.state_dict().items())
+    assert all(
+        torch.equal(encoder.state_dict()[name].float(), tensor)
+        for name, tensor in model.encoder.state_dict().items()
+    )
     logits = model(torch.randn(3, 1, 8, 8)).logits
     assert logits.shape == (3, 7) and logits.abs().max() < 1e-3 and logits.dtype == torch.float32
     groups = classifier_groups(model, FineTuneRecipe())
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
+        id(p) for p in model.parameters()
+    )
     assert model.encoder.embeddings.position_embeddings is not None
     assert model.encoder.embeddings.position_embeddings.requires_grad
 
@@ -103,12 +127,19 @@ def test_drop_path_drops_whole_branches_of_later_blocks() -> None:
     pixels = torch.randn(400, 1, 8, 8)
     plain = model.eval()(pixels, output_hidden_states=True).hidden_states
     hooks = add_drop_path(model, 0.4)
-    torch.testing.assert_close(model(pixels, output_hidden_states=True).hidden_states[3], plain[3])  # eval: nothing is dropped
+    torch.testing.assert_close(
+        model(pixels, output_hidden_states=True).hidden_states[3], plain[3]
+    )  # eval: nothing is dropped
     with torch.no_grad():
         one, two, three = model.train()(pixels, output_hidden_states=True).hidden_states[1:]
     torch.testing.assert_close(one, plain[1])  # rate 0 in the first block
-    share = [(after - before).flatten(1).abs().sum(dim=1).eq(0).float().mean() for before, after in ((one, two), (two, three))]
-    assert share[0] == pytest.approx(0.2**2, abs=0.04) and share[1] == pytest.approx(0.4**2, abs=0.06)  # both branches at once
+    share = [
+        (after - before).flatten(1).abs().sum(dim=1).eq(0).float().mean()
+        for before, after in ((one, two), (two, three))
+    ]
+    assert share[0] == pytest.approx(0.2**2, abs=0.04) and share[1] == pytest.approx(
+        0.4**2, abs=0.06
+    )  # both branches at once
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(model(pixels, output_hidden_states=True).hidden_states[3], plain[3])
@@ -136,7 +167,10 @@ def test_augmentations_are_pure_functions_of_seed_epoch_and_image() -> None:
 
 def test_everything_at_once_trains_and_repeats_itself() -> None:
     encoder, images = make_encoder(), digits().subset(range(48))
-    runs = [tune(encoder, images, **EVERYTHING, **more) for more in ({}, {"passes": {"num_workers": 2}}, {"seed": 4})]
+    runs = [
+        tune(encoder, images, **EVERYTHING, **more)
+        for more in ({}, {"passes": {"num_workers": 2}}, {"seed": 4})
+    ]
     name = "encoder.layers.1.mlp.fc1.weight"
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
     assert not torch.equal(runs[0][name], runs[2][name])
@@ -147,14 +181,26 @@ def test_a_share_of_the_labels_holds_every_class() -> None:
     labels = np.repeat([0, 1, 2, 5], [100, 50, 3, 20])
     chosen = labelled_share(labels, 0.1, seed=0)
     assert np.bincount(labels[chosen]).tolist() == [10, 5, 1, 0, 0, 2]
-    assert chosen.tolist() == sorted(set(chosen.tolist())) == labelled_share(labels, 0.1, seed=0).tolist()
+    assert (
+        chosen.tolist()
+        == sorted(set(chosen.tolist()))
+        == labelled_share(labels, 0.1, seed=0).tolist()
+    )
     assert chosen.tolist() != labelled_share(labels, 0.1, seed=1).tolist()
     assert labelled_share(labels, 1.0, seed=0).tolist() == list(range(173))
 
 
 def test_digits_are_learnt() -> None:
     encoder = make_encoder()
-    recipe = FineTuneRecipe(fraction=0.4, epochs=8, warmup_epochs=1, batch_size=32, learning_rate=0.02, scale=0.7, flip=0.0)
+    recipe = FineTuneRecipe(
+        fraction=0.4,
+        epochs=8,
+        warmup_epochs=1,
+        batch_size=32,
+        learning_rate=0.02,
+        scale=0.7,
+        flip=0.0,
+    )
     result = fine_tuning(
         encoder=encoder,
         processor=image_processor(encoder.config, {}),
@@ -164,16 +210,34 @@ def test_digits_are_learnt() -> None:
     )
     accuracy = result.metrics["fine_tuning_accuracy"]
     assert accuracy > 0.2  # twice chance, from random weights in 128 updates
-    assert result.metrics["fine_tuning_accuracy_standard_error"] == pytest.approx((accuracy * (1 - accuracy) / 500) ** 0.5)
-    assert result.scores["fine_tuning_accuracy"].setting.endswith("images, 8 epochs, learning rate 0.02, layer decay 0.75")
+    assert result.metrics["fine_tuning_accuracy_standard_error"] == pytest.approx(
+        (accuracy * (1 - accuracy) / 500) ** 0.5
+    )
+    assert result.scores["fine_tuning_accuracy"].setting.endswith(
+        "images, 8 epochs, learning rate 0.02, layer decay 0.75"
+    )
 
 
 def test_the_recipes_are_the_papers() -> None:
-    found = {name: FineTuneRecipe(**read_fields(f"fine-tune-{name}", FineTuneRecipe)) for name in ("inat", "100percent")}
+    found = {
+        name: FineTuneRecipe(**read_fields(f"fine-tune-{name}", FineTuneRecipe))
+        for name in ("inat", "100percent")
+    }
     assert found["inat"] == FineTuneRecipe()
-    table_12 = {"epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "layer_decay": 0.75, "weight_decay": 0.05}
+    table_12 = {
+        "epochs": 50,
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+        "layer_decay": 0.75,
+        "weight_decay": 0.05,
+    }
     assert {name: getattr(found["inat"], name) for name in table_12} == table_12
-    assert (found["inat"].warmup_epochs, found["inat"].label_smoothing, found["inat"].scale, found["inat"].mixes) == (
+    assert (
+        found["inat"].warmup_epochs,
+        found["inat"].label_smoothing,
+        found["inat"].scale,
+        found["inat"].mixes,
+    ) == (
         5,
         0.1,
         0.08,

@@ -12,7 +12,9 @@ def test_the_losses_are_the_kept_ones(tmp_path: Path) -> None:
     if machine() in expected:
         own = expected[machine()]
         differing = [step for step in range(STEPS) if found[step] != own[step]]
-        assert differing == [], f"other losses from step {differing[0]} on, by up to {difference(found, own):.1e}"
+        assert differing == [], (
+            f"other losses from step {differing[0]} on, by up to {difference(found, own):.1e}"
+        )
     else:
         print(f"{machine()} is not listed: compared up to {TOLERANCE}")
         assert min(difference(found, own) for own in expected.values()) <= TOLERANCE

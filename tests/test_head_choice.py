@@ -31,7 +31,9 @@ def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]
     """A profile whose k-NN accuracy, or without labels agreement, is `scores`; the other one says the opposite."""
     others = [1 - score for score in scores]
     accuracies, agreements = (scores, others) if labelled else (None, scores)
-    return assemble(accuracies, agreements, None, [torch.randn(5, 3) for _ in scores], [1.0] * len(scores))
+    return assemble(
+        accuracies, agreements, None, [torch.randn(5, 3) for _ in scores], [1.0] * len(scores)
+    )
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -39,7 +41,11 @@ def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]
     ("scores", "frozen", "first"),
     [
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 4),  # the last is best: the last third
-        ([0.1, 0.2, 0.3, 0.6, 0.5, 0.4], 0, 3),  # the best lies before the last third: from there on
+        (
+            [0.1, 0.2, 0.3, 0.6, 0.5, 0.4],
+            0,
+            3,
+        ),  # the best lies before the last third: from there on
         ([0.1, 0.2, 0.3, 0.605, 0.5, 0.6], 0, 4),  # not by more than noise
         ([0.9, 0.2, 0.3, 0.4, 0.5, 0.4], 0, 3),  # far too early: the last half
         ([0.1, 0.2, 0.3, 0.6, 0.5, 0.4], 4, 4),  # frozen blocks carry none
@@ -53,7 +59,9 @@ def test_proposal(scores: list[float], frozen: int, first: int, labelled: bool) 
     blocks, reason = propose_head_blocks(profile, frozen)
     assert blocks == list(range(first, len(scores)))
     assert reason.startswith(
-        "k-NN accuracy is best in block" if labelled else "agreement of neighbours under augmentation is best in"
+        "k-NN accuracy is best in block"
+        if labelled
+        else "agreement of neighbours under augmentation is best in"
     )
     assert ("blocks are frozen" in reason) == (frozen > 0)
 
@@ -111,12 +119,17 @@ def recipe(model: str, tmp_path: Path) -> Callable[..., RefineRecipe]:
 
 
 def losses(recipe: RefineRecipe) -> list[float]:
-    lines = [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()
+    ]
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_auto_measures_chooses_says_why_and_is_kept(
-    recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Callable[..., RefineRecipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = recipe()
     run(dataclasses.replace(asked, stage="warmup"))  # stops between the stages
@@ -160,8 +173,12 @@ def test_auto_reads_what_the_heads_read_and_leaves_frozen_blocks_alone(
     assert chosen["pooling"] == "mean"
 
 
-def test_auto_needs_images_to_measure(recipe: Callable[..., RefineRecipe], digits: ImageDataset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--head_blocks auto: 49 images are too few to measure, 50"):
+def test_auto_needs_images_to_measure(
+    recipe: Callable[..., RefineRecipe], digits: ImageDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"--head_blocks auto: 49 images are too few to measure, 50"
+    ):
         check_measurable(digits.subset(range(49)))
     check_measurable(digits.subset(range(50)))
     for i in range(40):
@@ -170,7 +187,9 @@ def test_auto_needs_images_to_measure(recipe: Callable[..., RefineRecipe], digit
     assert isinstance(open_stream(str(tmp_path / "few")), ImageStream)
     with pytest.raises(ValueError, match=r"--head_blocks auto: 40 images are too few"):
         run(recipe(dataset=str(tmp_path / "few")))
-    with pytest.raises(ValueError, match=r"--head_blocks auto: a stream cannot be measured.*--eval_dataset"):
+    with pytest.raises(
+        ValueError, match=r"--head_blocks auto: a stream cannot be measured.*--eval_dataset"
+    ):
         run(recipe(dataset=str(tmp_path / "few"), streaming=True))
     assert not (tmp_path / "out").exists()
 
@@ -180,11 +199,16 @@ def test_example_prints_table_and_proposal(
 ) -> None:
     script = Path(__file__).parents[1] / "examples/block_profile.py"
     picture = tmp_path / "picture.png"
-    monkeypatch.setattr(sys, "argv", [str(script), "--model", model, "--limit", "90", "--output", str(picture)])
+    monkeypatch.setattr(
+        sys, "argv", [str(script), "--model", model, "--limit", "90", "--output", str(picture)]
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0 and picture.stat().st_size > 0
     printed = capsys.readouterr().out
     assert "60 images as k-NN bank, 30 measured" in printed
-    assert len([line for line in printed.splitlines() if line.startswith("|")]) == 2 + SHAPE["num_hidden_layers"]
+    assert (
+        len([line for line in printed.splitlines() if line.startswith("|")])
+        == 2 + SHAPE["num_hidden_layers"]
+    )
     assert "Heads on blocks " in printed and "is best in block " in printed

@@ -83,7 +83,9 @@ def imports_of(path: Path) -> Iterator[str]:
         else:
             continue
         inside = [name.partition(".")[2] for name in found if name.partition(".")[0] == PACKAGE]
-        submodules = [name for name in inside if name in MODULES and MODULES[name].name != "__init__.py"]
+        submodules = [
+            name for name in inside if name in MODULES and MODULES[name].name != "__init__.py"
+        ]
         yield from submodules or [name for name in inside if name in MODULES]
 
 
@@ -101,7 +103,12 @@ def top_level_names(path: Path) -> Iterator[str]:
             names = [node.name]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            names = [
+                part.id
+                for target in targets
+                for part in ast.walk(target)
+                if isinstance(part, ast.Name)
+            ]
         else:
             continue
         yield from (name for name in names if not name.startswith("_"))
@@ -114,7 +121,10 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
         for node in arrows:
             if middle in reach[node]:
                 reach[node] |= reach[middle]
-    together = {frozenset(other for other in arrows if other in reach[node] and node in reach[other]) for node in arrows}
+    together = {
+        frozenset(other for other in arrows if other in reach[node] and node in reach[other])
+        for node in arrows
+    }
     return [sorted(group) for group in together if len(group) > 1]
 
 
@@ -129,18 +139,26 @@ def test_only_the_face_and_the_version_lie_at_the_root() -> None:
     assert {path.name for path in (ROOT / PACKAGE).glob("*.py")} == {"__init__.py", "_version.py"}
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if module and module != "_version"))
+@pytest.mark.parametrize(
+    "module", sorted(module for module in MODULES if module and module != "_version")
+)
 def test_imports_run_down(module: str) -> None:
     room = room_of(module)
     allowed = {room, *ROOMS[ROOMS.index(room) + 1 :]}
     if room in GROUND:
         allowed = {room}
     wrong = [name for name in IMPORTS[module] if room_of(name) not in allowed]
-    assert not wrong, f"{module} imports {', '.join(wrong)}: a room imports itself and what lies below it"
+    assert not wrong, (
+        f"{module} imports {', '.join(wrong)}: a room imports itself and what lies below it"
+    )
 
 
 def test_no_circle_between_files() -> None:
-    files = {module: set(names) - {module} for module, names in IMPORTS.items() if MODULES[module].name != "__init__.py"}
+    files = {
+        module: set(names) - {module}
+        for module, names in IMPORTS.items()
+        if MODULES[module].name != "__init__.py"
+    }
     assert circles({module: names & files.keys() for module, names in files.items()}) == []
 
 
@@ -184,7 +202,9 @@ def test_what_travels_imports_only_flat_neighbours(name: str) -> None:
             elif isinstance(node, ast.ImportFrom):
                 assert not (node.module or "").startswith(PACKAGE)
                 if node.level:
-                    assert node.level == 1 and node.module and "." not in node.module, f"{path.name}: {ast.unparse(node)}"
+                    assert node.level == 1 and node.module and "." not in node.module, (
+                        f"{path.name}: {ast.unparse(node)}"
+                    )
                     neighbour = path.with_name(f"{node.module}.py")
                     assert neighbour.is_file()
                     waiting += [neighbour] * (neighbour not in seen)

@@ -81,10 +81,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hub")
     torch.manual_seed(1)
     config = MimRefinerConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
     )
     encoder = MimRefinerModel(config).eval()
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     image = Image.effect_mandelbrot((40, 36), (-2, -1.5, 1, 1.5), 60).convert("RGB")
     with torch.no_grad():
         features = encoder(**processor(image, return_tensors="pt")).pooler_output
@@ -92,12 +99,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.save(features, root / "features.pt")
     save_model_folder(root / "model", encoder, processor)
     (root / "model" / "README.md").write_text(
-        "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n`your-name/your-model`\n", encoding="utf-8"
+        "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n`your-name/your-model`\n",
+        encoding="utf-8",
     )
-    return {"root": root, "model": root / "model", "image": root / "image.png", "features": root / "features.pt"}
+    return {
+        "root": root,
+        "model": root / "model",
+        "image": root / "image.png",
+        "features": root / "features.pt",
+    }
 
 
-def run_script(script: str, source: str, tiny: dict[str, Path], home: Path, **environment: str) -> str:
+def run_script(
+    script: str, source: str, tiny: dict[str, Path], home: Path, **environment: str
+) -> str:
     """Run `script` in a fresh process whose input is closed, so that any prompt is an error; returns what it printed."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     home.mkdir(exist_ok=True)
@@ -148,7 +163,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
-    code = {f"{name}_mim_refiner.py" for name in ("configuration", "positions", "modeling", "image_processing")}
+    code = {
+        f"{name}_mim_refiner.py"
+        for name in ("configuration", "positions", "modeling", "image_processing")
+    }
     code |= {
         "pipeline_image_clustering.py",
         "k_means.py",
@@ -158,29 +176,43 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
         "prototype_heads.py",
     }
     weights = {"model.safetensors", "weights_digests.json"}
-    assert set(contents(tiny["model"])) == {"config.json", "preprocessor_config.json", "README.md", *weights, *code}
+    assert set(contents(tiny["model"])) == {
+        "config.json",
+        "preprocessor_config.json",
+        "README.md",
+        *weights,
+        *code,
+    }
     assert not [path for path in tiny["root"].iterdir() if path.name.startswith(".")]
     assert "auto_map" not in json.loads((tiny["model"] / "preprocessor_config.json").read_text())
 
 
-def test_saving_half_precision_writes_fp32_and_replaces_the_old_model(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_saving_half_precision_writes_fp32_and_replaces_the_old_model(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     encoder = MimRefinerModel.from_pretrained(tiny["model"])
     processor = MimRefinerImageProcessor.from_pretrained(tiny["model"])
     for _ in range(2):
         save_model_folder(tmp_path / "model", encoder.to(torch.bfloat16), processor)
         (tmp_path / "model" / "README.md").write_text("card of the first weights")
     save_model_folder(tmp_path / "model", encoder, processor)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
+    assert {
+        tensor.dtype for tensor in load_file(tmp_path / "model" / "model.safetensors").values()
+    } == {torch.float32}
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
     assert encoder.dtype == torch.bfloat16
     assert not (tmp_path / "model" / "README.md").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_saving_spares_a_folder_that_holds_something_else(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_saving_spares_a_folder_that_holds_something_else(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is not a model folder"):
-        save_model_folder(tmp_path, MimRefinerModel.from_pretrained(tiny["model"]), MimRefinerImageProcessor())
+        save_model_folder(
+            tmp_path, MimRefinerModel.from_pretrained(tiny["model"]), MimRefinerImageProcessor()
+        )
     assert contents(tmp_path) == {"photo.jpg": b"mine"}
 
 
@@ -191,11 +223,15 @@ def test_an_error_while_saving_keeps_the_old_model(tiny: dict[str, Path]) -> Non
 
     before = contents(tiny["model"])
     with pytest.raises(OSError, match="disk full"):
-        save_model_folder(tiny["model"], MimRefinerModel.from_pretrained(tiny["model"]), Unsaveable())
+        save_model_folder(
+            tiny["model"], MimRefinerModel.from_pretrained(tiny["model"]), Unsaveable()
+        )
     assert contents(tiny["model"]) == before
 
 
-@pytest.mark.parametrize("repo_id", ["", "model", "a/b/c", "user/", "/name", "user/na me", "user/-name", "../up"])
+@pytest.mark.parametrize(
+    "repo_id", ["", "model", "a/b/c", "user/", "/name", "user/na me", "user/-name", "../up"]
+)
 def test_malformed_repository_names_are_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match="is not the name of a Hub repository; give user/name"):
         check_repo_id(repo_id)
@@ -210,13 +246,18 @@ def test_pushing_something_else_than_a_model_is_refused(tmp_path: Path) -> None:
         push_folder(tmp_path, "tester/tiny")
 
 
-def test_push_and_load_through_the_hub(stub_hub: Any, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_push_and_load_through_the_hub(
+    stub_hub: Any, tiny: dict[str, Path], tmp_path: Path
+) -> None:
     environment = {name: value for name, value in stub_hub.env().items() if name != "HF_HOME"}
     package = {**environment, "PYTHONPATH": str(REPOSITORY)}
     printed = run_script(WITH_PACKAGE, str(tiny["model"]), tiny, tmp_path / "with", **package)
     assert f"pushed {stub_hub.url}/tester/tiny" in printed
     repo = stub_hub.repos["tester/tiny"]
-    assert [summary for _, summary in repo["commits"]] == ["Weights, configuration and code", "Model card with metrics"]
+    assert [summary for _, summary in repo["commits"]] == [
+        "Weights, configuration and code",
+        "Model card with metrics",
+    ]
     local = contents(tiny["model"])
     card = local.pop("README.md")
     assert repo["files"].pop("README.md") == card.replace(b"your-name/your-model", b"tester/tiny")
@@ -236,8 +277,13 @@ def test_a_failing_hub_leaves_the_result_and_the_command_to_continue(
     with pytest.raises(PushError) as caught:
         push_folder(tiny["model"], "tester/tiny", private=True)
     message = str(caught.value)
-    assert message.startswith("the Hub did not take tester/tiny (Server error '500") and "\n" not in message
-    assert message.endswith(f"intact at {tiny['model']}, continue with: mim-refiner push {tiny['model']} tester/tiny --private")
+    assert (
+        message.startswith("the Hub did not take tester/tiny (Server error '500")
+        and "\n" not in message
+    )
+    assert message.endswith(
+        f"intact at {tiny['model']}, continue with: mim-refiner push {tiny['model']} tester/tiny --private"
+    )
     assert contents(tiny["model"]) == before
 
 

@@ -24,7 +24,13 @@ import pytest
 import torch
 from huggingface_hub import close_session, constants
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli, load_encoder
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    cli,
+    load_encoder,
+)
 from mim_refiner_hf.publishing import hub, push_folder, save_model_folder
 from mim_refiner_hf.runtime import retry as patience
 
@@ -59,7 +65,9 @@ class Trouble:
                     trouble.hanging.set()
                     time.sleep(60)
                 elif how == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
                     self.connection.close()
                     self.close_connection = True
                 else:
@@ -128,13 +136,26 @@ def trouble(stub_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in several files of weights, with a card."""
     torch.manual_seed(1)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     folder = tmp_path_factory.mktemp("hub") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hub, "SHARD_SIZE", "40KB")
-        processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=32, patch_size=8)), processor)
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n`your-name/your-model`\n", encoding="utf-8")
+        processor = MimRefinerImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+        save_model_folder(
+            folder,
+            MimRefinerModel(MimRefinerConfig(**shape, image_size=32, patch_size=8)),
+            processor,
+        )
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n\n`your-name/your-model`\n", encoding="utf-8"
+    )
     assert len(list(folder.glob("*.safetensors"))) >= 3
     return folder
 
@@ -148,11 +169,19 @@ def on_the_hub(stub: Any) -> set[str]:
 
 
 HOW = [429, 500, 503, "reset"]
-PUSHING = ["POST /api/repos/create", "POST .*/preupload/", "POST .*/objects/batch", "PUT /_lfs/", "POST .*/commit/"]
+PUSHING = [
+    "POST /api/repos/create",
+    "POST .*/preupload/",
+    "POST .*/objects/batch",
+    "PUT /_lfs/",
+    "POST .*/commit/",
+]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_push_outlasts_passing_trouble(how: int | str, trouble: Trouble, stub_hub: Any, model: Path) -> None:
+def test_a_push_outlasts_passing_trouble(
+    how: int | str, trouble: Trouble, stub_hub: Any, model: Path
+) -> None:
     """Each kind of request fails twice."""
     for pattern in PUSHING:
         trouble.spoil(pattern, how, times=2)
@@ -171,7 +200,9 @@ def test_lasting_trouble_ends_with_the_command_to_continue(
     assert cli.main(["push", str(model), REPOSITORY]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"error: the Hub did not take {REPOSITORY} (")
-    assert line.endswith(f"the local result is intact at {model}, continue with: mim-refiner push {model} {REPOSITORY}")
+    assert line.endswith(
+        f"the local result is intact at {model}, continue with: mim-refiner push {model} {REPOSITORY}"
+    )
     assert contents(model) == before
     assert len(trouble.seen) < 150  # bounded
     trouble.rules.clear()
@@ -185,7 +216,9 @@ def test_a_refusal_is_not_repeated(trouble: Trouble, model: Path) -> None:
     assert len(trouble.seen) == 1
 
 
-def test_a_killed_push_is_continued_without_sending_files_twice(trouble: Trouble, stub_hub: Any, model: Path) -> None:
+def test_a_killed_push_is_continued_without_sending_files_twice(
+    trouble: Trouble, stub_hub: Any, model: Path
+) -> None:
     """kill -9 while the last of several files of weights is on its way: what has arrived stays, only the rest is sent."""
     shards = len(list(model.glob("*.safetensors")))
     trouble.spoil("POST .*/commit/", "hang", times=1)
@@ -217,7 +250,9 @@ KILLED_AT = {
 
 
 @pytest.mark.parametrize("place", KILLED_AT)
-def test_a_killed_push_never_shows_half_a_model(place: str, trouble: Trouble, stub_hub: Any, model: Path) -> None:
+def test_a_killed_push_never_shows_half_a_model(
+    place: str, trouble: Trouble, stub_hub: Any, model: Path
+) -> None:
     """kill -9 somewhere on the way: the repository holds nothing or all of the model; the same command completes it."""
     pattern, weights_are_there = KILLED_AT[place]
     before, whole = contents(model), set(contents(model))
@@ -232,11 +267,16 @@ def test_a_killed_push_never_shows_half_a_model(place: str, trouble: Trouble, st
     assert trouble.hanging.wait(60)
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-    assert on_the_hub(stub_hub) - {".gitattributes"} == (whole - {"README.md"} if weights_are_there else set())
+    assert on_the_hub(stub_hub) - {".gitattributes"} == (
+        whole - {"README.md"} if weights_are_there else set()
+    )
     assert contents(model) == before
     assert cli.main(["push", str(model), REPOSITORY]) == 0
     summaries = [summary for _, summary in stub_hub.repos[REPOSITORY]["commits"]]
-    assert summaries[-1] == "Model card with metrics" and summaries[0] == "Weights, configuration and code"
+    assert (
+        summaries[-1] == "Model card with metrics"
+        and summaries[0] == "Weights, configuration and code"
+    )
     assert {name: stub_hub.repos[REPOSITORY]["files"][name] for name in whole - {"README.md"}} == {
         name: content for name, content in before.items() if name != "README.md"
     }
@@ -246,7 +286,11 @@ def test_a_killed_push_never_shows_half_a_model(place: str, trouble: Trouble, st
 @pytest.mark.parametrize("how", HOW)
 def test_loading_outlasts_passing_trouble(how: int | str, trouble: Trouble, model: Path) -> None:
     push_folder(model, REPOSITORY)
-    for pattern in (f"GET /api/models/{REPOSITORY}", "(GET|HEAD) .*/config.json", "(GET|HEAD) .*safetensors"):
+    for pattern in (
+        f"GET /api/models/{REPOSITORY}",
+        "(GET|HEAD) .*/config.json",
+        "(GET|HEAD) .*safetensors",
+    ):
         trouble.spoil(pattern, how, times=1)
     expected = load_encoder(model).state_dict()
     loaded = load_encoder(REPOSITORY).state_dict()
@@ -260,32 +304,65 @@ def test_loading_in_lasting_trouble_ends_with_one_sentence(
     trouble.spoil(".", how)
     assert cli.main(["convert", "ada/birds", str(tmp_path / "out")]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ada/birds: the Hub does not answer (") and line.endswith("run the same command again later")
+    assert line.startswith("error: ada/birds: the Hub does not answer (") and line.endswith(
+        "run the same command again later"
+    )
     assert len(trouble.seen) < 50 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_data_set_in_lasting_trouble_ends_with_one_sentence(
-    how: int | str, trouble: Trouble, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: int | str,
+    trouble: Trouble,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     trouble.spoil(".", how)
-    words = ["embed", str(model), "--dataset", "ada/birds", "--num_workers", "0", "--out", str(tmp_path / "out")]
+    words = [
+        "embed",
+        str(model),
+        "--dataset",
+        "ada/birds",
+        "--num_workers",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(words) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: No path 'ada/birds' here, and the Hub cannot be reached to look for it (")
+    assert line.startswith(
+        "error: No path 'ada/birds' here, and the Hub cannot be reached to look for it ("
+    )
     assert len(trouble.seen) < 100 and not (tmp_path / "out").exists()
 
 
 def test_offline_nothing_is_asked_and_nothing_repeated(
-    trouble: Trouble, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trouble: Trouble,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     out = str(tmp_path / "out")
     for words, code, says in [
-        (["convert", "ada/birds", out], 2, "neither a local path nor a model that the Hub could deliver"),
-        (["embed", str(model), "--dataset", "ada/birds", "--out", out], 1, "the Hub cannot be reached"),
-        (["push", str(model), REPOSITORY], 1, f"continue with: mim-refiner push {model} {REPOSITORY}"),
+        (
+            ["convert", "ada/birds", out],
+            2,
+            "neither a local path nor a model that the Hub could deliver",
+        ),
+        (
+            ["embed", str(model), "--dataset", "ada/birds", "--out", out],
+            1,
+            "the Hub cannot be reached",
+        ),
+        (
+            ["push", str(model), REPOSITORY],
+            1,
+            f"continue with: mim-refiner push {model} {REPOSITORY}",
+        ),
     ]:
         assert cli.main(words) == code
         errors = capsys.readouterr().err
@@ -300,17 +377,22 @@ def test_a_cached_model_needs_no_hub(trouble: Trouble, model: Path) -> None:
     assert load_encoder(REPOSITORY).config.hidden_size == 32
 
 
-def test_how_long_is_waited(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_how_long_is_waited(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As long as the server asks, within bounds; else longer each time; and not at all for what will not pass."""
 
     class Refused(Exception):
         def __init__(self, status: int, **headers: str) -> None:
             self.response = SimpleNamespace(
-                status_code=status, headers={name.replace("_", "-"): value for name, value in headers.items()}
+                status_code=status,
+                headers={name.replace("_", "-"): value for name, value in headers.items()},
             )
 
     waited: Counter[float] = Counter()
-    monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=lambda seconds: waited.update([seconds])))
+    monkeypatch.setattr(
+        patience, "time", SimpleNamespace(sleep=lambda seconds: waited.update([seconds]))
+    )
     for error, expected in [
         (Refused(429, Retry_After="7"), [7.0] * 4), (Refused(429, Retry_After="86400"), [60.0] * 4), (Refused(500), [2.0, 4.0, 8.0, 16.0]),
         (ConnectionResetError(), [2.0, 4.0, 8.0, 16.0]), (Refused(404), []), (Refused(401), []), (ValueError("x"), []),

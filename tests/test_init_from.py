@@ -9,7 +9,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from small_runs import Stopped, assert_identical, final_state, log_of, losses, small_recipes, stop_before
+from small_runs import (
+    Stopped,
+    assert_identical,
+    final_state,
+    log_of,
+    losses,
+    small_recipes,
+    stop_before,
+)
 
 from mim_refiner_hf import RefineRecipe, cli
 from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_recipe
@@ -28,7 +36,9 @@ Recipes = Callable[..., RefineRecipe]
 
 
 @pytest.fixture(scope="module")
-def old(cifar: str, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RefineRecipe:
+def old(
+    cifar: str, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> RefineRecipe:
     """A run of 4 + 4 steps that still has its checkpoints; not to be changed."""
     asked = small_recipes(models["vit_mae"], cifar, tmp_path_factory.mktemp("old"))("old")
     run(asked)
@@ -40,10 +50,23 @@ def first_loss_of(old: RefineRecipe) -> float:
     prepared = run_module.prepare(old)
     assert prepared.encoder is not None and prepared.found is not None
     statistics = (prepared.processor.image_mean, prepared.processor.image_std)
-    trainer = Trainer(prepared.recipe, Steps(0, 4), Accelerator(), prepared.images, prepared.encoder, *statistics, 0, False)  # type: ignore[arg-type]
+    trainer = Trainer(
+        prepared.recipe,
+        Steps(0, 4),
+        Accelerator(),
+        prepared.images,
+        prepared.encoder,
+        *statistics,
+        0,
+        False,
+    )  # type: ignore[arg-type]
     tensors = prepared.found.tensors
     for name, tensor in trainer.refiner.state_dict(keep_vars=True).items():
-        source = f"average.{name.removeprefix('encoder.')}" if name.startswith("encoder.") else f"refiner.{name}"
+        source = (
+            f"average.{name.removeprefix('encoder.')}"
+            if name.startswith("encoder.")
+            else f"refiner.{name}"
+        )
         tensor.data.copy_(tensors[source])
     return trainer.update(0, next(iter(trainer._batches(0, 1)))).loss.item()
 
@@ -53,10 +76,18 @@ def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Re
     run(new)
     assert losses(new)[0] == first_loss_of(old)
     log = log_of(new)
-    assert [line["step"] for line in log] == [1, 2, 3, 4] and {line["stage"] for line in log} == {"refine"}
-    assert all("output/neighbour_accuracy" in line for line in log)  # the queue came with its labels
-    assert log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]  # as the refinement of the old run began
-    by_checkpoint = recipe("by-checkpoint", model=None, init_from=f"{old.output_dir}/checkpoints/step-00000008")
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and {line["stage"] for line in log} == {
+        "refine"
+    }
+    assert all(
+        "output/neighbour_accuracy" in line for line in log
+    )  # the queue came with its labels
+    assert (
+        log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]
+    )  # as the refinement of the old run began
+    by_checkpoint = recipe(
+        "by-checkpoint", model=None, init_from=f"{old.output_dir}/checkpoints/step-00000008"
+    )
     run(by_checkpoint)
     assert_identical(by_checkpoint, new)
 
@@ -65,10 +96,20 @@ def test_another_data_set_knows_none_of_the_queued_images(
     old: RefineRecipe, recipe: Recipes, cifar: str, tmp_path: Path
 ) -> None:
     shutil.copy(cifar, tmp_path / "others.parquet")
-    new = recipe("new", model=None, init_from=old.output_dir, dataset=str(tmp_path / "others.parquet"), max_steps=1)
+    new = recipe(
+        "new",
+        model=None,
+        init_from=old.output_dir,
+        dataset=str(tmp_path / "others.parquet"),
+        max_steps=1,
+    )
     run(new)
     state, before = final_state(new), final_state(old)
-    assert (state["refiner.queue.sample_index"] == -1).sum() == (state["refiner.queue.labels"] == -1).sum() == 32
+    assert (
+        (state["refiner.queue.sample_index"] == -1).sum()
+        == (state["refiner.queue.labels"] == -1).sum()
+        == 32
+    )
     kept = state["refiner.queue.sample_index"] == -1
     assert torch.equal(state["refiner.queue.rows"][:, kept], before["refiner.queue.rows"][:, kept])
     assert not any("neighbour_accuracy" in key for key in log_of(new)[0])
@@ -109,9 +150,16 @@ def test_every_tensor_is_placed_or_dropped_by_name(old: RefineRecipe) -> None:
     for wrong in ({"average.stray": torch.ones(1)}, {"refiner.predictor.weight": torch.ones(1)}):
         with pytest.raises(CheckpointError, match=r"stray|refiner\.predictor\.weight"):
             encoder_of(dataclasses.replace(start, tensors={**start.tensors, **wrong}))
-    expected = {name: tensor for name, tensor in start.tensors.items() if not name.startswith("optimizer.")}
-    less = dataclasses.replace(start, tensors={n: tensor for n, tensor in start.tensors.items() if n != "refiner.queue.norms"})
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing, first refiner\.queue\.norms"):
+    expected = {
+        name: tensor for name, tensor in start.tensors.items() if not name.startswith("optimizer.")
+    }
+    less = dataclasses.replace(
+        start,
+        tensors={n: tensor for n, tensor in start.tensors.items() if n != "refiner.queue.norms"},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors are missing, first refiner\.queue\.norms"
+    ):
         place_heads(less, expected, None, None, same_data=True)
 
 
@@ -127,23 +175,35 @@ WRONG = [
     ({"model": "facebook/vit-mae-base"}, "--model facebook/vit-mae-base and --init_from"),
     ({"pretrain": "pretrain-digits"}, "--pretrain pretrain-digits and --init_from"),
     ({"init_from": "{old}/nowhere"}, "no such folder"),
-    ({"init_from": "facebook/vit-mae-base"}, "no such folder; give a run's output folder, or for a model use --model"),
+    (
+        {"init_from": "facebook/vit-mae-base"},
+        "no such folder; give a run's output folder, or for a model use --model",
+    ),
     ({"init_from": "{models}"}, "no heads and no queues to start from; use --model {models}"),
-    ({"init_from": "{finished}"}, "a finished run keeps its model alone: use --model {finished}/model"),
+    (
+        {"init_from": "{finished}"},
+        "a finished run keeps its model alone: use --model {finished}/model",
+    ),
     ({"init_from": "{early}"}, "heads are at step 2 of 4 of their warm-up"),
     ({"init_from": "{damaged}"}, "no intact checkpoint"),
 ]
 
 
 def test_wrong_use(
-    old: RefineRecipe, recipe: Recipes, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    old: RefineRecipe,
+    recipe: Recipes,
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence and exit code 2, and nothing is written."""
     finished, checkpoints = tmp_path / "finished", Path(old.output_dir) / "checkpoints"
     shutil.copytree(models["vit_mae"], finished / "model")
     shutil.copytree(checkpoints / "step-00000006", tmp_path / "step-00000006")
     tensors = load_file(tmp_path / "step-00000006" / TENSORS)
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "step-00000006" / TENSORS)
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "step-00000006" / TENSORS
+    )
     places = {
         "old": old.output_dir, "models": models["vit_mae"], "finished": str(finished),
         "early": str(checkpoints / "step-00000002"), "damaged": str(tmp_path / "step-00000006"),
@@ -155,7 +215,10 @@ def test_wrong_use(
         words: list[str] = []
         for name, value in asked.items():
             if value not in (None, ""):
-                words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+                words += [
+                    f"--{name}",
+                    *(map(str, value) if isinstance(value, list) else [str(value)]),
+                ]
         try:
             code = cli.main(["refine", *words])
         except SystemExit as stopped:
@@ -165,12 +228,19 @@ def test_wrong_use(
         assert not (tmp_path / "new").exists()
 
 
-def test_checkpoints_of_earlier_versions_are_refused_with_what_to_do(old: RefineRecipe, tmp_path: Path) -> None:
+def test_checkpoints_of_earlier_versions_are_refused_with_what_to_do(
+    old: RefineRecipe, tmp_path: Path
+) -> None:
     found = load_latest(Path(old.output_dir) / "checkpoints")
     assert found is not None
-    state = {key: value for key, value in found.state.items() if key not in ("encoder", "preprocessing")}
+    state = {
+        key: value for key, value in found.state.items() if key not in ("encoder", "preprocessing")
+    }
     path = save_checkpoint(tmp_path / "earlier", step=8, tensors=found.tensors, state=state, keep=1)
-    with pytest.raises(CheckpointError, match=r"of an earlier version and lacks encoder, preprocessing; go on with that run"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"of an earlier version and lacks encoder, preprocessing; go on with that run",
+    ):
         open_start(str(path))
 
 

@@ -50,7 +50,9 @@ def test_a_signal_ends_the_run_after_a_checkpoint(
     asked, handlers = recipe("stopped", save_every=0), [signal.getsignal(each) for each in SIGNALS]
     with pytest.MonkeyPatch.context() as patched:
         signal_in(4, number, patched)
-        with pytest.raises(Interrupted, match="stopped after step 5 of 8; the same command goes on") as raised:
+        with pytest.raises(
+            Interrupted, match="stopped after step 5 of 8; the same command goes on"
+        ) as raised:
             run(asked)
     assert raised.value.exit_code == POLITE[signal.Signals(number)]
     assert f"{signal.Signals(number).name}: this step is finished" in capfd.readouterr().err
@@ -63,7 +65,9 @@ def test_a_signal_ends_the_run_after_a_checkpoint(
     assert_identical(recipe("stopped"), whole)
 
 
-def test_commands_end_with_the_codes_of_a_shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_end_with_the_codes_of_a_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
 
         def stopped(arguments: Any, number: int = number) -> None:
@@ -97,7 +101,17 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
 
 def test_killed_at_random_moments() -> None:
     """The short form of `python -m tests.chaos`, with data-loading workers; in a process that has not used threads, as it forks."""
-    command = [sys.executable, "-m", "tests.chaos", "--kills", "2", "--signals", "1", "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.chaos",
+        "--kills",
+        "2",
+        "--signals",
+        "1",
+        "--workers",
+        "1",
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.startswith("3 of 3 runs ended with the same bits")
@@ -118,7 +132,9 @@ def exploding(recipe: Callable[..., RefineRecipe]) -> tuple[RefineRecipe, NotFin
 def test_a_failed_step_is_reported(exploding: tuple[RefineRecipe, NotFiniteError]) -> None:
     asked, error = exploding
     step = error.report["step"]
-    assert f"step {step} is not finite" in str(error) and f"mim-refiner replay {asked.output_dir}" in str(error)
+    assert f"step {step} is not finite" in str(
+        error
+    ) and f"mim-refiner replay {asked.output_dir}" in str(error)
     (path,) = (Path(asked.output_dir) / "failures").iterdir()
     assert path.name == f"step-{step:08d}.json" and json.loads(path.read_text())["step"] == step
     assert len(error.report["samples"]) == 32 and error.report["bad_gradients"] > 0
@@ -126,14 +142,27 @@ def test_a_failed_step_is_reported(exploding: tuple[RefineRecipe, NotFiniteError
     assert all(line["step"] <= step for line in log_of(asked))
 
 
-def test_a_failed_step_is_replayed(exploding: tuple[RefineRecipe, NotFiniteError], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_step_is_replayed(
+    exploding: tuple[RefineRecipe, NotFiniteError], capsys: pytest.CaptureFixture[str]
+) -> None:
     asked, error = exploding
-    before = {path: path.stat().st_mtime_ns for path in Path(asked.output_dir).rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in Path(asked.output_dir).rglob("*")
+        if path.is_file()
+    }
     assert cli.main(["replay", asked.output_dir]) == 0
     said = capsys.readouterr().out
     assert f"step {error.report['step']} is not finite" in said
-    assert re.search(r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most", said)
-    assert {path: path.stat().st_mtime_ns for path in Path(asked.output_dir).rglob("*") if path.is_file()} == before
+    assert re.search(
+        r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most",
+        said,
+    )
+    assert {
+        path: path.stat().st_mtime_ns
+        for path in Path(asked.output_dir).rglob("*")
+        if path.is_file()
+    } == before
     assert "went well this time" in replay(Path(asked.output_dir), step=0)
 
 

@@ -19,10 +19,16 @@ Golden = tuple[dict[str, Tensor], dict[str, Tensor], dict]
 def golden(goldens: Path) -> Golden:
     folder = goldens / "knn"
     expected = json.loads((folder / "expected.json").read_text())
-    return load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors"), expected
+    return (
+        load_file(folder / "inputs.safetensors"),
+        load_file(folder / "outputs.safetensors"),
+        expected,
+    )
 
 
-def slow_knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int, temperature: float) -> list[int]:
+def slow_knn(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int, temperature: float
+) -> list[int]:
     """One test row at a time, in float64."""
     train_x = train_x / np.linalg.norm(train_x, axis=1, keepdims=True)
     predicted = []
@@ -48,15 +54,23 @@ def test_every_k_and_temperature_equal_the_authors(golden: Golden, standardised:
     train_x, test_x = inputs["train_x"], inputs["test_x"]
     if standardised:
         train_x, test_x = standardise(train_x, test_x)
-    found = knn_predict(train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20), temperature=(0.07, 0.2, math.inf))
+    found = knn_predict(
+        train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20), temperature=(0.07, 0.2, math.inf)
+    )
     accuracies = expected["multiclass_knn" if standardised else "multiclass_knn_no_standardisation"]
     assert {f"{k},{tau:g}" for k, tau in found} == set(accuracies)
     for (k, tau), predicted in found.items():
-        assert (predicted == inputs["test_y"]).float().mean().item() == pytest.approx(accuracies[f"{k},{tau:g}"], abs=1e-6)
+        assert (predicted == inputs["test_y"]).float().mean().item() == pytest.approx(
+            accuracies[f"{k},{tau:g}"], abs=1e-6
+        )
 
 
-@pytest.mark.parametrize("bank", [2**14, 100, 13])  # in one tile, in several, in tiles of fewer rows than there are neighbours
-def test_predictions_equal_the_authors_in_any_tiles(golden: Golden, monkeypatch: pytest.MonkeyPatch, bank: int) -> None:
+@pytest.mark.parametrize(
+    "bank", [2**14, 100, 13]
+)  # in one tile, in several, in tiles of fewer rows than there are neighbours
+def test_predictions_equal_the_authors_in_any_tiles(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, bank: int
+) -> None:
     inputs, outputs, _ = golden
     train_x, test_x = standardise(inputs["train_x"], inputs["test_x"])
     monkeypatch.setattr(knn, "ROWS_AT_ONCE", 37)  # 301 rows in 9 tiles, the last one short
@@ -76,22 +90,33 @@ def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
     ties = torch.randint(4, (5, columns)).float()
     values, places = knn.largest(ties, k)
     assert torch.equal(values, ties.sort(dim=1, descending=True).values[:, :k])
-    assert torch.equal(values, ties.gather(1, places)) and all(len(row.unique()) == k for row in places)
+    assert torch.equal(values, ties.gather(1, places)) and all(
+        len(row.unique()) == k for row in places
+    )
 
 
 @pytest.mark.parametrize("k", [1, 7, 90])  # the last more than a tile holds
 @pytest.mark.parametrize("order", ["random", "nearer and nearer", "farther and farther", "ties"])
-def test_the_search_over_tiles_is_a_sort(monkeypatch: pytest.MonkeyPatch, order: str, k: int) -> None:
+def test_the_search_over_tiles_is_a_sort(
+    monkeypatch: pytest.MonkeyPatch, order: str, k: int
+) -> None:
     monkeypatch.setattr(knn, "BANK_AT_ONCE", 70)
     angles = torch.rand(500, dtype=torch.float64) * 3
     if order == "ties":
         angles = angles.round(decimals=1)
     elif order != "random":
         angles = angles.sort(descending=order == "nearer and nearer").values
-    bank, rows = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([[2.0, 0.0], [1.0, 0.01]], dtype=torch.float64)
-    values, places = (torch.cat(both) for both in zip(*knn.nearest(bank, rows.split(1), k), strict=True))
+    bank, rows = (
+        torch.stack([angles.cos(), angles.sin()], dim=1),
+        torch.tensor([[2.0, 0.0], [1.0, 0.01]], dtype=torch.float64),
+    )
+    values, places = (
+        torch.cat(both) for both in zip(*knn.nearest(bank, rows.split(1), k), strict=True)
+    )
     cosines = torch.cosine_similarity(rows[:, None], bank[None], dim=2)
-    torch.testing.assert_close(values, cosines.sort(dim=1, descending=True).values[:, :k], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        values, cosines.sort(dim=1, descending=True).values[:, :k], atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(values, cosines.gather(1, places), atol=1e-12, rtol=0)
     assert all(len(row.unique()) == k for row in places)
 
@@ -105,7 +130,9 @@ def test_the_spread_is_the_unbiased_standard_deviation() -> None:
 
 def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Golden) -> None:
     inputs, _, _ = golden
-    found = knn_predict(inputs["train_x"], inputs["train_y"], inputs["test_x"], temperature=(0.01,))[10, 0.01]
+    found = knn_predict(
+        inputs["train_x"], inputs["train_y"], inputs["test_x"], temperature=(0.01,)
+    )[10, 0.01]
     slow = slow_knn(*(inputs[name].double().numpy() for name in ("train_x",)), inputs["train_y"].numpy(),
                     inputs["test_x"].double().numpy(), 10, 0.01)  # fmt: skip
     assert found.tolist() == slow
@@ -114,7 +141,9 @@ def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Gold
 def test_uniform_votes_that_tie_go_to_the_lowest_class() -> None:
     train_x = torch.tensor([[1.0, 0.1], [1.0, -0.2], [0.1, 1.0], [-0.2, 1.0]])
     test_x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    found = knn_predict(train_x, torch.tensor([3, 1, 2, 0]), test_x, k=(2, 4), temperature=(math.inf,))
+    found = knn_predict(
+        train_x, torch.tensor([3, 1, 2, 0]), test_x, k=(2, 4), temperature=(math.inf,)
+    )
     assert found[2, math.inf].tolist() == [1, 0]
     assert found[4, math.inf].tolist() == [0, 0]
 
@@ -140,6 +169,11 @@ def test_a_constant_channel_does_not_matter() -> None:
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
-    arguments = {"train_x": torch.randn(40, 6), "train_y": torch.arange(40) % 4, "test_x": torch.randn(3, 6), **change}
+    arguments = {
+        "train_x": torch.randn(40, 6),
+        "train_y": torch.arange(40) % 4,
+        "test_x": torch.randn(3, 6),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         knn_predict(**arguments)

@@ -16,15 +16,30 @@ from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.order import epoch_order
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode_images
-from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES, augmented_batches, feature_kinds, linear_probe, side_by_side
+from mim_refiner_hf.evaluation.linear_probe import (
+    LEARNING_RATES,
+    augmented_batches,
+    feature_kinds,
+    linear_probe,
+    side_by_side,
+)
 
 RATES = (0.05, 0.5, 5.0)
 
 
 def make_encoder(**changes: Any) -> MimRefinerModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return MimRefinerModel(MimRefinerConfig(**{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes})).eval()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return MimRefinerModel(
+        MimRefinerConfig(
+            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
+        )
+    ).eval()
 
 
 def digits(split: str) -> ImageDataset:
@@ -33,7 +48,9 @@ def digits(split: str) -> ImageDataset:
 
 def run(encoder: MimRefinerModel, **changes: Any) -> Any:
     data = {"train_images": digits("train"), "eval_images": digits("test"), "augment": False}
-    return linear_probe(encoder=encoder, processor=image_processor(encoder.config, {}), **{**data, **changes})
+    return linear_probe(
+        encoder=encoder, processor=image_processor(encoder.config, {}), **{**data, **changes}
+    )
 
 
 def train_alone(start: Tensor, rate: float, batches: list[tuple[Tensor, Tensor]]) -> nn.Linear:
@@ -63,9 +80,13 @@ def test_the_grid_equals_single_classifiers_under_torchs_sgd() -> None:
     test = torch.randn(2500, 6)
     for place, rate in enumerate(RATES):
         alone = train_alone(start[:, place], rate, batches)
-        torch.testing.assert_close(grid.weight[:, place].T, alone.weight.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            grid.weight[:, place].T, alone.weight.detach(), atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(grid.bias[place], alone.bias.detach(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(grid.logits(test)[:, place], alone(test).detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            grid.logits(test)[:, place], alone(test).detach(), atol=1e-4, rtol=1e-4
+        )
         assert (grid.predict(test)[place] == alone(test).argmax(dim=1)).float().mean() > 0.998
 
 
@@ -88,7 +109,9 @@ def test_the_papers_grid() -> None:
 def test_features_are_raw_block_outputs_and_the_last_mean_patch() -> None:
     encoder, images = make_encoder(num_hidden_layers=3), digits("train").subset(range(5))
     processor = image_processor(encoder.config, {})
-    found, _ = encode_images(encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], batch_size=2)
+    found, _ = encode_images(
+        encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], batch_size=2
+    )
     with torch.no_grad():
         pixels = processor([images[i].image for i in range(5)], return_tensors="pt").pixel_values
         hidden = encoder(pixels, output_hidden_states=True).hidden_states
@@ -96,14 +119,18 @@ def test_features_are_raw_block_outputs_and_the_last_mean_patch() -> None:
     torch.testing.assert_close(side_by_side(found, list(found)), expected, atol=1e-5, rtol=0)
 
 
-def slow_probe(encoder: MimRefinerModel, epochs: int, rates: tuple[float, ...], seed: int) -> dict[tuple[str, float], float]:
+def slow_probe(
+    encoder: MimRefinerModel, epochs: int, rates: tuple[float, ...], seed: int
+) -> dict[tuple[str, float], float]:
     """Every classifier of the grid on its own, from features standardised by hand; the starts are drawn in the same order."""
     train, test = digits("train"), digits("test")
     kinds = feature_kinds(encoder.config)
     columns = list(dict.fromkeys(name for names in kinds.values() for name in names))
     with torch.no_grad():
         one, other = (
-            encode_images(encoder, images, image_processor(encoder.config, {}), columns, batch_size=100)[0]
+            encode_images(
+                encoder, images, image_processor(encoder.config, {}), columns, batch_size=100
+            )[0]
             for images in (train, test)
         )
     labels, targets = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
@@ -113,9 +140,14 @@ def slow_probe(encoder: MimRefinerModel, epochs: int, rates: tuple[float, ...], 
         mean, std = x.mean(dim=0), x.var(dim=0, correction=0).sqrt() + 1e-6
         x, y = (x - mean) / std, (y - mean) / std
         start = 0.01 * torch.randn(x.shape[1], 1, 10, generator=generator)[:, 0]
-        orders = [torch.from_numpy(epoch_order(len(labels), seed, epoch))[:batch] for epoch in range(epochs)]
+        orders = [
+            torch.from_numpy(epoch_order(len(labels), seed, epoch))[:batch]
+            for epoch in range(epochs)
+        ]
         for rate in rates:
-            layer = train_alone(start, rate * batch / 256, [(x[order], labels[order]) for order in orders])
+            layer = train_alone(
+                start, rate * batch / 256, [(x[order], labels[order]) for order in orders]
+            )
             accuracies[kind, rate] = (layer(y).argmax(dim=1) == targets).double().mean().item()
     return accuracies
 
@@ -128,8 +160,12 @@ def test_the_probe_equals_a_loop_of_single_classifiers() -> None:
     best = max(slow.values())
     accuracy = result.metrics["linear_probe_accuracy"]
     assert accuracy == pytest.approx(best, abs=1.5 / 500)
-    assert result.metrics["linear_probe_accuracy_standard_error"] == pytest.approx((best * (1 - best) / 500) ** 0.5, abs=1e-3)
-    rate, kind = result.scores["linear_probe_accuracy"].setting.removeprefix("learning rate ").split("; ")
+    assert result.metrics["linear_probe_accuracy_standard_error"] == pytest.approx(
+        (best * (1 - best) / 500) ** 0.5, abs=1e-3
+    )
+    rate, kind = (
+        result.scores["linear_probe_accuracy"].setting.removeprefix("learning rate ").split("; ")
+    )
     assert slow[kind, float(rate)] == pytest.approx(best, abs=1.5 / 500)
     assert accuracy > 0.5 and min(slow.values()) < accuracy - 0.05  # the choice mattered
 
@@ -139,12 +175,23 @@ def test_augmented_batches_are_crops_in_the_same_order() -> None:
     settings: dict[str, Any] = {"batch": 20, "epochs": 2, "seed": 4, "num_workers": 0}
     columns = ["block1.cls"]
     batches = [
-        list(augmented_batches(encoder, images, image_processor(encoder.config, {}), columns, batch_size=size, **settings))
+        list(
+            augmented_batches(
+                encoder,
+                images,
+                image_processor(encoder.config, {}),
+                columns,
+                batch_size=size,
+                **settings,
+            )
+        )
         for size in (20, 7)
     ]
     labels = torch.from_numpy(images.labels)
     orders = [torch.from_numpy(epoch_order(50, 4, epoch)) for epoch in range(2)]
-    assert [own.tolist() for _, own in batches[0]] == [labels[order[i : i + 20]].tolist() for order in orders for i in (0, 20)]
+    assert [own.tolist() for _, own in batches[0]] == [
+        labels[order[i : i + 20]].tolist() for order in orders for i in (0, 20)
+    ]
     for (one, _), (other, _) in zip(*batches, strict=True):
         torch.testing.assert_close(one["block1.cls"], other["block1.cls"], atol=1e-5, rtol=0)
     plain, _ = encode_images(encoder, images, image_processor(encoder.config, {}), columns)
@@ -152,8 +199,13 @@ def test_augmented_batches_are_crops_in_the_same_order() -> None:
 
 
 def test_augmentation_trains_and_repeats_itself() -> None:
-    images = {"train_images": digits("train").subset(range(300)), "eval_images": digits("test").subset(range(200))}
-    results = [run(make_encoder(), augment=True, epochs=12, seed=seed, **images) for seed in (0, 0, 1)]
+    images = {
+        "train_images": digits("train").subset(range(300)),
+        "eval_images": digits("test").subset(range(200)),
+    }
+    results = [
+        run(make_encoder(), augment=True, epochs=12, seed=seed, **images) for seed in (0, 0, 1)
+    ]
     assert results[0].metrics == results[1].metrics
     assert results[0].metrics["linear_probe_accuracy"] > 0.4
 
@@ -175,5 +227,7 @@ def test_bad_input_is_named() -> None:
         run(make_encoder(), learning_rates=(0.1, 0))
     with pytest.raises(ValueError, match="the encoder takes 8 x 12 pixels; use augment=False"):
         run(make_encoder(image_size=[8, 12]), augment=True)
-    with pytest.raises(ValueError, match="digits has no images, but linear probing needs labelled ones"):
+    with pytest.raises(
+        ValueError, match="digits has no images, but linear probing needs labelled ones"
+    ):
         run(make_encoder(), train_images=digits("train").subset([]))

@@ -20,23 +20,33 @@ def test_missing_sources(tmp_path: Path) -> None:
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no model"):
         load_encoder(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a local path nor a model that the Hub could deliver"):
+    with pytest.raises(
+        CheckpointError, match="neither a local path nor a model that the Hub could deliver"
+    ):
         load_encoder("nobody/no-such-model")
 
 
 def test_unknown_files(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}, "epoch": 1}, tmp_path / "resnet.pth")
+    torch.save(
+        {"state_dict": {"conv1.weight": torch.zeros(3)}, "epoch": 1}, tmp_path / "resnet.pth"
+    )
     with pytest.raises(
-        CheckpointError, match=r"no known family; top-level keys: state_dict, epoch; tensors: state_dict\.conv1\.weight"
+        CheckpointError,
+        match=r"no known family; top-level keys: state_dict, epoch; tensors: state_dict\.conv1\.weight",
     ):
         load_encoder(tmp_path / "resnet.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(CheckpointError, match="holds a Tensor, not a dictionary"):
         load_encoder(tmp_path / "tensor.pth")
-    torch.save({"decoder_embed.weight": torch.zeros(3), "mask_token": torch.zeros(1)}, tmp_path / "decoder.pth")
+    torch.save(
+        {"decoder_embed.weight": torch.zeros(3), "mask_token": torch.zeros(1)},
+        tmp_path / "decoder.pth",
+    )
     with pytest.raises(CheckpointError, match="holds a decoder only"):
         load_encoder(tmp_path / "decoder.pth")
-    with pytest.raises(CheckpointError, match=r"family='resnet' is unknown; allowed: mim_refiner, vit_mae"):
+    with pytest.raises(
+        CheckpointError, match=r"family='resnet' is unknown; allowed: mim_refiner, vit_mae"
+    ):
         load_encoder(tmp_path / "resnet.pth", family="resnet")
     with pytest.raises(CheckpointError, match="nothing under model"):
         load_encoder(tmp_path / "resnet.pth", family="mae")
@@ -51,7 +61,9 @@ def test_unknown_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load_encoder(tmp_path)
     transformers.ViTModel(transformers.ViTConfig(**TINY)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"need the config\.json beside them: give their folder"):
+    with pytest.raises(
+        CheckpointError, match=r"need the config\.json beside them: give their folder"
+    ):
         load_encoder(tmp_path / "model.safetensors")
 
 
@@ -59,49 +71,78 @@ def test_transformers_decoder_only(tmp_path: Path) -> None:
     config = transformers.ViTMAEConfig(**TINY, decoder_hidden_size=16, decoder_num_hidden_layers=1)
     transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    save_file({name: tensor for name, tensor in state.items() if name.startswith("decoder.")}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds no encoder of transformers' ViTMAE, only decoder: 24 tensors"):
+    save_file(
+        {name: tensor for name, tensor in state.items() if name.startswith("decoder.")},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        CheckpointError, match="holds no encoder of transformers' ViTMAE, only decoder: 24 tensors"
+    ):
         load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mae", "data2vec2", "vit", "beit", "ours"])
-def test_fine_tuned_classifiers_are_refused(tmp_path: Path, mae_state: dict[str, torch.Tensor], kind: str) -> None:
+def test_fine_tuned_classifiers_are_refused(
+    tmp_path: Path, mae_state: dict[str, torch.Tensor], kind: str
+) -> None:
     path = tmp_path
     if kind == "mae":
-        extra = {"fc_norm.weight": torch.ones(48), "head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)}
+        extra = {
+            "fc_norm.weight": torch.ones(48),
+            "head.weight": torch.zeros(10, 48),
+            "head.bias": torch.zeros(10),
+        }
         path = save_mae(tmp_path, mae_state | extra)
     elif kind == "data2vec2":
-        path = save_mae(tmp_path, {"model.blocks.0.norm1.weight": torch.ones(8), "head.weight": torch.zeros(10, 8)})
+        path = save_mae(
+            tmp_path,
+            {"model.blocks.0.norm1.weight": torch.ones(8), "head.weight": torch.zeros(10, 8)},
+        )
     elif kind == "ours":
-        MimRefinerForImageClassification(MimRefinerConfig(**TINY, num_labels=3)).save_pretrained(tmp_path)
+        MimRefinerForImageClassification(MimRefinerConfig(**TINY, num_labels=3)).save_pretrained(
+            tmp_path
+        )
     else:
-        config = transformers.ViTConfig(**TINY) if kind == "vit" else transformers.BeitConfig(**TINY)
+        config = (
+            transformers.ViTConfig(**TINY) if kind == "vit" else transformers.BeitConfig(**TINY)
+        )
         transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"is a fine-tuned classifier \(.*\), not a pre-trained encoder: load the checkpoint"
+        CheckpointError,
+        match=r"is a fine-tuned classifier \(.*\), not a pre-trained encoder: load the checkpoint",
     ):
         load_encoder(path)
 
 
-def test_missing_tensors_are_counted_and_named(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
+def test_missing_tensors_are_counted_and_named(
+    tmp_path: Path, mae_state: dict[str, torch.Tensor]
+) -> None:
     del mae_state["blocks.1.attn.qkv.bias"]
     wanted = r"3 of 70 mae tensors are missing: layers\.1\.attention\.q_proj\.bias, layers\.1\.attention\.k_proj\.bias"
     with pytest.raises(CheckpointError, match=wanted):
         load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
 
 
-def test_every_source_tensor_must_have_a_place(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
+def test_every_source_tensor_must_have_a_place(
+    tmp_path: Path, mae_state: dict[str, torch.Tensor]
+) -> None:
     mae_state["blocks.0.attn.q_norm.weight"] = torch.ones(16)
-    with pytest.raises(CheckpointError, match=r"1 tensors have no place in MAE .*: blocks\.0\.attn\.q_norm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors have no place in MAE .*: blocks\.0\.attn\.q_norm\.weight"
+    ):
         load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
 
 
 def test_wrong_shapes(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
     damaged = mae_state | {"blocks.2.mlp.fc1.weight": torch.zeros(100, 48)}
-    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight is \[100, 48\], expected \[192, 48\]"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight is \[100, 48\], expected \[192, 48\]"
+    ):
         load_encoder(save_mae(tmp_path, damaged), num_heads=3)
     damaged = mae_state | {"pos_embed": torch.zeros(1, 18, 48)}  # 17 patches are no square
-    with pytest.raises(CheckpointError, match=r"position_embeddings is \[1, 17, 48\], expected \[1, 16, 48\]"):
+    with pytest.raises(
+        CheckpointError, match=r"position_embeddings is \[1, 17, 48\], expected \[1, 16, 48\]"
+    ):
         load_encoder(save_mae(tmp_path, damaged), num_heads=3)
     damaged = mae_state | {"pos_embed": torch.zeros(48)}
     with pytest.raises(CheckpointError, match=r"pos_embed has the unexpected shape \[48\]"):
@@ -109,16 +150,25 @@ def test_wrong_shapes(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_finite_weights(tmp_path: Path, mae_state: dict[str, torch.Tensor], value: float) -> None:
+def test_not_finite_weights(
+    tmp_path: Path, mae_state: dict[str, torch.Tensor], value: float
+) -> None:
     mae_state["blocks.3.norm2.weight"][5] = value
-    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN, infinite or integer values: layers\.3\.norm2\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 tensors hold NaN, infinite or integer values: layers\.3\.norm2\.weight",
+    ):
         load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
 
 
 def test_number_of_heads(goldens: Path, tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"width 48 is none of the published ones .*; pass num_heads="):
+    with pytest.raises(
+        CheckpointError, match=r"width 48 is none of the published ones .*; pass num_heads="
+    ):
         load_encoder(goldens / "mae/checkpoint_full.pth")
-    with pytest.raises(CheckpointError, match="cannot be built: num_attention_heads=5 must divide hidden_size=48"):
+    with pytest.raises(
+        CheckpointError, match="cannot be built: num_attention_heads=5 must divide hidden_size=48"
+    ):
         load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=5)
     with pytest.raises(CheckpointError, match=r"num_heads=4, but .* states 3"):
         load_encoder(goldens / "data2vec2/checkpoint.pt", num_heads=4)

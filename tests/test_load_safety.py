@@ -59,13 +59,19 @@ def test_no_pickle_is_executed(tmp_path: Path, canary: Path, suffix: str, form: 
         path.write_bytes(pickle.dumps(evil["model"]["extra"]))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(CheckpointError, match="unreadable" if suffix == ".safetensors" else REFUSED) as error:
+    with pytest.raises(
+        CheckpointError, match="unreadable" if suffix == ".safetensors" else REFUSED
+    ) as error:
         load_encoder(path)
-    assert "likely succeed" not in str(error.value)  # torch's own message advises weights_only=False
+    assert "likely succeed" not in str(
+        error.value
+    )  # torch's own message advises weights_only=False
 
 
 @pytest.mark.parametrize("place", ["optimizer", "args", "state_dict"])
-def test_no_pickle_inside_a_training_file_is_executed(tmp_path: Path, goldens: Path, canary: Path, place: str) -> None:
+def test_no_pickle_inside_a_training_file_is_executed(
+    tmp_path: Path, goldens: Path, canary: Path, place: str
+) -> None:
     contents = torch.load(goldens / "mimrefiner-training-prenorm/checkpoint.th", weights_only=True)
     if place == "state_dict":
         contents["state_dict"]["norm.weight"] = Malicious(canary)
@@ -125,7 +131,9 @@ def names_in(message: str, family: str, name: str) -> bool:
     return any(candidate.replace("prenet.", "layers.") in message for candidate in (name, *ours))
 
 
-@pytest.mark.parametrize(("case", "file", "path", "heads"), FAMILIES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("case", "file", "path", "heads"), FAMILIES, ids=lambda value: str(value)[:30]
+)
 def test_damage_to_any_tensor_of_a_file_is_named(
     tmp_path: Path, goldens: Path, case: str, file: str, path: str, heads: int | None
 ) -> None:
@@ -133,7 +141,11 @@ def test_damage_to_any_tensor_of_a_file_is_named(
     report = load_encoder(goldens / case / file, num_heads=heads).load_report
     lost = {name for names in report.dropped.values() for name in names}
     held = contents[path] if path else contents
-    state: State = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor) and name not in lost}
+    state: State = {
+        name: tensor
+        for name, tensor in held.items()
+        if isinstance(tensor, Tensor) and name not in lost
+    }
     cases, missed = 0, []
     for name in state:
         for damage in (
@@ -192,7 +204,9 @@ def test_any_change_to_any_tensor_of_our_folder_is_named(own_folder: Path, tmp_p
                 continue
             cases += 1
             save_file(broken, tmp_path / "model.safetensors")
-            with pytest.raises(CheckpointError, match=rf"not the ones that {DIGESTS} describes: .*{name}"):
+            with pytest.raises(
+                CheckpointError, match=rf"not the ones that {DIGESTS} describes: .*{name}"
+            ):
                 load_encoder(tmp_path)
     assert cases >= 300
 
@@ -205,7 +219,9 @@ def test_a_truncated_safetensors_file_names_what_it_lost(own_folder: Path, tmp_p
         if name != "__metadata__":
             middle = start + sum(entry["data_offsets"]) // 2
             (tmp_path / "cut.safetensors").write_bytes(whole[:middle])
-            with pytest.raises(CheckpointError, match=rf"cut\.safetensors is unreadable: truncated, without {name}"):
+            with pytest.raises(
+                CheckpointError, match=rf"cut\.safetensors is unreadable: truncated, without {name}"
+            ):
                 load_encoder(tmp_path / "cut.safetensors")
 
 
@@ -229,21 +245,28 @@ def copied(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_a_model_saved_into_its_own_folder_is_still_the_same_model(own_folder: Path, tmp_path: Path) -> None:
+def test_a_model_saved_into_its_own_folder_is_still_the_same_model(
+    own_folder: Path, tmp_path: Path
+) -> None:
     """By transformers, by ourselves, by another version of transformers, in another order; the bytes of the files change."""
     expected = load_encoder(own_folder)
     for save in (lambda: AutoModel.from_pretrained(tmp_path), lambda: load_encoder(tmp_path)):
         copied(own_folder, tmp_path)
         save().save_pretrained(tmp_path)
         AutoImageProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path)
-        assert (tmp_path / "preprocessor_config.json").read_bytes() != (own_folder / "preprocessor_config.json").read_bytes()
+        assert (tmp_path / "preprocessor_config.json").read_bytes() != (
+            own_folder / "preprocessor_config.json"
+        ).read_bytes()
         config = json.loads((tmp_path / "config.json").read_text())
         reordered = dict(reversed((config | {"transformers_version": "6.0.0"}).items()))
         (tmp_path / "config.json").write_text(json.dumps(reordered, indent=7))
         again = load_encoder(tmp_path)
         place = {"_name_or_path": ""}
         assert again.config.to_dict() | place == expected.config.to_dict() | place
-        assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in again.state_dict().items())
+        assert all(
+            torch.equal(tensor, expected.state_dict()[name])
+            for name, tensor in again.state_dict().items()
+        )
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -253,10 +276,14 @@ def test_every_changed_field_is_refused(file: str, own_folder: Path, tmp_path: P
     used = [name for name in fields if name not in written_by]
     assert len(used) >= 11
     for name in used:
-        for changed in ({**fields, name: [fields[name], 1]}, {key: fields[key] for key in fields if key != name}):
+        for changed in (
+            {**fields, name: [fields[name], 1]},
+            {key: fields[key] for key in fields if key != name},
+        ):
             (tmp_path / file).write_text(json.dumps(changed))
             with pytest.raises(
-                CheckpointError, match=rf"{file} has not the fields that .* describes; .* remove its line from {DIGESTS}"
+                CheckpointError,
+                match=rf"{file} has not the fields that .* describes; .* remove its line from {DIGESTS}",
             ):
                 load_encoder(tmp_path)
     (tmp_path / file).write_text(json.dumps({**fields, "rope_theta": 1}))
@@ -264,7 +291,9 @@ def test_every_changed_field_is_refused(file: str, own_folder: Path, tmp_path: P
         load_encoder(tmp_path)
 
 
-def test_digests_of_the_bytes_as_earlier_versions_wrote_them(own_folder: Path, tmp_path: Path) -> None:
+def test_digests_of_the_bytes_as_earlier_versions_wrote_them(
+    own_folder: Path, tmp_path: Path
+) -> None:
     copied(own_folder, tmp_path)
     digests = json.loads((tmp_path / DIGESTS).read_text())
     for name in ("config.json", "preprocessor_config.json"):
@@ -284,7 +313,9 @@ def test_digests_follow_the_folder_they_describe(own_folder: Path, tmp_path: Pat
         encoder.norm.weight += 1
     copied(own_folder, tmp_path)
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"1 of 38 tensors .*: norm\.weight; .* delete its {DIGESTS}"):
+    with pytest.raises(
+        CheckpointError, match=rf"1 of 38 tensors .*: norm\.weight; .* delete its {DIGESTS}"
+    ):
         load_encoder(tmp_path)
     (tmp_path / DIGESTS).unlink()
     assert torch.equal(load_encoder(tmp_path).norm.weight, encoder.norm.weight)

@@ -14,24 +14,45 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.features import extract_features
-from mim_refiner_hf.evaluation.low_shot import PENALTY, centred_rows, draw_split, fit_logistic, low_shot
+from mim_refiner_hf.evaluation.low_shot import (
+    PENALTY,
+    centred_rows,
+    draw_split,
+    fit_logistic,
+    low_shot,
+)
 from mim_refiner_hf.evaluation.scores import ProtocolResult
 
 
 def make_encoder(**changes: int) -> MimRefinerModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return MimRefinerModel(MimRefinerConfig(**{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes})).eval()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return MimRefinerModel(
+        MimRefinerConfig(
+            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
+        )
+    ).eval()
 
 
-def make_rows(num_classes: int, per_class: int, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+def make_rows(
+    num_classes: int, per_class: int, width: int = 12
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(num_classes).repeat(per_class)
     centres = torch.randn(num_classes, width, generator=generator)
-    return centred_rows(centres[labels] + 0.7 * torch.randn(len(labels), width, generator=generator)), labels
+    return centred_rows(
+        centres[labels] + 0.7 * torch.randn(len(labels), width, generator=generator)
+    ), labels
 
 
-def cyanure_objective(weights: np.ndarray, rows: np.ndarray, labels: np.ndarray, strength: float) -> float:
+def cyanure_objective(
+    weights: np.ndarray, rows: np.ndarray, labels: np.ndarray, strength: float
+) -> float:
     """Mean multinomial loss + strength / 2 ||W||^2, one row at a time."""
     losses = []
     for row, label in zip(rows, labels, strict=True):
@@ -57,17 +78,25 @@ def test_the_optimum_is_that_of_cyanures_objective(num_classes: int, penalty: fl
         return value.item(), weights.grad.numpy().ravel()
 
     settings = {"maxiter": 20_000, "maxfun": 50_000, "ftol": 0, "gtol": 1e-9}
-    slow = minimize(objective, np.zeros(12 * num_classes), jac=True, method="L-BFGS-B", options=settings)
+    slow = minimize(
+        objective, np.zeros(12 * num_classes), jac=True, method="L-BFGS-B", options=settings
+    )
     assert np.abs(found.numpy().ravel() - slow.x).max() < 2e-3 * np.abs(slow.x).max()
     ours = cyanure_objective(found.numpy(), rows.numpy(), labels.numpy(), strength)
     assert ours == pytest.approx(slow.fun, abs=1e-8)
-    assert cyanure_objective(1.05 * found.numpy(), rows.numpy(), labels.numpy(), strength) > ours + 1e-6
+    assert (
+        cyanure_objective(1.05 * found.numpy(), rows.numpy(), labels.numpy(), strength)
+        > ours + 1e-6
+    )
 
 
 def test_the_optimum_is_not_that_of_another_penalty() -> None:
     rows, labels = make_rows(3, per_class=4)
     weak, strong = (fit_logistic(rows, labels, penalty=penalty) for penalty in (0.1, 0.2))
-    for weights, penalty in ((weak, 0.1), (strong, 0.2)):  # stationary: sum of x (p - y) = -penalty W
+    for weights, penalty in (
+        (weak, 0.1),
+        (strong, 0.2),
+    ):  # stationary: sum of x (p - y) = -penalty W
         slope = rows.T @ ((rows @ weights).softmax(dim=1) - F.one_hot(labels, 3))
         torch.testing.assert_close(slope, -penalty * weights, atol=1e-5, rtol=0)
     assert weak.norm() > 1.1 * strong.norm()
@@ -89,7 +118,10 @@ def test_the_optimum_is_cyanures() -> None:
     )
     theirs.fit(rows.numpy(), labels.numpy())
     found = fit_logistic(rows, labels, penalty=penalty).numpy()
-    assert np.abs(found - np.asarray(theirs.coef_).reshape(found.shape)).max() < 1e-3 * np.abs(found).max()
+    assert (
+        np.abs(found - np.asarray(theirs.coef_).reshape(found.shape)).max()
+        < 1e-3 * np.abs(found).max()
+    )
 
 
 def test_rows_are_centred_and_of_unit_length() -> None:
@@ -106,7 +138,9 @@ def test_splits_hold_so_many_of_every_class_and_differ() -> None:
         assert len(np.unique(chosen)) == 12
     assert not np.array_equal(splits[0], splits[1]) and not np.array_equal(splits[1], splits[2])
     assert np.array_equal(draw_split(labels, 4, seed=0, split=1), splits[1])
-    assert np.array_equal(draw_split(labels, 2, seed=0, split=1), splits[1][:, :2])  # fewer shots: the first of them
+    assert np.array_equal(
+        draw_split(labels, 2, seed=0, split=1), splits[1][:, :2]
+    )  # fewer shots: the first of them
     assert not np.array_equal(draw_split(labels, 4, seed=1, split=1), splits[1])
     with pytest.raises(ValueError, match="shots=13, but class 3 has only 12 images; lower shots"):
         draw_split(labels, 13, seed=0, split=0)
@@ -117,13 +151,18 @@ def run(encoder: MimRefinerModel, **changes: object) -> ProtocolResult:
         "train_images": open_images("digits", num_channels=1),
         "eval_images": open_images("digits", split="test", num_channels=1),
     }
-    return low_shot(encoder=encoder, processor=image_processor(encoder.config, {}), **{**data, **changes})  # type: ignore[arg-type]
+    return low_shot(
+        encoder=encoder, processor=image_processor(encoder.config, {}), **{**data, **changes}
+    )  # type: ignore[arg-type]
 
 
 def test_the_protocol_is_the_mean_of_three_regressions() -> None:
     encoder = make_encoder()
     result = run(encoder, shots=(1, 5), seed=3)
-    train, test = open_images("digits", num_channels=1), open_images("digits", split="test", num_channels=1)
+    train, test = (
+        open_images("digits", num_channels=1),
+        open_images("digits", split="test", num_channels=1),
+    )
     processor = image_processor(encoder.config, {})
     bank, found = (extract_features(encoder, images, processor) for images in (train, test))
     assert bank.labels is not None and found.labels is not None
@@ -131,20 +170,27 @@ def test_the_protocol_is_the_mean_of_three_regressions() -> None:
         accuracies = []
         for split in range(3):
             chosen = torch.from_numpy(draw_split(bank.labels.numpy(), shots, 3, split).flatten())
-            model = LogisticRegression(C=1 / PENALTY, fit_intercept=False, solver="newton-cholesky", tol=1e-8)
+            model = LogisticRegression(
+                C=1 / PENALTY, fit_intercept=False, solver="newton-cholesky", tol=1e-8
+            )
             model.fit(centred_rows(bank.features[chosen]), bank.labels[chosen])
             accuracies.append(model.score(centred_rows(found.features), found.labels))
         name = f"low_shot_{shots}_accuracy"
         assert result.metrics[name] == pytest.approx(
             np.mean(accuracies), abs=1.5 / 500
         )  # at most an image or two on the border
-        assert result.metrics[f"{name}_standard_error"] == pytest.approx(np.std(accuracies, ddof=1) / 3**0.5, abs=2 / 500)
+        assert result.metrics[f"{name}_standard_error"] == pytest.approx(
+            np.std(accuracies, ddof=1) / 3**0.5, abs=2 / 500
+        )
     assert result.metrics["low_shot_5_accuracy"] > result.metrics["low_shot_1_accuracy"] > 0.15
     assert "5 images per class; 3 splits" in str(result)
 
 
 def test_class_numbers_need_not_be_consecutive() -> None:
-    train, test = open_images("digits", num_channels=1), open_images("digits", split="test", num_channels=1)
+    train, test = (
+        open_images("digits", num_channels=1),
+        open_images("digits", split="test", num_channels=1),
+    )
     assert train.labels is not None and test.labels is not None
     some = {
         "train_images": train.subset(np.flatnonzero(train.labels >= 7)),
@@ -154,7 +200,9 @@ def test_class_numbers_need_not_be_consecutive() -> None:
 
 
 def test_real_images(shared: Path) -> None:
-    train, test = (open_images(str(shared / "data/sign-digits"), split=split) for split in ("train", "test"))
+    train, test = (
+        open_images(str(shared / "data/sign-digits"), split=split) for split in ("train", "test")
+    )
     encoder = make_encoder(num_channels=3, image_size=24, patch_size=8)
     result = run(encoder, train_images=train, eval_images=test, shots=(5,))
     assert 0.12 < result.metrics["low_shot_5_accuracy"] < 0.9
@@ -166,9 +214,14 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     for number in range(2):
         digits[number].image.save(tmp_path / f"{number}.png")
     unlabelled = open_images(str(tmp_path), num_channels=1)
-    with pytest.raises(ValueError, match="has images without a label, but low-shot classification needs one for every image"):
+    with pytest.raises(
+        ValueError,
+        match="has images without a label, but low-shot classification needs one for every image",
+    ):
         run(make_encoder(), train_images=unlabelled)
-    with pytest.raises(ValueError, match=r"shots=\(0, 5\) must hold at least one number, each at least 1"):
+    with pytest.raises(
+        ValueError, match=r"shots=\(0, 5\) must hold at least one number, each at least 1"
+    ):
         run(make_encoder(), shots=(0, 5))
     with pytest.raises(ValueError, match="shots=500, but class"):
         run(make_encoder(), shots=(500,))

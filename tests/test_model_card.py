@@ -39,35 +39,61 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def card_of(tmp_path: Path, dataset: dict[str, Any] | None = None, **changes: Any) -> tuple[ModelCard, str]:
+def card_of(
+    tmp_path: Path, dataset: dict[str, Any] | None = None, **changes: Any
+) -> tuple[ModelCard, str]:
     """The card of RUN with changes, as read back by huggingface_hub, and its text below the metadata."""
     run = tmp_path / "quickstart"
     (run / "model").mkdir(parents=True)
     content = {**RUN, "dataset": {**RUN["dataset"], **(dataset or {})}, **changes}
     (run / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
     path = write_card(run)
-    assert path == run / "model" / "README.md" and [file.name for file in path.parent.iterdir()] == ["README.md"]
+    assert path == run / "model" / "README.md" and [
+        file.name for file in path.parent.iterdir()
+    ] == ["README.md"]
     card = ModelCard.load(path)
     return card, card.text
 
 
 def test_metadata_reads_back(tmp_path: Path) -> None:
-    data = card_of(tmp_path, {"name": "uoft-cs/cifar10"}, starting_model="facebook/vit-mae-large")[0].data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-feature-extraction")
+    data = card_of(tmp_path, {"name": "uoft-cs/cifar10"}, starting_model="facebook/vit-mae-large")[
+        0
+    ].data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "apache-2.0",
+        "transformers",
+        "image-feature-extraction",
+    )
     assert (data.base_model, data.base_model_relation) == ("facebook/vit-mae-large", "finetune")
     assert data.datasets == ["uoft-cs/cifar10"] and data.model_name == "quickstart"
-    assert {"mim-refiner", "masked-image-modeling", "self-supervised", "image-clustering", "feature-extraction"} == set(
-        data.tags
-    )
+    assert {
+        "mim-refiner",
+        "masked-image-modeling",
+        "self-supervised",
+        "image-clustering",
+        "feature-extraction",
+    } == set(data.tags)
 
 
 def test_local_data_and_weights_are_not_claimed_to_be_on_the_hub(tmp_path: Path) -> None:
     data = card_of(tmp_path, starting_model="/weights/mae.pth")[0].data
-    assert data.base_model is None and data.datasets is None and not hasattr(data, "base_model_relation")
+    assert (
+        data.base_model is None
+        and data.datasets is None
+        and not hasattr(data, "base_model_relation")
+    )
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "model").mkdir()
     assert is_hub_name("facebook/vit-mae-large")
-    for name in (None, "digits", "photos/", "./photos", "/data/photos", "a/b/c", str(tmp_path / "my")):
+    for name in (
+        None,
+        "digits",
+        "photos/",
+        "./photos",
+        "/data/photos",
+        "a/b/c",
+        str(tmp_path / "my"),
+    ):
         assert not is_hub_name(name), name
 
 
@@ -79,16 +105,23 @@ def test_an_existing_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_model_index_holds_both_measurements(tmp_path: Path) -> None:
     card, _ = card_of(tmp_path)
-    by_name = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
+    by_name = {
+        (result.dataset_name, result.metric_type): result for result in card.data.eval_results
+    }
     scalars = [name for name in BEFORE if name != "knn_per_block"]
     assert len(by_name) == 2 * len(scalars)
     for name in scalars:
         assert by_name["digits", name].metric_value == pytest.approx(AFTER[name])
-        assert by_name["digits (starting weights)", name].metric_value == pytest.approx(BEFORE[name])
+        assert by_name["digits (starting weights)", name].metric_value == pytest.approx(
+            BEFORE[name]
+        )
         assert "starting weights" in by_name["digits (starting weights)", name].metric_name
         assert "starting weights" not in by_name["digits", name].metric_name
     index = card.data.to_dict()["model-index"]
-    assert [result["dataset"]["name"] for result in index[0]["results"]] == ["digits", "digits (starting weights)"]
+    assert [result["dataset"]["name"] for result in index[0]["results"]] == [
+        "digits",
+        "digits (starting weights)",
+    ]
 
 
 def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
@@ -128,7 +161,9 @@ def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
         ({"before": None, "after": None}, "This model was not evaluated"),
     ],
 )
-def test_weak_evidence_is_said_at_the_top(tmp_path: Path, changes: dict[str, Any], warning: str) -> None:
+def test_weak_evidence_is_said_at_the_top(
+    tmp_path: Path, changes: dict[str, Any], warning: str
+) -> None:
     _, text = card_of(tmp_path, **changes)
     assert warning in text[: text.index("A vision transformer")]
 
@@ -142,13 +177,31 @@ def test_one_sided_and_missing_measurements(tmp_path: Path) -> None:
 
 
 def test_text_from_data_cannot_break_out(tmp_path: Path) -> None:
-    evil = "a](http://e.vil) <script>x</script> | `b` **c**\n---\n# {{ seed }} www.e.vil _d_ ![i](x)"
-    changes = {"hardware": evil, "starting_model": evil, "protocol": {evil: evil}, "versions": {evil: evil}}
+    evil = (
+        "a](http://e.vil) <script>x</script> | `b` **c**\n---\n# {{ seed }} www.e.vil _d_ ![i](x)"
+    )
+    changes = {
+        "hardware": evil,
+        "starting_model": evil,
+        "protocol": {evil: evil},
+        "versions": {evil: evil},
+    }
     dataset = dict.fromkeys(("name", "eval_name", "config", "fingerprint"), evil)
     card, text = card_of(tmp_path, dataset, command="echo\n```\n<b>", **changes)
     assert card.data.eval_results[0].dataset_type == " ".join(evil.split())
     body = text.replace(fenced("echo\n```\n<b>", "bash"), "")
-    for raw in ("<script", "http://e", "www.e", "**c**", "`b`", "![i]", "](http:", "{{ seed", "\n# &#", " _d_ "):
+    for raw in (
+        "<script",
+        "http://e",
+        "www.e",
+        "**c**",
+        "`b`",
+        "![i]",
+        "](http:",
+        "{{ seed",
+        "\n# &#",
+        " _d_ ",
+    ):
         assert raw not in body, raw
     assert "````bash\necho\n```\n<b>\n````" in text
     assert body.count("\n---\n") == 0 and body.count("\n# ") == 1
@@ -162,14 +215,18 @@ def test_escaped_text_shows_as_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "1.5 min"), (5399, "90.0 min"), (7200, "2.0 h")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "1.5 min"), (5399, "90.0 min"), (7200, "2.0 h")],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 def test_unfinished_runs_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"metrics\.json does not exist; give the output folder of a finished run"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"metrics\.json does not exist; give the output folder of a finished run",
+    ):
         CardData.from_run(tmp_path)
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):

@@ -18,7 +18,10 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
-from mim_refiner_hf.model.positions_mim_refiner import relative_position_index, sincos_position_table
+from mim_refiner_hf.model.positions_mim_refiner import (
+    relative_position_index,
+    sincos_position_table,
+)
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -55,7 +58,9 @@ def assert_same_tokens(ours: MimRefinerModel, pixels: torch.Tensor, expected: An
     with torch.no_grad():
         output = ours(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, **TOLERANCE)
-    for block, (mine, theirs) in enumerate(zip(output.hidden_states, expected.hidden_states, strict=True)):
+    for block, (mine, theirs) in enumerate(
+        zip(output.hidden_states, expected.hidden_states, strict=True)
+    ):
         torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=f"hidden state {block}")
 
 
@@ -75,16 +80,22 @@ def test_equals_transformers_vit(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_equals_transformers_vit_mae_unmasked(tmp_path: Path, size: tuple[int, int]) -> None:
     model = randomise(transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, mask_ratio=0.0)))
     pixels = torch.randn(2, 3, *size)
-    order = torch.arange(size[0] * size[1] // 64).float().expand(2, -1)  # increasing noise: ViTMAE shuffles nothing
+    order = (
+        torch.arange(size[0] * size[1] // 64).float().expand(2, -1)
+    )  # increasing noise: ViTMAE shuffles nothing
     with torch.no_grad():
-        expected = model(pixels, noise=order, interpolate_pos_encoding=True, output_hidden_states=True)
+        expected = model(
+            pixels, noise=order, interpolate_pos_encoding=True, output_hidden_states=True
+        )
     assert_same_tokens(converted(model, tmp_path), pixels, expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bias", ["relative", "shared_relative", "absolute", "absolute+relative"])
 @pytest.mark.parametrize("kind", ["Beit", "Data2VecVision"])
-def test_equals_transformers_beit_and_data2vec_vision(tmp_path: Path, kind: str, bias: str, size: tuple[int, int]) -> None:
+def test_equals_transformers_beit_and_data2vec_vision(
+    tmp_path: Path, kind: str, bias: str, size: tuple[int, int]
+) -> None:
     config = getattr(transformers, f"{kind}Config")(
         **TINY,
         use_absolute_position_embeddings="absolute" in bias,
@@ -103,15 +114,25 @@ def test_equals_transformers_beit_and_data2vec_vision(tmp_path: Path, kind: str,
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_equals_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
     model = randomise(
         timm.models.VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, dynamic_img_size=True
+            img_size=32,
+            patch_size=8,
+            embed_dim=48,
+            depth=3,
+            num_heads=3,
+            num_classes=0,
+            dynamic_img_size=True,
         )
     )
 
     def without_antialias(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return resample_abs_pos_embed(*args, **kwargs, antialias=False)  # MIM-Refiner resizes without, timm with
+        return resample_abs_pos_embed(
+            *args, **kwargs, antialias=False
+        )  # MIM-Refiner resizes without, timm with
 
     monkeypatch.setattr("timm.models.vision_transformer.resample_abs_pos_embed", without_antialias)
     torch.save(model.state_dict(), tmp_path / "timm.pth")
@@ -127,10 +148,18 @@ def test_post_norm_blocks_equal_the_slow_version() -> None:
     model = tiny(norm_placement="post", embedding_norm=True, final_norm=False)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        patches = model.embeddings.patch_embeddings(pixels).flatten(2).mT + model.embeddings.position_embeddings
-        x = model.embeddings.norm(torch.cat([model.embeddings.cls_token.expand(2, -1, -1), patches], dim=1))
+        patches = (
+            model.embeddings.patch_embeddings(pixels).flatten(2).mT
+            + model.embeddings.position_embeddings
+        )
+        x = model.embeddings.norm(
+            torch.cat([model.embeddings.cls_token.expand(2, -1, -1), patches], dim=1)
+        )
         for layer in model.layers:
-            q, k, v = (getattr(layer.attention, f"{name}_proj")(x).unflatten(-1, (2, 16)).transpose(1, 2) for name in "qkv")
+            q, k, v = (
+                getattr(layer.attention, f"{name}_proj")(x).unflatten(-1, (2, 16)).transpose(1, 2)
+                for name in "qkv"
+            )
             attended = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
             x = layer.norm1(x + layer.attention.o_proj(attended))
             x = layer.norm2(x + layer.mlp.fc2(torch.nn.functional.gelu(layer.mlp.fc1(x))))
@@ -140,28 +169,44 @@ def test_post_norm_blocks_equal_the_slow_version() -> None:
 @pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
 def test_fresh_positions_are_sine_cosine(grid: tuple[int, int]) -> None:
     """As transformers' ViTMAE computes them, but with MAE's order of the halves: width first (transformers: height first)."""
-    expected = build_2d_sinusoidal_position_embedding(*grid, embed_dim=32).roll(16, dims=1).unsqueeze(0)
+    expected = (
+        build_2d_sinusoidal_position_embedding(*grid, embed_dim=32).roll(16, dims=1).unsqueeze(0)
+    )
     torch.testing.assert_close(sincos_position_table(grid, 32), expected, atol=1e-6, rtol=0)
     config = MimRefinerConfig(**{**TINY, "image_size": [grid[0] * 8, grid[1] * 8]})
-    assert torch.equal(MimRefinerModel(config).embeddings.position_embeddings, sincos_position_table(grid, 32))
+    assert torch.equal(
+        MimRefinerModel(config).embeddings.position_embeddings, sincos_position_table(grid, 32)
+    )
 
 
 def test_fresh_positions_equal_a_trained_mae(shared: Path) -> None:
     trained = load_encoder(shared / "models/mae-tiny-cifar10")
     torch.testing.assert_close(
-        MimRefinerModel(trained.config).embeddings.position_embeddings, trained.embeddings.position_embeddings
+        MimRefinerModel(trained.config).embeddings.position_embeddings,
+        trained.embeddings.position_embeddings,
     )
 
 
-@pytest.mark.parametrize("positions", ["absolute", "relative", "shared_relative", "absolute+shared_relative"])
+@pytest.mark.parametrize(
+    "positions", ["absolute", "relative", "shared_relative", "absolute+shared_relative"]
+)
 @pytest.mark.parametrize("width", [32, 30])
 def test_no_fresh_table_is_constant(positions: str, width: int) -> None:
     """A constant position table cannot be told apart by training (transformers' ViTMAE from a config has one)."""
     model = MimRefinerModel(
-        MimRefinerConfig(**{**TINY, "hidden_size": width}, position_encoding=positions, num_register_tokens=2)
+        MimRefinerConfig(
+            **{**TINY, "hidden_size": width}, position_encoding=positions, num_register_tokens=2
+        )
     )
-    tables = {name: weight for name, weight in model.named_parameters() if "position" in name or "token" in name}
-    assert len(tables) == 2 + ("absolute" in positions) + {"r": 3, "s": 1, "a": 0}[positions.split("+")[-1][0]]
+    tables = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if "position" in name or "token" in name
+    }
+    assert (
+        len(tables)
+        == 2 + ("absolute" in positions) + {"r": 3, "s": 1, "a": 0}[positions.split("+")[-1][0]]
+    )
     for name, table in tables.items():
         rows = table.reshape(-1, table.shape[-1])
         assert rows.unique(dim=0).shape == rows.shape, name
@@ -174,10 +219,16 @@ def test_relative_position_index_tells_offsets_apart() -> None:
     offsets: dict[tuple[int, int], set[int]] = {}
     for q, query in enumerate(place):
         for k, key in enumerate(place):
-            offsets.setdefault((query[0] - key[0], query[1] - key[1]), set()).add(int(index[1 + q, 1 + k]))
+            offsets.setdefault((query[0] - key[0], query[1] - key[1]), set()).add(
+                int(index[1 + q, 1 + k])
+            )
     assert all(len(entries) == 1 for entries in offsets.values())
     assert len(set.union(*offsets.values())) == len(offsets) == 3 * 5
-    assert (set(index[0, 1:].tolist()), set(index[1:, 0].tolist()), int(index[0, 0])) == ({15}, {16}, 17)
+    assert (set(index[0, 1:].tolist()), set(index[1:, 0].tolist()), int(index[0, 0])) == (
+        {15},
+        {16},
+        17,
+    )
 
 
 # --- attention kernels, recording, compiling ----------------------------------------------------------------------------------
@@ -185,7 +236,9 @@ def test_relative_position_index_tells_offsets_apart() -> None:
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared_relative"])
 def test_eager_equals_sdpa(positions: str) -> None:
-    model = tiny(position_encoding=positions, layer_scale_init=0.1, bias="no_key", num_register_tokens=2)
+    model = tiny(
+        position_encoding=positions, layer_scale_init=0.1, bias="no_key", num_register_tokens=2
+    )
     pixels = torch.randn(2, 3, 32, 32)
     outputs = []
     for kernel in ("sdpa", "eager"):
@@ -232,8 +285,12 @@ def test_recording_chosen_hidden_states() -> None:
     assert len(everything) == 4
     recorded = [state for state in chosen if state is not None]
     assert len(recorded) == 2
-    assert all(torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True))
-    torch.testing.assert_close(model.norm(everything[-1]), model(pixels).last_hidden_state)  # entries are before the final norm
+    assert all(
+        torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True)
+    )
+    torch.testing.assert_close(
+        model.norm(everything[-1]), model(pixels).last_hidden_state
+    )  # entries are before the final norm
 
 
 def test_bf16_weights_take_fp32_pixels() -> None:
@@ -243,7 +300,9 @@ def test_bf16_weights_take_fp32_pixels() -> None:
         expected = model(pixels, interpolate_pos_encoding=True).pooler_output
         output = model.bfloat16()(pixels, interpolate_pos_encoding=True)
     assert output.last_hidden_state.dtype == output.pooler_output.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(output.pooler_output.float(), expected).min() > 0.99
+    assert (
+        torch.nn.functional.cosine_similarity(output.pooler_output.float(), expected).min() > 0.99
+    )
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -251,8 +310,12 @@ def test_compiles_without_graph_breaks() -> None:
     model = tiny(num_hidden_layers=2, position_encoding="absolute+relative")
     pixels = torch.randn(2, 3, 16, 32)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels, interpolate_pos_encoding=True)
-        torch.testing.assert_close(compiled.last_hidden_state, model(pixels, interpolate_pos_encoding=True)[0], **TOLERANCE)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(
+            pixels, interpolate_pos_encoding=True
+        )
+        torch.testing.assert_close(
+            compiled.last_hidden_state, model(pixels, interpolate_pos_encoding=True)[0], **TOLERANCE
+        )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -272,7 +335,9 @@ def test_exports_with_a_dynamic_batch() -> None:
     program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=batch)
     pixels = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(pixels).pooler_output, model(pixels).pooler_output, **TOLERANCE)
+        torch.testing.assert_close(
+            program.module()(pixels).pooler_output, model(pixels).pooler_output, **TOLERANCE
+        )
 
 
 # --- pooling, sizes, configuration --------------------------------------------------------------------------------------------
@@ -302,10 +367,13 @@ def test_mean_pooling_leaves_out_cls_and_registers() -> None:
 def test_wrong_pixels_raise() -> None:
     model = tiny()
     with pytest.raises(
-        ValueError, match=r"16x16 but the model's native size is 32x32; resize .* interpolate_pos_encoding=True"
+        ValueError,
+        match=r"16x16 but the model's native size is 32x32; resize .* interpolate_pos_encoding=True",
     ):
         model(torch.randn(1, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"20x32; height and width must be multiples of the patch size 8"):
+    with pytest.raises(
+        ValueError, match=r"20x32; height and width must be multiples of the patch size 8"
+    ):
         model(torch.randn(1, 3, 20, 32), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="has 1 channels; this model was built for 3"):
         model(torch.randn(1, 1, 32, 32))
@@ -324,7 +392,10 @@ def test_wrong_pixels_raise() -> None:
         ({"bias": "some"}, "bias"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"num_register_tokens": -1}, "num_register_tokens=-1 must not be negative"),
-        ({"use_cls_token": False, "pooling": "cls"}, r"pooling='cls': the encoder has no CLS token \(use_cls_token=False\)"),
+        (
+            {"use_cls_token": False, "pooling": "cls"},
+            r"pooling='cls': the encoder has no CLS token \(use_cls_token=False\)",
+        ),
     ],
 )
 def test_contradicting_configurations_raise(settings: dict[str, Any], message: str) -> None:

@@ -28,9 +28,16 @@ def golden(goldens: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def d2v2_l16() -> MimRefinerModel:
-    shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    shape = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
     with torch.device("meta"):
-        return MimRefinerModel(MimRefinerConfig(**shape, norm_placement="post", embedding_norm=True, final_norm=False))
+        return MimRefinerModel(
+            MimRefinerConfig(**shape, norm_placement="post", embedding_norm=True, final_norm=False)
+        )
 
 
 def authors_name(name: str) -> str:
@@ -52,14 +59,24 @@ def authors_name(name: str) -> str:
 
 def settings_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """(lr_scale, weight_decay) of every parameter."""
-    return {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    return {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for name in group["names"]
+    }
 
 
-def test_every_parameter_has_the_authors_scale_and_decay(golden: dict[str, Any], d2v2_l16: MimRefinerModel) -> None:
+def test_every_parameter_has_the_authors_scale_and_decay(
+    golden: dict[str, Any], d2v2_l16: MimRefinerModel
+) -> None:
     freeze(d2v2_l16, blocks=0)
-    found = settings_by_name(encoder_groups(d2v2_l16, golden["decay"], golden["optimizer"]["weight_decay"]))
+    found = settings_by_name(
+        encoder_groups(d2v2_l16, golden["decay"], golden["optimizer"]["weight_decay"])
+    )
     assert {authors_name(name) for name in found} == set(golden["params"])
-    assert len(found) == len(golden["params"]) + 2 * 2 * 24  # q, k and v, weight and bias, in place of one qkv
+    assert (
+        len(found) == len(golden["params"]) + 2 * 2 * 24
+    )  # q, k and v, weight and bias, in place of one qkv
     for name, (scale, decay) in found.items():
         expected = golden["params"][authors_name(name)]
         assert scale == pytest.approx(expected["lr_scale"], rel=1e-9), name
@@ -74,11 +91,18 @@ def test_schedule(golden: dict[str, Any]) -> None:
         assert learning_rate(step, warmup, total, peak) == pytest.approx(expected, rel=1e-9), step
 
 
-def test_learning_rate_of_every_parameter_at_one_step(golden: dict[str, Any], d2v2_l16: MimRefinerModel) -> None:
+def test_learning_rate_of_every_parameter_at_one_step(
+    golden: dict[str, Any], d2v2_l16: MimRefinerModel
+) -> None:
     freeze(d2v2_l16, blocks=0)
     optimizer = torch.optim.AdamW(encoder_groups(d2v2_l16, golden["decay"], 0.05), lr=0.0)
-    step, expected = golden["lr_after_schedule_step"]["step"], golden["lr_after_schedule_step"]["lr"]
-    rate = learning_rate(step, golden["warmup_updates"], golden["total_updates"], golden["scaled_lr"])
+    step, expected = (
+        golden["lr_after_schedule_step"]["step"],
+        golden["lr_after_schedule_step"]["lr"],
+    )
+    rate = learning_rate(
+        step, golden["warmup_updates"], golden["total_updates"], golden["scaled_lr"]
+    )
     set_learning_rate(optimizer, rate)
     for group in optimizer.param_groups:
         for name in group["names"]:
@@ -86,7 +110,13 @@ def test_learning_rate_of_every_parameter_at_one_step(golden: dict[str, Any], d2
 
 
 def test_final_norm_is_not_decayed() -> None:
-    config = MimRefinerConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, image_size=16)
+    config = MimRefinerConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=8,
+        image_size=16,
+    )
     found = settings_by_name(encoder_groups(MimRefinerModel(config), 0.5, 0.05))
     assert found["norm.weight"] == (1.0, 0.0)
     assert found["layers.1.mlp.fc1.weight"] == (0.5, 0.05)
@@ -97,19 +127,31 @@ def test_final_norm_is_not_decayed() -> None:
 
 def test_freezing_as_the_2b_model_does() -> None:
     """Patch embedding, CLS and the first 6 blocks; position tables, absolute and relative, are frozen in any case."""
-    shape = {"hidden_size": 8, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 16}
+    shape = {
+        "hidden_size": 8,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "image_size": 16,
+    }
     encoder = MimRefinerModel(
-        MimRefinerConfig(**shape, patch_size=8, position_encoding="absolute+relative", num_register_tokens=1)
+        MimRefinerConfig(
+            **shape, patch_size=8, position_encoding="absolute+relative", num_register_tokens=1
+        )
     )
     names = {name for name, _ in encoder.named_parameters()}
     positions = {name for name in names if "position" in name}
     assert len(positions) == 1 + 8
     freeze(encoder, blocks=0)
-    assert {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad} == positions
+    assert {
+        name for name, parameter in encoder.named_parameters() if not parameter.requires_grad
+    } == positions
     freeze(encoder, blocks=6)
     early = tuple(f"layers.{block}." for block in range(6))
     expected = {name for name in names if name.startswith(("embeddings.", *early))} | positions
-    assert {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad} == expected
+    assert {
+        name for name, parameter in encoder.named_parameters() if not parameter.requires_grad
+    } == expected
     grouped = settings_by_name(encoder_groups(encoder, 0.65, 0.05))
     assert set(grouped) == names - expected
 
@@ -132,7 +174,9 @@ def test_moving_average_is_the_formula_and_leaves_frozen_weights() -> None:
     for step in range(20):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
-            model.bias.add_(1.0)  # does not happen to a frozen weight; here it shows that the average skips it
+            model.bias.add_(
+                1.0
+            )  # does not happen to a frozen weight; here it shows that the average skips it
         update_average(average, model, decay=0.9)
         expected = 0.9 * expected + 0.1 * model.weight.detach().double()
     torch.testing.assert_close(average.weight.double(), expected, atol=1e-6, rtol=1e-6)

@@ -18,14 +18,24 @@ from sklearn.metrics import adjusted_rand_score
 from transformers import BertConfig, BertModel, ViTMAEConfig, ViTMAEModel, pipeline
 
 import mim_refiner_hf.clustering.pipeline_image_clustering as module
-from mim_refiner_hf import ImageClusteringPipeline, MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf import (
+    ImageClusteringPipeline,
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+)
 from mim_refiner_hf.clustering.cluster_count import Proposal
 from mim_refiner_hf.clustering.k_means import Clustering
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import extract_features
 from mim_refiner_hf.publishing import save_model_folder
 
-SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 TRUE = [i % 3 for i in range(24)]  # colour of image i
 
@@ -38,7 +48,9 @@ def encoder() -> MimRefinerModel:
 
 @pytest.fixture(scope="module")
 def processor() -> MimRefinerImageProcessor:
-    return MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
 
 
 @pytest.fixture
@@ -52,7 +64,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for i, colour in enumerate(TRUE):
-        pixels = (COLOURS[colour] + random.integers(-30, 30, (20, 24, 3))).clip(0, 255).astype(np.uint8)
+        pixels = (
+            (COLOURS[colour] + random.integers(-30, 30, (20, 24, 3))).clip(0, 255).astype(np.uint8)
+        )
         path = folder / ("deeper" if i >= 20 else "") / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -75,7 +89,11 @@ def test_groups_are_found_and_described(pipe: ImageClusteringPipeline, photos: P
     assert [entry["index"] for entry in entries] == list(range(24))
     assert adjusted_rand_score(TRUE, groups_of(entries)) == 1
     assert all(0 < entry["score"] <= 1 for entry in entries)
-    assert pipe.summary["num_images"] == 24 and pipe.summary["num_clusters"] == 3 and pipe.summary["sizes"] == [8, 8, 8]
+    assert (
+        pipe.summary["num_images"] == 24
+        and pipe.summary["num_clusters"] == 3
+        and pipe.summary["sizes"] == [8, 8, 8]
+    )
     assert pipe.summary["reason"] == "as asked for" and pipe.summary["broken"] == []
     for group, exemplars in enumerate(pipe.summary["exemplars"]):
         assert len(exemplars) == 8 and {entries[place]["cluster"] for place in exemplars} == {group}
@@ -84,7 +102,9 @@ def test_groups_are_found_and_described(pipe: ImageClusteringPipeline, photos: P
 def test_every_kind_of_input_gives_the_same(pipe: ImageClusteringPipeline, photos: Path) -> None:
     paths = paths_of(photos)
     images = [Image.open(path).copy() for path in paths]
-    table = datasets.Dataset.from_dict({"name": paths, "image": paths}).cast_column("image", datasets.Image())
+    table = datasets.Dataset.from_dict({"name": paths, "image": paths}).cast_column(
+        "image", datasets.Image()
+    )
     handler = partial(SimpleHTTPRequestHandler, directory=str(photos))
     handler.func.log_message = lambda *_: None  # type: ignore[attr-defined]
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -115,7 +135,11 @@ def test_every_kind_of_input_gives_the_same(pipe: ImageClusteringPipeline, photo
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_features_are_those_of_the_evaluation(
-    pipe: ImageClusteringPipeline, encoder: MimRefinerModel, processor: Any, photos: Path, batch_size: int
+    pipe: ImageClusteringPipeline,
+    encoder: MimRefinerModel,
+    processor: Any,
+    photos: Path,
+    batch_size: int,
 ) -> None:
     """Raw output of the last block, without the final norm, whatever the batches."""
     pipe(photos, num_clusters=2, batch_size=batch_size)
@@ -141,8 +165,16 @@ def test_a_greyscale_model_reads_greyscale(photos: Path) -> None:
     ("proposal", "num_clusters", "says"),
     [
         (Proposal(3, (3, 4), True, "three stand out", []), 3, "three stand out"),
-        (Proposal(5, (2, 9), False, "nothing stands out", []), 5, "no clear answer (nothing stands out); 5 is the best guess"),
-        (Proposal(None, None, False, "too few", []), 3, "no clear answer (too few); 3 is a rule of thumb, sqrt(n / 2)"),
+        (
+            Proposal(5, (2, 9), False, "nothing stands out", []),
+            5,
+            "no clear answer (nothing stands out); 5 is the best guess",
+        ),
+        (
+            Proposal(None, None, False, "too few", []),
+            3,
+            "no clear answer (too few); 3 is a rule of thumb, sqrt(n / 2)",
+        ),
     ],
 )
 def test_the_number_of_groups_is_proposed(
@@ -159,7 +191,9 @@ def test_the_number_of_groups_is_proposed(
     assert pipe.summary["clear"] is proposal.clear and pipe.summary["interval"] == proposal.interval
 
 
-def test_a_few_images_get_groups_without_a_number(pipe: ImageClusteringPipeline, photos: Path) -> None:
+def test_a_few_images_get_groups_without_a_number(
+    pipe: ImageClusteringPipeline, photos: Path
+) -> None:
     for count in (1, 2, 5):
         assert len(pipe(paths_of(photos)[:count])) == count
         assert pipe.summary["clear"] is False
@@ -170,25 +204,35 @@ def test_equal_images_make_one_group(pipe: ImageClusteringPipeline, photos: Path
     assert groups_of(entries) == [0] * 6 and pipe.summary["num_clusters"] == 1
 
 
-def test_later_images_go_into_the_same_groups(pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path) -> None:
+def test_later_images_go_into_the_same_groups(
+    pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path
+) -> None:
     entries = pipe(photos, num_clusters=3)
     pipe.clustering.save(tmp_path / "groups.safetensors")
     again = pipe(paths_of(photos)[4:7], clustering=Clustering.load(tmp_path / "groups.safetensors"))
     assert groups_of(again) == groups_of(entries)[4:7]
-    assert [entry["score"] for entry in again] == pytest.approx([entry["score"] for entry in entries[4:7]], abs=1e-4)
+    assert [entry["score"] for entry in again] == pytest.approx(
+        [entry["score"] for entry in entries[4:7]], abs=1e-4
+    )
     assert pipe.summary["num_clusters"] == 3 and sum(pipe.summary["sizes"]) == 3
 
 
-def test_broken_images_are_named_and_left_out(pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path) -> None:
+def test_broken_images_are_named_and_left_out(
+    pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0cut")
     good = paths_of(photos)
     given = [*good[:5], str(tmp_path / "cut.jpg"), *good[5:], str(tmp_path / "gone.jpg"), 7]
     entries = pipe(given, num_clusters=3, batch_size=4)
     assert adjusted_rand_score(TRUE, groups_of(entries)) == 1
     assert [entry["index"] for entry in entries] == [*range(5), *range(6, 25)]
-    assert [(entry["index"], entry["image"]) for entry in pipe.summary["broken"]] == [(i, given[i]) for i in (5, 25, 26)]
+    assert [(entry["index"], entry["image"]) for entry in pipe.summary["broken"]] == [
+        (i, given[i]) for i in (5, 25, 26)
+    ]
     assert all(entry["error"] for entry in pipe.summary["broken"])
-    with pytest.raises(ValueError, match=r"None of the 2 images can be read; the first, .*cut\.jpg: "):
+    with pytest.raises(
+        ValueError, match=r"None of the 2 images can be read; the first, .*cut\.jpg: "
+    ):
         pipe([given[5], given[25]])
 
 
@@ -218,31 +262,58 @@ def test_pixels_are_upright_opaque_and_scaled(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_refused(
-    pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path, given: Any, settings: dict[str, int], says: str
+    pipe: ImageClusteringPipeline,
+    photos: Path,
+    tmp_path: Path,
+    given: Any,
+    settings: dict[str, int],
+    says: str,
 ) -> None:
-    given = paths_of(photos)[:3] if given == "three" else given.format(tmp=tmp_path) if isinstance(given, str) else given
+    given = (
+        paths_of(photos)[:3]
+        if given == "three"
+        else given.format(tmp=tmp_path)
+        if isinstance(given, str)
+        else given
+    )
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         pipe(given, **settings)
 
 
-def test_features_that_are_not_finite_are_refused(processor: MimRefinerImageProcessor, photos: Path) -> None:
+def test_features_that_are_not_finite_are_refused(
+    processor: MimRefinerImageProcessor, photos: Path
+) -> None:
     model = MimRefinerModel(MimRefinerConfig(**SHAPE, image_size=16, patch_size=8))
     with torch.no_grad():
         model.layers[1].mlp.fc2.bias[3] = torch.nan
-    with pytest.raises(ValueError, match=r"features of 24 of 24 images are not finite, first those of .*00\.png: .*weights"):
+    with pytest.raises(
+        ValueError,
+        match=r"features of 24 of 24 images are not finite, first those of .*00\.png: .*weights",
+    ):
         ImageClusteringPipeline(model=model, image_processor=processor)(photos)
 
 
-def test_models_of_the_wrong_kind_are_refused(processor: MimRefinerImageProcessor, photos: Path) -> None:
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+def test_models_of_the_wrong_kind_are_refused(
+    processor: MimRefinerImageProcessor, photos: Path
+) -> None:
+    tiny = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+    }
     with pytest.raises(ValueError, match="BertModel is no image encoder"):
-        ImageClusteringPipeline(model=BertModel(BertConfig(**tiny, vocab_size=9)), image_processor=processor)
+        ImageClusteringPipeline(
+            model=BertModel(BertConfig(**tiny, vocab_size=9)), image_processor=processor
+        )
     masked = ViTMAEModel(ViTMAEConfig(**tiny, image_size=16, patch_size=8))
     with pytest.raises(ValueError, match=r"ViTMAEModel gives no pooler_output.*load_encoder"):
         ImageClusteringPipeline(model=masked, image_processor=processor)(photos)
 
 
-def test_unknown_settings_are_refused(encoder: MimRefinerModel, processor: MimRefinerImageProcessor) -> None:
+def test_unknown_settings_are_refused(
+    encoder: MimRefinerModel, processor: MimRefinerImageProcessor
+) -> None:
     with pytest.raises(ValueError, match="image-clustering knows no num_groups"):
         ImageClusteringPipeline(model=encoder, image_processor=processor, num_groups=3)
 
@@ -265,7 +336,11 @@ print(json.dumps(found))
 
 
 def test_saved_models_offer_the_pipeline(
-    encoder: MimRefinerModel, processor: MimRefinerImageProcessor, pipe: ImageClusteringPipeline, photos: Path, tmp_path: Path
+    encoder: MimRefinerModel,
+    processor: MimRefinerImageProcessor,
+    pipe: ImageClusteringPipeline,
+    photos: Path,
+    tmp_path: Path,
 ) -> None:
     """By name and without a flag for users of the package, with `trust_remote_code` and without the package for all others."""
     expected = groups_of(pipe(photos, num_clusters=3))
@@ -279,11 +354,23 @@ def test_saved_models_offer_the_pipeline(
     code = {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.py")}
     assert code == {path.name: path.read_bytes() for path in (tmp_path / "pipe").glob("*.py")}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(photos), str(tmp_path / "model"), str(tmp_path / "pipe")]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_PACKAGE,
+        str(photos),
+        str(tmp_path / "model"),
+        str(tmp_path / "pipe"),
+    ]
     result = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**environment, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={
+            **environment,
+            "HF_HOME": str(tmp_path),
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": "1",
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

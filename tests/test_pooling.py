@@ -12,7 +12,13 @@ from tiny_capi import TINY, TOLERANCE, tiny
 from torch import Tensor
 from transformers import AutoModel
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, refine
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    RefineRecipe,
+    refine,
+)
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import extract_features
@@ -44,7 +50,9 @@ def read_out(model: MimRefinerModel, output: Tensor, grid: tuple[int, int]) -> T
     tokens = model.predictor.mask_token.expand(len(output), len(places), -1)
     attention = block.attention
     query = attention.heads(rms(tokens, block.norm1.weight) @ attention.q_proj.weight.T)
-    key, value = (attention.heads(output @ part.weight.T) for part in (attention.k_proj, attention.v_proj))
+    key, value = (
+        attention.heads(output @ part.weight.T) for part in (attention.k_proj, attention.v_proj)
+    )
     query, key = attention.rope(query, places), attention.rope(key, token_coordinates(places, 4))
     weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
     tokens = tokens + (weights @ value).transpose(1, 2).flatten(2) @ attention.o_proj.weight.T
@@ -57,13 +65,19 @@ def test_heads_and_features_read_what_the_pooling_says(pooling: str) -> None:
     """Heads: raw blocks and the encoder's output. Evaluation: raw blocks, but `global_repr` needs the output."""
     model = tiny(pooling=pooling)
     pixels = torch.randn(2, 3, 16, 32)
-    pool: Callable[[Tensor], Tensor] = (lambda t: t[:, 0]) if pooling == "register" else (lambda t: t[:, 4:].mean(1))
+    pool: Callable[[Tensor], Tensor] = (
+        (lambda t: t[:, 0]) if pooling == "register" else (lambda t: t[:, 4:].mean(1))
+    )
     heads, queue = IdHeads(2, 32, 8, 8, 4), NearestNeighbourQueue(2, 8, 4)
     refiner = Refiner(model, [1, 2], heads, queue, num_global=2, num_views=2, temperature=0.2)
     with torch.no_grad():
         output = model(pixels, output_hidden_states=True)
         features = refiner.encode(pixels)
-    last = read_out(model, output.last_hidden_state, (2, 4)) if pooling == "global_repr" else pool(output.last_hidden_state)
+    last = (
+        read_out(model, output.last_hidden_state, (2, 4))
+        if pooling == "global_repr"
+        else pool(output.last_hidden_state)
+    )
     torch.testing.assert_close(features[0], pool(output.hidden_states[2]), **TOLERANCE)
     torch.testing.assert_close(features[1], last, **TOLERANCE)
     torch.testing.assert_close(output.pooler_output, last, **TOLERANCE)
@@ -72,15 +86,23 @@ def test_heads_and_features_read_what_the_pooling_says(pooling: str) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_evaluated_features_follow_the_pooling(tmp_path: Path, pooling: str) -> None:
     for number in range(3):
-        Image.effect_noise((32, 32), 60 + 10 * number).convert("RGB").save(tmp_path / f"{number}.png")
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        Image.effect_noise((32, 32), 60 + 10 * number).convert("RGB").save(
+            tmp_path / f"{number}.png"
+        )
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     model = tiny(pooling=pooling)
     found = extract_features(model, open_images(str(tmp_path)), processor, blocks=[0, 2])
     with torch.no_grad():
-        pixels = processor([Image.open(tmp_path / f"{number}.png") for number in range(3)], return_tensors="pt").pixel_values
+        pixels = processor(
+            [Image.open(tmp_path / f"{number}.png") for number in range(3)], return_tensors="pt"
+        ).pixel_values
         output = model(pixels, output_hidden_states=True)
         blocks = [output.hidden_states[1], output.hidden_states[3]]
-        expected = [tokens[:, 0] if pooling == "register" else tokens[:, 4:].mean(1) for tokens in blocks]
+        expected = [
+            tokens[:, 0] if pooling == "register" else tokens[:, 4:].mean(1) for tokens in blocks
+        ]
         if pooling == "global_repr":
             expected[1] = read_out(model, output.last_hidden_state, (4, 4))
     for block, vectors in zip((0, 2), expected, strict=True):
@@ -90,7 +112,11 @@ def test_evaluated_features_follow_the_pooling(tmp_path: Path, pooling: str) -> 
 
 def test_register_comes_after_cls() -> None:
     model = tiny(
-        position_encoding="absolute", use_cls_token=True, num_register_tokens=3, predictor_layers=0, pooling="register"
+        position_encoding="absolute",
+        use_cls_token=True,
+        num_register_tokens=3,
+        predictor_layers=0,
+        pooling="register",
     )
     with torch.no_grad():
         output = model(torch.randn(2, 3, 32, 32))
@@ -105,10 +131,15 @@ def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
     freeze(model, blocks=0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {
-        f"{part}.attention.rope.frequencies" for part in ("layers.0", "layers.1", "layers.2", "predictor.blocks.0")
+        f"{part}.attention.rope.frequencies"
+        for part in ("layers.0", "layers.1", "layers.2", "predictor.blocks.0")
     }
     groups = encoder_groups(model, 0.5, 0.05)
-    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    found = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for name in group["names"]
+    }
     assert found["embeddings.register_tokens"] == (0.5**4, 0.0)
     assert found["layers.0.norm1.weight"] == (0.125, 0.0)
     assert found["layers.2.attention.q_proj.weight"] == (0.5, 0.05)
@@ -147,13 +178,20 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
     result = refine(recipe)
     assert result is not None
     assert (result.encoder.predictor is None) == (pooling != "global_repr")
-    before, refined = load_encoder(capi / "checkpoint_perturbed_rope.pth"), load_encoder(tmp_path / "out/model")
+    before, refined = (
+        load_encoder(capi / "checkpoint_perturbed_rope.pth"),
+        load_encoder(tmp_path / "out/model"),
+    )
     assert refined.config.pooling == pooling
     assert refined.config.predictor_layers == int(pooling == "global_repr")
     after, start = refined.state_dict(), before.state_dict()
-    assert set(after) == {name for name in start if pooling == "global_repr" or not name.startswith("predictor.")}
+    assert set(after) == {
+        name for name in start if pooling == "global_repr" or not name.startswith("predictor.")
+    }
     same = {name for name, tensor in after.items() if torch.equal(tensor, start[name])}
-    assert same == {name for name in after if "rope" in name}  # every trained tensor has moved, every frequency has not
+    assert same == {
+        name for name in after if "rope" in name
+    }  # every trained tensor has moved, every frequency has not
     pixels = load_file(capi / "inputs.safetensors")["pixel_values"]
     with torch.no_grad():
         loaded = AutoModel.from_pretrained(tmp_path / "out/model")(pixels).pooler_output
@@ -175,12 +213,24 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
             {"predictor_layers": 0},
             "--pooling global_repr: the encoder has no predictor .*; use mean",
         ),
-        ({"pooling": "global_repr", "head_blocks": [0, 1]}, {}, r"add block 2 to --head_blocks 0 1, or use mean"),
-        ({"head_blocks": [0, 1]}, {"pooling": "global_repr"}, r"add block 2 to --head_blocks 0 1, or use mean"),
+        (
+            {"pooling": "global_repr", "head_blocks": [0, 1]},
+            {},
+            r"add block 2 to --head_blocks 0 1, or use mean",
+        ),
+        (
+            {"head_blocks": [0, 1]},
+            {"pooling": "global_repr"},
+            r"add block 2 to --head_blocks 0 1, or use mean",
+        ),
     ],
 )
 def test_poolings_that_the_encoder_cannot_give_are_refused(
     changes: dict[str, Any], shape: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve(RefineRecipe(model="x", **changes), MimRefinerConfig(**{**TINY, **shape}), num_images=4096)
+        resolve(
+            RefineRecipe(model="x", **changes),
+            MimRefinerConfig(**{**TINY, **shape}),
+            num_images=4096,
+        )

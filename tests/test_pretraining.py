@@ -12,7 +12,13 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.pretraining import mae
-from mim_refiner_hf.pretraining.mae import MaeDecoder, PretrainRecipe, mae_loss, patchify, pretrain_mae
+from mim_refiner_hf.pretraining.mae import (
+    MaeDecoder,
+    PretrainRecipe,
+    mae_loss,
+    patchify,
+    pretrain_mae,
+)
 
 SMALL = {"patch_size": 4, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
@@ -43,9 +49,14 @@ def their_names(encoder: MimRefinerModel, decoder: MaeDecoder) -> dict[str, Tens
             for ours, theirs in renamed:
                 name = name.replace(ours, theirs)
             state[prefix + name] = tensor
-    state["vit.layernorm.weight"], state["vit.layernorm.bias"] = state.pop("vit.norm.weight"), state.pop("vit.norm.bias")
+    state["vit.layernorm.weight"], state["vit.layernorm.bias"] = (
+        state.pop("vit.norm.weight"),
+        state.pop("vit.norm.bias"),
+    )
     positions = state.pop("vit.embeddings.position_embeddings")
-    state["vit.embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    state["vit.embeddings.position_embeddings"] = torch.cat(
+        [torch.zeros_like(positions[:, :1]), positions], dim=1
+    )
     side = math.isqrt(positions.shape[1])
     state["decoder.decoder_pos_embed"] = sincos_table(side, decoder.mask_token.shape[2])
     for ours, theirs in (
@@ -54,11 +65,16 @@ def their_names(encoder: MimRefinerModel, decoder: MaeDecoder) -> dict[str, Tens
         ("predict", "decoder_pred"),
         ("layers", "decoder_layers"),
     ):
-        state = {name.replace(f"decoder.{ours}.", f"decoder.{theirs}."): tensor for name, tensor in state.items()}
+        state = {
+            name.replace(f"decoder.{ours}.", f"decoder.{theirs}."): tensor
+            for name, tensor in state.items()
+        }
     return state
 
 
-def build(mask_ratio: float, seed: int = 0) -> tuple[MimRefinerModel, MaeDecoder, ViTMAEForPreTraining]:
+def build(
+    mask_ratio: float, seed: int = 0
+) -> tuple[MimRefinerModel, MaeDecoder, ViTMAEForPreTraining]:
     """Encoder, decoder, and transformers' model with their weights, all of them random, biases and norms included."""
     torch.manual_seed(seed)
     recipe = PretrainRecipe(image_size=16, **SMALL, **DECODER, mask_ratio=mask_ratio)
@@ -94,10 +110,20 @@ def test_loss_and_gradients_equal_transformers(mask_ratio: float) -> None:
     loss.backward()
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    torch.testing.assert_close(encoder.embeddings.cls_token.grad, gradients["vit.embeddings.cls_token"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(decoder.mask_token.grad, gradients["decoder.mask_token"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        encoder.embeddings.cls_token.grad,
+        gradients["vit.embeddings.cls_token"],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    torch.testing.assert_close(
+        decoder.mask_token.grad, gradients["decoder.mask_token"], atol=1e-5, rtol=1e-4
+    )
     for ours, name in (
-        (encoder.embeddings.patch_embeddings.weight, "vit.embeddings.patch_embeddings.projection.weight"),
+        (
+            encoder.embeddings.patch_embeddings.weight,
+            "vit.embeddings.patch_embeddings.projection.weight",
+        ),
         (encoder.layers[0].attention.q_proj.weight, "vit.layers.0.attention.q_proj.weight"),
         (encoder.norm.weight, "vit.layernorm.weight"),
         (decoder.layers[1].mlp.fc2.bias, "decoder.decoder_layers.1.mlp.fc2.bias"),
@@ -110,7 +136,10 @@ def test_loss_and_gradients_equal_transformers(mask_ratio: float) -> None:
 def test_loss_looks_at_masked_patches_only() -> None:
     """The encoder sees nothing of a masked patch, and the loss is the mean over the masked ones."""
     encoder, decoder, _ = build(0.75)
-    pixels, noise = torch.randn(1, 3, 16, 16), torch.linspace(0, 1, 16).unsqueeze(0)  # patches 0-3 stay visible
+    pixels, noise = (
+        torch.randn(1, 3, 16, 16),
+        torch.linspace(0, 1, 16).unsqueeze(0),
+    )  # patches 0-3 stay visible
     changed = pixels.clone()
     changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)  # patch 15, masked: a target and nothing else
     with torch.no_grad():
@@ -120,11 +149,15 @@ def test_loss_looks_at_masked_patches_only() -> None:
     # both losses share the predictions, p of patch 15 among them: 12 (l2 - l1) = mean((p - t2)^2) - mean((p - t1)^2)
     with torch.no_grad():
         prediction = _prediction_of_last_patch(encoder, decoder, pixels)
-    change = (prediction - normalised[1]).square().mean() - (prediction - normalised[0]).square().mean()
+    change = (prediction - normalised[1]).square().mean() - (
+        prediction - normalised[0]
+    ).square().mean()
     torch.testing.assert_close(12 * (second - first), change, atol=1e-4, rtol=0)
 
 
-def _prediction_of_last_patch(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor) -> Tensor:
+def _prediction_of_last_patch(
+    encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor
+) -> Tensor:
     """With patches 0-3 visible in their order nothing has to be shuffled."""
     tokens = encoder.embeddings(pixels)[:, :5]
     for layer in encoder.layers:
@@ -152,11 +185,21 @@ def digits() -> ImageDataset:
 
 
 def tiny_recipe(**changes: Any) -> PretrainRecipe:
-    settings = {"image_size": 16, **SMALL, **DECODER, "scale": 0.8, "flip": 0.0, "epochs": 10, "warmup_epochs": 1}
+    settings = {
+        "image_size": 16,
+        **SMALL,
+        **DECODER,
+        "scale": 0.8,
+        "flip": 0.0,
+        "epochs": 10,
+        "warmup_epochs": 1,
+    }
     return PretrainRecipe(**{**settings, "batch_size": 64, "learning_rate": 1e-2, **changes})
 
 
-def test_loss_falls_and_the_result_is_ready_to_use(digits: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_falls_and_the_result_is_ready_to_use(
+    digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses: list[float] = []
 
     def recorded(*arguments: Any) -> Tensor:
@@ -172,7 +215,9 @@ def test_loss_falls_and_the_result_is_ready_to_use(digits: ImageDataset, monkeyp
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     fresh, _ = mae._fresh(tiny_recipe())
     for (name, before), after in zip(fresh.named_parameters(), encoder.parameters(), strict=True):
-        assert torch.equal(before, after) == ("position" in name), name  # all but the fixed positions was trained
+        assert torch.equal(before, after) == ("position" in name), (
+            name
+        )  # all but the fixed positions was trained
 
 
 def test_no_position_table_is_constant() -> None:

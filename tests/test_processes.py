@@ -12,7 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from small_store import BATCH, COUNT, SHARD, contents, embed, make_encoder, make_processor, write_photos
+from small_store import (
+    BATCH,
+    COUNT,
+    SHARD,
+    contents,
+    embed,
+    make_encoder,
+    make_processor,
+    write_photos,
+)
 from torch import Tensor
 
 from mim_refiner_hf.cli import main
@@ -38,34 +47,53 @@ def answers() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)
-    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE, kept = 32, 64, (knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE)  # 11 tiles of rows
-    found = knn_predict(torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True)
+    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE, kept = (
+        32,
+        64,
+        (knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE),
+    )  # 11 tiles of rows
+    found = knn_predict(
+        torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True
+    )
     knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE = kept
     return {f"k-NN {setting}": predicted for setting, predicted in found.items()}
 
 
 def in_memory(photos: Path) -> dict[str, Tensor]:
     """Features and labels of all images."""
-    found = extract_features(make_encoder(), open_images(str(photos)), make_processor(), blocks=[1], batch_size=BATCH)
+    found = extract_features(
+        make_encoder(), open_images(str(photos)), make_processor(), blocks=[1], batch_size=BATCH
+    )
     assert found.labels is not None
     return {"features": found.features, "block 1": found.blocks[1], "labels": found.labels}
 
 
 def groups_of(rank: int, processes: int) -> dict[str, Tensor]:
     """k-means of every n-th row: this process's assignments, and the centroids of all."""
-    found = kmeans(ArrayBatches(separated_rows()[0][rank::processes], rows_per_batch=50), GROUPS, runs=3)
+    found = kmeans(
+        ArrayBatches(separated_rows()[0][rank::processes], rows_per_batch=50), GROUPS, runs=3
+    )
     return {"assignments": found.assignments, "centroids": found.centroids}
 
 
 def process(rank: int, processes: int, port: int, photos: Path, folder: Path) -> None:
     """One of several processes; writes all that it was told."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes
+    )
     embed(photos, folder / "table")
     embed_images(
-        make_encoder(), open_stream(str(photos)), make_processor(), folder / "stream", shard_size=SHARD, batch_size=BATCH
+        make_encoder(),
+        open_stream(str(photos)),
+        make_processor(),
+        folder / "stream",
+        shard_size=SHARD,
+        batch_size=BATCH,
     )
-    save_file(in_memory(photos) | answers() | groups_of(rank, processes), folder / f"{rank}.safetensors")
+    save_file(
+        in_memory(photos) | answers() | groups_of(rank, processes), folder / f"{rank}.safetensors"
+    )
     dist.destroy_process_group()
 
 
@@ -86,7 +114,9 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     embed(photos, tmp_path / "one")
     assert contents(tmp_path / "table") == contents(tmp_path / "one")  # the same bytes
     one, stream = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "stream")
-    assert stream.indices.tolist() == list(range(COUNT)) and stream.manifest["num_images"] == COUNT  # nothing twice or lost
+    assert (
+        stream.indices.tolist() == list(range(COUNT)) and stream.manifest["num_images"] == COUNT
+    )  # nothing twice or lost
     assert torch.equal(stream.features("block3.cls"), one.features("block3.cls"))
 
     expected = in_memory(photos) | answers()
@@ -101,11 +131,17 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     assignments = torch.empty(len(rows), dtype=torch.int64)
     for rank, found in enumerate(told):
         assignments[rank::processes] = found["assignments"]
-        assert torch.equal(found["centroids"], told[0]["centroids"])  # the processes agree to the last bit
+        assert torch.equal(
+            found["centroids"], told[0]["centroids"]
+        )  # the processes agree to the last bit
     order = [int(assignments[groups == group][0]) for group in range(GROUPS)]
-    assert torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS  # what was planted
+    assert (
+        torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS
+    )  # what was planted
     names = [int(alone["assignments"][groups == group][0]) for group in range(GROUPS)]
-    torch.testing.assert_close(told[0]["centroids"][order], alone["centroids"][names], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        told[0]["centroids"][order], alone["centroids"][names], atol=1e-5, rtol=0
+    )
 
 
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,33 +151,66 @@ def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report_process(rank: int, port: int, words: list[str], said: Path) -> None:
     """One of two processes as a launcher starts them, which find each other by themselves."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     few_runs(pytest.MonkeyPatch())
     with said.with_suffix(f".{rank}").open("w") as file, redirect_stdout(file):
         assert main(words) == 0
     dist.destroy_process_group()
 
 
-def test_a_report_of_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_two_processes_is_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few_runs(monkeypatch)
     save_model_folder(tmp_path / "model", make_encoder(), make_processor())
-    (tmp_path / "model/README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8")
-    words = ["evaluate", str(tmp_path / "model"), "--dataset", "digits", "--num_workers", "0", "--protocols", "low_shot"]
+    (tmp_path / "model/README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n\n# A card\n", encoding="utf-8"
+    )
+    words = [
+        "evaluate",
+        str(tmp_path / "model"),
+        "--dataset",
+        "digits",
+        "--num_workers",
+        "0",
+        "--protocols",
+        "low_shot",
+    ]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = int(probe.getsockname()[1])
-    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])  # a fork of this very process could not use its threads
+    multiprocessing.set_forkserver_preload(
+        ["mim_refiner_hf.cli"]
+    )  # a fork of this very process could not use its threads
     arguments = (port, [*words, "--output_dir", str(tmp_path / "two")], tmp_path / "said")
-    torch.multiprocessing.start_processes(report_process, arguments, nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        report_process, arguments, nprocs=2, start_method="forkserver"
+    )
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
-    assert "The report:" in first and "The card:" in first and second == ""  # one of them speaks and writes
+    assert (
+        "The report:" in first and "The card:" in first and second == ""
+    )  # one of them speaks and writes
     assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
-    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    two, one = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one")
+    )
     assert two["hardware"].startswith("2 x ") and not one["hardware"].startswith("2 x ")
     assert two["after"].keys() == one["after"].keys() and two["broken"] == one["broken"] == []
     for metric in ("knn_accuracy", "rankme", "low_shot_1_accuracy", "cluster_accuracy_mean"):
-        assert two["after"][metric] == pytest.approx(one["after"][metric], abs=0.01), metric  # other images share a batch
+        assert two["after"][metric] == pytest.approx(one["after"][metric], abs=0.01), (
+            metric
+        )  # other images share a batch
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model",
         "one",
@@ -156,4 +225,7 @@ def test_a_command_for_one_process_is_refused_in_two(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["cluster", "photos", "--model", "model"]) == 2
-    assert "error: cluster: runs in one process, not 2; start it without the launcher" in capsys.readouterr().err
+    assert (
+        "error: cluster: runs in one process, not 2; start it without the launcher"
+        in capsys.readouterr().err
+    )

@@ -104,9 +104,17 @@ def test_small_gpu_recipe_trains_the_same_thing() -> None:
     """One GPU of 24 GB differs from mae-l16 only in how, not in what is computed."""
     large, small = read_recipe("mae-l16"), read_recipe("one-gpu-24gb")
     differing = {
-        field.name for field in dataclasses.fields(RefineRecipe) if getattr(large, field.name) != getattr(small, field.name)
+        field.name
+        for field in dataclasses.fields(RefineRecipe)
+        if getattr(large, field.name) != getattr(small, field.name)
     }
-    assert differing <= {"recipe", "output_dir", "micro_batch_size", "gradient_checkpointing", "mixed_precision"}
+    assert differing <= {
+        "recipe",
+        "output_dir",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "mixed_precision",
+    }
     assert small.micro_batch_size is not None
 
 
@@ -139,8 +147,15 @@ def test_yaml_python_and_command_line_give_the_same_recipe(tmp_path: Path) -> No
     assert parse_recipe(flags) == python
     for from_file in (read_recipe(str(path)), parse_recipe(["--recipe", str(path)])):
         assert dataclasses.replace(from_file, recipe=None) == python
-    changed = parse_recipe(["--recipe", str(path), "--temperature", "0.5", "--head_blocks", "10", "--colour", "true"])
-    assert (changed.temperature, changed.head_blocks, changed.colour, changed.swap) == (0.5, [10], True, "all")
+    changed = parse_recipe(
+        ["--recipe", str(path), "--temperature", "0.5", "--head_blocks", "10", "--colour", "true"]
+    )
+    assert (changed.temperature, changed.head_blocks, changed.colour, changed.swap) == (
+        0.5,
+        [10],
+        True,
+        "all",
+    )
     assert read_recipe(str(path), temperature=0.5, head_blocks=[10], colour=True) == changed
 
 
@@ -161,11 +176,23 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     assert parse_recipe(["--recipe", str(path), "--head_blocks", "auto"]).head_blocks == "auto"
     assert parse_recipe(["--recipe", str(path)]).head_blocks == [8, 9]
 
-    resolved = resolve(dataclasses.replace(asked, freeze_blocks=20), MimRefinerConfig(**L16), IMAGENET)
+    resolved = resolve(
+        dataclasses.replace(asked, freeze_blocks=20), MimRefinerConfig(**L16), IMAGENET
+    )
     assert resolved.head_blocks == "auto"
-    facts = {"num_images": IMAGENET, "num_eval": 0, "steps": count_steps(resolved, IMAGENET), "processes": 1}
-    text = plan_text(resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, available=2**34, **facts)
-    assert "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)" in text
+    facts = {
+        "num_images": IMAGENET,
+        "num_eval": 0,
+        "steps": count_steps(resolved, IMAGENET),
+        "processes": 1,
+    }
+    text = plan_text(
+        resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, available=2**34, **facts
+    )
+    assert (
+        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,15 +200,22 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     [
         (["--head_blocks", "automatic"], "--head_blocks ['automatic']: must be of the type"),
         (["--head_blocks", "auto", "8"], "--head_blocks ['auto', 8]: must be of the type"),
-        (["--head_blocks", "auto", "--num_heads", "2"], "--head_blocks auto and --num_heads 2 exclude each other"),
+        (
+            ["--head_blocks", "auto", "--num_heads", "2"],
+            "--head_blocks auto and --num_heads 2 exclude each other",
+        ),
     ],
 )
-def test_what_is_almost_auto_is_refused(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_almost_auto_is_refused(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_recipe(["--model", "a", *flags])
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"--head_blocks automatic: must be numbers of blocks, or auto"):
+    with pytest.raises(
+        ValueError, match=r"--head_blocks automatic: must be numbers of blocks, or auto"
+    ):
         RefineRecipe(model="a", head_blocks="automatic")  # type: ignore[arg-type]
 
 
@@ -190,14 +224,31 @@ def test_numbers_in_yaml_are_numbers(tmp_path: Path, text: str) -> None:
     """YAML 1.1, which PyYAML speaks, takes 1e-3 for text."""
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: a\nlearning_rate: {text}\n")
-    assert read_recipe(str(path)).learning_rate == parse_recipe(["--recipe", str(path)]).learning_rate == 1e-3
+    assert (
+        read_recipe(str(path)).learning_rate
+        == parse_recipe(["--recipe", str(path)]).learning_rate
+        == 1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("epochs", 2.5), ("epochs", "3"), ("epochs", True), ("learning_rate", "fast"), ("colour", "no"), ("head_blocks", 3)],
-        *[("head_blocks", [1, "2"]), ("global_scale", 0.5), ("dataset", 5), ("output_dir", None), ("swap", None)],
+        *[
+            ("epochs", 2.5),
+            ("epochs", "3"),
+            ("epochs", True),
+            ("learning_rate", "fast"),
+            ("colour", "no"),
+            ("head_blocks", 3),
+        ],
+        *[
+            ("head_blocks", [1, "2"]),
+            ("global_scale", 0.5),
+            ("dataset", 5),
+            ("output_dir", None),
+            ("swap", None),
+        ],
     ],
 )
 def test_wrong_types_are_refused(field: str, value: Any) -> None:
@@ -214,7 +265,9 @@ def test_integers_pass_for_numbers() -> None:
 def test_no_arguments_are_the_quickstart() -> None:
     quickstart = read_recipe("quickstart")
     assert parse_recipe([]) == quickstart
-    assert parse_recipe(["--seed", "3", "--output_dir", "out"]) == dataclasses.replace(quickstart, seed=3, output_dir="out")
+    assert parse_recipe(["--seed", "3", "--output_dir", "out"]) == dataclasses.replace(
+        quickstart, seed=3, output_dir="out"
+    )
     assert quickstart.dataset == "digits" and quickstart.pretrain == "pretrain-digits"
 
 
@@ -227,7 +280,12 @@ def test_other_data_do_not_inherit_the_splits_of_a_recipe() -> None:
     assert read_recipe("mae-l16").eval_split == "validation"
     assert read_recipe("mae-l16", dataset="photos").eval_split is None
     assert parse_recipe(["--recipe", "mae-l16", "--dataset", "photos"]).eval_split is None
-    assert parse_recipe(["--recipe", "mae-l16", "--dataset", "photos", "--eval_split", "test"]).eval_split == "test"
+    assert (
+        parse_recipe(
+            ["--recipe", "mae-l16", "--dataset", "photos", "--eval_split", "test"]
+        ).eval_split
+        == "test"
+    )
 
 
 def test_recipe_names() -> None:
@@ -243,21 +301,37 @@ def test_default_heads_are_on_the_last_third(layers: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "temperature", "local_size", "heads"), [(L16, 0.2, 96, 8), (H14, 0.3, 98, 12), (TWOB14, 0.35, 98, 8)]
+    ("shape", "temperature", "local_size", "heads"),
+    [(L16, 0.2, 96, 8), (H14, 0.3, 98, 12), (TWOB14, 0.35, 98, 8)],
 )
-def test_what_is_not_given_is_derived_from_the_encoder(shape: Any, temperature: float, local_size: int, heads: int) -> None:
+def test_what_is_not_given_is_derived_from_the_encoder(
+    shape: Any, temperature: float, local_size: int, heads: int
+) -> None:
     config = MimRefinerConfig(**shape, intermediate_size=8)
     recipe = resolve(RefineRecipe(model="a"), config, IMAGENET)
-    assert (recipe.temperature, recipe.global_size, recipe.local_size, recipe.pooling) == (temperature, 224, local_size, "cls")
+    assert (recipe.temperature, recipe.global_size, recipe.local_size, recipe.pooling) == (
+        temperature,
+        224,
+        local_size,
+        "cls",
+    )
     layers = shape["num_hidden_layers"]
     assert recipe.head_blocks == list(range(layers - heads, layers))
     assert resolve(recipe, config, IMAGENET) == recipe
-    few = resolve(RefineRecipe(model="a", num_heads=3, temperature=0.5, local_size=112), config, IMAGENET)
-    assert (few.head_blocks, few.temperature, few.local_size) == ([layers - 3, layers - 2, layers - 1], 0.5, 112)
+    few = resolve(
+        RefineRecipe(model="a", num_heads=3, temperature=0.5, local_size=112), config, IMAGENET
+    )
+    assert (few.head_blocks, few.temperature, few.local_size) == (
+        [layers - 3, layers - 2, layers - 1],
+        0.5,
+        112,
+    )
 
 
 def test_small_encoders_get_small_local_views() -> None:
-    small = MimRefinerConfig(image_size=32, patch_size=4, hidden_size=48, num_attention_heads=3, use_cls_token=False)
+    small = MimRefinerConfig(
+        image_size=32, patch_size=4, hidden_size=48, num_attention_heads=3, use_cls_token=False
+    )
     recipe = resolve(RefineRecipe(model="a"), small, IMAGENET)
     assert (recipe.global_size, recipe.local_size, recipe.pooling) == (32, 12, "mean")
 

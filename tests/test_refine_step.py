@@ -23,7 +23,9 @@ def load_golden(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     return load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
 
 
-def fill_heads(heads: IdHeads, queue: NearestNeighbourQueue, states: list[dict[str, torch.Tensor]]) -> None:
+def fill_heads(
+    heads: IdHeads, queue: NearestNeighbourQueue, states: list[dict[str, torch.Tensor]]
+) -> None:
     """Stack one state dict per head, in the authors' names, into the grouped parameters."""
     for part in ("projector", "predictor"):
         for i, layer in enumerate(getattr(heads, part)):
@@ -43,7 +45,13 @@ def fill_heads(heads: IdHeads, queue: NearestNeighbourQueue, states: list[dict[s
                 layer.norm.bias.copy_(stacked["shift"])
             layer.norm.running_mean.copy_(stacked["mean"])
             layer.norm.running_var.copy_(stacked["var"])
-    fill_queue(queue, [{key: state[f"queue.{key}"] for key in ("x", "idx", "cls", "age", "ptr")} for state in states])
+    fill_queue(
+        queue,
+        [
+            {key: state[f"queue.{key}"] for key in ("x", "idx", "cls", "age", "ptr")}
+            for state in states
+        ],
+    )
 
 
 def fill_queue(queue: NearestNeighbourQueue, states: list[dict[str, torch.Tensor]]) -> None:
@@ -65,15 +73,23 @@ def head_gradients(heads: IdHeads, head: int) -> dict[str, torch.Tensor]:
         f"{part}.{i}.{key}": parameter.grad[head]
         for part in ("projector", "predictor")
         for i, layer in enumerate(getattr(heads, part))
-        for key, parameter in (("0.weight", layer.weight), ("1.weight", layer.norm.weight), ("1.bias", layer.norm.bias))
+        for key, parameter in (
+            ("0.weight", layer.weight),
+            ("1.weight", layer.norm.weight),
+            ("1.bias", layer.norm.bias),
+        )
     }
 
 
 def encoder_gradient(encoder: torch.nn.Module, name: str) -> torch.Tensor:
     """The gradient of the tensor that the authors call `name`."""
-    name = name.replace("patch_embed.proj", "embeddings.patch_embeddings").replace("cls_tokens.tokens", "embeddings.cls_token")
+    name = name.replace("patch_embed.proj", "embeddings.patch_embeddings").replace(
+        "cls_tokens.tokens", "embeddings.cls_token"
+    )
     name = (
-        name.replace("embed_norm.", "embeddings.norm.").replace("blocks.", "layers.").replace(".attn.proj", ".attention.o_proj")
+        name.replace("embed_norm.", "embeddings.norm.")
+        .replace("blocks.", "layers.")
+        .replace(".attn.proj", ".attention.o_proj")
     )
     parameters = dict(encoder.named_parameters())
     if ".attn.qkv" in name:
@@ -96,15 +112,23 @@ def official_pairs(num_global: int, num_local: int) -> torch.Tensor:
 @pytest.mark.parametrize("pairs", ["intended", "official"])
 def test_nna_loss(goldens: Path, local: int, temperature: float, swap: str, pairs: str) -> None:
     inputs, outputs = load_golden(goldens / "nna-loss")
-    pre, post, predicted = (inputs[f"g2l{local}.{n}"] for n in ("projected_preswap", "projected_postswap", "predicted"))
+    pre, post, predicted = (
+        inputs[f"g2l{local}.{n}"] for n in ("projected_preswap", "projected_postswap", "predicted")
+    )
     predicted.requires_grad_()
     weights = pair_weights(2, 2 + local) if pairs == "intended" else official_pairs(2, local)
-    columns = [t.transpose(0, 1).unsqueeze(0) for t in (pre, post, predicted)]  # (1, views, batch, dim)
-    loss, alignment = nna_loss(*columns, weights, temperature=temperature, swap="positive" if swap == "nnclr" else "all")
+    columns = [
+        t.transpose(0, 1).unsqueeze(0) for t in (pre, post, predicted)
+    ]  # (1, views, batch, dim)
+    loss, alignment = nna_loss(
+        *columns, weights, temperature=temperature, swap="positive" if swap == "nnclr" else "all"
+    )
     loss.sum().backward()
     key = f"g2l{local}.t{temperature}.{swap}.{pairs}"
     torch.testing.assert_close(loss[0], outputs[f"{key}.total"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(predicted.grad, outputs[f"{key}.grad_predicted"], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        predicted.grad, outputs[f"{key}.grad_predicted"], atol=1e-5, rtol=1e-3
+    )
     if swap == "nnclr":
         terms = [(2, f"{key}.global_alignment"), (2 * local, f"{key}.local_alignment")]
         expected = sum(n * outputs[name] for n, name in terms if n) / sum(n for n, _ in terms)
@@ -116,23 +140,42 @@ def test_nna_loss_of_one_process_of_two(goldens: Path, rank: int) -> None:
     inputs, outputs = load_golden(goldens / "nna-loss")
     own = slice(8 * rank, 8 * rank + 8)
     pre, post, predicted = (
-        inputs[f"ddp2.{n}"].transpose(0, 1).unsqueeze(0) for n in ("projected_preswap", "projected_postswap", "predicted")
+        inputs[f"ddp2.{n}"].transpose(0, 1).unsqueeze(0)
+        for n in ("projected_preswap", "projected_postswap", "predicted")
     )
-    loss, _ = nna_loss(pre[:, :, own], post[:, :, own], predicted, official_pairs(2, 4), temperature=0.2, first_row=8 * rank)
-    torch.testing.assert_close(loss[0], outputs[f"ddp2.t0.2.nnclr.official.rank{rank}.total"], atol=1e-5, rtol=0)
+    loss, _ = nna_loss(
+        pre[:, :, own],
+        post[:, :, own],
+        predicted,
+        official_pairs(2, 4),
+        temperature=0.2,
+        first_row=8 * rank,
+    )
+    torch.testing.assert_close(
+        loss[0], outputs[f"ddp2.t0.2.nnclr.official.rank{rank}.total"], atol=1e-5, rtol=0
+    )
 
 
 def test_nna_loss_of_many_heads_is_a_loop_over_pairs() -> None:
-    targets, neighbours, predictions = torch.randn(3, 2, 5, 7), torch.randn(3, 2, 5, 7), torch.randn(3, 6, 5, 7)
+    targets, neighbours, predictions = (
+        torch.randn(3, 2, 5, 7),
+        torch.randn(3, 2, 5, 7),
+        torch.randn(3, 6, 5, 7),
+    )
     for swap in ("positive", "all", "none"):
-        loss, _ = nna_loss(targets, neighbours, predictions, pair_weights(2, 6), temperature=0.3, swap=swap)
+        loss, _ = nna_loss(
+            targets, neighbours, predictions, pair_weights(2, 6), temperature=0.3, swap=swap
+        )
         for head in range(3):
             terms = []
             for i in range(2):
                 for j in range(6):
                     if i == j:
                         continue
-                    t, n, p = (F.normalize(x, dim=-1) for x in (targets[head, i], neighbours[head, i], predictions[head, j]))
+                    t, n, p = (
+                        F.normalize(x, dim=-1)
+                        for x in (targets[head, i], neighbours[head, i], predictions[head, j])
+                    )
                     logits = (n if swap == "all" else t) @ p.T / 0.3
                     if swap == "positive":
                         logits = torch.where(torch.eye(5).bool(), n @ p.T / 0.3, logits)
@@ -143,9 +186,15 @@ def test_nna_loss_of_many_heads_is_a_loop_over_pairs() -> None:
 @pytest.mark.parametrize("case", ["wrap", "exact", "top20"])
 def test_queue(goldens: Path, case: str) -> None:
     inputs, outputs = load_golden(goldens / "nn-queue")
-    config = next(c for c in json.loads((goldens / "nn-queue/config.json").read_text())["sequences"] if c["name"] == case)
+    config = next(
+        c
+        for c in json.loads((goldens / "nn-queue/config.json").read_text())["sequences"]
+        if c["name"] == case
+    )
     queue = NearestNeighbourQueue(1, config["size"], config["dim"])
-    fill_queue(queue, [{key: inputs[f"{case}.init.{key}"] for key in ("x", "idx", "cls", "age", "ptr")}])
+    fill_queue(
+        queue, [{key: inputs[f"{case}.init.{key}"] for key in ("x", "idx", "cls", "age", "ptr")}]
+    )
     for call in range(config["calls"]):
         x, index, labels = (inputs[f"{case}.call{call}.{key}"] for key in ("x", "idx", "cls"))
         targets = x.view(1, 2, -1, config["dim"])
@@ -154,22 +203,40 @@ def test_queue(goldens: Path, case: str) -> None:
             expected = outputs[f"{case}.call{call}.nn_queue_index"]
             assert torch.equal(found.positions.flatten(), expected)
             torch.testing.assert_close(
-                raw_rows(queue)[0][found.positions.flatten()], outputs[f"{case}.call{call}.nn_x"], atol=1e-6, rtol=0
+                raw_rows(queue)[0][found.positions.flatten()],
+                outputs[f"{case}.call{call}.nn_x"],
+                atol=1e-6,
+                rtol=0,
             )
             torch.testing.assert_close(
-                found.similarity.mean(), outputs[f"{case}.call{call}.nn_similarity"].squeeze(), atol=1e-5, rtol=0
+                found.similarity.mean(),
+                outputs[f"{case}.call{call}.nn_similarity"].squeeze(),
+                atol=1e-5,
+                rtol=0,
             )
-            assert torch.equal(queue.age[found.positions].flatten(), outputs[f"{case}.call{call}.nn_age"].flatten().long())
+            assert torch.equal(
+                queue.age[found.positions].flatten(),
+                outputs[f"{case}.call{call}.nn_age"].flatten().long(),
+            )
             evaluated = queue.lookup(targets, index, exclude_self=False).positions.flatten()
             assert torch.equal(evaluated, outputs[f"{case}.call{call}.eval_mode_nn_queue_index"])
         else:
             for k in range(20):
-                found = queue.lookup(targets, index, topk=20, draw=torch.full((1, 2, len(index)), k))
-                assert torch.equal(found.positions.flatten(), outputs[f"{case}.call{call}.candidate_queue_indices"][:, k])
+                found = queue.lookup(
+                    targets, index, topk=20, draw=torch.full((1, 2, len(index)), k)
+                )
+                assert torch.equal(
+                    found.positions.flatten(),
+                    outputs[f"{case}.call{call}.candidate_queue_indices"][:, k],
+                )
         queue.enqueue(targets[:, 0], index, labels)
-        torch.testing.assert_close(raw_rows(queue)[0], outputs[f"{case}.call{call}.after.x"], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            raw_rows(queue)[0], outputs[f"{case}.call{call}.after.x"], atol=1e-6, rtol=1e-6
+        )
         for ours, theirs in (("sample_index", "idx"), ("labels", "cls"), ("age", "age")):
-            assert torch.equal(getattr(queue, ours), outputs[f"{case}.call{call}.after.{theirs}"].long())
+            assert torch.equal(
+                getattr(queue, ours), outputs[f"{case}.call{call}.after.{theirs}"].long()
+            )
         assert queue.pointer == outputs[f"{case}.call{call}.after.ptr"].squeeze()
 
 
@@ -180,23 +247,36 @@ def test_id_head(goldens: Path) -> None:
     fill_heads(heads, queue, [state])
     projected, predicted = heads(inputs["x"].unsqueeze(0))
     found = queue.lookup(projected[:, :12].detach().view(1, 2, 6, 16), inputs["idx"])
-    torch.testing.assert_close(predicted[0], outputs["train.predicted"].reshape(30, 16), atol=1e-4, rtol=0)
-    torch.testing.assert_close(projected[0, :12], outputs["train.projected_preswap"].reshape(12, 16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        predicted[0], outputs["train.predicted"].reshape(30, 16), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        projected[0, :12], outputs["train.projected_preswap"].reshape(12, 16), atol=1e-4, rtol=0
+    )
     postswap = raw_rows(queue)[0][found.positions.flatten()]
-    torch.testing.assert_close(postswap, outputs["train.projected_postswap"].reshape(12, 16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        postswap, outputs["train.projected_postswap"].reshape(12, 16), atol=1e-4, rtol=0
+    )
     for part in ("projector", "predictor"):
         for i, layer in enumerate(getattr(heads, part)):
             for name in ("running_mean", "running_var"):
                 torch.testing.assert_close(
-                    getattr(layer.norm, name)[0], outputs[f"after_train.{part}.{i}.1.{name}"], atol=1e-5, rtol=1e-4
+                    getattr(layer.norm, name)[0],
+                    outputs[f"after_train.{part}.{i}.1.{name}"],
+                    atol=1e-5,
+                    rtol=1e-4,
                 )
 
 
-def build_refiner(goldens: Path, case: str, tmp_path: Path) -> tuple[Refiner, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def build_refiner(
+    goldens: Path, case: str, tmp_path: Path
+) -> tuple[Refiner, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     folder = goldens / f"refine-step-{case}"
     inputs, outputs = load_golden(folder)
     state = torch.load(folder / "init.th", weights_only=True)["state_dict"]
-    encoder_state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    encoder_state = {
+        k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")
+    }
     torch.save({"state_dict": encoder_state}, tmp_path / "encoder.th")
     encoder = load_encoder(tmp_path / "encoder.th", num_heads=2)
     heads, queue = IdHeads(3, 24, 24, 32, 12), NearestNeighbourQueue(3, 24, 12)
@@ -204,9 +284,18 @@ def build_refiner(goldens: Path, case: str, tmp_path: Path) -> tuple[Refiner, di
     fill_heads(
         heads,
         queue,
-        [{k.removeprefix(f"heads.{n}."): v for k, v in state.items() if k.startswith(f"heads.{n}.")} for n in names],
+        [
+            {
+                k.removeprefix(f"heads.{n}."): v
+                for k, v in state.items()
+                if k.startswith(f"heads.{n}.")
+            }
+            for n in names
+        ],
     )
-    refiner = Refiner(encoder, [1, 2, 3], heads, queue, num_global=2, num_views=5, temperature=0.2).train()
+    refiner = Refiner(
+        encoder, [1, 2, 3], heads, queue, num_global=2, num_views=5, temperature=0.2
+    ).train()
     return refiner, inputs, outputs
 
 
@@ -232,19 +321,30 @@ def test_refine_step(goldens: Path, tmp_path: Path, case: str, pairs: str, path:
         refiner.weights = official_pairs(2, 3)
     views = [inputs["global_views"], inputs["local_views"]]
     result = refiner.backward(views, inputs["idx"], inputs["cls"], micro_batch_size=micro)
-    torch.testing.assert_close(result.loss.detach(), outputs[f"{pairs}.loss.total"], atol=3e-5, rtol=0)
+    torch.testing.assert_close(
+        result.loss.detach(), outputs[f"{pairs}.loss.total"], atol=3e-5, rtol=0
+    )
     for head, name in enumerate(["cls1", "cls2", "main"]):
-        torch.testing.assert_close(result.head_losses[head], outputs[f"{pairs}.loss.{name}"], atol=1e-5, rtol=0)
-        for key, gradient in head_gradients(refiner.heads, head).items():
-            torch.testing.assert_close(gradient, outputs[f"{pairs}.grad.heads.{name}.{key}"], atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(
-            raw_rows(refiner.queue)[head], outputs[f"after_forward.heads.{name}.queue.x"], atol=1e-4, rtol=0
+            result.head_losses[head], outputs[f"{pairs}.loss.{name}"], atol=1e-5, rtol=0
+        )
+        for key, gradient in head_gradients(refiner.heads, head).items():
+            torch.testing.assert_close(
+                gradient, outputs[f"{pairs}.grad.heads.{name}.{key}"], atol=1e-5, rtol=1e-3
+            )
+        torch.testing.assert_close(
+            raw_rows(refiner.queue)[head],
+            outputs[f"after_forward.heads.{name}.queue.x"],
+            atol=1e-4,
+            rtol=0,
         )
         for part in ("projector", "predictor"):
             for i, layer in enumerate(getattr(refiner.heads, part)):
                 for statistic in ("running_mean", "running_var"):
                     expected = outputs[f"after_forward.heads.{name}.{part}.{i}.1.{statistic}"]
-                    torch.testing.assert_close(getattr(layer.norm, statistic)[head], expected, atol=1e-4, rtol=1e-4)
+                    torch.testing.assert_close(
+                        getattr(layer.norm, statistic)[head], expected, atol=1e-4, rtol=1e-4
+                    )
     prefix = f"{pairs}.grad.encoder."
     checked = [key for key in outputs if key.startswith(prefix)]
     assert len(checked) > 50
@@ -257,10 +357,14 @@ def test_micro_batches_are_exact_in_double_precision(goldens: Path, tmp_path: Pa
     gradients = []
     for micro in (None, 2):
         refiner, inputs, _ = build_refiner(goldens, "prenorm", tmp_path)
-        freeze(refiner.double().encoder, blocks=0)  # position tables are resized in fp32, and never trained
+        freeze(
+            refiner.double().encoder, blocks=0
+        )  # position tables are resized in fp32, and never trained
         views = [inputs["global_views"].double(), inputs["local_views"].double()]
         refiner.backward(views, inputs["idx"], inputs["cls"], micro_batch_size=micro)
-        gradients.append(torch.cat([p.grad.flatten() for p in refiner.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in refiner.parameters() if p.grad is not None])
+        )
     assert (gradients[0] - gradients[1]).norm() <= 1e-12 * gradients[0].norm()
 
 
@@ -284,7 +388,13 @@ def test_loss_schedules_match_the_released_recipes() -> None:
     """20 epochs, 8 heads: staggered turns end at epochs 4, 6, ..., 16; the uniform decay starts at epoch 4."""
     for step in range(101):
         progress = step / 100
-        for schedule in ("constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"):
+        for schedule in (
+            "constant",
+            "uniform_decay",
+            "staggered_decay",
+            "staggered_step",
+            "one_hot",
+        ):
             weights = head_weights(schedule, 8, progress)
             assert len(weights) == 8 and weights[-1] == 1 and all(0 <= w <= 1 for w in weights)
     assert head_weights("constant", 8, 0.9) == [1.0] * 8

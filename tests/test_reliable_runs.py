@@ -11,7 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, cli
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    RefineRecipe,
+    cli,
+)
 from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.refinement.resolve import resolve
@@ -37,7 +43,9 @@ BAD = {3, 7, 8, 20, 21, 33}
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model") / "model"
     torch.manual_seed(0)
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**SHAPE)), processor)
     return str(folder)
 
@@ -48,7 +56,9 @@ def fields(model: str, tmp_path: Path) -> dict[str, Any]:
     for i in range(40):
         path = tmp_path / f"photos/{i:02}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        ).save(path)
         if i in BAD:
             path.write_bytes(path.read_bytes()[: 50 * (i % 2)])
     return {
@@ -98,18 +108,31 @@ def test_evaluate_leaves_them_out_and_says_so(fields: dict[str, Any], tmp_path: 
     report = evaluate(fields["model"], fields["dataset"], output_dir=tmp_path / "report")
     _, held_out = hold_out(open_images(fields["dataset"]), 0.2, 0)
     bad = BAD & set(held_out.indices.tolist())
-    assert {entry["index"] for entry in report["broken"]} == bad and all(entry["reason"] for entry in report["broken"])
+    assert {entry["index"] for entry in report["broken"]} == bad and all(
+        entry["reason"] for entry in report["broken"]
+    )
     assert report["dataset"]["eval_images"] == len(held_out) - len(bad)
-    assert f"{len(bad)} images could not be read and are left out" in (tmp_path / "report/report.md").read_text()
+    assert (
+        f"{len(bad)} images could not be read and are left out"
+        in (tmp_path / "report/report.md").read_text()
+    )
 
 
 def test_too_many_stop_and_a_higher_limit_goes_on(
     fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word for name, value in fields.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    words = [
+        word
+        for name, value in fields.items()
+        for word in (f"--{name}", *map(str, np.atleast_1d(value)))
+    ]
     assert cli.command("refine", [*words, "--max_bad_fraction", "0.1", "--eval_fraction", "0"]) == 2
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert "of 40 images of" in message and "10.0% that --max_bad_fraction allows" in message and "broken.json" in message
+    assert (
+        "of 40 images of" in message
+        and "10.0% that --max_bad_fraction allows" in message
+        and "broken.json" in message
+    )
     stopped = listed(tmp_path / "out")
     assert len(stopped) >= 5 and set(stopped) <= BAD
     assert cli.command("refine", [*words, "--eval_fraction", "0"]) == 0
@@ -120,16 +143,22 @@ def test_a_changed_data_set_is_not_resumed(fields: dict[str, Any], tmp_path: Pat
     recipe = RefineRecipe(**{**fields, "stage": "warmup", "eval_fraction": 0.0})
     run(recipe)
     shutil.copy(tmp_path / "photos/00.png", tmp_path / "photos/005.png")
-    with pytest.raises(ValueError, match=r"photos is not the data set .*: 40 images then, 41 now; .*005\.png"):
+    with pytest.raises(
+        ValueError, match=r"photos is not the data set .*: 40 images then, 41 now; .*005\.png"
+    ):
         run(RefineRecipe(**{**fields, "eval_fraction": 0.0}))
     (tmp_path / "photos/005.png").unlink()
     assert run(RefineRecipe(**{**fields, "eval_fraction": 0.0})) is not None
 
 
-def test_a_full_disk_in_the_middle_of_a_run(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_in_the_middle_of_a_run(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stops with the sentence, the checkpoint before is intact, and the same command ends as if nothing had been."""
     recipe = RefineRecipe(**{**fields, "eval_fraction": 0.0})
-    whole = run(RefineRecipe(**{**fields, "eval_fraction": 0.0, "output_dir": str(tmp_path / "whole")}))
+    whole = run(
+        RefineRecipe(**{**fields, "eval_fraction": 0.0, "output_dir": str(tmp_path / "whole")})
+    )
     saves, save = [], checkpointing.save_file
 
     def full(*arguments: Any) -> None:
@@ -140,7 +169,10 @@ def test_a_full_disk_in_the_middle_of_a_run(fields: dict[str, Any], tmp_path: Pa
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpointing, "save_file", full)
-        with pytest.raises(SaveError, match=r"after step 12 could not be written .*No space left.*step-00000008 is intact"):
+        with pytest.raises(
+            SaveError,
+            match=r"after step 12 could not be written .*No space left.*step-00000008 is intact",
+        ):
             run(recipe)
     resumed = run(recipe)
     assert whole is not None and resumed is not None
@@ -148,27 +180,49 @@ def test_a_full_disk_in_the_middle_of_a_run(fields: dict[str, Any], tmp_path: Pa
         assert torch.equal(tensor, resumed.encoder.state_dict()[name]), name
 
 
-def test_a_checkpoint_of_another_shape_is_refused_whole(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_shape_is_refused_whole(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     recipe = RefineRecipe(**{**fields, "eval_fraction": 0.0, "stage": "warmup"})
     run(recipe)
     found = load_latest(tmp_path / "out/checkpoints")
     assert found is not None
     name = "refiner.encoder.norm.weight"
     tensors = {**found.tensors, name: torch.zeros(31)}
-    save_checkpoint(tmp_path / "out/checkpoints", step=found.step, tensors=tensors, state=found.state, keep=1)
-    with pytest.raises(ValueError, match=rf"tensors\.safetensors: {name} is \[31\] float32 and has to be \[32\] float32"):
+    save_checkpoint(
+        tmp_path / "out/checkpoints", step=found.step, tensors=tensors, state=found.state, keep=1
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"tensors\.safetensors: {name} is \[31\] float32 and has to be \[32\] float32",
+    ):
         run(RefineRecipe(**{**fields, "eval_fraction": 0.0}))
 
 
 def test_the_plan_predicts_the_size_of_a_checkpoint(
-    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = RefineRecipe(**{**fields, "eval_fraction": 0.0, "keep": 1, "queue_size": 5000, "projector_dim": 256})
+    recipe = RefineRecipe(
+        **{**fields, "eval_fraction": 0.0, "keep": 1, "queue_size": 5000, "projector_dim": 256}
+    )
     run(recipe)
     (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()
     config = MimRefinerConfig(**SHAPE)
-    assert plan.checkpoint_bytes(resolve(recipe, config, 40), config) == pytest.approx(size_of(checkpoint), rel=0.1)
+    assert plan.checkpoint_bytes(resolve(recipe, config, 40), config) == pytest.approx(
+        size_of(checkpoint), rel=0.1
+    )
     said = capsys.readouterr().out
-    assert "disk    checkpoints of about" in said and "checkpoints (refine): " in said and "1 kept" in said
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 0))
-    assert "0 B free, TOO LITTLE: make room, or lower --keep" in plan.disk_text(resolve(recipe, config, 40), config)
+    assert (
+        "disk    checkpoints of about" in said
+        and "checkpoints (refine): " in said
+        and "1 kept" in said
+    )
+    monkeypatch.setattr(
+        plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 0)
+    )
+    assert "0 B free, TOO LITTLE: make room, or lower --keep" in plan.disk_text(
+        resolve(recipe, config, 40), config
+    )

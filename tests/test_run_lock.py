@@ -20,7 +20,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 @contextmanager
-def another_run(folder: Path, *, beside: bool = False, fork: bool = False) -> Iterator[tuple[int, int]]:
+def another_run(
+    folder: Path, *, beside: bool = False, fork: bool = False
+) -> Iterator[tuple[int, int]]:
     """The ids of a process that holds `folder` and, with `fork`, of a child that outlives it, as a data-loading worker may."""
     reader, writer = os.pipe()
     process = os.fork()
@@ -43,17 +45,27 @@ def another_run(folder: Path, *, beside: bool = False, fork: bool = False) -> It
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     folder = tmp_path_factory.mktemp("start") / "model"
-    save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor)
+    save_model_folder(
+        folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor
+    )
     return str(folder)
 
 
 def test_the_second_is_told_who_is_there(tmp_path: Path) -> None:
     with sole_run(tmp_path, "--out"):
         with pytest.raises(
-            ValueError, match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ since 20"
+            ValueError,
+            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ since 20",
         ):
             sole_run(tmp_path, "--out").__enter__()
         with sole_run(tmp_path / "other", "--out"):
@@ -69,7 +81,9 @@ def test_kill_9_leaves_nothing_that_blocks(tmp_path: Path, fork: bool) -> None:
         with pytest.raises(ValueError, match=f"process {process} on "):
             sole_run(tmp_path, "--output_dir").__enter__()
         os.kill(process, signal.SIGKILL)
-        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:  # dead, and not yet waited for
+        while (
+            psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+        ):  # dead, and not yet waited for
             time.sleep(0.01)
         assert (tmp_path / LOCK).is_file() and (not fork or psutil.pid_exists(worker))
         with sole_run(tmp_path, "--output_dir"):
@@ -77,7 +91,9 @@ def test_kill_9_leaves_nothing_that_blocks(tmp_path: Path, fork: bool) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_main_process_of_a_job_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_main_process_of_a_job_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with sole_run(tmp_path, "--output_dir"):
         monkeypatch.setenv("RANK", "1")
         with sole_run(tmp_path, "--output_dir"):
@@ -96,12 +112,18 @@ def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["result"]
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(ValueError, match=rf"--out {folder}: {tmp_path / 'file'} is a file; name a folder"):
+        with pytest.raises(
+            ValueError, match=rf"--out {folder}: {tmp_path / 'file'} is a file; name a folder"
+        ):
             sole_run(folder, "--out").__enter__()
 
 
-@pytest.mark.parametrize("command", ["refine", "pretrain", "embed", "evaluate", "cluster", "convert", "export"])
-def test_commands_refuse_a_folder_in_use(command: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command", ["refine", "pretrain", "embed", "evaluate", "cluster", "convert", "export"]
+)
+def test_commands_refuse_a_folder_in_use(
+    command: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     words = {
         "refine": ["--model", model, "--dataset", "digits", "--output_dir", str(out)],
@@ -124,19 +146,32 @@ def test_commands_refuse_a_folder_in_use(command: str, model: str, tmp_path: Pat
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_killed_run_is_continued_by_the_same_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_is_continued_by_the_same_command(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A real run in its own process, killed between two checkpoints while its data-loading workers live."""
     flags = {
         "model": model, "dataset": "digits", "output_dir": tmp_path / "out", "batch_size": 16, "queue_size": 32, "topk": 4,
         "projector_dim": 8, "predictor_dim": 8, "embedding_dim": 8, "local_views": 0, "head_epochs": 1, "epochs": 1,
         "warmup_epochs": 0, "max_steps": 60, "save_every": 5, "num_workers": 2, "eval_fraction": 0, "report_to": "none",
     }  # fmt: skip
-    words = ["refine", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    words = [
+        "refine",
+        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+    ]
     script = f"import sys; from mim_refiner_hf import cli; sys.exit(cli.main({words!r}))"
-    run = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 60
-        while not list((tmp_path / "out").glob("checkpoints/step-*/manifest.json")) and time.monotonic() < until:
+        while (
+            not list((tmp_path / "out").glob("checkpoints/step-*/manifest.json"))
+            and time.monotonic() < until
+        ):
             assert run.poll() is None
             time.sleep(0.05)
         os.kill(run.pid, signal.SIGSTOP)  # so that it cannot end before it is killed
@@ -147,4 +182,6 @@ def test_a_killed_run_is_continued_by_the_same_command(model: str, tmp_path: Pat
         run.wait()
     assert cli.main(words) == 0
     assert "resume  after step" in capsys.readouterr().out
-    assert (tmp_path / "out/model/model.safetensors").is_file() and not (tmp_path / "out" / LOCK).exists()
+    assert (tmp_path / "out/model/model.safetensors").is_file() and not (
+        tmp_path / "out" / LOCK
+    ).exists()

@@ -93,19 +93,43 @@ def stranger(tmp_path: Path) -> Any:
     def make(model_type: str) -> Path:
         folder = tmp_path / f"stranger-{model_type}"
         torch.manual_seed(0)
-        shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-        processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-        save_model_folder(folder, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor)
+        shape = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
+        processor = MimRefinerImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        )
+        save_model_folder(
+            folder,
+            MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)),
+            processor,
+        )
         (folder / "weights_digests.json").unlink()  # a stranger's folder has none, or its own
         code = f"open({str(tmp_path / 'mark')!r}, 'w')\n"
         for name in ("evil.py", *(file.name for file in folder.glob("*.py"))):
             (folder / name).write_text(code)
-        classes = ("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoFeatureExtractor", "AutoProcessor", "AutoBackbone")
+        classes = (
+            "AutoConfig",
+            "AutoModel",
+            "AutoImageProcessor",
+            "AutoFeatureExtractor",
+            "AutoProcessor",
+            "AutoBackbone",
+        )
         for name in ("config.json", "preprocessor_config.json"):
             config = json.loads((folder / name).read_text())
             config |= {"auto_map": dict.fromkeys(classes, "evil.Evil"), "trust_remote_code": True}
-            config |= {"custom_pipelines": {"image-clustering": {"impl": "evil.Evil", "pt": ["AutoModel"], "type": "image"}}}
-            (folder / name).write_text(json.dumps(config | ({"model_type": model_type} if name == "config.json" else {})))
+            config |= {
+                "custom_pipelines": {
+                    "image-clustering": {"impl": "evil.Evil", "pt": ["AutoModel"], "type": "image"}
+                }
+            }
+            (folder / name).write_text(
+                json.dumps(config | ({"model_type": model_type} if name == "config.json" else {}))
+            )
         return folder
 
     return make
@@ -123,7 +147,16 @@ def test_no_command_runs_a_models_own_code(
         Image.new("RGB", (16, 16), (12 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
     commands = [
         ["cluster", "photos", "--model", folder, "--num_clusters", "2", "--out", "groups"],
-        ["evaluate", folder, "--dataset", "photos", "--num_workers", "0", "--output_dir", "evaluation"],
+        [
+            "evaluate",
+            folder,
+            "--dataset",
+            "photos",
+            "--num_workers",
+            "0",
+            "--output_dir",
+            "evaluation",
+        ],
         ["embed", folder, "--dataset", "photos", "--num_workers", "0", "--out", "features"],
         ["convert", folder, "converted"],
         ["export", folder, "exported", "--to", "vit"],
@@ -154,7 +187,10 @@ def test_transformers_asks_before_it_runs_a_models_own_code(
     monkeypatch.setattr(sys, "stdin", None)
     assert type(AutoModel.from_pretrained(stranger("mim_refiner"))) is MimRefinerModel
     evil = str(stranger("evil"))
-    for load in (lambda: AutoModel.from_pretrained(evil), lambda: pipeline("image-clustering", model=evil)):
+    for load in (
+        lambda: AutoModel.from_pretrained(evil),
+        lambda: pipeline("image-clustering", model=evil),
+    ):
         with pytest.raises((ValueError, OSError, EOFError, RuntimeError, KeyError)):
             load()
     assert not (tmp_path / "mark").exists()
@@ -177,10 +213,14 @@ def test_a_data_sets_script_is_not_run(tmp_path: Path) -> None:
 
 
 def test_every_address_of_the_zoo_is_encrypted() -> None:
-    assert all(entry.url.startswith("https://") or (entry.repo and not entry.url) for entry in ENTRIES)
+    assert all(
+        entry.url.startswith("https://") or (entry.repo and not entry.url) for entry in ENTRIES
+    )
 
 
-def test_a_redirection_to_an_open_connection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirection_to_an_open_connection_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Answer:
         status, url = 200, "http://mirror.example/file.pth"
 
@@ -188,7 +228,10 @@ def test_a_redirection_to_an_open_connection_is_refused(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: Answer())
     monkeypatch.setattr(download.constants, "is_offline_mode", lambda: False)
-    with pytest.raises(CheckpointError, match=r"https://host\.example/file\.pth leads to http://mirror\.example/file\.pth"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"https://host\.example/file\.pth leads to http://mirror\.example/file\.pth",
+    ):
         download.download("https://host.example/file.pth", tmp_path / "file.pth")
     assert list(tmp_path.iterdir()) == []
 
@@ -203,11 +246,17 @@ FLOORS = {  # package: the first version without the vulnerability, and its name
     "onnx": ("1.21.0", "CVE-2026-27489"),  # path traversal by links
     "pillow": ("12.3.0", "CVE-2026-59199"),  # writes out of bounds
     "psutil": ("5.6.6", "CVE-2019-18874"),  # double free
-    "pyarrow": ("23.0.1", "CVE-2026-25087"),  # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
+    "pyarrow": (
+        "23.0.1",
+        "CVE-2026-25087",
+    ),  # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
     "pyyaml": ("5.4", "CVE-2020-14343"),  # code run by full_load
     "scikit-learn": ("1.5.0", "CVE-2024-5206"),  # training data kept in a vectoriser
     "setuptools": ("78.1.1", "CVE-2025-47273"),  # path traversal
-    "torch": ("2.10.0", "CVE-2026-24747"),  # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
+    "torch": (
+        "2.10.0",
+        "CVE-2026-24747",
+    ),  # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
     "tqdm": ("4.66.3", "CVE-2024-34062"),  # code run by command-line arguments
     "transformers": (
         "5.3.0",
@@ -221,7 +270,11 @@ def requirements() -> dict[str, list[Requirement]]:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
     lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    lists += ["\n".join(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["build-system"]["requires"])]
+    lists += [
+        "\n".join(
+            tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["build-system"]["requires"]
+        )
+    ]
     found: dict[str, list[Requirement]] = {}
     for line in "\n".join(lists).splitlines():
         if line.strip() and not line.strip().startswith("mim_refiner_hf["):
@@ -235,11 +288,21 @@ def test_floors_are_above_known_vulnerabilities(name: str) -> None:
     safe, cve = FLOORS[name]
     for requirement in requirements().get(name, []):
         floors = [Version(each.version) for each in requirement.specifier if each.operator == ">="]
-        assert floors and max(floors) >= Version(safe), f"{requirement} allows {cve}, fixed in {safe}"
-        text = (REPOSITORY / ("pyproject.toml" if name == "setuptools" else "setup.cfg")).read_text()
+        assert floors and max(floors) >= Version(safe), (
+            f"{requirement} allows {cve}, fixed in {safe}"
+        )
+        text = (
+            REPOSITORY / ("pyproject.toml" if name == "setuptools" else "setup.cfg")
+        ).read_text()
         assert cve in text, f"{cve} is why {requirement}: say so beside it"
-    if name in {package.lower() for package in importlib.metadata.packages_distributions().values() for package in package}:
-        assert Version(importlib.metadata.version(name)) >= Version(safe), f"the installed {name} has {cve}"
+    if name in {
+        package.lower()
+        for package in importlib.metadata.packages_distributions().values()
+        for package in package
+    }:
+        assert Version(importlib.metadata.version(name)) >= Version(safe), (
+            f"the installed {name} has {cve}"
+        )
 
 
 def test_the_floors_are_read() -> None:
@@ -274,5 +337,8 @@ def test_every_claim_names_code_and_tests_that_exist() -> None:
     for row in rows[1:]:
         code, tests = (re.findall(r"`([\w/.]+)`", cell) for cell in row[-2:])
         assert code and tests, row
-        assert all((REPOSITORY / "mim_refiner_hf" / file).is_file() or (REPOSITORY / file).is_file() for file in code), row
+        assert all(
+            (REPOSITORY / "mim_refiner_hf" / file).is_file() or (REPOSITORY / file).is_file()
+            for file in code
+        ), row
         assert all((REPOSITORY / "tests" / file).is_file() for file in tests), row

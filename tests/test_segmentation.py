@@ -15,14 +15,32 @@ from torch import nn
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
-from mim_refiner_hf.evaluation.segmentation import PatchProbe, bootstrap_miou, confusion, mean_iou, segmentation_probe
-from mim_refiner_hf.evaluation.segmentation_data import VOID, Crops, SegmentationDataset, open_segmentation
+from mim_refiner_hf.evaluation.segmentation import (
+    PatchProbe,
+    bootstrap_miou,
+    confusion,
+    mean_iou,
+    segmentation_probe,
+)
+from mim_refiner_hf.evaluation.segmentation_data import (
+    VOID,
+    Crops,
+    SegmentationDataset,
+    open_segmentation,
+)
 
 
 def make_encoder(**changes: Any) -> MimRefinerModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return MimRefinerModel(MimRefinerConfig(**{**shape, "image_size": 32, "patch_size": 4, **changes})).eval()
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return MimRefinerModel(
+        MimRefinerConfig(**{**shape, "image_size": 32, "patch_size": 4, **changes})
+    ).eval()
 
 
 def make_table(folder: Path, masks: list[np.ndarray], names: list[str] | None) -> str:
@@ -56,7 +74,9 @@ def slow_miou(pairs: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> f
 def test_miou_equals_sets_of_pixels() -> None:
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(-1, 4, (6, 5)), rng.integers(0, 4, (6, 5))) for _ in range(7)]
-    tables = np.array([confusion(targets, predicted, 5) for targets, predicted in pairs])  # class 4 never occurs
+    tables = np.array(
+        [confusion(targets, predicted, 5) for targets, predicted in pairs]
+    )  # class 4 never occurs
     assert tables.sum() == sum((targets >= 0).sum() for targets, _ in pairs)
     assert mean_iou(tables.sum(axis=0)) == pytest.approx(slow_miou(pairs, 5))
     assert mean_iou(np.diag([3, 0, 9])) == 1
@@ -64,11 +84,15 @@ def test_miou_equals_sets_of_pixels() -> None:
 
 def test_bootstrap_equals_a_loop_of_resamples() -> None:
     rng = np.random.default_rng(1)
-    tables = rng.integers(0, 30, (25, 3, 3)) * rng.integers(0, 3, (25, 1, 1)) + 20 * np.eye(3, dtype=int)
+    tables = rng.integers(0, 30, (25, 3, 3)) * rng.integers(0, 3, (25, 1, 1)) + 20 * np.eye(
+        3, dtype=int
+    )
     values = [float(mean_iou(tables[rng.integers(0, 25, 25)].sum(axis=0))) for _ in range(2000)]
     error, low, high = bootstrap_miou(tables.astype(np.int32), seed=0)
     assert error == pytest.approx(np.std(values), rel=0.12)
-    assert (low, high) == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist(), abs=0.4 * error)
+    assert (low, high) == pytest.approx(
+        np.quantile(values, [0.025, 0.975]).tolist(), abs=0.4 * error
+    )
 
 
 def test_void_and_unnamed_values_do_not_count(tmp_path: Path) -> None:
@@ -99,15 +123,18 @@ def test_the_probe_equals_a_linear_layer_under_torchs_sgd() -> None:
     encoder = make_encoder(num_hidden_layers=6)
     probe = PatchProbe(encoder, image_processor(encoder.config, {}), 3, [0.3, 3.0], seed=0)
     assert probe.blocks == [5, 1]
-    batches = [(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(-1, 3, (4, 32, 32))) for _ in range(5)]
+    batches = [
+        (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(-1, 3, (4, 32, 32)))
+        for _ in range(5)
+    ]
     with torch.inference_mode():
         probe.standardise(batches)  # type: ignore[arg-type]
     start = probe.grid.weight[:, 1].clone()
 
     def tokens(pixels: torch.Tensor) -> torch.Tensor:
-        normalised = (pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-            [0.229, 0.224, 0.225]
-        ).view(3, 1, 1)
+        normalised = (
+            pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         with torch.no_grad():
             hidden = encoder(normalised, output_hidden_states=True).hidden_states
         return torch.cat([hidden[6][:, 1:], hidden[2][:, 1:]], dim=2)
@@ -127,7 +154,9 @@ def test_the_probe_equals_a_linear_layer_under_torchs_sgd() -> None:
         optimizer.zero_grad()
         F.cross_entropy(big, targets, ignore_index=VOID).backward()
         optimizer.step()
-    torch.testing.assert_close(probe.grid.weight[:, 1].T, layer.weight.detach(), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        probe.grid.weight[:, 1].T, layer.weight.detach(), atol=2e-4, rtol=1e-3
+    )
     torch.testing.assert_close(probe.grid.bias[1], layer.bias.detach(), atol=2e-4, rtol=1e-3)
     before = probe.grid.weight.clone()
     with torch.inference_mode():
@@ -153,7 +182,9 @@ def test_camvid(shared: Path) -> None:
     guess = mean_iou(sum(confusion(each, np.full_like(each, most), 11) for each in targets))
     assert guess + 0.05 < score.value < 0.6
     assert 0 < score.standard_error < 0.05
-    low, high = (float(end) / 100 for end in score.setting.split("95 % ")[1].removesuffix(" %").split("-"))
+    low, high = (
+        float(end) / 100 for end in score.setting.split("95 % ")[1].removesuffix(" %").split("-")
+    )
     assert (
         low <= score.value + 0.02
         and high >= score.value - 0.02
@@ -164,10 +195,14 @@ def test_camvid(shared: Path) -> None:
 
 
 def test_bad_input_is_named(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No masks in .*: its columns are \['image', 'label'\]; one must be mask"):
+    with pytest.raises(
+        ValueError, match=r"No masks in .*: its columns are \['image', 'label'\]; one must be mask"
+    ):
         rows = {"image": [Image.new("RGB", (4, 4))], "label": [1]}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "plain.parquet"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            str(tmp_path / "plain.parquet")
+        )
         open_segmentation(str(tmp_path / "plain.parquet"), class_names=["a"])
     (tmp_path / "masks").mkdir()
     folder = make_table(tmp_path / "masks", [np.zeros((4, 4))], None)
@@ -175,9 +210,15 @@ def test_bad_input_is_named(shared: Path, tmp_path: Path) -> None:
         open_segmentation(folder)
     with pytest.raises(ValueError, match=r"class_names=\['a', 'a'\] of .* must be different names"):
         open_segmentation(folder, class_names=["a", "a"])
-    train, other = open_camvid(shared, "train[:4]"), open_segmentation(folder, class_names=["a", "b"])
+    train, other = (
+        open_camvid(shared, "train[:4]"),
+        open_segmentation(folder, class_names=["a", "b"]),
+    )
     encoder = make_encoder()
-    settings: dict[str, Any] = {"processor": image_processor(encoder.config, {}), "train_images": train}
+    settings: dict[str, Any] = {
+        "processor": image_processor(encoder.config, {}),
+        "train_images": train,
+    }
     with pytest.raises(ValueError, match="have different classes; they must be the same, in order"):
         segmentation_probe(encoder=encoder, eval_images=other, **settings)
     with pytest.raises(ValueError, match="epochs=0 must be at least 1"):

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, RefineRecipe, refine
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    RefineRecipe,
+    refine,
+)
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.failure import NotFiniteError, check_finite
 from mim_refiner_hf.refinement.heads import GroupedLayer, IdHeads
@@ -57,50 +63,78 @@ LAST = 8  # steps of a run; there is a checkpoint after every second one
 # --- two processes
 
 
-def refiner_after_a_step(rank: int, *, sharded: bool, micro: int | None, bf16: bool, recompute: bool) -> tuple[Refiner, Any]:
+def refiner_after_a_step(
+    rank: int, *, sharded: bool, micro: int | None, bf16: bool, recompute: bool
+) -> tuple[Refiner, Any]:
     """A small refiner with the gradients of a batch of 8, half of it from each process, and what the step told."""
     torch.manual_seed(0)
     encoder, heads = MimRefinerModel(MimRefinerConfig(**SHAPE)), IdHeads(2, 32, 16, 20, 8)
     freeze(encoder, blocks=0)
     queue = NearestNeighbourQueue(2, 20, 8)
-    refiner = Refiner(encoder, [0, 1], heads, queue, num_global=2, num_views=4, temperature=0.2, bf16=bf16).train()
+    refiner = Refiner(
+        encoder, [0, 1], heads, queue, num_global=2, num_views=4, temperature=0.2, bf16=bf16
+    ).train()
     if recompute:
         renamed = hasattr(encoder, "activation_checkpointing_enable")  # in transformers 5.23
-        getattr(encoder, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")()
+        getattr(
+            encoder,
+            "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable",
+        )()
     if sharded:
         shard(encoder, encoder.layers)
         shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
-    mine, settings = slice(4 * rank, 4 * rank + 4), {"head_weights": [0.5, 1.0], "micro_batch_size": micro}
+    mine, settings = (
+        slice(4 * rank, 4 * rank + 4),
+        {"head_weights": [0.5, 1.0], "micro_batch_size": micro},
+    )
     views = [torch.randn(8, count, 3, size, size)[mine] for count, size in ((2, 16), (2, 8))]
-    told = refiner.backward(views, torch.arange(8)[mine], torch.zeros(8, dtype=torch.long)[mine], **settings)
+    told = refiner.backward(
+        views, torch.arange(8)[mine], torch.zeros(8, dtype=torch.long)[mine], **settings
+    )
     average_gradients(refiner.parameters())
     return refiner, told
 
 
 def whole_gradients(refiner: Refiner) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in refiner.named_parameters() if parameter.grad is not None}
-    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+    found = {
+        name: parameter.grad
+        for name, parameter in refiner.named_parameters()
+        if parameter.grad is not None
+    }
+    return {
+        name: grad.full_tensor() if isinstance(grad, DTensor) else grad
+        for name, grad in found.items()
+    }
 
 
 def check_gradients(rank: int) -> None:
     """Sharded or not, the gradients are the same: at once, in micro-batches, recomputed, in bf16."""
     for micro, bf16, recompute in ((None, False, False), (3, False, True), (3, True, False)):
         case: dict[str, Any] = {"micro": micro, "bf16": bf16, "recompute": recompute}
-        plain, sharded = (refiner_after_a_step(rank, sharded=way, **case)[0] for way in (False, True))
+        plain, sharded = (
+            refiner_after_a_step(rank, sharded=way, **case)[0] for way in (False, True)
+        )
         expected, found = whole_gradients(plain), whole_gradients(sharded)
         assert found.keys() == expected.keys() and len(found) > 30, case
         for name, gradient in expected.items():
-            assert (found[name] - gradient).norm() <= (1e-2 if bf16 else 1e-5) * gradient.norm() + 1e-7, (name, case)
+            assert (found[name] - gradient).norm() <= (
+                1e-2 if bf16 else 1e-5
+            ) * gradient.norm() + 1e-7, (name, case)
         kept = sum(local(parameter).numel() for parameter in sharded.parameters())
         assert kept <= 0.51 * sum(parameter.numel() for parameter in plain.parameters())
 
 
 def check_that_one_bad_shard_stops_all(rank: int) -> None:
-    refiner, told = refiner_after_a_step(rank, sharded=True, micro=None, bf16=False, recompute=False)
+    refiner, told = refiner_after_a_step(
+        rank, sharded=True, micro=None, bf16=False, recompute=False
+    )
     check_finite(refiner, told, step=1, sample_index=torch.arange(4))
     gradient = local(refiner.encoder.layers[1].mlp.fc1.weight.grad)
     gradient[0, 0] = float("nan") if rank == 1 else 0.0
-    with pytest.raises(NotFiniteError, match=r"the gradient of step 1 is not finite.*1 of \d+ \(encoder\.layers\.1\.mlp\.fc1"):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"the gradient of step 1 is not finite.*1 of \d+ \(encoder\.layers\.1\.mlp\.fc1",
+    ):
         check_finite(refiner, told, step=1, sample_index=torch.arange(4))
 
 
@@ -133,10 +167,18 @@ def job(rank: int, port: int) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def process(rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecipe, lost: RefineRecipe) -> None:
+def process(
+    rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecipe, lost: RefineRecipe
+) -> None:
     """One of two processes: a run from the start, one from a checkpoint of one process, one after the loss of a file."""
     torch.set_num_threads(1)
-    os.environ |= {**FSDP2, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {
+        **FSDP2,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with job(rank, ports[0]):
         check_gradients(rank)
         check_that_one_bad_shard_stops_all(rank)
@@ -144,7 +186,9 @@ def process(rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecip
         run(fresh)
     if rank == 0:
         copy_run(fresh, lost)
-        (Path(lost.output_dir) / f"checkpoints/step-{LAST:08}/tensors-00001-of-00002.safetensors").unlink()
+        (
+            Path(lost.output_dir) / f"checkpoints/step-{LAST:08}/tensors-00001-of-00002.safetensors"
+        ).unlink()
     with job(rank, ports[1]):
         run(lost)
     with job(rank, ports[2]):
@@ -163,20 +207,34 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RefineRecipe]:
     """The runs of the process that tests and of two that share: all of them through."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     save_model_folder(folder / "model", MimRefinerModel(MimRefinerConfig(**SHAPE)), processor)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 20, 24, 3), dtype=np.uint8)
     images = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
     images.cast_column("image", datasets.Image()).to_parquet(folder / "train.parquet")
     changed = small_recipes(str(folder / "model"), str(folder / "train.parquet"), folder)
     # AdamW's first steps are the sign of the gradient, which makes much of rounding: small ones
-    settings = {"batch_size": 16, "head_blocks": [0, 1], "learning_rate": 4e-5, "head_learning_rate": 4e-5}
+    settings = {
+        "batch_size": 16,
+        "head_blocks": [0, 1],
+        "learning_rate": 4e-5,
+        "head_learning_rate": 4e-5,
+    }
     recipes = {name: changed(name, **settings) for name in ("plain", "fresh", "lost", "shrunk")}
     recipes["grown"] = changed("grown", **settings, micro_batch_size=3)
     run(recipes["plain"])
     copy_run(recipes["plain"], recipes["grown"], without=LAST)
-    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])  # what takes longest is done once
-    arguments = ([free_port() for _ in range(3)], recipes["fresh"], recipes["grown"], recipes["lost"])
+    multiprocessing.set_forkserver_preload(
+        ["mim_refiner_hf.cli"]
+    )  # what takes longest is done once
+    arguments = (
+        [free_port() for _ in range(3)],
+        recipes["fresh"],
+        recipes["grown"],
+        recipes["lost"],
+    )
     torch.multiprocessing.start_processes(process, arguments, nprocs=2, start_method="forkserver")
     copy_run(recipes["fresh"], recipes["shrunk"], without=LAST)
     run(recipes["shrunk"])
@@ -194,22 +252,41 @@ def test_sharded_or_not_the_run_is_the_same(runs: dict[str, RefineRecipe], name:
     assert len(expected) == LAST and found == pytest.approx(expected, rel=1e-6)
 
 
-def distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Iterable[str]) -> float:
+def distance(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Iterable[str]
+) -> float:
     """How far apart tensors of two states are, all of `names` as one vector.
 
     One by one they would not do: softmax does not see the bias of the keys, so that its gradient is rounding, and AdamW's step its sign.
     """
-    return float(torch.cat([(first[name].double() - second[name].double()).flatten() for name in names]).norm())
+    return float(
+        torch.cat(
+            [(first[name].double() - second[name].double()).flatten() for name in names]
+        ).norm()
+    )
 
 
 def test_all_that_a_checkpoint_holds_is_the_same(runs: dict[str, RefineRecipe]) -> None:
     expected, found = final_state(runs["plain"]), final_state(runs["fresh"])
-    assert isinstance(found, ShardedTensors) and found.keys() == expected.keys() and len(found) == len(expected) > 100
+    assert (
+        isinstance(found, ShardedTensors)
+        and found.keys() == expected.keys()
+        and len(found) == len(expected) > 100
+    )
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
-        assert tensor.is_floating_point() or torch.equal(found[name], tensor), name  # the queue's indices, labels, ages
+        assert tensor.is_floating_point() or torch.equal(found[name], tensor), (
+            name
+        )  # the queue's indices, labels, ages
     zeros = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    for part in ("refiner.encoder.", "refiner.heads.", "refiner.queue.rows", "average.", ".exp_avg", ".exp_avg_sq"):
+    for part in (
+        "refiner.encoder.",
+        "refiner.heads.",
+        "refiner.queue.rows",
+        "average.",
+        ".exp_avg",
+        ".exp_avg_sq",
+    ):
         names = [name for name in expected if name.startswith(part) or name.endswith(part)]
         assert distance(found, expected, names) <= 1e-4 * distance(zeros, expected, names), part
 
@@ -222,11 +299,15 @@ def test_a_lost_file_costs_one_checkpoint(runs: dict[str, RefineRecipe]) -> None
 def test_the_model_is_an_ordinary_one(runs: dict[str, RefineRecipe]) -> None:
     model = Path(runs["grown"].output_dir) / "model/model.safetensors"
     expected = {
-        name.removeprefix("average."): t for name, t in final_state(runs["plain"]).items() if name.startswith("average.")
+        name.removeprefix("average."): t
+        for name, t in final_state(runs["plain"]).items()
+        if name.startswith("average.")
     }
     start, found = load_file(f"{runs['plain'].model}/model.safetensors"), load_file(model)
     assert found.keys() == expected.keys() == start.keys()
-    assert distance(found, expected, expected) < 0.03 * distance(start, expected, expected)  # of how far the refinement went
+    assert distance(found, expected, expected) < 0.03 * distance(
+        start, expected, expected
+    )  # of how far the refinement went
 
 
 # --- files, at any number of processes
@@ -245,13 +326,17 @@ def as_process(rank: int, count: int) -> Iterator[None]:
 def small_modules() -> nn.Sequential:
     """Tensors that 2, 3 and 4 divide evenly, unevenly, along the second dimension, and so that some processes have nothing."""
     torch.manual_seed(1)
-    modules = nn.Sequential(nn.Linear(12, 24), nn.Linear(5, 7), nn.Linear(1, 1), IdHeads(2, 8, 12, 9, 5))
+    modules = nn.Sequential(
+        nn.Linear(12, 24), nn.Linear(5, 7), nn.Linear(1, 1), IdHeads(2, 8, 12, 9, 5)
+    )
     return modules.requires_grad_(False)
 
 
 @pytest.mark.parametrize("writers", [2, 3])
 @pytest.mark.parametrize("readers", [1, 2, 3, 4])
-def test_any_number_of_processes_reads_what_another_wrote(writers: int, readers: int, tmp_path: Path) -> None:
+def test_any_number_of_processes_reads_what_another_wrote(
+    writers: int, readers: int, tmp_path: Path
+) -> None:
     expected = small_modules().state_dict()
     paths = [tmp_path / name for name in tensor_files(writers)]
     for rank, path in enumerate(paths):
@@ -274,7 +359,10 @@ def test_any_number_of_processes_reads_what_another_wrote(writers: int, readers:
                 placed = place(found[name], own)
                 assert torch.equal(local(placed), local(own)), (name, rank)
                 taken[name].append(local(placed))
-    assert all(sum(part.numel() for part in parts) >= expected[name].numel() for name, parts in taken.items())
+    assert all(
+        sum(part.numel() for part in parts) >= expected[name].numel()
+        for name, parts in taken.items()
+    )
 
 
 def write_two(folder: Path) -> Path:
@@ -283,27 +371,41 @@ def write_two(folder: Path) -> Path:
     (path / "tensors.safetensors").unlink()
     for i, name in enumerate(tensor_files(2)):
         places = {"matrix": {"shape": [4, 3], "offset": [2 * i, 0]}}
-        save_file({"matrix": torch.full((2, 3), float(i))}, path / name, metadata={PLACES: json.dumps(places)})
+        save_file(
+            {"matrix": torch.full((2, 3), float(i))},
+            path / name,
+            metadata={PLACES: json.dumps(places)},
+        )
     return path
 
 
 def vouch(path: Path) -> None:
     """A manifest that fits whatever lies in the folder."""
-    files = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in path.iterdir() if f.name != "manifest.json"}
+    files = {
+        f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)}
+        for f in path.iterdir()
+        if f.name != "manifest.json"
+    }
     write_json(path / "manifest.json", {"step": 4, "files": files})
 
 
 def test_files_that_do_not_add_up_are_named(tmp_path: Path) -> None:
     path = write_two(tmp_path)
     vouch(path)
-    assert torch.equal(read_checkpoint(path).tensors["matrix"], torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None].expand(4, 3))
+    assert torch.equal(
+        read_checkpoint(path).tensors["matrix"],
+        torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None].expand(4, 3),
+    )
     second = path / tensor_files(2)[1]
     kept = second.read_bytes()
     second.unlink()
     with pytest.raises(CheckpointError, match=r"tensors-00001-of-00002\.safetensors is missing"):
         read_checkpoint(path)
     second.write_bytes(kept[:-1] + b"!")
-    with pytest.raises(CheckpointError, match=r"tensors-00001-of-00002\.safetensors is not the file that was written"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensors-00001-of-00002\.safetensors is not the file that was written",
+    ):
         read_checkpoint(path)
     second.unlink()
     vouch(path)
@@ -311,12 +413,19 @@ def test_files_that_do_not_add_up_are_named(tmp_path: Path) -> None:
         read_checkpoint(path)
     save_file({"other": torch.ones(1)}, second)
     vouch(path)
-    with pytest.raises(CheckpointError, match=r"the parts of matrix have 6 values, the whole \[4, 3\] has 12"):
+    with pytest.raises(
+        CheckpointError, match=r"the parts of matrix have 6 values, the whole \[4, 3\] has 12"
+    ):
         read_checkpoint(path)
-    save_file({"matrix": torch.ones(2, 3)}, second, metadata={PLACES: '{"matrix": {"shape": [4, 3], "offset": [3, 0]}}'})
+    save_file(
+        {"matrix": torch.ones(2, 3)},
+        second,
+        metadata={PLACES: '{"matrix": {"shape": [4, 3], "offset": [3, 0]}}'},
+    )
     vouch(path)
     with pytest.raises(
-        CheckpointError, match=r"tensors-00001-of-00002\.safetensors holds matrix at \[3, 0\], which is not within"
+        CheckpointError,
+        match=r"tensors-00001-of-00002\.safetensors holds matrix at \[3, 0\], which is not within",
     ):
         read_checkpoint(path)
 
@@ -330,12 +439,17 @@ REFUSED = {
     "Megatron-LM is not supported": {"ACCELERATE_USE_MEGATRON_LM": "true"},
     "--fsdp_offload_params true is not supported": {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"},
     "use --gradient_checkpointing true": {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-    "--fsdp_reshard_after_forward false is not supported": {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"},
+    "--fsdp_reshard_after_forward false is not supported": {
+        **FSDP2,
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+    },
 }
 
 
 @pytest.mark.parametrize("problem", REFUSED)
-def test_what_is_not_supported_is_refused_first(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_supported_is_refused_first(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in REFUSED[problem].items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=problem):
@@ -346,12 +460,21 @@ def test_the_plan_says_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MimRefinerConfig(**SHAPE)
     recipe = resolve(RefineRecipe(model="m", dataset="d", batch_size=8, queue_size=64), config, 64)
     before = memory_estimate(recipe, config, 4, bf16=False)
-    settings: dict[str, Any] = {"num_images": 64, "num_eval": 0, "steps": Steps(1, 1), "device": "cpu", "bf16": False}
+    settings: dict[str, Any] = {
+        "num_images": 64,
+        "num_eval": 0,
+        "steps": Steps(1, 1),
+        "device": "cpu",
+        "bf16": False,
+    }
     assert "FSDP2" not in plan_text(recipe, config, processes=4, available=2**30, **settings)
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
     after = memory_estimate(recipe, config, 4, bf16=False)
-    assert [before[part] / after[part] for part in ("encoder and EMA", "heads", "AdamW", "queue", "activations")] == [
+    assert [
+        before[part] / after[part]
+        for part in ("encoder and EMA", "heads", "AdamW", "queue", "activations")
+    ] == [
         4,
         4,
         4,
@@ -360,4 +483,6 @@ def test_the_plan_says_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     text = plan_text(recipe, config, processes=4, available=2**30, **settings)
     assert "shards  FSDP2: each of 4 processes keeps 1/4 of encoder, moving average, heads" in text
-    assert "one process has nothing to share" in plan_text(recipe, config, processes=1, available=2**30, **settings)
+    assert "one process has nothing to share" in plan_text(
+        recipe, config, processes=1, available=2**30, **settings
+    )

@@ -52,11 +52,22 @@ COMPONENTS = ("note", "scores", "sides", "downloads", "numbers")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two tiny model folders with different weights."""
     root = tmp_path_factory.mktemp("models")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     for seed, side in enumerate(("before", "after")):
         torch.manual_seed(seed)
-        save_model_folder(root / side, MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)), processor)
+        save_model_folder(
+            root / side,
+            MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)),
+            processor,
+        )
     return {side: root / side for side in ("before", "after")}
 
 
@@ -67,10 +78,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     names = [
         HOSTILE,
         "été 猫.jpg",
-        *(f"{i}.{kind}" for i, kind in zip(range(2, 24), ("png", "webp", "bmp", "gif") * 6, strict=False)),
+        *(
+            f"{i}.{kind}"
+            for i, kind in zip(range(2, 24), ("png", "webp", "bmp", "gif") * 6, strict=False)
+        ),
     ]
     for i, name in enumerate(names):
-        pixels = (COLOURS[i % 3] + random.integers(-30, 30, (70, 60, 3))).clip(0, 255).astype(np.uint8)
+        pixels = (
+            (COLOURS[i % 3] + random.integers(-30, 30, (70, 60, 3))).clip(0, 255).astype(np.uint8)
+        )
         Image.fromarray(pixels).save(folder / name)
     (folder / "letter.png").write_text("Dear Sir or Madam")
     return [*(folder / name for name in names), folder / "letter.png"]
@@ -94,7 +110,9 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server")
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+def wait_for(
+    address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300
+) -> None:
     """Until a server answers; the imports take long on a busy machine."""
     end = time.monotonic() + seconds
     while True:
@@ -110,9 +128,26 @@ def wait_for(address: str, process: subprocess.Popen[bytes], log: Path, seconds:
 def address(models: dict[str, Path], temporary: Path) -> Iterator[str]:
     """A server started by the command of the manual, offline."""
     port = free_port()
-    settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(temporary / "gradio"), "TMPDIR": str(temporary)}
-    environment = {**os.environ, **settings, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SPACE / "app.py"), "--before", str(models["before"]), "--after", str(models["after"])]
+    settings = {
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(temporary / "gradio"),
+        "TMPDIR": str(temporary),
+    }
+    environment = {
+        **os.environ,
+        **settings,
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        str(SPACE / "app.py"),
+        "--before",
+        str(models["before"]),
+        "--after",
+        str(models["after"]),
+    ]
     with (temporary / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=temporary)
     try:
@@ -126,7 +161,10 @@ def address(models: dict[str, Path], temporary: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return gradio_client.Client(
-        address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")), analytics_enabled=False
+        address,
+        verbose=False,
+        download_files=str(tmp_path_factory.mktemp("downloads")),
+        analytics_enabled=False,
     )
 
 
@@ -135,7 +173,9 @@ def call(client: Any, endpoint: str, what: Any, num_clusters: float) -> dict[str
 
 
 def upload(client: Any, paths: list[Path], num_clusters: float) -> dict[str, Any]:
-    return call(client, "/upload", [gradio_client.handle_file(str(path)) for path in paths], num_clusters)
+    return call(
+        client, "/upload", [gradio_client.handle_file(str(path)) for path in paths], num_clusters
+    )
 
 
 def table(shown: dict[str, Any]) -> list[dict[str, str]]:
@@ -169,11 +209,17 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_sample_set_shows_both_models_groups_and_scores_them(client: Any, models: dict[str, Path]) -> None:
+def test_a_sample_set_shows_both_models_groups_and_scores_them(
+    client: Any, models: dict[str, Path]
+) -> None:
     shown = call(client, "/sample", "digits", 10)
     digits = open_images("digits", split="test")
     rows, numbers = table(shown), shown["numbers"]
-    assert numbers["num_images"] == len(rows) == 500 and numbers["num_clusters"] == 10 and numbers["broken"] == []
+    assert (
+        numbers["num_images"] == len(rows) == 500
+        and numbers["num_clusters"] == 10
+        and numbers["broken"] == []
+    )
     page = Page(shown["sides"])
     for column, side in enumerate(("before", "after")):
         groups = [int(row[f"cluster_{side}"]) for row in rows]
@@ -185,7 +231,9 @@ def test_a_sample_set_shows_both_models_groups_and_scores_them(client: Any, mode
         accuracy = counts[linear_sum_assignment(-counts)].sum() / 500
         assert numbers[side]["cluster_accuracy"] == pytest.approx(accuracy)
         assert f"{100 * accuracy:.1f} %" in shown["scores"]
-        assert [len(tiles) for tiles in page.sides[column]] == [min(size, 36) for size in numbers[side]["sizes"]]
+        assert [len(tiles) for tiles in page.sides[column]] == [
+            min(size, 36) for size in numbers[side]["sizes"]
+        ]
         confidences = [[int(title.split()[-2]) for title in tiles] for tiles in page.sides[column]]
         assert all(tiles == sorted(tiles, reverse=True) for tiles in confidences)
     assert "| verdict |" in shown["scores"]
@@ -200,21 +248,34 @@ def test_the_number_of_groups_is_proposed_or_said_to_be_unclear(client: Any) -> 
     assert not numbers["clear"] and "no clear answer" in numbers["reason"]  # random features
     note = Page(shown["note"])
     assert numbers["reason"] in note.text and 'class="note unclear"' in shown["note"]
-    assert len(numbers["before"]["sizes"]) == len(numbers["after"]["sizes"]) == numbers["num_clusters"]
+    assert (
+        len(numbers["before"]["sizes"]) == len(numbers["after"]["sizes"]) == numbers["num_clusters"]
+    )
 
 
-def test_uploads_are_grouped_and_what_is_broken_is_named(client: Any, photos: list[Path], temporary: Path) -> None:
+def test_uploads_are_grouped_and_what_is_broken_is_named(
+    client: Any, photos: list[Path], temporary: Path
+) -> None:
     shown = upload(client, photos, 3)
     numbers, rows, names = shown["numbers"], table(shown), [path.name for path in photos[1:-1]]
     assert numbers["broken"] == ["letter.png"] and "letter.png" in Page(shown["note"]).text
-    assert [row["image"] for row in rows] == ["img src=x onerror=alert(1).png", *names]  # gradio_client drops < and >
+    assert [row["image"] for row in rows] == [
+        "img src=x onerror=alert(1).png",
+        *names,
+    ]  # gradio_client drops < and >
     groups = [int(row["cluster_after"]) for row in rows]
     assert all(len(set(groups[colour::3])) == 1 for colour in range(3)) and len(set(groups)) == 3
-    assert set(numbers["after"]) == {"rankme", "neighbour_agreement", "sizes"}  # nothing that would take labels
+    assert set(numbers["after"]) == {
+        "rankme",
+        "neighbour_agreement",
+        "sizes",
+    }  # nothing that would take labels
     assert 0 <= numbers["after"]["neighbour_agreement"] <= 1
     page = Page(shown["sides"])
     assert page.tags["img"] == 2 * (24 + 1) and page.tags["script"] == 0
-    assert not any(str(temporary) in Path(path).read_text(encoding="utf-8") for path in shown["downloads"])
+    assert not any(
+        str(temporary) in Path(path).read_text(encoding="utf-8") for path in shown["downloads"]
+    )
     assert not list(temporary.glob("mim-refiner-space-*"))
 
 
@@ -223,7 +284,11 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(client: Any, photos: li
     [
         ([], 3, "0 images: give 2 to 500"),
         ([0], 0, "1 images: give 2 to 500"),
-        ([1, 2, 3], 5, "num_clusters is 5 for 3 images; allowed are 1 to 3 with method 'kmeans', or None."),
+        (
+            [1, 2, 3],
+            5,
+            "num_clusters is 5 for 3 images; allowed are 1 to 3 with method 'kmeans', or None.",
+        ),
         ([1, 2, 3], -1, "num_clusters is -1 for 3 images"),
         ([1, 2, 3], 1.5, "The number of groups is 1.5; give a whole number"),
         ([1, -1], 0, "Only 1 of these images can be read"),
@@ -239,37 +304,60 @@ def test_wrong_input_gets_one_sentence(
 ) -> None:
     with pytest.raises(gradio_client.exceptions.AppError) as error:
         upload(client, [photos[i] for i in chosen], num_clusters)
-    assert sentence in str(error.value) and str(photos[0].parent) not in str(error.value) and "/gradio/" not in str(error.value)
+    assert (
+        sentence in str(error.value)
+        and str(photos[0].parent) not in str(error.value)
+        and "/gradio/" not in str(error.value)
+    )
 
 
 def test_a_request_cannot_name_files_of_the_server(address: str, photos: list[Path]) -> None:
-    files = [{"path": str(path), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}} for path in photos[1:3]]
-    request = urllib.request.Request(f"{address}/gradio_api/call/upload", json.dumps({"data": [files, 0]}).encode())
+    files = [
+        {"path": str(path), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        for path in photos[1:3]
+    ]
+    request = urllib.request.Request(
+        f"{address}/gradio_api/call/upload", json.dumps({"data": [files, 0]}).encode()
+    )
     request.add_header("Content-Type", "application/json")
     event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
-    answer = urllib.request.urlopen(f"{address}/gradio_api/call/upload/{event}", timeout=60).read().decode()
+    answer = (
+        urllib.request.urlopen(f"{address}/gradio_api/call/upload/{event}", timeout=60)
+        .read()
+        .decode()
+    )
     assert answer.startswith("event: error"), answer[:300]
 
 
-def test_two_images_are_enough_and_501_are_too_many(app: ModuleType, client: Any, photos: list[Path]) -> None:
+def test_two_images_are_enough_and_501_are_too_many(
+    app: ModuleType, client: Any, photos: list[Path]
+) -> None:
     assert upload(client, photos[1:3], 0)["numbers"]["num_images"] == 2
     with pytest.raises(ValueError, match="501 images: give 2 to 500"):
         app.uploaded([{"path": str(photos[0]), "orig_name": "a.png"}] * 501, 3)
 
 
-def test_one_model_shows_one_side_and_names_stay_text(app: ModuleType, models: dict[str, Path], photos: list[Path]) -> None:
+def test_one_model_shows_one_side_and_names_stay_text(
+    app: ModuleType, models: dict[str, Path], photos: list[Path]
+) -> None:
     collection = app.uploaded([{"path": str(path), "orig_name": HOSTILE} for path in photos], 3)
     with contextlib.closing(
         app.compare(collection, {"after": load_encoder(models["after"])}, 3, lambda *_, **__: None)
     ) as outputs:
         shown = dict(zip(COMPONENTS, next(outputs), strict=True))
-        pages = [Path(path).read_text(encoding="utf-8") for path in shown["downloads"] if path.endswith(".html")]
+        pages = [
+            Path(path).read_text(encoding="utf-8")
+            for path in shown["downloads"]
+            if path.endswith(".html")
+        ]
         names = {row["image"] for row in table(shown)}
     assert not any(Path(path).exists() for path in shown["downloads"])
     page = Page(shown["sides"])
     assert len(page.sides) == 1 and "before" not in shown["numbers"]
     assert "verdict" not in shown["scores"] and "| metric | after |" in shown["scores"]
-    assert page.tags["img"] == 24 + 1 and all(title.startswith(HOSTILE) for tiles in page.sides[0] for title in tiles)
+    assert page.tags["img"] == 24 + 1 and all(
+        title.startswith(HOSTILE) for tiles in page.sides[0] for title in tiles
+    )
     assert Page(shown["note"]).tags["img"] == 0 and HOSTILE in Page(shown["note"]).text
     assert len(pages) == 1 and "<img src=x" not in pages[0] and names == {HOSTILE}
 
@@ -284,18 +372,29 @@ def test_without_options_the_quickstarts_models_are_taken(
     assert [recipe.recipe for recipe in runs] == ["quickstart"]
     for side in ("model", "pretrained"):
         (tmp_path / "outputs/quickstart" / side).mkdir(parents=True)
-    assert app.choose_models(None, None) == {"before": "outputs/quickstart/pretrained", "after": "outputs/quickstart/model"}
-    assert app.choose_models("user/a", None) == {"before": "user/a", "after": "outputs/quickstart/model"}
+    assert app.choose_models(None, None) == {
+        "before": "outputs/quickstart/pretrained",
+        "after": "outputs/quickstart/model",
+    }
+    assert app.choose_models("user/a", None) == {
+        "before": "user/a",
+        "after": "outputs/quickstart/model",
+    }
     assert app.choose_models(None, "user/b") == {"after": "user/b"}
     assert len(runs) == 1
 
 
-def test_wrong_options_are_refused(app: ModuleType, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_refused(
+    app: ModuleType, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     model = str(models["after"])
     for options, sentence in (
         (["--after", "no/such/model"], "no/such/model"),
         (["--after", model, "--sample", "cats"], "--sample cats: give a name and a folder"),
-        (["--after", model, "--sample", "cats=/no/such/folder"], "No file or folder '/no/such/folder'"),
+        (
+            ["--after", model, "--sample", "cats=/no/such/folder"],
+            "No file or folder '/no/such/folder'",
+        ),
     ):
         assert app.main(options) == 2
         assert sentence in capsys.readouterr().err
@@ -304,10 +403,17 @@ def test_wrong_options_are_refused(app: ModuleType, models: dict[str, Path], cap
 def test_the_card_and_the_requirements_are_true() -> None:
     _, head, text = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     card = yaml.safe_load(head)
-    assert card["sdk"] == "gradio" and (SPACE / card["app_file"]).is_file() and card["license"] == "apache-2.0"
+    assert (
+        card["sdk"] == "gradio"
+        and (SPACE / card["app_file"]).is_file()
+        and card["license"] == "apache-2.0"
+    )
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    wanted = setup["options"]["install_requires"].split() + setup["options.extras_require"]["space"].split()
+    wanted = (
+        setup["options"]["install_requires"].split()
+        + setup["options.extras_require"]["space"].split()
+    )
     listed = (SPACE / "requirements.txt").read_text().splitlines()
     assert [line for line in listed if line and not line.startswith("#")] == wanted
     assert re.search(r"gradio>=(\d+)", " ".join(wanted))[1] == card["sdk_version"].split(".")[0]  # type: ignore[index]
@@ -322,7 +428,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 @needs_chromium
-def test_the_page_in_a_browser(browser: Chromium, address: str, photos: list[Path], tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    browser: Chromium, address: str, photos: list[Path], tmp_path: Path
+) -> None:
     browser.call("/url", {"url": address})
     browser.wait("document.querySelector('#group-sample') !== null")
     browser.photograph("space-start", tmp_path)
@@ -330,11 +438,15 @@ def test_the_page_in_a_browser(browser: Chromium, address: str, photos: list[Pat
     browser.click("#group-sample")
     browser.wait("document.querySelectorAll('.group').length === 20")
     assert browser.run("document.querySelectorAll('.side').length") == 2
-    assert browser.run("[...document.querySelectorAll('#sides img')].every(one => one.complete && one.naturalWidth > 0)")
+    assert browser.run(
+        "[...document.querySelectorAll('#sides img')].every(one => one.complete && one.naturalWidth > 0)"
+    )
     browser.wait("document.querySelectorAll('#scores td').length > 4")
     browser.photograph("space-sample", tmp_path)
 
-    browser.run("[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your images').click()")
+    browser.run(
+        "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your images').click()"
+    )
     browser.wait("document.querySelector('input[type=file]') !== null")
     browser.type("input[type=file]", "\n".join(map(str, photos)))
     browser.wait("document.querySelectorAll('[role=tabpanel] .file-preview tr').length === 25")
@@ -345,6 +457,8 @@ def test_the_page_in_a_browser(browser: Chromium, address: str, photos: list[Pat
     assert sum(title.startswith(HOSTILE) for title in titles) == 2
     assert browser.run("document.querySelectorAll('img[src=x]').length") == 0
     browser.photograph("space-upload", tmp_path)
-    hosts = browser.run("[...new Set(performance.getEntriesByType('resource').map(one => new URL(one.name).host))]")
+    hosts = browser.run(
+        "[...new Set(performance.getEntriesByType('resource').map(one => new URL(one.name).host))]"
+    )
     assert set(hosts) <= {address.removeprefix("http://"), ""}
     assert not browser.errors()

@@ -18,33 +18,56 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
 from mim_refiner_hf.model.last_block import prefix_tokens_only
 from mim_refiner_hf.refinement import memory
 from mim_refiner_hf.refinement.heads import IdHeads
-from mim_refiner_hf.refinement.memory import choose_micro_batch, largest_that_fits, memory_estimate, needed
+from mim_refiner_hf.refinement.memory import (
+    choose_micro_batch,
+    largest_that_fits,
+    memory_estimate,
+    needed,
+)
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner, keeps_a_graph, neighbour_draw
 from mim_refiner_hf.refinement.resolve import Steps, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups
 
-SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+SHAPE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
 POST = {"norm_placement": "post", "embedding_norm": True, "final_norm": False}
-CAPI_LIKE = {"position_encoding": "rope", "num_register_tokens": 4, "use_cls_token": False, "norm_type": "rmsnorm"}
+CAPI_LIKE = {
+    "position_encoding": "rope",
+    "num_register_tokens": 4,
+    "use_cls_token": False,
+    "norm_type": "rmsnorm",
+}
 
 
 def small_refiner(heads: int = 4, views: int = 5, bf16: bool = False, **changes: Any) -> Refiner:
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**{**SHAPE, "intermediate_size": 96, **changes}))
-    with torch.no_grad():  # as in the goldens: fresh weights would give all images nearly the same features
+    with (
+        torch.no_grad()
+    ):  # as in the goldens: fresh weights would give all images nearly the same features
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     freeze(encoder, 0)
     blocks = list(range(4 - min(heads, 4), 4)) if heads <= 4 else [3] * heads
     stack, queue = IdHeads(heads, 48, 24, 32, 16), NearestNeighbourQueue(heads, 64, 16)
-    return Refiner(encoder, blocks, stack, queue, num_global=2, num_views=views, temperature=0.2, bf16=bf16).train()
+    return Refiner(
+        encoder, blocks, stack, queue, num_global=2, num_views=views, temperature=0.2, bf16=bf16
+    ).train()
 
 
 def views_of(batch: int, local: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(batch, n, 3, size, size, generator=generator) for n, size in ((2, 32), (local, 16))]
+    return [
+        torch.randn(batch, n, 3, size, size, generator=generator)
+        for n, size in ((2, 32), (local, 16))
+    ]
 
 
 def gradients(refiner: Refiner, batch: int = 6, **settings: Any) -> Tensor:
@@ -59,10 +82,17 @@ def gradients(refiner: Refiner, batch: int = 6, **settings: Any) -> Tensor:
 # ---- exact micro-batches
 
 
-@pytest.mark.parametrize("changes", [{}, POST, CAPI_LIKE, {"pooling": "mean"}], ids=["mae", "d2v2", "registers", "mean"])
+@pytest.mark.parametrize(
+    "changes", [{}, POST, CAPI_LIKE, {"pooling": "mean"}], ids=["mae", "d2v2", "registers", "mean"]
+)
 @pytest.mark.parametrize("micro", [1, 2, 4, 6])  # 4 does not divide the 6 images
-def test_micro_batches_give_the_gradient_of_the_whole_batch(micro: int, changes: dict[str, Any]) -> None:
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12)):  # fp32: its rounding, seen 2e-7 to 1e-6
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
+    micro: int, changes: dict[str, Any]
+) -> None:
+    for dtype, tolerance in (
+        (torch.float32, 2e-6),
+        (torch.float64, 1e-12),
+    ):  # fp32: its rounding, seen 2e-7 to 1e-6
         whole = gradients(small_refiner(**changes).to(dtype))
         split = gradients(small_refiner(**changes).to(dtype), micro_batch_size=micro)
         assert (whole - split).norm() <= tolerance * whole.norm()
@@ -73,8 +103,13 @@ def test_micro_batches_with_recomputed_blocks_and_in_bf16() -> None:
     recomputed = small_refiner()
     recomputed.encoder.activation_checkpointing_enable()
     assert (whole - gradients(recomputed, micro_batch_size=2)).norm() <= 1e-6 * whole.norm()
-    rounded, split = gradients(small_refiner(bf16=True)), gradients(small_refiner(bf16=True), micro_batch_size=2)
-    assert (rounded - split).norm() <= 0.01 * rounded.norm()  # bf16 rounding: weights' gradients are summed in fp32
+    rounded, split = (
+        gradients(small_refiner(bf16=True)),
+        gradients(small_refiner(bf16=True), micro_batch_size=2),
+    )
+    assert (
+        rounded - split
+    ).norm() <= 0.01 * rounded.norm()  # bf16 rounding: weights' gradients are summed in fp32
     assert (rounded - whole).norm() > 1e-3 * whole.norm()  # it was bf16
 
 
@@ -143,7 +178,9 @@ def test_no_step_waits_for_the_device(micro: int | None) -> None:
 # ---- the last block for the tokens that are read
 
 
-@pytest.mark.parametrize("changes", [{}, POST, CAPI_LIKE, {"pooling": "mean"}, {"position_encoding": "relative"}])
+@pytest.mark.parametrize(
+    "changes", [{}, POST, CAPI_LIKE, {"pooling": "mean"}, {"position_encoding": "relative"}]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_last_block_for_the_tokens_that_are_read(changes: dict[str, Any], recompute: bool) -> None:
     encoder = small_refiner(**changes).encoder
@@ -163,7 +200,14 @@ def test_last_block_for_the_tokens_that_are_read(changes: dict[str, Any], recomp
                 features = encoder.pool(outputs.last_hidden_state)
                 features.square().sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
-        found.append((features.detach(), gradient, flops.get_total_flops(), outputs.last_hidden_state.shape[1]))
+        found.append(
+            (
+                features.detach(),
+                gradient,
+                flops.get_total_flops(),
+                outputs.last_hidden_state.shape[1],
+            )
+        )
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-6)
     assert (found[1][1] - found[0][1]).norm() <= 1e-6 * found[0][1].norm()
     config = encoder.config
@@ -177,8 +221,18 @@ def test_last_block_for_the_tokens_that_are_read(changes: dict[str, Any], recomp
 
 # ---- the plan's estimate
 
-TINY = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
-BASE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 3072}
+TINY = {
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+}
+BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 CASES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
     (TINY, {}, False),
     (TINY, {"pooling": "mean"}, False),
@@ -195,16 +249,33 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
 ]
 
 
-def planned(shape: dict[str, Any], changes: dict[str, Any]) -> tuple[RefineRecipe, MimRefinerConfig]:
+def planned(
+    shape: dict[str, Any], changes: dict[str, Any]
+) -> tuple[RefineRecipe, MimRefinerConfig]:
     config = MimRefinerConfig(**shape)
-    fields = {"model": "a", "batch_size": 16, "queue_size": 8192, "local_views": 4, "projector_dim": 512, "predictor_dim": 1024}
+    fields = {
+        "model": "a",
+        "batch_size": 16,
+        "queue_size": 8192,
+        "local_views": 4,
+        "projector_dim": 512,
+        "predictor_dim": 1024,
+    }
     return resolve(RefineRecipe(**{**fields, **changes}), config, None), config
 
 
 def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) -> int:
     """Bytes of all tensors alive at the peak of a second step, weights, moments and views included; fake, so nothing is computed."""
-    batch, blocks, widths = recipe.batch_size, recipe.head_blocks, (recipe.projector_dim, recipe.predictor_dim)
-    assert isinstance(blocks, list) and recipe.global_size is not None and recipe.local_size is not None
+    batch, blocks, widths = (
+        recipe.batch_size,
+        recipe.head_blocks,
+        (recipe.projector_dim, recipe.predictor_dim),
+    )
+    assert (
+        isinstance(blocks, list)
+        and recipe.global_size is not None
+        and recipe.local_size is not None
+    )
     with FakeTensorMode(), PeakMemory() as tracked:
         with no_init_weights():
             encoder = MimRefinerModel(config).train()
@@ -216,8 +287,12 @@ def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) ->
         queue = NearestNeighbourQueue(len(blocks), recipe.queue_size, recipe.embedding_dim)
         sizes = [(recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)]
         count = sum(number for number, _ in sizes)
-        refiner = Refiner(encoder, blocks, heads, queue, num_global=2, num_views=count, temperature=0.2, bf16=bf16).train()
-        optimizer = torch.optim.AdamW(encoder_groups(encoder, 0.65, 0.05) + head_groups(heads, 0.0), fused=True)
+        refiner = Refiner(
+            encoder, blocks, heads, queue, num_global=2, num_views=count, temperature=0.2, bf16=bf16
+        ).train()
+        optimizer = torch.optim.AdamW(
+            encoder_groups(encoder, 0.65, 0.05) + head_groups(heads, 0.0), fused=True
+        )
         for parameter in refiner.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
@@ -225,7 +300,9 @@ def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) ->
         views = [torch.empty(batch, number, 3, size, size) for number, size in sizes]
         index, draw = torch.arange(batch), torch.zeros(len(blocks), 2, batch, dtype=torch.long)
         tracked.peak = tracked.live
-        refiner.backward(views, index, index, topk=5, draw=draw, micro_batch_size=recipe.micro_batch_size)  # type: ignore[arg-type]
+        refiner.backward(
+            views, index, index, topk=5, draw=draw, micro_batch_size=recipe.micro_batch_size
+        )  # type: ignore[arg-type]
         del average
         return tracked.peak
 
@@ -244,15 +321,26 @@ def test_plan_says_what_to_change_when_it_does_not_fit() -> None:
 
     def text(available: float, **changes: Any) -> str:
         changed = dataclasses.replace(recipe, **changes)
-        facts = {"num_images": 1000, "num_eval": 0, "steps": Steps(1, 1), "processes": 1, "device": "cuda", "bf16": True}
+        facts = {
+            "num_images": 1000,
+            "num_eval": 0,
+            "steps": Steps(1, 1),
+            "processes": 1,
+            "device": "cuda",
+            "bf16": True,
+        }
         return plan_text(changed, config, **facts, available=int(available))  # type: ignore[arg-type]
 
     whole = needed(recipe, config, 1, True)
     assert "does not fit" not in text(2 * whole) and "does not fit" in text(whole)
     said = text(whole)
     size = int(said.split("--micro_batch_size ")[1].split()[0])
-    assert size in (32, 64) and "the same gradients" in said and "--gradient_checkpointing" not in said
-    assert needed(dataclasses.replace(recipe, micro_batch_size=size), config, 1, True) <= 0.85 * whole
+    assert (
+        size in (32, 64) and "the same gradients" in said and "--gradient_checkpointing" not in said
+    )
+    assert (
+        needed(dataclasses.replace(recipe, micro_batch_size=size), config, 1, True) <= 0.85 * whole
+    )
     least = needed(dataclasses.replace(recipe, micro_batch_size=1), config, 1, True)
     assert "lower --batch_size, --queue_size or --num_heads" in text(0.9 * least)
     assert "as many at a time through the encoder as fit" in text(whole, micro_batch_size="auto")
@@ -262,7 +350,9 @@ def test_plan_says_what_to_change_when_it_does_not_fit() -> None:
 # ---- --micro_batch_size auto
 
 
-@pytest.mark.parametrize(("most", "expected"), [(0, 0), (1, 1), (5, 4), (8, 8), (11, 8), (12, 12), (99, 12)])
+@pytest.mark.parametrize(
+    ("most", "expected"), [(0, 0), (1, 1), (5, 4), (8, 8), (11, 8), (12, 12), (99, 12)]
+)
 def test_largest_that_fits_is_found_by_doubling(most: int, expected: int) -> None:
     asked: list[int] = []
     assert largest_that_fits(lambda size: asked.append(size) or size <= most, 12) == expected  # type: ignore[func-returns-value]
@@ -279,7 +369,14 @@ def auto_recipe() -> tuple[RefineRecipe, Refiner]:
         "local_views": 3,
         "local_size": 16,
     }
-    recipe = RefineRecipe(model="a", batch_size=12, topk=5, head_blocks=[0, 1, 2, 3], micro_batch_size="auto", **fields)  # type: ignore[arg-type]
+    recipe = RefineRecipe(
+        model="a",
+        batch_size=12,
+        topk=5,
+        head_blocks=[0, 1, 2, 3],
+        micro_batch_size="auto",
+        **fields,
+    )  # type: ignore[arg-type]
     return resolve(recipe, refiner.encoder.config, None), refiner
 
 
@@ -287,13 +384,23 @@ def test_auto_takes_what_the_estimate_allows() -> None:
     recipe, refiner = auto_recipe()
 
     def need(micro: int | None) -> float:
-        return needed(dataclasses.replace(recipe, micro_batch_size=micro), refiner.encoder.config, 1, False) / memory.HEADROOM
+        return (
+            needed(
+                dataclasses.replace(recipe, micro_batch_size=micro),
+                refiner.encoder.config,
+                1,
+                False,
+            )
+            / memory.HEADROOM
+        )
 
     for micro, free in ((None, need(None)), (4, need(4)), (4, 0.99 * need(8)), (1, need(1))):
         chosen, reason = choose_micro_batch(recipe, refiner, 1, int(free) + 1)
         assert chosen == micro
         assert ("whole batch" in reason) == (micro is None) and "GiB" in reason
-    with pytest.raises(ValueError, match=r"--micro_batch_size auto: not even one image .* --gradient_checkpointing"):
+    with pytest.raises(
+        ValueError, match=r"--micro_batch_size auto: not even one image .* --gradient_checkpointing"
+    ):
         choose_micro_batch(recipe, refiner, 1, int(0.9 * need(1)))
 
 
@@ -309,6 +416,8 @@ def test_trying_catches_what_runs_out_of_memory() -> None:
         return encode(pixels)
 
     refiner.encode = limited  # type: ignore[method-assign]
-    tried = largest_that_fits(lambda images: memory._passes(refiner, recipe, images, reserve=10), 12)
+    tried = largest_that_fits(
+        lambda images: memory._passes(refiner, recipe, images, reserve=10), 12
+    )
     assert tried == 4 and seen == [(2 * images, 3, 32, 32) for images in (1, 2, 4, 8)]
     assert all(parameter.grad is None for parameter in refiner.parameters())

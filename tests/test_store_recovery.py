@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_store import BATCH, COUNT, SHARD, contents, embed, forward_passes, make_encoder, make_processor, write_photos
+from small_store import (
+    BATCH,
+    COUNT,
+    SHARD,
+    contents,
+    embed,
+    forward_passes,
+    make_encoder,
+    make_processor,
+    write_photos,
+)
 
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.data.images import open_images, open_stream
@@ -42,8 +52,12 @@ def test_killed_and_resumed_is_the_same(photos: Path, tmp_path: Path, streaming:
     write(tmp_path / "whole", make_encoder())
     out, encoder = tmp_path / "out", make_encoder()
     passes = forward_passes(encoder)
-    encoder.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if len(passes) == 6 else None)
-    assert in_a_fork(lambda: write(out, encoder)) == signal.SIGKILL  # in the second batch of the third shard
+    encoder.norm.register_forward_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGKILL) if len(passes) == 6 else None
+    )
+    assert (
+        in_a_fork(lambda: write(out, encoder)) == signal.SIGKILL
+    )  # in the second batch of the third shard
     assert sorted(path.name for path in (out / "records").iterdir()) == ["00000.json", "00001.json"]
     with pytest.raises(ValueError, match="not complete, 2 of "):
         FeatureStore(out)
@@ -74,7 +88,9 @@ def test_damage_is_noticed_and_repaired(photos: Path, tmp_path: Path, kind: str)
     embed(photos, out)
     before = contents(out)
     damage(out, kind)
-    with pytest.raises(ValueError, match="cannot be read" if kind == "flipped" else "4 of 5 shards"):
+    with pytest.raises(
+        ValueError, match="cannot be read" if kind == "flipped" else "4 of 5 shards"
+    ):
         store = FeatureStore(out)
         [store.features("block3.cls"), store.labels, store.indices, store.paths]
     encoder = make_encoder()
@@ -88,7 +104,14 @@ def process(rank: int, port: int, photos: Path, folder: Path) -> None:
     assert len(embed(photos, folder / "from the start")) == COUNT
     assert len(embed(photos, folder / "begun by one")) == COUNT
     stream = open_stream(str(photos))
-    embed_images(make_encoder(), stream, make_processor(), folder / "stream", shard_size=SHARD, batch_size=BATCH)
+    embed_images(
+        make_encoder(),
+        stream,
+        make_processor(),
+        folder / "stream",
+        shard_size=SHARD,
+        batch_size=BATCH,
+    )
     dist.destroy_process_group()
 
 
@@ -100,13 +123,18 @@ def test_two_processes_write_what_one_writes(photos: Path, tmp_path: Path) -> No
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(process, (port, photos, tmp_path), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        process, (port, photos, tmp_path), nprocs=2, start_method="fork"
+    )
     for name in ("from the start", "begun by one", "stream"):
         assert contents(tmp_path / name).keys() == contents(tmp_path / "one").keys(), name
     for name in ("from the start", "begun by one"):
         assert contents(tmp_path / name) == contents(tmp_path / "one"), name
     one, stream = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "stream")
-    assert torch.equal(one.features("block3.cls"), stream.features("block3.cls")) and stream.manifest["num_images"] == COUNT
+    assert (
+        torch.equal(one.features("block3.cls"), stream.features("block3.cls"))
+        and stream.manifest["num_images"] == COUNT
+    )
 
 
 def test_broken_images_are_listed_and_stop_nothing(photos: Path, tmp_path: Path) -> None:
@@ -115,7 +143,12 @@ def test_broken_images_are_listed_and_stop_nothing(photos: Path, tmp_path: Path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     whole = embed(photos, tmp_path / "whole").features("block3.cls")
-    broken = [3, 4, *range(10, 15), 22]  # the second batch of a shard, a whole shard, the last image
+    broken = [
+        3,
+        4,
+        *range(10, 15),
+        22,
+    ]  # the second batch of a shard, a whole shard, the last image
     files = sorted((tmp_path / "photos").rglob("*.png"))
     for i in broken:
         files[i].write_bytes(files[i].read_bytes()[:100] if i != 3 else b"no picture")
@@ -125,7 +158,9 @@ def test_broken_images_are_listed_and_stop_nothing(photos: Path, tmp_path: Path)
     torch.testing.assert_close(store.features("block3.cls"), whole[readable], atol=1e-6, rtol=0)
     listed = json.loads((tmp_path / "out" / "broken.json").read_text())["images"]
     assert listed == store.broken
-    assert [(image["index"], image["path"]) for image in listed] == [(i, str(files[i])) for i in broken]
+    assert [(image["index"], image["path"]) for image in listed] == [
+        (i, str(files[i])) for i in broken
+    ]
     assert all(image["reason"].startswith(f"Cannot decode {image['path']}") for image in listed)
     passes = forward_passes(encoder := make_encoder())
     embed(tmp_path / "photos", tmp_path / "out", encoder)

@@ -12,7 +12,13 @@ from timm.models import save_for_hf
 
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+TINY: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+}
 VIT, BEIT = "vit_tiny_patch16_224", "beit_base_patch16_224"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (VIT, {}),
@@ -20,18 +26,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-registers": (VIT, {"reg_tokens": 4, "no_embed_class": True}),
     "vit-layer-scale": (VIT, {"init_values": 0.1}),
     "vit-mean": (VIT, {"global_pool": "avg", "class_token": False}),
-    "vit-registers-mean": (VIT, {"global_pool": "avg", "class_token": False, "reg_tokens": 2, "no_embed_class": True}),
+    "vit-registers-mean": (
+        VIT,
+        {"global_pool": "avg", "class_token": False, "reg_tokens": 2, "no_embed_class": True},
+    ),
     "vit-classifier": (VIT, {"num_classes": 5}),
     "beit-per-block": (BEIT, {}),
-    "beit-shared": (BEIT, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "init_values": None}),
-    "beit-absolute": (BEIT, {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "global_pool": "token"}),
+    "beit-shared": (
+        BEIT,
+        {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "init_values": None},
+    ),
+    "beit-absolute": (
+        BEIT,
+        {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "global_pool": "token"},
+    ),
     "beit-classifier": (BEIT, {"num_classes": 5}),
 }
 
 
 def tiny(architecture: str, **settings: Any) -> Any:
     """A tiny timm model with random values in every parameter."""
-    model = timm.create_model(architecture, pretrained=False, **{**TINY, "num_classes": 0, **settings}).eval()
+    model = timm.create_model(
+        architecture, pretrained=False, **{**TINY, "num_classes": 0, **settings}
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
@@ -42,7 +59,10 @@ def save(model: Any, path: Path, form: str) -> Path:
     if form == "folder":
         save_for_hf(model, str(path), safe_serialization=True)
         return path
-    torch.save(model.state_dict() if form == "bare" else {"epoch": 3, "state_dict": model.state_dict()}, path / "model.pth")
+    torch.save(
+        model.state_dict() if form == "bare" else {"epoch": 3, "state_dict": model.state_dict()},
+        path / "model.pth",
+    )
     return path / "model.pth"
 
 
@@ -68,7 +88,9 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
         torch.testing.assert_close(ours.pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_names_of_create_model_are_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_create_model_are_hub_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`vit_base_patch16_224.mae` is `timm/vit_base_patch16_224.mae`; without a tag it is timm's default for the architecture."""
     save(tiny(VIT), tmp_path, "folder")
     asked = []
@@ -78,11 +100,17 @@ def test_names_of_create_model_are_hub_names(tmp_path: Path, monkeypatch: pytest
         return str(tmp_path)
 
     monkeypatch.setattr("mim_refiner_hf.conversion.read.snapshot_download", snapshot)
-    for name in ("vit_base_patch16_224.mae", "vit_base_patch16_224", "timm/vit_base_patch16_224.mae"):
+    for name in (
+        "vit_base_patch16_224.mae",
+        "vit_base_patch16_224",
+        "timm/vit_base_patch16_224.mae",
+    ):
         assert load_encoder(name).load_report.family == "plain_vit"
     default = timm.models.get_pretrained_cfg("vit_base_patch16_224").hf_hub_id
     assert asked == ["timm/vit_base_patch16_224.mae", default, "timm/vit_base_patch16_224.mae"]
-    with pytest.raises(CheckpointError, match=r"unknown weights; timm .* has .*vit_base_patch16_224\.mae"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown weights; timm .* has .*vit_base_patch16_224\.mae"
+    ):
         load_encoder("vit_base_patch16_224.nope")
 
 
@@ -93,21 +121,33 @@ def test_what_only_the_architecture_tells(tmp_path: Path) -> None:
     assert (encoder.config.hidden_act, encoder.config.image_size) == ("gelu_pytorch_tanh", [16, 64])
     pixels = torch.randn(2, 3, 16, 64)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(pixels)[0], model.forward_features(pixels), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            encoder(pixels)[0], model.forward_features(pixels), atol=1e-5, rtol=1e-5
+        )
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "reg_token"}
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 of 39 plain_vit tensors are missing: embeddings\.register_tokens"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of 39 plain_vit tensors are missing: embeddings\.register_tokens"
+    ):
         load_encoder(tmp_path)
 
 
 def test_preprocessing_is_timms(tmp_path: Path) -> None:
     source = save(tiny(VIT), tmp_path, "folder")
     processor = load_encoder(source).image_processor
-    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0.5] * 3, [0.5] * 3, 3)
+    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == (
+        [0.5] * 3,
+        [0.5] * 3,
+        3,
+    )
     assert dict(processor.size) == {"shortest_edge": 35}  # 32 / crop_pct, and crop_pct is 0.9
     assert dict(processor.crop_size) == {"height": 32, "width": 32}
     config = json.loads((source / "config.json").read_text())
-    config["pretrained_cfg"] |= {"crop_mode": "squash", "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3]}
+    config["pretrained_cfg"] |= {
+        "crop_mode": "squash",
+        "interpolation": "bilinear",
+        "mean": [0.1, 0.2, 0.3],
+    }
     (source / "config.json").write_text(json.dumps(config))
     processor = load_encoder(source).image_processor
     assert (list(processor.image_mean), processor.resample) == ([0.1, 0.2, 0.3], 2)
@@ -117,8 +157,16 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "settings", "message"),
     [
-        (VIT, {"qk_norm": True}, r"8 tensors have no place in a bare ViT.*: .*blocks\.0\.attn\.q_norm\.weight"),
-        (VIT, {"global_pool": "map"}, r"tensors have no place in a bare ViT.*: .*attn_pool\.latent"),
+        (
+            VIT,
+            {"qk_norm": True},
+            r"8 tensors have no place in a bare ViT.*: .*blocks\.0\.attn\.q_norm\.weight",
+        ),
+        (
+            VIT,
+            {"global_pool": "map"},
+            r"tensors have no place in a bare ViT.*: .*attn_pool\.latent",
+        ),
         (VIT, {"pre_norm": True}, r"2 tensors have no place in a bare ViT.*: .*norm_pre\.weight"),
         (
             BEIT,
@@ -147,6 +195,11 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             load_encoder(tmp_path)
     for arguments in ({"pretrained": True}, {"no_such_setting": 1}, {"act_layer": "relu"}):
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": VIT, "model_args": arguments}))
-        with pytest.raises(CheckpointError, match=r"cannot be built as it says: |has the activation ReLU; allowed: QuickGELU"):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": VIT, "model_args": arguments})
+        )
+        with pytest.raises(
+            CheckpointError,
+            match=r"cannot be built as it says: |has the activation ReLU; allowed: QuickGELU",
+        ):
             load_encoder(tmp_path)

@@ -46,7 +46,9 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("family", ["vit_mae", "data2vec"])
-def test_refine_transformers_weights(family: str, recipe: Callable[..., RefineRecipe], models: dict[str, str]) -> None:
+def test_refine_transformers_weights(
+    family: str, recipe: Callable[..., RefineRecipe], models: dict[str, str]
+) -> None:
     asked = recipe(model=models[family], eval_fraction=0.2, max_steps=None, head_epochs=3, epochs=3)
     start = load_encoder(models[family])
     result = refine(asked)
@@ -58,19 +60,29 @@ def test_refine_transformers_weights(family: str, recipe: Callable[..., RefineRe
     pixels = processor(Image.new("RGB", (40, 50), (200, 30, 90)), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model(pixels).pooler_output, result.encoder(pixels).pooler_output, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model(pixels).pooler_output, result.encoder(pixels).pooler_output, atol=1e-6, rtol=0
+        )
     saved = load_file(folder / "model/model.safetensors")
-    assert saved.keys() == start.state_dict().keys()  # an encoder and nothing else: no head, no queue, no decoder
-    changed = {name for name, tensor in saved.items() if not torch.equal(tensor, start.state_dict()[name])}
+    assert (
+        saved.keys() == start.state_dict().keys()
+    )  # an encoder and nothing else: no head, no queue, no decoder
+    changed = {
+        name for name, tensor in saved.items() if not torch.equal(tensor, start.state_dict()[name])
+    }
     assert {name for name in saved if name not in changed and "position" not in name} == set()
     assert not any("position" in name for name in changed)
     assert (folder / "model/README.md").is_file() and (folder / "clusters.png").is_file()
     assert not (folder / "checkpoints").exists()
 
     log = log_of(asked)
-    assert [line["step"] for line in log] == list(range(1, 31))  # 160 images in batches of 32, 3 + 3 epochs
+    assert [line["step"] for line in log] == list(
+        range(1, 31)
+    )  # 160 images in batches of 32, 3 + 3 epochs
     for stage in (log[:15], log[15:]):
-        assert np.mean([line["loss"] for line in stage[-4:]]) < np.mean([line["loss"] for line in stage[:4]])
+        assert np.mean([line["loss"] for line in stage[-4:]]) < np.mean(
+            [line["loss"] for line in stage[:4]]
+        )
 
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(result.metrics))
@@ -88,7 +100,11 @@ def test_refine_transformers_weights(family: str, recipe: Callable[..., RefineRe
         "versions",
     }
     assert metrics["starting_model"] == models[family]
-    assert (metrics["dataset"]["images"], metrics["dataset"]["eval_images"], metrics["dataset"]["num_classes"]) == (160, 40, 10)
+    assert (
+        metrics["dataset"]["images"],
+        metrics["dataset"]["eval_images"],
+        metrics["dataset"]["num_classes"],
+    ) == (160, 40, 10)
     assert RefineRecipe(**metrics["recipe"]).head_blocks == [1, 2]
 
 
@@ -104,26 +120,40 @@ def test_log_tells_every_head(recipe: Callable[..., RefineRecipe]) -> None:
             assert 0 < line[f"{head}/alignment"] < 1
             assert line[f"{head}/neighbour_age"] >= 0 and 0 < line[f"{head}/spread"] < 1.2
         assert line["loss"] == pytest.approx(line["block1/loss"] + line["output/loss"], rel=1e-5)
-        assert line["learning_rate"] > 0 and line["images_per_second"] > 0 and line["seconds_left"] >= 0
+        assert (
+            line["learning_rate"] > 0
+            and line["images_per_second"] > 0
+            and line["seconds_left"] >= 0
+        )
     assert not any("neighbour_accuracy" in key for key in log[0])  # the queue holds no labels yet
     accuracies = [line["output/neighbour_accuracy"] for line in log[1:]]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies) and max(accuracies) > 0
 
 
 def test_collapse_is_warned_of_once_per_head(
-    recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    recipe: Callable[..., RefineRecipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(NearestNeighbourQueue, "spread", lambda queue, count: torch.tensor([0.5, 0.01]))
+    monkeypatch.setattr(
+        NearestNeighbourQueue, "spread", lambda queue, count: torch.tensor([0.5, 0.01])
+    )
     run(recipe())
-    (warning,) = [record.getMessage() for record in caplog.records if "collapsing" in record.getMessage()]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if "collapsing" in record.getMessage()
+    ]
     assert warning.startswith("step 0: to head output all images look nearly alike (spread 0.010")
 
 
-def test_unlabelled_folder_needs_no_labels(recipe: Callable[..., RefineRecipe], tmp_path: Path) -> None:
+def test_unlabelled_folder_needs_no_labels(
+    recipe: Callable[..., RefineRecipe], tmp_path: Path
+) -> None:
     for i in range(40):
         pixels = np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
         (tmp_path / f"photos/{i % 3}").mkdir(parents=True, exist_ok=True)
-        name = f"photos/{i % 3}/{i}.png" if i else "photos/loose.png"  # one outside the sub-folders: they are no labels then
+        name = (
+            f"photos/{i % 3}/{i}.png" if i else "photos/loose.png"
+        )  # one outside the sub-folders: they are no labels then
         Image.fromarray(pixels).save(tmp_path / name)
     asked = recipe(dataset=str(tmp_path / "photos"), eval_fraction=0.25, batch_size=16, max_steps=2)
     result = refine(asked)
@@ -142,13 +172,20 @@ def test_evaluation_can_be_left_out_or_repeated(recipe: Callable[..., RefineReci
     assert result is not None
     assert result.metrics["before"] is None and result.metrics["after"] is None
     assert (Path(without.output_dir) / "model/config.json").is_file()
-    often = recipe("often", eval_fraction=0.2, eval_every=1, head_epochs=1, epochs=3, max_steps=None)
+    often = recipe(
+        "often", eval_fraction=0.2, eval_every=1, head_epochs=1, epochs=3, max_steps=None
+    )
     run(often)
     measured = [line for line in log_of(often) if "knn_accuracy" in line]
-    assert [line["step"] for line in measured] == [10, 15]  # after each epoch of 5 steps but the last, which ends the run
+    assert [line["step"] for line in measured] == [
+        10,
+        15,
+    ]  # after each epoch of 5 steps but the last, which ends the run
 
 
-def test_the_average_ships_and_frozen_blocks_stay(recipe: Callable[..., RefineRecipe], models: dict[str, str]) -> None:
+def test_the_average_ships_and_frozen_blocks_stay(
+    recipe: Callable[..., RefineRecipe], models: dict[str, str]
+) -> None:
     asked = recipe(freeze_blocks=1)
     result = run(asked)
     assert result is not None
@@ -163,7 +200,9 @@ def test_the_average_ships_and_frozen_blocks_stay(recipe: Callable[..., RefineRe
 # ---- sources and settings
 
 
-def test_stream_is_evaluated_without_finding_itself(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
+def test_stream_is_evaluated_without_finding_itself(
+    recipe: Callable[..., RefineRecipe], cifar: str
+) -> None:
     """Half of the evaluation images are the k-NN bank; were all of them, every image would be its own neighbour."""
     result = run(recipe(streaming=True, eval_dataset=cifar, max_steps=1))
     assert result is not None
@@ -171,14 +210,20 @@ def test_stream_is_evaluated_without_finding_itself(recipe: Callable[..., Refine
     assert result.metrics["before"]["knn_accuracy"] < 0.5
 
 
-@pytest.mark.parametrize("schedule", ["uniform_decay", "staggered_decay", "staggered_step", "one_hot"])
+@pytest.mark.parametrize(
+    "schedule", ["uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
+)
 def test_loss_schedules_weigh_the_heads(schedule: Any, recipe: Callable[..., RefineRecipe]) -> None:
     asked = recipe(loss_schedule=schedule, head_blocks=[0, 1, 2], max_steps=3)
     run(asked)
     for line in log_of(asked):
         step = line["step"] - 1
-        weights = head_weights(schedule, 3, (step - 3) / 3) if line["stage"] == "refine" else [1.0] * 3
-        expected = np.dot(weights, [line[f"{head}/loss"] for head in ("block0", "block1", "output")])
+        weights = (
+            head_weights(schedule, 3, (step - 3) / 3) if line["stage"] == "refine" else [1.0] * 3
+        )
+        expected = np.dot(
+            weights, [line[f"{head}/loss"] for head in ("block0", "block1", "output")]
+        )
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -199,12 +244,22 @@ def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        *[{"pooling": "mean"}, {"local_views": 0}, {"global_views": 1}, {"colour": True}, {"num_heads": 1}],
+        *[
+            {"pooling": "mean"},
+            {"local_views": 0},
+            {"global_views": 1},
+            {"colour": True},
+            {"num_heads": 1},
+        ],
         {"micro_batch_size": "auto"},
     ],
 )
-def test_other_shapes_of_a_run(settings: dict[str, Any], recipe: Callable[..., RefineRecipe]) -> None:
-    asked = recipe(max_steps=2, **({"head_blocks": None} if "num_heads" in settings else {}), **settings)
+def test_other_shapes_of_a_run(
+    settings: dict[str, Any], recipe: Callable[..., RefineRecipe]
+) -> None:
+    asked = recipe(
+        max_steps=2, **({"head_blocks": None} if "num_heads" in settings else {}), **settings
+    )
     result = run(asked)
     assert result is not None
     assert np.isfinite(losses(asked)).all() and len(losses(asked)) == 4
@@ -223,13 +278,16 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         if now == 5:
             self.refiner.temperature = 0.0
             seen["trainer"], seen["index"] = self, batch["index"].tolist()
-            seen["before"] = {name: tensor.clone() for name, tensor in self.refiner.named_parameters()}
+            seen["before"] = {
+                name: tensor.clone() for name, tensor in self.refiner.named_parameters()
+            }
         return update(self, now, batch)
 
     monkeypatch.setattr(Trainer, "update", spoiled)
     asked = recipe()
     with pytest.raises(
-        FloatingPointError, match=r"loss of step 5 is not finite.*block1.*output.*weights were not updated"
+        FloatingPointError,
+        match=r"loss of step 5 is not finite.*block1.*output.*weights were not updated",
     ) as raised:
         run(asked)
     assert str(seen["index"][0]) in str(raised.value)

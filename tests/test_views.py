@@ -26,7 +26,11 @@ def golden(goldens: Path) -> tuple[Image.Image, dict[str, Tensor], dict]:
     folder = goldens / "byol-aug"
     pixels = load_file(folder / "inputs.safetensors")["image_uint8_chw"]
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return image, load_file(folder / "outputs.safetensors"), json.loads((folder / "deterministic.json").read_text())
+    return (
+        image,
+        load_file(folder / "outputs.safetensors"),
+        json.loads((folder / "deterministic.json").read_text()),
+    )
 
 
 def chw(image: Image.Image) -> Tensor:
@@ -43,7 +47,11 @@ def test_operations_equal_the_goldens(golden: tuple[Image.Image, dict[str, Tenso
     box = tuple(parameters["resized_crop_top_left_h_w"])
     actual = {f"resized_crop_{size}": V.resized_crop(image, box, size) for size in (96, 112)}
     actual |= {"grayscale": V.greyscale(image), "solarize128": V.solarise(image)}
-    actual |= {name: V.gaussian_blur(image, float(name.removeprefix("blur_sigma"))) for name in expected if "blur" in name}
+    actual |= {
+        name: V.gaussian_blur(image, float(name.removeprefix("blur_sigma")))
+        for name in expected
+        if "blur" in name
+    }
     jittered = image
     for name, factor in parameters["color_jitter_sequence"]:
         jittered = getattr(V, f"adjust_{name}")(jittered, factor)
@@ -55,26 +63,42 @@ def test_operations_equal_the_goldens(golden: tuple[Image.Image, dict[str, Tenso
 
 
 @pytest.mark.parametrize("turn", [-0.1, -0.03, 0.0, 0.001, 0.07, 0.1, 0.5])
-def test_hue_equals_torchvision(golden: tuple[Image.Image, dict[str, Tensor], dict], turn: float) -> None:
-    assert np.array_equal(np.array(V.adjust_hue(golden[0], turn)), np.array(tv.adjust_hue(golden[0], turn)))
+def test_hue_equals_torchvision(
+    golden: tuple[Image.Image, dict[str, Tensor], dict], turn: float
+) -> None:
+    assert np.array_equal(
+        np.array(V.adjust_hue(golden[0], turn)), np.array(tv.adjust_hue(golden[0], turn))
+    )
 
 
 def test_normalise_equals_torchvision_for_every_value_and_leading_shape() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16).contiguous()
     expected = tv.normalize(pixels.float().div(255), MEAN, STD)
     assert torch.equal(V.normalise(pixels, MEAN, STD), expected)
-    assert torch.equal(V.normalise(pixels.expand(2, 5, 3, 16, 16), MEAN, STD), expected.expand(2, 5, 3, 16, 16))
+    assert torch.equal(
+        V.normalise(pixels.expand(2, 5, 3, 16, 16), MEAN, STD), expected.expand(2, 5, 3, 16, 16)
+    )
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "scale"), [(80, 60, (0.25, 1.0)), (300, 200, (0.05, 0.25)), (400, 20, (0.25, 1.0)), (7, 90, (0.9, 1.0))]
+    ("width", "height", "scale"),
+    [(80, 60, (0.25, 1.0)), (300, 200, (0.05, 0.25)), (400, 20, (0.25, 1.0)), (7, 90, (0.9, 1.0))],
 )
-def test_crops_are_distributed_as_torchvisions(width: int, height: int, scale: tuple[float, float]) -> None:
+def test_crops_are_distributed_as_torchvisions(
+    width: int, height: int, scale: tuple[float, float]
+) -> None:
     count, rng = 4000, np.random.default_rng(0)
     ours = np.array([V.draw_crop(width, height, scale, rng) for _ in range(count)], dtype=float)
     image = torch.empty(1, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(count)], dtype=float)
-    assert (ours[:, 0] + ours[:, 2]).max() <= height and (ours[:, 1] + ours[:, 3]).max() <= width and ours.min() >= 0
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(count)],
+        dtype=float,
+    )
+    assert (
+        (ours[:, 0] + ours[:, 2]).max() <= height
+        and (ours[:, 1] + ours[:, 3]).max() <= width
+        and ours.min() >= 0
+    )
     spread = np.sqrt((ours.var(0) + theirs.var(0)) / count)
     assert (np.abs(ours.mean(0) - theirs.mean(0)) <= 4.5 * spread).all()
     assert np.allclose(ours.std(0), theirs.std(0), rtol=0.08, atol=1e-9)
@@ -85,25 +109,47 @@ def test_specs_are_those_of_the_authors(goldens: Path) -> None:
     specs = V.view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True)
     assert [spec.local for spec in specs] == [False] * 2 + [True] * 10
     for view, spec in zip(stated, [specs[0], specs[1], specs[-1]], strict=True):
-        steps = {step["kind"].removeprefix("kd_").removeprefix("random_"): step for step in view["transform"]}
-        assert (spec.size, list(spec.scale)) == (steps["resized_crop"]["size"], steps["resized_crop"]["scale"])
+        steps = {
+            step["kind"].removeprefix("kd_").removeprefix("random_"): step
+            for step in view["transform"]
+        }
+        assert (spec.size, list(spec.scale)) == (
+            steps["resized_crop"]["size"],
+            steps["resized_crop"]["scale"],
+        )
         assert (
-            spec.blur_p == steps["gaussian_blur_pil"].get("p", 1.0) and spec.solarize_p == steps.get("solarize", {"p": 0})["p"]
+            spec.blur_p == steps["gaussian_blur_pil"].get("p", 1.0)
+            and spec.solarize_p == steps.get("solarize", {"p": 0})["p"]
         )
         jitter = steps["color_jitter"]
-        stated_jitter = [jitter[name] for name in ("p", "brightness", "contrast", "saturation", "hue")]
+        stated_jitter = [
+            jitter[name] for name in ("p", "brightness", "contrast", "saturation", "hue")
+        ]
         assert stated_jitter == [V.JITTER_P, V.BRIGHTNESS, V.CONTRAST, V.SATURATION, V.HUE]
-        assert steps["grayscale"]["p"] == V.GREYSCALE_P and tuple(steps["gaussian_blur_pil"]["sigma"]) == V.BLUR_SIGMA
+        assert (
+            steps["grayscale"]["p"] == V.GREYSCALE_P
+            and tuple(steps["gaussian_blur_pil"]["sigma"]) == V.BLUR_SIGMA
+        )
 
 
 def test_views_are_drawn_in_the_stated_order_and_frequency(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    names = ["resized_crop", "flip_horizontally", "colour_jitter", "gaussian_blur", "greyscale", "solarise"]
+    names = [
+        "resized_crop",
+        "flip_horizontally",
+        "colour_jitter",
+        "gaussian_blur",
+        "greyscale",
+        "solarise",
+    ]
     for name in names:
         monkeypatch.setattr(V, name, lambda image, *_, name=name: calls.append(name) or image)
     image, rng, count = Image.new("RGB", (4, 4)), np.random.default_rng(0), 3000
     for spec, blur_p, solarise_p in zip(
-        V.view_specs(2, 1, 4, 4, (0.5, 1.0), (0.5, 1.0), True), (1, 0.1, 0.5), (0, 0.2, 0), strict=True
+        V.view_specs(2, 1, 4, 4, (0.5, 1.0), (0.5, 1.0), True),
+        (1, 0.1, 0.5),
+        (0, 0.2, 0),
+        strict=True,
     ):
         times = dict.fromkeys(names, 0)
         for _ in range(count):
@@ -133,26 +179,39 @@ def test_jitter_equals_torchvision_with_the_same_factors() -> None:
         expected = image
         for place in order:
             expected = steps[place][0](expected, steps[place][1])
-        assert np.array_equal(np.array(V.colour_jitter(image, V.draw_jitter(np.random.default_rng(seed)))), np.array(expected))
+        assert np.array_equal(
+            np.array(V.colour_jitter(image, V.draw_jitter(np.random.default_rng(seed)))),
+            np.array(expected),
+        )
     assert len(orders) > 12
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 @pytest.mark.parametrize("colour", [True, False])
 def test_multicrop_stacks_what_make_view_draws(mode: str, channels: int, colour: bool) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    ).convert(mode)
     specs = V.view_specs(2, 3, 16, 8, (0.25, 1.0), (0.05, 0.25), colour)
     global_views, local_views = V.MultiCrop(specs)(image, V.view_rng(1, 2, 3)).values()
     assert global_views.shape == (2, channels, 16, 16) and local_views.shape == (3, channels, 8, 8)
     rng = V.view_rng(1, 2, 3)
     expected = [chw(V.make_view(image, spec, rng)) for spec in specs]
-    assert all(torch.equal(a, b) for a, b in zip([*global_views, *local_views], expected, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip([*global_views, *local_views], expected, strict=True)
+    )
 
 
 def test_multicrop_without_local_views_and_with_mixed_sizes() -> None:
     specs = V.view_specs(2, 0, 8, 8, (0.5, 1.0), (0.1, 0.5), False)
-    global_views, local_views = V.MultiCrop(specs)(Image.new("L", (8, 8)), V.view_rng(0, 0, 0)).values()
-    assert global_views.shape == (2, 1, 8, 8) and local_views.shape == (0, 1, 0, 0) and local_views.dtype == torch.uint8
+    global_views, local_views = V.MultiCrop(specs)(
+        Image.new("L", (8, 8)), V.view_rng(0, 0, 0)
+    ).values()
+    assert (
+        global_views.shape == (2, 1, 8, 8)
+        and local_views.shape == (0, 1, 0, 0)
+        and local_views.dtype == torch.uint8
+    )
     with pytest.raises(ValueError, match=r"share one size, not \[8, 9\]"):
         V.MultiCrop([*specs, V.ViewSpec(9, (0.5, 1.0), 0, 0, False)])
 
@@ -166,8 +225,22 @@ def test_generators_of_neighbouring_seeds_epochs_and_images_differ() -> None:
 def load_all(
     source: object, workers: int, start: int = 0, rank: int = 0, world_size: int = 1, steps: int = 6
 ) -> list[dict[str, Tensor]]:
-    sampler = BatchSampler(source, batch_size=8, seed=3, steps=steps, start_step=start, rank=rank, world_size=world_size)
-    return list(DataLoader(V.ViewDataset(source, small_crop(True), seed=5), batch_sampler=sampler, num_workers=workers))
+    sampler = BatchSampler(
+        source,
+        batch_size=8,
+        seed=3,
+        steps=steps,
+        start_step=start,
+        rank=rank,
+        world_size=world_size,
+    )
+    return list(
+        DataLoader(
+            V.ViewDataset(source, small_crop(True), seed=5),
+            batch_sampler=sampler,
+            num_workers=workers,
+        )
+    )
 
 
 def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
@@ -178,45 +251,67 @@ def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_batches_do_not_depend_on_workers_processes_or_start(streaming: bool, shared: Path, tmp_path: Path) -> None:
+def test_batches_do_not_depend_on_workers_processes_or_start(
+    streaming: bool, shared: Path, tmp_path: Path
+) -> None:
     if streaming:
-        datasets.Dataset.from_parquet(str(shared / "data/cifar10/test.parquet")).select(range(20)).save_to_disk(tmp_path)
+        datasets.Dataset.from_parquet(str(shared / "data/cifar10/test.parquet")).select(
+            range(20)
+        ).save_to_disk(tmp_path)
     source = open_stream(str(tmp_path)) if streaming else open_images("digits").subset(range(20))
     whole = load_all(source, workers=0)
-    assert whole[0]["global_views"].shape == (8, 2, 3, 16, 16) and whole[0]["local_views"].shape == (8, 3, 3, 8, 8)
+    assert whole[0]["global_views"].shape == (8, 2, 3, 16, 16) and whole[0][
+        "local_views"
+    ].shape == (8, 3, 3, 8, 8)
     assert_same(whole, load_all(source, workers=2))
     assert_same(whole[4:], load_all(source, workers=0, start=4))
     halves = [load_all(source, workers=0, rank=rank, world_size=2) for rank in (0, 1)]
-    joined = [{key: torch.cat([a[key], b[key]]) for key in a if key != "broken"} for a, b in zip(*halves, strict=True)]
+    joined = [
+        {key: torch.cat([a[key], b[key]]) for key in a if key != "broken"}
+        for a, b in zip(*halves, strict=True)
+    ]
     assert_same(whole, [batch | {"broken": [""] * 8} for batch in joined])
 
 
 def test_a_sample_keeps_its_views_in_a_subset() -> None:
     images = open_images("digits", num_channels=1)
-    whole, part = (V.ViewDataset(source, small_crop(), seed=0) for source in (images, images.subset([40, 7])))
+    whole, part = (
+        V.ViewDataset(source, small_crop(), seed=0) for source in (images, images.subset([40, 7]))
+    )
     for key, expected in ((1, 7), (0, 40)):
         ours, theirs = part[2, key], whole[2, expected]
-        assert ours["index"] == theirs["index"] == expected and ours["label"] == images.labels[expected]
+        assert (
+            ours["index"] == theirs["index"] == expected
+            and ours["label"] == images.labels[expected]
+        )
         assert torch.equal(ours["global_views"], theirs["global_views"])
     assert not torch.equal(whole[2, 7]["global_views"], whole[3, 7]["global_views"])
 
 
-def test_small_sets_are_decoded_once_and_large_ones_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_sets_are_decoded_once_and_large_ones_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     images = open_images("digits").subset(range(4))
     decoded: list[int] = []
     get = type(images).__getitem__
-    monkeypatch.setattr(type(images), "__getitem__", lambda self, i: decoded.append(i) or get(self, i))
+    monkeypatch.setattr(
+        type(images), "__getitem__", lambda self, i: decoded.append(i) or get(self, i)
+    )
     dataset = V.ViewDataset(images, small_crop(), seed=0)
     first = dataset[0, 1]["global_views"]
     assert torch.equal(dataset[0, 1]["global_views"], first) and decoded == [1]
     monkeypatch.setattr(V, "CACHE_BYTES", 4 * 8 * 8 * 3 - 1)
     dataset = V.ViewDataset(images, small_crop(), seed=0)
-    assert torch.equal(dataset[0, 1]["global_views"], first) and torch.equal(dataset[0, 1]["global_views"], first)
+    assert torch.equal(dataset[0, 1]["global_views"], first) and torch.equal(
+        dataset[0, 1]["global_views"], first
+    )
     assert decoded == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("size", "expected"), [(224, 1.0), (448, 1.0), (112, 0.5), (28, 0.125)])
-def test_blur_shrinks_with_small_views(size: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blur_shrinks_with_small_views(
+    size: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sigmas: list[float] = []
     monkeypatch.setattr(V, "gaussian_blur", lambda image, sigma: sigmas.append(sigma) or image)
     specs = V.view_specs(1, 1, size, 14, (0.25, 1.0), (0.05, 0.25), colour=True)

@@ -16,7 +16,14 @@ from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.runs import run as run_module
 
-FLAGS = {"model": "{model}", "dataset": "digits", "output_dir": "{out}", "batch_size": 64, "queue_size": 128, "topk": 5}
+FLAGS = {
+    "model": "{model}",
+    "dataset": "digits",
+    "output_dir": "{out}",
+    "batch_size": 64,
+    "queue_size": 128,
+    "topk": 5,
+}
 
 
 class Case(NamedTuple):
@@ -29,22 +36,46 @@ class Case(NamedTuple):
 
 CASES = [
     # ---- data
-    Case("missing folder", {"dataset": "{tmp}/photo"}, ["{tmp}/photo", "did you mean {tmp}/photos"]),
-    Case("missing parquet", {"dataset": "./train.parquet"}, ["'./train.parquet'", "No file or folder"]),
+    Case(
+        "missing folder", {"dataset": "{tmp}/photo"}, ["{tmp}/photo", "did you mean {tmp}/photos"]
+    ),
+    Case(
+        "missing parquet",
+        {"dataset": "./train.parquet"},
+        ["'./train.parquet'", "No file or folder"],
+    ),
     Case("empty folder", {"dataset": "{tmp}/empty"}, ["No images in {tmp}/empty", ".png"]),
     Case("one image", {"dataset": "{tmp}/one"}, ["--dataset {tmp}/one", "1 image", "at least 2"]),
-    Case("a file that is no table", {"dataset": "{tmp}/photos/0.png"}, ["{tmp}/photos/0.png", ".parquet", "folder"]),
+    Case(
+        "a file that is no table",
+        {"dataset": "{tmp}/photos/0.png"},
+        ["{tmp}/photos/0.png", ".parquet", "folder"],
+    ),
     Case("corrupt parquet", {"dataset": "{tmp}/corrupt.parquet"}, ["{tmp}/corrupt.parquet"]),
-    Case("no image column", {"dataset": "{tmp}/numbers.parquet"}, ["No image column", "{tmp}/numbers.parquet", "['x', 'y']"]),
+    Case(
+        "no image column",
+        {"dataset": "{tmp}/numbers.parquet"},
+        ["No image column", "{tmp}/numbers.parquet", "['x', 'y']"],
+    ),
     Case("unknown split", {"split": "trian"}, ["'trian'", "['test', 'train']"]),
     Case(
-        "unknown split of a folder", {"dataset": "{tmp}/photos", "split": "val"}, ["{tmp}/photos", "'val'", "leave split out"]
+        "unknown split of a folder",
+        {"dataset": "{tmp}/photos", "split": "val"},
+        ["{tmp}/photos", "'val'", "leave split out"],
     ),
     Case("unknown eval split", {"eval_split": "validation"}, ["'validation'", "['test', 'train']"]),
     Case("missing eval data", {"eval_dataset": "{tmp}/gone"}, ["{tmp}/gone"]),
-    Case("evaluation on the training images", {"eval_split": "train"}, ["--eval_dataset digits", "--eval_split"]),
+    Case(
+        "evaluation on the training images",
+        {"eval_split": "train"},
+        ["--eval_dataset digits", "--eval_split"],
+    ),
     Case("eval fraction 1", {"eval_fraction": 1}, ["--eval_fraction 1", "less than 1"]),
-    Case("batch larger than the data", {"batch_size": 1200, "queue_size": 1200}, ["--batch_size 1200", "only 1167"]),
+    Case(
+        "batch larger than the data",
+        {"batch_size": 1200, "queue_size": 1200},
+        ["--batch_size 1200", "only 1167"],
+    ),
     Case("batch of one", {"batch_size": 1}, ["--batch_size 1", "at least 2"]),
     Case("stream without a length", {"streaming": True}, ["--streaming", "--max_steps"]),
     Case("streamed digits", {"streaming": True, "max_steps": 2}, ["digits", "without streaming"]),
@@ -55,18 +86,34 @@ CASES = [
         {"pretrain": "pretrain-digits"},
         ["--model {model}", "--pretrain pretrain-digits", "exclude each other"],
     ),
-    Case("unknown pre-training", {"model": None, "pretrain": "digits-mae"}, ["--pretrain digits-mae", "pretrain-digits"]),
+    Case(
+        "unknown pre-training",
+        {"model": None, "pretrain": "digits-mae"},
+        ["--pretrain digits-mae", "pretrain-digits"],
+    ),
     Case(
         "pre-training of another kind",
         {"model": None, "pretrain": "quickstart"},
         ["--pretrain quickstart", "unknown field", "topk"],
     ),
     Case("missing model file", {"model": "{tmp}/gone.pth"}, ["{tmp}/gone.pth", "does not exist"]),
-    Case("model file that is no checkpoint", {"model": "{tmp}/notes.pth"}, ["{tmp}/notes.pth", "unreadable"]),
+    Case(
+        "model file that is no checkpoint",
+        {"model": "{tmp}/notes.pth"},
+        ["{tmp}/notes.pth", "unreadable"],
+    ),
     Case("folder without weights", {"model": "{tmp}/empty"}, ["{tmp}/empty", "model*.safetensors"]),
-    Case("truncated checkpoint", {"model": "{tmp}/truncated"}, ["{tmp}/truncated/model.safetensors", "truncated"]),
+    Case(
+        "truncated checkpoint",
+        {"model": "{tmp}/truncated"},
+        ["{tmp}/truncated/model.safetensors", "truncated"],
+    ),
     Case("unknown family", {"family": "mea"}, ["'mea'", "allowed", "mae"]),
-    Case("CLS of a model without one", {"model": "{no_cls}", "pooling": "cls"}, ["--pooling cls", "no CLS token", "mean"]),
+    Case(
+        "CLS of a model without one",
+        {"model": "{no_cls}", "pooling": "cls"},
+        ["--pooling cls", "no CLS token", "mean"],
+    ),
     Case("unknown pooling", {"pooling": "max"}, ["--pooling", "'max'", "cls", "mean"]),
     # ---- heads
     Case("head out of range", {"head_blocks": [0, 2]}, ["--head_blocks 0 2", "blocks 0 to 1"]),
@@ -81,14 +128,22 @@ CASES = [
     ),
     Case("too many heads", {"num_heads": 3}, ["--num_heads 3", "only 2 blocks"]),
     Case("no head", {"num_heads": 0}, ["--num_heads 0", "at least 1"]),
-    Case("queue smaller than the batch", {"queue_size": 32}, ["--queue_size 32", "at least --batch_size 64"]),
+    Case(
+        "queue smaller than the batch",
+        {"queue_size": 32},
+        ["--queue_size 32", "at least --batch_size 64"],
+    ),
     Case("more neighbours than rows", {"topk": 200}, ["--topk 200", "at most --queue_size 128"]),
     Case("projector of width 0", {"projector_dim": 0}, ["--projector_dim 0", "at least 1"]),
     # ---- objective
     Case("temperature 0", {"temperature": 0}, ["--temperature 0", "greater than 0"]),
     Case("temperature nan", {"temperature": "nan"}, ["--temperature nan", "greater than 0"]),
     Case("unknown swap", {"swap": "negative"}, ["--swap", "'negative'", "positive", "all", "none"]),
-    Case("unknown loss schedule", {"loss_schedule": "cosine"}, ["--loss_schedule", "'cosine'", "one_hot"]),
+    Case(
+        "unknown loss schedule",
+        {"loss_schedule": "cosine"},
+        ["--loss_schedule", "'cosine'", "one_hot"],
+    ),
     Case("all blocks frozen", {"freeze_blocks": 2}, ["--freeze_blocks 2", "has 2 blocks"]),
     Case(
         "head within the frozen blocks",
@@ -96,45 +151,123 @@ CASES = [
         ["--freeze_blocks 1", "block 0", "at most 0"],
     ),
     # ---- views
-    Case("local size off the grid", {"local_size": 12}, ["--local_size 12", "multiple of the patch size 8", "for example 16"]),
-    Case("global size off the grid", {"global_size": 20}, ["--global_size 20", "multiple of the patch size 8"]),
+    Case(
+        "local size off the grid",
+        {"local_size": 12},
+        ["--local_size 12", "multiple of the patch size 8", "for example 16"],
+    ),
+    Case(
+        "global size off the grid",
+        {"global_size": 20},
+        ["--global_size 20", "multiple of the patch size 8"],
+    ),
     Case("scale reversed", {"global_scale": [0.8, 0.2]}, ["--global_scale 0.8 0.2", "low <= high"]),
     Case("one scale", {"local_scale": [0.2]}, ["--local_scale 0.2", "two numbers"]),
     Case("flip 2", {"flip": 2}, ["--flip 2", "between 0 and 1"]),
-    Case("one view", {"global_views": 1, "local_views": 0}, ["--global_views 1", "--local_views 0", "two views"]),
+    Case(
+        "one view",
+        {"global_views": 1, "local_views": 0},
+        ["--global_views 1", "--local_views 0", "two views"],
+    ),
     # ---- schedule
-    Case("warm-up as long as the training", {"epochs": 4}, ["--warmup_epochs 4", "less than --epochs 4"]),
+    Case(
+        "warm-up as long as the training",
+        {"epochs": 4},
+        ["--warmup_epochs 4", "less than --epochs 4"],
+    ),
     Case("no epochs", {"epochs": 0}, ["--epochs 0", "greater than 0"]),
     Case("broken batch", {"batch_size": 2.5}, ["--batch_size", "'2.5'"]),
     Case("learning rate 0", {"learning_rate": 0}, ["--learning_rate 0", "greater than 0"]),
     Case("layer decay 0", {"layer_decay": 0}, ["--layer_decay 0", "at most 1"]),
     Case("average that never moves", {"ema_decay": 1}, ["--ema_decay 1", "less than 1"]),
-    Case("micro-batch larger than the batch", {"micro_batch_size": 65}, ["--micro_batch_size 65", "64 images"]),
-    Case("micro-batch of 0", {"micro_batch_size": 0}, ["--micro_batch_size 0", "at least 1, or auto"]),
-    Case("neither number nor auto", {"micro_batch_size": "max"}, ["--micro_batch_size max", "at least 1, or auto"]),
-    Case("half an image", {"micro_batch_size": 2.5}, ["--micro_batch_size 2.5", "at least 1, or auto"]),
+    Case(
+        "micro-batch larger than the batch",
+        {"micro_batch_size": 65},
+        ["--micro_batch_size 65", "64 images"],
+    ),
+    Case(
+        "micro-batch of 0", {"micro_batch_size": 0}, ["--micro_batch_size 0", "at least 1, or auto"]
+    ),
+    Case(
+        "neither number nor auto",
+        {"micro_batch_size": "max"},
+        ["--micro_batch_size max", "at least 1, or auto"],
+    ),
+    Case(
+        "half an image",
+        {"micro_batch_size": 2.5},
+        ["--micro_batch_size 2.5", "at least 1, or auto"],
+    ),
     Case("unknown precision", {"mixed_precision": "fp16"}, ["--mixed_precision", "'fp16'", "bf16"]),
     Case("compile without a GPU", {"compile": True}, ["--compile", "GPU", "leave --compile out"]),
     Case("heads are not warm", {"stage": "refine"}, ["--stage refine", "{out}", "--stage warmup"]),
-    Case("warm heads thrown away", {"stage": "warmup", "save_every": 0}, ["--stage warmup", "--save_every 0"]),
+    Case(
+        "warm heads thrown away",
+        {"stage": "warmup", "save_every": 0},
+        ["--stage warmup", "--save_every 0"],
+    ),
     Case("unknown stage", {"stage": "heads"}, ["--stage", "'heads'", "warmup"]),
     # ---- output
-    Case("another run's folder", {"output_dir": "{tmp}/other_run"}, ["--output_dir {tmp}/other_run", "seed was 7, is 0"]),
-    Case("unreadable recipe.json", {"output_dir": "{tmp}/spoilt_run"}, ["--output_dir {tmp}/spoilt_run", "recipe.json"]),
-    Case("output is a file", {"output_dir": "{tmp}/notes.pth"}, ["--output_dir {tmp}/notes.pth", "is a file"]),
-    Case("output below a file", {"output_dir": "{tmp}/notes.pth/out"}, ["--output_dir {tmp}/notes.pth/out", "is a file"]),
-    Case("model/ holds something else", {"output_dir": "{tmp}/photo_book"}, ["{tmp}/photo_book/model", "not a model folder"]),
+    Case(
+        "another run's folder",
+        {"output_dir": "{tmp}/other_run"},
+        ["--output_dir {tmp}/other_run", "seed was 7, is 0"],
+    ),
+    Case(
+        "unreadable recipe.json",
+        {"output_dir": "{tmp}/spoilt_run"},
+        ["--output_dir {tmp}/spoilt_run", "recipe.json"],
+    ),
+    Case(
+        "output is a file",
+        {"output_dir": "{tmp}/notes.pth"},
+        ["--output_dir {tmp}/notes.pth", "is a file"],
+    ),
+    Case(
+        "output below a file",
+        {"output_dir": "{tmp}/notes.pth/out"},
+        ["--output_dir {tmp}/notes.pth/out", "is a file"],
+    ),
+    Case(
+        "model/ holds something else",
+        {"output_dir": "{tmp}/photo_book"},
+        ["{tmp}/photo_book/model", "not a model folder"],
+    ),
     Case("push name without user", {"push_to_hub": "model"}, ["--push_to_hub model", "user/name"]),
-    Case("push name with a space", {"push_to_hub": "user/my model"}, ["user/my model", "user/name"]),
-    Case("unknown logger", {"report_to": "comet"}, ["--report_to comet", "tensorboard, wandb, trackio"]),
+    Case(
+        "push name with a space", {"push_to_hub": "user/my model"}, ["user/my model", "user/name"]
+    ),
+    Case(
+        "unknown logger",
+        {"report_to": "comet"},
+        ["--report_to comet", "tensorboard, wandb, trackio"],
+    ),
     # ---- recipe and flags
     Case("unknown recipe", {"recipe": "mae-l61"}, ["--recipe mae-l61", "quickstart"]),
-    Case("missing recipe file", {"recipe": "{tmp}/gone.yaml"}, ["--recipe {tmp}/gone.yaml", "no such file"]),
-    Case("unknown field", {"recipe": "{tmp}/unknown_field.yaml"}, ["--recipe {tmp}/unknown_field.yaml", "queue_length"]),
-    Case("wrong type in a recipe", {"recipe": "{tmp}/wrong_type.yaml"}, ["--head_blocks 5", "list"]),
+    Case(
+        "missing recipe file",
+        {"recipe": "{tmp}/gone.yaml"},
+        ["--recipe {tmp}/gone.yaml", "no such file"],
+    ),
+    Case(
+        "unknown field",
+        {"recipe": "{tmp}/unknown_field.yaml"},
+        ["--recipe {tmp}/unknown_field.yaml", "queue_length"],
+    ),
+    Case(
+        "wrong type in a recipe", {"recipe": "{tmp}/wrong_type.yaml"}, ["--head_blocks 5", "list"]
+    ),
     Case("nothing in a field", {"recipe": "{tmp}/null.yaml"}, ["--epochs None", "float"]),
-    Case("recipe that is a list", {"recipe": "{tmp}/list.yaml"}, ["--recipe {tmp}/list.yaml", "field: value"]),
-    Case("recipe that is no YAML", {"recipe": "{tmp}/broken.yaml"}, ["--recipe {tmp}/broken.yaml", "not valid YAML"]),
+    Case(
+        "recipe that is a list",
+        {"recipe": "{tmp}/list.yaml"},
+        ["--recipe {tmp}/list.yaml", "field: value"],
+    ),
+    Case(
+        "recipe that is no YAML",
+        {"recipe": "{tmp}/broken.yaml"},
+        ["--recipe {tmp}/broken.yaml", "not valid YAML"],
+    ),
     Case("unknown flag", {"learning-rat": 1}, ["--learning-rat"]),
     Case("wrong type", {"epochs": "many"}, ["--epochs", "'many'", "float"]),
     Case("flag without a value", {"seed": []}, ["--seed", "expected one argument"]),
@@ -154,7 +287,10 @@ OTHER_COMMANDS = [
     ("pretrain --learning_rate 0", ["--learning_rate 0", "greater than 0"]),
     ("pretrain --batch_size 0", ["--batch_size 0", "greater than 0"]),
     ("pretrain --hidden_size x", ["--hidden_size", "'x'"]),
-    ("pretrain --hidden_size 10 --num_attention_heads 3", ["num_attention_heads=3", "hidden_size=10"]),
+    (
+        "pretrain --hidden_size 10 --num_attention_heads 3",
+        ["num_attention_heads=3", "hidden_size=10"],
+    ),
     ("pretrain --image_size 20 --patch_size 8", ["patch_size=8", "image_size=20"]),
     ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
     ("pretrain --num_channels 2", ["num_channels is 2", "3 (RGB) or 1"]),
@@ -171,14 +307,35 @@ OTHER_COMMANDS = [
     ("evaluate {model} --dataset {tmp}/photo", ["{tmp}/photo", "did you mean {tmp}/photos"]),
     ("evaluate {model} --dataset digits --split trian", ["'trian'", "['test', 'train']"]),
     ("evaluate {model} --dataset digits --protocols knn", ["--protocols", "'knn'", "low_shot"]),
-    ("evaluate {model} --dataset digits --protocols segmentation low_shot", ["--protocols segmentation", "masks"]),
-    ("evaluate {model} --dataset digits --recipe fine-tune-inat", ["--recipe fine-tune-inat", "--protocols fine_tuning"]),
-    ("evaluate {model} --dataset digits --protocols fine_tuning --recipe gone", ["--recipe gone", "fine-tune-inat"]),
-    ("evaluate {model} --dataset digits --against {model}", ["--against {model}", "name another one"]),
-    ("evaluate {model} --dataset digits --against {tmp}/empty", ["{tmp}/empty", "model*.safetensors"]),
-    ("evaluate {model} --dataset digits --features {tmp}/photos", ["{tmp}/photos", "not a folder of features"]),
+    (
+        "evaluate {model} --dataset digits --protocols segmentation low_shot",
+        ["--protocols segmentation", "masks"],
+    ),
+    (
+        "evaluate {model} --dataset digits --recipe fine-tune-inat",
+        ["--recipe fine-tune-inat", "--protocols fine_tuning"],
+    ),
+    (
+        "evaluate {model} --dataset digits --protocols fine_tuning --recipe gone",
+        ["--recipe gone", "fine-tune-inat"],
+    ),
+    (
+        "evaluate {model} --dataset digits --against {model}",
+        ["--against {model}", "name another one"],
+    ),
+    (
+        "evaluate {model} --dataset digits --against {tmp}/empty",
+        ["{tmp}/empty", "model*.safetensors"],
+    ),
+    (
+        "evaluate {model} --dataset digits --features {tmp}/photos",
+        ["{tmp}/photos", "not a folder of features"],
+    ),
     ("evaluate {model} --dataset digits --transfer {tmp}/gone", ["{tmp}/gone"]),
-    ("evaluate {model} --dataset digits --output_dir {tmp}/notes.pth", ["--output_dir {tmp}/notes.pth", "is a file"]),
+    (
+        "evaluate {model} --dataset digits --output_dir {tmp}/notes.pth",
+        ["--output_dir {tmp}/notes.pth", "is a file"],
+    ),
     ("evaluate {model} --dataset digits --seed -1", ["--seed", "-1", "at least 0"]),
     ("evaluate {model} --dataset digits --num_workers -1", ["--num_workers", "-1", "at least 0"]),
     # ---- embed
@@ -187,26 +344,44 @@ OTHER_COMMANDS = [
     ("embed {tmp}/notes.pth --dataset digits --out out", ["{tmp}/notes.pth", "unreadable"]),
     ("embed {model} --dataset {tmp}/empty --out out", ["No images in {tmp}/empty"]),
     ("embed {model} --dataset digits --streaming --out out", ["digits", "without streaming"]),
-    ("embed {model} --dataset digits --out {tmp}/photos", ["{tmp}/photos", "not a folder of features"]),
+    (
+        "embed {model} --dataset digits --out {tmp}/photos",
+        ["{tmp}/photos", "not a folder of features"],
+    ),
     ("embed {model} --dataset digits --out out --blocks 2", ["blocks has 2", "0 to 1"]),
     ("embed {model} --dataset digits --out out --blocks last", ["--blocks", "'last'", "'output'"]),
     ("embed {model} --dataset digits --out out --pooling max", ["--pooling", "'max'", "'mean'"]),
-    ("embed {no_cls} --dataset digits --out out --pooling cls", ["pooling 'cls'", "no CLS token", "'mean'"]),
+    (
+        "embed {no_cls} --dataset digits --out out --pooling cls",
+        ["pooling 'cls'", "no CLS token", "'mean'"],
+    ),
     ("embed {model} --dataset digits --out out --last4", ["last4", "the encoder has 2"]),
     ("embed {model} --dataset digits --out out --dtype int8", ["--dtype", "'int8'", "'bf16'"]),
     ("embed {model} --dataset digits --out out --batch_size 0", ["batch_size is 0", "at least 1"]),
-    ("embed {model} --dataset digits --out out --num_workers -1", ["num_workers is -1", "at least 0"]),
+    (
+        "embed {model} --dataset digits --out out --num_workers -1",
+        ["num_workers is -1", "at least 0"],
+    ),
     ("embed {model} --dataset digits --out out --shard_size 0", ["shard_size is 0", "at least 1"]),
     # ---- cluster
     ("cluster {tmp}/photos", ["--model"]),
     ("cluster {tmp}/photo --model {model}", ["{tmp}/photo", "did you mean {tmp}/photos"]),
     ("cluster {tmp}/photos --model {tmp}/gone.pth", ["{tmp}/gone.pth", "does not exist"]),
-    ("cluster {tmp}/photos --model {model} --num_clusters 0", ["num_clusters is 0", "allowed are 1 to 3"]),
+    (
+        "cluster {tmp}/photos --model {model} --num_clusters 0",
+        ["num_clusters is 0", "allowed are 1 to 3"],
+    ),
     ("cluster {tmp}/photos --model {model} --num_clusters 9", ["num_clusters is 9", "3 images"]),
     ("cluster {tmp}/photos --model {model} --method dbscan", ["--method", "'dbscan'", "'kmeans'"]),
-    ("cluster {tmp}/photos --model {model} --out {tmp}/photos", ["{tmp}/photos", "not a groups folder"]),
+    (
+        "cluster {tmp}/photos --model {model} --out {tmp}/photos",
+        ["{tmp}/photos", "not a groups folder"],
+    ),
     ("cluster {tmp}/photos --model {model} --batch_size 0", ["--batch_size", "0", "at least 1"]),
-    ("cluster {tmp}/photos --model {model} --num_workers -1", ["--num_workers", "-1", "at least 0"]),
+    (
+        "cluster {tmp}/photos --model {model} --num_workers -1",
+        ["--num_workers", "-1", "at least 0"],
+    ),
     ("cluster {tmp}/photos --model {model} --seed -1", ["--seed", "-1", "at least 0"]),
     # ---- convert
     ("convert {model}", ["destination"]),
@@ -252,9 +427,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "num_attention_heads": 2,
         "intermediate_size": 16,
     }
-    processor = MimRefinerImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = MimRefinerImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     for name, cls in (("model", True), ("no_cls", False)):
-        save_model_folder(root / name, MimRefinerModel(MimRefinerConfig(**shape, use_cls_token=cls)), processor)
+        save_model_folder(
+            root / name, MimRefinerModel(MimRefinerConfig(**shape, use_cls_token=cls)), processor
+        )
     shutil.copytree(root / "model", root / "truncated")
     weights = (root / "model/model.safetensors").read_bytes()
     (root / "truncated/model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -298,7 +477,13 @@ def command_line(flags: dict[str, Any], places: dict[str, str]) -> list[str]:
     words: list[str] = []
     for name, value in flags.items():
         if value is not None:
-            words += [f"--{name}", *(str(word).format(**places) for word in (value if isinstance(value, list) else [value]))]
+            words += [
+                f"--{name}",
+                *(
+                    str(word).format(**places)
+                    for word in (value if isinstance(value, list) else [value])
+                ),
+            ]
     return words
 
 
@@ -323,7 +508,9 @@ def everything(*folders: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_wrong_use_is_refused(case: Case, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_refused(
+    case: Case, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = {**places, "out": str(tmp_path / "out")}
     if case.name == "another run's folder":
         leave_a_run(places, capsys)
@@ -365,9 +552,15 @@ def test_there_are_enough_cases() -> None:
     assert {line.split()[0] for line, _ in OTHER_COMMANDS} | {"refine"} >= set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize(("line", "says"), OTHER_COMMANDS, ids=[line.replace(" ", "_") for line, _ in OTHER_COMMANDS])
+@pytest.mark.parametrize(
+    ("line", "says"), OTHER_COMMANDS, ids=[line.replace(" ", "_") for line, _ in OTHER_COMMANDS]
+)
 def test_wrong_use_of_the_other_commands(
-    line: str, says: list[str], places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str,
+    says: list[str],
+    places: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = everything(Path(places["tmp"]))
     assert exit_code([word.format(**places) for word in line.split()]) == 2
@@ -381,5 +574,10 @@ def test_wrong_use_of_the_other_commands(
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["refine", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("--temperature", "None: 0.2 up to width 1024 (L)", "--micro_batch_size", "exact, whatever the value"):
+    for words in (
+        "--temperature",
+        "None: 0.2 up to width 1024 (L)",
+        "--micro_batch_size",
+        "exact, whatever the value",
+    ):
         assert words in shown

@@ -31,7 +31,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = CONTENT
-        self.cuts: list[int] = []  # bytes after which the connection of the next request, and the next, breaks
+        self.cuts: list[
+            int
+        ] = []  # bytes after which the connection of the next request, and the next, breaks
         self.answers: list[int] = []  # status codes of the next requests
         self.then: bytes | None = None  # the content after the next request
         self.headers: dict[str, str] = {}  # overrides; an empty value leaves the header out
@@ -57,13 +59,26 @@ class Handler(BaseHTTPRequestHandler):
             server.content, server.then = server.then, None
         etag = '"' + hashlib.md5(content).hexdigest() + '"'
         start = int(re.findall(r"\d+", asked)[0]) if asked and server.ranges else 0
-        if server.if_range and self.headers.get("If-Range") not in (etag, server.headers.get("Last-Modified")):
+        if server.if_range and self.headers.get("If-Range") not in (
+            etag,
+            server.headers.get("Last-Modified"),
+        ):
             start = 0
-        if status := server.answers.pop(0) if server.answers else 416 if start >= len(content) else 0:
+        if (
+            status := server.answers.pop(0)
+            if server.answers
+            else 416
+            if start >= len(content)
+            else 0
+        ):
             self.send_error(status)
             return
         self.send_response(206 if start else 200)
-        headers = {"ETag": etag, "Content-Length": str(len(content) - start), "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": etag,
+            "Content-Length": str(len(content) - start),
+            "Content-Type": "application/octet-stream",
+        }
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         for name, value in (headers | server.headers).items():
@@ -71,7 +86,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         body = content[start:]
-        self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)  # HTTP/1.0: closes after each answer
+        self.wfile.write(
+            body[: server.cuts.pop(0)] if server.cuts else body
+        )  # HTTP/1.0: closes after each answer
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
@@ -85,7 +102,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(download, "PAUSE", 0.0)
     with Server() as running:
-        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         yield running
         running.shutdown()
 
@@ -106,7 +125,9 @@ def state(folder: Path) -> set[str]:
 def test_names_and_addresses_are_those_of_the_method(shared: Path) -> None:
     """Every name of the last table of METHOD.md with the address that its row spells out, and beyond them only `maect_*`."""
     stated: dict[str, str] = {}
-    for line in (shared / "METHOD.md").read_text().partition("## Where the weights live")[2].splitlines():
+    for line in (
+        (shared / "METHOD.md").read_text().partition("## Where the weights live")[2].splitlines()
+    ):
         if not line.startswith("| `"):
             continue
         names, (first, *more) = (re.findall("`([^`]+)`", cell) for cell in line.split("|")[1:3])
@@ -118,7 +139,9 @@ def test_names_and_addresses_are_those_of_the_method(shared: Path) -> None:
         elif braces := re.search(r"\{(.+)\}", first):
             files = [first.replace(braces[0], choice) for choice in braces[1].split(",")]
         else:
-            files = [first if first.startswith("https") else f"{first}/{more[0]}"]  # the latter on the Hub
+            files = [
+                first if first.startswith("https") else f"{first}/{more[0]}"
+            ]  # the latter on the Hub
         stated |= dict(zip(names, files, strict=True))
     assert len(stated) == 26
     ours = {entry.name: entry.url or f"{entry.repo}/{entry.filename}" for entry in ZOO.values()}
@@ -130,7 +153,9 @@ def test_entries_state_what_the_package_can_use() -> None:
     for entry in ZOO.values():
         assert entry.family in families, entry.name
         assert bool(entry.url) != bool(entry.repo and entry.filename)
-        assert str(entry.patch_size) in entry.name and re.fullmatch(r"ViT-(B|L|H|2B)/(14|16)", entry.architecture)
+        assert str(entry.patch_size) in entry.name and re.fullmatch(
+            r"ViT-(B|L|H|2B)/(14|16)", entry.architecture
+        )
 
 
 # --- one file, once -----------------------------------------------------------------------------------------------------------
@@ -138,9 +163,14 @@ def test_entries_state_what_the_package_can_use() -> None:
 
 def test_a_file_is_downloaded_once_and_recorded(server: Server) -> None:
     path = fetch(entry(server))
-    assert path == Path(constants.HF_HOME) / "mim_refiner_hf" / "mae_refined_l16.th" and path.read_bytes() == CONTENT
+    assert (
+        path == Path(constants.HF_HOME) / "mim_refiner_hf" / "mae_refined_l16.th"
+        and path.read_bytes() == CONTENT
+    )
     record = json.loads(path.with_name("mae_refined_l16.th.json").read_text())
-    assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(CONTENT)
+    assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(
+        CONTENT
+    )
     assert record["url"] == server.url and record["etag"] == f'"{hashlib.md5(CONTENT).hexdigest()}"'
     assert fetch(entry(server)) == path and server.requests == [""]
     assert state(path.parent) == {"mae_refined_l16.th", "mae_refined_l16.th.json"}
@@ -152,21 +182,30 @@ def test_a_broken_connection_is_resumed(server: Server) -> None:
     assert server.requests == ["", "bytes=1000-", "bytes=51000-", "bytes=51000-"]
 
 
-def test_a_connection_that_keeps_breaking_leaves_a_start_for_the_next_call(server: Server, tmp_path: Path) -> None:
+def test_a_connection_that_keeps_breaking_leaves_a_start_for_the_next_call(
+    server: Server, tmp_path: Path
+) -> None:
     server.cuts = [1000] + [0] * download.ATTEMPTS
-    with pytest.raises(CheckpointError, match=r"6 times in a row.*1000 of 102400.*1000 bytes are kept.*same command again"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"6 times in a row.*1000 of 102400.*1000 bytes are kept.*same command again",
+    ):
         fetch(entry(server), tmp_path)
     assert (tmp_path / "mae_refined_l16.th.part").read_bytes() == CONTENT[:1000] and not (
         tmp_path / "mae_refined_l16.th"
     ).exists()
     server.requests, server.cuts = [], []
-    assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == ["bytes=1000-"]
+    assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == [
+        "bytes=1000-"
+    ]
     assert state(tmp_path) - {"home"} == {"mae_refined_l16.th", "mae_refined_l16.th.json"}
 
 
 def test_no_server_at_all(server: Server, tmp_path: Path) -> None:
     server.server_close()
-    with pytest.raises(CheckpointError, match=r"failed 6 times in a row \(.*refused.*0 bytes are kept"):
+    with pytest.raises(
+        CheckpointError, match=r"failed 6 times in a row \(.*refused.*0 bytes are kept"
+    ):
         fetch(entry(server), tmp_path)
 
 
@@ -185,7 +224,10 @@ def test_a_file_changed_on_the_server_starts_over(
     server.cuts, server.then, server.if_range = [1000], changed, if_range
     assert fetch(entry(server), tmp_path).read_bytes() == changed
     assert "changed on the server" in caplog.text and "first" not in caplog.text
-    assert json.loads((tmp_path / "mae_refined_l16.th.json").read_text())["sha256"] == hashlib.sha256(changed).hexdigest()
+    assert (
+        json.loads((tmp_path / "mae_refined_l16.th.json").read_text())["sha256"]
+        == hashlib.sha256(changed).hexdigest()
+    )
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": ""}, {"ETag": 'W/"weak"'}])
@@ -195,17 +237,27 @@ def test_a_server_that_cannot_continue_starts_over(
     """It ignores ranges, or gives no strong mark of the version: a part of unknown origin is never completed."""
     server.cuts, server.headers, server.ranges = [1000], headers, bool(headers)
     assert fetch(entry(server), tmp_path).read_bytes() == CONTENT
-    assert server.requests == ["", "" if headers else "bytes=1000-"] and "starts over" in caplog.text
+    assert (
+        server.requests == ["", "" if headers else "bytes=1000-"] and "starts over" in caplog.text
+    )
 
 
 def test_the_date_stands_in_for_an_etag(server: Server, tmp_path: Path) -> None:
-    server.cuts, server.headers = [1000], {"ETag": "", "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}
-    assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == ["", "bytes=1000-"]
+    server.cuts, server.headers = (
+        [1000],
+        {"ETag": "", "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"},
+    )
+    assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == [
+        "",
+        "bytes=1000-",
+    ]
 
 
 def test_a_final_refusal_is_not_repeated(server: Server, tmp_path: Path) -> None:
     server.answers = [404]
-    with pytest.raises(CheckpointError, match=r"weights\.th answered 404 Not Found; has the file moved"):
+    with pytest.raises(
+        CheckpointError, match=r"weights\.th answered 404 Not Found; has the file moved"
+    ):
         fetch(entry(server), tmp_path)
     assert server.requests == [""]
 
@@ -223,7 +275,9 @@ def test_a_passing_refusal_is_repeated(server: Server, tmp_path: Path) -> None:
         ({"Content-Length": str(len(CONTENT) + 1)}, "closed at 102400 of 102401 bytes"),
     ],
 )
-def test_what_is_no_whole_file_is_not_kept(server: Server, tmp_path: Path, headers: dict[str, str], reason: str) -> None:
+def test_what_is_no_whole_file_is_not_kept(
+    server: Server, tmp_path: Path, headers: dict[str, str], reason: str
+) -> None:
     server.headers, server.ranges = headers, False
     with pytest.raises(CheckpointError, match=reason):
         fetch(entry(server), tmp_path)
@@ -252,10 +306,15 @@ def test_offline_takes_what_is_there_and_says_what_is_not(
     assert server.requests == [""]
 
 
-def test_a_full_disk_is_noticed_before_the_first_byte(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 7, 3))  # type: ignore[attr-defined]
+def test_a_full_disk_is_noticed_before_the_first_byte(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 7, 3)
+    )  # type: ignore[attr-defined]
     with pytest.raises(
-        CheckpointError, match=r"102400 bytes are still to come and only 3 are free; free space there or set HF_HOME"
+        CheckpointError,
+        match=r"102400 bytes are still to come and only 3 are free; free space there or set HF_HOME",
     ):
         fetch(entry(server), tmp_path)
     assert not list(tmp_path.glob("*.th*.part"))
@@ -263,12 +322,19 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: Server, tmp_path: 
 
 def test_processes_that_ask_together_download_once(server: Server, tmp_path: Path) -> None:
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(fetch(entry(server), tmp_path))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(fetch(entry(server), tmp_path)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and {path.read_bytes() for path in found} == {CONTENT} and server.requests == [""]
+    assert (
+        len(found) == 4
+        and {path.read_bytes() for path in found} == {CONTENT}
+        and server.requests == [""]
+    )
 
 
 def test_a_file_of_the_hub_is_checked_too(
@@ -285,10 +351,17 @@ def test_a_file_of_the_hub_is_checked_too(
     monkeypatch.setattr(zoo, "hf_hub_download", hub)
     assert fetch("crossmae_large16", tmp_path).read_bytes() == CONTENT
     record = json.loads((tmp_path / "crossmae_large16.pth.json").read_text())
-    assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(CONTENT)
+    assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(
+        CONTENT
+    )
     kept.write_bytes(CHANGED)
-    assert fetch("crossmae_large16", tmp_path).read_bytes() == CONTENT and "changed or damaged" in caplog.text
-    assert [force for _, _, force in asked] == [False, False, True] and asked[0][0] == "longlian/CrossMAE"
+    assert (
+        fetch("crossmae_large16", tmp_path).read_bytes() == CONTENT
+        and "changed or damaged" in caplog.text
+    )
+    assert [force for _, _, force in asked] == [False, False, True] and asked[0][
+        0
+    ] == "longlian/CrossMAE"
 
 
 # --- as a source --------------------------------------------------------------------------------------------------------------
@@ -304,8 +377,14 @@ def test_a_name_is_a_source_like_any_other(
     heads = json.loads((case / "config.json").read_text())["num_heads"]
     encoder = load_encoder("mae_refined_l16", num_heads=heads)
     expected = load_encoder(case / "checkpoint.th", num_heads=heads)
-    assert encoder.load_report.family == "mim_refiner_prenorm" and encoder.load_report.placed == expected.load_report.placed
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(encoder.parameters(), expected.parameters(), strict=True))
+    assert (
+        encoder.load_report.family == "mim_refiner_prenorm"
+        and encoder.load_report.placed == expected.load_report.placed
+    )
+    assert all(
+        torch.equal(mine, theirs)
+        for mine, theirs in zip(encoder.parameters(), expected.parameters(), strict=True)
+    )
     assert encoder.config.name_or_path == "mae_refined_l16"
     monkeypatch.chdir(tmp_path)
     Path("mae_refined_l16").write_bytes(b"not weights")
@@ -314,5 +393,8 @@ def test_a_name_is_a_source_like_any_other(
 
 
 def test_an_unknown_name_says_which_are_known() -> None:
-    with pytest.raises(CheckpointError, match="'mae_refined_l61' is not a name of the zoo; allowed: mae_refined_l16,"):
+    with pytest.raises(
+        CheckpointError,
+        match="'mae_refined_l61' is not a name of the zoo; allowed: mae_refined_l16,",
+    ):
         fetch("mae_refined_l61")

@@ -31,17 +31,26 @@ def copy_of(tmp_path: Path, models: list[str]) -> Path:
 
 def edit(path: Path, **changes: object) -> None:
     """Change keys of a results.yaml; `measured` rows get a real date, as YAML reads one."""
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}).replace("'2025-01-31'", "2025-01-31"))
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}).replace(
+            "'2025-01-31'", "2025-01-31"
+        )
+    )
 
 
 def test_every_card_is_what_its_numbers_render_to(tmp_path: Path) -> None:
     """Also nothing else lies there: no card without numbers, no leftover."""
     assert len(MODELS) == 16
     write_cards(copy_of(tmp_path, MODELS))
-    ours, fresh = ({path.relative_to(root) for path in root.rglob("*") if path.is_file()} for root in (CARDS, tmp_path))
+    ours, fresh = (
+        {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+        for root in (CARDS, tmp_path)
+    )
     assert ours == fresh
     for path in fresh:
-        assert (CARDS / path).read_bytes() == (tmp_path / path).read_bytes(), f"{path}: run `make cards`"
+        assert (CARDS / path).read_bytes() == (tmp_path / path).read_bytes(), (
+            f"{path}: run `make cards`"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,10 +64,16 @@ def test_the_metadata_read_back(name: str) -> None:
         results.entry.licence,
     )
     index = [
-        (found.metric_type, found.metric_value, found.dataset_config, found.source_name) for found in data.eval_results or []
+        (found.metric_type, found.metric_value, found.dataset_config, found.source_name)
+        for found in data.eval_results or []
     ]
     expected = [
-        (row.score.metric, row.score.value, f"{row.score.label} (reported by the paper)", f"MIM-Refiner, {row.source}")
+        (
+            row.score.metric,
+            row.score.value,
+            f"{row.score.label} (reported by the paper)",
+            f"MIM-Refiner, {row.source}",
+        )
         for row in results.reported
     ]
     assert Counter(index) == Counter(expected)
@@ -68,14 +83,20 @@ def test_the_metadata_read_back(name: str) -> None:
         assert {entry.dataset_id for entry in entries} == {DATASETS[path.stem][1]}
         assert [entry.value for entry in entries] == [row.score.value for row in rows]
         assert len({entry.task_id for entry in entries}) == len(entries)
-        assert all("reported by the paper" in str(entry.notes) and "arxiv" in str(entry.source_url) for entry in entries)
+        assert all(
+            "reported by the paper" in str(entry.notes) and "arxiv" in str(entry.source_url)
+            for entry in entries
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_card_names_what_exists(name: str) -> None:
     results = read_results(CARDS / name / "results.yaml")
     text = (CARDS / name / "README.md").read_text()
-    assert f"mim-refiner convert {results.zoo_name} {name}" in text and str(results.entry.url or results.entry.repo) in text
+    assert (
+        f"mim-refiner convert {results.zoo_name} {name}" in text
+        and str(results.entry.url or results.entry.repo) in text
+    )
     if results.recipe:
         assert (
             CARDS.parent / "training" / "recipes" / f"{results.recipe}.yaml"
@@ -92,8 +113,12 @@ def test_a_card_names_what_exists(name: str) -> None:
 def printed(paper: str, table: int, name: str) -> list[float]:
     """The numbers that a table prints for a model, in its rows as the text shows them (Table 13 without its column of differences)."""
     lines = paper.splitlines()
-    end = next(number for number, line in enumerate(lines) if line.startswith(f"**Table {table}:**"))
-    start = max(number for number in range(end) if lines[number].strip() and "\t" not in lines[number])
+    end = next(
+        number for number, line in enumerate(lines) if line.startswith(f"**Table {table}:**")
+    )
+    start = max(
+        number for number in range(end) if lines[number].strip() and "\t" not in lines[number]
+    )
     rows = [
         [re.sub(r"</?\w+>| \[[\d, ]+\]", "", cell).strip() for cell in line.split("\t")]
         for line in lines[start + 1 : end]
@@ -101,10 +126,14 @@ def printed(paper: str, table: int, name: str) -> list[float]:
     ]
     method, _, size = name.rpartition("-")
     arch = {"l16": "L/16", "h14": "H/14", "2b14": "2B/14"}[size]
-    methods = {"data2vec2": {"data2vec 2.0", "D2V2"}}.get(method, {method.upper().replace("REFINED", "Refined")})
+    methods = {"data2vec2": {"data2vec 2.0", "D2V2"}}.get(
+        method, {method.upper().replace("REFINED", "Refined")}
+    )
     found, group = [], ""
     for first, *rest in rows:
-        group = first if re.fullmatch(r"\w+/\d+", first) else group  # tables 2, 3 and 9 print the size once for several rows
+        group = (
+            first if re.fullmatch(r"\w+/\d+", first) else group
+        )  # tables 2, 3 and 9 print the size once for several rows
         cells = [cell for cell in rest if re.fullmatch(r"-?\d+\.\d", cell)]
         if table == 5 and first in methods:
             found += {"L/16": cells[:2], "H/14": cells[2:]}.get(arch, [])
@@ -129,7 +158,11 @@ def test_every_number_is_the_papers(name: str, shared: Path) -> None:
 def test_the_papers_two_numbers_for_one_score() -> None:
     """A sentence says 64.7, the tables 64.2: the tables are followed, and the card says so."""
     results = read_results(CARDS / "d2v2-refined-h14" / "results.yaml")
-    (shot,) = [row for row in results.reported if (row.score.protocol, row.score.setting) == ("low-shot-logistic", "1-shot")]
+    (shot,) = [
+        row
+        for row in results.reported
+        if (row.score.protocol, row.score.setting) == ("low-shot-logistic", "1-shot")
+    ]
     assert shot.score.value == 64.2 and not any(row.score.value == 64.7 for row in results.reported)
     assert "prints 64.7" in (CARDS / "d2v2-refined-h14" / "README.md").read_text()
 
@@ -150,15 +183,23 @@ def test_the_two_kinds_never_mix(tmp_path: Path) -> None:
     assert "81.5" not in ours and "Table" not in ours
     index = ModelCard.load(folder / "mae-refined-l16" / "README.md").data.eval_results or []
     both = {
-        (found.metric_value, found.source_name, found.dataset_config) for found in index if found.metric_value in (81.4, 81.5)
+        (found.metric_value, found.source_name, found.dataset_config)
+        for found in index
+        if found.metric_value in (81.4, 81.5)
     }
     assert (81.4, None, "k-NN, last block (measured by us)") in both
     assert (81.5, "MIM-Refiner, Tables 2, 13", "k-NN, last block (reported by the paper)") in both
     entries = parse_eval_result_entries(
-        yaml.safe_load((folder / "mae-refined-l16" / ".eval_results" / "imagenet-1k.yaml").read_text())
+        yaml.safe_load(
+            (folder / "mae-refined-l16" / ".eval_results" / "imagenet-1k.yaml").read_text()
+        )
     )
     (mine,) = [entry for entry in entries if entry.value == 81.4]
-    assert mine.source_url is None and mine.date == "2025-01-31" and str(mine.notes).startswith("measured by us")
+    assert (
+        mine.source_url is None
+        and mine.date == "2025-01-31"
+        and str(mine.notes).startswith("measured by us")
+    )
 
 
 REPORTED = {
@@ -175,25 +216,52 @@ REPORTED = {
     "changes, message",
     [
         ({"score": 3}, "unknown key score in results; allowed: zoo_name,"),
-        ({"zoo_name": "mae_refined_xl"}, "zoo_name 'mae_refined_xl' is unknown; allowed: mae_refined_l16"),
+        (
+            {"zoo_name": "mae_refined_xl"},
+            "zoo_name 'mae_refined_xl' is unknown; allowed: mae_refined_l16",
+        ),
         ({"recipe": None}, "a refined model has a starting_model and a recipe"),
         ({"notes": "one"}, "notes 'one' must be a list"),
         ({"reported": 3}, "must be lists of rows, found 3"),
-        ({"reported": ["k-NN 81.5"]}, "reported, row 1: expected the fields of reported, found 'k-NN 81.5'"),
-        ({"reported": [REPORTED, REPORTED]}, "there are two values for knn, last block, imagenet-1k, accuracy"),
-        ({"reported": [{**REPORTED, "seed": 0}]}, "reported, row 1: unknown key seed in reported; allowed: score, tables"),
-        ({"reported": [{**REPORTED, "tables": [1]}]}, r"tables \(1,\) must be a list of some of 2, 3, 4"),
+        (
+            {"reported": ["k-NN 81.5"]},
+            "reported, row 1: expected the fields of reported, found 'k-NN 81.5'",
+        ),
+        (
+            {"reported": [REPORTED, REPORTED]},
+            "there are two values for knn, last block, imagenet-1k, accuracy",
+        ),
+        (
+            {"reported": [{**REPORTED, "seed": 0}]},
+            "reported, row 1: unknown key seed in reported; allowed: score, tables",
+        ),
+        (
+            {"reported": [{**REPORTED, "tables": [1]}]},
+            r"tables \(1,\) must be a list of some of 2, 3, 4",
+        ),
         ({"reported": [{**REPORTED, "tables": 2}]}, "tables 2 must be a list"),
-        ({"reported": [{**REPORTED, "protocol": "knn20"}]}, "protocol 'knn20' is unknown; allowed: knn, knn-tuned"),
-        ({"reported": [{**REPORTED, "setting": "1-shot"}]}, "setting '1-shot' is none of knn; allowed: 'last block'"),
+        (
+            {"reported": [{**REPORTED, "protocol": "knn20"}]},
+            "protocol 'knn20' is unknown; allowed: knn, knn-tuned",
+        ),
+        (
+            {"reported": [{**REPORTED, "setting": "1-shot"}]},
+            "setting '1-shot' is none of knn; allowed: 'last block'",
+        ),
         ({"reported": [{**REPORTED, "dataset": "imagenet"}]}, "dataset 'imagenet' is unknown"),
         ({"reported": [{**REPORTED, "metric": ["nmi"]}]}, r"metric \('nmi',\) is unknown"),
         ({"reported": [{**REPORTED, "value": "81.5"}]}, "value '81.5' is not a number"),
         ({"measured": [{**MEASURED, "tables": [2]}]}, "unknown key tables in measured"),
         ({"measured": [REPORTED]}, "measured, row 1: unknown key tables"),
         ({"measured": [{**MEASURED, "command": " "}]}, "command ' ' must be the command line"),
-        ({"measured": [{**MEASURED, "seed": None}]}, "seed None must be a date such as 2025-01-31 and an integer"),
-        ({"measured": [{key: value for key, value in MEASURED.items() if key != "date"}]}, "date missing in measured"),
+        (
+            {"measured": [{**MEASURED, "seed": None}]},
+            "seed None must be a date such as 2025-01-31 and an integer",
+        ),
+        (
+            {"measured": [{key: value for key, value in MEASURED.items() if key != "date"}]},
+            "date missing in measured",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -206,7 +274,8 @@ def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, object], mes
 
 
 @pytest.mark.parametrize(
-    "text, message", [("reported: [", "results.yaml: while parsing"), ("- 1", "found"), ("{}", "zoo_name, rep")]
+    "text, message",
+    [("reported: [", "results.yaml: while parsing"), ("- 1", "found"), ("{}", "zoo_name, rep")],
 )
 def test_what_is_no_results_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "results.yaml"
@@ -227,4 +296,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     leftover = folder / "mae-h14" / ".eval_results" / "old.yaml"
     leftover.parent.mkdir()
     leftover.write_text("[]")
-    assert main([str(folder)]) == 0 and "9 files" in capsys.readouterr().out and not leftover.exists()
+    assert (
+        main([str(folder)]) == 0 and "9 files" in capsys.readouterr().out and not leftover.exists()
+    )

@@ -34,7 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from comparison import SIDES, Collection, Grouping, group_images, legend, show_note, show_scores, show_side, write_downloads
+from comparison import (
+    SIDES,
+    Collection,
+    Grouping,
+    group_images,
+    legend,
+    show_note,
+    show_scores,
+    show_side,
+    write_downloads,
+)
 
 from mim_refiner_hf import load_encoder, read_recipe, refine
 from mim_refiner_hf.data.images import ImageDataset, evenly_spaced, open_images
@@ -58,10 +68,19 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
     """What a user sent, as gradio hands it on: "path" on the server, "orig_name" at the user's. Files may be anything."""
     paths = [Path(file["path"]) for file in files or ()]
     if not 2 <= len(paths) <= MAX_IMAGES:
-        raise ValueError(f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number.")
-    entries = Entries.of(range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths))
-    images = ImageDataset(FoundImages(paths, None, None, "upload", entries), num_channels=num_channels)
-    return Collection(images, [printable(Path(file.get("orig_name") or file["path"]).name) for file in files or ()])
+        raise ValueError(
+            f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number."
+        )
+    entries = Entries.of(
+        range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths)
+    )
+    images = ImageDataset(
+        FoundImages(paths, None, None, "upload", entries), num_channels=num_channels
+    )
+    return Collection(
+        images,
+        [printable(Path(file.get("orig_name") or file["path"]).name) for file in files or ()],
+    )
 
 
 def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collection]:
@@ -77,7 +96,10 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
     collections = {}
     for name, images in found.items():
         images = evenly_spaced(images, MAX_IMAGES)
-        names = [printable(images.describe(i)).removeprefix(f"{images.name}/") for i in range(len(images))]
+        names = [
+            printable(images.describe(i)).removeprefix(f"{images.name}/")
+            for i in range(len(images))
+        ]
         collections[name] = Collection(images, names)
     return collections
 
@@ -85,21 +107,30 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
 # --- the page -----------------------------------------------------------------------------------------------------------------
 
 
-def tell_progress(progress: gr.Progress, side: str, earlier: int, total: int, readings: int, place: int) -> None:
+def tell_progress(
+    progress: gr.Progress, side: str, earlier: int, total: int, readings: int, place: int
+) -> None:
     """Show the visitor which image of which side is encoded; `earlier` of all `readings` were those of the other side."""
     progress(0.8 * (earlier + place) / readings, desc=f"{side}: image {place + 1} of {total}")
 
 
 def compare(
-    collection: Collection, encoders: Mapping[str, Any], num_clusters: float | None, progress: gr.Progress
+    collection: Collection,
+    encoders: Mapping[str, Any],
+    num_clusters: float | None,
+    progress: gr.Progress,
 ) -> Iterator[tuple[str, str, str, list[str], dict[str, Any]]]:
     """Group and show the images: note, scores, both sides, downloads, numbers. A generator, so that it can clear up afterwards."""
     wanted = int(num_clusters or 0) or None
     if wanted != (num_clusters or None):
-        raise ValueError(f"The number of groups is {num_clusters}; give a whole number, or 0 to have it proposed.")
+        raise ValueError(
+            f"The number of groups is {num_clusters}; give a whole number, or 0 to have it proposed."
+        )
     sides: list[Grouping] = []
     total, readings = len(collection.images), len(encoders) * len(collection.images)
-    for name in reversed(list(encoders)):  # the refined encoder proposes a number; the other one takes it, to be comparable
+    for name in reversed(
+        list(encoders)
+    ):  # the refined encoder proposes a number; the other one takes it, to be comparable
         tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
         sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
         wanted = sides[-1].summary["num_clusters"]
@@ -109,9 +140,15 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
         columns = "".join(show_side(side, thumbnails, Path(folder)) for side in sides)
         numbers = {
-            **{name: found.summary[name] for name in ("num_images", "num_clusters", "clear", "reason")},
+            **{
+                name: found.summary[name]
+                for name in ("num_images", "num_clusters", "clear", "reason")
+            },
             "broken": [collection.names[entry["index"]] for entry in found.summary["broken"]],
-            **{side.side.name: {**side.side.metrics, "sizes": side.summary["sizes"]} for side in sides},
+            **{
+                side.side.name: {**side.side.metrics, "sizes": side.summary["sizes"]}
+                for side in sides
+            },
         }
         downloads = write_downloads(Path(folder), sides, thumbnails)
         yield (
@@ -128,18 +165,24 @@ def answer(collection: Collection, *settings: Any) -> Iterator[tuple[Any, ...]]:
     try:
         yield from compare(collection, *settings)
     except ValueError as error:
-        raise gr.Error(escape(collection.without_paths(str(error)), quote=False), print_exception=False) from error
+        raise gr.Error(
+            escape(collection.without_paths(str(error)), quote=False), print_exception=False
+        ) from error
 
 
 def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -> gr.Blocks:
     """The page and its two endpoints; at most one request computes at a time, the others queue."""
     num_channels = encoders["after"].config.num_channels
 
-    def from_sample(name: str, num_clusters: float | None, progress: gr.Progress = PROGRESS) -> Iterator[tuple[Any, ...]]:
+    def from_sample(
+        name: str, num_clusters: float | None, progress: gr.Progress = PROGRESS
+    ) -> Iterator[tuple[Any, ...]]:
         yield from answer(samples[name], encoders, num_clusters, progress)
 
     def from_upload(
-        files: list[dict[str, Any]] | None, num_clusters: float | None, progress: gr.Progress = PROGRESS
+        files: list[dict[str, Any]] | None,
+        num_clusters: float | None,
+        progress: gr.Progress = PROGRESS,
     ) -> Iterator[tuple[Any, ...]]:
         try:
             collection = uploaded(files, num_channels)
@@ -147,35 +190,56 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
             raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
         yield from answer(collection, encoders, num_clusters, progress)
 
-    with gr.Blocks(title="Groups without labels", analytics_enabled=False, delete_cache=(10 * MINUTE, 50 * MINUTE)) as page:
+    with gr.Blocks(
+        title="Groups without labels",
+        analytics_enabled=False,
+        delete_cache=(10 * MINUTE, 50 * MINUTE),
+    ) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=3), gr.Tabs():
                 with gr.Tab("Sample set"):
-                    sample = gr.Radio(list(samples), value=next(iter(samples)), label="Images that are here already")
-                    sample_button = gr.Button("Group this set", variant="primary", elem_id="group-sample")
+                    sample = gr.Radio(
+                        list(samples),
+                        value=next(iter(samples)),
+                        label="Images that are here already",
+                    )
+                    sample_button = gr.Button(
+                        "Group this set", variant="primary", elem_id="group-sample"
+                    )
                 with gr.Tab("Your images"):
                     limits = f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted within an hour"
                     files = gr.File(file_count="multiple", label=limits, height=150)
-                    upload_button = gr.Button("Group these images", variant="primary", elem_id="group-upload")
+                    upload_button = gr.Button(
+                        "Group these images", variant="primary", elem_id="group-upload"
+                    )
             with gr.Column(scale=1, min_width=220):
                 info = "0: proposed from the images, with the evidence"
-                number = gr.Number(0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1)
+                number = gr.Number(
+                    0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1
+                )
         note = gr.HTML(elem_id="note")
         with gr.Row(elem_classes="result"):
             with gr.Column(scale=5, min_width=560):
                 scores = gr.Markdown(elem_id="scores")
             with gr.Column(scale=3, min_width=300):
                 label = "A table, and a page per side to search and zoom in"
-                downloads = gr.File(label=label, file_count="multiple", height=240, interactive=False)
+                downloads = gr.File(
+                    label=label, file_count="multiple", height=240, interactive=False
+                )
                 with gr.Accordion("The numbers as JSON", open=False):
                     numbers = gr.JSON(show_label=False)
         sides = gr.HTML(elem_id="sides")
-        shared: dict[str, Any] = {"outputs": [note, scores, sides, downloads, numbers], "show_progress_on": note}
+        shared: dict[str, Any] = {
+            "outputs": [note, scores, sides, downloads, numbers],
+            "show_progress_on": note,
+        }
         shared |= {"concurrency_id": "encoders", "concurrency_limit": 1}
         sample_button.click(from_sample, [sample, number], api_name="sample", **shared)
         # not preprocessed: the names that files have at the user's, which gradio drops
-        upload_button.click(from_upload, [files, number], api_name="upload", preprocess=False, **shared)
+        upload_button.click(
+            from_upload, [files, number], api_name="upload", preprocess=False, **shared
+        )
     return page.queue(max_size=20)
 
 
@@ -187,7 +251,10 @@ def choose_models(before: str | None, after: str | None) -> dict[str, str]:
     if after is None:
         after = str(QUICKSTART / "model")
         if not Path(after).is_dir():
-            print(f"{after} does not exist, so the quickstart makes it first: about 4 minutes on 2 cores", flush=True)
+            print(
+                f"{after} does not exist, so the quickstart makes it first: about 4 minutes on 2 cores",
+                flush=True,
+            )
             refine(read_recipe("quickstart"))
         if before is None and (QUICKSTART / "pretrained").is_dir():
             before = str(QUICKSTART / "pretrained")
@@ -197,18 +264,36 @@ def choose_models(before: str | None, after: str | None) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load models and samples, and serve the page until it is interrupted; 2 for a wrong option."""
     environment = os.environ.get
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--after", default=environment("MODEL_AFTER"), help="the refined model; default: the quickstart's")
-    parser.add_argument("--before", default=environment("MODEL_BEFORE"), help="what it was refined from; default: one side")
-    parser.add_argument("--sample", action="append", default=environment("SAMPLES", "").split(), metavar="NAME=FOLDER")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--after",
+        default=environment("MODEL_AFTER"),
+        help="the refined model; default: the quickstart's",
+    )
+    parser.add_argument(
+        "--before",
+        default=environment("MODEL_BEFORE"),
+        help="what it was refined from; default: one side",
+    )
+    parser.add_argument(
+        "--sample",
+        action="append",
+        default=environment("SAMPLES", "").split(),
+        metavar="NAME=FOLDER",
+    )
     options = parser.parse_args(arguments)
     try:
         encoders: dict[str, Any] = {
-            side: load_encoder(name) for side, name in choose_models(options.before, options.after).items()
+            side: load_encoder(name)
+            for side, name in choose_models(options.before, options.after).items()
         }
         channels = {encoder.config.num_channels for encoder in encoders.values()}
         if len(channels) > 1:
-            raise ValueError(f"--before {options.before}: its number of input channels is not that of the refined model")
+            raise ValueError(
+                f"--before {options.before}: its number of input channels is not that of the refined model"
+            )
         samples = open_samples(options.sample, channels.pop())
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -217,7 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fonts["font_mono"] = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)
     style = Path(__file__).with_name("style.css")
-    plain: dict[str, Any] = {"share": False, "ssr_mode": False, "run_history": False, "footer_links": ["api"]}
+    plain: dict[str, Any] = {
+        "share": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "footer_links": ["api"],
+    }
     limit = f"{MAX_MEGABYTES}mb"
     build_page(encoders, samples).launch(theme=theme, css_paths=style, max_file_size=limit, **plain)
     return 0

@@ -23,7 +23,15 @@ from torch import Tensor
 from mim_refiner_hf import ImageClusteringPipeline
 from mim_refiner_hf.clustering.pipeline_image_clustering import TASK
 from mim_refiner_hf.data.images import ImageDataset, Sample, fully_labelled
-from mim_refiner_hf.evaluation import FeatureSet, KMeansRun, cluster_scores, extract_features, knn_predict, rankme, standardise
+from mim_refiner_hf.evaluation import (
+    FeatureSet,
+    KMeansRun,
+    cluster_scores,
+    extract_features,
+    knn_predict,
+    rankme,
+    standardise,
+)
 from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
@@ -94,10 +102,16 @@ class Grouping:
 
 
 def group_images(
-    name: str, encoder: Any, collection: Collection, num_clusters: int | None, tell: Callable[[int], object]
+    name: str,
+    encoder: Any,
+    collection: Collection,
+    num_clusters: int | None,
+    tell: Callable[[int], object],
 ) -> Grouping:
     """Group the images by `pipeline("image-clustering")`, which is made anew: it remembers its last call."""
-    pipe = ImageClusteringPipeline(model=encoder, image_processor=encoder.image_processor, task=TASK)
+    pipe = ImageClusteringPipeline(
+        model=encoder, image_processor=encoder.image_processor, task=TASK
+    )
     entries = pipe(Watched(collection.images, tell), num_clusters=num_clusters)
     if len(entries) < 2:
         raise ValueError("Only 1 of these images can be read; give at least 2.")
@@ -121,7 +135,9 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
     """Scores of the groups that are shown, by labels where there are enough of them; else RankMe and the neighbours' agreement."""
     features, found = pipe.features, pipe.clustering
     assignments = found.assignments.numpy()
-    groups = KMeansRun(assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32))
+    groups = KMeansRun(
+        assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32)
+    )
     metrics: dict[str, Any] = {"rankme": rankme(features)}
     labels = predicted = None
     if fully_labelled(images) and len(images) > 2 * NEIGHBOURS:
@@ -160,11 +176,15 @@ def show_note(found: Grouping, names: Sequence[str]) -> str:
     broken = [names[entry["index"]] for entry in found.summary["broken"]]
     lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
     if broken:
-        lines.append(("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}"))
+        lines.append(
+            ("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}")
+        )
     return "".join(f'<p class="{kind}">{escape(text)}</p>' for kind, text in lines)
 
 
-def show_group(found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]) -> str:
+def show_group(
+    found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]
+) -> str:
     """A group: its caption, and its images, most confident first; those that are not of its most frequent class are marked."""
     labels = found.evaluation.features.labels
     caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
@@ -182,7 +202,9 @@ def show_group(found: Grouping, number: int, members: Sequence[int], thumbnails:
         )
     more = f"<small>and {len(members) - SHOWN} more</small>" if len(members) > SHOWN else ""
     heading = f"<h4>Group {number} <small>{size}</small>{mostly}</h4>"
-    return f'<section class="group">{heading}<div class="tiles">{"".join(tiles)}{more}</div></section>'
+    return (
+        f'<section class="group">{heading}<div class="tiles">{"".join(tiles)}{more}</div></section>'
+    )
 
 
 def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str:
@@ -190,14 +212,20 @@ def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str
     draw_map(found.images, found.evaluation, folder / "map.png")
     picture = data_uri((folder / "map.png").read_bytes(), "png")
     order = by_confidence(found.groups, found.scores)
-    groups = "".join(show_group(found, number, members, thumbnails) for number, members in enumerate(order))
+    groups = "".join(
+        show_group(found, number, members, thumbnails) for number, members in enumerate(order)
+    )
     heading = f"<h3>{SIDES[found.side.name]}</h3>"
     return f'<div class="side">{heading}<img class="map" alt="map of the images" src="{picture}">{groups}</div>'
 
 
 def legend(found: Grouping) -> str:
     """What the marks on the images mean."""
-    odd = "" if found.evaluation.features.labels is None else '<i class="odd"></i> not of the group\'s most frequent class'
+    odd = (
+        ""
+        if found.evaluation.features.labels is None
+        else '<i class="odd"></i> not of the group\'s most frequent class'
+    )
     return f'<p class="legend"><i class="bar"></i> confidence, 0 to 100 % of the width {odd}</p>'
 
 
@@ -219,16 +247,25 @@ def show_scores(sides: Sequence[Side]) -> str:
 # --- what can be downloaded ---------------------------------------------------------------------------------------------------
 
 
-def write_downloads(folder: Path, sides: Sequence[Grouping], thumbnails: Sequence[bytes]) -> list[str]:
+def write_downloads(
+    folder: Path, sides: Sequence[Grouping], thumbnails: Sequence[bytes]
+) -> list[str]:
     """`groups.csv` with every side's group and confidence, and one self-contained page per side; returns the paths."""
     header, columns = ["image"], [sides[-1].names]
     for found in sides:
         header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
         columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
-        order = [place for members in by_confidence(found.groups, found.scores) for place in members]
-        tiles = [Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None) for i in order]
+        order = [
+            place for members in by_confidence(found.groups, found.scores) for place in members
+        ]
+        tiles = [
+            Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None)
+            for i in order
+        ]
         features = found.evaluation.features.features[order]
-        page = render_page(SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"])
+        page = render_page(
+            SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"]
+        )
         (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
     write_table(folder / "groups.csv", header, zip(*columns, strict=True))
     return sorted(str(path) for path in folder.glob("groups*"))

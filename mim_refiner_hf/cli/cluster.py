@@ -16,13 +16,35 @@ def run_cluster(arguments: Sequence[str]) -> None:
         description="A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links per group.",
         allow_abbrev=False,
     )
-    parser.add_argument("images", help="folder, read at any depth; or parquet, Hub name, 'digits' (bundled)")
-    parser.add_argument("--model", required=True, help="model folder, Hub name, original checkpoint, or a name of the zoo")
-    parser.add_argument("--num_clusters", type=int, help="number of groups; default: proposed from the images")
-    parser.add_argument("--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower")
-    parser.add_argument("--out", type=Path, default=Path("groups"), help="folder to write; earlier groups there are replaced")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="images per forward pass")
-    parser.add_argument("--num_workers", type=at_least(0), default=0, help="processes that decode images beside this one")
+    parser.add_argument(
+        "images", help="folder, read at any depth; or parquet, Hub name, 'digits' (bundled)"
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="model folder, Hub name, original checkpoint, or a name of the zoo",
+    )
+    parser.add_argument(
+        "--num_clusters", type=int, help="number of groups; default: proposed from the images"
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("groups"),
+        help="folder to write; earlier groups there are replaced",
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=32, help="images per forward pass"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=at_least(0),
+        default=0,
+        help="processes that decode images beside this one",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

@@ -49,7 +49,9 @@ SHARED = ("refine", "pretrain", "evaluate", "embed")
 def check_alone(name: str) -> None:
     """ValueError for a command that one process does, in a job of several: each would do it all, and write the same files."""
     if name not in SHARED and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"{name}: runs in one process, not {processes}; start it without the launcher")
+        raise ValueError(
+            f"{name}: runs in one process, not {processes}; start it without the launcher"
+        )
 
 
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -68,13 +70,21 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         if rank() == 0:
             print(interruption, file=sys.stderr)
         return interruption.exit_code
-    except (PushError, ExportError, FloatingPointError, OSError) as error:  # OSError: disk full, read-only, the network
+    except (
+        PushError,
+        ExportError,
+        FloatingPointError,
+        OSError,
+    ) as error:  # OSError: disk full, read-only, the network
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
-        print("interrupted; the same command starts again, from the last checkpoint where there is one", file=sys.stderr)
+        print(
+            "interrupted; the same command starts again, from the last checkpoint where there is one",
+            file=sys.stderr,
+        )
         return 143 if isinstance(interruption, Ended) else 130
     return 0
 
@@ -88,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console command `mim-refiner`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
-        prog="mim-refiner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mim-refiner",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(arguments[:1]).command

@@ -29,14 +29,24 @@ def run_refine(arguments: Sequence[str]) -> None:
 class _PretrainCommand:
     """What `pretrain` asks for beside the fields of PretrainRecipe."""
 
-    recipe: str | None = field(default=None, metadata={"help": "Name in training/recipes/ or path of a YAML file."})
-    dataset: str = field(default="digits", metadata={"help": "Image folder, parquet, Hub name, or 'digits' (bundled)."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    recipe: str | None = field(
+        default=None, metadata={"help": "Name in training/recipes/ or path of a YAML file."}
+    )
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "Image folder, parquet, Hub name, or 'digits' (bundled)."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set."}
+    )
     split: str | None = field(default=None, metadata={"help": "Split to train on."})
-    output_dir: str = field(default="outputs/pretrained", metadata={"help": "Folder for the model."})
+    output_dir: str = field(
+        default="outputs/pretrained", metadata={"help": "Folder for the model."}
+    )
     num_workers: int = field(default=2, metadata={"help": "Data-loading workers."})
     max_bad_fraction: float = field(
-        default=MAX_BAD_FRACTION, metadata={"help": "Stop when more than this share of the images is broken."}
+        default=MAX_BAD_FRACTION,
+        metadata={"help": "Stop when more than this share of the images is broken."},
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +74,9 @@ def run_pretrain(arguments: Sequence[str]) -> None:
     folder = Path(command.output_dir)
     with sole_run(folder, "--output_dir", beside=True):
         accelerator = Accelerator(cpu=several_on_the_cpu())
-        encoder = pretrain_mae(recipe, images, accelerator, command.num_workers, command.max_bad_fraction)
+        encoder = pretrain_mae(
+            recipe, images, accelerator, command.num_workers, command.max_bad_fraction
+        )
         if accelerator.is_main_process:
             save_model_folder(folder, encoder, image_processor(encoder.config, {}))
             print(f"The pre-trained model: {folder}")
@@ -78,6 +90,8 @@ def run_replay(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("output_dir", type=Path, help="the run's folder")
     parser.add_argument("--step", type=int, help="default: the last one of failures/")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: as the run had it")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), help="default: as the run had it"
+    )
     options = vars(parser.parse_args(arguments))
     print(replay(options.pop("output_dir"), **options))

@@ -27,14 +27,23 @@ from .k_means import cut_tree, kmeans, merge_tree
 from .lloyd import Rows, bad_rows, best_centroids, membership, refuse_bad
 
 COMPONENTS, FEW_COMPONENTS = 64, 16  # principal components for k-means and for the silhouette
-UMAP_DIMENSIONS = 10  # after UMAP the silhouette follows the true quality well (Lowe et al., arXiv 2406.02465)
+UMAP_DIMENSIONS = (
+    10  # after UMAP the silhouette follows the true quality well (Lowe et al., arXiv 2406.02465)
+)
 RUNS, PASSES = 2, 6  # restarts and full passes of k-means
 PAIRS = 3  # pairs of disjoint halves whose groupings are compared
 SILHOUETTE_ROWS = 1500  # all pairs of these rows are compared
-FEWEST, MOST = 20, 100  # rows without which there is no answer; the largest number of groups that is tried
+FEWEST, MOST = (
+    20,
+    100,
+)  # rows without which there is no answer; the largest number of groups that is tried
 PER_GROUP = 10  # rows per group, on average, below which no number is tried
 NEAR = 0.9  # share of the best score from which another number is as good
-STABLE, ABOVE_CLOUD, WIDEST = 0.8, 1.4, 1.5  # clear: least stability; least score over the cloud's; widest interval, high / low
+STABLE, ABOVE_CLOUD, WIDEST = (
+    0.8,
+    1.4,
+    1.5,
+)  # clear: least stability; least score over the cloud's; widest interval, high / low
 Entry = dict[str, float]
 
 
@@ -64,8 +73,15 @@ class Proposal:
 def adjusted_rand(first: Tensor, second: Tensor) -> float:
     """Agreement of two groupings (n,) of the same rows: 1 when equal, about 0 by chance (Hubert & Arabie 1985)."""
     groups = int(second.max()) + 1
-    table = (first * groups + second).bincount(minlength=(int(first.max()) + 1) * groups).view(-1, groups).double()
-    together, one, two, every = (float((n * (n - 1) / 2).sum()) for n in (table, table.sum(1), table.sum(0), table.sum()))
+    table = (
+        (first * groups + second)
+        .bincount(minlength=(int(first.max()) + 1) * groups)
+        .view(-1, groups)
+        .double()
+    )
+    together, one, two, every = (
+        float((n * (n - 1) / 2).sum()) for n in (table, table.sum(1), table.sum(0), table.sum())
+    )
     chance, highest = one * two / every, (one + two) / 2
     return 1.0 if highest == chance else (together - chance) / (highest - chance)
 
@@ -76,7 +92,12 @@ def silhouette(distances: Tensor, labels: Tensor, num_clusters: int) -> float:
     counts = member.sum(0)
     sums = distances @ member  # (n, K)
     own = sums.gather(1, labels[:, None])[:, 0] / (counts[labels] - 1).clamp_min(1)
-    other = (sums / counts.clamp_min(1)).masked_fill(member.bool() | (counts == 0), torch.inf).min(1).values
+    other = (
+        (sums / counts.clamp_min(1))
+        .masked_fill(member.bool() | (counts == 0), torch.inf)
+        .min(1)
+        .values
+    )
     values = (other - own) / torch.maximum(other, own).clamp_min(1e-12)
     return float(torch.where((counts[labels] > 1) & other.isfinite(), values, 0.0).mean())
 
@@ -92,7 +113,9 @@ class Grouper:
 
     def __call__(self, num_clusters: int) -> Tensor:
         """Centroids (K, D)."""
-        member = F.one_hot(cut_tree(self.tree, num_clusters)[self.small.assignments], num_clusters).float()  # (n, K)
+        member = F.one_hot(
+            cut_tree(self.tree, num_clusters)[self.small.assignments], num_clusters
+        ).float()  # (n, K)
         starts = member.T @ self.points / member.sum(0)[:, None].clamp_min(1)
         return best_centroids(self.rows, starts[None], PASSES, self.limit)
 
@@ -102,9 +125,14 @@ class Measures:
 
     def __init__(self, points: Tensor, spaces: dict[str, Tensor], most: int, seed: int) -> None:
         self.points, self.grouper, self.pairs = points, Grouper(points, most, seed), []
-        self.spaces = {name: torch.cdist(rows[:SILHOUETTE_ROWS], rows[:SILHOUETTE_ROWS]) for name, rows in spaces.items()}
+        self.spaces = {
+            name: torch.cdist(rows[:SILHOUETTE_ROWS], rows[:SILHOUETTE_ROWS])
+            for name, rows in spaces.items()
+        }
         for pair in range(PAIRS):
-            order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed + pair))
+            order = torch.randperm(
+                len(points), generator=torch.Generator().manual_seed(seed + pair)
+            )
             self.pairs.append([Grouper(half, most, seed) for half in points[order].tensor_split(2)])
 
     def __call__(self, num_clusters: int) -> Entry:
@@ -113,19 +141,26 @@ class Measures:
         entry = {"k": num_clusters, "stability": self.stability(num_clusters)}
         for name, mutual in self.spaces.items():
             entry[name] = silhouette(mutual, labels[: len(mutual)], num_clusters)
-        entry["inertia"] = float(distances.sum() / self.points.square().sum())  # the points are centred
+        entry["inertia"] = float(
+            distances.sum() / self.points.square().sum()
+        )  # the points are centred
         entry["score"] = max(0.0, entry["stability"]) * max(0.0, entry["silhouette_pca"])
         return entry
 
     def stability(self, num_clusters: int) -> float:
         """Mean agreement of two groupings of all points, each learnt from another half of them (Lange et al. 2004)."""
-        found = [[membership(self.points, half(num_clusters), 1.0)[0] for half in pair] for pair in self.pairs]
+        found = [
+            [membership(self.points, half(num_clusters), 1.0)[0] for half in pair]
+            for pair in self.pairs
+        ]
         return sum(adjusted_rand(*labels) for labels in found) / len(found)
 
 
 def unit_rows(features: Tensor, seed: int, max_samples: int) -> Tensor:
     """Up to `max_samples` random rows (n, D), fp32 on the CPU: L2-normalised, then centred."""
-    picked = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:max_samples]
+    picked = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[
+        :max_samples
+    ]
     rows = F.normalize(features[picked.to(features.device)].detach().float().cpu(), dim=1)
     refuse_bad(bad_rows(rows), len(rows))
     return rows - rows.mean(0)
@@ -137,14 +172,22 @@ def principal_components(rows: Tensor, dimensions: int) -> Tensor:
     return rows @ directions[:, :dimensions].float()
 
 
-def umap_space(points: Tensor, dimensions: int, *, neighbours: int, min_dist: float, seed: int) -> Tensor | None:
+def umap_space(
+    points: Tensor, dimensions: int, *, neighbours: int, min_dist: float, seed: int
+) -> Tensor | None:
     """The points (n, D) after UMAP (n, dimensions), by their Euclidean distances; None where umap-learn is not installed."""
     try:
         from umap import UMAP
     except ImportError:  # an extra of this package
         return None
     neighbours = min(neighbours, len(points) - 1)
-    reducer = UMAP(n_neighbors=neighbours, n_components=dimensions, min_dist=min_dist, random_state=seed, n_jobs=1)
+    reducer = UMAP(
+        n_neighbors=neighbours,
+        n_components=dimensions,
+        min_dist=min_dist,
+        random_state=seed,
+        n_jobs=1,
+    )
     return torch.from_numpy(reducer.fit_transform(points.numpy())).float()
 
 
@@ -170,7 +213,8 @@ def add_elbows(evidence: list[Entry]) -> None:
     """Set `elbow` of all but the outermost entries, which have none."""
     for before, entry, after in zip(evidence, evidence[1:], evidence[2:], strict=False):
         falls = [
-            math.log(max(one["inertia"], 1e-12) / max(two["inertia"], 1e-12)) / math.log(two["k"] / one["k"])
+            math.log(max(one["inertia"], 1e-12) / max(two["inertia"], 1e-12))
+            / math.log(two["k"] / one["k"])
             for one, two in ((before, entry), (entry, after))
         ]
         entry["elbow"] = falls[0] - falls[1]
@@ -182,16 +226,26 @@ def judge(evidence: list[Entry], best: Entry) -> tuple[tuple[int, int], str]:
     interval = (min(near), max(near))
     cloud = max(0.0, best["cloud_stability"]) * max(0.0, best["cloud_silhouette_pca"])
     if best["stability"] < STABLE:
-        return interval, f"groups learnt from other halves of the rows agree only to {best['stability']:.2f}, of 1"
+        return (
+            interval,
+            f"groups learnt from other halves of the rows agree only to {best['stability']:.2f}, of 1",
+        )
     if best["score"] < ABOVE_CLOUD * cloud:
         return interval, "one cloud without groups, of the same variances, scores nearly as high"
     if interval[1] > max(WIDEST * interval[0], interval[0] + 1):
-        return interval, f"{interval[0]} to {interval[1]} groups are as stable and as separate as {best['k']:.0f}"
+        return (
+            interval,
+            f"{interval[0]} to {interval[1]} groups are as stable and as separate as {best['k']:.0f}",
+        )
     return interval, ""
 
 
 def propose_num_clusters(
-    features: Tensor, *, candidates: Sequence[int] | None = None, seed: int = 0, max_samples: int = 5000
+    features: Tensor,
+    *,
+    candidates: Sequence[int] | None = None,
+    seed: int = 0,
+    max_samples: int = 5000,
 ) -> Proposal:
     """Propose a number of groups for `features` (N, D).
 
@@ -205,8 +259,14 @@ def propose_num_clusters(
     """
     rows = unit_rows(features, seed, max_samples)
     if len(rows) < FEWEST:
-        return Proposal(None, None, False, f"{len(rows)} rows are too few to tell; it takes {FEWEST}", [])
-    numbers = coarse(max(2, min(MOST, len(rows) // PER_GROUP))) if candidates is None else sorted(set(candidates))
+        return Proposal(
+            None, None, False, f"{len(rows)} rows are too few to tell; it takes {FEWEST}", []
+        )
+    numbers = (
+        coarse(max(2, min(MOST, len(rows) // PER_GROUP)))
+        if candidates is None
+        else sorted(set(candidates))
+    )
     if not numbers or not 2 <= numbers[0] <= numbers[-1] <= len(rows) // 4:
         raise ValueError(
             f"candidates={candidates} must be numbers from 2 to {len(rows) // 4}, a quarter of the {len(rows)} rows"
@@ -215,18 +275,30 @@ def propose_num_clusters(
     if float(points.square().mean()) < 1e-12:
         return Proposal(None, None, False, "all rows are equal", [])
     spaces = {"silhouette": rows, "silhouette_pca": points[:, :FEW_COMPONENTS]}
-    embedded = umap_space(points[:SILHOUETTE_ROWS], UMAP_DIMENSIONS, neighbours=30, min_dist=0.0, seed=seed)
+    embedded = umap_space(
+        points[:SILHOUETTE_ROWS], UMAP_DIMENSIONS, neighbours=30, min_dist=0.0, seed=seed
+    )
     spaces |= {} if embedded is None else {"silhouette_umap": embedded}
-    evidence = search(Measures(points, spaces, numbers[-1], seed), numbers, refine=candidates is None)
+    evidence = search(
+        Measures(points, spaces, numbers[-1], seed), numbers, refine=candidates is None
+    )
     add_elbows(evidence)
     best = max(evidence, key=lambda entry: entry["score"])
     num_clusters = int(best["k"])
     cloud = torch.randn(points.shape, generator=torch.Generator().manual_seed(seed)) * points.std(0)
-    alike = Measures(cloud, {"silhouette_pca": cloud[:, :FEW_COMPONENTS]}, numbers[-1], seed)(num_clusters)
+    alike = Measures(cloud, {"silhouette_pca": cloud[:, :FEW_COMPONENTS]}, numbers[-1], seed)(
+        num_clusters
+    )
     best |= {f"cloud_{name}": alike[name] for name in ("stability", "silhouette_pca")}
     interval, against = judge(evidence, best)
     if best["score"] <= 0:
-        return Proposal(None, None, False, f"no number of groups is both stable and separate: {against}", evidence)
+        return Proposal(
+            None,
+            None,
+            False,
+            f"no number of groups is both stable and separate: {against}",
+            evidence,
+        )
     found = f"groups learnt from other halves of the rows agree to {best['stability']:.2f}, of 1, and lie apart"
     return Proposal(num_clusters, interval, not against, against or found, evidence)
 
@@ -252,13 +324,22 @@ def draw_proposal(proposal: Proposal, path: Path) -> None:
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name in names:
             entries = [entry for entry in proposal.evidence if name in entry]
-            axes.plot([e["k"] for e in entries], [e[name] for e in entries], marker=".", label=name.replace("_", " "))
+            axes.plot(
+                [e["k"] for e in entries],
+                [e[name] for e in entries],
+                marker=".",
+                label=name.replace("_", " "),
+            )
         if proposal.num_clusters is not None and proposal.interval is not None:
             axes.axvspan(*proposal.interval, alpha=0.15)
             axes.axvline(proposal.num_clusters, linestyle="--", linewidth=1)
         axes.set(title=title, xlabel="number of groups", xscale="log")
         axes.legend(fontsize=7)
-    verdict = f"{proposal.num_clusters} groups" if proposal.clear else f"no clear answer (best guess: {proposal.num_clusters})"
+    verdict = (
+        f"{proposal.num_clusters} groups"
+        if proposal.clear
+        else f"no clear answer (best guess: {proposal.num_clusters})"
+    )
     figure.suptitle(f"{verdict}: {proposal.reason}", fontsize=10, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")

@@ -35,7 +35,10 @@ TEMPERATURE = 0.1  # of student and teacher (TEMI, main_args.py)
 BETA = 0.6  # exponent of the joint probability (TEMI, README.md)
 PRIOR_DECAY = 0.9  # of the average class probabilities (TEMI, losses/multihead_losses.py)
 TEACHER_DECAY = 0.95  # TEMI's 0.996 would follow too slowly for so few steps
-LEARNING_RATE, WARMUP = 2e-2, 0.1  # AdamW, linear warm-up over a tenth of the steps, then a cosine to 0
+LEARNING_RATE, WARMUP = (
+    2e-2,
+    0.1,
+)  # AdamW, linear warm-up over a tenth of the steps, then a cosine to 0
 WEIGHT_DECAY = 1e-4  # (TEMI, main_args.py)
 BATCH = 512  # pairs
 START_PASSES = 10  # of k-means, for each head's start
@@ -124,7 +127,13 @@ def check_heads(count: int, num_clusters: int, **settings: int) -> None:
 
 
 def train_heads(
-    features: Tensor, num_clusters: int, *, heads: int = 8, neighbours: int = 50, steps: int = 300, seed: int = 0
+    features: Tensor,
+    num_clusters: int,
+    *,
+    heads: int = 8,
+    neighbours: int = 50,
+    steps: int = 300,
+    seed: int = 0,
 ) -> Clustering:
     """Train cluster heads on features and group the rows by their consensus.
 
@@ -152,17 +161,31 @@ def train_heads(
     refuse_bad(bad_rows(rows), len(rows))
     mean, scale = rows.mean(0), rows.std(0) + 1e-6
     points = standardised(rows, mean, scale)
-    starts = [kmeans(points, num_clusters, runs=1, iterations=START_PASSES, seed=heads * seed + head) for head in range(heads)]
+    starts = [
+        kmeans(points, num_clusters, runs=1, iterations=START_PASSES, seed=heads * seed + head)
+        for head in range(heads)
+    ]
     prototypes = torch.stack([start.centroids for start in starts]).to(points)
     nearby = nearest_neighbours(rows, min(neighbours, max(1, len(rows) // (2 * num_clusters))))
-    trained, losses = train_prototypes(points, nearby, prototypes, steps, torch.Generator().manual_seed(seed))
+    trained, losses = train_prototypes(
+        points, nearby, prototypes, steps, torch.Generator().manual_seed(seed)
+    )
     own = torch.arange(num_clusters, device=rows.device).repeat(heads, 1)
     found = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
     groups = grouped(rows, found, num_clusters)
-    logger.info("%d cluster heads on %d rows, %d groups: %.1f s", heads, len(rows), num_clusters, time.perf_counter() - begin)
+    logger.info(
+        "%d cluster heads on %d rows, %d groups: %.1f s",
+        heads,
+        len(rows),
+        num_clusters,
+        time.perf_counter() - begin,
+    )
     if empty := int((groups.counts == 0).sum()):
         logger.warning(
-            "%d of %d groups are empty: the heads found no more in %d rows; ask for fewer", empty, num_clusters, len(rows)
+            "%d of %d groups are empty: the heads found no more in %d rows; ask for fewer",
+            empty,
+            num_clusters,
+            len(rows),
         )
     return groups
 
@@ -170,11 +193,19 @@ def train_heads(
 def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clustering:
     """The `Clustering` of rows (N, D) of length 1 by aligned heads."""
     labels, confidence = heads.assign(rows, TEMPERATURE)
-    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows.double())
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64).index_add_(
+        0, labels, rows.double()
+    )
     centroids = F.normalize(sums, dim=1).float()
     inertia = float(own_distances(rows, centroids, labels).sum(dtype=torch.float64))
     return Clustering(
-        labels.cpu(), centroids.cpu(), confidence.cpu(), inertia, True, TEMPERATURE, heads.to(torch.device("cpu"))
+        labels.cpu(),
+        centroids.cpu(),
+        confidence.cpu(),
+        inertia,
+        True,
+        TEMPERATURE,
+        heads.to(torch.device("cpu")),
     )
 
 

@@ -36,11 +36,17 @@ TURNS = {
 """What makes an image of each EXIF orientation upright."""
 
 Image.init()
-FORMATS = tuple(name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN)
+FORMATS = tuple(
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+)
 """What is decoded. Pillow knows more, some of them programs: it would hand PostScript to Ghostscript."""
 
 
-def decode_image(source: ImageSource, num_channels: int = 3, name: str | None = None) -> Image.Image:
+def decode_image(
+    source: ImageSource, num_channels: int = 3, name: str | None = None
+) -> Image.Image:
     """An upright 8-bit image of mode "RGB" (`num_channels` 3) or "L" (1) from encoded bytes, a path or a PIL image.
 
     Transparent pixels show white; 16-bit values are divided by 257, floats in [0, 1] multiplied by 255. ValueError, naming the
@@ -49,7 +55,9 @@ def decode_image(source: ImageSource, num_channels: int = 3, name: str | None = 
     try:
         image = source if isinstance(source, Image.Image) else _open(source)
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}: too large, or a trap")
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}: too large, or a trap"
+            )
         turn = _turn(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_eight_bits(image)
@@ -61,7 +69,9 @@ def decode_image(source: ImageSource, num_channels: int = 3, name: str | None = 
         return image if turn is None else image.transpose(turn)
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, struct.error, zlib.error, ...
         where = name or (str(source) if isinstance(source, Path) else "an image")
-        raise ValueError(f"Cannot decode {where}: {_reason(error)}; replace or remove it.") from error
+        raise ValueError(
+            f"Cannot decode {where}: {_reason(error)}; replace or remove it."
+        ) from error
 
 
 def mode_of(num_channels: int) -> str:
@@ -78,7 +88,9 @@ def _open(source: bytes | Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of our limit
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        if image.format == "PNG":  # it carries checksums, which Pillow looks at only when asked, and then gives no pixels
+        if (
+            image.format == "PNG"
+        ):  # it carries checksums, which Pillow looks at only when asked, and then gives no pixels
             Image.open(io.BytesIO(encoded), formats=("PNG",)).verify()
         return image
 
@@ -100,7 +112,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the image upright; None where it is, or where its EXIF data cannot be read."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # garbage in the metadata, each kind with its own error, says nothing about the pixels
+    except (
+        Exception
+    ):  # garbage in the metadata, each kind with its own error, says nothing about the pixels
         return None
 
 

@@ -42,7 +42,10 @@ from .lloyd import (
 )
 from .prototype_heads import PrototypeHeads
 
-FORMAT, HEADS_FORMAT = "mim_refiner_hf.clustering.1", "mim_refiner_hf.clustering.2"  # of k-means; with cluster heads
+FORMAT, HEADS_FORMAT = (
+    "mim_refiner_hf.clustering.1",
+    "mim_refiner_hf.clustering.2",
+)  # of k-means; with cluster heads
 HEADS = "heads."  # before the names of their tensors in a file
 
 
@@ -86,7 +89,9 @@ class Clustering:
         if self.heads is not None:
             labels, confidence = self.heads.to(rows.device).assign(rows, self.temperature)
         else:
-            labels, confidence, _ = membership(rows, self.centroids.to(rows.device), self.temperature)
+            labels, confidence, _ = membership(
+                rows, self.centroids.to(rows.device), self.temperature
+            )
         return labels.cpu(), confidence.cpu()
 
     def exemplars(self, features: Tensor, per_group: int = 9) -> list[list[int]]:
@@ -103,7 +108,9 @@ class Clustering:
                 f"features has {len(features)} rows, but {len(self.assignments)} were clustered; pass the same ones"
             )
         rows = self._rows(features)
-        distances = own_distances(rows, self.centroids.to(rows.device), self.assignments.to(rows.device)).cpu()
+        distances = own_distances(
+            rows, self.centroids.to(rows.device), self.assignments.to(rows.device)
+        ).cpu()
         order = distances.argsort(stable=True)
         order = order[self.assignments[order].argsort(stable=True)]  # by group, then by distance
         return [members[:per_group].tolist() for members in order.split(self.counts.tolist())]
@@ -119,8 +126,12 @@ class Clustering:
         at a border; cluster heads add the probabilities.
         """
         number = int(groups.max()) + 1
-        share = F.one_hot(groups + 1, number + 1)[:, 1:].double().T * self.counts.double()  # (new, old)
-        centroids = (share @ self.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)).float()
+        share = (
+            F.one_hot(groups + 1, number + 1)[:, 1:].double().T * self.counts.double()
+        )  # (new, old)
+        centroids = (
+            share @ self.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)
+        ).float()
         centroids = F.normalize(centroids, dim=1) if self.spherical else centroids
         added = self.counts.double() @ (self.centroids - centroids[groups]).double().square().sum(1)
         return replace(
@@ -133,13 +144,24 @@ class Clustering:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name).contiguous() for name in ("assignments", "centroids", "confidence")}
+        tensors = {
+            name: getattr(self, name).contiguous()
+            for name in ("assignments", "centroids", "confidence")
+        }
         if self.heads is not None:
-            tensors |= {HEADS + name: tensor.contiguous() for name, tensor in vars(self.heads).items()}
-        numbers = {name: repr(getattr(self, name)) for name in ("inertia", "temperature", "spherical")}
+            tensors |= {
+                HEADS + name: tensor.contiguous() for name, tensor in vars(self.heads).items()
+            }
+        numbers = {
+            name: repr(getattr(self, name)) for name in ("inertia", "temperature", "spherical")
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
-        save_file(tensors, temporary, metadata={"format": HEADS_FORMAT if self.heads else FORMAT, **numbers})
+        save_file(
+            tensors,
+            temporary,
+            metadata={"format": HEADS_FORMAT if self.heads else FORMAT, **numbers},
+        )
         temporary.replace(path)
 
     @classmethod
@@ -166,14 +188,26 @@ class Clustering:
             )
         inertia, temperature = float(metadata["inertia"]), float(metadata["temperature"])
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
-        learnt = {name.removeprefix(HEADS): tensor for name, tensor in tensors.items() if name.startswith(HEADS)}
+        learnt = {
+            name.removeprefix(HEADS): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(HEADS)
+        }
         heads = PrototypeHeads(**learnt) if learnt else None
-        return cls(**own, inertia=inertia, spherical=metadata["spherical"] == "True", temperature=temperature, heads=heads)
+        return cls(
+            **own,
+            inertia=inertia,
+            spherical=metadata["spherical"] == "True",
+            temperature=temperature,
+            heads=heads,
+        )
 
     def _rows(self, features: Tensor) -> Tensor:
         rows = prepared(features, self.spherical)
         if rows.shape[1] != self.centroids.shape[1]:
-            raise ValueError(f"features has width {rows.shape[1]}, but the groups were made of width {self.centroids.shape[1]}")
+            raise ValueError(
+                f"features has width {rows.shape[1]}, but the groups were made of width {self.centroids.shape[1]}"
+            )
         refuse_bad(bad_rows(rows), len(rows))
         return rows
 
@@ -224,11 +258,16 @@ def kmeans(
     elif initial.shape == shape and bool(initial.isfinite().all()):
         starts = prepared(initial.to(sample), spherical)[None]
     else:
-        raise ValueError(f"initial has shape {tuple(initial.shape)}, but must hold finite centroids {shape}, one row per group")
+        raise ValueError(
+            f"initial has shape {tuple(initial.shape)}, but must hold finite centroids {shape}, one row per group"
+        )
     centroids = best_centroids(rows, starts, iterations, tolerance * variance)
     temperature = variance_between(sample, centroids)
     # filled in place: small tensors kept from every batch would pin the memory of the large ones that came between them
-    labels, confidence = torch.empty(len(rows.batches), dtype=torch.int64), torch.empty(len(rows.batches))
+    labels, confidence = (
+        torch.empty(len(rows.batches), dtype=torch.int64),
+        torch.empty(len(rows.batches)),
+    )
     inertia, seen = torch.zeros((), dtype=torch.float64, device=sample.device), 0
     for batch in rows:
         here = slice(seen, seen := seen + len(batch))
@@ -247,18 +286,31 @@ def merge_tree(clustering: Clustering) -> Tensor:
     centroids, sizes = clustering.centroids.double(), clustering.counts.double()
     total = len(centroids)
     numbers = torch.arange(total)
-    squares = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squares = torch.cdist(
+        centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
     added = squares * sizes * sizes[:, None] / (sizes + sizes[:, None]).clamp_min(1)
     added.fill_diagonal_(torch.inf)
     tree = torch.empty(total - 1, 4, dtype=torch.float64)
     for line in range(total - 1):
-        kept, gone = divmod(int(added.argmin()), total)  # kept < gone: the first of two equal entries
+        kept, gone = divmod(
+            int(added.argmin()), total
+        )  # kept < gone: the first of two equal entries
         size = sizes[kept] + sizes[gone]
         pair = sorted(numbers[[kept, gone]].tolist())
-        tree[line] = torch.tensor([*pair, (2 * float(added[kept, gone])) ** 0.5, float(size)], dtype=torch.float64)
-        centroids[kept] = (sizes[kept] * centroids[kept] + sizes[gone] * centroids[gone]) / size.clamp_min(1)
+        tree[line] = torch.tensor(
+            [*pair, (2 * float(added[kept, gone])) ** 0.5, float(size)], dtype=torch.float64
+        )
+        centroids[kept] = (
+            sizes[kept] * centroids[kept] + sizes[gone] * centroids[gone]
+        ) / size.clamp_min(1)
         sizes[kept], numbers[kept] = size, total + line
-        grown = (centroids - centroids[kept]).square().sum(1) * sizes * size / (sizes + size).clamp_min(1)
+        grown = (
+            (centroids - centroids[kept]).square().sum(1)
+            * sizes
+            * size
+            / (sizes + size).clamp_min(1)
+        )
         grown[added[kept].isinf()] = torch.inf  # itself, and groups joined before
         added[kept], added[:, kept] = grown, grown
         added[gone], added[:, gone] = torch.inf, torch.inf
@@ -285,11 +337,15 @@ def merged(clustering: Clustering, num_clusters: int) -> Clustering:
     """
     total = len(clustering.centroids)
     if not 1 <= num_clusters <= total:
-        raise ValueError(f"num_clusters={num_clusters} must lie between 1 and the {total} groups to merge")
+        raise ValueError(
+            f"num_clusters={num_clusters} must lie between 1 and the {total} groups to merge"
+        )
     return clustering.joined(cut_tree(merge_tree(clustering), num_clusters))
 
 
-def near_duplicates(features: Tensor, threshold: float = 0.97, *, block: int = 2048) -> list[list[int]]:
+def near_duplicates(
+    features: Tensor, threshold: float = 0.97, *, block: int = 2048
+) -> list[list[int]]:
     """Groups of rows (N, D) linked by pairs of a cosine of at least `threshold`: ascending row numbers, two or more per group.
 
     Compares all pairs, `block` by `block` rows at a time (16 MB), on the features' device.
@@ -301,14 +357,18 @@ def near_duplicates(features: Tensor, threshold: float = 0.97, *, block: int = 2
         raise ValueError(f"threshold={threshold} must be a cosine above 0 and at most 1")
     rows = prepared(features, spherical=True)
     refuse_bad(bad_rows(rows), len(rows))
-    parents = torch.arange(len(rows), device=rows.device)  # of each row, in the end: the first row of its group
+    parents = torch.arange(
+        len(rows), device=rows.device
+    )  # of each row, in the end: the first row of its group
     parts = rows.split(block)
     for i, left in enumerate(parts):
         for j in range(i, len(parts)):
             first, second = (products(left, parts[j]) >= threshold).nonzero(as_tuple=True)
             _join(parents, first + i * block, second + j * block)
     counts = parents.unique(return_counts=True)[1].tolist()
-    return [group.tolist() for group in parents.argsort(stable=True).split(counts) if len(group) > 1]
+    return [
+        group.tolist() for group in parents.argsort(stable=True).split(counts) if len(group) > 1
+    ]
 
 
 def _join(parents: Tensor, first: Tensor, second: Tensor) -> None:

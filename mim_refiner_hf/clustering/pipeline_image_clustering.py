@@ -39,7 +39,9 @@ METHODS: dict[str, Callable[..., Clustering]] = {"kmeans": kmeans, "heads": trai
 FEWEST = {"kmeans": 1, "heads": 2}  # groups
 BATCH_SIZE = 32
 MAX_GUESS = 20  # groups of the rule of thumb sqrt(n / 2)
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 
 # What config.json says about the code beside it. An auto_map in preprocessor_config.json would make `pipeline()` look for a
 # video processor there and ask users of the package whether to run custom code. The package's MimRefinerConfig ignores
@@ -54,7 +56,13 @@ AUTO_MAP: dict[str, str | list[str]] = {
         "image_processing_mim_refiner.MimRefinerImageProcessor",
     ],
 }
-CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_image_clustering.ImageClusteringPipeline", "pt": ["AutoModel"], "type": "image"}}
+CUSTOM_PIPELINES = {
+    TASK: {
+        "impl": "pipeline_image_clustering.ImageClusteringPipeline",
+        "pt": ["AutoModel"],
+        "type": "image",
+    }
+}
 
 
 def announce_code(folder: Path, **settings: Any) -> None:
@@ -66,7 +74,11 @@ def announce_code(folder: Path, **settings: Any) -> None:
     ):
         path = folder / name
         content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-        kept = {key: value for key, value in content.items() if key not in changes or changes[key] is not None}
+        kept = {
+            key: value
+            for key, value in content.items()
+            if key not in changes or changes[key] is not None
+        }
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -78,11 +90,21 @@ def images_at(path: str | Path) -> list[str]:
     if root.is_file():
         return [str(root)]
     if not root.is_dir():
-        raise FileNotFoundError(f"No file or folder {str(path)!r}; give a folder of images, a list of paths or a data set.")
-    files = (file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-    found = sorted(str(file) for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+        raise FileNotFoundError(
+            f"No file or folder {str(path)!r}; give a folder of images, a list of paths or a data set."
+        )
+    files = (
+        file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()
+    )
+    found = sorted(
+        str(file)
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
     if not found:
-        raise ValueError(f"No images in {root}: looked at every depth for {', '.join(sorted(EXTENSIONS))}.")
+        raise ValueError(
+            f"No images in {root}: looked at every depth for {', '.join(sorted(EXTENSIONS))}."
+        )
     return found
 
 
@@ -93,12 +115,16 @@ def find_items(images: Any) -> Sequence[Any]:
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, Mapping):
-        raise ValueError(f"These are {len(images)} sets of images: {', '.join(map(str, images))}; choose one of them.")
+        raise ValueError(
+            f"These are {len(images)} sets of images: {', '.join(map(str, images))}; choose one of them."
+        )
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         return images
     if isinstance(images, Iterable):
         return list(images)
-    raise ValueError(f"Images come as a folder, paths, URLs, PIL images or a data set, not as {type(images).__name__}.")
+    raise ValueError(
+        f"Images come as a folder, paths, URLs, PIL images or a data set, not as {type(images).__name__}."
+    )
 
 
 def to_image(item: Any, mode: str) -> Image.Image:
@@ -109,9 +135,13 @@ def to_image(item: Any, mode: str) -> Image.Image:
         item = item[0]
     if isinstance(item, str | Path):
         is_file = Path(item).expanduser().is_file()
-        item = Image.open(Path(item).expanduser()) if is_file else load_image(str(item), timeout=30.0)
+        item = (
+            Image.open(Path(item).expanduser()) if is_file else load_image(str(item), timeout=30.0)
+        )
     if not isinstance(item, Image.Image):
-        raise ValueError(f"{type(item).__name__} is neither a path, a URL nor a PIL image, and holds none")
+        raise ValueError(
+            f"{type(item).__name__} is neither a path, a URL nor a PIL image, and holds none"
+        )
     image: Image.Image = ImageOps.exif_transpose(item)
     if image.mode.startswith("I;16"):  # `convert` alone would clip
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -146,7 +176,9 @@ def check_num_clusters(num_clusters: int | None, num_images: int, method: str = 
     least = FEWEST[method]
     if num_clusters is not None and not least <= num_clusters <= num_images:
         allowed = f"{least} to {num_images} with method {method!r}, or None"
-        raise ValueError(f"num_clusters is {num_clusters} for {num_images} images; allowed are {allowed}.")
+        raise ValueError(
+            f"num_clusters is {num_clusters} for {num_images} images; allowed are {allowed}."
+        )
 
 
 def check_finite(features: Tensor, names: Sequence[Any]) -> None:
@@ -161,15 +193,24 @@ def check_finite(features: Tensor, names: Sequence[Any]) -> None:
 
 def largest_first(clustering: Clustering) -> Clustering:
     """The same groups, numbered by falling size; groups without an image are dropped."""
-    order = clustering.counts.argsort(descending=True, stable=True)[: int((clustering.counts > 0).sum())]
+    order = clustering.counts.argsort(descending=True, stable=True)[
+        : int((clustering.counts > 0).sum())
+    ]
     number = torch.full_like(clustering.counts, -1)
     number[order] = torch.arange(len(order))
     return clustering.joined(number)
 
 
-def find_groups(features: Tensor, num_clusters: int | None, seed: int, method: str) -> tuple[Clustering, dict[str, Any]]:
+def find_groups(
+    features: Tensor, num_clusters: int | None, seed: int, method: str
+) -> tuple[Clustering, dict[str, Any]]:
     """Groups of features (N, D), as many as asked for or as proposed, and the facts about their number for the summary."""
-    facts: dict[str, Any] = {"clear": True, "reason": "as asked for", "interval": None, "evidence": []}
+    facts: dict[str, Any] = {
+        "clear": True,
+        "reason": "as asked for",
+        "interval": None,
+        "evidence": [],
+    }
     if num_clusters is None:
         proposal: Proposal = propose_num_clusters(features, seed=seed)
         guess = min(max(round(math.sqrt(len(features) / 2)), FEWEST[method]), MAX_GUESS)
@@ -212,7 +253,9 @@ class ImageClusteringPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         name = type(self.model).__name__
         if self.model.main_input_name != "pixel_values" or self.image_processor is None:
-            raise ValueError(f"{name} is no image encoder with an image processor, which {TASK} needs; give a model of images.")
+            raise ValueError(
+                f"{name} is no image encoder with an image processor, which {TASK} needs; give a model of images."
+            )
         self.model.eval()
 
     @property
@@ -220,7 +263,9 @@ class ImageClusteringPipeline(Pipeline):
         """Pillow's name for the channels that the model reads."""
         return "L" if getattr(self.model.config, "num_channels", 3) == 1 else "RGB"
 
-    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(
+        self, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if kwargs:
             raise ValueError(
                 f"{TASK} knows no {', '.join(kwargs)}; num_clusters, method, clustering and seed belong to the call."
@@ -253,13 +298,17 @@ class ImageClusteringPipeline(Pipeline):
         """Features (1, D) and the error of one image."""
         return model_outputs["features"].float(), model_outputs["error"]
 
-    def encode(self, items: Sequence[Any], **settings: Any) -> tuple[Tensor, list[int], list[dict[str, Any]]]:
+    def encode(
+        self, items: Sequence[Any], **settings: Any
+    ) -> tuple[Tensor, list[int], list[dict[str, Any]]]:
         """Features (N, D) of the readable images, their places in `items`, and the entries of the broken ones."""
         rows: list[Tensor] = []
         kept: list[int] = []
         broken: list[dict[str, Any]] = []
         outputs = super().__call__(Images(items, self.mode), **settings)
-        for index, (row, error) in enumerate(logging.tqdm(outputs, total=len(items), desc="features", unit="image")):
+        for index, (row, error) in enumerate(
+            logging.tqdm(outputs, total=len(items), desc="features", unit="image")
+        ):
             if error:
                 broken.append({"index": index, "image": self.name_of(items, index), "error": error})
             else:
@@ -274,7 +323,11 @@ class ImageClusteringPipeline(Pipeline):
     @staticmethod
     def name_of(items: Sequence[Any], index: int) -> Any:
         """How the caller knows an image: the path, URL or PIL image of a list, or the row of a data set."""
-        return items[index] if isinstance(items, list | tuple) and not isinstance(items[index], tuple | dict) else index
+        return (
+            items[index]
+            if isinstance(items, list | tuple) and not isinstance(items[index], tuple | dict)
+            else index
+        )
 
     def __call__(  # type: ignore[override]
         self,
@@ -317,16 +370,35 @@ class ImageClusteringPipeline(Pipeline):
         if clustering is not None:
             assignments, confidence = clustering.assign(features)
             clustering = replace(clustering, assignments=assignments, confidence=confidence)
-            facts: dict[str, Any] = {"clear": True, "reason": "as given", "num_clusters": len(clustering.centroids)}
+            facts: dict[str, Any] = {
+                "clear": True,
+                "reason": "as given",
+                "num_clusters": len(clustering.centroids),
+            }
         else:
             check_num_clusters(num_clusters, len(kept), method)
             clustering, facts = find_groups(features, num_clusters, seed, method)
         self.features, self.clustering = features, clustering
         sizes = clustering.assignments.bincount(minlength=len(clustering.centroids)).tolist()
         exemplars = clustering.exemplars(features)
-        self.summary = {"num_images": len(kept), "sizes": sizes, "exemplars": exemplars, "broken": broken, **facts}
-        entries = zip(names, kept, clustering.assignments.tolist(), clustering.confidence.tolist(), strict=True)
-        return [{"image": name, "index": index, "cluster": group, "score": score} for name, index, group, score in entries]
+        self.summary = {
+            "num_images": len(kept),
+            "sizes": sizes,
+            "exemplars": exemplars,
+            "broken": broken,
+            **facts,
+        }
+        entries = zip(
+            names,
+            kept,
+            clustering.assignments.tolist(),
+            clustering.confidence.tolist(),
+            strict=True,
+        )
+        return [
+            {"image": name, "index": index, "cluster": group, "score": score}
+            for name, index, group, score in entries
+        ]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write model (`kwargs` as in its own `save_pretrained`), preprocessing and code: the folder loads with and without the package."""
@@ -335,7 +407,11 @@ class ImageClusteringPipeline(Pipeline):
         self.model.save_pretrained(folder, **kwargs)
         self.image_processor.save_pretrained(folder)
         if self.model.config.model_type == "mim_refiner":
-            for part in (self, self.model, self.image_processor):  # each with the flat files that its own imports
+            for part in (
+                self,
+                self.model,
+                self.image_processor,
+            ):  # each with the flat files that its own imports
                 custom_object_save(part, folder)
             announce_code(folder)
 

@@ -26,7 +26,15 @@ from .layout import listed
 
 DIGESTS = "weights_digests.json"
 SETTINGS = ("config.json", "preprocessor_config.json")
-BOOKKEEPING = frozenset(("transformers_version", "auto_map", "custom_pipelines", "image_processor_type", "_name_or_path"))
+BOOKKEEPING = frozenset(
+    (
+        "transformers_version",
+        "auto_map",
+        "custom_pipelines",
+        "image_processor_type",
+        "_name_or_path",
+    )
+)
 """Fields that say by what the folder was written and which classes read it; transformers adds and drops them when it saves."""
 
 
@@ -45,7 +53,11 @@ def write_digests(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def fields_digest(path: Path) -> str:
     """sha256, in hexadecimal, of the fields of a JSON object that say how the weights are used, in the order of their names."""
-    fields = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in BOOKKEEPING}
+    fields = {
+        key: value
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+        if key not in BOOKKEEPING
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -64,7 +76,9 @@ def check_file_digests(folder: Path, digests: Mapping[str, str]) -> None:
     """
     for name in SETTINGS:
         path = folder / name
-        if name in digests and not (path.is_file() and digests[name] in (fields_digest(path), sha256_of(path))):
+        if name in digests and not (
+            path.is_file() and digests[name] in (fields_digest(path), sha256_of(path))
+        ):
             raise CheckpointError(
                 f"{path} has not the fields that {DIGESTS} describes; get the folder again, or, if you changed it yourself, remove its "
                 f"line from {DIGESTS}"
@@ -79,7 +93,9 @@ def check_digests(name: str, digests: Mapping[str, str], tensors: Mapping[str, T
     """
     digests = {key: value for key, value in digests.items() if key not in SETTINGS}
     changed = [
-        key for key in dict.fromkeys([*digests, *tensors]) if key not in tensors or digests.get(key) != digest(tensors[key])
+        key
+        for key in dict.fromkeys([*digests, *tensors])
+        if key not in tensors or digests.get(key) != digest(tensors[key])
     ]
     if changed:
         raise CheckpointError(

@@ -62,7 +62,11 @@ class Record:
         """The record of the file `path`; None where there is none that can be read."""
         try:
             return cls(**json.loads(cls.beside(path).read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged: then nothing is known
+        except (
+            FileNotFoundError,
+            ValueError,
+            TypeError,
+        ):  # absent, or damaged: then nothing is known
             return None
 
     def write(self, path: Path) -> None:
@@ -78,7 +82,11 @@ class Record:
 
     def contradicts(self, other: "Record") -> bool:
         """Whether two answers speak of different versions of the file: in a mark or a size that both give."""
-        pairs = ((self.etag, other.etag), (self.last_modified, other.last_modified), (self.size, other.size))
+        pairs = (
+            (self.etag, other.etag),
+            (self.last_modified, other.last_modified),
+            (self.size, other.size),
+        )
         return any(mine != theirs for mine, theirs in pairs if mine and theirs)
 
 
@@ -97,7 +105,9 @@ def download(url: str, path: Path) -> Path:
     if path.is_file() and record is not None and record.url == url and is_intact(path, record):
         return path
     if constants.is_offline_mode():
-        raise CheckpointError(f"{path} is not there (or damaged) and HF_HUB_OFFLINE=1 forbids the download; unset it once")
+        raise CheckpointError(
+            f"{path} is not there (or damaged) and HF_HUB_OFFLINE=1 forbids the download; unset it once"
+        )
     part = path.with_name(f"{path.name}.part")
     furthest, failures = size_of(part), 0
     while True:
@@ -131,7 +141,8 @@ def attempt(url: str, part: Path, path: Path) -> Record:
     if offset and offset == known.size:
         return known  # only the new name was missing
     request = urllib.request.Request(
-        url, headers={"User-Agent": f"mim_refiner_hf/{importlib.metadata.version('mim_refiner_hf')}"}
+        url,
+        headers={"User-Agent": f"mim_refiner_hf/{importlib.metadata.version('mim_refiner_hf')}"},
     )
     if offset:
         request.add_header("Range", f"bytes={offset}-")
@@ -141,7 +152,13 @@ def attempt(url: str, part: Path, path: Path) -> Record:
             offset, now = starting_point(response, known, part)
             now.write(path)
             receive(response, part, offset, now.size)
-    except (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+    except (
+        URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ssl.SSLError,
+    ) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise Interrupted(reason or type(error).__name__) from error
     if size_of(part) != now.size:
@@ -165,7 +182,9 @@ def ask(request: urllib.request.Request, part: Path) -> http.client.HTTPResponse
         ) from error
     if request.type == "https" and not response.url.startswith("https://"):
         response.close()
-        raise CheckpointError(f"{request.full_url} leads to {response.url}, where anyone on the way could change the file")
+        raise CheckpointError(
+            f"{request.full_url} leads to {response.url}, where anyone on the way could change the file"
+        )
     if response.headers.get_content_type() == "text/html":
         response.close()
         raise CheckpointError(
@@ -174,7 +193,9 @@ def ask(request: urllib.request.Request, part: Path) -> http.client.HTTPResponse
     return response
 
 
-def starting_point(response: http.client.HTTPResponse, known: Record, part: Path) -> tuple[int, Record]:
+def starting_point(
+    response: http.client.HTTPResponse, known: Record, part: Path
+) -> tuple[int, Record]:
     """(the byte at which this answer goes on, the record of the version it brings); 0 where it brings the whole file."""
     offset, partial, headers = size_of(part), response.status == 206, response.headers
     span, _, total = headers.get("Content-Range", "").partition("/")
@@ -187,7 +208,12 @@ def starting_point(response: http.client.HTTPResponse, known: Record, part: Path
     changed = now.contradicts(known)
     if partial and not changed and span.startswith(f"bytes {offset}-"):
         return offset, known
-    start_over(part, "the file was changed on the server" if changed else "the server cannot continue a download")
+    start_over(
+        part,
+        "the file was changed on the server"
+        if changed
+        else "the server cannot continue a download",
+    )
     if partial:
         raise Interrupted("the server sent a part that does not fit")
     return 0, now
@@ -196,7 +222,12 @@ def starting_point(response: http.client.HTTPResponse, known: Record, part: Path
 def start_over(part: Path, reason: str) -> None:
     """Throw away what has arrived, and say so; nothing where nothing has."""
     if part.is_file():
-        logger.warning("%s, so the %d bytes in %s are thrown away and it starts over", reason, size_of(part), part)
+        logger.warning(
+            "%s, so the %d bytes in %s are thrown away and it starts over",
+            reason,
+            size_of(part),
+            part,
+        )
         part.unlink()
 
 
@@ -208,7 +239,9 @@ def receive(response: http.client.HTTPResponse, part: Path, offset: int, size: i
     name = part.name.removesuffix(".part")
     with (
         part.open("ab" if offset else "wb") as file,
-        tqdm(total=size, initial=offset, desc=name, unit="B", unit_scale=True, unit_divisor=1024) as progress,
+        tqdm(
+            total=size, initial=offset, desc=name, unit="B", unit_scale=True, unit_divisor=1024
+        ) as progress,
     ):
         while chunk := response.read(CHUNK):
             file.write(chunk)
@@ -230,7 +263,9 @@ def is_intact(path: Path, record: Record | None) -> bool:
         reason = f"it has sha256 {found} instead of {record.sha256}"
     else:
         return True
-    logger.warning("%s was changed or damaged since its download (%s) and is downloaded again", path, reason)
+    logger.warning(
+        "%s was changed or damaged since its download (%s) and is downloaded again", path, reason
+    )
     return False
 
 

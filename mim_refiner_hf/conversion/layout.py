@@ -46,7 +46,9 @@ def copy(target: str, tensor: Tensor) -> Placed:
 
 def split_qkv(target: str, tensor: Tensor) -> Placed:
     """A fused (3 D, ...) projection as three (D, ...), `*` in the target standing for q, k and v."""
-    return {target.replace("*", name): part for name, part in zip("qkv", tensor.chunk(3), strict=True)}
+    return {
+        target.replace("*", name): part for name, part in zip("qkv", tensor.chunk(3), strict=True)
+    }
 
 
 def cls_and_patches(target: str, tensor: Tensor) -> Placed:
@@ -128,7 +130,11 @@ class Layout:
         lines = "\n".join(names)
         found = [re.search(pattern, lines, re.MULTILINE | re.DOTALL) for pattern in self.signature]
         starts = [match.start() for match in found if match is not None]
-        return [names[lines.count("\n", 0, start)] for start in starts] if len(starts) == len(found) else []
+        return (
+            [names[lines.count("\n", 0, start)] for start in starts]
+            if len(starts) == len(found)
+            else []
+        )
 
     def own_name(self, name: str) -> str:
         """The name without the family's prefix."""

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .layout import CLS_TOKEN, POSITIONS, Layout, Rule, any_positions, cls_and_patches, patches_only, split_qkv, stated
+from .layout import (
+    CLS_TOKEN,
+    POSITIONS,
+    Layout,
+    Rule,
+    any_positions,
+    cls_and_patches,
+    patches_only,
+    split_qkv,
+    stated,
+)
 
 # --- timm's names: MAE and all that grew out of it ----------------------------------------------------------------------------
 
@@ -24,7 +34,13 @@ FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
 CLS = Rule(r"cls_token", CLS_TOKEN)
 ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
 PRE_NORM = {**ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
-POST_NORM = {**ABSOLUTE, "norm_placement": "post", "use_cls_token": True, "final_norm": False, "embedding_norm": True}
+POST_NORM = {
+    **ABSOLUTE,
+    "norm_placement": "post",
+    "use_cls_token": True,
+    "final_norm": False,
+    "embedding_norm": True,
+}
 
 MAE = Layout(
     family="mae",
@@ -35,7 +51,12 @@ MAE = Layout(
     drops=((r"decoder_.*|mask_token", "decoder"),),
     settings=PRE_NORM,
 )
-DBOT = replace(MAE, family="dbot", title="dBOT (liuxingbin/dbot)", signature=(*MAE.signature, r"^decoder_predp\."))
+DBOT = replace(
+    MAE,
+    family="dbot",
+    title="dBOT (liuxingbin/dbot)",
+    signature=(*MAE.signature, r"^decoder_predp\."),
+)
 CROSSMAE = replace(  # with weighted feature maps (`wfm`, as released) the blocks end without a norm, else with one
     MAE,
     family="crossmae",
@@ -50,7 +71,10 @@ IBOT = replace(
     family="ibot",
     title="iBOT's or DINO's training file, its teacher (bytedance/ibot, facebookresearch/dino)",
     paths=(("teacher",),),
-    signature=(r"^(module\.)?backbone\.patch_embed\.proj\.", r"^(module\.)?backbone\.blocks\.\d+\.attn\.qkv\."),
+    signature=(
+        r"^(module\.)?backbone\.patch_embed\.proj\.",
+        r"^(module\.)?backbone\.blocks\.\d+\.attn\.qkv\.",
+    ),
     prefix=r"(?:module\.)?(?:backbone\.)?",
     drops=((r"head\d*\..*", "projection head"), (r"masked_embed", "mask token")),
 )
@@ -70,7 +94,9 @@ IJEPA = replace(
 # --- bare ViTs, and timm's own models (`timm_models.py` reads their config.json) -----------------------------------------------
 
 CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
-LAYER_SCALE = Rule(r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight")
+LAYER_SCALE = Rule(
+    r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
+)
 PLAIN_VIT = Layout(
     family="plain_vit",
     title="a bare ViT state dict (MAWS, DINO, timm)",
@@ -127,10 +153,16 @@ CONMIM = replace(
     model_types=(),
     drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), POSITION_INDEX),
     settings={**PLAIN_BEIT.settings, "final_norm": True},
-    preprocessing=lambda contents: {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF,
+    preprocessing=lambda contents: (
+        {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
+    ),
 )
 CONMIM_EMA = replace(  # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
-    CONMIM, family="conmim_ema", title="ConMIM's moving average, to be asked for", paths=(("model_ema",),), signature=()
+    CONMIM,
+    family="conmim_ema",
+    title="ConMIM's moving average, to be asked for",
+    paths=(("model_ema",),),
+    signature=(),
 )
 
 
@@ -160,7 +192,10 @@ RELEASED_POSTNORM = replace(  # old files say `norm` for `embed_norm`; unlike a 
     family="mim_refiner_postnorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: data2vec 2.0 refined)",
     model_types=("vit.data2vec2_vit",),
-    signature=(r"^(cls_tokens\.tokens|pos_embed\.embed)$", r"^embed_norm\.|^norm\..*^blocks\.\d+\."),
+    signature=(
+        r"^(cls_tokens\.tokens|pos_embed\.embed)$",
+        r"^embed_norm\.|^norm\..*^blocks\.\d+\.",
+    ),
     rules=(*RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
     settings=POST_NORM,
 )
@@ -174,8 +209,13 @@ MAE_CT = replace(  # names as above, so it is recognised as that, which computes
 
 def stack_prenet(placed: dict[str, Any]) -> dict[str, Any]:
     """The modality's own blocks (`prenet.<i>`) run first: they become layers 0, 1, ..., and the shared ones follow."""
-    depth = 1 + max((int(name.split(".")[1]) for name in placed if name.startswith("prenet.")), default=-1)
-    shifted = {re.sub(r"\Alayers\.(\d+)", lambda m: f"layers.{int(m[1]) + depth}", name): t for name, t in placed.items()}
+    depth = 1 + max(
+        (int(name.split(".")[1]) for name in placed if name.startswith("prenet.")), default=-1
+    )
+    shifted = {
+        re.sub(r"\Alayers\.(\d+)", lambda m: f"layers.{int(m[1]) + depth}", name): t
+        for name, t in placed.items()
+    }
     return {re.sub(r"\Aprenet\.", "layers.", name): tensor for name, tensor in shifted.items()}
 
 
@@ -191,7 +231,11 @@ DATA2VEC2 = Layout(
         Rule(rf"{IMAGE}local_encoder\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
         Rule(rf"{IMAGE}context_encoder\.norm\.(weight|bias)", r"embeddings.norm.\1"),
         *(
-            Rule(rf"{IMAGE}context_encoder\.{rule.pattern}", rule.target.replace("layers", "prenet"), rule.how)
+            Rule(
+                rf"{IMAGE}context_encoder\.{rule.pattern}",
+                rule.target.replace("layers", "prenet"),
+                rule.how,
+            )
             for rule in BLOCKS
         ),
         *BLOCKS,
@@ -222,7 +266,10 @@ def capi_blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
 CAPI = Layout(  # its image-level vector, `global_repr`, is read off after the predictor's first block: that one is kept
     family="capi",
     title="CAPI (facebookresearch/capi)",
-    signature=(r"^(?:backbone\.)?registers$", r"^(?:backbone\.)?encoder\.blocks\.0\.residual1\.fn\.rope\.freqs$"),
+    signature=(
+        r"^(?:backbone\.)?registers$",
+        r"^(?:backbone\.)?encoder\.blocks\.0\.residual1\.fn\.rope\.freqs$",
+    ),
     prefix=r"backbone\.",
     rules=(
         Rule(r"registers", "embeddings.register_tokens"),
@@ -255,8 +302,14 @@ BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
 TRANSFORMERS_RULES = (
     Rule(r"embeddings\.cls_token", CLS_TOKEN),
     Rule(r"embeddings\.position_embeddings", POSITIONS, cls_and_patches),
-    Rule(r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
-    Rule(BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)", r"layers.\1.attention.\2_proj.\3"),
+    Rule(
+        r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
+        r"embeddings.patch_embeddings.\1",
+    ),
+    Rule(
+        BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
+        r"layers.\1.attention.\2_proj.\3",
+    ),
     Rule(BLOCK + r"attention\.([qkvo]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
     Rule(BLOCK + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
     Rule(BLOCK + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
@@ -300,7 +353,10 @@ BEIT = Layout(  # the final norm is there or not: the masked-image model has one
             BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{TABLE}",
             r"layers.\1.attention.relative_position_bias.table",
         ),
-        Rule(rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{TABLE}", r"relative_position_bias.table"),
+        Rule(
+            rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{TABLE}",
+            r"relative_position_bias.table",
+        ),
     ),
     drops=(
         (r"pooler\..*", "pooler"),
@@ -310,7 +366,9 @@ BEIT = Layout(  # the final norm is there or not: the masked-image model has one
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
     facts={
         "position_encoding": beit_positions,
-        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,  # 0 is BEiT's word for none
+        "layer_scale_init": lambda config: (
+            config.get("layer_scale_init_value") or None
+        ),  # 0 is BEiT's word for none
         "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
     },
     preprocessing=lambda contents: HALF,

@@ -64,11 +64,17 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{self.family}: {self.placed} of {self.total} placed"]
-        return "; ".join(parts + [f"{reason}: {len(names)} dropped" for reason, names in self.dropped.items()])
+        return "; ".join(
+            parts + [f"{reason}: {len(names)} dropped" for reason, names in self.dropped.items()]
+        )
 
 
 def load_encoder(
-    source: str | Path, *, family: str | None = None, revision: str | None = None, num_heads: int | None = None
+    source: str | Path,
+    *,
+    family: str | None = None,
+    revision: str | None = None,
+    num_heads: int | None = None,
 ) -> MimRefinerModel:
     """Load any known checkpoint into our encoder, in eval mode and in the dtype it was saved in.
 
@@ -96,7 +102,9 @@ def load_encoder(
         encoder = MimRefinerModel(config)
     check(found.name, layout, placed, came_from, encoder.state_dict())
     dtype = placed[KERNEL].dtype
-    own = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placed.items()}  # no views of a mapped file
+    own = {
+        name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placed.items()
+    }  # no views of a mapped file
     encoder.load_state_dict(own, assign=True)
     encoder.train(False)
     report = LoadReport(layout.family, len(own), len(encoder.state_dict()), dropped, recognised_by)
@@ -141,9 +149,13 @@ def recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Tens
         elif model_type is not None:
             told = f"model_type={model_type!r}" if model_type in layout.model_types else ""
         else:
-            told = ", ".join(f"{name} {list(tensors[name].shape)}" for name in layout.recognises(list(tensors)))
+            told = ", ".join(
+                f"{name} {list(tensors[name].shape)}" for name in layout.recognises(list(tensors))
+            )
         if told:
-            refuse_classifier(found.name, [name for name in tensors if layout.reason_to_drop(name) is None])
+            refuse_classifier(
+                found.name, [name for name in tensors if layout.reason_to_drop(name) is None]
+            )
             return layout, tensors, f"{told} under {where!r}" if where else told
     raise unknown_family(found, family, model_type)
 
@@ -160,10 +172,14 @@ def refuse_classifier(source: str, names: list[str]) -> None:
 def unknown_family(found: Source, family: str | None, model_type: str | None) -> CheckpointError:
     """The error for a source that no layout recognises: what was seen in it, and what would have been known."""
     if family is not None:
-        return CheckpointError(f"family={family!r} is unknown; allowed: {', '.join(layout.family for layout in LAYOUTS)}")
+        return CheckpointError(
+            f"family={family!r} is unknown; allowed: {', '.join(layout.family for layout in LAYOUTS)}"
+        )
     if model_type is not None:
         known = [name for layout in LAYOUTS for name in layout.model_types]
-        return CheckpointError(f"{found.name} has model_type={model_type!r}, not a plain ViT known here ({', '.join(known)})")
+        return CheckpointError(
+            f"{found.name} has model_type={model_type!r}, not a plain ViT known here ({', '.join(known)})"
+        )
     tensors = dict(named_tensors(found.contents))
     refuse_classifier(found.name, list(tensors))
     if tensors and all(re.search(DECODER, name) for name in tensors):
@@ -175,7 +191,11 @@ def unknown_family(found: Source, family: str | None, model_type: str | None) ->
         f"{found.name} is of no known family; top-level keys: {listed([str(key) for key in found.contents])}; tensors: "
         f"{listed([f'{name} {list(tensor.shape)}' for name, tensor in tensors.items()]) or 'none'}; "
         f"known: {', '.join(layout.title for layout in LAYOUTS)}; "
-        + (hint if any("embeddings.patch_embeddings" in name for name in tensors) else "if it is one of them, pass family=")
+        + (
+            hint
+            if any("embeddings.patch_embeddings" in name for name in tensors)
+            else "if it is one of them, pass family="
+        )
     )
 
 
@@ -190,8 +210,14 @@ def place(
     for source_name, tensor in tensors.items():
         try:
             result = layout.place(source_name, tensor)
-        except (IndexError, RuntimeError, ValueError) as error:  # too few dimensions to slice or split
-            raise CheckpointError(f"{name}: {source_name} has the unexpected shape {list(tensor.shape)}") from error
+        except (
+            IndexError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # too few dimensions to slice or split
+            raise CheckpointError(
+                f"{name}: {source_name} has the unexpected shape {list(tensor.shape)}"
+            ) from error
         if result is None:
             unknown.append(source_name)
         elif isinstance(result, str):
@@ -199,21 +225,30 @@ def place(
         else:
             for target in result:
                 if target in placed:
-                    raise CheckpointError(f"{name}: both {came_from[target]} and {source_name} would fill {target}")
+                    raise CheckpointError(
+                        f"{name}: both {came_from[target]} and {source_name} would fill {target}"
+                    )
                 came_from[target] = source_name
             placed.update(result)
     if unknown:
-        raise CheckpointError(f"{name}: {len(unknown)} tensors have no place in {layout.title}: {listed(unknown)}")
+        raise CheckpointError(
+            f"{name}: {len(unknown)} tensors have no place in {layout.title}: {listed(unknown)}"
+        )
     if not placed:
         where = " or ".join(".".join(path) or "its top level" for path in layout.paths)
         what = "; ".join(f"{reason}: {len(names)} tensors" for reason, names in dropped.items())
         found = f"only {what}" if what else f"nothing under {where}"
-        raise CheckpointError(f"{name} holds no encoder of {layout.title}, {found}; load the full checkpoint")
+        raise CheckpointError(
+            f"{name} holds no encoder of {layout.title}, {found}; load the full checkpoint"
+        )
     if layout.finish is not None:
         placed, came_from = layout.finish(placed), layout.finish(came_from)
     if CLS_POSITION in placed and CLS_TOKEN in placed:
         token, position = placed[CLS_TOKEN], placed.pop(CLS_POSITION)
-        if (token.shape, token.dtype) == (position.shape, position.dtype):  # else one of them is wrong, which `check` will say
+        if (token.shape, token.dtype) == (
+            position.shape,
+            position.dtype,
+        ):  # else one of them is wrong, which `check` will say
             placed[CLS_TOKEN] = token + position
     return placed, came_from, dropped
 
@@ -241,12 +276,25 @@ def read_shapes(name: str, placed: dict[str, Tensor]) -> dict[str, Any]:
     """Every field of the configuration that the placed tensors tell; a feature is there if any of its tensors is."""
     kernel = placed.get(KERNEL, torch.empty(0))
     if kernel.ndim != 4:
-        what = f"is {list(kernel.shape)}, expected (D, C, P, P)" if KERNEL in placed else "is missing"
-        raise CheckpointError(f"{name} has no patch embedding: {KERNEL} {what}; it has {listed(list(placed))}")
+        what = (
+            f"is {list(kernel.shape)}, expected (D, C, P, P)" if KERNEL in placed else "is missing"
+        )
+        raise CheckpointError(
+            f"{name} has no patch embedding: {KERNEL} {what}; it has {listed(list(placed))}"
+        )
     depth = read_depth(name, placed)
     _, channels, patch, _ = kernel.shape
-    width = common([len(kernel), *(tensor.numel() for key, tensor in placed.items() if key.endswith(".norm1.weight"))])
-    mlp = [tensor.shape[0] for key, tensor in placed.items() if key.endswith(".mlp.fc1.weight") and tensor.ndim]
+    width = common(
+        [
+            len(kernel),
+            *(tensor.numel() for key, tensor in placed.items() if key.endswith(".norm1.weight")),
+        ]
+    )
+    mlp = [
+        tensor.shape[0]
+        for key, tensor in placed.items()
+        if key.endswith(".mlp.fc1.weight") and tensor.ndim
+    ]
     tables = [tensor.shape for key, tensor in placed.items() if key.endswith(BIAS_TABLE)]
     relative = "" if not tables else "shared_relative" if BIAS_TABLE in placed else "relative"
     fields: dict[str, Any] = {
@@ -260,39 +308,59 @@ def read_shapes(name: str, placed: dict[str, Tensor]) -> dict[str, Any]:
         "num_register_tokens": placed["embeddings.register_tokens"].numel() // width
         if "embeddings.register_tokens" in placed
         else 0,
-        "predictor_layers": len({key.split(".")[2] for key in placed if key.startswith("predictor.blocks.")}),
+        "predictor_layers": len(
+            {key.split(".")[2] for key in placed if key.startswith("predictor.blocks.")}
+        ),
         "embedding_norm": any(key.startswith("embeddings.norm.") for key in placed),
         "final_norm": any(key.startswith("norm.") for key in placed),
         "bias": "all" if any(key.endswith(".k_proj.bias") for key in placed) else "no_key",
         "layer_scale_init": 0.1 if any(".layer_scale" in key for key in placed) else None,
-        "position_encoding": "+".join(kind for kind in ("absolute" if POSITIONS in placed else "", relative) if kind),
+        "position_encoding": "+".join(
+            kind for kind in ("absolute" if POSITIONS in placed else "", relative) if kind
+        ),
     }
     grid: tuple[int, int] | None = None
-    if angles := [tensor.numel() // 2 for key, tensor in placed.items() if key.endswith(".rope.frequencies")]:
+    if angles := [
+        tensor.numel() // 2 for key, tensor in placed.items() if key.endswith(".rope.frequencies")
+    ]:
         fields["num_attention_heads"] = width // max(common(angles), 1)  # (2, head_dim) each
     for rows, *heads in tables:
         side = math.isqrt(max(rows - 3, 0))
-        if side % 2 and side**2 == rows - 3 and len(heads) == 1:  # (2 n - 1)^2 offsets and three rows for CLS
+        if (
+            side % 2 and side**2 == rows - 3 and len(heads) == 1
+        ):  # (2 n - 1)^2 offsets and three rows for CLS
             fields["num_attention_heads"], grid = heads[0], ((side + 1) // 2,) * 2
     positions = placed.get(POSITIONS, torch.empty(0))
-    if positions.ndim in (3, 4) and positions.numel():  # (1, N, D) or (1, rows, columns, D); else `check` says it is misshapen
+    if (
+        positions.ndim in (3, 4) and positions.numel()
+    ):  # (1, N, D) or (1, rows, columns, D); else `check` says it is misshapen
         side = math.isqrt(positions[0, ..., 0].numel())
         grid = (positions.shape[1], positions.shape[2]) if positions.ndim == 4 else (side, side)
         placed[POSITIONS] = positions.flatten(1, -2)
     if grid is not None:
-        fields["image_size"] = grid[0] * patch if grid[0] == grid[1] else [grid[0] * patch, grid[1] * patch]
+        fields["image_size"] = (
+            grid[0] * patch if grid[0] == grid[1] else [grid[0] * patch, grid[1] * patch]
+        )
     return fields
 
 
-def read_config(found: Source, layout: Layout, placed: dict[str, Tensor], num_heads: int | None) -> MimRefinerConfig:
+def read_config(
+    found: Source, layout: Layout, placed: dict[str, Tensor], num_heads: int | None
+) -> MimRefinerConfig:
     """The encoder's configuration: what shapes tell, what the family fixes, and above both what the source itself states."""
-    states = {name: value for name, value in found.config.items() if name in MimRefinerConfig.__annotations__}
+    states = {
+        name: value
+        for name, value in found.config.items()
+        if name in MimRefinerConfig.__annotations__
+    }
     for name, read in layout.facts.items():
         states[name] = read(found.config or found.contents)
     states = {name: value for name, value in states.items() if value is not None}
     fields = read_shapes(found.name, placed) | dict(layout.settings) | states
     if not fields["position_encoding"]:
-        raise CheckpointError(f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either")
+        raise CheckpointError(
+            f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either"
+        )
     fields.setdefault(
         "image_size", 224 // fields["patch_size"] * fields["patch_size"]
     )  # rope, or positions that `check` will name
@@ -310,39 +378,58 @@ def read_config(found: Source, layout: Layout, placed: dict[str, Tensor], num_he
     try:
         config = MimRefinerConfig(**fields)
     except (StrictDataclassError, ValueError) as error:
-        raise CheckpointError(f"{found.name} describes an encoder that cannot be built: {error.__cause__ or error}") from error
+        raise CheckpointError(
+            f"{found.name} describes an encoder that cannot be built: {error.__cause__ or error}"
+        ) from error
     config.name_or_path = found.name
     return config
 
 
 def check(
-    name: str, layout: Layout, placed: Mapping[str, Tensor], came_from: Mapping[str, str], wanted: Mapping[str, Tensor]
+    name: str,
+    layout: Layout,
+    placed: Mapping[str, Tensor],
+    came_from: Mapping[str, str],
+    wanted: Mapping[str, Tensor],
 ) -> None:
     """All or error: exactly the encoder's tensors, in its shapes, of one dtype, all finite."""
     if missing := [key for key in wanted if key not in placed]:
-        raise CheckpointError(f"{name}: {len(missing)} of {len(wanted)} {layout.family} tensors are missing: {listed(missing)}")
+        raise CheckpointError(
+            f"{name}: {len(missing)} of {len(wanted)} {layout.family} tensors are missing: {listed(missing)}"
+        )
     if surplus := [key for key in placed if key not in wanted]:
-        raise CheckpointError(f"{name}: {len(surplus)} tensors have no place in {layout.title}: {listed(surplus)}")
+        raise CheckpointError(
+            f"{name}: {len(surplus)} tensors have no place in {layout.title}: {listed(surplus)}"
+        )
     dtype = common(tensor.dtype for tensor in placed.values())
     problems = {
         "have wrong shapes": lambda key, tensor: (
-            f" is {list(tensor.shape)}, expected {list(wanted[key].shape)}" if tensor.shape != wanted[key].shape else None
+            f" is {list(tensor.shape)}, expected {list(wanted[key].shape)}"
+            if tensor.shape != wanted[key].shape
+            else None
         ),
-        f"are not {dtype} as the others are": lambda key, tensor: f" is {tensor.dtype}" if tensor.dtype != dtype else None,
+        f"are not {dtype} as the others are": lambda key, tensor: (
+            f" is {tensor.dtype}" if tensor.dtype != dtype else None
+        ),
         "hold NaN, infinite or integer values": lambda key, tensor: (
             None if tensor.is_floating_point() and tensor.isfinite().all() else ""
         ),
     }
     for problem, find in problems.items():
-        broken = {key: what for key, tensor in placed.items() if (what := find(key, tensor)) is not None}
+        broken = {
+            key: what for key, tensor in placed.items() if (what := find(key, tensor)) is not None
+        }
         if broken:
             named = [
-                key + what + ("" if came_from[key] == key else f" (from {came_from[key]})") for key, what in broken.items()
+                key + what + ("" if came_from[key] == key else f" (from {came_from[key]})")
+                for key, what in broken.items()
             ]
             raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 
 
-def image_processor(config: MimRefinerConfig, source: Mapping[str, Any]) -> MimRefinerImageProcessor:
+def image_processor(
+    config: MimRefinerConfig, source: Mapping[str, Any]
+) -> MimRefinerImageProcessor:
     """The preprocessing that goes with an encoder: from its `preprocessor_config.json`, else ImageNet's at native size."""
     native = dict(zip(("height", "width"), config.image_hw, strict=True))
     size, crop = (  # an int, as in old files, is a square

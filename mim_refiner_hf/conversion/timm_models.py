@@ -16,7 +16,14 @@ from torch import nn
 from ..runtime.files import CheckpointError
 from .layout import Source
 
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+RESAMPLE = {
+    "nearest": 0,
+    "lanczos": 1,
+    "bilinear": 2,
+    "bicubic": 3,
+    "box": 4,
+    "hamming": 5,
+}  # Pillow's numbers
 
 
 def hub_name(name: str) -> str:
@@ -52,7 +59,9 @@ def in_our_words(found: Source) -> Source:
     config = {"model_type": f"timm.{type(model).__name__}"}
     if config["model_type"] in ("timm.VisionTransformer", "timm.Beit"):
         config |= facts(found.name, model)
-    return replace(found, config=config, preprocessing=preprocessing(found.config.get("pretrained_cfg") or {}))
+    return replace(
+        found, config=config, preprocessing=preprocessing(found.config.get("pretrained_cfg") or {})
+    )
 
 
 def build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
@@ -60,20 +69,29 @@ def build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
     import timm
 
     if not timm.is_model(architecture):
-        raise CheckpointError(f"{name} is timm's {architecture!r}, which timm {timm.__version__} does not know; update timm")
+        raise CheckpointError(
+            f"{name} is timm's {architecture!r}, which timm {timm.__version__} does not know; update timm"
+        )
     try:
         with torch.device("meta"):
-            return timm.model_entrypoint(architecture)(pretrained=False, **{**arguments, "num_classes": 0})
+            return timm.model_entrypoint(architecture)(
+                pretrained=False, **{**arguments, "num_classes": 0}
+            )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{name} is timm's {architecture!r}, which cannot be built as it says: {reason}") from error
+        raise CheckpointError(
+            f"{name} is timm's {architecture!r}, which cannot be built as it says: {reason}"
+        ) from error
 
 
 def activation(name: str, mlp: nn.Module) -> str | None:
     """transformers' word for the activation of timm's MLP; None for another kind of MLP, whose tensors will have no place."""
     if type(mlp).__name__ != "Mlp":
         return None
-    kind, words = type(mlp.act).__name__, {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+    kind, words = (
+        type(mlp.act).__name__,
+        {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"},
+    )
     if kind not in words:
         raise CheckpointError(f"{name} has the activation {kind}; allowed: {', '.join(words)}")
     return "gelu_pytorch_tanh" if getattr(mlp.act, "approximate", "none") == "tanh" else words[kind]
@@ -83,7 +101,9 @@ def facts(name: str, model: Any) -> dict[str, Any]:
     """The fields of `MimRefinerConfig` that timm's `VisionTransformer` or `Beit` states."""
     block = model.blocks[0]
     absolute = "absolute" if model.pos_embed is not None else ""
-    per_block = "relative" if getattr(block.attn, "relative_position_bias_table", None) is not None else ""
+    per_block = (
+        "relative" if getattr(block.attn, "relative_position_bias_table", None) is not None else ""
+    )
     shared = "shared_relative" if getattr(model, "rel_pos_bias", None) is not None else ""
     height, width = model.patch_embed.img_size
     return {
@@ -110,5 +130,11 @@ def preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     if pretrained.get("input_size") and pretrained.get("crop_mode", "center") == "center":
         _, height, width = pretrained["input_size"]
         words["crop_size"] = {"height": height, "width": width}
-        words["size"] = {"shortest_edge": math.floor(min(height, width) / pretrained.get("crop_pct", 1.0))}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in words.items() if value is not None}
+        words["size"] = {
+            "shortest_edge": math.floor(min(height, width) / pretrained.get("crop_pct", 1.0))
+        }
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in words.items()
+        if value is not None
+    }

@@ -64,12 +64,20 @@ BY_NC = "cc-by-nc-4.0"
 ENTRIES = (
     ZooEntry("mae_refined_l16", "MAE-Refined", PRE, "ViT-L/16", f"{REFINED}/maerefined_l16.th"),
     ZooEntry("mae_refined_h14", "MAE-Refined", PRE, "ViT-H/14", f"{REFINED}/maerefined_h14.th"),
-    ZooEntry("mae_refined_twob14", "MAE-Refined", PRE, "ViT-2B/14", f"{REFINED}/maerefined_twob14.th"),
+    ZooEntry(
+        "mae_refined_twob14", "MAE-Refined", PRE, "ViT-2B/14", f"{REFINED}/maerefined_twob14.th"
+    ),
     ZooEntry("d2v2_refined_l16", "D2V2-Refined", POST, "ViT-L/16", f"{REFINED}/d2v2refined_l16.th"),
     ZooEntry("d2v2_refined_h14", "D2V2-Refined", POST, "ViT-H/14", f"{REFINED}/d2v2refined_h14.th"),
     ZooEntry("dbot_refined_l16", "dBOT-Refined", PRE, "ViT-L/16", f"{REFINED}/dbotrefined_l16.th"),
     ZooEntry("dbot_refined_h14", "dBOT-Refined", PRE, "ViT-H/14", f"{REFINED}/dbotrefined_h14.th"),
-    ZooEntry("crossmae_refined_l16", "CrossMAE-Refined", PRE, "ViT-L/16", f"{REFINED}/crossmaerefined_l16.th"),
+    ZooEntry(
+        "crossmae_refined_l16",
+        "CrossMAE-Refined",
+        PRE,
+        "ViT-L/16",
+        f"{REFINED}/crossmaerefined_l16.th",
+    ),
     *(
         ZooEntry(f"{kind}_{size}", title, PRE, architecture, f"{MAE_CT}/{kind}_{size}.th")
         for kind, title in (("maect", "MAE-CT"), ("maectaug", "MAE-CT with colour augmentations"))
@@ -80,13 +88,46 @@ ENTRIES = (
             ("huge14", "ViT-H/14"),
         )
     ),
-    ZooEntry("mae_base16", "MAE", "mae", "ViT-B/16", f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", licence=BY_NC),
-    ZooEntry("mae_large16", "MAE", "mae", "ViT-L/16", f"{META}/mae/pretrain/mae_pretrain_vit_large.pth", licence=BY_NC),
-    ZooEntry("mae_huge14", "MAE", "mae", "ViT-H/14", f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth", licence=BY_NC),
-    ZooEntry("mae_twob14", "MAE", "plain_vit", "ViT-2B/14", f"{META}/maws/pretrain/mae_in1k/vit_2b14.pt", licence=BY_NC),
+    ZooEntry(
+        "mae_base16",
+        "MAE",
+        "mae",
+        "ViT-B/16",
+        f"{META}/mae/pretrain/mae_pretrain_vit_base.pth",
+        licence=BY_NC,
+    ),
+    ZooEntry(
+        "mae_large16",
+        "MAE",
+        "mae",
+        "ViT-L/16",
+        f"{META}/mae/pretrain/mae_pretrain_vit_large.pth",
+        licence=BY_NC,
+    ),
+    ZooEntry(
+        "mae_huge14",
+        "MAE",
+        "mae",
+        "ViT-H/14",
+        f"{META}/mae/pretrain/mae_pretrain_vit_huge.pth",
+        licence=BY_NC,
+    ),
+    ZooEntry(
+        "mae_twob14",
+        "MAE",
+        "plain_vit",
+        "ViT-2B/14",
+        f"{META}/maws/pretrain/mae_in1k/vit_2b14.pt",
+        licence=BY_NC,
+    ),
     *(
         ZooEntry(
-            f"data2vec2_{size}", "data2vec 2.0", "data2vec2", architecture, f"{META}/fairseq/data2vec2/{file}", licence="mit"
+            f"data2vec2_{size}",
+            "data2vec 2.0",
+            "data2vec2",
+            architecture,
+            f"{META}/fairseq/data2vec2/{file}",
+            licence="mit",
         )
         for size, architecture, file in (
             ("base16", "ViT-B/16", "base_imagenet.pt"),
@@ -94,8 +135,22 @@ ENTRIES = (
             ("huge14", "ViT-H/14", "huge_imagenet.pt"),
         )
     ),
-    ZooEntry("dbot_large16", "dBOT", "dbot", "ViT-L/16", f"{DBOT}/86.6_dbot_large_pre.pth", licence="apache-2.0"),
-    ZooEntry("dbot_huge14", "dBOT", "dbot", "ViT-H/14", f"{DBOT}/87.4_dbot_huge_pre.pth", licence="apache-2.0"),
+    ZooEntry(
+        "dbot_large16",
+        "dBOT",
+        "dbot",
+        "ViT-L/16",
+        f"{DBOT}/86.6_dbot_large_pre.pth",
+        licence="apache-2.0",
+    ),
+    ZooEntry(
+        "dbot_huge14",
+        "dBOT",
+        "dbot",
+        "ViT-H/14",
+        f"{DBOT}/87.4_dbot_huge_pre.pth",
+        licence="apache-2.0",
+    ),
     ZooEntry(
         "crossmae_large16",
         "CrossMAE",
@@ -106,7 +161,14 @@ ENTRIES = (
         licence=BY_NC,
     ),
     *(
-        ZooEntry(f"capi_vitl14_{data}", f"CAPI on {title}", "capi", "ViT-L/14", f"{META}/capi/{file}.pth", licence="apache-2.0")
+        ZooEntry(
+            f"capi_vitl14_{data}",
+            f"CAPI on {title}",
+            "capi",
+            "ViT-L/14",
+            f"{META}/capi/{file}.pth",
+            licence="apache-2.0",
+        )
         for data, title, file in (
             ("p205", "Places205", "capi_vitl14_p205"),
             ("lvd", "LVD-142M", "capi_vitl14_lvd"),
@@ -153,16 +215,27 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
 def fetch_from_hub(entry: ZooEntry, path: Path) -> Path:
     """The file in the Hub cache, which resumes by itself; its record lies where that of `path` would. Checked at every use."""
     try:
-        kept = Path(patiently(lambda: hf_hub_download(entry.repo, entry.filename), f"loading {entry.name}")).resolve()
+        kept = Path(
+            patiently(lambda: hf_hub_download(entry.repo, entry.filename), f"loading {entry.name}")
+        ).resolve()
         record = Record.read(path)
-        known = record is not None and record.url == str(kept)  # the Hub cache keeps one file per version
+        known = record is not None and record.url == str(
+            kept
+        )  # the Hub cache keeps one file per version
         if known and not is_intact(kept, record):
-            kept, known = Path(hf_hub_download(entry.repo, entry.filename, force_download=True)).resolve(), False
+            kept, known = (
+                Path(hf_hub_download(entry.repo, entry.filename, force_download=True)).resolve(),
+                False,
+            )
     except ConnectionError as error:
-        raise ConnectionError(f"{entry.name}: the Hub does not answer ({error}); run the same command again later") from error
+        raise ConnectionError(
+            f"{entry.name}: the Hub does not answer ({error}); run the same command again later"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{entry.name}: the Hub did not deliver {entry.repo}/{entry.filename}: {first_line}") from error
+        raise CheckpointError(
+            f"{entry.name}: the Hub did not deliver {entry.repo}/{entry.filename}: {first_line}"
+        ) from error
     if not known:
         Record(str(kept), size=kept.stat().st_size, sha256=sha256_of(kept)).write(path)
     return kept

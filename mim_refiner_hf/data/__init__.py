@@ -3,4 +3,12 @@
 from .images import ImageDataset, ImageStream, Sample, hold_out, open_images, open_stream
 from .order import BatchSampler
 
-__all__ = ["BatchSampler", "ImageDataset", "ImageStream", "Sample", "hold_out", "open_images", "open_stream"]
+__all__ = [
+    "BatchSampler",
+    "ImageDataset",
+    "ImageStream",
+    "Sample",
+    "hold_out",
+    "open_images",
+    "open_stream",
+]

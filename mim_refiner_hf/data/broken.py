@@ -59,7 +59,9 @@ class BrokenImages:
         """Entries, or a loader's "broken" column: JSON of a list of entries per sample, "" where there were none."""
         for report in reports:
             entries = [report] if isinstance(report, dict) else json.loads(report or "[]")
-            self._new |= {entry["index"]: entry for entry in entries if entry["index"] not in self._found}
+            self._new |= {
+                entry["index"]: entry for entry in entries if entry["index"] not in self._found
+            }
 
     def share(self, images_read: int = 0) -> None:
         """Tell all processes what is new, name it, list it; all of them call this at the same step.
@@ -82,7 +84,11 @@ class BrokenImages:
 
     def _check(self, images_read: int) -> None:
         is_set = isinstance(self.images, ImageDataset)
-        total = len(self.images.found.sources) if isinstance(self.images, ImageDataset) else max(images_read, ENOUGH)
+        total = (
+            len(self.images.found.sources)
+            if isinstance(self.images, ImageDataset)
+            else max(images_read, ENOUGH)
+        )
         if len(self) <= self.max_fraction * total:
             return
         listed = f"; all are listed in {self.path}" if self.path else ""
@@ -122,16 +128,25 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
     loader = DataLoader(_Checked(own), batch_size=64, num_workers=num_workers, collate_fn=_first)
 
     def found() -> Iterator[Broken]:
-        for batch in progress_bar(loader, hidden=rank() > 0, desc="readable images", unit="batch", leave=False):
+        for batch in progress_bar(
+            loader, hidden=rank() > 0, desc="readable images", unit="batch", leave=False
+        ):
             yield from filter(None, batch)
 
-    entries = sorted((entry for part in gather_objects(list(found())) for entry in part), key=lambda entry: entry["index"])
+    entries = sorted(
+        (entry for part in gather_objects(list(found())) for entry in part),
+        key=lambda entry: entry["index"],
+    )
     if not entries:
         return images, []
     if len(entries) == len(images):
-        raise ValueError(f"None of the {len(images)} images of {images.name} can be read, first: {entries[0]['reason']}")
+        raise ValueError(
+            f"None of the {len(images)} images of {images.name} can be read, first: {entries[0]['reason']}"
+        )
     broken = {entry["index"] for entry in entries}
-    return images.subset([i for i, index in enumerate(images.indices.tolist()) if index not in broken]), entries
+    return images.subset(
+        [i for i, index in enumerate(images.indices.tolist()) if index not in broken]
+    ), entries
 
 
 __all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable"]

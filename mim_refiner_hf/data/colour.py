@@ -30,7 +30,9 @@ COLUMNS = 11  # 4 factors, 4 places of the order, sigma, grey, solarised
 ORDER, SIGMA, GREY, SOLARISED = 4, 8, 9, 10
 BATCH = 512  # views at a time on a device; bounds the memory
 LUMINANCE = (38, 75, 15)  # of red, green and blue, in 1/128
-RADIUS = 6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
+RADIUS = (
+    6  # of the blur, in pixels: three boxes of radius 2, which is Pillow's blur up to a sigma of 2
+)
 MAX_SIGMA, SIGMA_STEPS = 2.0, 500  # per pixel
 BLOCK = 96  # pixels that one product with a band matrix filters, of a batch
 SMALL_BLOCK = 96  # the same of a single view
@@ -82,7 +84,9 @@ def operations(table: Tensor, channels: int) -> list[dict[int, tuple[Operation, 
     usable = len(_ADJUSTMENTS) if channels == 3 else 2
     orders = []
     for row in table.reshape(-1, COLUMNS).tolist():
-        turn = abs(math.trunc(row[3] * 255)) * 6 * 128 / 255  # Pillow turns by whole levels of 255, towards zero
+        turn = (
+            abs(math.trunc(row[3] * 255)) * 6 * 128 / 255
+        )  # Pillow turns by whole levels of 255, towards zero
         amounts = [*(round(256 * (factor - 1)) for factor in row[:3]), round(turn)]
         order: dict[int, tuple[Operation, int]] = {}
         for place, number in enumerate(map(int, row[ORDER : ORDER + 4])):
@@ -99,7 +103,9 @@ def operations(table: Tensor, channels: int) -> list[dict[int, tuple[Operation, 
     return orders
 
 
-def colour_view_(view: NDArray[np.int16], order: dict[int, tuple[Operation, int]]) -> NDArray[np.int16]:
+def colour_view_(
+    view: NDArray[np.int16], order: dict[int, tuple[Operation, int]]
+) -> NDArray[np.int16]:
     """The operations of one view (C, H, W), in place."""
     for operation, amount in order.values():
         operation(view, amount)
@@ -168,7 +174,12 @@ def contrast_(views: Array, amount: Amount) -> None:
     """Away from the mean grey, rounded to a whole level as in Pillow."""
     mean: Amount
     if isinstance(views, Tensor):
-        mean = luminance(views).mean((-2, -1), keepdim=True, dtype=torch.float32).round_().to(torch.int16)
+        mean = (
+            luminance(views)
+            .mean((-2, -1), keepdim=True, dtype=torch.float32)
+            .round_()
+            .to(torch.int16)
+        )
     else:  # the mean of the weighted sums is the weighted sum of the means
         means = np.add.reduce(views.reshape(len(views), -1), axis=1, dtype=np.int32) / views[0].size
         mean = int((means @ LUMINANCE / 128 if len(views) == 3 else means[0]) + 0.5)
@@ -204,7 +215,9 @@ def hue_(views: Array, amount: Amount, back: bool = False) -> None:
     rising += low
     ahead = (green - red, blue - green, red - blue)  # next - c
     for place, channel in enumerate((red, green, blue)):
-        falls = ahead[(place + 1) % 3] >> 15  # all ones where c's predecessor lies above next: c falls
+        falls = (
+            ahead[(place + 1) % 3] >> 15
+        )  # all ones where c's predecessor lies above next: c falls
         falls &= falling
         xp.subtract(rising, ahead[place], out=channel)
         channel += falls
@@ -223,7 +236,10 @@ def blur_(views: Array, sigma: Amount) -> None:
         padded = F.pad(views.to(torch.float32), [RADIUS] * 4, mode="replicate")
         taps = blur_taps().to(views.device)[sigma.flatten().long()]
         band = (
-            F.pad(taps, (BLOCK - 1, BLOCK - 1)).unfold(-1, BLOCK + 2 * RADIUS, 1).flip(1).unsqueeze(1)
+            F.pad(taps, (BLOCK - 1, BLOCK - 1))
+            .unfold(-1, BLOCK + 2 * RADIUS, 1)
+            .flip(1)
+            .unsqueeze(1)
         )  # row i: taps from i on
         views.copy_(_smooth(_smooth(padded, band).mT, band).mT.add_(0.5))
         return
@@ -234,11 +250,16 @@ def _blur_view_(view: NDArray[np.int16], sigma: int) -> None:
     """`blur_` of one view (C, H, W): repeated edges are folded into the matrices, which saves padding the view."""
     channels, height, width = view.shape
     bands = {length: _bands(sigma, length) for length in {height, width}}
-    rows = torch.from_numpy(view.transpose(1, 0, 2).astype(np.float32, order="C")).view(height, -1)  # (H, C W)
+    rows = torch.from_numpy(view.transpose(1, 0, 2).astype(np.float32, order="C")).view(
+        height, -1
+    )  # (H, C W)
     down = torch.empty_like(rows)
     for part, near, band in bands[height]:
         torch.mm(band, rows[near], out=down[part])
-    across, down = rows.view(-1, width), down.view(-1, width)  # (H C, W); the input is not needed any more
+    across, down = (
+        rows.view(-1, width),
+        down.view(-1, width),
+    )  # (H C, W); the input is not needed any more
     for part, near, band in bands[width]:
         torch.mm(down[:, near], band.T, out=across[:, part])
     view[...] = across.add_(0.5).view(height, channels, width).numpy().transpose(1, 0, 2)
@@ -250,7 +271,9 @@ def _bands(sigma: int, length: int) -> list[tuple[slice, slice, Tensor]]:
     What would lie outside is added to the edge."""
     size = min(SMALL_BLOCK, length)
     wide = np.zeros((size, size + 2 * RADIUS + 1), dtype=np.float32)
-    wide[:, : 2 * RADIUS + 1] = blur_taps()[sigma].numpy()  # read with rows one shorter, each begins one place further
+    wide[:, : 2 * RADIUS + 1] = blur_taps()[
+        sigma
+    ].numpy()  # read with rows one shorter, each begins one place further
     wide = wide.reshape(-1)[: size * (size + 2 * RADIUS)].reshape(size, -1)
     blocks = []
     for start in range(0, length, size):
@@ -284,9 +307,15 @@ def blur_taps() -> Tensor:
     for sigma in np.arange(MAX_SIGMA * SIGMA_STEPS + 1) / SIGMA_STEPS:
         variance = sigma**2 / 3  # of one box
         whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # 0 or 1; its radius is whole + edge
-        edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+        edge = (
+            (2 * whole + 1)
+            * (whole * (whole + 1) - 3 * variance)
+            / (6 * (variance - (whole + 1) ** 2))
+        )
         distance = np.abs(np.arange(-2, 3))
-        box = np.where(distance <= whole, 1.0, np.where(distance == whole + 1, edge, 0.0)) / (2 * (whole + edge) + 1)
+        box = np.where(distance <= whole, 1.0, np.where(distance == whole + 1, edge, 0.0)) / (
+            2 * (whole + edge) + 1
+        )
         kernels.append(np.convolve(np.convolve(box, box), box))
     return torch.from_numpy(np.stack(kernels).astype(np.float32))
 

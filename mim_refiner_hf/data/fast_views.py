@@ -42,7 +42,12 @@ class FastMultiCrop:
         item = {}
         for kind, specs in self.kinds.items():
             draws = [draw_view(*image.size, spec, rng) for spec in specs]
-            views = torch.empty(len(specs), pixels.shape[-1], *[specs[0].size if specs else 0] * 2, dtype=torch.uint8)
+            views = torch.empty(
+                len(specs),
+                pixels.shape[-1],
+                *[specs[0].size if specs else 0] * 2,
+                dtype=torch.uint8,
+            )
             table = draw_table(draws)
             orders = [{}] * len(specs) if self.hand_over else operations(table, pixels.shape[-1])
             for view, draw, order in zip(views.numpy(), draws, orders, strict=True):
@@ -60,12 +65,18 @@ def resized_crop(pixels: Tensor, draw: ViewDraw, size: int) -> NDArray[np.uint8]
 
     torch's uint8 kernel has Pillow's filter and 16-bit weights; it is faster on a crop copied out first."""
     top, left, height, width = draw.box
-    crop = pixels[top : top + height, left : left + width].contiguous().permute(2, 0, 1).unsqueeze(0)
-    view: NDArray[np.uint8] = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].numpy()
+    crop = (
+        pixels[top : top + height, left : left + width].contiguous().permute(2, 0, 1).unsqueeze(0)
+    )
+    view: NDArray[np.uint8] = F.interpolate(
+        crop, size=(size, size), mode="bicubic", antialias=True
+    )[0].numpy()
     return view[..., ::-1] if draw.flip else view
 
 
-def finished_views(batch: Mapping[str, Tensor], kind: Literal["global", "local"], device: torch.device | str) -> Tensor:
+def finished_views(
+    batch: Mapping[str, Tensor], kind: Literal["global", "local"], device: torch.device | str
+) -> Tensor:
     """uint8 (B, V, C, H, W) on the device, of a batch of either way: what was handed over unfinished is finished there."""
     views = batch[f"{kind}_views"].to(device, non_blocking=True)
     draws = batch.get(f"{kind}_draws")

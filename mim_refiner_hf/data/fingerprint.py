@@ -24,7 +24,10 @@ def write_data_record(path: Path, images: ImageDataset) -> None:
     entries = images.found.entries
     checks = base64.b64encode(entries.checks.astype("<u4").tobytes()).decode()
     count = len(images.found.sources)
-    write_json(path, {"name": images.name, "images": count, "fingerprint": entries.digest, "entries": checks})
+    write_json(
+        path,
+        {"name": images.name, "images": count, "fingerprint": entries.digest, "entries": checks},
+    )
 
 
 def check_data_record(path: Path, images: ImageDataset) -> None:
@@ -40,7 +43,9 @@ def check_data_record(path: Path, images: ImageDataset) -> None:
         before = np.frombuffer(base64.b64decode(record["entries"], validate=True), dtype="<u4")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason}); remove it, and the data set is taken to be unchanged") from error
+        raise ValueError(
+            f"{path} cannot be read ({reason}); remove it, and the data set is taken to be unchanged"
+        ) from error
     entries, count = images.found.entries, len(images.found.sources)
     if fingerprint == entries.digest:
         return

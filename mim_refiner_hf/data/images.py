@@ -28,10 +28,21 @@ from torch.utils.data import Dataset
 
 from ..clustering.decoding import decode_image, mode_of
 from ..runtime.seeding import random_generator
-from .sources import Entries, FoundImages, digest, find_columns, find_images, load_table, stored, undecoded
+from .sources import (
+    Entries,
+    FoundImages,
+    digest,
+    find_columns,
+    find_images,
+    load_table,
+    stored,
+    undecoded,
+)
 
 MAX_HELD_OUT = 5000
-SHUFFLE_BUFFER = 4096  # undecoded examples in the shuffle of a stream: about 0.4 GB of ImageNet JPEGs
+SHUFFLE_BUFFER = (
+    4096  # undecoded examples in the shuffle of a stream: about 0.4 GB of ImageNet JPEGs
+)
 
 MAX_BROKEN_IN_A_ROW = 10
 
@@ -57,13 +68,19 @@ class ImageDataset(Dataset[Sample]):
     `labels`: int64 per item, -1 = none; `class_names`: a name per label; both None where the data has none. `fingerprint` tells
     two data sets apart without reading pixels. `indices` are the chosen places among `found.sources`, all by default."""
 
-    def __init__(self, found: FoundImages, *, num_channels: int = 3, indices: np.ndarray | None = None) -> None:
+    def __init__(
+        self, found: FoundImages, *, num_channels: int = 3, indices: np.ndarray | None = None
+    ) -> None:
         mode_of(num_channels)
         self.found, self.num_channels = found, num_channels
         self.indices = np.arange(len(found.sources)) if indices is None else indices
         self.labels = found.labels if found.labels is None else found.labels[self.indices]
         self.class_names, self.name = found.class_names, found.name
-        self.fingerprint = found.entries.digest if indices is None else digest([found.entries.digest, indices.tobytes()])
+        self.fingerprint = (
+            found.entries.digest
+            if indices is None
+            else digest([found.entries.digest, indices.tobytes()])
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -71,7 +88,9 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, i: int) -> Sample:
         index = int(self.indices[i])
         source = self.found.sources[index]
-        image = decode_image(source, self.num_channels, str(source) if isinstance(source, Path) else self.describe(i))
+        image = decode_image(
+            source, self.num_channels, str(source) if isinstance(source, Path) else self.describe(i)
+        )
         return Sample(image, -1 if self.labels is None else int(self.labels[i]), index)
 
     @property
@@ -89,7 +108,11 @@ class ImageDataset(Dataset[Sample]):
     def broken(self, candidate: Candidate, error: ValueError) -> Broken:
         """The entry of an image that cannot be read."""
         assert isinstance(candidate, int)
-        return {"index": self.place(candidate), "path": self.describe(candidate), "reason": str(error)}
+        return {
+            "index": self.place(candidate),
+            "path": self.describe(candidate),
+            "reason": str(error),
+        }
 
     def describe(self, i: int) -> str:
         """Where image `i` comes from, for messages: its path, or its row in the data set."""
@@ -100,7 +123,9 @@ class ImageDataset(Dataset[Sample]):
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageDataset":
         """The images at `indices` of this set, in that order; each keeps its `Sample.index`."""
         return ImageDataset(
-            self.found, num_channels=self.num_channels, indices=self.indices[np.asarray(indices, dtype=np.int64)]
+            self.found,
+            num_channels=self.num_channels,
+            indices=self.indices[np.asarray(indices, dtype=np.int64)],
         )
 
 
@@ -113,24 +138,42 @@ class ImageStream:
         self.name, self.num_channels = name, num_channels
         self.image_column, self.label_column = find_columns(features, name)
         self.class_names: list[str] | None = getattr(features.get(self.label_column), "names", None)
-        kept = [column for column in (self.image_column, self.label_column, "__key__") if column in features]
-        self.stream = undecoded(stream.select_columns(kept), self.image_column, features)  # no other column is decoded either
+        kept = [
+            column
+            for column in (self.image_column, self.label_column, "__key__")
+            if column in features
+        ]
+        self.stream = undecoded(
+            stream.select_columns(kept), self.image_column, features
+        )  # no other column is decoded either
 
-    def iterate(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    def iterate(
+        self, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position in this epoch, undecoded example) from position `start` on, shuffled by shards and a buffer."""
         shuffle_seed = int(random_generator(seed, "stream", epoch).integers(2**31))
-        return itertools.islice(enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)), start, None)
+        return itertools.islice(
+            enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)),
+            start,
+            None,
+        )
 
     def decode(self, example: dict[str, Any]) -> tuple[Image.Image, int]:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
         source = stored(example[self.image_column], self.name)
         label = example[self.label_column] if self.label_column else None
-        return decode_image(source, self.num_channels, self.describe(example)), label if isinstance(label, int) else -1
+        return decode_image(source, self.num_channels, self.describe(example)), label if isinstance(
+            label, int
+        ) else -1
 
     def describe(self, example: dict[str, Any]) -> str:
         """What an example is called: its key in a tar shard, or its path; of one without either, the stream."""
         cell = example[self.image_column]
-        return str(example.get("__key__") or (isinstance(cell, dict) and cell.get("path")) or f"an image of {self.name}")
+        return str(
+            example.get("__key__")
+            or (isinstance(cell, dict) and cell.get("path"))
+            or f"an image of {self.name}"
+        )
 
     def __getitem__(self, candidate: tuple[int, dict[str, Any]]) -> Sample:
         """The sample of an (index, example) of `iterate`."""
@@ -147,7 +190,9 @@ class ImageStream:
         return {"index": candidate[0], "path": self.describe(candidate[1]), "reason": str(error)}
 
 
-def open_images(dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3) -> ImageDataset:
+def open_images(
+    dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3
+) -> ImageDataset:
     """Opens what `dataset` names, without decoding anything; `split=None` means "train".
 
     - "digits": scikit-learn's 1797 handwritten digits (8x8, greyscale, bundled), split "train" (1297) or "test" (500),
@@ -159,7 +204,11 @@ def open_images(dataset: str, *, config: str | None = None, split: str | None = 
 
     FileNotFoundError or ValueError says what is missing and what there is; ConnectionError, that the Hub cannot be reached."""
     mode_of(num_channels)
-    found = _find_digits(split or "train") if dataset == "digits" else find_images(dataset, config=config, split=split)
+    found = (
+        _find_digits(split or "train")
+        if dataset == "digits"
+        else find_images(dataset, config=config, split=split)
+    )
     return ImageDataset(found, num_channels=num_channels)
 
 
@@ -171,7 +220,9 @@ class Reading(NamedTuple):
     broken: list[Broken]
 
 
-def read_sample(source: ImageDataset | ImageStream, key: Key, read: Callable[[Any], Sample] | None = None) -> Reading:
+def read_sample(
+    source: ImageDataset | ImageStream, key: Key, read: Callable[[Any], Sample] | None = None
+) -> Reading:
     """The first readable candidate of a key.
 
     Args:
@@ -188,7 +239,9 @@ def read_sample(source: ImageDataset | ImageStream, key: Key, read: Callable[[An
             return Reading(read(candidate), source.place(key[1]), broken)
         except ValueError as error:
             broken.append(source.broken(candidate, error))
-    raise ValueError(f"{len(broken)} images of {source.name} in a row are broken, first: {broken[0]['reason']} Check the data.")
+    raise ValueError(
+        f"{len(broken)} images of {source.name} in a row are broken, first: {broken[0]['reason']} Check the data."
+    )
 
 
 def _find_digits(split: str) -> FoundImages:
@@ -203,14 +256,24 @@ def _find_digits(split: str) -> FoundImages:
     pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8) in 0..16
     names = [str(digit) for digit in range(10)]
     entries = Entries.of(["digits"], [digest([pixels.tobytes()])])
-    return FoundImages([Image.fromarray(image) for image in pixels], labels[chosen], names, "digits", entries)
+    return FoundImages(
+        [Image.fromarray(image) for image in pixels], labels[chosen], names, "digits", entries
+    )
 
 
-def open_stream(dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3) -> ImageStream:
+def open_stream(
+    dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3
+) -> ImageStream:
     """As `open_images`, read in passing: Hub data sets, parquet files, tar shards, image folders; not the digits."""
     if dataset == "digits":
-        raise ValueError("The digits are 1797 images in memory and are not streamed; open them without streaming.")
-    return ImageStream(load_table(dataset, config=config, split=split, streaming=True), name=dataset, num_channels=num_channels)
+        raise ValueError(
+            "The digits are 1797 images in memory and are not streamed; open them without streaming."
+        )
+    return ImageStream(
+        load_table(dataset, config=config, split=split, streaming=True),
+        name=dataset,
+        num_channels=num_channels,
+    )
 
 
 def hold_out(images: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -218,7 +281,9 @@ def hold_out(images: ImageDataset, fraction: float, seed: int) -> tuple[ImageDat
 
     A pure function of its arguments. ValueError for a fraction outside (0, 1) and fewer than 2 images."""
     if not 0 < fraction < 1:
-        raise ValueError(f"The fraction to hold out is {fraction}; it lies between 0 and 1, both excluded.")
+        raise ValueError(
+            f"The fraction to hold out is {fraction}; it lies between 0 and 1, both excluded."
+        )
     if len(images) < 2:
         raise ValueError(f"{images.name} has {len(images)} image; holding out takes at least 2.")
     count = min(max(round(fraction * len(images)), 1), MAX_HELD_OUT, len(images) - 1)
@@ -227,7 +292,9 @@ def hold_out(images: ImageDataset, fraction: float, seed: int) -> tuple[ImageDat
     return images.subset(rest), images.subset(held_out)
 
 
-def _stratified(labels: np.ndarray, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _stratified(
+    labels: np.ndarray, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Sorted places of the rest and of `count` chosen ones: each class is shuffled and spread over (0, 1), the lowest win."""
     shuffled = generator.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

@@ -45,9 +45,13 @@ class BatchSampler(Sampler[list[Key]]):
                 f"batch_size {batch_size} counts all processes and must be a positive multiple of their number, {world_size}."
             )
         if isinstance(source, ImageDataset) and len(source) < 2:
-            raise ValueError(f"{source.name} has {len(source)} image; contrastive refinement needs at least 2.")
+            raise ValueError(
+                f"{source.name} has {len(source)} image; contrastive refinement needs at least 2."
+            )
         if isinstance(source, ImageDataset) and batch_size > len(source):
-            raise ValueError(f"batch_size {batch_size} is larger than {source.name} with its {len(source)} images; lower it.")
+            raise ValueError(
+                f"batch_size {batch_size} is larger than {source.name} with its {len(source)} images; lower it."
+            )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.steps, self.start_step = steps, start_step
         share = batch_size // world_size
@@ -56,13 +60,19 @@ class BatchSampler(Sampler[list[Key]]):
     @property
     def steps_per_epoch(self) -> int | None:
         """Whole batches in an epoch; None for a stream, whose epoch ends with it."""
-        return len(self.source) // self.batch_size if isinstance(self.source, ImageDataset) else None
+        return (
+            len(self.source) // self.batch_size if isinstance(self.source, ImageDataset) else None
+        )
 
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self._from_stream(self.source) if isinstance(self.source, ImageStream) else self._from_dataset(self.source)
+        return (
+            self._from_stream(self.source)
+            if isinstance(self.source, ImageStream)
+            else self._from_dataset(self.source)
+        )
 
     def _from_dataset(self, source: ImageDataset) -> Iterator[list[Key]]:
         per_epoch, spares = len(source) // self.batch_size, MAX_BROKEN_IN_A_ROW - 1
@@ -71,8 +81,14 @@ class BatchSampler(Sampler[list[Key]]):
             epoch, first = divmod(step, per_epoch)
             order = epoch_order(len(source), self.seed, epoch)
             for batch in range(first, min(per_epoch, first + self.steps - step)):
-                places = np.arange(batch * self.batch_size + self.share.start, batch * self.batch_size + self.share.stop)
-                candidates = order[(places[:, None] + [0, *range(self.batch_size, self.batch_size + spares)]) % len(order)]
+                places = np.arange(
+                    batch * self.batch_size + self.share.start,
+                    batch * self.batch_size + self.share.stop,
+                )
+                candidates = order[
+                    (places[:, None] + [0, *range(self.batch_size, self.batch_size + spares)])
+                    % len(order)
+                ]
                 yield [(epoch, *row) for row in candidates.tolist()]
                 step += 1
 
@@ -88,18 +104,25 @@ class BatchSampler(Sampler[list[Key]]):
                     yield self._stream_keys(epoch, batch, following)
                 step, batch = step + 1, following
             if step == first:
-                raise ValueError(f"{source.name} ends before its first batch of {self.batch_size} is full; lower batch_size.")
+                raise ValueError(
+                    f"{source.name} ends before its first batch of {self.batch_size} is full; lower batch_size."
+                )
             unread = max(self.start_step - step, 0) // (
                 step - first
             )  # every epoch is as long as this one: whole ones need no reading
             step, epoch = step + unread * (step - first), epoch + 1 + unread
 
-    def _stream_keys(self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]) -> list[Key]:
+    def _stream_keys(
+        self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]
+    ) -> list[Key]:
         """The next batch stands in; where the stream ends in it, this one after it. A worker is handed about twice its share."""
         pool = [*following] if len(following) == self.batch_size else [*following, *batch]
         spares = range(MAX_BROKEN_IN_A_ROW - 1)
         places = range(self.batch_size)[self.share]
-        return [(epoch, batch[place], *(pool[(place + spare) % len(pool)] for spare in spares)) for place in places]
+        return [
+            (epoch, batch[place], *(pool[(place + spare) % len(pool)] for spare in spares))
+            for place in places
+        ]
 
 
 __all__ = ["BatchSampler", "epoch_order"]

@@ -29,7 +29,9 @@ def own_file(path: str, dataset: str) -> Path | str:
     if not in_zip or re.fullmatch("zip://[^:]*", in_zip):
         if (place := _local(file, dataset)) is not None:
             return f"{in_zip}::{place}" if in_zip else place
-        if re.fullmatch(rf"hf://datasets/{_hub_name(dataset)}(@[^/]+)?/.+", file) and ".." not in file.split("/"):
+        if re.fullmatch(
+            rf"hf://datasets/{_hub_name(dataset)}(@[^/]+)?/.+", file
+        ) and ".." not in file.split("/"):
             return path
     raise ValueError(
         f"A row of {dataset} names the file {path[:200]!r}, which is not one of that data set and was not opened; put the image's "

@@ -27,8 +27,14 @@ from .paths import own_file
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("validation", "val", "valid", "dev")
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+TRAIN, TEST, VALIDATION = (
+    ("train", "training"),
+    ("test", "testing"),
+    ("validation", "val", "valid", "dev"),
+)
 SPLIT_WORDS = {word: words[0] for words in (TRAIN, TEST, VALIDATION) for word in words}
 IMAGE_COLUMNS = ("image", "img")  # preferred in this order where several columns hold images
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # `cls` is WebDataset's name
@@ -45,7 +51,9 @@ class Entries(NamedTuple):
     def of(cls, names: Sequence[Any], about: Iterable[str]) -> "Entries":
         """Of names for messages and a line about each, the same wherever the data set lies: relative path and size of a file."""
         lines = [line.encode(errors="surrogateescape") for line in about]
-        return cls(names, np.array([zlib.crc32(line) for line in lines], dtype=np.uint32), digest(lines))
+        return cls(
+            names, np.array([zlib.crc32(line) for line in lines], dtype=np.uint32), digest(lines)
+        )
 
 
 class FoundImages(NamedTuple):
@@ -65,11 +73,19 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
         if path.is_dir() and not _is_saved(path) and not _table_files(path):
             return _find_in_folder(path, split)
     except OSError as error:  # what is behind it would be missing without a word
-        raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away.") from error
+        raise ValueError(
+            f"{error.filename} cannot be listed ({error.strerror}); make it readable, or move it away."
+        ) from error
     table = load_table(dataset, config=config, split=split, streaming=False)
     image_column, label_column = find_columns(table.features, dataset)
     labels, class_names = _table_labels(table, label_column) if label_column else (None, None)
-    return FoundImages(_Column(table, image_column, dataset), labels, class_names, dataset, _table_entries(path, split, table))
+    return FoundImages(
+        _Column(table, image_column, dataset),
+        labels,
+        class_names,
+        dataset,
+        _table_entries(path, split, table),
+    )
 
 
 def _table_entries(path: Path, split: str | None, table: Any) -> Entries:
@@ -86,14 +102,18 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     folder = _split_folder(root, split)
     paths = sorted(_image_files(folder, frozenset()))
     if not paths:
-        raise ValueError(f"No images in {folder}: looked at every depth for {', '.join(sorted(EXTENSIONS))}.")
+        raise ValueError(
+            f"No images in {folder}: looked at every depth for {', '.join(sorted(EXTENSIONS))}."
+        )
     parts = [path.relative_to(folder).parts for path in paths]
     labels = class_names = None
     if all(len(part) > 1 for part in parts):
         first_level = [part[0] for part in parts]
         class_names = sorted(set(first_level))
         labels = _numbered(first_level, class_names)
-    entries = Entries.of(paths, (f"{'/'.join(part)} {_size(path)}" for part, path in zip(parts, paths, strict=True)))
+    entries = Entries.of(
+        paths, (f"{'/'.join(part)} {_size(path)}" for part, path in zip(parts, paths, strict=True))
+    )
     return FoundImages(paths, labels, class_names, str(folder), entries)
 
 
@@ -126,8 +146,16 @@ def _size(path: Path) -> int:
 
 def _split_folder(root: Path, split: str | None) -> Path:
     """The sub-folder of a split. Without `split`: "train" if all sub-folders are splits (beside "bus" it is a class)."""
-    folders = {folder.name: folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
-    splits = {SPLIT_WORDS[name.lower()]: folder for name, folder in folders.items() if name.lower() in SPLIT_WORDS}
+    folders = {
+        folder.name: folder
+        for folder in root.iterdir()
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
+    splits = {
+        SPLIT_WORDS[name.lower()]: folder
+        for name, folder in folders.items()
+        if name.lower() in SPLIT_WORDS
+    }
     has_splits = len(splits) == len(folders) > 0
     if split is None:
         return splits.get("train", root) if has_splits else root
@@ -137,7 +165,9 @@ def _split_folder(root: Path, split: str | None) -> Path:
         return splits[name]
     if split == "train" and not has_splits:
         return root
-    raise ValueError(f"{root} has no split (sub-folder) {split!r}; it has {sorted(folders) or 'none: leave split out'}.")
+    raise ValueError(
+        f"{root} has no split (sub-folder) {split!r}; it has {sorted(folders) or 'none: leave split out'}."
+    )
 
 
 def load_table(dataset: str, *, config: str | None, split: str | None, streaming: bool) -> Any:
@@ -150,7 +180,9 @@ def load_table(dataset: str, *, config: str | None, split: str | None, streaming
     try:
         if path.exists():
             return _load_local(path, split, streaming=streaming)
-        load = partial(datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming)
+        load = partial(
+            datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming
+        )
         return patiently(load, f"opening {dataset}")
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
@@ -169,23 +201,38 @@ def _load_local(path: Path, split: str | None, *, streaming: bool) -> Any:
 
     if _is_saved(path):
         saved = datasets.load_from_disk(str(path))
-        table = saved[_choose_split(saved, split)] if isinstance(saved, datasets.DatasetDict) else saved
+        table = (
+            saved[_choose_split(saved, split)] if isinstance(saved, datasets.DatasetDict) else saved
+        )
         return table.to_iterable_dataset() if streaming else table
     files = _table_files(path)
     if not files:
         folder = str(_split_folder(path, split))
-        return datasets.load_dataset("imagefolder", data_dir=folder, split="train", streaming=streaming)
+        return datasets.load_dataset(
+            "imagefolder", data_dir=folder, split="train", streaming=streaming
+        )
     splits = _by_split(files, path)
     name = _choose_split(splits, split)
     rows = "" if split is None else split.partition("[")[1] + split.partition("[")[2]
     builder = "webdataset" if files[0].suffix.lower() == ".tar" else "parquet"
-    return datasets.load_dataset(builder, data_files={name: splits[name]}, split=name + rows, streaming=streaming)
+    return datasets.load_dataset(
+        builder, data_files={name: splits[name]}, split=name + rows, streaming=streaming
+    )
 
 
 def _refuse_local_looking(dataset: str, path: Path) -> None:
     """A missing path must not end as an opaque answer of the Hub, whose names are `name` or `owner/name`."""
-    looks_local = dataset.startswith((".", "/", "~")) or dataset.endswith("/") or dataset.count("/") > 1 or "\\" in dataset
-    if looks_local or not dataset or path.suffix.lower() in EXTENSIONS | {".parquet", ".tar", ".zip", ".csv"}:
+    looks_local = (
+        dataset.startswith((".", "/", "~"))
+        or dataset.endswith("/")
+        or dataset.count("/") > 1
+        or "\\" in dataset
+    )
+    if (
+        looks_local
+        or not dataset
+        or path.suffix.lower() in EXTENSIONS | {".parquet", ".tar", ".zip", ".csv"}
+    ):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
         known = "give a folder of images, a .parquet file, 'digits' or the name of a data set on the Hub."
@@ -208,9 +255,14 @@ def _table_files(path: Path) -> list[Path]:
     suffixes = (".parquet", ".tar")
     if path.is_file():
         if path.suffix.lower() not in suffixes:
-            raise ValueError(f"{path} is one file and neither .parquet nor .tar; give the folder that holds the images.")
+            raise ValueError(
+                f"{path} is one file and neither .parquet nor .tar; give the folder that holds the images."
+            )
         return [path]
-    found = [sorted(file for file in path.rglob(f"*{suffix}") if _is_visible(file, path)) for suffix in suffixes]
+    found = [
+        sorted(file for file in path.rglob(f"*{suffix}") if _is_visible(file, path))
+        for suffix in suffixes
+    ]
     return found[0] or found[1]
 
 
@@ -218,8 +270,12 @@ def _by_split(files: list[Path], root: Path) -> dict[str, list[str]]:
     """Files by the first word of their name (below `root`) that names a split; "train" without such a word."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        words = re.findall("[a-z]+", (file.name if file == root else str(file.relative_to(root))).lower())
-        splits.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(str(file))
+        words = re.findall(
+            "[a-z]+", (file.name if file == root else str(file.relative_to(root))).lower()
+        )
+        splits.setdefault(
+            next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []
+        ).append(str(file))
     return splits
 
 
@@ -238,7 +294,10 @@ class _Column(Sequence[ImageSource]):
     """One column of a `datasets.Dataset` as undecoded images."""
 
     def __init__(self, table: Any, column: str, dataset: str) -> None:
-        self.table, self.column = undecoded(table.select_columns([column]), column, table.features), column
+        self.table, self.column = (
+            undecoded(table.select_columns([column]), column, table.features),
+            column,
+        )
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -252,7 +311,11 @@ def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
     """The same table or stream, giving the stored form of `column` instead of a decoded image."""
     import datasets
 
-    return table.cast_column(column, datasets.Image(decode=False)) if isinstance(features[column], datasets.Image) else table
+    return (
+        table.cast_column(column, datasets.Image(decode=False))
+        if isinstance(features[column], datasets.Image)
+        else table
+    )
 
 
 def stored(cell: Any, dataset: str) -> ImageSource:
@@ -269,7 +332,9 @@ def stored(cell: Any, dataset: str) -> ImageSource:
         return file
     import datasets
 
-    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": file})  # in its repository, or in a zip
+    image: Image.Image = datasets.Image().decode_example(
+        {"bytes": None, "path": file}
+    )  # in its repository, or in a zip
     return image
 
 
@@ -279,7 +344,11 @@ def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | Non
 
     def holds_images(feature: Any) -> bool:
         is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-        return is_binary or isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+        return (
+            is_binary
+            or isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and "bytes" in feature)
+        )
 
     def holds_labels(column: str) -> bool:
         dtype = str(getattr(features[column], "dtype", ""))
@@ -290,9 +359,13 @@ def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | Non
     images = [column for column in features if holds_images(features[column])]
     labels = [column for column in features if holds_labels(column)]
     if not images:
-        raise ValueError(f"No image column in {name}: its columns are {list(features)}; one must hold images or encoded bytes.")
+        raise ValueError(
+            f"No image column in {name}: its columns are {list(features)}; one must hold images or encoded bytes."
+        )
     image = next((column for column in IMAGE_COLUMNS if column in images), images[0])
-    return image, next((column for column in LABEL_COLUMNS if column in labels), labels[0] if labels else None)
+    return image, next(
+        (column for column in LABEL_COLUMNS if column in labels), labels[0] if labels else None
+    )
 
 
 def _table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:

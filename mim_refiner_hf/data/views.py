@@ -28,7 +28,10 @@ from .images import ImageDataset, ImageStream, Key, Sample, read_sample
 
 RATIO = (3 / 4, 4 / 3)
 JITTER_P, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
-BLUR_SIGMA = (0.1, 2.0)  # pixels, where global views have 224 of them a side; smaller views get it in proportion
+BLUR_SIGMA = (
+    0.1,
+    2.0,
+)  # pixels, where global views have 224 of them a side; smaller views get it in proportion
 GREYSCALE_P = 0.2
 CACHE_BYTES = 256 * 2**20  # per worker
 
@@ -69,8 +72,16 @@ def view_specs(
     specs = []
     for view in range(global_views):
         blur_p, solarize_p = (1.0, 0.0) if view == 0 else (0.1, 0.2)
-        specs.append(ViewSpec(global_size, global_scale, blur_p, solarize_p, colour, flip, blur_scale=blur_scale))
-    return specs + [ViewSpec(local_size, local_scale, 0.5, 0.0, colour, flip, True, blur_scale)] * local_views
+        specs.append(
+            ViewSpec(
+                global_size, global_scale, blur_p, solarize_p, colour, flip, blur_scale=blur_scale
+            )
+        )
+    return (
+        specs
+        + [ViewSpec(local_size, local_scale, 0.5, 0.0, colour, flip, True, blur_scale)]
+        * local_views
+    )
 
 
 # The operations: pure functions of an image of mode "RGB" or "L" and explicit parameters.
@@ -81,7 +92,9 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 
     `resize(box=...)` would save the copy but lets pixels outside the box bleed in: other bits than the authors'."""
     top, left, height, width = box
-    return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + width, top + height)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
 
 
 def flip_horizontally(image: Image.Image) -> Image.Image:
@@ -98,7 +111,9 @@ def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
     """Blends with the image's mean grey; factor 1 is the image. The bits of `ImageEnhance.Contrast`."""
     counts = np.array(image.convert("L").histogram())
     mean = int(counts @ np.arange(256) / counts.sum() + 0.5)
-    return Image.blend(Image.new(image.mode, image.size, (mean,) * len(image.getbands())), image, factor)
+    return Image.blend(
+        Image.new(image.mode, image.size, (mean,) * len(image.getbands())), image, factor
+    )
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
@@ -172,7 +187,12 @@ class ViewDraw:
 def draw_jitter(rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
     """Brightness, contrast, saturation and hue in random order, each by a factor drawn uniformly."""
     brightness, contrast, saturation, hue = (2 * rng.random(4) - 1).tolist()  # in [-1, 1)
-    factors = (1 + BRIGHTNESS * brightness, 1 + CONTRAST * contrast, 1 + SATURATION * saturation, HUE * hue)
+    factors = (
+        1 + BRIGHTNESS * brightness,
+        1 + CONTRAST * contrast,
+        1 + SATURATION * saturation,
+        HUE * hue,
+    )
     return tuple((place, factors[place]) for place in rng.permutation(4).tolist())
 
 
@@ -223,7 +243,9 @@ def by_kind(specs: Sequence[ViewSpec]) -> tuple[list[ViewSpec], list[ViewSpec]]:
     kinds = [spec for spec in specs if not spec.local], [spec for spec in specs if spec.local]
     for group in kinds:
         if len(sizes := {spec.size for spec in group}) > 1:
-            raise ValueError(f"Views of one kind are stacked and share one size, not {sorted(sizes)}.")
+            raise ValueError(
+                f"Views of one kind are stacked and share one size, not {sorted(sizes)}."
+            )
     return kinds
 
 
@@ -243,11 +265,15 @@ class MultiCrop:
         }
 
     @staticmethod
-    def _stack(image: Image.Image, specs: list[ViewSpec], channels: int, rng: np.random.Generator) -> Tensor:
+    def _stack(
+        image: Image.Image, specs: list[ViewSpec], channels: int, rng: np.random.Generator
+    ) -> Tensor:
         if not specs:
             return torch.empty(0, channels, 0, 0, dtype=torch.uint8)
         size = specs[0].size
-        column = Image.new(image.mode, (size, size * len(specs)))  # views one above the other leave Pillow in one copy
+        column = Image.new(
+            image.mode, (size, size * len(specs))
+        )  # views one above the other leave Pillow in one copy
         for place, spec in enumerate(specs):
             column.paste(make_view(image, spec, rng), (0, place * size))
         pixels = torch.frombuffer(bytearray(column.tobytes()), dtype=torch.uint8)
@@ -267,7 +293,11 @@ class ViewDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample, asked, broken = read_sample(self.source, key, self._read)
         views = self.multicrop(sample.image, view_rng(self.seed, key[0], asked))
-        about = {"index": sample.index, "label": sample.label, "broken": json.dumps(broken) if broken else ""}
+        about = {
+            "index": sample.index,
+            "label": sample.label,
+            "broken": json.dumps(broken) if broken else "",
+        }
         return {**about, **views}
 
     def _read(self, candidate: Any) -> Sample:

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 NEIGHBOURS = 10
 SIMILARITIES_AT_ONCE = 2**24  # entries of the similarity matrix that are held: 64 MiB in fp32
 GLOBAL_SCALE = (0.25, 1.0)  # of the view behind the agreement: the paper's global views (Table 10)
-ATTENTION_IMAGES, ATTENTION_BATCH = 64, 8  # all attention weights of a batch are in memory at once: 0.5 GB for a ViT-L/16
+ATTENTION_IMAGES, ATTENTION_BATCH = (
+    64,
+    8,
+)  # all attention weights of a batch are in memory at once: 0.5 GB for a ViT-L/16
 NOISE = 0.01  # of an accuracy or agreement: what a block may lack to the best one without being called worse
 TABLE = {
     "knn_accuracy": ("k-NN accuracy", "{:.1%}"),
@@ -119,7 +122,9 @@ def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> T
         ValueError: for shapes that differ, or fewer than k + 1 images.
     """
     if first.dim() != 2 or first.shape != second.shape:
-        raise ValueError(f"both views need features (N, D) of one shape, not {(*first.shape,)} and {(*second.shape,)}")
+        raise ValueError(
+            f"both views need features (N, D) of one shape, not {(*first.shape,)} and {(*second.shape,)}"
+        )
     if not 1 <= k < len(first):
         raise ValueError(f"k={k} must lie between 1 and {len(first) - 1}, one less than the images")
     one, other = nearest_others(first, k), nearest_others(second, k)
@@ -142,7 +147,10 @@ class RandomView:
 
     def to_json_string(self) -> str:
         """All that the pixels depend on, for the manifest of a feature store."""
-        return json.dumps(json.loads(self.processor.to_json_string()) | {"view": asdict(self.spec), "seed": self.seed})
+        return json.dumps(
+            json.loads(self.processor.to_json_string())
+            | {"view": asdict(self.spec), "seed": self.seed}
+        )
 
     def _generator(self, image: "Image.Image") -> Any:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
@@ -213,30 +221,58 @@ def block_profile(
     """
     for name, images in (("train_images", train_images), ("eval_images", eval_images)):
         if len(images) <= NEIGHBOURS:
-            raise ValueError(f"{name} has {len(images)} images; the analysis looks at {NEIGHBOURS} neighbours and needs more")
+            raise ValueError(
+                f"{name} has {len(images)} images; the analysis looks at {NEIGHBOURS} neighbours and needs more"
+            )
     losses: list[float] | None = None
     if reconstruction_epochs:
-        settings: dict[str, Any] = {"epochs": reconstruction_epochs, "flip": flip, "seed": seed, "num_workers": num_workers}
+        settings: dict[str, Any] = {
+            "epochs": reconstruction_epochs,
+            "flip": flip,
+            "seed": seed,
+            "num_workers": num_workers,
+        }
         losses = reconstruction_losses(encoder, processor, train_images, eval_images, **settings)
     size, blocks = encoder.config.image_hw[0], range(encoder.config.num_hidden_layers)
 
-    def encoded(images: "ImageDataset", processor: Any, folder: Path | None, what: str) -> FeatureSet:
+    def encoded(
+        images: "ImageDataset", processor: Any, folder: Path | None, what: str
+    ) -> FeatureSet:
         own, desc = own_columns(encoder.config), f"block analysis: {what}"
-        settings: dict[str, Any] = {"features": folder, "batch_size": batch_size, "num_workers": num_workers}
+        settings: dict[str, Any] = {
+            "features": folder,
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+        }
         rows = read_rows(encoder, images, processor, own, desc=desc, **settings)
         found = {block: rows.column(own[block]) for block in blocks}
         return FeatureSet(found[blocks[-1]], found, rows.labels)
 
     found = encoded(eval_images, processor, features, "images")
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
-    accuracies = knn_per_block(encoded(train_images, processor, features, "k-NN bank"), found) if labelled else None
-    view = encoded(eval_images, global_view(processor, size, flip, seed), for_altered_images(features), "augmented images")
+    accuracies = (
+        knn_per_block(encoded(train_images, processor, features, "k-NN bank"), found)
+        if labelled
+        else None
+    )
+    view = encoded(
+        eval_images,
+        global_view(processor, size, flip, seed),
+        for_altered_images(features),
+        "augmented images",
+    )
     return assemble(
         accuracies,
-        [neighbour_agreement(found.blocks[block], view.blocks[block]).mean().item() for block in blocks],
+        [
+            neighbour_agreement(found.blocks[block], view.blocks[block]).mean().item()
+            for block in blocks
+        ],
         losses,
         [found.blocks[block] for block in blocks],
-        attention_distances(encoder, pixels_of(evenly_spaced(eval_images, ATTENTION_IMAGES), processor, encoder.device)),
+        attention_distances(
+            encoder,
+            pixels_of(evenly_spaced(eval_images, ATTENTION_IMAGES), processor, encoder.device),
+        ),
     )
 
 
@@ -244,13 +280,18 @@ def knn_per_block(bank: FeatureSet, found: FeatureSet) -> list[float]:
     """k-NN accuracy (0 to 1) of every block that both have features of, by the paper's protocol."""
     assert bank.labels is not None and found.labels is not None
     return [
-        knn_accuracy(bank.blocks[block], bank.labels, found.blocks[block], found.labels, k=NEIGHBOURS) for block in found.blocks
+        knn_accuracy(
+            bank.blocks[block], bank.labels, found.blocks[block], found.labels, k=NEIGHBOURS
+        )
+        for block in found.blocks
     ]
 
 
 def pixels_of(images: "ImageDataset", processor: Any, device: torch.device) -> Tensor:
     """All images of a small set as one batch (N, C, H, W)."""
-    pixels: Tensor = processor([images[i].image for i in range(len(images))], return_tensors="pt")["pixel_values"]
+    pixels: Tensor = processor([images[i].image for i in range(len(images))], return_tensors="pt")[
+        "pixel_values"
+    ]
     return pixels.to(device)
 
 
@@ -295,8 +336,13 @@ def propose_head_blocks(profile: Sequence[BlockProfile], frozen: int = 0) -> tup
     """
     depth = len(profile)
     if not 0 <= frozen < depth:
-        raise ValueError(f"frozen={frozen} of {depth} blocks; at least one block must be there to be trained")
-    name, scores = "agreement of neighbours under augmentation", [block.neighbour_agreement for block in profile]
+        raise ValueError(
+            f"frozen={frozen} of {depth} blocks; at least one block must be there to be trained"
+        )
+    name, scores = (
+        "agreement of neighbours under augmentation",
+        [block.neighbour_agreement for block in profile],
+    )
     accuracies = [block.knn_accuracy for block in profile if block.knn_accuracy is not None]
     if len(accuracies) == depth:
         name, scores = "k-NN accuracy", accuracies
@@ -324,10 +370,15 @@ def profile_table(profile: Sequence[BlockProfile]) -> str:
     for field, (title, form) in TABLE.items():
         values = [getattr(block, field) for block in profile]
         if any(value is not None for value in values):
-            columns.append((title, ["" if value is None else form.format(value) for value in values]))
+            columns.append(
+                (title, ["" if value is None else form.format(value) for value in values])
+            )
     widths = [max(len(title), *map(len, cells)) for title, cells in columns]
     rows = [[title for title, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 

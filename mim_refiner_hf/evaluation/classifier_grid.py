@@ -42,7 +42,9 @@ class ClassifierGrid:
 
     def predict(self, features: Tensor) -> Tensor:
         """features (B, D) -> each classifier's class for each of them, (C, B)."""
-        return torch.cat([self.logits(rows).argmax(dim=2) for rows in features.split(PREDICTED_AT_ONCE)]).T
+        return torch.cat(
+            [self.logits(rows).argmax(dim=2) for rows in features.split(PREDICTED_AT_ONCE)]
+        ).T
 
     def step(self, features: Tensor, gradient: Tensor, decay: float) -> None:
         """One step of SGD with momentum: `gradient` (B, C, K) is the loss's at the logits of `features` (B, D).
@@ -50,7 +52,9 @@ class ClassifierGrid:
         `decay` multiplies every learning rate; it is what the schedule says.
         """
         slopes = (features.T @ gradient.flatten(1)).view_as(self.weight), gradient.sum(dim=0)
-        for parameter, velocity, slope in zip((self.weight, self.bias), self.velocities, slopes, strict=True):
+        for parameter, velocity, slope in zip(
+            (self.weight, self.bias), self.velocities, slopes, strict=True
+        ):
             velocity.mul_(MOMENTUM).add_(slope)
             parameter.addcmul_(velocity, self.rates, value=-decay)
 

@@ -33,7 +33,9 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
     """Both as arrays (N,); ValueError unless they are of one length and not empty."""
     classes, groups = np.asarray(labels), np.asarray(assignments)
     if classes.ndim != 1 or classes.shape != groups.shape or len(classes) == 0:
-        raise ValueError(f"labels and assignments must be two lists of one length, not {classes.shape} and {groups.shape}")
+        raise ValueError(
+            f"labels and assignments must be two lists of one length, not {classes.shape} and {groups.shape}"
+        )
     return classes, groups
 
 
@@ -44,11 +46,16 @@ def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:
     (or fewer) leave items unmatched, which count as wrong. Ids may be any integers.
     """
     classes, groups = check_pair(labels, assignments)
-    counts = contingency_matrix(classes, groups)  # (classes, groups), both in ascending order of their ids
+    counts = contingency_matrix(
+        classes, groups
+    )  # (classes, groups), both in ascending order of their ids
     square = np.zeros((max(counts.shape),) * 2, dtype=np.int64)
     square[: counts.shape[0], : counts.shape[1]] = counts
     _, partner = linear_sum_assignment(square, maximize=True)  # class i goes with group partner[i]
-    own: NDArray[np.bool_] = partner[np.unique(classes, return_inverse=True)[1]] == np.unique(groups, return_inverse=True)[1]
+    own: NDArray[np.bool_] = (
+        partner[np.unique(classes, return_inverse=True)[1]]
+        == np.unique(groups, return_inverse=True)[1]
+    )
     return own
 
 
@@ -57,7 +64,9 @@ def cluster_accuracy(labels: ArrayLike, assignments: ArrayLike) -> float:
     return float(matched(labels, assignments).mean())
 
 
-def cluster_scores(labels: ArrayLike, assignments: ArrayLike, embeddings: ArrayLike | None = None) -> dict[str, float]:
+def cluster_scores(
+    labels: ArrayLike, assignments: ArrayLike, embeddings: ArrayLike | None = None
+) -> dict[str, float]:
     """All scores of one clustering of N items.
 
     Args:
@@ -110,22 +119,30 @@ def kmeans(features: Tensor, num_clusters: int, *, runs: int = 100, seed: int = 
         ValueError: when `num_clusters` is not between 1 and N, `runs` is below 1, or a feature is not finite.
     """
     if not 1 <= num_clusters <= len(features):
-        raise ValueError(f"num_clusters={num_clusters} must lie between 1 and the {len(features)} items to cluster")
+        raise ValueError(
+            f"num_clusters={num_clusters} must lie between 1 and the {len(features)} items to cluster"
+        )
     if runs < 1:
         raise ValueError(f"runs={runs} must be at least 1")
     points = F.normalize(features.detach().float().cpu(), dim=1).numpy()
     if not np.isfinite(points).all():
-        raise ValueError("the features hold NaN or infinity, so they cannot be clustered; check the model that made them")
+        raise ValueError(
+            "the features hold NaN or infinity, so they cannot be clustered; check the model that made them"
+        )
     best: MiniBatchKMeans | None = None
     groups = np.empty((runs, len(points)), dtype=np.int32)
-    with threadpool_limits(1):  # a mini-batch is too small for threads: on busy cores two are four times slower than one
+    with threadpool_limits(
+        1
+    ):  # a mini-batch is too small for threads: on busy cores two are four times slower than one
         for run in range(runs):
             fitted = MiniBatchKMeans(num_clusters, n_init=1, random_state=seed + run).fit(points)
             groups[run] = fitted.labels_
             if best is None or fitted.inertia_ < best.inertia_:
                 best = fitted
     assert best is not None  # runs >= 1
-    return KMeansRun(best.labels_.astype(np.int64), best.cluster_centers_, float(best.inertia_), groups)
+    return KMeansRun(
+        best.labels_.astype(np.int64), best.cluster_centers_, float(best.inertia_), groups
+    )
 
 
 def mean_scores(labels: ArrayLike, run: KMeansRun) -> tuple[float, float]:
@@ -146,4 +163,12 @@ def rankme(features: Tensor) -> float:
     return float(torch.exp(-(p * p.log()).sum()))
 
 
-__all__ = ["KMeansRun", "cluster_accuracy", "cluster_scores", "kmeans", "matched", "mean_scores", "rankme"]
+__all__ = [
+    "KMeansRun",
+    "cluster_accuracy",
+    "cluster_scores",
+    "kmeans",
+    "matched",
+    "mean_scores",
+    "rankme",
+]

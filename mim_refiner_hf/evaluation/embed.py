@@ -43,14 +43,31 @@ from .feature_store import (
     record_file,
     write_shard,
 )
-from .features import FeatureSet, blocks_of, check_blocks, check_columns, encode, feature_columns, frozen, own_column
+from .features import (
+    FeatureSet,
+    blocks_of,
+    check_blocks,
+    check_columns,
+    encode,
+    feature_columns,
+    frozen,
+    own_column,
+)
 from .image_shards import Batch, Images, ShardSampler, shard_loader
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 8192  # images
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACKAGES = ("mim_refiner_hf", "torch", "torchvision", "transformers", "datasets", "pillow", "pyarrow")
+PACKAGES = (
+    "mim_refiner_hf",
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "pillow",
+    "pyarrow",
+)
 
 
 def embed_images(
@@ -92,9 +109,13 @@ def embed_images(
     columns = check_columns(columns or feature_columns(encoder.config), encoder.config)
     check_settings(images, batch_size, num_workers, shard_size)
     new = describe(encoder, images, processor, columns, shard_size, command)
-    with nullcontext() if is_complete(folder) else sole_run(folder, "--out"):  # anyone may read a complete store
+    with (
+        nullcontext() if is_complete(folder) else sole_run(folder, "--out")
+    ):  # anyone may read a complete store
         manifest = claim(folder, new, shard_size is None)
-        num_images = fill(folder, manifest, encoder, images, processor, batch_size, num_workers, device)
+        num_images = fill(
+            folder, manifest, encoder, images, processor, batch_size, num_workers, device
+        )
         wait_for_everyone()
         if rank() == 0:
             finish(folder, manifest | {"num_images": num_images})
@@ -119,28 +140,54 @@ def stored_features(
     """
     own = [own_column(encoder.config, block) for block in range(encoder.config.num_hidden_layers)]
     columns = [own[block] for block in (*check_blocks(blocks or (), len(own)), -1)]
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    return feature_set(embed_images(encoder, images, processor, folder, columns=columns, **settings), blocks or (), own)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+    }
+    return feature_set(
+        embed_images(encoder, images, processor, folder, columns=columns, **settings),
+        blocks or (),
+        own,
+    )
 
 
 # --- what a store is of -------------------------------------------------------------------------------------------------------
 
 
-def check_settings(images: Images, batch_size: int, num_workers: int, shard_size: int | None) -> None:
+def check_settings(
+    images: Images, batch_size: int, num_workers: int, shard_size: int | None
+) -> None:
     """ValueError for numbers that make no sense, and for a data set without images."""
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("shard_size", shard_size, 1)):
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("shard_size", shard_size, 1),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if not len(images) if isinstance(images, ImageDataset) else next(iter(images.stream), None) is None:
+    if (
+        not len(images)
+        if isinstance(images, ImageDataset)
+        else next(iter(images.stream), None) is None
+    ):
         raise ValueError(f"{images.name} has no images, so there is nothing to embed")
 
 
 def weights_fingerprint(encoder: MimRefinerModel) -> str:
     """16 hexadecimal digits of all weights, and of the settings that say how they are used (but for those of pooling)."""
-    names = {name for name in MimRefinerConfig.__annotations__ if not name.startswith("_")} - {"pooling", "features"}
+    names = {name for name in MimRefinerConfig.__annotations__ if not name.startswith("_")} - {
+        "pooling",
+        "features",
+    }
     settings = {name: getattr(encoder.config, name) for name in names}
     tensors = sorted(encoder.state_dict().items())
-    return digest([json.dumps(settings, sort_keys=True), *(f"{name} {digest_of_tensor(tensor)}" for name, tensor in tensors)])
+    return digest(
+        [
+            json.dumps(settings, sort_keys=True),
+            *(f"{name} {digest_of_tensor(tensor)}" for name, tensor in tensors),
+        ]
+    )
 
 
 def data_fingerprint(images: Images) -> str:
@@ -152,7 +199,11 @@ def data_fingerprint(images: Images) -> str:
 
 def whole_fingerprint(images: Images) -> str:
     """`data_fingerprint` of the data set that a subset was taken from: `index` counts its images."""
-    return images.found.entries.digest if isinstance(images, ImageDataset) else data_fingerprint(images)
+    return (
+        images.found.entries.digest
+        if isinstance(images, ImageDataset)
+        else data_fingerprint(images)
+    )
 
 
 def describe(
@@ -168,15 +219,25 @@ def describe(
     num_images = len(images) if isinstance(images, ImageDataset) else None
     return {
         "format": FORMAT,
-        "encoder": {"name": config.name_or_path or "unnamed", "fingerprint": weights_fingerprint(encoder)},
+        "encoder": {
+            "name": config.name_or_path or "unnamed",
+            "fingerprint": weights_fingerprint(encoder),
+        },
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "preprocessing": json.loads(processor.to_json_string()),
-        "data": {"name": images.name, "fingerprint": data_fingerprint(images), "whole": whole_fingerprint(images)},
+        "data": {
+            "name": images.name,
+            "fingerprint": data_fingerprint(images),
+            "whole": whole_fingerprint(images),
+        },
         "num_images": num_images,
         "class_names": images.class_names,
-        "columns": {column: config.hidden_size * max(1, len(blocks_of(column, depth))) for column in columns},
+        "columns": {
+            column: config.hidden_size * max(1, len(blocks_of(column, depth))) for column in columns
+        },
         "own_columns": [own_column(config, block) for block in range(depth)],
-        "shard_size": shard_size or (min(SHARD_SIZE, -(-num_images // world_size())) if num_images else SHARD_SIZE),
+        "shard_size": shard_size
+        or (min(SHARD_SIZE, -(-num_images // world_size())) if num_images else SHARD_SIZE),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "command": command,
     }
@@ -186,7 +247,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], any_shard_size: bool) 
     """In words, what keeps the features of `new` from being those of `old`; more columns than asked for do not."""
     keys = ["dtype", "preprocessing"] + ["shard_size"] * (not any_shard_size)
     found = [f"{key} was {old[key]}, is {new[key]}" for key in keys if old[key] != new[key]]
-    parts = ["data"] + ["encoder"] * (old["dtype"] == new["dtype"])  # other weights go without saying in another dtype
+    parts = ["data"] + ["encoder"] * (
+        old["dtype"] == new["dtype"]
+    )  # other weights go without saying in another dtype
     for part in parts:
         was, now = (f"{side[part]['name']} ({side[part]['fingerprint']})" for side in (old, new))
         if old[part]["fingerprint"] != new[part]["fingerprint"]:
@@ -211,7 +274,9 @@ def claim(folder: Path, new: dict[str, Any], any_shard_size: bool) -> dict[str, 
     if old is None:
         check_writable(folder, "--out")
     elif differing := differences(old, new, any_shard_size):
-        raise ValueError(f"{folder} holds other features: {'; '.join(differing)}; name another folder, or remove this one")
+        raise ValueError(
+            f"{folder} holds other features: {'; '.join(differing)}; name another folder, or remove this one"
+        )
     wait_for_everyone()  # all have looked
     if old is None and rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +295,9 @@ def intact_shards(folder: Path, shards: Iterable[int]) -> set[int]:
         if is_intact(folder, shard):
             intact.add(shard)
         elif (record := record_file(folder, shard)).exists():
-            logger.warning("shard %d in %s is not what was written; computing it again", shard, folder)
+            logger.warning(
+                "shard %d in %s is not what was written; computing it again", shard, folder
+            )
             record.unlink()
     return intact
 
@@ -248,8 +315,14 @@ def fill(
     """Compute those of this process's shards that are not finished; returns how many images there are, broken ones included."""
     size, processes, first = manifest["shard_size"], world_size(), rank()
     count = number_of_shards(manifest)
-    recorded = sorted(shard for path in (folder / "records").glob("*.json") if (shard := int(path.stem)) % processes == first)
-    verifying = progress_bar(recorded, hidden=first > 0 or not recorded, desc="verifying", unit=" shards", leave=False)
+    recorded = sorted(
+        shard
+        for path in (folder / "records").glob("*.json")
+        if (shard := int(path.stem)) % processes == first
+    )
+    verifying = progress_bar(
+        recorded, hidden=first > 0 or not recorded, desc="verifying", unit=" shards", leave=False
+    )
     intact = intact_shards(folder, verifying)
     total = None  # of a stream nobody knows
     if count is not None:
@@ -257,12 +330,23 @@ def fill(
         if not todo:
             return int(manifest["num_images"])
         total = sum(min(size, manifest["num_images"] - shard * size) for shard in todo)
-    sampler = ShardSampler(images, size, batch_size, lambda shard: shard % processes == first and shard not in intact)
+    sampler = ShardSampler(
+        images, size, batch_size, lambda shard: shard % processes == first and shard not in intact
+    )
     desc = "features" if processes == 1 else f"features, process 1 of {processes}"
-    with frozen(encoder, device) as device, progress_bar(total=total, hidden=first > 0, desc=desc, unit=" images") as bar:
-        loader = shard_loader(sampler, processor, num_workers=num_workers, pin_memory=device.type == "cuda")
+    with (
+        frozen(encoder, device) as device,
+        progress_bar(total=total, hidden=first > 0, desc=desc, unit=" images") as bar,
+    ):
+        loader = shard_loader(
+            sampler, processor, num_workers=num_workers, pin_memory=device.type == "cuda"
+        )
         for shard, batches in itertools.groupby(loader, key=lambda batch: batch.shard):
-            write_shard(folder, shard, *encode_shard(encoder, batches, manifest["columns"], device, bar.update))
+            write_shard(
+                folder,
+                shard,
+                *encode_shard(encoder, batches, manifest["columns"], device, bar.update),
+            )
     assert sampler.num_images is not None  # the loader came to the end of the stream
     return sampler.num_images
 
@@ -277,7 +361,9 @@ def encode_shard(
     """Rows and broken images of one shard, for `write_shard`; `done` is told of the images as they are finished."""
     rows: list[tuple[int, int, str]] = []
     broken: list[dict[str, Any]] = []
-    features = {column: [np.empty((0, width), dtype=np.float32)] for column, width in columns.items()}
+    features = {
+        column: [np.empty((0, width), dtype=np.float32)] for column, width in columns.items()
+    }
     for batch in batches:
         if batch.pixel_values is not None:
             pixel_values = batch.pixel_values.to(device, non_blocking=True)
@@ -295,7 +381,9 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
     records = [read_record(folder, shard) for shard in range(number_of_shards(manifest) or 0)]
     broken = {"images": [image for record in records if record for image in record["broken"]]}
     for path, content in ((folder / BROKEN, broken), (folder / MANIFEST, manifest)):
-        if not path.is_file() or json.loads(path.read_text()) != content:  # a complete store is only read
+        if (
+            not path.is_file() or json.loads(path.read_text()) != content
+        ):  # a complete store is only read
             write_json(path, content)
 
 

@@ -55,7 +55,9 @@ class Change:
         return "better" if low > 0 else "worse" if high < 0 else "no clear difference"
 
 
-def measure(statistic: Callable[[NDArray[np.int64]], float], n: int, *, spread: float = 0.0, seed: int = 0) -> Measured:
+def measure(
+    statistic: Callable[[NDArray[np.int64]], float], n: int, *, spread: float = 0.0, seed: int = 0
+) -> Measured:
     """A statistic of `n` images and its standard error.
 
     Args:
@@ -68,7 +70,9 @@ def measure(statistic: Callable[[NDArray[np.int64]], float], n: int, *, spread: 
         ValueError: for fewer than 2 images.
     """
     if n < 2:
-        raise ValueError(f"{n} image(s) say nothing about the error of a score; at least 2 are needed")
+        raise ValueError(
+            f"{n} image(s) say nothing about the error of a score; at least 2 are needed"
+        )
     rng = np.random.default_rng(seed)
     draws = np.array([statistic(rng.integers(0, n, n)) for _ in range(RESAMPLES)])
     value = float(statistic(np.arange(n)))

@@ -54,7 +54,9 @@ class Rows:
     def labels(self) -> Tensor | None:
         """(N,) int64, or None unless every image has a label."""
         labels = self.images.labels
-        return torch.from_numpy(labels) if labels is not None and bool((labels >= 0).all()) else None
+        return (
+            torch.from_numpy(labels) if labels is not None and bool((labels >= 0).all()) else None
+        )
 
     def side_by_side(self, columns: Sequence[str]) -> Tensor:
         """(N, D * number of columns)."""
@@ -94,11 +96,17 @@ def read_rows(
         ValueError: for a folder that holds something else, a store of other weights, preprocessing, images or columns (it names what
             differs), features that are not finite, and images none of which can be read.
     """
-    passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    passes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+    }
     if features is None:
         found, _ = encode_images(encoder, images, processor, columns, desc=desc, **passes)
         return Rows(images, lambda column: finite(found[column], column, images))
-    wanted = describe(encoder, images, processor, check_columns(columns, encoder.config), None, None)
+    wanted = describe(
+        encoder, images, processor, check_columns(columns, encoder.config), None, None
+    )
     one = (features / MANIFEST).is_file()  # what `mim-refiner embed` made
     stores = [the_store(features, wanted)] if one else usable_stores(features, wanted)
     missing = np.flatnonzero(~np.isin(images.indices, known_indices(stores)))
@@ -110,7 +118,9 @@ def read_rows(
         )
     if len(missing):
         rest = images if len(missing) == len(images) else images.subset(missing)
-        folder = features / store_name(describe(encoder, rest, processor, wanted["columns"], None, None))
+        folder = features / store_name(
+            describe(encoder, rest, processor, wanted["columns"], None, None)
+        )
         stores.append(embed_images(encoder, rest, processor, folder, columns=columns, **passes))
     return gather(images, stores)
 
@@ -157,9 +167,13 @@ def the_store(folder: Path, wanted: dict[str, Any]) -> FeatureStore:
             f"{' and '.join(sorted({column.partition('.')[2] for column in wanted['columns']}))}"
         )
     if differing := mismatches(store.manifest, wanted):
-        raise ValueError(f"--features {folder}: it holds other features: {'; '.join(differing)}; name another folder")
+        raise ValueError(
+            f"--features {folder}: it holds other features: {'; '.join(differing)}; name another folder"
+        )
     if not is_whole(store):
-        raise ValueError(f"--features {folder}: it is damaged; run the command that made it again: it repairs what is broken")
+        raise ValueError(
+            f"--features {folder}: it is damaged; run the command that made it again: it repairs what is broken"
+        )
     return store
 
 
@@ -191,7 +205,10 @@ def known_indices(stores: Sequence[FeatureStore]) -> NDArray[np.int64]:
     """The places in the data set that the stores know of, broken images included."""
     known = [np.empty(0, dtype=np.int64)]
     for store in stores:
-        known += [store.indices.numpy(), np.array([image["index"] for image in store.broken], dtype=np.int64)]
+        known += [
+            store.indices.numpy(),
+            np.array([image["index"] for image in store.broken], dtype=np.int64),
+        ]
     return np.concatenate(known)
 
 
@@ -218,9 +235,20 @@ def gather(images: "ImageDataset", stores: Sequence[FeatureStore]) -> Rows:
     readable, broken = images, list[dict[str, Any]]()
     if bool((owner < 0).any()):
         first = int(np.flatnonzero(owner < 0)[0])
-        logger.warning("%d images cannot be read and are left out, such as %s", (owner < 0).sum(), images.describe(first))
+        logger.warning(
+            "%d images cannot be read and are left out, such as %s",
+            (owner < 0).sum(),
+            images.describe(first),
+        )
         lost = set(images.indices[owner < 0].tolist())
-        broken = list({image["index"]: image for store in stores for image in store.broken if image["index"] in lost}.values())
+        broken = list(
+            {
+                image["index"]: image
+                for store in stores
+                for image in store.broken
+                if image["index"] in lost
+            }.values()
+        )
         readable = images.subset(np.flatnonzero(owner >= 0))
         row, owner = row[owner >= 0], owner[owner >= 0]
     if len(readable) == 0:
@@ -241,4 +269,11 @@ def gather(images: "ImageDataset", stores: Sequence[FeatureStore]) -> Rows:
     return Rows(readable, column, broken)
 
 
-__all__ = ["Rows", "check_features", "evaluation_columns", "for_altered_images", "own_columns", "read_rows"]
+__all__ = [
+    "Rows",
+    "check_features",
+    "evaluation_columns",
+    "for_altered_images",
+    "own_columns",
+    "read_rows",
+]

@@ -33,7 +33,9 @@ def flat_map(features: Tensor, seed: int = 0) -> tuple[Tensor, str]:
     """
     if len(features) >= UMAP_FROM:
         rows = F.normalize(features.float(), dim=1)
-        points = cluster_count.umap_space(rows, 2, neighbours=NEIGHBOURS, min_dist=MIN_DIST, seed=seed)
+        points = cluster_count.umap_space(
+            rows, 2, neighbours=NEIGHBOURS, min_dist=MIN_DIST, seed=seed
+        )
         if points is not None:
             return points, "UMAP"
     return principal_components(features, 2), "PCA"

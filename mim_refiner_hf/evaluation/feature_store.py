@@ -50,7 +50,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: when `folder` is a file or holds something else.
     """
-    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+    if not folder.exists() or (
+        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    ):
         return None
     path = folder / MANIFEST
     try:
@@ -58,13 +60,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except ValueError:  # not even JSON
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder} exists and is not a folder of features, so it is left alone; name another one")
+        raise ValueError(
+            f"{folder} exists and is not a folder of features, so it is left alone; name another one"
+        )
     return manifest
 
 
 def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
     """Shards of a complete store; None for a stream that has not been read to its end."""
-    return None if manifest["num_images"] is None else math.ceil(manifest["num_images"] / manifest["shard_size"])
+    return (
+        None
+        if manifest["num_images"] is None
+        else math.ceil(manifest["num_images"] / manifest["shard_size"])
+    )
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -92,7 +100,9 @@ def is_intact(folder: Path, shard: int) -> bool:
     return record is not None and sha256_of(shard_file(folder, shard)) == record["sha256"]
 
 
-def write_shard(folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Mapping[str, Any]]) -> None:
+def write_shard(
+    folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Mapping[str, Any]]
+) -> None:
     """Write one shard, then its record: whatever happens, a shard with a record is complete and on the disk.
 
     Args:
@@ -107,8 +117,12 @@ def write_shard(folder: Path, shard: int, rows: Mapping[str, Any], broken: Seque
         if name in types:
             columns[name] = pa.array(values, types[name])
         else:
-            types[name] = pa.list_(pa.field("element", pa.float32(), nullable=False), values.shape[1])
-            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=types[name])
+            types[name] = pa.list_(
+                pa.field("element", pa.float32(), nullable=False), values.shape[1]
+            )
+            columns[name] = pa.FixedSizeListArray.from_arrays(
+                pa.array(values.reshape(-1)), type=types[name]
+            )
     schema = pa.schema([pa.field(name, types[name], nullable=False) for name in columns])
     path, record = shard_file(folder, shard), record_file(folder, shard)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -120,11 +134,18 @@ def write_shard(folder: Path, shard: int, rows: Mapping[str, Any], broken: Seque
         row_group_size=ROWS_AT_ONCE,
         compression="zstd",
         use_dictionary=["path", "label"],
-        use_byte_stream_split=[f"{name}.list.element" for name in columns if pa.types.is_fixed_size_list(types[name])],
+        use_byte_stream_split=[
+            f"{name}.list.element" for name in columns if pa.types.is_fixed_size_list(types[name])
+        ],
         write_page_checksum=True,
     )
     sync_to_disk(temporary)
-    about = {"rows": len(rows["index"]), "size": temporary.stat().st_size, "sha256": sha256_of(temporary), "broken": broken}
+    about = {
+        "rows": len(rows["index"]),
+        "size": temporary.stat().st_size,
+        "sha256": sha256_of(temporary),
+        "broken": broken,
+    }
     temporary.replace(path)
     sync_to_disk(path.parent)
     write_json(record, about)
@@ -153,12 +174,18 @@ class FeatureStore:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
-            raise FileNotFoundError(f"{folder} holds no features; make them with mim-refiner embed ... --out {folder}")
+            raise FileNotFoundError(
+                f"{folder} holds no features; make them with mim-refiner embed ... --out {folder}"
+            )
         count = number_of_shards(manifest)
         records = [read_record(self.folder, shard) for shard in range(count or 0)]
         finished = [record for record in records if record is not None]
         if count is None or len(finished) < count:
-            done = len(list((self.folder / "records").glob("*.json"))) if count is None else len(finished)
+            done = (
+                len(list((self.folder / "records").glob("*.json")))
+                if count is None
+                else len(finished)
+            )
             raise ValueError(
                 f"{folder} is not complete, {done} of {count or 'an unknown number of'} shards are there; run the command that "
                 f"began it again: {manifest['command'] or 'it goes on from there'}"
@@ -167,7 +194,9 @@ class FeatureStore:
         self.columns: dict[str, int] = manifest["columns"]
         self.class_names: list[str] | None = manifest["class_names"]
         self.rows_of_shards: list[int] = [record["rows"] for record in finished]
-        self.broken: list[dict[str, Any]] = [image for record in finished for image in record["broken"]]
+        self.broken: list[dict[str, Any]] = [
+            image for record in finished for image in record["broken"]
+        ]
 
     def __len__(self) -> int:
         return sum(self.rows_of_shards)
@@ -193,7 +222,9 @@ class FeatureStore:
         ValueError for a column that is not there.
         """
         if column not in self.columns:
-            raise ValueError(f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}")
+            raise ValueError(
+                f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}"
+            )
         for array in self._read(column):
             values = array.flatten().to_numpy(zero_copy_only=False, writable=True)
             yield torch.from_numpy(values.reshape(-1, self.columns[column]))
@@ -211,17 +242,27 @@ class FeatureStore:
         for shard in range(len(self.rows_of_shards)):
             path = shard_file(self.folder, shard)
             try:
-                with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:  # no whole file in memory
+                with pq.ParquetFile(
+                    path, pre_buffer=False, page_checksum_verification=True
+                ) as file:  # no whole file in memory
                     for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
                         yield batch.column(0)
             except (OSError, pa.ArrowInvalid) as error:
-                raise ValueError(f"{path} cannot be read ({error}); embed again into the same folder to repair it") from error
+                raise ValueError(
+                    f"{path} cannot be read ({error}); embed again into the same folder to repair it"
+                ) from error
 
     def _integers(self, column: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(a.to_numpy() for a in self._read(column))]))
+        return torch.from_numpy(
+            np.concatenate(
+                [np.empty(0, dtype=np.int64), *(a.to_numpy() for a in self._read(column))]
+            )
+        )
 
 
-def feature_set(store: FeatureStore, blocks: Sequence[int] = (), own_columns: Sequence[str] | None = None) -> FeatureSet:
+def feature_set(
+    store: FeatureStore, blocks: Sequence[int] = (), own_columns: Sequence[str] | None = None
+) -> FeatureSet:
     """What `extract_features` gives, read from a store: features of the last block, and of each of `blocks`.
 
     Row i belongs to image `store.indices[i]`; the two differ only where images were broken.
@@ -236,7 +277,9 @@ def feature_set(store: FeatureStore, blocks: Sequence[int] = (), own_columns: Se
     """
     own: Sequence[str] = own_columns or store.manifest["own_columns"]
     wanted = check_blocks(blocks, len(own))
-    features = {column: store.features(column) for column in {own[block] for block in (*wanted, -1)}}
+    features = {
+        column: store.features(column) for column in {own[block] for block in (*wanted, -1)}
+    }
     return FeatureSet(
         features=features[own[-1]],
         blocks={block: features[own[block]] for block in wanted},

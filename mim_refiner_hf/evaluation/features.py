@@ -63,7 +63,9 @@ class Preprocess:
     processor: Any
 
     def __call__(self, samples: "Sequence[Sample]") -> tuple[Tensor, Tensor]:
-        pixels: Tensor = self.processor([sample.image for sample in samples], return_tensors="pt")["pixel_values"]
+        pixels: Tensor = self.processor([sample.image for sample in samples], return_tensors="pt")[
+            "pixel_values"
+        ]
         return pixels, torch.tensor([sample.label for sample in samples], dtype=torch.int64)
 
 
@@ -74,7 +76,9 @@ def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
     """`blocks` sorted and without repetition; ValueError for a block that the encoder does not have."""
     for block in blocks:
         if not 0 <= block < depth:
-            raise ValueError(f"blocks has {block}, but the encoder's blocks are numbered 0 to {depth - 1}")
+            raise ValueError(
+                f"blocks has {block}, but the encoder's blocks are numbered 0 to {depth - 1}"
+            )
     return sorted(set(blocks))
 
 
@@ -97,12 +101,16 @@ def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]
                 f"{', '.join(get_args(Pooling))}, such as 'block{depth - 1}.mean'"
             )
         if place == "last4" and depth < 4:
-            raise ValueError(f"last4 takes the last 4 blocks, but the encoder has {depth}; name single blocks")
+            raise ValueError(
+                f"last4 takes the last 4 blocks, but the encoder has {depth}; name single blocks"
+            )
         check_blocks(blocks_of(column, depth), depth)
         if missing := config.missing_for(pooling):  # type: ignore[arg-type]  # checked above
             raise ValueError(f"pooling {pooling!r}: the encoder has {missing}; use 'mean'")
         if pooling == "global_repr" and (place, config.pooling) != ("output", pooling):
-            raise ValueError(f"{column!r}: CAPI's predictor reads only the output, as the encoder's own pooling; use 'mean'")
+            raise ValueError(
+                f"{column!r}: CAPI's predictor reads only the output, as the encoder's own pooling; use 'mean'"
+            )
     return list(dict.fromkeys(columns))
 
 
@@ -140,7 +148,9 @@ def feature_columns(
     def chosen(place: str) -> Sequence[str | None]:
         return poolings or [config.pooling if place == "output" else raw]
 
-    return check_columns([f"{place}.{pooling}" for place in places for pooling in chosen(place)], config)
+    return check_columns(
+        [f"{place}.{pooling}" for place in places for pooling in chosen(place)], config
+    )
 
 
 # --- the forward pass ---------------------------------------------------------------------------------------------------------
@@ -162,25 +172,39 @@ def frozen(encoder: MimRefinerModel, device: torch.device | str | None) -> Itera
 def reads_last_patches(columns: Sequence[str], config: MimRefinerConfig) -> bool:
     """Whether a column is made from the patches of the last block or of the output."""
     last = config.num_hidden_layers - 1
-    late = [column for column in columns if last in (blocks_of(column, config.num_hidden_layers) or [last])]
+    late = [
+        column
+        for column in columns
+        if last in (blocks_of(column, config.num_hidden_layers) or [last])
+    ]
     return any(column.partition(".")[2] not in ("cls", "register") for column in late)
 
 
-def encode(encoder: MimRefinerModel, pixel_values: Tensor, columns: Sequence[str]) -> dict[str, Tensor]:
+def encode(
+    encoder: MimRefinerModel, pixel_values: Tensor, columns: Sequence[str]
+) -> dict[str, Tensor]:
     """One forward pass over (B, C, H, W), in the dtype of the weights: every column (B, D), or (B, 4 D) for last4, in fp32.
 
     Only the blocks that a column needs are recorded, and the patches pass through the last one only where a column reads them.
     """
     read = {column: blocks_of(column, encoder.config.num_hidden_layers) for column in columns}
-    recorded = sorted({block + 1 for blocks in read.values() for block in blocks})  # entry 0 is the embeddings
-    with nullcontext() if reads_last_patches(columns, encoder.config) else prefix_tokens_only(encoder):
+    recorded = sorted(
+        {block + 1 for blocks in read.values() for block in blocks}
+    )  # entry 0 is the embeddings
+    with (
+        nullcontext()
+        if reads_last_patches(columns, encoder.config)
+        else prefix_tokens_only(encoder)
+    ):
         outputs = encoder(pixel_values, output_hidden_states=recorded or None)
 
     def pooled(column: str) -> Tensor:
         pooling: Any = column.partition(".")[2]
         if pooling == "global_repr":
             return outputs.pooler_output
-        tokens = [outputs.hidden_states[block + 1] for block in read[column]] or [outputs.last_hidden_state]
+        tokens = [outputs.hidden_states[block + 1] for block in read[column]] or [
+            outputs.last_hidden_state
+        ]
         return torch.cat([encoder.pool(each, pooling) for each in tokens], dim=1)
 
     return {column: pooled(column).float() for column in columns}
@@ -190,7 +214,9 @@ def share_of(images: "ImageDataset") -> "ImageDataset":
     """The images that this process encodes: every n-th of n processes, the same number on each (the last ones may be doubled)."""
     if world_size() == 1:
         return images
-    own = np.arange(rank(), rank() + math.ceil(len(images) / world_size()) * world_size(), world_size())
+    own = np.arange(
+        rank(), rank() + math.ceil(len(images) / world_size()) * world_size(), world_size()
+    )
     return images.subset(own.clip(max=len(images) - 1))
 
 
@@ -229,11 +255,17 @@ def encode_images(
             collate_fn=Preprocess(processor),
             pin_memory=device.type == "cuda",
         )
-        for pixel_values, batch_labels in progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False):
-            for column, vectors in encode(encoder, pixel_values.to(device, non_blocking=True), list(pooled)).items():
+        for pixel_values, batch_labels in progress_bar(
+            loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False
+        ):
+            for column, vectors in encode(
+                encoder, pixel_values.to(device, non_blocking=True), list(pooled)
+            ).items():
                 pooled[column].append(vectors.cpu())
             labels.append(batch_labels)
-    features = {column: gathered(torch.cat(parts), len(images), device) for column, parts in pooled.items()}
+    features = {
+        column: gathered(torch.cat(parts), len(images), device) for column, parts in pooled.items()
+    }
     return features, gathered(torch.cat(labels), len(images), device)
 
 
@@ -266,7 +298,12 @@ def extract_features(
     depth = encoder.config.num_hidden_layers
     wanted = check_blocks(blocks or (), depth)
     columns = {block: own_column(encoder.config, block) for block in sorted({*wanted, depth - 1})}
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "desc": desc}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+        "desc": desc,
+    }
     features, labels = encode_images(encoder, images, processor, list(columns.values()), **settings)
     return FeatureSet(
         features=features[columns[depth - 1]],

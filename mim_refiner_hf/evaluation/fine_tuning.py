@@ -60,20 +60,30 @@ CLASSIFIER_STD = 2e-5  # MAE's: the classifier starts next to zero
 class FineTuneRecipe:
     """All settings of a fine-tuning; the defaults are the paper's for low-shot iNaturalist (table 12)."""
 
-    fraction: float = documented(1.0, "Share of the images of every class that is trained on, at least one of each.")
+    fraction: float = documented(
+        1.0, "Share of the images of every class that is trained on, at least one of each."
+    )
     epochs: int = documented(50, "Epochs.")
     warmup_epochs: float = documented(5.0, "Epochs of linear learning-rate warm-up.")
-    batch_size: int = documented(256, "Images per update, all processes together; all of them where there are fewer.")
+    batch_size: int = documented(
+        256, "Images per update, all processes together; all of them where there are fewer."
+    )
     learning_rate: float = documented(1e-3, "Base learning rate; times batch_size / 256.")
     layer_decay: float = documented(0.75, "Layer-wise learning-rate decay.")
     weight_decay: float = documented(0.05, "Weight decay; none on biases, norms and the CLS token.")
     label_smoothing: float = documented(0.1, "Share of the target that is spread over all classes.")
-    drop_path: float = documented(0.0, "Stochastic depth of the last block; it grows linearly from 0 in the first.")
+    drop_path: float = documented(
+        0.0, "Stochastic depth of the last block; it grows linearly from 0 in the first."
+    )
     scale: float = documented(0.08, "Smallest share of the image's area in a crop.")
     flip: float = documented(0.5, "Probability of a horizontal flip.")
-    rand_augment: bool = documented(False, "RandAugment with two operations of magnitude 9 (rand-m9-mstd0.5-inc1).")
+    rand_augment: bool = documented(
+        False, "RandAugment with two operations of magnitude 9 (rand-m9-mstd0.5-inc1)."
+    )
     erasing: float = documented(0.0, "Probability of erasing a rectangle, with noise.")
-    mixup: float = documented(0.0, "Alpha of mixup; a batch gets mixup or CutMix, either as likely where both are on.")
+    mixup: float = documented(
+        0.0, "Alpha of mixup; a batch gets mixup or CutMix, either as likely where both are on."
+    )
     cutmix: float = documented(0.0, "Alpha of CutMix.")
     seed: int = documented(0, "Of everything random.")
 
@@ -81,7 +91,9 @@ class FineTuneRecipe:
         check_types(self)
         for name in ("fraction", "scale", "layer_decay"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be greater than 0 and at most 1")
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: must be greater than 0 and at most 1"
+                )
         for name in ("label_smoothing", "drop_path", "flip", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
@@ -90,7 +102,9 @@ class FineTuneRecipe:
                 f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
             )
         if self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
+            raise ValueError(
+                f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0"
+            )
         if min(self.mixup, self.cutmix, self.weight_decay) < 0:
             raise ValueError(
                 f"--mixup {self.mixup} --cutmix {self.cutmix} --weight_decay {self.weight_decay}: must not be negative"
@@ -134,14 +148,25 @@ def seeded(generator: np.random.Generator) -> Iterator[None]:
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
     """Key (epoch, i) -> normalised pixels (C, H, W) and label: a pure function of seed, epoch and image."""
 
-    def __init__(self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any) -> None:
+    def __init__(
+        self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any
+    ) -> None:
         self.images, self.seed = images, recipe.seed
         self.mean, self.std = processor.image_mean, processor.image_std
-        self.crop = ViewSpec(size, (recipe.scale, 1.0), blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip)
+        self.crop = ViewSpec(
+            size, (recipe.scale, 1.0), blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip
+        )
         grey = tuple(round(255 * value) for value in self.mean)
-        settings = {"translate_const": int(0.45 * size), "img_mean": grey if len(grey) > 1 else grey[0]}
-        self.rand_augment = rand_augment_transform(RAND_AUGMENT, settings) if recipe.rand_augment else None
-        self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
+        settings = {
+            "translate_const": int(0.45 * size),
+            "img_mean": grey if len(grey) > 1 else grey[0],
+        }
+        self.rand_augment = (
+            rand_augment_transform(RAND_AUGMENT, settings) if recipe.rand_augment else None
+        )
+        self.erase = (
+            RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
+        )
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         (image, label, _), index, broken = read_sample(self.images, key)
@@ -152,7 +177,11 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         with seeded(rng):
             if self.rand_augment is not None:
                 view = self.rand_augment(view)
-            pixels = torch.from_numpy(np.array(view)).view(self.crop.size, self.crop.size, -1).permute(2, 0, 1)
+            pixels = (
+                torch.from_numpy(np.array(view))
+                .view(self.crop.size, self.crop.size, -1)
+                .permute(2, 0, 1)
+            )
             pixels = normalise(pixels, self.mean, self.std)
             return (pixels if self.erase is None else self.erase(pixels)), label
 
@@ -186,13 +215,17 @@ def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[
         for branch in (layer.layer_scale1, layer.layer_scale2):
             hooks.append(
                 branch.register_forward_hook(
-                    lambda module, _inputs, output, p=probability: drop_path(output, p, module.training)
+                    lambda module, _inputs, output, p=probability: drop_path(
+                        output, p, module.training
+                    )
                 )
             )
     return hooks
 
 
-def classifier_groups(model: MimRefinerForImageClassification, recipe: FineTuneRecipe) -> list[dict[str, Any]]:
+def classifier_groups(
+    model: MimRefinerForImageClassification, recipe: FineTuneRecipe
+) -> list[dict[str, Any]]:
     """The encoder's groups with layer-wise decayed rates, and the classifier's, which has the full rate."""
     own: list[dict[str, Any]] = [
         {"params": [model.classifier.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
@@ -228,11 +261,15 @@ def fine_tune(
     num_classes = int(class_labels(images, "fine-tuning").max()) + 1
     height, width = encoder.config.image_hw
     if height != width:
-        raise ValueError(f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels")
+        raise ValueError(
+            f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels"
+        )
     batch = min(recipe.batch_size, len(images)) // world_size() * world_size()
     share = batch // world_size()
     if recipe.mixes and share % 2:
-        raise ValueError(f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make it even")
+        raise ValueError(
+            f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make it even"
+        )
     home = torch.device(device) if device is not None else encoder.device
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
@@ -240,7 +277,14 @@ def fine_tune(
         model.train().to(home)
         torch.manual_seed(recipe.seed + rank())  # of drop path
         steps = recipe.epochs * (len(images) // batch)
-        sampler = BatchSampler(images, batch_size=batch, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size())
+        sampler = BatchSampler(
+            images,
+            batch_size=batch,
+            seed=recipe.seed,
+            steps=steps,
+            rank=rank(),
+            world_size=world_size(),
+        )
         augmented = AugmentedImages(images, recipe, height, processor)
         loader = DataLoader(augmented, batch_sampler=sampler, num_workers=num_workers)
         hooks = add_drop_path(model, recipe.drop_path)
@@ -260,11 +304,20 @@ def train(
 ) -> None:
     """The updates; see `fine_tune`."""
     optimizer = torch.optim.AdamW(classifier_groups(model, recipe), lr=0.0, betas=(0.9, 0.999))
-    warmup, peak = round(recipe.warmup_epochs * steps / recipe.epochs), recipe.learning_rate * batch / 256
+    warmup, peak = (
+        round(recipe.warmup_epochs * steps / recipe.epochs),
+        recipe.learning_rate * batch / 256,
+    )
     num_classes, home = model.num_labels, model.device
-    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes) if recipe.mixes else None
+    mix = (
+        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes)
+        if recipe.mixes
+        else None
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    progress = progress_bar(loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False)
+    progress = progress_bar(
+        loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False
+    )
     for step, (pixels, labels) in enumerate(progress):
         pixels, targets = pixels.to(home), F.one_hot(labels.to(home), num_classes).float()
         if mix is not None:
@@ -277,7 +330,9 @@ def train(
                 logits = model(some).logits
             loss = F.cross_entropy(logits.float(), expected, label_smoothing=recipe.label_smoothing)
             if not bool(loss.isfinite()):
-                raise FloatingPointError(f"the loss of fine-tuning is {loss.item()} at step {step}; lower learning_rate")
+                raise FloatingPointError(
+                    f"the loss of fine-tuning is {loss.item()} at step {step}; lower learning_rate"
+                )
             (loss * (len(some) / len(pixels))).backward()
         average_gradients(parameters)
         optimizer.step()
@@ -306,12 +361,16 @@ def fine_tuning(
     """
     recipe = recipe or FineTuneRecipe(seed=seed)
     targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
-    chosen = train_images.subset(labelled_share(class_labels(train_images, "fine-tuning"), recipe.fraction, recipe.seed))
+    chosen = train_images.subset(
+        labelled_share(class_labels(train_images, "fine-tuning"), recipe.fraction, recipe.seed)
+    )
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     model = fine_tune(encoder, processor, chosen, recipe, device=device, **settings)
     loader = DataLoader(eval_images, collate_fn=Preprocess(processor), **settings)
     with torch.inference_mode():
-        predicted = torch.cat([model(pixels.to(model.device)).logits.argmax(dim=1).cpu() for pixels, _ in loader])
+        predicted = torch.cat(
+            [model(pixels.to(model.device)).logits.argmax(dim=1).cpu() for pixels, _ in loader]
+        )
     setting = f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, layer decay {recipe.layer_decay:g}"
     return ProtocolResult({"fine_tuning_accuracy": mean_score(predicted == targets, setting)})
 

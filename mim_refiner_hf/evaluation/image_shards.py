@@ -30,8 +30,15 @@ class ShardSampler(Sampler[list[Key]]):
     A stream is read from its beginning, for there is no other way to count, but what is not wanted is not decoded. `num_images`,
     None for a stream at first, is known once it ended."""
 
-    def __init__(self, images: Images, shard_size: int, batch_size: int, wanted: Callable[[int], bool]) -> None:
-        self.images, self.shard_size, self.batch_size, self.wanted = images, shard_size, batch_size, wanted
+    def __init__(
+        self, images: Images, shard_size: int, batch_size: int, wanted: Callable[[int], bool]
+    ) -> None:
+        self.images, self.shard_size, self.batch_size, self.wanted = (
+            images,
+            shard_size,
+            batch_size,
+            wanted,
+        )
         self.num_images = len(images) if isinstance(images, ImageDataset) else None
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -40,7 +47,10 @@ class ShardSampler(Sampler[list[Key]]):
             return
         size, total = self.shard_size, len(self.images)
         for shard in filter(self.wanted, range(math.ceil(total / size))):
-            yield from self._batches((shard, place, None) for place in range(shard * size, min((shard + 1) * size, total)))
+            yield from self._batches(
+                (shard, place, None)
+                for place in range(shard * size, min((shard + 1) * size, total))
+            )
 
     def _from_stream(self, stream: Any) -> Iterator[list[Key]]:
         examples, read = enumerate(stream), 0
@@ -77,7 +87,10 @@ class ReadableImages(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         shard, position, example = key
-        path, candidate = self.path(position, example), position if example is None else (position, example)
+        path, candidate = (
+            self.path(position, example),
+            position if example is None else (position, example),
+        )
         images: Any = self.images  # either takes the candidates that it gives
         try:
             sample = images[candidate]
@@ -90,7 +103,9 @@ class ReadableImages(Dataset[Item]):
         if isinstance(self.images, ImageDataset):
             return self.images.describe(position)
         cell = (example or {}).get(self.images.image_column)
-        own = (example or {}).get("__key__") or (cell.get("path") if isinstance(cell, dict) else None)
+        own = (example or {}).get("__key__") or (
+            cell.get("path") if isinstance(cell, dict) else None
+        )
         return str(own or f"row {position} of {self.images.name}")
 
 
@@ -110,13 +125,26 @@ class Collate:
     processor: Any
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        rows = [(item.place, item.sample.label, item.path) for item in items if item.sample is not None]
-        broken = [{"index": i.place, "path": i.path, "reason": i.reason} for i in items if i.sample is None]
+        rows = [
+            (item.place, item.sample.label, item.path) for item in items if item.sample is not None
+        ]
+        broken = [
+            {"index": i.place, "path": i.path, "reason": i.reason}
+            for i in items
+            if i.sample is None
+        ]
         samples = [item.sample for item in items if item.sample is not None]
-        return Batch(items[0].shard, Preprocess(self.processor)(samples)[0] if samples else None, rows, broken)
+        return Batch(
+            items[0].shard,
+            Preprocess(self.processor)(samples)[0] if samples else None,
+            rows,
+            broken,
+        )
 
 
-def shard_loader(sampler: ShardSampler, processor: Any, *, num_workers: int, pin_memory: bool) -> "DataLoader[Any]":
+def shard_loader(
+    sampler: ShardSampler, processor: Any, *, num_workers: int, pin_memory: bool
+) -> "DataLoader[Any]":
     """The sampler's batches, read and preprocessed: an iterable of `Batch`, in order."""
     return DataLoader(
         ReadableImages(sampler.images),

@@ -74,10 +74,15 @@ class Standardise:
 
     def __init__(self, train: Columns) -> None:
         self.centre = {column: values.mean(dim=0) for column, values in train.items()}
-        self.spread = {column: values.std(dim=0, correction=0) + 1e-6 for column, values in train.items()}
+        self.spread = {
+            column: values.std(dim=0, correction=0) + 1e-6 for column, values in train.items()
+        }
 
     def __call__(self, features: Columns) -> Columns:
-        return {column: (values - self.centre[column]) / self.spread[column] for column, values in features.items()}
+        return {
+            column: (values - self.centre[column]) / self.spread[column]
+            for column, values in features.items()
+        }
 
 
 def stored_batches(
@@ -105,15 +110,24 @@ def augmented_batches(
     """The same batches, each encoded anew from random resized crops and flips, `batch_size` images at a time."""
     size = encoder.config.image_hw[0]
     crop = MultiCrop([ViewSpec(size, CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)])
-    sampler = BatchSampler(images, batch_size=batch, seed=seed, steps=epochs * (len(images) // batch))
+    sampler = BatchSampler(
+        images, batch_size=batch, seed=seed, steps=epochs * (len(images) // batch)
+    )
     broken = BrokenImages(images, max_fraction=1)
-    for views in DataLoader(ViewDataset(images, crop, seed), batch_sampler=sampler, num_workers=num_workers):
+    for views in DataLoader(
+        ViewDataset(images, crop, seed), batch_sampler=sampler, num_workers=num_workers
+    ):
         broken.add(views["broken"])
         parts = []
         for pixels in views["global_views"][:, 0].split(batch_size):
-            normalised = normalise(pixels.to(encoder.device), processor.image_mean, processor.image_std)
+            normalised = normalise(
+                pixels.to(encoder.device), processor.image_mean, processor.image_std
+            )
             parts.append(encode(encoder, normalised, columns))
-        yield {column: torch.cat([part[column] for part in parts]) for column in columns}, views["label"].to(encoder.device)
+        yield (
+            {column: torch.cat([part[column] for part in parts]) for column in columns},
+            views["label"].to(encoder.device),
+        )
     broken.share()
 
 
@@ -157,21 +171,41 @@ def linear_probe(
     columns = list(dict.fromkeys(column for columns in kinds.values() for column in columns))
     passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     train, found = (
-        read_rows(encoder, images, processor, columns, features=features, device=device, desc=desc, **passes)
+        read_rows(
+            encoder,
+            images,
+            processor,
+            columns,
+            features=features,
+            device=device,
+            desc=desc,
+            **passes,
+        )
         for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
     )
     assert train.labels is not None and found.labels is not None  # check_probe says so
-    training: dict[str, Any] = {"batch": (batch := min(TRAIN_BATCH, len(train.labels))), "epochs": epochs, "seed": seed}
+    training: dict[str, Any] = {
+        "batch": (batch := min(TRAIN_BATCH, len(train.labels))),
+        "epochs": epochs,
+        "seed": seed,
+    }
     with frozen(encoder, device) as home:
         labels, targets = train.labels.to(home), found.labels.to(home)
         clean = {column: train.column(column).to(home) for column in columns}
         standardise = Standardise(clean)
         tested = standardise({column: found.column(column).to(home) for column in columns})
-        num_classes, rates = int(max(labels.max(), targets.max())) + 1, [rate * batch / 256 for rate in learning_rates]
+        num_classes, rates = (
+            int(max(labels.max(), targets.max())) + 1,
+            [rate * batch / 256 for rate in learning_rates],
+        )
         grids = start_grids(kinds, tested, num_classes, rates, seed, home)
         if augment:
-            views = augmented_batches(encoder, train.images, processor, columns, **training, **passes)
-            batches: Iterator[tuple[Columns, Tensor]] = ((standardise(drawn), own) for drawn, own in views)
+            views = augmented_batches(
+                encoder, train.images, processor, columns, **training, **passes
+            )
+            batches: Iterator[tuple[Columns, Tensor]] = (
+                (standardise(drawn), own) for drawn, own in views
+            )
         else:
             batches = stored_batches(standardise(clean), labels, **training)
         train_grids(grids, kinds, batches, steps=epochs * (len(labels) // batch))
@@ -190,10 +224,14 @@ def check_probe(
     for images in (train_images, eval_images):
         class_labels(images, "linear probing")
     if epochs < 1 or not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} greater than 0")
+        raise ValueError(
+            f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} greater than 0"
+        )
     height, width = encoder.config.image_hw
     if augment and height != width:
-        raise ValueError(f"augment=True crops squares, but the encoder takes {height} x {width} pixels; use augment=False")
+        raise ValueError(
+            f"augment=True crops squares, but the encoder takes {height} x {width} pixels; use augment=False"
+        )
 
 
 def start_grids(
@@ -207,7 +245,9 @@ def start_grids(
     """One grid of untrained classifiers per kind, all drawn from one generator."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        kind: ClassifierGrid(sum(found[column].shape[1] for column in read), num_classes, rates, generator, device)
+        kind: ClassifierGrid(
+            sum(found[column].shape[1] for column in read), num_classes, rates, generator, device
+        )
         for kind, read in kinds.items()
     }
 
@@ -223,10 +263,18 @@ def best_classifier(
     correct = {
         (kind, rate): answers == targets
         for kind, grid in grids.items()
-        for rate, answers in zip(learning_rates, grid.predict(side_by_side(found, kinds[kind])), strict=True)
+        for rate, answers in zip(
+            learning_rates, grid.predict(side_by_side(found, kinds[kind])), strict=True
+        )
     }
     kind, rate = max(correct, key=lambda setting: correct[setting].sum().item())
-    return ProtocolResult({"linear_probe_accuracy": mean_score(correct[kind, rate], f"learning rate {rate:g}; {kind}")})
+    return ProtocolResult(
+        {
+            "linear_probe_accuracy": mean_score(
+                correct[kind, rate], f"learning rate {rate:g}; {kind}"
+            )
+        }
+    )
 
 
 def train_grids(
@@ -236,7 +284,9 @@ def train_grids(
     steps: int,
 ) -> None:
     """One step of every classifier per batch of standardised features; the rates follow a cosine to zero over `steps`."""
-    progress = progress_bar(batches, total=steps, hidden=rank() > 0, desc="linear probe", unit="step", leave=False)
+    progress = progress_bar(
+        batches, total=steps, hidden=rank() > 0, desc="linear probe", unit="step", leave=False
+    )
     for step, (features, labels) in enumerate(progress):
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for kind, grid in grids.items():

@@ -60,9 +60,13 @@ def fit_logistic(features: Tensor, labels: Tensor, *, penalty: float = PENALTY) 
     iterations where L-BFGS needs thousands.
     """
     if penalty <= 0:
-        raise ValueError(f"penalty={penalty} must be greater than 0: without it, separable classes have no optimum")
+        raise ValueError(
+            f"penalty={penalty} must be greater than 0: without it, separable classes have no optimum"
+        )
     c = (2 if int(labels.max()) == 1 else 1) / penalty
-    solver = LogisticRegression(C=c, fit_intercept=False, solver="newton-cg", tol=TOLERANCE, max_iter=MAX_ITERATIONS)
+    solver = LogisticRegression(
+        C=c, fit_intercept=False, solver="newton-cg", tol=TOLERANCE, max_iter=MAX_ITERATIONS
+    )
     weights = torch.from_numpy(solver.fit(features.double().numpy(), labels.numpy()).coef_.T)
     return weights if weights.shape[1] > 1 else torch.cat([-weights / 2, weights / 2], dim=1)
 
@@ -78,7 +82,9 @@ def draw_split(labels: NDArray[np.int64], shots: int, seed: int, split: int) -> 
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < shots:
         scarce = classes[counts.argmin()]
-        raise ValueError(f"shots={shots}, but class {scarce} has only {counts.min()} images; lower shots")
+        raise ValueError(
+            f"shots={shots}, but class {scarce} has only {counts.min()} images; lower shots"
+        )
     shuffled = random_generator(seed, "low-shot", split).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     first = np.cumsum(counts) - counts
@@ -139,9 +145,15 @@ def low_shot(
     labels = class_labels(train_images, "low-shot classification")
     class_labels(eval_images, "low-shot classification")
     if labels.min() == labels.max():
-        raise ValueError(f"{train_images.name} has images of one class only, but low-shot classification needs two or more")
+        raise ValueError(
+            f"{train_images.name} has images of one class only, but low-shot classification needs two or more"
+        )
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+    }
 
     def read(images: "ImageDataset") -> Rows:
         return read_rows(encoder, images, processor, [column], features=features, **settings)
@@ -163,7 +175,9 @@ def low_shot(
         images = "image" if count == 1 else "images"
         setting = f"{count} {images} per class; {SPLITS} splits"
         per_image = np.mean(correct, axis=0)
-        scores[f"low_shot_{count}_accuracy"] = Score(float(per_image.mean()), error, setting, per_image, spread=error)
+        scores[f"low_shot_{count}_accuracy"] = Score(
+            float(per_image.mean()), error, setting, per_image, spread=error
+        )
     return ProtocolResult(scores)
 
 

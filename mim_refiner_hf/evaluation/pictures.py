@@ -64,7 +64,16 @@ def draw_row(axes: Axes, strip: Image.Image, caption: str) -> None:
     """One group: its images, the caption to their left."""
     axes.imshow(np.asarray(strip), interpolation="nearest")
     axes.set_axis_off()
-    axes.text(-10, TILE / 2, caption, ha="right", va="center", fontsize=9, linespacing=1.4, parse_math=False)
+    axes.text(
+        -10,
+        TILE / 2,
+        caption,
+        ha="right",
+        va="center",
+        fontsize=9,
+        linespacing=1.4,
+        parse_math=False,
+    )
 
 
 def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
@@ -90,7 +99,9 @@ def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Pat
     figure = Figure(figsize=(10.5, height), dpi=110)
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.17, right=0.99, top=1 - 0.62 / height, bottom=0.08 / height, hspace=0.1)
+    figure.subplots_adjust(
+        left=0.17, right=0.99, top=1 - 0.62 / height, bottom=0.08 / height, hspace=0.1
+    )
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top", parse_math=False)
     for axes, group in zip(rows, shown, strict=True):
         members = order[groups.assignments[order] == group]
@@ -108,7 +119,9 @@ def plot_knn_per_block(axes: Axes, metrics: Mapping[str, Mapping[str, Any] | Non
     axes.legend()
 
 
-def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, path: Path) -> None:
+def draw_curves(
+    log: Path, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, path: Path
+) -> None:
     """Draw a run as a PNG: loss per head, what the nearest neighbours are like per head, and k-NN accuracy per block.
 
     Args:
@@ -116,7 +129,9 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
         before, after: metrics of the two evaluations; without `knn_per_block` the third panel is left out.
     """
     lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
-    heads = [key.removesuffix("/loss") for key in (lines[-1] if lines else {}) if key.endswith("/loss")]
+    heads = [
+        key.removesuffix("/loss") for key in (lines[-1] if lines else {}) if key.endswith("/loss")
+    ]
     labelled = any(f"{head}/neighbour_accuracy" in line for head in heads for line in lines)
     neighbours = "neighbour_accuracy" if labelled else "neighbour_similarity"
     profiled = any(metrics and "knn_per_block" in metrics for metrics in (before, after))
@@ -128,7 +143,9 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
         (panels[1], neighbours, f"{neighbours.replace('_', ' ')} per head"),
     ):
         for head in heads:
-            points = [(line["step"], line[f"{head}/{key}"]) for line in lines if f"{head}/{key}" in line]
+            points = [
+                (line["step"], line[f"{head}/{key}"]) for line in lines if f"{head}/{key}" in line
+            ]
             axes.plot(*zip(*points, strict=True), label=head, linewidth=1.2)
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=7)
@@ -137,14 +154,22 @@ def draw_curves(log: Path, before: Mapping[str, Any] | None, after: Mapping[str,
     save_figure(figure, path)
 
 
-def draw_block_profile(profile: Sequence["BlockProfile"], path: Path, head_blocks: Sequence[int] = ()) -> None:
+def draw_block_profile(
+    profile: Sequence["BlockProfile"], path: Path, head_blocks: Sequence[int] = ()
+) -> None:
     """Draw what was measured per block as a PNG (paper, Fig. 3b, 3d and 6; Table 14); `head_blocks` are shaded.
 
     Panels and lines that were not measured are left out.
     """
     panels = {
-        "features (%)": {"k-NN accuracy": "knn_accuracy", "neighbour agreement": "neighbour_agreement"},
-        "relative improvement": {"k-NN accuracy": "knn_improvement", "reconstruction": "reconstruction_improvement"},
+        "features (%)": {
+            "k-NN accuracy": "knn_accuracy",
+            "neighbour agreement": "neighbour_agreement",
+        },
+        "relative improvement": {
+            "k-NN accuracy": "knn_improvement",
+            "reconstruction": "reconstruction_improvement",
+        },
         "reconstruction loss": {"masked patches": "reconstruction_loss"},
         "attention distance (px)": {"mean over heads": "attention_distance"},
         "feature variance": {"mean over channels": "feature_variance"},
@@ -156,12 +181,20 @@ def draw_block_profile(profile: Sequence["BlockProfile"], path: Path, head_block
     }
     figure = Figure(figsize=(3.6 * len(measured), 3.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, lines) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True
+    ):
         scale = 100 if title.endswith("(%)") else 1
         for name, values in lines.items():
-            points = [(block.block, scale * value) for block, value in zip(profile, values, strict=True) if value is not None]
+            points = [
+                (block.block, scale * value)
+                for block, value in zip(profile, values, strict=True)
+                if value is not None
+            ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name
+                )
         for block in head_blocks:
             axes.axvspan(block - 0.5, block + 0.5, color="tab:orange", alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="block (0-based, raw output)")

@@ -31,7 +31,10 @@ from .report import Evaluation
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
-NEIGHBOURS, EXAMPLES = 6, 6  # of the neighbours' picture: neighbours per image, images right and images wrong
+NEIGHBOURS, EXAMPLES = (
+    6,
+    6,
+)  # of the neighbours' picture: neighbours per image, images right and images wrong
 NAMED_CLASSES = 30  # more are numbered: their names would overlap
 MAP_IMAGES = 5000
 
@@ -69,9 +72,13 @@ def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -
     side = min(12.0, 2.5 + 0.28 * len(classes))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    picture = axes.imshow(
+        shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
+    )
     if len(classes) <= NAMED_CLASSES:
-        axes.set_yticks(range(len(classes)), [class_name(images, label) for label in classes], parse_math=False)
+        axes.set_yticks(
+            range(len(classes)), [class_name(images, label) for label in classes], parse_math=False
+        )
     axes.set(xlabel="group", ylabel="class")
     figure.colorbar(picture, ax=axes, label="share of the class")
     save_figure(figure, path)
@@ -80,21 +87,42 @@ def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -
 def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
     """The evaluation images as dots in two dimensions, coloured by class or, without labels, by group; at most 5000."""
     labels = evaluation.features.labels
-    shown = np.linspace(0, len(evaluation.assignments) - 1, min(MAP_IMAGES, len(evaluation.assignments))).astype(int)
+    shown = np.linspace(
+        0, len(evaluation.assignments) - 1, min(MAP_IMAGES, len(evaluation.assignments))
+    ).astype(int)
     found, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
     points = found.numpy()
     colours = evaluation.assignments[shown] if labels is None else labels.numpy()[shown]
     figure = new_figure(6.6, 5)
     axes = figure.subplots()
-    kinds, size = np.unique(colours), min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40)  # dots, in square points
+    kinds, size = (
+        np.unique(colours),
+        min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40),
+    )  # dots, in square points
     for place, kind in enumerate(kinds):
         name = f"group {kind}" if labels is None else class_name(images, kind)
         where = colours == kind
-        axes.scatter(points[where, 0], points[where, 1], s=size, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
-    axes.set(title=f"{method} of the features, by {'group' if labels is None else 'class'}", xticks=[], yticks=[])
+        axes.scatter(
+            points[where, 0],
+            points[where, 1],
+            s=size,
+            linewidths=0,
+            color=f"C{place % 10}",
+            label=name,
+            alpha=0.7,
+        )
+    axes.set(
+        title=f"{method} of the features, by {'group' if labels is None else 'class'}",
+        xticks=[],
+        yticks=[],
+    )
     if len(kinds) <= NAMED_CLASSES:
         legend = axes.legend(
-            loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, markerscale=math.sqrt(20 / size), frameon=False
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            fontsize=7,
+            markerscale=math.sqrt(20 / size),
+            frameon=False,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -106,26 +134,47 @@ def framed(tile: Image.Image, colour: str) -> Image.Image:
     return ImageOps.expand(tile, border=4, fill=tuple(round(255 * part) for part in to_rgb(colour)))
 
 
-def draw_neighbours(images: "ImageDataset", bank_images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
+def draw_neighbours(
+    images: "ImageDataset", bank_images: "ImageDataset", evaluation: Evaluation, path: Path
+) -> None:
     """Evaluation images, some classified right and some wrong, each with its nearest images of the k-NN bank.
 
     Args:
         bank_images: the images behind `evaluation.bank`, in its order.
     """
     found, bank = evaluation.features, evaluation.bank
-    assert bank is not None and bank.labels is not None and found.labels is not None and evaluation.predicted is not None
+    assert (
+        bank is not None
+        and bank.labels is not None
+        and found.labels is not None
+        and evaluation.predicted is not None
+    )
     right = evaluation.predicted == found.labels
-    chosen = [kind.nonzero()[:, 0][:: max(1, int(kind.sum()) // EXAMPLES)][:EXAMPLES].tolist() for kind in (right, ~right)]
+    chosen = [
+        kind.nonzero()[:, 0][:: max(1, int(kind.sum()) // EXAMPLES)][:EXAMPLES].tolist()
+        for kind in (right, ~right)
+    ]
     rows = [*chosen[0], *chosen[1]]
     bank_x, eval_x = standardise(bank.features, found.features[rows])
-    similarity = torch.nn.functional.normalize(eval_x, dim=1) @ torch.nn.functional.normalize(bank_x, dim=1).T
+    similarity = (
+        torch.nn.functional.normalize(eval_x, dim=1)
+        @ torch.nn.functional.normalize(bank_x, dim=1).T
+    )
     nearest = similarity.topk(min(NEIGHBOURS, len(bank_x)), dim=1).indices
     sheet = []
     for row, columns in zip(rows, nearest.tolist(), strict=True):
         neighbours = [bank_images[column] for column in columns]
-        same = ["tab:green" if neighbour.label == int(found.labels[row]) else "tab:red" for neighbour in neighbours]
-        tiles = [thumbnail(images[row].image), *(thumbnail(neighbour.image) for neighbour in neighbours)]
-        sheet.append([framed(tile, colour) for tile, colour in zip(tiles, ["white", *same], strict=True)])
+        same = [
+            "tab:green" if neighbour.label == int(found.labels[row]) else "tab:red"
+            for neighbour in neighbours
+        ]
+        tiles = [
+            thumbnail(images[row].image),
+            *(thumbnail(neighbour.image) for neighbour in neighbours),
+        ]
+        sheet.append(
+            [framed(tile, colour) for tile, colour in zip(tiles, ["white", *same], strict=True)]
+        )
     figure = new_figure(1 + 0.85 * len(sheet[0]), 0.85 * len(sheet) + 0.5)
     axes = figure.subplots()
     axes.imshow(np.asarray(mosaic(sheet, len(sheet[0]))), interpolation="antialiased")

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 PEAK_LEARNING_RATE = 1e-3  # MAE's is 2.4e-3 at its batch of 4096
 
 
-def decoder_recipe(config: MimRefinerConfig, *, epochs: int, batch_size: int, flip: float, seed: int) -> PretrainRecipe:
+def decoder_recipe(
+    config: MimRefinerConfig, *, epochs: int, batch_size: int, flip: float, seed: int
+) -> PretrainRecipe:
     """The decoders' shape and training: two blocks, about half as wide as the encoder (MAE's 512 at most), in heads of 32.
 
     Raises:
@@ -53,7 +55,9 @@ def decoder_recipe(config: MimRefinerConfig, *, epochs: int, batch_size: int, fl
         )
     height, width = config.image_hw
     if height != width:
-        raise ValueError(f"the reconstruction loss needs a square native size, not {height}x{width}; leave it out")
+        raise ValueError(
+            f"the reconstruction loss needs a square native size, not {height}x{width}; leave it out"
+        )
     heads = max(1, min(16, config.hidden_size // 64))
     return PretrainRecipe(
         image_size=height,
@@ -74,7 +78,11 @@ def decoder_recipe(config: MimRefinerConfig, *, epochs: int, batch_size: int, fl
 
 
 def block_errors(
-    encoder: MimRefinerModel, decoders: nn.ModuleList, pixels: Tensor, noise: Tensor, mask_ratio: float
+    encoder: MimRefinerModel,
+    decoders: nn.ModuleList,
+    pixels: Tensor,
+    noise: Tensor,
+    mask_ratio: float,
 ) -> Iterator[Tensor]:
     """The reconstruction error of every block's decoder in turn; arguments as in `mae_loss`.
 
@@ -92,7 +100,11 @@ def block_errors(
 
 
 def train_decoders(
-    encoder: MimRefinerModel, processor: Any, images: "ImageDataset", recipe: PretrainRecipe, num_workers: int
+    encoder: MimRefinerModel,
+    processor: Any,
+    images: "ImageDataset",
+    recipe: PretrainRecipe,
+    num_workers: int,
 ) -> nn.ModuleList:
     """One trained decoder per block, in eval mode; several processes share the batches and end with the same weights."""
     with torch.random.fork_rng(devices=[]):
@@ -102,9 +114,13 @@ def train_decoders(
     decoders = nn.ModuleList(copy.deepcopy(first) for _ in encoder.layers).to(encoder.device)
     per_epoch = len(images) // recipe.batch_size
     steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    optimizer = torch.optim.AdamW(decoder_groups(decoders, recipe.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        decoder_groups(decoders, recipe.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+    )
     batches = mae_batches(recipe, images, processor, encoder.device, num_workers)
-    progress = progress_bar(batches, total=steps, desc="decoders of all blocks", hidden=rank() > 0, leave=False)
+    progress = progress_bar(
+        batches, total=steps, desc="decoders of all blocks", hidden=rank() > 0, leave=False
+    )
     for step, (pixels, noise) in enumerate(progress):
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, PEAK_LEARNING_RATE))
         optimizer.zero_grad()
@@ -117,7 +133,11 @@ def train_decoders(
 
 @torch.no_grad()
 def mean_errors(
-    encoder: MimRefinerModel, decoders: nn.ModuleList, processor: Any, images: "ImageDataset", recipe: PretrainRecipe
+    encoder: MimRefinerModel,
+    decoders: nn.ModuleList,
+    processor: Any,
+    images: "ImageDataset",
+    recipe: PretrainRecipe,
 ) -> list[float]:
     """The error of every block on all `images`, under one fixed random mask per image."""
     loader = DataLoader(images, batch_size=recipe.batch_size, collate_fn=Preprocess(processor))
@@ -126,7 +146,9 @@ def mean_errors(
     for pixels, _ in loader:
         noise = torch.from_numpy(generator.random((len(pixels), num_patches), dtype=np.float32))
         pixels, noise = pixels.to(encoder.device), noise.to(encoder.device)
-        errors = torch.stack(list(block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio)))
+        errors = torch.stack(
+            list(block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio))
+        )
         total += len(pixels) * errors.double().cpu()
     return (total / len(images)).tolist()
 
@@ -159,7 +181,9 @@ def reconstruction_losses(
         ValueError: for an encoder without plain absolute positions or of a size that is not square, for a batch larger than the
             data set, and for no epochs.
     """
-    recipe = decoder_recipe(encoder.config, epochs=epochs, batch_size=batch_size, flip=flip, seed=seed)
+    recipe = decoder_recipe(
+        encoder.config, epochs=epochs, batch_size=batch_size, flip=flip, seed=seed
+    )
     training = encoder.training
     encoder.eval()
     try:

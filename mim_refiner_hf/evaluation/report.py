@@ -107,7 +107,12 @@ def evaluate_encoder(
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
     own = own_columns(encoder.config)
     columns = own if labelled and per_block else own[-4:] if labelled and grid else own[-1:]
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "features": features}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+        "features": features,
+    }
 
     def read(images: "ImageDataset", desc: str) -> Rows:
         return read_rows(encoder, images, processor, columns, desc=desc, **settings)
@@ -125,7 +130,10 @@ def evaluate_encoder(
         metrics |= clustering_metrics(last.labels.numpy(), groups)
         if per_block:
             metrics["knn_per_block"] = [
-                knn_accuracy(rows.column(column), bank.labels, found.column(column), last.labels, shared=True) for column in own
+                knn_accuracy(
+                    rows.column(column), bank.labels, found.column(column), last.labels, shared=True
+                )
+                for column in own
             ]
     else:
         groups = kmeans(last.features, picture_groups(len(found.images)), runs=10, seed=seed)
@@ -133,23 +141,37 @@ def evaluate_encoder(
     return Evaluation(metrics, last, groups, predicted, bank)
 
 
-def knn_metrics(bank: Rows, found: Rows, own: Sequence[str], grid: bool) -> tuple[Tensor, dict[str, Any]]:
+def knn_metrics(
+    bank: Rows, found: Rows, own: Sequence[str], grid: bool
+) -> tuple[Tensor, dict[str, Any]]:
     """The classes that k = 10 and temperature 0.07 predict from the last block, (M,), their accuracy, and with `grid` all others."""
     assert bank.labels is not None and found.labels is not None
     if not grid:
         (predicted,) = knn_predict(*_standardised(bank, found, own[-1:]), shared=True).values()
         return predicted, {"knn_accuracy": (predicted == found.labels).float().mean().item()}
-    places = {"last block": own[-1:]} | ({f"last {len(own[-4:])} blocks": own[-4:]} if len(own) > 1 else {})
-    answers = {place: knn_grid(*_standardised(bank, found, columns), shared=True) for place, columns in places.items()}
+    places = {"last block": own[-1:]} | (
+        {f"last {len(own[-4:])} blocks": own[-4:]} if len(own) > 1 else {}
+    )
+    answers = {
+        place: knn_grid(*_standardised(bank, found, columns), shared=True)
+        for place, columns in places.items()
+    }
     table = {
         place: [
-            {"k": k, "temperature": tau, "accuracy": (classes == found.labels).float().mean().item()}
+            {
+                "k": k,
+                "temperature": tau,
+                "accuracy": (classes == found.labels).float().mean().item(),
+            }
             for (k, tau), classes in predictions.items()
         ]
         for place, predictions in answers.items()
     }
     predicted = answers["last block"][10, 0.07]
-    return predicted, {"knn_accuracy": (predicted == found.labels).float().mean().item(), "knn": table}
+    return predicted, {
+        "knn_accuracy": (predicted == found.labels).float().mean().item(),
+        "knn": table,
+    }
 
 
 def _standardised(bank: Rows, found: Rows, columns: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

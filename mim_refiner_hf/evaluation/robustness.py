@@ -76,7 +76,12 @@ def _to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-CORRUPTIONS: dict[str, Corruption] = {"noise": noise, "blur": blur, "jpeg": jpeg, "contrast": contrast}
+CORRUPTIONS: dict[str, Corruption] = {
+    "noise": noise,
+    "blur": blur,
+    "jpeg": jpeg,
+    "contrast": contrast,
+}
 """Pure functions of an 8-bit image of mode "RGB" or "L", a severity (1 to 5) and a seed; size and mode stay."""
 
 
@@ -90,9 +95,14 @@ class CorruptedInput:
     seed: int
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> dict[str, Tensor]:
-        cropped = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        cropped = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")[
+            "pixel_values"
+        ]
         pixels = cropped.float().round().clamp(0, 255).byte().numpy()  # (B, C, H, W)
-        as_seen = [Image.fromarray(one.squeeze(0) if len(one) == 1 else one.transpose(1, 2, 0)) for one in pixels]
+        as_seen = [
+            Image.fromarray(one.squeeze(0) if len(one) == 1 else one.transpose(1, 2, 0))
+            for one in pixels
+        ]
         corrupted = [self.corrupt(image, self.severity, self.seed) for image in as_seen]
         finished: dict[str, Tensor] = self.processor(
             corrupted, do_resize=False, do_center_crop=False, return_tensors=return_tensors
@@ -101,7 +111,11 @@ class CorruptedInput:
 
     def to_json_string(self) -> str:
         """All that the pixels depend on, for the manifest of a feature store."""
-        corruption = {"corruption": self.corrupt.__name__, "severity": self.severity, "seed": self.seed}
+        corruption = {
+            "corruption": self.corrupt.__name__,
+            "severity": self.severity,
+            "seed": self.seed,
+        }
         return json.dumps(json.loads(self.processor.to_json_string()) | corruption, sort_keys=True)
 
 
@@ -142,14 +156,22 @@ def robustness(
     for images in (bank_images, eval_images):
         class_labels(images, "robustness")
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    bank = read_rows(encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+    }
+    bank = read_rows(
+        encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings
+    )
     bank_features, bank_labels = bank.column(column), bank.labels
     assert bank_labels is not None  # class_labels says so
 
     def correct(prepare: Any, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image, (N,), when `prepare` processes it."""
-        found = read_rows(encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings)
+        found = read_rows(
+            encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings
+        )
         bank_x, eval_x = standardise(bank_features, found.column(column))
         (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()
         assert found.labels is not None  # class_labels says so
@@ -158,7 +180,9 @@ def robustness(
     clean, altered = correct(processor, features, "clean images"), for_altered_images(features)
     corrupted = {
         f"robustness_{name}_{severity}_accuracy": correct(
-            CorruptedInput(processor, corrupt, severity, seed), altered, f"{name}, severity {severity}"
+            CorruptedInput(processor, corrupt, severity, seed),
+            altered,
+            f"{name}, severity {severity}",
         )
         for name, corrupt in CORRUPTIONS.items()
         for severity in severities
@@ -166,9 +190,13 @@ def robustness(
     return robustness_scores(clean, corrupted, severities)
 
 
-def robustness_scores(clean: Tensor, corrupted: dict[str, Tensor], severities: Sequence[int]) -> ProtocolResult:
+def robustness_scores(
+    clean: Tensor, corrupted: dict[str, Tensor], severities: Sequence[int]
+) -> ProtocolResult:
     """The scores of `robustness` from whether each image (N,) was classified correctly, clean and under each corruption."""
-    per_image = torch.stack(list(corrupted.values())).double().mean(dim=0)  # (N,), over all corruptions
+    per_image = (
+        torch.stack(list(corrupted.values())).double().mean(dim=0)
+    )  # (N,), over all corruptions
     setting = f"k-NN, k=10, clean bank; mean over {', '.join(CORRUPTIONS)} at severities {', '.join(map(str, severities))}"
     return ProtocolResult(
         {

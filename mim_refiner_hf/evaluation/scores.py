@@ -48,7 +48,9 @@ class ProtocolResult:
     @property
     def metrics(self) -> dict[str, float]:
         """Every score's value under its name, and its standard error under `<name>_standard_error`."""
-        errors = {f"{name}_standard_error": score.standard_error for name, score in self.scores.items()}
+        errors = {
+            f"{name}_standard_error": score.standard_error for name, score in self.scores.items()
+        }
         return {name: score.value for name, score in self.scores.items()} | errors
 
     def __str__(self) -> str:
@@ -68,7 +70,9 @@ def class_labels(images: "ImageDataset", protocol: str) -> NDArray[np.int64]:
     if len(images) == 0:
         raise ValueError(f"{images.name} has no images, but {protocol} needs labelled ones")
     if images.labels is None or bool((images.labels < 0).any()):
-        raise ValueError(f"{images.name} has images without a label, but {protocol} needs one for every image")
+        raise ValueError(
+            f"{images.name} has images without a label, but {protocol} needs one for every image"
+        )
     labels: NDArray[np.int64] = images.labels
     return labels
 

@@ -35,7 +35,17 @@ from .features import frozen
 from .scores import ProtocolResult, Score
 from .segmentation_data import VOID, Crops, SegmentationDataset
 
-LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)  # of the authors' grid; times batch / 256
+LEARNING_RATES = (
+    1e-3,
+    2e-3,
+    5e-3,
+    1e-2,
+    2e-2,
+    5e-2,
+    0.1,
+    0.2,
+    0.5,
+)  # of the authors' grid; times batch / 256
 TRAIN_BATCH = 16
 BLOCKS, BLOCK_STEP = 4, 4
 RESAMPLES = 1000  # of the bootstrap
@@ -44,20 +54,40 @@ RESAMPLES = 1000  # of the bootstrap
 class PatchProbe:
     """The frozen encoder, the standardisation of its patches, and a grid of linear classifiers on them."""
 
-    def __init__(self, encoder: MimRefinerModel, processor: Any, num_classes: int, rates: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        encoder: MimRefinerModel,
+        processor: Any,
+        num_classes: int,
+        rates: Sequence[float],
+        seed: int,
+    ) -> None:
         self.encoder, self.processor = encoder, processor
         depth = encoder.config.num_hidden_layers
-        self.blocks = [depth - 1 - BLOCK_STEP * i for i in range(BLOCKS) if depth - 1 - BLOCK_STEP * i >= 0]
+        self.blocks = [
+            depth - 1 - BLOCK_STEP * i for i in range(BLOCKS) if depth - 1 - BLOCK_STEP * i >= 0
+        ]
         width = len(self.blocks) * encoder.config.hidden_size
-        self.mean, self.std = torch.zeros(width, device=encoder.device), torch.ones(width, device=encoder.device)
-        self.grid = ClassifierGrid(width, num_classes, rates, torch.Generator().manual_seed(seed), encoder.device)
+        self.mean, self.std = (
+            torch.zeros(width, device=encoder.device),
+            torch.ones(width, device=encoder.device),
+        )
+        self.grid = ClassifierGrid(
+            width, num_classes, rates, torch.Generator().manual_seed(seed), encoder.device
+        )
 
     def patches(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> standardised features (B * N, D * blocks) of all patches, row by row."""
-        normalised = normalise(pixels.to(self.encoder.device), self.processor.image_mean, self.processor.image_std)
-        outputs = self.encoder(normalised, output_hidden_states=[block + 1 for block in self.blocks])
+        normalised = normalise(
+            pixels.to(self.encoder.device), self.processor.image_mean, self.processor.image_std
+        )
+        outputs = self.encoder(
+            normalised, output_hidden_states=[block + 1 for block in self.blocks]
+        )
         prefix = self.encoder.config.num_prefix_tokens
-        tokens = torch.cat([outputs.hidden_states[block + 1][:, prefix:] for block in self.blocks], dim=2)
+        tokens = torch.cat(
+            [outputs.hidden_states[block + 1][:, prefix:] for block in self.blocks], dim=2
+        )
         return (tokens.float().flatten(0, 1) - self.mean) / self.std
 
     def standardise(self, loader: DataLoader[Any]) -> None:
@@ -66,7 +96,11 @@ class PatchProbe:
         squares = total.clone()
         for pixels, _ in loader:
             rows = self.patches(pixels).double()
-            total, squares, count = total + rows.sum(dim=0), squares + rows.square().sum(dim=0), count + len(rows)
+            total, squares, count = (
+                total + rows.sum(dim=0),
+                squares + rows.square().sum(dim=0),
+                count + len(rows),
+            )
         mean = total / count
         variance = squares / count - mean.square()
         self.mean, self.std = mean.float(), variance.clamp_min(0).sqrt().float() + 1e-6
@@ -75,7 +109,9 @@ class PatchProbe:
         """One classifier's logits (B * N, K) on the patches -> (B, K, H, W) on the pixels."""
         rows, columns = self.encoder.config.grid
         maps = logits.view(-1, rows, columns, logits.shape[1]).permute(0, 3, 1, 2)
-        return F.interpolate(maps, size=self.encoder.config.image_hw, mode="bilinear", align_corners=False)
+        return F.interpolate(
+            maps, size=self.encoder.config.image_hw, mode="bilinear", align_corners=False
+        )
 
     def train_step(self, pixels: Tensor, targets: Tensor, decay: float) -> None:
         """One step of every classifier; one at a time on the pixels, where the logits are large."""
@@ -84,7 +120,9 @@ class PatchProbe:
         targets = targets.to(self.encoder.device)
         rows = self.patches(pixels)
         logits = self.grid.logits(rows)
-        gradient = torch.stack([self.gradient(logits[:, place], targets) for place in range(logits.shape[1])], dim=1)
+        gradient = torch.stack(
+            [self.gradient(logits[:, place], targets) for place in range(logits.shape[1])], dim=1
+        )
         self.grid.step(rows, gradient, decay)
 
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,7 +137,10 @@ class PatchProbe:
         """Counts (B, C, K, K) of pixels by true class (rows) and predicted class (columns), per image and classifier."""
         logits = self.grid.logits(self.patches(pixels))
         num_classes = logits.shape[2]
-        predicted = [self.upsample(logits[:, place]).argmax(dim=1).cpu().numpy() for place in range(logits.shape[1])]
+        predicted = [
+            self.upsample(logits[:, place]).argmax(dim=1).cpu().numpy()
+            for place in range(logits.shape[1])
+        ]
         return np.array(
             [
                 [confusion(truth, answers[image], num_classes) for answers in predicted]
@@ -108,11 +149,17 @@ class PatchProbe:
         )
 
 
-def confusion(targets: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int) -> NDArray[np.int32]:
+def confusion(
+    targets: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> NDArray[np.int32]:
     """Counts (K, K) of pixels by true and predicted class, void left out."""
     counted = targets != VOID
     pairs = targets[counted] * num_classes + predicted[counted]
-    counts: NDArray[np.int32] = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int32)
+    counts: NDArray[np.int32] = (
+        np.bincount(pairs, minlength=num_classes**2)
+        .reshape(num_classes, num_classes)
+        .astype(np.int32)
+    )
     return counts
 
 
@@ -129,7 +176,9 @@ def mean_iou(counts: NDArray[Any]) -> NDArray[np.float64]:
 def bootstrap_miou(per_image: NDArray[np.int32], seed: int) -> tuple[float, float, float]:
     """Standard error and the ends of the 95 % interval of the mIoU of tables (N, K, K), images drawn anew 1000 times."""
     images, num_classes, _ = per_image.shape
-    drawn = random_generator(seed, "bootstrap").multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
+    drawn = random_generator(seed, "bootstrap").multinomial(
+        images, np.full(images, 1 / images), size=RESAMPLES
+    )
     flat = per_image.reshape(images, -1).astype(np.float64)
     tables = (drawn.astype(np.float64) @ flat).reshape(RESAMPLES, num_classes, num_classes)
     values = mean_iou(tables)
@@ -170,11 +219,16 @@ def segmentation_probe(
     """
     check_segmentation(encoder, train_images, eval_images, epochs, learning_rates)
     batch = min(TRAIN_BATCH, len(train_images))
-    train, found = Crops(train_images, encoder.config, seed), Crops(eval_images, encoder.config, seed)
+    train, found = (
+        Crops(train_images, encoder.config, seed),
+        Crops(eval_images, encoder.config, seed),
+    )
     keys = [
         [(epoch, int(place)) for place in rows]
         for epoch in range(epochs)
-        for rows in np.split(epoch_order(len(train_images), seed, epoch), range(batch, len(train_images), batch))
+        for rows in np.split(
+            epoch_order(len(train_images), seed, epoch), range(batch, len(train_images), batch)
+        )
         if len(rows) == batch
     ]
     with frozen(encoder, device):
@@ -183,11 +237,17 @@ def segmentation_probe(
         passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         probe.standardise(DataLoader(train, sampler=range(len(train_images)), **passes))
         loader = DataLoader(train, batch_sampler=keys, num_workers=num_workers)
-        progress = progress_bar(loader, hidden=rank() > 0, desc="segmentation probe", unit="step", leave=False)
+        progress = progress_bar(
+            loader, hidden=rank() > 0, desc="segmentation probe", unit="step", leave=False
+        )
         for step, (pixels, targets) in enumerate(progress):
-            probe.train_step(pixels, targets, decay=0.5 * (1 + math.cos(math.pi * step / len(keys))))
+            probe.train_step(
+                pixels, targets, decay=0.5 * (1 + math.cos(math.pi * step / len(keys)))
+            )
         evaluation = DataLoader(found, sampler=range(len(eval_images)), **passes)
-        tables = np.concatenate([probe.confusions(pixels, targets) for pixels, targets in evaluation])  # (N, C, K, K)
+        tables = np.concatenate(
+            [probe.confusions(pixels, targets) for pixels, targets in evaluation]
+        )  # (N, C, K, K)
     mious = mean_iou(tables.sum(axis=0))
     best = int(mious.argmax())
     error, low, high = bootstrap_miou(tables[:, best], seed)
@@ -208,14 +268,20 @@ def check_segmentation(
     """ValueError, in one sentence, for what `segmentation_probe` cannot run on."""
     height, width = encoder.config.image_hw
     if height != width:
-        raise ValueError(f"the segmentation probe crops squares, but the encoder takes {height} x {width} pixels")
+        raise ValueError(
+            f"the segmentation probe crops squares, but the encoder takes {height} x {width} pixels"
+        )
     for images in (train_images, eval_images):
         if len(images) == 0:
             raise ValueError(f"{images.name} has no images, but the segmentation probe needs some")
     if train_images.class_names != eval_images.class_names:
-        raise ValueError(f"{train_images.name} and {eval_images.name} have different classes; they must be the same, in order")
+        raise ValueError(
+            f"{train_images.name} and {eval_images.name} have different classes; they must be the same, in order"
+        )
     if epochs < 1 or not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} greater than 0")
+        raise ValueError(
+            f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} greater than 0"
+        )
 
 
 __all__ = ["mean_iou", "segmentation_probe"]

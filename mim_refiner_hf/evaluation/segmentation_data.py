@@ -35,9 +35,18 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
     `targets` turns masks into what is trained on; `class_names` (K) are those of the classes that count.
     """
 
-    def __init__(self, table: Any, image_column: str, mask_column: str, names: Sequence[str], name: str) -> None:
-        self.table, self.image_column, self.mask_column, self.name = table, image_column, mask_column, name
-        self.fingerprint: str = table._fingerprint  # tells two data sets apart without reading pixels
+    def __init__(
+        self, table: Any, image_column: str, mask_column: str, names: Sequence[str], name: str
+    ) -> None:
+        self.table, self.image_column, self.mask_column, self.name = (
+            table,
+            image_column,
+            mask_column,
+            name,
+        )
+        self.fingerprint: str = (
+            table._fingerprint
+        )  # tells two data sets apart without reading pixels
         self.class_names = [each for each in names if each != VOID_NAME]
         self.classes = np.full(2**16, VOID, dtype=np.int64)  # of every mask value: a class, or void
         counted = [value for value, each in enumerate(names) if each != VOID_NAME]
@@ -48,7 +57,9 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Image.Image]:
         row = self.table[i]
-        image = decode_image(stored(row[self.image_column], self.name), name=f"row {i} of {self.name}")
+        image = decode_image(
+            stored(row[self.image_column], self.name), name=f"row {i} of {self.name}"
+        )
         mask = open_mask(stored(row[self.mask_column], self.name))
         if mask.size != image.size or len(mask.getbands()) != 1:
             raise ValueError(
@@ -72,7 +83,11 @@ def open_mask(source: ImageSource) -> Image.Image:
 
 
 def open_segmentation(
-    dataset: str, *, config: str | None = None, split: str | None = None, class_names: Sequence[str] | None = None
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> SegmentationDataset:
     """Images and masks of a parquet file or folder, or of a data set on the Hub.
 
@@ -86,7 +101,10 @@ def open_segmentation(
     """
     table = load_table(dataset, config=config, split=split, streaming=False)
     image_column, _ = find_columns(table.features, dataset)
-    mask_column = next((column for column in MASK_COLUMNS if column in table.features and column != image_column), None)
+    mask_column = next(
+        (column for column in MASK_COLUMNS if column in table.features and column != image_column),
+        None,
+    )
     if mask_column is None:
         raise ValueError(
             f"No masks in {dataset}: its columns are {list(table.features)}; one must be {', '.join(MASK_COLUMNS)}."
@@ -95,10 +113,14 @@ def open_segmentation(
         path = Path(dataset).expanduser()
         beside = (path if path.is_dir() else path.parent) / "classes.json"
         if not beside.is_file():
-            raise FileNotFoundError(f"No names for the classes of {dataset}: give class_names, or write the list to {beside}.")
+            raise FileNotFoundError(
+                f"No names for the classes of {dataset}: give class_names, or write the list to {beside}."
+            )
         class_names = json.loads(beside.read_text(encoding="utf-8"))
     if not class_names or len(set(class_names)) < len(class_names):
-        raise ValueError(f"class_names={list(class_names)} of {dataset} must be different names, at least one.")
+        raise ValueError(
+            f"class_names={list(class_names)} of {dataset} must be different names, at least one."
+        )
     table = table.select_columns([image_column, mask_column])  # no other column is decoded
     for column in (image_column, mask_column):
         table = undecoded(table, column, table.features)
@@ -123,17 +145,27 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             )
         else:
             image, mask = self.random_crop(*self.images[key[1]], *key)
-        pixels = torch.from_numpy(np.array(image.convert(self.mode))).view(self.height, self.width, -1)
+        pixels = torch.from_numpy(np.array(image.convert(self.mode))).view(
+            self.height, self.width, -1
+        )
         return pixels.permute(2, 0, 1), self.images.targets(mask)
 
-    def random_crop(self, image: Image.Image, mask: Image.Image, epoch: int, i: int) -> tuple[Image.Image, Image.Image]:
+    def random_crop(
+        self, image: Image.Image, mask: Image.Image, epoch: int, i: int
+    ) -> tuple[Image.Image, Image.Image]:
         """The same crop and flip of both, a pure function of seed, epoch and place."""
         rng = random_generator(self.seed, "segmentation", epoch, i)
         box = draw_crop(*image.size, CROP_SCALE, rng)
         top, left, height, width = box
         image = resized_crop(image, box, self.height)
-        mask = mask.crop((left, top, left + width, top + height)).resize((self.width, self.height), Image.Resampling.NEAREST)
-        return (flip_horizontally(image), flip_horizontally(mask)) if rng.random() < 0.5 else (image, mask)
+        mask = mask.crop((left, top, left + width, top + height)).resize(
+            (self.width, self.height), Image.Resampling.NEAREST
+        )
+        return (
+            (flip_horizontally(image), flip_horizontally(mask))
+            if rng.random() < 0.5
+            else (image, mask)
+        )
 
 
 __all__ = ["VOID", "Crops", "SegmentationDataset", "open_segmentation"]

@@ -20,7 +20,9 @@ def can_leave_patches_out(config: MimRefinerConfig) -> bool:
     return config.pooling in ("cls", "register") and config.relative_positions == "none"
 
 
-def _only_prefix(layer: MimRefinerLayer, arguments: Any, places: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _only_prefix(
+    layer: MimRefinerLayer, arguments: Any, places: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """A forward pre-hook of a block: (B, T, D) -> the prefix tokens as queries, all tokens as their context."""
     (tokens,), prefix = arguments, layer.attention.config.num_prefix_tokens
     coordinates = places["coordinates"]

@@ -62,7 +62,9 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         check_types(self)
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
+            raise ValueError(
+                f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded"
+            )
         if not 0 < self.scale <= 1:
             raise ValueError(f"--scale {self.scale}: must be greater than 0 and at most 1")
         if not 0 <= self.flip <= 1:
@@ -74,9 +76,13 @@ class PretrainRecipe:
                 f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
             )
         if self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError(f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0")
+            raise ValueError(
+                f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0"
+            )
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
-            raise ValueError(f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of --decoder_attention_heads")
+            raise ValueError(
+                f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of --decoder_attention_heads"
+            )
         try:
             self.encoder_config()
         except StrictDataclassError as error:
@@ -123,8 +129,12 @@ class MaeDecoder(nn.Module):
         """tokens (B, prefix + visible, D), restore (B, N): place of each patch among visible-then-masked -> pixels (B, N, p*p*C)."""
         tokens = self.embed(tokens)
         visible = tokens[:, prefix:]
-        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1).to(visible.dtype)
-        patches = torch.cat([visible, gaps], dim=1).gather(1, restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1).to(
+            visible.dtype
+        )
+        patches = torch.cat([visible, gaps], dim=1).gather(
+            1, restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+        )
         tokens = torch.cat([tokens[:, :prefix], patches + self.positions], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)
@@ -139,7 +149,9 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
-def visible_tokens(encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+def visible_tokens(
+    encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask_ratio: float
+) -> tuple[Tensor, Tensor]:
     """What the encoder gets to see: CLS, registers and the patches with the smallest `noise`, embedded with their positions.
 
     Args:
@@ -154,18 +166,24 @@ def visible_tokens(encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask
     keep = int(noise.shape[1] * (1 - mask_ratio))
     tokens = encoder.embeddings(pixels)
     chosen = order[:, :keep, None].expand(-1, -1, tokens.shape[2])
-    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1), order.argsort(dim=1)
+    return torch.cat(
+        [tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1
+    ), order.argsort(dim=1)
 
 
 def reconstruction_error(predicted: Tensor, pixels: Tensor, patch: int, masked: Tensor) -> Tensor:
     """Mean squared error of `predicted` (B, N, p*p*C) on the patches `masked` (B, N), whose pixels are normalised per patch."""
     target = patchify(pixels, patch)
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    error = (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)  # (B, N)
+    error = (
+        (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
+    )  # (B, N)
     return error[masked].mean()
 
 
-def mae_loss(encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+def mae_loss(
+    encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float
+) -> Tensor:
     """MAE's objective: `reconstruction_error` of what encoder and decoder make of the visible patches; see `visible_tokens`."""
     prefix = encoder.config.num_prefix_tokens
     tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
@@ -219,12 +237,28 @@ def mae_batches(
     """
     steps = recipe.epochs * (len(images) // recipe.batch_size)
     crop = MultiCrop(
-        view_specs(1, 0, recipe.image_size, recipe.image_size, (recipe.scale, 1.0), (1.0, 1.0), False, recipe.flip)
+        view_specs(
+            1,
+            0,
+            recipe.image_size,
+            recipe.image_size,
+            (recipe.scale, 1.0),
+            (1.0, 1.0),
+            False,
+            recipe.flip,
+        )
     )
     batches = BatchSampler(
-        images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps, rank=rank(), world_size=world_size()
+        images,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        steps=steps,
+        rank=rank(),
+        world_size=world_size(),
     )
-    loader = DataLoader(ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers)
+    loader = DataLoader(
+        ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers
+    )
     num_patches = math.prod(recipe.encoder_config().grid)
 
     def prepared() -> Iterator[
@@ -235,9 +269,18 @@ def mae_batches(
             broken.add(batch["broken"])
             if step % 50 == 0 or step == steps - 1:
                 broken.share()
-            noise = np.random.default_rng([recipe.seed, step]).random((recipe.batch_size, num_patches), dtype=np.float32)
+            noise = np.random.default_rng([recipe.seed, step]).random(
+                (recipe.batch_size, num_patches), dtype=np.float32
+            )
             own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
-            yield normalise(batch["global_views"][:, 0].to(device), processor.image_mean, processor.image_std), own
+            yield (
+                normalise(
+                    batch["global_views"][:, 0].to(device),
+                    processor.image_mean,
+                    processor.image_std,
+                ),
+                own,
+            )
 
     return prepared()
 
@@ -261,12 +304,20 @@ def pretrain_mae(
     encoder.to(accelerator.device).train()
     decoder.to(accelerator.device).train()
     freeze(encoder, blocks=0)
-    groups = encoder_groups(encoder, 1.0, recipe.weight_decay) + decoder_groups(decoder, recipe.weight_decay)
+    groups = encoder_groups(encoder, 1.0, recipe.weight_decay) + decoder_groups(
+        decoder, recipe.weight_decay
+    )
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    processor = image_processor(encoder.config, {})  # the preprocessing that the model is used with afterwards
+    processor = image_processor(
+        encoder.config, {}
+    )  # the preprocessing that the model is used with afterwards
     peak = recipe.learning_rate * recipe.batch_size / 256
-    batches = mae_batches(recipe, images, processor, accelerator.device, num_workers, max_bad_fraction)
-    progress = progress_bar(batches, total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process)
+    batches = mae_batches(
+        recipe, images, processor, accelerator.device, num_workers, max_bad_fraction
+    )
+    progress = progress_bar(
+        batches, total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process
+    )
     for step, (pixels, noise) in enumerate(progress):
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
         with accelerator.autocast():

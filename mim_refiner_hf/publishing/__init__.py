@@ -3,4 +3,11 @@
 from .hub import PushError, check_repo_id, push_folder, save_model_folder
 from .model_card import CardData, write_card
 
-__all__ = ["CardData", "PushError", "check_repo_id", "push_folder", "save_model_folder", "write_card"]
+__all__ = [
+    "CardData",
+    "PushError",
+    "check_repo_id",
+    "push_folder",
+    "save_model_folder",
+    "write_card",
+]

@@ -71,11 +71,17 @@ def cluster_images(
     """
     folder, found = check_groups_folder(out), open_images(images)
     origin = Path(images).expanduser().resolve()
-    if Path(images).expanduser().exists() and (origin == folder or origin in folder.parents or folder in origin.parents):
-        raise ValueError(f"{out} and the images in {images} lie within each other; name another folder for the groups")
+    if Path(images).expanduser().exists() and (
+        origin == folder or origin in folder.parents or folder in origin.parents
+    ):
+        raise ValueError(
+            f"{out} and the images in {images} lie within each other; name another folder for the groups"
+        )
     check_num_clusters(num_clusters, len(found), method)
     encoder = load_encoder(model)
-    pipe = ImageClusteringPipeline(model=encoder, image_processor=encoder.image_processor, task=TASK)
+    pipe = ImageClusteringPipeline(
+        model=encoder, image_processor=encoder.image_processor, task=TASK
+    )
     asked: dict[str, Any] = {"num_clusters": num_clusters, "method": method, "seed": seed}
     entries = pipe(found, **asked, batch_size=batch_size, num_workers=num_workers)
     with staged_folder(folder, check_groups_folder) as new:
@@ -83,7 +89,10 @@ def cluster_images(
 
 
 def write_groups(
-    folder: Path, images: ImageDataset, entries: Sequence[dict[str, Any]], pipe: ImageClusteringPipeline
+    folder: Path,
+    images: ImageDataset,
+    entries: Sequence[dict[str, Any]],
+    pipe: ImageClusteringPipeline,
 ) -> dict[str, Any]:
     """Write what `pipe` found about `images`, its `entries`, into an empty folder; returns the summary."""
     paths = [images.describe(entry["index"]) for entry in entries]
@@ -95,13 +104,21 @@ def write_groups(
     if broken:
         write_table(folder / "broken.csv", ("path", "error"), broken)
     order = by_confidence(groups, scores)
-    links = write_links(folder, images, [[entries[place]["index"] for place in members] for members in order])
+    links = write_links(
+        folder, images, [[entries[place]["index"] for place in members] for members in order]
+    )
     exemplars = [members[0] for members in pipe.summary["exemplars"]]
     write_exemplars(folder, [links[entries[place]["index"]] for place in exemplars])
     features = pipe.features
-    alike = near_duplicates(features - features.mean(0), NEARLY_SAME) if len(entries) <= COMPARED else []
+    alike = (
+        near_duplicates(features - features.mean(0), NEARLY_SAME)
+        if len(entries) <= COMPARED
+        else []
+    )
     if alike:
-        twins = [(paths[place], number) for number, members in enumerate(alike) for place in members]
+        twins = [
+            (paths[place], number) for number, members in enumerate(alike) for place in members
+        ]
         write_table(folder / "near-duplicates.csv", ("path", "set"), twins)
     summary: dict[str, Any] = {
         **pipe.summary,
@@ -114,10 +131,24 @@ def write_groups(
     write_json(folder / "summary.json", summary)
     shown = choose_shown(order)
     tiles = [
-        Tile(names[place], groups[place], scores[place], load_thumbnail(images, index), quote(os.fsencode(links[index])))
-        for place, index in progress_bar([(place, entries[place]["index"]) for place in shown], desc="page", unit="image")
+        Tile(
+            names[place],
+            groups[place],
+            scores[place],
+            load_thumbnail(images, index),
+            quote(os.fsencode(links[index])),
+        )
+        for place, index in progress_bar(
+            [(place, entries[place]["index"]) for place in shown], desc="page", unit="image"
+        )
     ]
-    page = render_page(Path(summary["images"]).resolve().name, summary["note"], tiles, features[shown], summary["sizes"])
+    page = render_page(
+        Path(summary["images"]).resolve().name,
+        summary["note"],
+        tiles,
+        features[shown],
+        summary["sizes"],
+    )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return summary
 
@@ -133,7 +164,9 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         csv.writer(file).writerows([header, *rows])
 
 
-def write_links(folder: Path, images: ImageDataset, order: Sequence[Sequence[int]]) -> dict[int, str]:
+def write_links(
+    folder: Path, images: ImageDataset, order: Sequence[Sequence[int]]
+) -> dict[int, str]:
     """One folder per group; returns by image index the link's path in `folder`, `group-00/0001_name.jpg`."""
     links: dict[int, str] = {}
     digits, width = len(str(len(order) - 1)), len(str(max(map(len, order))))

@@ -26,7 +26,10 @@ from ..evaluation.feature_map import flat_map, principal_components
 TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
 THUMBNAIL = 112  # longest side in pixels: about 3 kB each
 SIMILARITY_DIMENSIONS = 32  # of the features that search by example compares, one byte each
-MAP_NOTES = {"UMAP": "Alike images lie near each other (UMAP).", "PCA": "The two main directions (PCA)."}
+MAP_NOTES = {
+    "UMAP": "Alike images lie near each other (UMAP).",
+    "PCA": "The two main directions (PCA).",
+}
 MAX_TILES = 20_000  # beyond, the page shows an even choice of each group: 80 MB
 
 
@@ -62,7 +65,11 @@ def choose_shown(order: Sequence[Sequence[int]]) -> list[int]:
     share = min(1.0, MAX_TILES / max(sum(map(len, order)), 1))
     shown: list[int] = []
     for members in order:
-        ranks = np.linspace(0, len(members) - 1, max(round(share * len(members)), 1)).round().astype(int)
+        ranks = (
+            np.linspace(0, len(members) - 1, max(round(share * len(members)), 1))
+            .round()
+            .astype(int)
+        )
         shown += [members[rank] for rank in ranks]
     return shown
 
@@ -80,7 +87,9 @@ def compact(features: Tensor) -> str:
     return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
 
 
-def page_data(tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes: Sequence[int]) -> dict[str, Any]:
+def page_data(
+    tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes: Sequence[int]
+) -> dict[str, Any]:
     """What the page's script reads: lists with one entry per tile, and per group its size and how many of it are shown."""
     return {
         "name": [tile.name for tile in tiles],
@@ -97,7 +106,9 @@ def page_data(tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes:
     }
 
 
-def render_page(title: str, note: str, tiles: Sequence[Tile], features: Tensor, sizes: Sequence[int]) -> str:
+def render_page(
+    title: str, note: str, tiles: Sequence[Tile], features: Tensor, sizes: Sequence[int]
+) -> str:
     """The page as HTML.
 
     Args:
@@ -109,7 +120,9 @@ def render_page(title: str, note: str, tiles: Sequence[Tile], features: Tensor, 
     """
     points, method = flat_map(features)
     data = page_data(tiles, features, unit_square(points), sizes)
-    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     return template.render(title=title, note=note, data=data, map_note=MAP_NOTES[method])
 
 

@@ -29,7 +29,10 @@ from .model_card import REPO_PLACEHOLDER, TAGS, is_hub_name
 from .zoo_card import eval_files, render_card
 from .zoo_results import find_results, starting_point
 
-TEMPLATE, COPY = (Path(__file__).with_name(name) for name in ("conversion_card.md.jinja", "conversion_facts.md.jinja"))
+TEMPLATE, COPY = (
+    Path(__file__).with_name(name)
+    for name in ("conversion_card.md.jinja", "conversion_facts.md.jinja")
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-5
 """Largest difference between the outputs before writing and after reading back, relative to the largest output."""
@@ -122,7 +125,9 @@ def convert(
     return done
 
 
-def describe(family: str, config: MimRefinerConfig, processor: MimRefinerImageProcessor) -> dict[str, str]:
+def describe(
+    family: str, config: MimRefinerConfig, processor: MimRefinerImageProcessor
+) -> dict[str, str]:
     """What a reader of the card wants to know of the encoder: family, shape, input, feature."""
     height, width = config.image_hw
     blocks, heads = config.num_hidden_layers, config.num_attention_heads
@@ -137,7 +142,9 @@ def describe(family: str, config: MimRefinerConfig, processor: MimRefinerImagePr
 def encode(encoder: MimRefinerModel) -> Tensor:
     """The tokens (1, T, D), fp32, that an encoder gives for a fixed input of its native size: standard normal pixels, seed 0."""
     config = encoder.config
-    pixels = torch.randn(1, config.num_channels, *config.image_hw, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(
+        1, config.num_channels, *config.image_hw, generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         return encoder(pixels).last_hidden_state.float()
 
@@ -150,16 +157,25 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
 def render(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:
     """File -> text: the card, and what the Hub reads beside it. A model of the zoo brings its reported numbers; others claim none."""
     copy = jinja2.Template(COPY.read_text(encoding="utf-8")).render(
-        facts={key: plain(value) for key, value in facts.items()}, done=done, report=plain(done.report)
+        facts={key: plain(value) for key, value in facts.items()},
+        done=done,
+        report=plain(done.report),
     )
     if (released := find_results(done.source)) is not None:
         files = {f".eval_results/{file}": text for file, text in eval_files(released).items()}
         return {CARD: render_card(plain(name), released, starting_point(released), copy), **files}
     optional: dict[str, Any] = (
-        {"base_model": done.source, "base_model_relation": "finetune"} if is_hub_name(done.source) else {}
+        {"base_model": done.source, "base_model_relation": "finetune"}
+        if is_hub_name(done.source)
+        else {}
     )
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="image-feature-extraction", tags=TAGS, **optional),
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="image-feature-extraction",
+            tags=TAGS,
+            **optional,
+        ),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=plain(name),
         repo_id=REPO_PLACEHOLDER,

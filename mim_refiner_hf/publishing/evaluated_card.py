@@ -69,7 +69,9 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> Path:
     """
     path = folder / CARD
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {CARD} to update; a run of refine, or convert, writes one")
+        raise FileNotFoundError(
+            f"{folder} has no {CARD} to update; a run of refine, or convert, writes one"
+        )
     card = ModelCard.load(path)
     new = eval_results(report)
     measured = {(result.dataset_type, result.dataset_name, result.dataset_config) for result in new}
@@ -108,7 +110,9 @@ def write_entries(folder: Path, report: Mapping[str, Any]) -> None:
     ]
     path = folder / ".eval_results" / f"{name.replace('/', '--')}.yaml"
     path.parent.mkdir(exist_ok=True)
-    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.safe_dump(
+        eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000
+    )
     path.write_text(text, encoding="utf-8")
 
 

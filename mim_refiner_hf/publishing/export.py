@@ -76,11 +76,15 @@ def compare(encoder: MimRefinerModel, twins: dict[str, Twin]) -> dict[str, float
             for name, found in twin(images[:batch]).items():
                 wanted = expected[name]
                 if found.shape != wanted.shape:
-                    raise ExportError(f"{way}: {name} come back as {list(found.shape)}, not {list(wanted.shape)}")
+                    raise ExportError(
+                        f"{way}: {name} come back as {list(found.shape)}, not {list(wanted.shape)}"
+                    )
                 difference = (found - wanted).abs().max().item()
                 allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
                 if not difference <= allowed:  # not `>`: NaN must fail too
-                    raise ExportError(f"{way}: {name} differ by {difference:.1e}, more than {allowed:.1e}; nothing was written")
+                    raise ExportError(
+                        f"{way}: {name} differ by {difference:.1e}, more than {allowed:.1e}; nothing was written"
+                    )
                 worst[name] = max(worst.get(name, 0.0), difference)
     return worst
 

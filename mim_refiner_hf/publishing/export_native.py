@@ -50,7 +50,11 @@ NAMES: Names = (
 
 def is_plain_vit(config: MimRefinerConfig) -> bool:
     """Whether `ViTModel` is meant, and not BEiT's kin."""
-    return config.position_encoding == "absolute" and config.final_norm and config.layer_scale_init is None
+    return (
+        config.position_encoding == "absolute"
+        and config.final_norm
+        and config.layer_scale_init is None
+    )
 
 
 def refusal(config: MimRefinerConfig) -> str | None:
@@ -92,7 +96,9 @@ def native_config(config: MimRefinerConfig) -> PreTrainedConfig:
         use_absolute_position_embeddings=config.has_absolute_positions,
         use_relative_position_bias=config.relative_positions == "relative",
         use_shared_relative_position_bias=config.relative_positions == "shared_relative",
-        layer_scale_init_value=0.0 if config.layer_scale_init is None else float(config.layer_scale_init or 1.0),  # 0: none
+        layer_scale_init_value=0.0
+        if config.layer_scale_init is None
+        else float(config.layer_scale_init or 1.0),  # 0: none
         use_mean_pooling=not config.final_norm,  # the switch of the final norm in these two
         drop_path_rate=0.0,
         architectures=["BeitModel" if config.final_norm else "Data2VecVisionModel"],
@@ -102,10 +108,19 @@ def native_config(config: MimRefinerConfig) -> PreTrainedConfig:
 def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProcessor) -> None:
     """Write `config.json`, `model.safetensors` (fp32) and `preprocessor_config.json`, all of native classes."""
     config, state = encoder.config, complete_state(encoder)
-    if (positions := state.get("embeddings.position_embeddings")) is not None:  # ours is folded into the CLS token
-        state["embeddings.position_embeddings"] = torch.cat([positions.new_zeros(1, 1, config.hidden_size), positions], dim=1)
-    if is_plain_vit(config):  # AutoModel always builds a pooler, random if the file has none: x I + 0 is the CLS token
-        state |= {"pooler.dense.weight": torch.eye(config.hidden_size), "pooler.dense.bias": torch.zeros(config.hidden_size)}
+    if (
+        positions := state.get("embeddings.position_embeddings")
+    ) is not None:  # ours is folded into the CLS token
+        state["embeddings.position_embeddings"] = torch.cat(
+            [positions.new_zeros(1, 1, config.hidden_size), positions], dim=1
+        )
+    if is_plain_vit(
+        config
+    ):  # AutoModel always builds a pooler, random if the file has none: x I + 0 is the CLS token
+        state |= {
+            "pooler.dense.weight": torch.eye(config.hidden_size),
+            "pooler.dense.bias": torch.zeros(config.hidden_size),
+        }
     else:  # a key bias adds q.b to all scores of a query: softmax does not see it, and BEiT has none
         for block in range(config.num_hidden_layers):
             del state[f"layers.{block}.attention.k_proj.bias"]
@@ -123,7 +138,9 @@ def load(folder: Path) -> dict[str, Twin]:
     def twin(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = model(pixels)
         pooled = output.pooler_output
-        return {"tokens": output.last_hidden_state} | ({} if pooled is None else {"features": pooled})
+        return {"tokens": output.last_hidden_state} | (
+            {} if pooled is None else {"features": pooled}
+        )
 
     return {"AutoModel": twin}
 

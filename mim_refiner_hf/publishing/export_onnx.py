@@ -37,10 +37,14 @@ def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProc
     config = encoder.config
     size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.parameters())
     kernel = encoder.config._attn_implementation
-    encoder.set_attn_implementation("eager")  # plain matmuls: torch 2.15 cannot decompose SDPA with an additive bias
+    encoder.set_attn_implementation(
+        "eager"
+    )  # plain matmuls: torch 2.15 cannot decompose SDPA with an additive bias
     torch.onnx.export(
         encoder,
-        (torch.zeros(2, config.num_channels, *config.image_hw),),  # 2: a batch of one would be taken for a constant
+        (
+            torch.zeros(2, config.num_channels, *config.image_hw),
+        ),  # 2: a batch of one would be taken for a constant
         folder / "model.onnx",
         dynamo=True,
         verbose=False,
@@ -58,7 +62,9 @@ def load(folder: Path) -> dict[str, Twin]:
     """The graph in onnxruntime, on the CPU."""
     import onnxruntime  # of the extra `onnx`
 
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
 
     def twin(pixels: Tensor) -> dict[str, Tensor]:
         tokens, features = session.run(list(OUTPUTS), {"pixel_values": pixels.numpy()})

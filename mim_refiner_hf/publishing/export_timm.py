@@ -23,7 +23,13 @@ from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Names, Twin, complete_state, refused, rename, unsupported
 
-SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
+SIZES = {
+    (192, 12): "tiny",
+    (384, 12): "small",
+    (768, 12): "base",
+    (1024, 24): "large",
+    (1280, 32): "huge",
+}
 """(width, depth) -> timm's word for it; all else takes the name of a base model, with its shape in `model_args`."""
 
 BLOCKS: Names = (
@@ -43,7 +49,10 @@ VIT: Names = (
 BEIT: Names = (
     *BLOCKS,
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.gamma_\2"),
-    (r"layers\.(\d+)\.attention\.relative_position_bias\.table", r"blocks.\1.attn.relative_position_bias_table"),
+    (
+        r"layers\.(\d+)\.attention\.relative_position_bias\.table",
+        r"blocks.\1.attn.relative_position_bias_table",
+    ),
     (r"relative_position_bias\.table", r"rel_pos_bias.relative_position_bias_table"),
 )
 
@@ -81,13 +90,17 @@ def state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
         attention = f"layers.{block}.attention."
         for kind in ("weight", "bias"):
             q, k, v = (state.pop(f"{attention}{name}_proj.{kind}") for name in "qkv")
-            if kind == "bias" and is_beit(config):  # a key bias adds q.b to all scores of a query: softmax does not see it
+            if kind == "bias" and is_beit(
+                config
+            ):  # a key bias adds q.b to all scores of a query: softmax does not see it
                 state |= {f"{attention}q_bias": q, f"{attention}v_bias": v}
             else:
                 state[f"{attention}qkv.{kind}"] = torch.cat([q, k, v])
     if config.use_cls_token and not patches_only(config) and config.has_absolute_positions:
         positions = state["embeddings.position_embeddings"]
-        state["embeddings.position_embeddings"] = torch.cat([positions.new_zeros(1, 1, config.hidden_size), positions], dim=1)
+        state["embeddings.position_embeddings"] = torch.cat(
+            [positions.new_zeros(1, 1, config.hidden_size), positions], dim=1
+        )
     return rename(state, BEIT if is_beit(config) else VIT)
 
 
@@ -102,9 +115,13 @@ def architecture(config: MimRefinerConfig) -> str:
 def model_args(config: MimRefinerConfig) -> dict[str, Any]:
     """The constructor's arguments, all of them: the architecture's name alone decides nothing."""
     mlp_ratio = config.intermediate_size / config.hidden_size
-    if int(config.hidden_size * mlp_ratio) < config.intermediate_size:  # how timm gets the width back
+    if (
+        int(config.hidden_size * mlp_ratio) < config.intermediate_size
+    ):  # how timm gets the width back
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    layer_scale = 0.0 if config.layer_scale_init is None else config.layer_scale_init or 1.0  # 0 is timm's word for none
+    layer_scale = (
+        0.0 if config.layer_scale_init is None else config.layer_scale_init or 1.0
+    )  # 0 is timm's word for none
     shared: dict[str, Any] = {
         "img_size": list(config.image_hw),
         "patch_size": config.patch_size,
@@ -173,7 +190,9 @@ def load(folder: Path) -> dict[str, Twin]:
     """Both ways in which timm's users load the folder; timm raises unless every tensor has its place."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     by_file = timm.create_model(
-        config["architecture"], checkpoint_path=str(folder / "model.safetensors"), **config["model_args"]
+        config["architecture"],
+        checkpoint_path=str(folder / "model.safetensors"),
+        **config["model_args"],
     )
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
 

@@ -29,7 +29,11 @@ from .model_card import REPO_PLACEHOLDER
 
 CARD = "README.md"
 SHARD_SIZE = "2GB"
-ENTRIES = ("model/modeling_mim_refiner.py", "model/image_processing_mim_refiner.py", "clustering/pipeline_image_clustering.py")
+ENTRIES = (
+    "model/modeling_mim_refiner.py",
+    "model/image_processing_mim_refiner.py",
+    "clustering/pipeline_image_clustering.py",
+)
 """The modules that config.json names; what they import of their flat neighbours travels with them."""
 
 
@@ -60,7 +64,9 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
 
     Weights are cast to `dtype` and split into files of at most `SHARD_SIZE`, so that writing takes no second copy of them all.
     """
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in encoder.state_dict().items()}
+    weights = {
+        name: tensor.detach().to("cpu", dtype) for name, tensor in encoder.state_dict().items()
+    }
     write_digests(folder, weights)  # first: saving takes the tensors out of `weights` one by one
     encoder.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
     processor.save_pretrained(folder)
@@ -105,11 +111,17 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    if missing := [name for name in ("config.json", "model*.safetensors") if not any(folder.glob(name))]:
-        raise FileNotFoundError(f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder")
+    if missing := [
+        name for name in ("config.json", "model*.safetensors") if not any(folder.glob(name))
+    ]:
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder"
+        )
     api = HfApi()
     try:
-        url = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
+        url = patiently(
+            lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}"
+        )
         upload = partial(
             api.upload_folder,
             folder_path=folder,
@@ -130,7 +142,9 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             patiently(upload, f"uploading the card of {repo_id}")
     except Exception as error:  # network, authentication, quota, card validation: each has its own class, all end the same way
         reason = " ".join(str(error).split()) or type(error).__name__
-        again = shlex.join(["mim-refiner", "push", str(folder), repo_id, *(["--private"] if private else [])])
+        again = shlex.join(
+            ["mim-refiner", "push", str(folder), repo_id, *(["--private"] if private else [])]
+        )
         raise PushError(
             f"the Hub did not take {repo_id} ({reason}); the local result is intact at {folder}, continue with: {again}"
         ) from error

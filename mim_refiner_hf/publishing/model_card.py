@@ -21,14 +21,25 @@ from ..runtime.text import fenced, one_line, plain
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()
 """The paper, as every card cites it."""
-REPO_PLACEHOLDER = "your-name/your-model"  # in the card's snippets, until `push_folder` knows the repository
+REPO_PLACEHOLDER = (
+    "your-name/your-model"  # in the card's snippets, until `push_folder` knows the repository
+)
 PRETRAINED_HERE = "a MAE pre-trained in this run"  # as the trainer writes `starting_model`
-TAGS = ["mim-refiner", "masked-image-modeling", "self-supervised", "image-clustering", "feature-extraction"]
+TAGS = [
+    "mim-refiner",
+    "masked-image-modeling",
+    "self-supervised",
+    "image-clustering",
+    "feature-extraction",
+]
 
 
 def is_hub_name(name: str | None) -> bool:
     """Whether `name` is "user/name" on the Hub rather than a path here or a word such as "digits"."""
-    return bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not Path(str(name)).exists()
+    return (
+        bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name))
+        and not Path(str(name)).exists()
+    )
 
 
 def duration(seconds: float) -> str:
@@ -76,14 +87,24 @@ class CardData:
         """
         path = Path(run_folder) / "metrics.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; give the output folder of a finished run")
+            raise FileNotFoundError(
+                f"{path} does not exist; give the output folder of a finished run"
+            )
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); the run has to be evaluated again") from error
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); the run has to be evaluated again"
+            ) from error
         facts = {name: run.get(name) for name in cls.__dataclass_fields__ if name != "model_name"}
-        if missing := [name for name, value in facts.items() if value is None and name not in ("before", "after")]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which the card needs; it is not a finished run's file")
+        if missing := [
+            name
+            for name, value in facts.items()
+            if value is None and name not in ("before", "after")
+        ]:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}, which the card needs; it is not a finished run's file"
+            )
         return cls(model_name=one_line(Path(run_folder).resolve().name), **facts)
 
     @property
@@ -96,15 +117,19 @@ class CardData:
         if self.after is None:
             return "This model was not evaluated: nothing here says that it is better than its starting weights."
         if not self.has_labels:
-            return (
-                "No labels were available, so the only evidence is RankMe, which needs none and says little about any one task."
-            )
+            return "No labels were available, so the only evidence is RankMe, which needs none and says little about any one task."
         if self.before is None:
             return "The starting weights were not evaluated: nothing here says that this model is better than they are."
         worse = [
-            METRICS[name][0] for name in ("knn_accuracy", "cluster_accuracy", "nmi") if self.after[name] <= self.before[name]
+            METRICS[name][0]
+            for name in ("knn_accuracy", "cluster_accuracy", "nmi")
+            if self.after[name] <= self.before[name]
         ]
-        return f"Compared with the starting weights, this run did NOT improve: {', '.join(worse)}." if worse else None
+        return (
+            f"Compared with the starting weights, this run did NOT improve: {', '.join(worse)}."
+            if worse
+            else None
+        )
 
     def eval_results(self) -> list[EvalResult]:
         """Both measurements for the `model-index`: the result, then the starting weights as a configuration of their own."""
@@ -121,7 +146,8 @@ class CardData:
                         task_name="Image feature extraction",
                         dataset_type=one_line(self.dataset["name"]),
                         dataset_name=name + suffix,
-                        dataset_config=config + suffix,  # what huggingface_hub groups by: keeps the two results apart
+                        dataset_config=config
+                        + suffix,  # what huggingface_hub groups by: keeps the two results apart
                         metric_type=key,
                         metric_name=METRICS[key][0] + suffix,
                         metric_value=round(float(metrics[key]), 6),
@@ -153,7 +179,10 @@ class CardData:
         rows = []
         for name, (label, _) in METRICS.items():
             if name in (self.after or self.before or {}):
-                old, new = ("-" if side is None else format_metric(name, side[name]) for side in (self.before, self.after))
+                old, new = (
+                    "-" if side is None else format_metric(name, side[name])
+                    for side in (self.before, self.after)
+                )
                 rows.append((label, old, new, "-"))
         return rows
 
@@ -162,12 +191,16 @@ class CardData:
         old, new = ((side or {}).get("knn_per_block") or [] for side in (self.before, self.after))
         return [
             (block, format_metric("knn_accuracy", was), format_metric("knn_accuracy", now))
-            for block, (was, now) in enumerate(zip(old, new, strict=False))  # one side may not have been measured
+            for block, (was, now) in enumerate(
+                zip(old, new, strict=False)
+            )  # one side may not have been measured
         ]
 
     def render(self) -> str:
         """The whole card as Markdown."""
-        data = {name: plain(value) for name, value in self.dataset.items() if value not in (None, "")}
+        data = {
+            name: plain(value) for name, value in self.dataset.items() if value not in (None, "")
+        }
         card = ModelCard.from_template(
             self.metadata(),
             template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -184,11 +217,19 @@ class CardData:
             seed=int(self.seed),
             command=fenced(self.command.strip(), "bash"),
             time=duration(self.seconds),
-            stages=", ".join(f"{plain(stage)} {duration(spent)}" for stage, spent in self.stage_seconds.items() if spent),
+            stages=", ".join(
+                f"{plain(stage)} {duration(spent)}"
+                for stage, spent in self.stage_seconds.items()
+                if spent
+            ),
             hardware=plain(self.hardware),
-            versions=", ".join(f"{plain(package)} {plain(version)}" for package, version in self.versions.items()),
+            versions=", ".join(
+                f"{plain(package)} {plain(version)}" for package, version in self.versions.items()
+            ),
             citation=fenced(CITATION, "bibtex"),
-            recipe=fenced(json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False), "json"),
+            recipe=fenced(
+                json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False), "json"
+            ),
         )
         return str(card)
 
@@ -203,7 +244,9 @@ def write_card(run_folder: Path) -> Path:
     card = CardData.from_run(run_folder).render()
     model = Path(run_folder) / "model"
     if not model.is_dir():
-        raise FileNotFoundError(f"{model} does not exist; the card belongs beside the run's saved model")
+        raise FileNotFoundError(
+            f"{model} does not exist; the card belongs beside the run's saved model"
+        )
     temporary = model / ".tmp-README.md"
     temporary.write_text(card, encoding="utf-8")
     return temporary.replace(model / "README.md")

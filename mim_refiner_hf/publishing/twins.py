@@ -35,7 +35,12 @@ def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
         match, target = next(
-            ((match, target) for pattern, target in names if (match := re.fullmatch(pattern, name))), (None, "")
+            (
+                (match, target)
+                for pattern, target in names
+                if (match := re.fullmatch(pattern, name))
+            ),
+            (None, ""),
         )
         if match is None:
             raise KeyError(f"no place for {name}")
@@ -46,13 +51,28 @@ def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
 def unsupported(config: MimRefinerConfig) -> list[str]:
     """Settings that neither timm's nor transformers' plain ViTs have, in words."""
     lacking = [
-        (config.norm_placement == "post", "norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)"),
+        (
+            config.norm_placement == "post",
+            "norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)",
+        ),
         (config.embedding_norm, "norm before the first block (embedding_norm=True)"),
         (config.norm_type != "layernorm", f"norm but a LayerNorm (norm_type={config.norm_type!r})"),
-        ("rope" in config.position_encoding, f"rotary positions (position_encoding={config.position_encoding!r})"),
-        (config.final_norm and not config.final_norm_affine, "final norm without weights (final_norm_affine=False)"),
-        (config.features == "last_block" and config.final_norm, "pooling before the final norm (features='last_block')"),
-        (config.pooling not in ("cls", "mean"), f"pooling but of CLS or patches (pooling={config.pooling!r})"),
+        (
+            "rope" in config.position_encoding,
+            f"rotary positions (position_encoding={config.position_encoding!r})",
+        ),
+        (
+            config.final_norm and not config.final_norm_affine,
+            "final norm without weights (final_norm_affine=False)",
+        ),
+        (
+            config.features == "last_block" and config.final_norm,
+            "pooling before the final norm (features='last_block')",
+        ),
+        (
+            config.pooling not in ("cls", "mean"),
+            f"pooling but of CLS or patches (pooling={config.pooling!r})",
+        ),
     ]
     return [words for lacks, words in lacking if lacks]
 
@@ -70,8 +90,25 @@ def native_processor(processor: MimRefinerImageProcessor) -> CLIPImageProcessor:
     CLIP's is the native class with exactly our steps and backends (ViT's own resizes to a square and does not crop).
     """
     settings = processor.to_dict()
-    fields = ("size", "crop_size", "image_mean", "image_std", "resample", "do_convert_rgb", "do_resize", "do_center_crop")
+    fields = (
+        "size",
+        "crop_size",
+        "image_mean",
+        "image_std",
+        "resample",
+        "do_convert_rgb",
+        "do_resize",
+        "do_center_crop",
+    )
     return CLIPImageProcessor(**{name: settings[name] for name in fields})
 
 
-__all__ = ["Names", "Twin", "complete_state", "native_processor", "refused", "rename", "unsupported"]
+__all__ = [
+    "Names",
+    "Twin",
+    "complete_state",
+    "native_processor",
+    "refused",
+    "rename",
+    "unsupported",
+]

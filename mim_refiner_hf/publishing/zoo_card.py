@@ -15,14 +15,31 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from ..conversion.zoo import ZOO
 from ..runtime.text import fenced, plain
 from .model_card import CITATION, TAGS
-from .zoo_results import DATASETS, METRICS, PROTOCOLS, Measured, Protocol, Reported, Results, read_results
+from .zoo_results import (
+    DATASETS,
+    METRICS,
+    PROTOCOLS,
+    Measured,
+    Protocol,
+    Reported,
+    Results,
+    read_results,
+)
 
-TEMPLATE, INDEX = (Path(__file__).with_name(name) for name in ("zoo_card.md.jinja", "zoo_index.md.jinja"))
+TEMPLATE, INDEX = (
+    Path(__file__).with_name(name) for name in ("zoo_card.md.jinja", "zoo_index.md.jinja")
+)
 PAPER = "https://arxiv.org/abs/2402.10093"
 
 
@@ -56,7 +73,11 @@ def groups(rows: Sequence[Reported | Measured]) -> list[tuple[Protocol, list[dic
 
 def source(row: Reported | Measured) -> dict[str, Any]:
     """The paper and its tables, as the metadata name a source; nothing for what we measured, whose source is the repository itself."""
-    return {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPER} if isinstance(row, Reported) else {}
+    return (
+        {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPER}
+        if isinstance(row, Reported)
+        else {}
+    )
 
 
 def eval_results(results: Results) -> list[EvalResult]:
@@ -84,7 +105,9 @@ def eval_files(results: Results) -> dict[str, str]:
     entries: dict[str, list[EvalResultEntry]] = {}
     for row in results.rows:
         hub_name = DATASETS[row.score.dataset][1]
-        task = f"{row.score.protocol} {row.score.setting} {row.score.metric}".replace("%", "percent").replace("-", "_")
+        task = f"{row.score.protocol} {row.score.setting} {row.score.metric}".replace(
+            "%", "percent"
+        ).replace("-", "_")
         how = f"; seed {row.seed}: {row.command}" if isinstance(row, Measured) else ""
         entry = EvalResultEntry(
             dataset_id=hub_name,
@@ -97,7 +120,9 @@ def eval_files(results: Results) -> dict[str, str]:
         if hub_name:
             entries.setdefault(f"{row.score.dataset}.yaml", []).append(entry)
     return {
-        name: yaml.safe_dump(eval_result_entries_to_yaml(found), sort_keys=False, allow_unicode=True, width=1000)
+        name: yaml.safe_dump(
+            eval_result_entries_to_yaml(found), sort_keys=False, allow_unicode=True, width=1000
+        )
         for name, found in entries.items()
     }
 
@@ -127,7 +152,8 @@ def render_card(name: str, results: Results, start: Results | None, copy: str = 
             results=results,
             start=start,
             copy=copy,
-            address=results.entry.url or f"https://huggingface.co/{results.entry.repo}/blob/main/{results.entry.filename}",
+            address=results.entry.url
+            or f"https://huggingface.co/{results.entry.repo}/blob/main/{results.entry.filename}",
             notes=[plain(note) for note in results.notes],
             reported=groups(results.reported),
             measured=groups(results.measured),
@@ -163,15 +189,25 @@ def write_cards(folder: Path) -> list[Path]:
     """
     found = {path.parent.name: read_results(path) for path in folder.glob("*/results.yaml")}
     if not found:
-        raise FileNotFoundError(f"{folder} holds no <model>/results.yaml; give the folder model_cards/ of the repository")
-    models = {name: found[name] for name in sorted(found, key=lambda name: list(ZOO).index(found[name].zoo_name))}
+        raise FileNotFoundError(
+            f"{folder} holds no <model>/results.yaml; give the folder model_cards/ of the repository"
+        )
+    models = {
+        name: found[name]
+        for name in sorted(found, key=lambda name: list(ZOO).index(found[name].zoo_name))
+    }
     texts = {folder / "README.md": render_index(models)}
     for name, results in models.items():
         start = models.get(results.starting_model or "")
         if start is None and results.starting_model:
-            raise ValueError(f"{name}: starting_model {results.starting_model!r} has no folder; there are {', '.join(models)}")
+            raise ValueError(
+                f"{name}: starting_model {results.starting_model!r} has no folder; there are {', '.join(models)}"
+            )
         texts[folder / name / "README.md"] = render_card(name, results, start)
-        texts |= {folder / name / ".eval_results" / file: text for file, text in eval_files(results).items()}
+        texts |= {
+            folder / name / ".eval_results" / file: text
+            for file, text in eval_files(results).items()
+        }
     for path in set(folder.glob("*/.eval_results/*.yaml")) - texts.keys():
         path.unlink()
     for path, text in texts.items():
@@ -182,7 +218,9 @@ def write_cards(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m mim_refiner_hf.publishing.zoo_card model_cards/`; exit code 2 with one sentence for a wrong file."""
-    parser = argparse.ArgumentParser(description="Render the cards of the zoo from their results.yaml files.")
+    parser = argparse.ArgumentParser(
+        description="Render the cards of the zoo from their results.yaml files."
+    )
     parser.add_argument("folder", type=Path, help="model_cards/ of the repository")
     try:
         files = write_cards(parser.parse_args(arguments).folder)

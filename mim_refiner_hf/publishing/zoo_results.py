@@ -39,7 +39,9 @@ KNN = "soft k-NN on the CLS token, weighted by cosine similarity (appendices C.4
 PROTOCOLS = {
     "knn": Protocol("k-NN", f"{KNN}, k = 10", settings=BLOCKS),
     "knn-tuned": Protocol(
-        "k-NN, k tuned", f"{KNN}, k tuned for this model because plain MIM models gain from more", settings=BLOCKS
+        "k-NN, k tuned",
+        f"{KNN}, k tuned for this model because plain MIM models gain from more",
+        settings=BLOCKS,
     ),
     "linear-probe": Protocol(
         "Linear probe",
@@ -53,7 +55,9 @@ PROTOCOLS = {
         settings=SHOTS,
     ),
     "low-shot-fine-tuning": Protocol(
-        "Low-shot, fine-tuned", "the whole encoder is fine-tuned (C.5)", settings=(*SHOTS, "1 %", "10 %")
+        "Low-shot, fine-tuned",
+        "the whole encoder is fine-tuned (C.5)",
+        settings=(*SHOTS, "1 %", "10 %"),
     ),
     "clustering": Protocol(
         "Clustering",
@@ -76,7 +80,9 @@ PROTOCOLS = {
         "linear classifier per patch on four blocks of the frozen encoder, 224 px, single scale (C.7)",
         "image-segmentation",
     ),
-    "fine-tuning": Protocol("Fine-tuning", "the whole encoder on all labels, with MAE's hyperparameters (C.9)"),
+    "fine-tuning": Protocol(
+        "Fine-tuning", "the whole encoder on all labels, with MAE's hyperparameters (C.9)"
+    ),
 }
 DATASETS = {  # for readers, and on the Hub where its identifier is sure
     "imagenet-1k": ("ImageNet-1K", "ILSVRC/imagenet-1k"),
@@ -117,9 +123,13 @@ class Score:
     def __post_init__(self) -> None:
         for name, allowed in (("protocol", PROTOCOLS), ("dataset", DATASETS), ("metric", METRICS)):
             if getattr(self, name) not in list(allowed):
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
+                )
         if self.setting not in (settings := PROTOCOLS[self.protocol].settings):
-            raise ValueError(f"setting {self.setting!r} is none of {self.protocol}; allowed: {', '.join(map(repr, settings))}")
+            raise ValueError(
+                f"setting {self.setting!r} is none of {self.protocol}; allowed: {', '.join(map(repr, settings))}"
+            )
         if type(self.value) not in (int, float) or not math.isfinite(self.value):
             raise ValueError(f"value {self.value!r} is not a number")
 
@@ -137,8 +147,14 @@ class Reported:
     tables: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tables, tuple) or not self.tables or any(table not in TABLES for table in self.tables):
-            raise ValueError(f"tables {self.tables!r} must be a list of some of {', '.join(map(str, TABLES))}")
+        if (
+            not isinstance(self.tables, tuple)
+            or not self.tables
+            or any(table not in TABLES for table in self.tables)
+        ):
+            raise ValueError(
+                f"tables {self.tables!r} must be a list of some of {', '.join(map(str, TABLES))}"
+            )
 
     @property
     def source(self) -> str:
@@ -157,9 +173,13 @@ class Measured:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.command, str) and self.command.strip()):
-            raise ValueError(f"command {self.command!r} must be the command line that gave the value")
+            raise ValueError(
+                f"command {self.command!r} must be the command line that gave the value"
+            )
         if type(self.date) is not datetime.date or type(self.seed) is not int:
-            raise ValueError(f"date {self.date!r} and seed {self.seed!r} must be a date such as 2025-01-31 and an integer")
+            raise ValueError(
+                f"date {self.date!r} and seed {self.seed!r} must be a date such as 2025-01-31 and an integer"
+            )
 
     @property
     def source(self) -> str:
@@ -192,14 +212,21 @@ class Results:
         if self.zoo_name not in list(ZOO):
             raise ValueError(f"zoo_name {self.zoo_name!r} is unknown; allowed: {', '.join(ZOO)}")
         if (self.starting_model is None) != (self.recipe is None):
-            raise ValueError("a refined model has a starting_model and a recipe, any other has neither")
+            raise ValueError(
+                "a refined model has a starting_model and a recipe, any other has neither"
+            )
         for rows in (self.reported, self.measured):
             if not isinstance(rows, tuple):
                 raise ValueError(f"reported and measured must be lists of rows, found {rows!r}")
-            keys = [(row.score.protocol, row.score.setting, row.score.dataset, row.score.metric) for row in rows]
+            keys = [
+                (row.score.protocol, row.score.setting, row.score.dataset, row.score.metric)
+                for row in rows
+            ]
             if twice := {key for key in keys if keys.count(key) > 1}:
                 raise ValueError(f"there are two values for {', '.join(filter(None, min(twice)))}")
-        if not (isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes)):
+        if not (
+            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes)
+        ):
             raise ValueError(f"notes {self.notes!r} must be a list of sentences")
 
     @property
@@ -229,12 +256,23 @@ def strict(kind: type[T], content: Any) -> T:
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if "score" in known:
         inside = [field.name for field in fields(Score)]
-        content["score"] = strict(Score, {name: content.pop(name) for name in inside if name in content})
+        content["score"] = strict(
+            Score, {name: content.pop(name) for name in inside if name in content}
+        )
     if unknown := sorted(map(str, content.keys() - known.keys())):
-        raise ValueError(f"unknown key {', '.join(unknown)} in {kind.__name__.lower()}; allowed: {', '.join(known)}")
-    if missing := [name for name, field in known.items() if field.default is MISSING and name not in content]:
+        raise ValueError(
+            f"unknown key {', '.join(unknown)} in {kind.__name__.lower()}; allowed: {', '.join(known)}"
+        )
+    if missing := [
+        name for name, field in known.items() if field.default is MISSING and name not in content
+    ]:
         raise ValueError(f"{', '.join(missing)} missing in {kind.__name__.lower()}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    return kind(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+        }
+    )
 
 
 def read_results(path: Path) -> Results:
@@ -247,7 +285,9 @@ def read_results(path: Path) -> Results:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         rows = {
-            name: [strict_row(kind, row, name, number) for number, row in enumerate(content[name], 1)]
+            name: [
+                strict_row(kind, row, name, number) for number, row in enumerate(content[name], 1)
+            ]
             for name, kind in (("reported", Reported), ("measured", Measured))
             if isinstance(content, dict) and isinstance(content.get(name), list)
         }
@@ -266,7 +306,10 @@ def strict_row(kind: type[T], row: Any, name: str, number: int) -> T:
 
 def results_folder() -> Path:
     """`model_cards/` of the repository, or its `results.yaml` files as they ship with the package."""
-    folders = [Path(__file__).parents[2] / "model_cards", Path(str(resources.files("mim_refiner_hf"))) / "model_cards"]
+    folders = [
+        Path(__file__).parents[2] / "model_cards",
+        Path(str(resources.files("mim_refiner_hf"))) / "model_cards",
+    ]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 

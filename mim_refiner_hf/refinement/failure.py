@@ -45,7 +45,9 @@ def check_finite(refiner: Refiner, result: StepResult, *, step: int, sample_inde
     Raises:
         NotFiniteError: what is not finite, and where.
     """
-    gradients = [local(parameter.grad) for parameter in refiner.parameters() if parameter.grad is not None]
+    gradients = [
+        local(parameter.grad) for parameter in refiner.parameters() if parameter.grad is not None
+    ]
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = torch.isfinite(result.loss.detach()) & torch.isfinite(norm)
     if world_size() > 1:
@@ -63,12 +65,28 @@ def check_finite(refiner: Refiner, result: StepResult, *, step: int, sample_inde
     )
 
 
-def describe_failure(refiner: Refiner, result: StepResult, step: int, sample_index: Tensor) -> dict[str, Any]:
+def describe_failure(
+    refiner: Refiner, result: StepResult, step: int, sample_index: Tensor
+) -> dict[str, Any]:
     """The report of a step, with the losses of the worst process, the gradients and the samples of all."""
-    named = [(name, local(parameter.grad)) for name, parameter in refiner.named_parameters() if parameter.grad is not None]
-    finite = all_gather(torch.stack([gradient.isfinite().all() for _, gradient in named])[None].int()).amin(dim=0)
-    bad = [name for (name, _), is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
-    largest = torch.stack([weight.abs().max() for parameter in refiner.parameters() if (weight := local(parameter)).numel()])
+    named = [
+        (name, local(parameter.grad))
+        for name, parameter in refiner.named_parameters()
+        if parameter.grad is not None
+    ]
+    finite = all_gather(
+        torch.stack([gradient.isfinite().all() for _, gradient in named])[None].int()
+    ).amin(dim=0)
+    bad = [
+        name for (name, _), is_finite in zip(named, finite.tolist(), strict=True) if not is_finite
+    ]
+    largest = torch.stack(
+        [
+            weight.abs().max()
+            for parameter in refiner.parameters()
+            if (weight := local(parameter)).numel()
+        ]
+    )
     every = all_gather(
         torch.cat([result.loss.detach().float()[None], result.head_losses.float()])[None]
     )  # (processes, 1 + heads)

@@ -36,14 +36,21 @@ class GroupedBatchNorm(nn.Module):
         if self.training and world_size() > 1:
             return self._synchronised(x)
         columns = x.reshape(1, -1, x.shape[2])  # every (head, channel) is a channel of its own
-        state = (self.running_mean.view(-1), self.running_var.view(-1), self.weight.view(-1), self.bias.view(-1))
+        state = (
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+        )
         return F.batch_norm(columns, *state, self.training, self.momentum, self.eps).view_as(x)
 
     def _synchronised(self, x: Tensor) -> Tensor:
         """One collective: gather (mean, variance) of every process and combine, var = E[var_r + (mean_r - mean)^2]."""
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         local = torch.stack([full.mean(dim=2), full.var(dim=2, unbiased=False)])
-        means, variances = all_gather_with_gradient(local.unsqueeze(0)).unbind(1)  # (processes, heads, channels)
+        means, variances = all_gather_with_gradient(local.unsqueeze(0)).unbind(
+            1
+        )  # (processes, heads, channels)
         mean = means.mean(dim=0)
         variance = (variances + (means - mean).square()).mean(dim=0)
         count = x.shape[2] * world_size()
@@ -86,7 +93,13 @@ class IdHeads(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, dim: int, projector_dim: int, predictor_dim: int, embedding_dim: int, seed: int = 0
+        self,
+        num_heads: int,
+        dim: int,
+        projector_dim: int,
+        predictor_dim: int,
+        embedding_dim: int,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.projector = nn.Sequential(

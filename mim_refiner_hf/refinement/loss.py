@@ -53,11 +53,15 @@ def nna_loss(
         loss (H,) and alignment (H,).
     """
     unit = F.normalize(predictions, dim=-1)
-    rows, swapped = (F.normalize(given, dim=-1).to(unit.dtype) / temperature for given in (targets, neighbours))
+    rows, swapped = (
+        F.normalize(given, dim=-1).to(unit.dtype) / temperature for given in (targets, neighbours)
+    )
     if swap == "all":
         rows = swapped
     pairs = weights.to(unit.device) / targets.shape[2]
-    loss, alignment = _SoftmaxOverPairs.apply(unit, rows, swapped if swap == "positive" else None, pairs, first_row)
+    loss, alignment = _SoftmaxOverPairs.apply(
+        unit, rows, swapped if swap == "positive" else None, pairs, first_row
+    )
     return loss, alignment
 
 
@@ -74,9 +78,13 @@ class _SoftmaxOverPairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         heads, num_global, batch, _ = rows.shape
         logits = torch.bmm(rows.flatten(1, 2), unit.flatten(1, 2).transpose(1, 2))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the softmax is never taken in bf16
+        logits = logits.to(
+            torch.promote_types(logits.dtype, torch.float32)
+        )  # the softmax is never taken in bf16
         logits = logits.view(heads, num_global, batch, *unit.shape[1:3])
-        diagonal = logits.diagonal(offset=first_row, dim1=2, dim2=4)  # (H, G, V, b), a view into the logits
+        diagonal = logits.diagonal(
+            offset=first_row, dim1=2, dim2=4
+        )  # (H, G, V, b), a view into the logits
         if swapped is not None:
             own = unit.narrow(2, first_row, batch)
             diagonal.copy_(torch.einsum("hgbe,hvbe->hgvb", swapped, own))
@@ -91,7 +99,9 @@ class _SoftmaxOverPairs(torch.autograd.Function):
         if swapped is not None:
             on_diagonal = diagonal.to(unit.dtype, copy=True)
             diagonal.zero_()
-        ctx.save_for_backward(gradient.flatten(3).flatten(1, 2).to(unit.dtype), rows, on_diagonal, swapped)
+        ctx.save_for_backward(
+            gradient.flatten(3).flatten(1, 2).to(unit.dtype), rows, on_diagonal, swapped
+        )
         ctx.first_row, ctx.shape = first_row, unit.shape
         ctx.mark_non_differentiable(alignment)
         return loss, alignment
@@ -122,7 +132,11 @@ def head_weights(schedule: LossSchedule, num_heads: int, progress: float) -> lis
     ends = [0.2 + 0.6 * n / max(earlier - 1, 1) for n in range(earlier)]
 
     def falling(start: float) -> float:
-        return 1.0 if progress < start else 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+        return (
+            1.0
+            if progress < start
+            else 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+        )
 
     match schedule:
         case "constant":

@@ -33,7 +33,11 @@ HEADROOM = 0.85
 
 def head_blocks_of(recipe: RefineRecipe, config: MimRefinerConfig) -> list[int]:
     """The blocks with heads of a resolved recipe; for "auto", which measures before it chooses, the default ones."""
-    return recipe.head_blocks if isinstance(recipe.head_blocks, list) else default_head_blocks(config.num_hidden_layers)
+    return (
+        recipe.head_blocks
+        if isinstance(recipe.head_blocks, list)
+        else default_head_blocks(config.num_hidden_layers)
+    )
 
 
 def encoder_parameters(config: MimRefinerConfig, freeze_blocks: int = 0) -> tuple[int, int]:
@@ -47,7 +51,11 @@ def encoder_parameters(config: MimRefinerConfig, freeze_blocks: int = 0) -> tupl
 
 def head_parameters(recipe: RefineRecipe, config: MimRefinerConfig) -> int:
     """Number of weights of all heads: projectors and predictors."""
-    projector, predictor, embedding = recipe.projector_dim, recipe.predictor_dim, recipe.embedding_dim
+    projector, predictor, embedding = (
+        recipe.projector_dim,
+        recipe.predictor_dim,
+        recipe.embedding_dim,
+    )
     return len(head_blocks_of(recipe, config)) * (
         projector * (config.hidden_size + projector + embedding) + 2 * embedding * predictor
     )
@@ -64,10 +72,15 @@ class _Group(NamedTuple):
 def _groups(recipe: RefineRecipe, config: MimRefinerConfig) -> list[_Group]:
     assert recipe.global_size is not None and recipe.local_size is not None
     sizes = [(recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)]
-    return [_Group(n, size, n * ((size // config.patch_size) ** 2 + config.num_prefix_tokens)) for n, size in sizes]
+    return [
+        _Group(n, size, n * ((size // config.patch_size) ** 2 + config.num_prefix_tokens))
+        for n, size in sizes
+    ]
 
 
-def _activations(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool, kept: int, largest: int) -> float:
+def _activations(
+    recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool, kept: int, largest: int
+) -> float:
     """Bytes that the encoder's graph keeps for `kept` tokens; `largest` of them are recomputed at once.
 
     Per token a block keeps its two residual sums, the norms' outputs (in bf16 one copy for each of q, k and v), q, k, v, what
@@ -75,21 +88,36 @@ def _activations(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool, kep
     """
     width, inner = config.hidden_size, config.intermediate_size
     block = 24 * width + 4 * inner if bf16 else 32 * width + 8 * inner
-    turning = (2 if bf16 else 4) * inner + 8 * width  # gradients in flight where the backward pass begins
+    turning = (
+        2 if bf16 else 4
+    ) * inner + 8 * width  # gradients in flight where the backward pass begins
     blocks = config.num_hidden_layers - recipe.freeze_blocks
     if recipe.gradient_checkpointing:
         return 4.0 * width * kept * blocks + float((block + turning) * largest)
     return float(kept * (block * (blocks - can_leave_patches_out(config)) + turning))
 
 
-def _of_heads(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
+def _of_heads(
+    recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool
+) -> dict[str, float]:
     """Bytes alive while heads, queue and loss see the whole batch."""
-    heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
+    heads, batch, each = (
+        len(head_blocks_of(recipe, config)),
+        recipe.batch_size // processes,
+        2 if bf16 else 4,
+    )
     views = recipe.global_views + recipe.local_views
     rows, embedding = heads * batch * views, recipe.embedding_dim
-    activations = each * rows * (6 * recipe.projector_dim + 3 * recipe.predictor_dim + 4 * embedding)
+    activations = (
+        each * rows * (6 * recipe.projector_dim + 3 * recipe.predictor_dim + 4 * embedding)
+    )
     casts = 2 * (head_parameters(recipe, config) + rows * config.hidden_size) if bf16 else 0
-    similarities = each * heads * recipe.queue_size * (recipe.global_views * batch + (embedding if bf16 else 0))
+    similarities = (
+        each
+        * heads
+        * recipe.queue_size
+        * (recipe.global_views * batch + (embedding if bf16 else 0))
+    )
     logits = 8 * heads * recipe.global_views * batch * views * recipe.batch_size
     return {
         "head activations": float(activations + casts),
@@ -97,16 +125,25 @@ def _of_heads(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf
     }
 
 
-def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool) -> dict[str, float]:
+def memory_estimate(
+    recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool
+) -> dict[str, float]:
     """Bytes of one process at the peak of a refinement step, by part. `recipe` is a resolved one, its micro-batch a number or None.
 
     In micro-batches a sharded encoder's gradients are whole until the last one is through.
     """
     micro = recipe.micro_batch_size
     assert micro != "auto"
-    heads, batch, each = len(head_blocks_of(recipe, config)), recipe.batch_size // processes, 2 if bf16 else 4
+    heads, batch, each = (
+        len(head_blocks_of(recipe, config)),
+        recipe.batch_size // processes,
+        2 if bf16 else 4,
+    )
     groups = _groups(recipe, config)
-    views, pixels = sum(g.views for g in groups), config.num_channels * sum(g.views * g.size**2 for g in groups)
+    views, pixels = (
+        sum(g.views for g in groups),
+        config.num_channels * sum(g.views * g.size**2 for g in groups),
+    )
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
     of_heads, at_work = head_parameters(recipe, config), _of_heads(recipe, config, processes, bf16)
     shards = processes if fsdp2_requested() else 1
@@ -119,20 +156,37 @@ def memory_estimate(recipe: RefineRecipe, config: MimRefinerConfig, processes: i
         "features": 8.0 * heads * batch * views * config.hidden_size,  # and their gradients
     }
     if shards > 1:
-        parts["gathered weights"] = 8.0 * max(weights / config.num_hidden_layers, heads * recipe.projector_dim**2)
+        parts["gathered weights"] = 8.0 * max(
+            weights / config.num_hidden_layers, heads * recipe.projector_dim**2
+        )
     largest = max(g.tokens for g in groups)
     if micro is None:
         tokens = batch * sum(g.tokens for g in groups)
-        activations = _activations(recipe, config, bf16, tokens, batch * largest) + each * batch * pixels
+        activations = (
+            _activations(recipe, config, bf16, tokens, batch * largest) + each * batch * pixels
+        )
         casts = 2.0 * trained * len([g for g in groups if g.views]) if bf16 else 0.0
         # gradients of the encoder come as its activations go
         return (
-            parts | at_work | {"activations": activations + casts, "gradients": max(0.0, 4.0 * trained / shards - activations)}
+            parts
+            | at_work
+            | {
+                "activations": activations + casts,
+                "gradients": max(0.0, 4.0 * trained / shards - activations),
+            }
         )
     tokens = min(micro, batch) * largest
-    passing = {"activations": _activations(recipe, config, bf16, tokens, tokens) + (2.0 * trained if bf16 else 0.0)}
+    passing = {
+        "activations": _activations(recipe, config, bf16, tokens, tokens)
+        + (2.0 * trained if bf16 else 0.0)
+    }
     if keeps_a_graph(batch, micro):  # gradients of the encoder come when heads and loss have gone
-        return parts | at_work | passing | {"gradients": max(0.0, 4.0 * trained - sum(at_work.values()))}
+        return (
+            parts
+            | at_work
+            | passing
+            | {"gradients": max(0.0, 4.0 * trained - sum(at_work.values()))}
+        )
     passing["gradients"] = 4.0 * trained
     return parts | max(at_work, passing, key=lambda moment: sum(moment.values()))
 
@@ -184,7 +238,9 @@ def _passes(refiner: Refiner, recipe: RefineRecipe, images: int, reserve: int) -
         torch.cuda.empty_cache()
 
 
-def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, available: int) -> tuple[int | None, str]:
+def choose_micro_batch(
+    recipe: RefineRecipe, refiner: Refiner, processes: int, available: int
+) -> tuple[int | None, str]:
     """For --micro_batch_size auto: images per pass, the same on every process, and why.
 
     Where the estimate says that the whole batch fits at once, it passes at once. Otherwise a GPU is asked by trying: 1, 2, 4, ...
@@ -202,15 +258,27 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
     config, batch = refiner.encoder.config, recipe.batch_size // processes
     size = fitting_micro_batch(recipe, config, processes, refiner.bf16, available)
     if size is not None and refiner.encoder.device.type == "cuda" and not fsdp2_requested():
-        parts = memory_estimate(dataclasses.replace(recipe, micro_batch_size=1), config, processes, refiner.bf16)
-        reserve = int(parts["AdamW"] + parts["views"] + parts["features"] + parts["heads"] + (1 - HEADROOM) * available)
+        parts = memory_estimate(
+            dataclasses.replace(recipe, micro_batch_size=1), config, processes, refiner.bf16
+        )
+        reserve = int(
+            parts["AdamW"]
+            + parts["views"]
+            + parts["features"]
+            + parts["heads"]
+            + (1 - HEADROOM) * available
+        )
         at_work = int(sum(_of_heads(recipe, config, processes, refiner.bf16).values()))
 
         def fits(images: int) -> bool:
-            return _passes(refiner, recipe, images, reserve + at_work * keeps_a_graph(batch, images))
+            return _passes(
+                refiner, recipe, images, reserve + at_work * keeps_a_graph(batch, images)
+            )
 
         size = largest_that_fits(fits, batch)
-    everyone = all_gather(torch.tensor([batch + 1 if size is None else size], device=refiner.encoder.device))
+    everyone = all_gather(
+        torch.tensor([batch + 1 if size is None else size], device=refiner.encoder.device)
+    )
     smallest = int(everyone.min())
     if smallest == 0:
         raise ValueError(
@@ -218,7 +286,9 @@ def choose_micro_batch(recipe: RefineRecipe, refiner: Refiner, processes: int, a
             "--gradient_checkpointing true, or lower --batch_size, --queue_size or --num_heads"
         )
     chosen = None if smallest > batch else smallest
-    with_it = needed(dataclasses.replace(recipe, micro_batch_size=chosen), config, processes, refiner.bf16)
+    with_it = needed(
+        dataclasses.replace(recipe, micro_batch_size=chosen), config, processes, refiner.bf16
+    )
     what = "The whole batch at once" if chosen is None else f"{chosen} images at a time"
     return chosen, f"{what}: about {with_it / GIGA:.2f} GiB of {available / GIGA:.2f} that are free"
 

@@ -53,7 +53,13 @@ class NearestNeighbourQueue(nn.Module):
 
     @torch.no_grad()
     def lookup(
-        self, targets: Tensor, sample_index: Tensor, *, topk: int = 1, draw: Tensor | None = None, exclude_self: bool = True
+        self,
+        targets: Tensor,
+        sample_index: Tensor,
+        *,
+        topk: int = 1,
+        draw: Tensor | None = None,
+        exclude_self: bool = True,
     ) -> Neighbours:
         """The nearest neighbour of every target, or one drawn from its `topk` nearest.
 
@@ -65,12 +71,17 @@ class NearestNeighbourQueue(nn.Module):
         """
         heads, views, batch, _ = targets.shape
         unit = F.normalize(targets, dim=-1).flatten(1, 2)
-        similarity = torch.bmm(unit, self.rows.transpose(1, 2).to(unit.dtype)).view(heads, views, batch, -1)
+        similarity = torch.bmm(unit, self.rows.transpose(1, 2).to(unit.dtype)).view(
+            heads, views, batch, -1
+        )
         if exclude_self:
             similarity.masked_fill_(sample_index.unsqueeze(1) == self.sample_index, -1.0)
         values, positions = similarity.topk(topk, dim=-1)  # (H, V, b, topk)
         pick = torch.zeros_like(positions[..., :1]) if draw is None else draw.unsqueeze(-1)
-        positions, values = positions.gather(-1, pick).squeeze(-1), values.gather(-1, pick).squeeze(-1)
+        positions, values = (
+            positions.gather(-1, pick).squeeze(-1),
+            values.gather(-1, pick).squeeze(-1),
+        )
         head = torch.arange(heads, device=targets.device).view(-1, 1, 1)
         return Neighbours(self.rows[head, positions], positions, values)
 
@@ -95,7 +106,9 @@ class NearestNeighbourQueue(nn.Module):
         Standard deviation over the projections, mean over the dimensions, times sqrt(E); its fall to 0 is collapse (Chen & He 2021,
         SimSiam, Fig. 2).
         """
-        places = (self.pointer - count + torch.arange(count, device=self.rows.device)) % self.rows.shape[1]
+        places = (
+            self.pointer - count + torch.arange(count, device=self.rows.device)
+        ) % self.rows.shape[1]
         return self.rows[:, places].std(dim=1).mean(dim=1) * self.rows.shape[2] ** 0.5
 
 

@@ -25,30 +25,44 @@ START_FIELDS = ("model", "pretrain", "init_from")
 class RefineRecipe:
     """All settings of a refinement. Raises ValueError at construction: which flag, which value, what is allowed."""
 
-    recipe: str | None = documented(None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults.")
+    recipe: str | None = documented(
+        None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults."
+    )
     # ---- data
     dataset: str = documented(
-        "digits", "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled)."
+        "digits",
+        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled).",
     )
     dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
     split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
-    streaming: bool = documented(False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full.")
-    eval_dataset: str | None = documented(
-        None, "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part."
+    streaming: bool = documented(
+        False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full."
     )
-    eval_split: str | None = documented(None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on.")
+    eval_dataset: str | None = documented(
+        None,
+        "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part.",
+    )
+    eval_split: str | None = documented(
+        None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on."
+    )
     eval_fraction: float = documented(
-        0.1, "Share of the images held out for evaluation when neither is given; 0 for no evaluation."
+        0.1,
+        "Share of the images held out for evaluation when neither is given; 0 for no evaluation.",
     )
     max_bad_fraction: float = documented(
         MAX_BAD_FRACTION,
         "Stop when more than this share of the images is broken; up to it they are replaced, counted, and listed in broken.json.",
     )
     # ---- model
-    model: str | None = documented(None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file.")
-    family: str | None = documented(None, "Family of an original file, when detection should be overruled.")
+    model: str | None = documented(
+        None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file."
+    )
+    family: str | None = documented(
+        None, "Family of an original file, when detection should be overruled."
+    )
     pretrain: str | None = documented(
-        None, "Pre-train the starting weights first, by this pre-training recipe, on the same images."
+        None,
+        "Pre-train the starting weights first, by this pre-training recipe, on the same images.",
     )
     init_from: str | None = documented(
         None,
@@ -66,53 +80,86 @@ class RefineRecipe:
         "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen by measuring the features of all "
         "blocks on at most 2000 training images (k-NN accuracy; without labels, neighbour agreement). None: the last third.",
     )
-    num_heads: int | None = documented(None, "Heads on the last so many blocks, instead of head_blocks.")
+    num_heads: int | None = documented(
+        None, "Heads on the last so many blocks, instead of head_blocks."
+    )
     projector_dim: int = documented(2048, "Hidden width of the projectors.")
     predictor_dim: int = documented(4096, "Hidden width of the predictors.")
     embedding_dim: int = documented(256, "Width of projections and predictions.")
-    queue_size: int = documented(65536, "Rows of the nearest-neighbour queue of each head; at least batch_size.")
+    queue_size: int = documented(
+        65536, "Rows of the nearest-neighbour queue of each head; at least batch_size."
+    )
     # ---- objective
     temperature: float | None = documented(
-        None, "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B)."
+        None,
+        "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B).",
     )
-    topk: int = documented(20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest.")
-    swap: Swap = documented("positive", "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).")
+    topk: int = documented(
+        20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest."
+    )
+    swap: Swap = documented(
+        "positive",
+        "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).",
+    )
     loss_schedule: LossSchedule = documented(
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
     )
-    freeze_blocks: int = documented(0, "Keep the embeddings and the first so many blocks as they are.")
+    freeze_blocks: int = documented(
+        0, "Keep the embeddings and the first so many blocks as they are."
+    )
     # ---- views
     global_views: int = documented(2, "Global views per image.")
     local_views: int = documented(10, "Local views per image.")
-    global_size: int | None = documented(None, "Side of a global view in pixels; None: the encoder's native size.")
-    local_size: int | None = documented(
-        None, "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224)."
+    global_size: int | None = documented(
+        None, "Side of a global view in pixels; None: the encoder's native size."
     )
-    global_scale: list[float] = documented([0.25, 1.0], "Range of the area that a global view covers.")
-    local_scale: list[float] = documented([0.05, 0.25], "Range of the area that a local view covers.")
+    local_size: int | None = documented(
+        None,
+        "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224).",
+    )
+    global_scale: list[float] = documented(
+        [0.25, 1.0], "Range of the area that a global view covers."
+    )
+    local_scale: list[float] = documented(
+        [0.05, 0.25], "Range of the area that a local view covers."
+    )
     colour: bool = documented(
-        True, "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7)."
+        True,
+        "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7).",
     )
     views: Literal["exact", "fast"] = documented(
         "exact",
         "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same random choices on tensors (on a "
         "GPU colour is done there), a grey level or so apart.",
     )
-    flip: float = documented(0.5, "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.")
+    flip: float = documented(
+        0.5,
+        "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.",
+    )
     # ---- schedule
-    stage: Literal["both", "warmup", "refine"] = documented("both", "Head warm-up, refinement, or one after the other.")
+    stage: Literal["both", "warmup", "refine"] = documented(
+        "both", "Head warm-up, refinement, or one after the other."
+    )
     epochs: float = documented(30, "Epochs of refinement.")
     head_epochs: float = documented(20, "Epochs of head warm-up on the frozen encoder.")
     warmup_epochs: float = documented(4.0, "Epochs of linear learning-rate warm-up in each stage.")
     max_steps: int | None = documented(None, "Updates per stage at most.")
     batch_size: int = documented(1024, "Images per update, all processes together.")
-    learning_rate: float = documented(4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256.")
-    head_learning_rate: float = documented(2e-4, "Base learning rate of the head warm-up; times batch_size / 256.")
+    learning_rate: float = documented(
+        4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256."
+    )
+    head_learning_rate: float = documented(
+        2e-4, "Base learning rate of the head warm-up; times batch_size / 256."
+    )
     layer_decay: float = documented(0.65, "Layer-wise learning-rate decay of the encoder.")
     weight_decay: float = documented(0.05, "Weight decay of the encoder.")
     head_weight_decay: float = documented(1e-5, "Weight decay of the heads.")
-    ema_decay: float = documented(0.9999, "Decay of the moving average of the encoder, which is what ships.")
-    seed: int = documented(0, "Data order, views, neighbour draws and head weights are pure functions of it.")
+    ema_decay: float = documented(
+        0.9999, "Decay of the moving average of the encoder, which is what ships."
+    )
+    seed: int = documented(
+        0, "Data order, views, neighbour draws and head weights are pure functions of it."
+    )
     # ---- efficiency
     micro_batch_size: int | Literal["auto"] | None = documented(
         None,
@@ -125,18 +172,27 @@ class RefineRecipe:
     gradient_checkpointing: bool = documented(
         False, "Recompute each block in the backward pass: less memory, about 1.3x the time."
     )
-    compile: bool = documented(False, "torch.compile every block; needs a GPU, Triton and a C compiler.")
-    num_workers: int | None = documented(None, "Data-loading workers per process; None: one per core and process, at most 16.")
+    compile: bool = documented(
+        False, "torch.compile every block; needs a GPU, Triton and a C compiler."
+    )
+    num_workers: int | None = documented(
+        None, "Data-loading workers per process; None: one per core and process, at most 16."
+    )
     # ---- evaluation
-    eval_every: int = documented(0, "Evaluate the moving average every so many epochs of refinement; 0: only before and after.")
+    eval_every: int = documented(
+        0,
+        "Evaluate the moving average every so many epochs of refinement; 0: only before and after.",
+    )
     # ---- output
     output_dir: str = documented(
-        "outputs/refined", "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl."
+        "outputs/refined",
+        "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.",
     )
     save_every: int = documented(500, "Steps between checkpoints; 0 for none.")
     keep: int = documented(2, "Checkpoints kept.")
     report_to: str = documented(
-        "tensorboard", "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none."
+        "tensorboard",
+        "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
     )
     log_every: int = documented(10, "Steps between lines in the log.")
     push_to_hub: str | None = documented(None, "Publish the result under this name, user/name.")
@@ -154,15 +210,22 @@ class RefineRecipe:
     @property
     def loggers(self) -> list[str]:
         """The names in `report_to`."""
-        return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
+        return [
+            name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")
+        ]
 
 
 def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     """What is wrong between fields, one sentence each: flag, value, what is allowed."""
-    for name, (low, *high) in (("global_scale", recipe.global_scale or [0]), ("local_scale", recipe.local_scale or [0])):
+    for name, (low, *high) in (
+        ("global_scale", recipe.global_scale or [0]),
+        ("local_scale", recipe.local_scale or [0]),
+    ):
         if len(high) != 1 or not 0 < low <= high[0] <= 1:
             yield f"--{name} {_show([low, *high])}: must be two numbers, 0 < low <= high <= 1"
-    starts = [f"--{name} {value}" for name in START_FIELDS if (value := getattr(recipe, name)) is not None]
+    starts = [
+        f"--{name} {value}" for name in START_FIELDS if (value := getattr(recipe, name)) is not None
+    ]
     if len(starts) > 1:
         yield f"{' and '.join(starts)} exclude each other: give one of them"
     if not starts:
@@ -189,7 +252,10 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
             yield f"--warmup_epochs {recipe.warmup_epochs}: must be less than --{flag} {epochs}"
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out"
-    if recipe.push_to_hub is not None and len([part for part in recipe.push_to_hub.split("/") if part]) != 2:
+    if (
+        recipe.push_to_hub is not None
+        and len([part for part in recipe.push_to_hub.split("/") if part]) != 2
+    ):
         yield f"--push_to_hub {recipe.push_to_hub}: must be user/name"
     if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
         yield f"--report_to {recipe.report_to}: allowed are tensorboard, wandb, trackio (comma-separated), or none"
@@ -220,7 +286,10 @@ def _share(open_end: bool = False) -> tuple[Callable[[Any], bool], str]:
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_fraction": _share(open_end=True),
     "max_bad_fraction": _share(),
-    "head_blocks": (lambda value: value == "auto" or isinstance(value, list), "numbers of blocks, or auto"),
+    "head_blocks": (
+        lambda value: value == "auto" or isinstance(value, list),
+        "numbers of blocks, or auto",
+    ),
     "num_heads": _at_least(1),
     "projector_dim": _at_least(1),
     "predictor_dim": _at_least(1),
@@ -246,7 +315,10 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head_weight_decay": _at_least(0),
     "ema_decay": _share(open_end=True),
     "seed": _at_least(0),
-    "micro_batch_size": (lambda value: value == "auto" or (isinstance(value, int) and value >= 1), "at least 1, or auto"),
+    "micro_batch_size": (
+        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
+        "at least 1, or auto",
+    ),
     "num_workers": _at_least(0),
     "eval_every": _at_least(0),
     "save_every": _at_least(0),

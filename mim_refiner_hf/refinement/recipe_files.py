@@ -32,7 +32,9 @@ def _defaults(name: str, dataset: str | None, init_from: str | None) -> dict[str
 def read_recipe(name: str, **changes: Any) -> RefineRecipe:
     """The recipe `name` with some fields changed; with another `dataset`, its splits and configuration are not taken over, with
     `init_from` not its starting weights."""
-    return RefineRecipe(**{**_defaults(name, changes.get("dataset"), changes.get("init_from")), **changes})
+    return RefineRecipe(
+        **{**_defaults(name, changes.get("dataset"), changes.get("init_from")), **changes}
+    )
 
 
 def _help(name: str) -> str:
@@ -66,7 +68,9 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
         SystemExit: code 2, after one line that names flag, value and what is allowed.
     """
     usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
-    parser = HfArgumentParser(_Flags, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        _Flags, description=__doc__.split("\n")[0], usage=usage, allow_abbrev=False
+    )  # type: ignore[arg-type]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
     for flag in ("--recipe", "--model", "--pretrain", "--init_from", "--dataset"):
         first.add_argument(flag)
@@ -76,7 +80,10 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
         if name is not None:
             parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
         values = vars(parser.parse_args(arguments))
-        numbers = {"head_blocks": _head_blocks(values["head_blocks"]), "micro_batch_size": _number(values["micro_batch_size"])}
+        numbers = {
+            "head_blocks": _head_blocks(values["head_blocks"]),
+            "micro_batch_size": _number(values["micro_batch_size"]),
+        }
         return RefineRecipe(**{**values, **numbers})
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -47,7 +47,9 @@ class StepResult:
     neighbour_accuracy: Tensor  # nan where no sample and neighbour have labels
 
 
-def neighbour_draw(seed: int, step: int, topk: int, heads: int, views: int, batch: int) -> Tensor | None:
+def neighbour_draw(
+    seed: int, step: int, topk: int, heads: int, views: int, batch: int
+) -> Tensor | None:
     """Which of the topk neighbours each (head, view, sample of this process) takes; a pure function of seed and step.
 
     `batch` is this process's share; the draw is made for all processes and sliced, so their number does not change it.
@@ -132,11 +134,21 @@ class Refiner(nn.Module):
         last = self.encoder.config.num_hidden_layers - 1
         inner = [block + 1 for block in self.head_blocks if block != last]
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.encoder(pixels, interpolate_pos_encoding=True, output_hidden_states=inner)
-        features = [self.encoder.pool(outputs.hidden_states[block + 1]) for block in self.head_blocks if block != last]
+            outputs = self.encoder(
+                pixels, interpolate_pos_encoding=True, output_hidden_states=inner
+            )
+        features = [
+            self.encoder.pool(outputs.hidden_states[block + 1])
+            for block in self.head_blocks
+            if block != last
+        ]
         if last in self.head_blocks:
             reads_predictor = self.encoder.config.pooling == "global_repr"
-            features.append(outputs.pooler_output if reads_predictor else self.encoder.pool(outputs.last_hidden_state))
+            features.append(
+                outputs.pooler_output
+                if reads_predictor
+                else self.encoder.pool(outputs.last_hidden_state)
+            )
         return torch.stack(features)
 
     def align(
@@ -166,7 +178,9 @@ class Refiner(nn.Module):
             swap=self.swap,
             first_row=rank() * batch,
         )
-        weights = head_losses.new_tensor([1.0] * len(head_losses) if head_weights is None else list(head_weights))
+        weights = head_losses.new_tensor(
+            [1.0] * len(head_losses) if head_weights is None else list(head_weights)
+        )
         neighbour_labels = self.queue.labels[found.positions]  # (H, G, b)
         known = (labels >= 0) & (neighbour_labels >= 0)
         same = (neighbour_labels == labels) & known
@@ -178,7 +192,9 @@ class Refiner(nn.Module):
             neighbour_age=self.queue.age[found.positions].float().mean(dim=(1, 2)),
             neighbour_accuracy=same.sum(dim=(1, 2)) / known.sum(dim=(1, 2)),
         )
-        self.queue.enqueue(all_gather(projected[:, 0], dim=1), all_gather(sample_index), all_gather(labels))
+        self.queue.enqueue(
+            all_gather(projected[:, 0], dim=1), all_gather(sample_index), all_gather(labels)
+        )
         return result
 
     def backward(
@@ -204,10 +220,17 @@ class Refiner(nn.Module):
         settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
         batch = len(sample_index)
         passes = self._passes(views, micro_batch_size or batch)
-        keep = len(passes) if micro_batch_size is None else int(keeps_a_graph(batch, micro_batch_size))
+        keep = (
+            len(passes) if micro_batch_size is None else int(keeps_a_graph(batch, micro_batch_size))
+        )
         with prefix_tokens_only(self.encoder):
             features, kept = self._features(passes, batch, keep * train_encoder)
-            result = self.align(features.requires_grad_(train_encoder).flatten(1, 2), sample_index, labels, **settings)
+            result = self.align(
+                features.requires_grad_(train_encoder).flatten(1, 2),
+                sample_index,
+                labels,
+                **settings,
+            )
             result.loss.backward()
             for number, each in enumerate(passes if train_encoder else []):
                 assert features.grad is not None
@@ -217,16 +240,22 @@ class Refiner(nn.Module):
                 encoded.backward(features.grad[:, each.views, each.images].flatten(1, 2))
         return result
 
-    def _features(self, passes: Sequence[_Pass], batch: int, keep: int) -> tuple[Tensor, list[Tensor]]:
+    def _features(
+        self, passes: Sequence[_Pass], batch: int, keep: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """Pooled features of every head block (heads, views, batch, D), detached, and those of the first `keep` passes with graph."""
         shape = (len(self.head_blocks), self.num_views, batch, self.encoder.config.hidden_size)
         features = torch.empty(shape, dtype=self.encoder.dtype, device=passes[0].group.device)
         with torch.no_grad():  # not inference mode: FSDP2 keeps the tensors that it gathers weights into for the backward pass
             for each in passes[keep:]:
-                features[:, each.views, each.images] = self.encode(each.pixels).unflatten(1, (-1, len(each.group)))
+                features[:, each.views, each.images] = self.encode(each.pixels).unflatten(
+                    1, (-1, len(each.group))
+                )
         kept = [self.encode(each.pixels) for each in passes[:keep]]
         for each, encoded in zip(passes, kept, strict=False):
-            features[:, each.views, each.images] = encoded.detach().unflatten(1, (-1, len(each.group)))
+            features[:, each.views, each.images] = encoded.detach().unflatten(
+                1, (-1, len(each.group))
+            )
         return features, kept
 
     @staticmethod
@@ -236,7 +265,10 @@ class Refiner(nn.Module):
         for group in views:
             which = slice(first, first := first + group.shape[1])
             starts = range(0, len(group) if group.shape[1] else 0, micro)
-            passes += [_Pass(group[start : start + micro], which, slice(start, start + micro)) for start in starts]
+            passes += [
+                _Pass(group[start : start + micro], which, slice(start, start + micro))
+                for start in starts
+            ]
         return sorted(passes, key=lambda each: each.group.numel(), reverse=True)
 
 

@@ -14,7 +14,9 @@ def default_head_blocks(num_layers: int) -> list[int]:
     return list(range(num_layers - heads, num_layers))
 
 
-def _resolve_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> list[int] | Literal["auto"]:
+def _resolve_blocks(
+    recipe: RefineRecipe, layers: int, pooling: Pooling
+) -> list[int] | Literal["auto"]:
     """The blocks with a head, checked against an encoder of `layers` blocks; "auto" stays: `head_choice.py` chooses within them."""
     blocks = recipe.head_blocks
     if isinstance(blocks, str):
@@ -22,9 +24,15 @@ def _resolve_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> list
     if recipe.num_heads is not None and recipe.num_heads > layers:
         raise ValueError(f"--num_heads {recipe.num_heads}: the encoder has only {layers} blocks")
     if blocks is None:
-        blocks = default_head_blocks(layers) if recipe.num_heads is None else list(range(layers - recipe.num_heads, layers))
+        blocks = (
+            default_head_blocks(layers)
+            if recipe.num_heads is None
+            else list(range(layers - recipe.num_heads, layers))
+        )
     if blocks[0] < 0 or blocks[-1] >= layers:
-        raise ValueError(f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}")
+        raise ValueError(
+            f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}"
+        )
     if recipe.freeze_blocks > blocks[0]:
         raise ValueError(
             f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
@@ -37,7 +45,9 @@ def _resolve_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> list
     return blocks
 
 
-def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | None, world_size: int = 1) -> RefineRecipe:
+def resolve(
+    recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | None, world_size: int = 1
+) -> RefineRecipe:
     """The recipe with every None filled in from the encoder, checked against encoder, data and number of processes.
 
     Args:
@@ -61,12 +71,21 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
     for flag, size in (("global_size", global_size), ("local_size", local_size)):
         if size % patch:
             near = max(patch, round(size / patch) * patch)
-            raise ValueError(f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}")
+            raise ValueError(
+                f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}"
+            )
     if num_images is not None and recipe.batch_size > num_images:
-        raise ValueError(f"--batch_size {recipe.batch_size}: the data set has only {num_images} training images")
+        raise ValueError(
+            f"--batch_size {recipe.batch_size}: the data set has only {num_images} training images"
+        )
     if recipe.batch_size % world_size:
-        raise ValueError(f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes")
-    if isinstance(recipe.micro_batch_size, int) and recipe.micro_batch_size > recipe.batch_size // world_size:
+        raise ValueError(
+            f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes"
+        )
+    if (
+        isinstance(recipe.micro_batch_size, int)
+        and recipe.micro_batch_size > recipe.batch_size // world_size
+    ):
         raise ValueError(
             f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process"
         )
@@ -75,7 +94,8 @@ def resolve(recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | No
         recipe,
         head_blocks=blocks,
         num_heads=None,
-        temperature=recipe.temperature or (0.2 if width <= 1024 else 0.3 if width <= 1280 else 0.35),
+        temperature=recipe.temperature
+        or (0.2 if width <= 1024 else 0.3 if width <= 1280 else 0.35),
         pooling=pooling,
         global_size=global_size,
         local_size=local_size,
@@ -100,7 +120,10 @@ def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
         assert recipe.max_steps is not None
         stages = [recipe.max_steps, recipe.max_steps]
     else:
-        stages = [round(epochs * (num_images // recipe.batch_size)) for epochs in (recipe.head_epochs, recipe.epochs)]
+        stages = [
+            round(epochs * (num_images // recipe.batch_size))
+            for epochs in (recipe.head_epochs, recipe.epochs)
+        ]
     warmup, refine = (min(steps, recipe.max_steps or steps) for steps in stages)
     return Steps(0 if recipe.init_from is not None else warmup, refine)
 

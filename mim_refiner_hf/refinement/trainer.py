@@ -98,14 +98,25 @@ class Trainer:
         recipe, config = self.recipe, self.encoder.config
         assert isinstance(recipe.head_blocks, list) and recipe.temperature is not None
         config.pooling = recipe.pooling
-        if config.pooling != "global_repr":  # not trained along, it would be left with an encoder that it was not trained on
+        if (
+            config.pooling != "global_repr"
+        ):  # not trained along, it would be left with an encoder that it was not trained on
             self.encoder.drop_predictor()
         count = len(recipe.head_blocks)
-        dims = (config.hidden_size, recipe.projector_dim, recipe.predictor_dim, recipe.embedding_dim)
+        dims = (
+            config.hidden_size,
+            recipe.projector_dim,
+            recipe.predictor_dim,
+            recipe.embedding_dim,
+        )
         heads = IdHeads(count, *dims, seed=recipe.seed)
-        queue = NearestNeighbourQueue(count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed)
+        queue = NearestNeighbourQueue(
+            count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed
+        )
         freeze(self.encoder, recipe.freeze_blocks)
-        self.average = copy.deepcopy(self.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        self.average = (
+            copy.deepcopy(self.encoder).requires_grad_(False).eval().to(self.accelerator.device)
+        )
         self.refiner = Refiner(
             self.encoder,
             recipe.head_blocks,
@@ -118,8 +129,13 @@ class Trainer:
             bf16=self.bf16,
         ).to(self.accelerator.device)
         if recipe.gradient_checkpointing:
-            renamed = hasattr(self.encoder, "activation_checkpointing_enable")  # in transformers 5.23
-            getattr(self.encoder, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")()
+            renamed = hasattr(
+                self.encoder, "activation_checkpointing_enable"
+            )  # in transformers 5.23
+            getattr(
+                self.encoder,
+                "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable",
+            )()
         if recipe.compile:
             compile_blocks(self.encoder)
         self.sharded = fsdp2_requested() and world_size() > 1
@@ -128,9 +144,13 @@ class Trainer:
             shard(self.average, self.average.layers)
             shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
         self.optimizer = self._optimizer(0)
-        self.broken = BrokenImages(self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN)
+        self.broken = BrokenImages(
+            self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN
+        )
 
-    def choose_micro_batch(self, available: int, kept: int | Literal["auto"] | None = "auto") -> None:
+    def choose_micro_batch(
+        self, available: int, kept: int | Literal["auto"] | None = "auto"
+    ) -> None:
         """Put a number, or None, in the place of micro_batch_size "auto", and say which and why.
 
         Args:
@@ -140,13 +160,21 @@ class Trainer:
         chosen, reason = kept, "as this run began"
         if chosen == "auto":
             self.refiner.train()
-            chosen, reason = choose_micro_batch(self.recipe, self.refiner, self.accelerator.num_processes, available)
+            chosen, reason = choose_micro_batch(
+                self.recipe, self.refiner, self.accelerator.num_processes, available
+            )
         self.recipe = dataclasses.replace(self.recipe, micro_batch_size=chosen)
         self.accelerator.print(f"--micro_batch_size {chosen or 'left out'}: {reason}", flush=True)
 
     # ---- the loop
 
-    def fit(self, start_step: int, stop_step: int, extra_state: dict[str, Any], evaluate: Callable[[], dict[str, Any]]) -> None:
+    def fit(
+        self,
+        start_step: int,
+        stop_step: int,
+        extra_state: dict[str, Any],
+        evaluate: Callable[[], dict[str, Any]],
+    ) -> None:
         """Run the steps from `start_step` to `stop_step`; both stages, one sequence.
 
         Args:
@@ -157,10 +185,18 @@ class Trainer:
             Interrupted: after a checkpoint, when a signal asked the run to stop.
             NotFiniteError: before the update of the step whose loss or gradient is not finite.
         """
-        recipe, progress, fit_began = self.recipe, self._progress(start_step, stop_step), time.perf_counter()
-        per_epoch = len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
+        recipe, progress, fit_began = (
+            self.recipe,
+            self._progress(start_step, stop_step),
+            time.perf_counter(),
+        )
+        per_epoch = (
+            len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
+        )
         with progress, StopSignals() as signals:
-            for step, batch in zip(range(start_step, stop_step), self._batches(start_step, stop_step), strict=False):
+            for step, batch in zip(
+                range(start_step, stop_step), self._batches(start_step, stop_step), strict=False
+            ):
                 began = time.perf_counter()
                 if step == self.steps.warmup:
                     self.optimizer = self._optimizer(step)
@@ -169,17 +205,30 @@ class Trainer:
                 done, stage = step + 1, self.stage(step)
                 received = signals.agreed(self.accelerator.device) if done < stop_step else 0
                 logs = done % recipe.log_every == 0 or done == stop_step
-                saves = received or (recipe.save_every and (done % recipe.save_every == 0 or done == stop_step))
+                saves = received or (
+                    recipe.save_every and (done % recipe.save_every == 0 or done == stop_step)
+                )
                 if logs or saves:
                     self.broken.share(images_read=done * recipe.batch_size)
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
                 progress.update()
                 if logs:
-                    self._log(step, result, progress, (time.perf_counter() - fit_began) / (done - start_step))
+                    self._log(
+                        step,
+                        result,
+                        progress,
+                        (time.perf_counter() - fit_began) / (done - start_step),
+                    )
                 epoch_ended = (
-                    per_epoch is not None and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
+                    per_epoch is not None
+                    and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
                 )
-                if recipe.eval_every and step >= self.steps.warmup and epoch_ended and done < stop_step:
+                if (
+                    recipe.eval_every
+                    and step >= self.steps.warmup
+                    and epoch_ended
+                    and done < stop_step
+                ):
                     self.accelerator.log(evaluate(), step=done)
                 if saves:
                     self.save(done, extra_state)
@@ -193,7 +242,12 @@ class Trainer:
         """The moving average of the encoder as an ordinary model, whole in every process."""
         if not self.sharded:
             return self.average
-        encoder = MimRefinerModel(self.average.config).to(self.accelerator.device).requires_grad_(False).eval()
+        encoder = (
+            MimRefinerModel(self.average.config)
+            .to(self.accelerator.device)
+            .requires_grad_(False)
+            .eval()
+        )
         gather_into(encoder, self.average)
         return encoder
 
@@ -207,12 +261,21 @@ class Trainer:
         refining = step >= self.steps.warmup
         self.refiner.train(True)
         self.encoder.train(refining)
-        views = [normalise(finished_views(batch, kind, device), self.mean, self.std) for kind in VIEW_KINDS]
+        views = [
+            normalise(finished_views(batch, kind, device), self.mean, self.std)
+            for kind in VIEW_KINDS
+        ]
         index = batch["index"].to(device)
         topk = recipe.topk if refining else 1
-        draw = neighbour_draw(recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index))
+        draw = neighbour_draw(
+            recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index)
+        )
         progress = (step - self.steps.warmup) / self.steps.refine
-        weights = head_weights(recipe.loss_schedule, len(self.refiner.head_blocks), progress) if refining else None
+        weights = (
+            head_weights(recipe.loss_schedule, len(self.refiner.head_blocks), progress)
+            if refining
+            else None
+        )
         set_learning_rate(self.optimizer, self._learning_rate(step))
         self.optimizer.zero_grad()
         result = self.refiner.backward(
@@ -238,13 +301,18 @@ class Trainer:
         epochs = recipe.epochs if refining else recipe.head_epochs
         base = recipe.learning_rate if refining else recipe.head_learning_rate
         warmup = min(round(total * recipe.warmup_epochs / epochs), total - 1)
-        return learning_rate(step - self.steps.warmup * refining, warmup, total, base * recipe.batch_size / 256)
+        return learning_rate(
+            step - self.steps.warmup * refining, warmup, total, base * recipe.batch_size / 256
+        )
 
     def _optimizer(self, step: int) -> torch.optim.AdamW:
         """AdamW for the stage that `step` belongs to: heads alone, or encoder and heads."""
         groups = head_groups(self.refiner.heads, self.recipe.head_weight_decay)
         if step >= self.steps.warmup:
-            groups = encoder_groups(self.encoder, self.recipe.layer_decay, self.recipe.weight_decay) + groups
+            groups = (
+                encoder_groups(self.encoder, self.recipe.layer_decay, self.recipe.weight_decay)
+                + groups
+            )
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def _batches(self, start_step: int, stop_step: int) -> DataLoader[dict[str, Tensor]]:
@@ -270,22 +338,38 @@ class Trainer:
             world_size=world_size(),
         )
         pin = self.accelerator.device.type == "cuda"
-        multicrop = MultiCrop(specs) if recipe.views == "exact" else FastMultiCrop(specs, hand_over=pin)
+        multicrop = (
+            MultiCrop(specs) if recipe.views == "exact" else FastMultiCrop(specs, hand_over=pin)
+        )
         dataset = ViewDataset(self.images, multicrop, recipe.seed)
         return DataLoader(
-            dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pin, worker_init_fn=ignore_stop_signals
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=pin,
+            worker_init_fn=ignore_stop_signals,
         )
 
     # ---- what it says
 
     def _progress(self, start_step: int, stop_step: int) -> Any:
         hidden = not self.accelerator.is_local_main_process
-        return progress_bar(total=stop_step, initial=start_step, desc="refining", unit="step", hidden=hidden)
+        return progress_bar(
+            total=stop_step, initial=start_step, desc="refining", unit="step", hidden=hidden
+        )
 
     def _log(self, step: int, result: StepResult, progress: Any, step_seconds: float) -> None:
         """One line in the log: mean over processes of the loss and of what every head tells, rate, and seconds still to go."""
-        columns = ("head_losses", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
-        table = self.accelerator.reduce(torch.stack([getattr(result, name).float() for name in columns]), "mean").tolist()
+        columns = (
+            "head_losses",
+            "alignment",
+            "neighbour_similarity",
+            "neighbour_age",
+            "neighbour_accuracy",
+        )
+        table = self.accelerator.reduce(
+            torch.stack([getattr(result, name).float() for name in columns]), "mean"
+        ).tolist()
         loss = self.accelerator.reduce(result.loss.detach(), "mean").item()
         values: dict[str, Any] = {
             "stage": self.stage(step),
@@ -301,7 +385,9 @@ class Trainer:
                 if value == value:  # not nan: without labels there is no neighbour accuracy
                     values[f"{head}/{key}"] = value
         for head, spread in zip(
-            self.refiner.head_names, self.refiner.queue.spread(self.recipe.batch_size).tolist(), strict=True
+            self.refiner.head_names,
+            self.refiner.queue.spread(self.recipe.batch_size).tolist(),
+            strict=True,
         ):
             values[f"{head}/spread"] = spread
             if spread < COLLAPSED and head not in self.collapsed:
@@ -311,7 +397,8 @@ class Trainer:
                     "lower --learning_rate, or start from weights that tell these images apart", step, head, spread,
                 )  # fmt: skip
         progress.set_description(
-            f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}", refresh=False
+            f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}",
+            refresh=False,
         )
         self.accelerator.log(values, step=step + 1)
 
@@ -326,12 +413,19 @@ class Trainer:
         path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
         if (stage := self.stage(done - 1)) not in self.sized and self.accelerator.is_main_process:
             self.sized.add(stage)
-            print(f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept", flush=True)
+            print(
+                f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept",
+                flush=True,
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
         parts = {"refiner": self.refiner, "average": self.average}
-        return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+        return {
+            f"{part}.{name}": tensor
+            for part, module in parts.items()
+            for name, tensor in module.state_dict().items()
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where the checkpoint was written, or raise a CheckpointError that names file and tensor, and change nothing."""
@@ -343,7 +437,9 @@ class Trainer:
             self.optimizer = optimizer
         for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
             own = module.state_dict()
-            module.load_state_dict({name: place(checkpoint.tensors[prefix + name], own[name]) for name in own})
+            module.load_state_dict(
+                {name: place(checkpoint.tensors[prefix + name], own[name]) for name in own}
+            )
         self.seconds = dict(checkpoint.state["seconds"])
         self.broken.add(checkpoint.state.get("broken", []))
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)

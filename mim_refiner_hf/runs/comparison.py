@@ -21,7 +21,12 @@ from ..data.images import ImageDataset, evenly_spaced, fully_labelled, hold_out,
 from ..evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, Measured, compare, measure
-from ..evaluation.feature_cache import evaluation_columns, for_altered_images, own_columns, read_rows
+from ..evaluation.feature_cache import (
+    evaluation_columns,
+    for_altered_images,
+    own_columns,
+    read_rows,
+)
 from ..evaluation.fine_tuning import fine_tuning
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
@@ -60,7 +65,10 @@ class Data:
     @property
     def labelled(self) -> bool:
         """Whether every image has a label."""
-        return all(isinstance(images, ImageDataset) and fully_labelled(images) for images in (self.train, self.evaluated))
+        return all(
+            isinstance(images, ImageDataset) and fully_labelled(images)
+            for images in (self.train, self.evaluated)
+        )
 
     @property
     def bank(self) -> ImageDataset:
@@ -114,18 +122,26 @@ def open_data(
     Raises:
         ValueError: when both are the same images, and, with `masks`, when none are named; otherwise as `open_images`.
     """
-    other: dict[str, Any] = {"config": config if eval_dataset is None else None, "split": eval_split}
+    other: dict[str, Any] = {
+        "config": config if eval_dataset is None else None,
+        "split": eval_split,
+    }
     named = eval_dataset is not None or eval_split is not None
     if masks:
         if not named:
-            raise ValueError("--protocols segmentation: name the images to measure on, with --eval_split or --eval_dataset")
+            raise ValueError(
+                "--protocols segmentation: name the images to measure on, with --eval_split or --eval_dataset"
+            )
         images = open_segmentation(dataset, config=config, split=split)
         evaluated: Any = open_segmentation(eval_dataset or dataset, **other)
     else:
         found = open_images(dataset, config=config, split=split, num_channels=num_channels)
         if not named:
             return Data(dataset, config, split, None, *hold_out(found, HELD_OUT, seed))
-        images, evaluated = found, open_images(eval_dataset or dataset, num_channels=num_channels, **other)  # type: ignore[assignment]
+        images, evaluated = (
+            found,
+            open_images(eval_dataset or dataset, num_channels=num_channels, **other),
+        )  # type: ignore[assignment]
     if evaluated.fingerprint == images.fingerprint:
         raise ValueError(
             f"--eval_split {eval_split}: these are the images of the k-NN bank; name another split, or leave it out"
@@ -139,7 +155,13 @@ def readable(
     """Those of the images that can be read, with the features that all protocols need now in the store; and the others."""
     broken: list[dict[str, Any]] = []
     for encoder in encoders.values():
-        rows = read_rows(encoder, images, vars(encoder)["image_processor"], evaluation_columns(encoder.config), **settings)
+        rows = read_rows(
+            encoder,
+            images,
+            vars(encoder)["image_processor"],
+            evaluation_columns(encoder.config),
+            **settings,
+        )
         images, broken = rows.images, [*broken, *rows.broken]
     return images, broken
 
@@ -174,11 +196,23 @@ def measure_side(
     evaluation = None
     if isinstance(data.train, ImageDataset):
         evaluation = evaluate_encoder(
-            train_images=data.bank, eval_images=data.evaluated, grid=data.labelled, **both, **settings
+            train_images=data.bank,
+            eval_images=data.evaluated,
+            grid=data.labelled,
+            **both,
+            **settings,
         )
-        measured = errors_of(evaluation) if data.labelled else label_free(encoder, data.evaluated, evaluation, seed, settings)
+        measured = (
+            errors_of(evaluation)
+            if data.labelled
+            else label_free(encoder, data.evaluated, evaluation, seed, settings)
+        )
         values = {name: found.value for name, found in measured.items()}
-        metrics = values | evaluation.metrics | {f"{name}_standard_error": found.error for name, found in measured.items()}
+        metrics = (
+            values
+            | evaluation.metrics
+            | {f"{name}_standard_error": found.error for name, found in measured.items()}
+        )
     own = {key: value for key, value in settings.items() if key != "features"}
     for protocol in protocols:
         reads = own if protocol in ("fine_tuning", "segmentation") else settings
@@ -186,7 +220,9 @@ def measure_side(
         images = {"train_images": data.train, "eval_images": data.evaluated}
         extra[protocol] = PROTOCOLS[protocol](**both, **images, **reads, **more)
         measured |= {
-            name: errors_of_score(score) for name, score in extra[protocol].scores.items() if score.per_image is not None
+            name: errors_of_score(score)
+            for name, score in extra[protocol].scores.items()
+            if score.per_image is not None
         }
         metrics |= extra[protocol].metrics
     return Side(name, metrics, measured, extra, evaluation)
@@ -202,9 +238,13 @@ def errors_of(evaluation: Evaluation) -> dict[str, Measured]:
     nmis = [normalized_mutual_info_score(labels, run) for run in runs]
     return {
         "knn_accuracy": measure(lambda rows: float(right[rows].mean()), n),
-        "cluster_accuracy": measure(lambda rows: float(in_place[rows].mean()), n, spread=float(np.std(accuracies))),
+        "cluster_accuracy": measure(
+            lambda rows: float(in_place[rows].mean()), n, spread=float(np.std(accuracies))
+        ),
         "nmi": measure(
-            lambda rows: float(normalized_mutual_info_score(labels[rows], groups[rows])), n, spread=float(np.std(nmis))
+            lambda rows: float(normalized_mutual_info_score(labels[rows], groups[rows])),
+            n,
+            spread=float(np.std(nmis)),
         ),
     }
 
@@ -217,7 +257,11 @@ def errors_of_score(score: Score) -> Measured:
 
 
 def label_free(
-    encoder: MimRefinerModel, images: ImageDataset, evaluation: Evaluation, seed: int, settings: dict[str, Any]
+    encoder: MimRefinerModel,
+    images: ImageDataset,
+    evaluation: Evaluation,
+    seed: int,
+    settings: dict[str, Any],
 ) -> dict[str, Measured]:
     """What can be said without labels, with errors over images.
 
@@ -231,12 +275,18 @@ def label_free(
         altered = settings | {"features": for_altered_images(settings["features"])}
         seen = read_rows(encoder, images, view, column, **altered).column(column[0])
         agreement = neighbour_agreement(evaluation.features.features, seen).numpy()
-        measured["neighbour_agreement"] = measure(lambda rows: float(agreement[rows].mean()), len(agreement))
+        measured["neighbour_agreement"] = measure(
+            lambda rows: float(agreement[rows].mean()), len(agreement)
+        )
     rows = np.linspace(0, len(images) - 1, min(len(images), SILHOUETTE_IMAGES)).astype(int)
     groups = evaluation.assignments[rows]
     if 1 < len(np.unique(groups)) < len(groups):
-        separate = silhouette_samples(evaluation.features.features.numpy()[rows], groups, metric="cosine")
-        measured["silhouette"] = measure(lambda chosen: float(separate[chosen].mean()), len(separate))
+        separate = silhouette_samples(
+            evaluation.features.features.numpy()[rows], groups, metric="cosine"
+        )
+        measured["silhouette"] = measure(
+            lambda chosen: float(separate[chosen].mean()), len(separate)
+        )
     return measured
 
 
@@ -254,7 +304,9 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
         for name, score in result.scores.items():
             if name not in changes:
                 old = before.extra[protocol].scores[name]
-                changes[name] = Change(score.value - old.value, math.hypot(score.standard_error, old.standard_error))
+                changes[name] = Change(
+                    score.value - old.value, math.hypot(score.standard_error, old.standard_error)
+                )
     return changes
 
 
@@ -264,4 +316,13 @@ def describe_change(change: Change) -> dict[str, Any]:
     return {"difference": change.difference, "low": low, "high": high, "verdict": change.verdict}
 
 
-__all__ = ["PROTOCOLS", "Data", "Side", "changes_of", "describe_change", "measure_side", "open_data", "readable"]
+__all__ = [
+    "PROTOCOLS",
+    "Data",
+    "Side",
+    "changes_of",
+    "describe_change",
+    "measure_side",
+    "open_data",
+    "readable",
+]

@@ -39,7 +39,16 @@ from ..evaluation.report import BANK_SIZE
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..runtime.settings import read_fields
-from .comparison import PROTOCOLS, Data, Side, changes_of, describe_change, measure_side, open_data, readable
+from .comparison import (
+    PROTOCOLS,
+    Data,
+    Side,
+    changes_of,
+    describe_change,
+    measure_side,
+    open_data,
+    readable,
+)
 from .report_folder import check_output, command_line, write_report
 
 PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
@@ -90,19 +99,38 @@ def evaluate(
         check_features(features)
     encoders = load_encoders(model, against)
     opened: dict[str, Any] = {"split": split, "eval_split": eval_split, "seed": seed}
-    opened |= {"num_channels": encoders[model].config.num_channels, "masks": "segmentation" in protocols}
+    opened |= {
+        "num_channels": encoders[model].config.num_channels,
+        "masks": "segmentation" in protocols,
+    }
     data = [open_data(dataset, config=dataset_config, eval_dataset=eval_dataset, **opened)]
     data += [open_data(name, **opened) for name in transfer]
     check_data(data, protocols)
     with feature_folder(features, output_dir) as folder:
-        settings: dict[str, Any] = {"features": folder, "num_workers": num_workers, "device": device_here()}
+        settings: dict[str, Any] = {
+            "features": folder,
+            "num_workers": num_workers,
+            "device": device_here(),
+        }
         data = [without_broken(encoders, each, settings) for each in data]
         sides = [
-            measure_sides(encoders, each, TRANSFER_PROTOCOLS if place else protocols, seed=seed, recipe=fine_tune, **settings)
+            measure_sides(
+                encoders,
+                each,
+                TRANSFER_PROTOCOLS if place else protocols,
+                seed=seed,
+                recipe=fine_tune,
+                **settings,
+            )
             for place, each in enumerate(data)
         ]
     first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
-    report = {"model": model, "against": against, **first, "transfer": dict(zip(transfer, others, strict=True))}
+    report = {
+        "model": model,
+        "against": against,
+        **first,
+        "transfer": dict(zip(transfer, others, strict=True)),
+    }
     report |= how_measured(encoders, protocols, seed, began)
     if rank() == 0:
         write_report(output_dir, report, sides[0], data[0])
@@ -114,26 +142,36 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_protocols(protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int) -> FineTuneRecipe | None:
+def check_protocols(
+    protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int
+) -> FineTuneRecipe | None:
     """The recipe of "fine_tuning", if that is asked for; ValueError for names that do not exist or do not go together."""
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise ValueError(f"--protocols {unknown[0]}: must be one of {', '.join(PROTOCOLS)}")
     if "segmentation" in protocols and (len(protocols) > 1 or transfer):
-        raise ValueError("--protocols segmentation: it needs masks and all else needs labels; give it a command of its own")
+        raise ValueError(
+            "--protocols segmentation: it needs masks and all else needs labels; give it a command of its own"
+        )
     if recipe is not None and "fine_tuning" not in protocols:
         raise ValueError(f"--recipe {recipe}: it is for fine-tuning; add --protocols fine_tuning")
     if "fine_tuning" not in protocols:
         return None
-    return FineTuneRecipe(**{"seed": seed, **(read_fields(recipe, FineTuneRecipe) if recipe else {})})
+    return FineTuneRecipe(
+        **{"seed": seed, **(read_fields(recipe, FineTuneRecipe) if recipe else {})}
+    )
 
 
 def load_encoders(model: str, against: str | None) -> dict[str, MimRefinerModel]:
     """The encoders by name, the one to be better than first; ValueError where they do not take the same images."""
     if model == against:
-        raise ValueError(f"--against {against}: this is the model itself; name another one, or leave it out")
+        raise ValueError(
+            f"--against {against}: this is the model itself; name another one, or leave it out"
+        )
     encoders = {name: load_encoder(name) for name in ([against] if against else []) + [model]}
     if len({encoder.config.num_channels for encoder in encoders.values()}) > 1:
-        raise ValueError(f"--against {against}: it has another number of input channels than {model}; they cannot be compared")
+        raise ValueError(
+            f"--against {against}: it has another number of input channels than {model}; they cannot be compared"
+        )
     return encoders
 
 
@@ -144,13 +182,17 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
         if not isinstance(each.train, ImageDataset):
             continue
         if not each.labelled and (place or protocols):
-            raise ValueError(f"{flag}: needs a label for every image, and {each.name} has images without")
+            raise ValueError(
+                f"{flag}: needs a label for every image, and {each.name} has images without"
+            )
         if each.labelled and len(each.train) < NEIGHBOURS:
             raise ValueError(
                 f"{each.name} has {len(each.train)} images for the k-NN bank, but k-NN looks at {NEIGHBOURS} neighbours; give more"
             )
         if len(each.evaluated) < 2:
-            raise ValueError(f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at least 2")
+            raise ValueError(
+                f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at least 2"
+            )
 
 
 @contextmanager
@@ -161,12 +203,18 @@ def feature_folder(features: Path | None, output_dir: Path) -> Iterator[Path]:
         return
     beside = output_dir.resolve().parent
     beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".features-", dir=beside) if rank() == 0 else nullcontext() as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=".features-", dir=beside)
+        if rank() == 0
+        else nullcontext() as folder
+    ):
         yield Path(gather_objects(folder)[0])
         wait_for_everyone()  # nobody reads it any more
 
 
-def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings: dict[str, Any]) -> Data:
+def without_broken(
+    encoders: Mapping[str, MimRefinerModel], data: Data, settings: dict[str, Any]
+) -> Data:
     """The data without the images of bank and evaluation that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
         return data
@@ -176,13 +224,20 @@ def without_broken(encoders: Mapping[str, MimRefinerModel], data: Data, settings
     _, more = readable(encoders, data.bank, **settings)
     lost, train = {image["index"] for image in more}, data.train
     if lost:
-        train = train.subset([place for place, index in enumerate(train.indices.tolist()) if index not in lost])
+        train = train.subset(
+            [place for place, index in enumerate(train.indices.tolist()) if index not in lost]
+        )
     return replace(data, train=train, evaluated=evaluated, broken=[*broken, *more])
 
 
-def measure_sides(encoders: Mapping[str, MimRefinerModel], data: Data, protocols: Sequence[str], **settings: Any) -> list[Side]:
+def measure_sides(
+    encoders: Mapping[str, MimRefinerModel], data: Data, protocols: Sequence[str], **settings: Any
+) -> list[Side]:
     """`measure_side` of every encoder."""
-    return [measure_side(name, encoder, data, protocols, **settings) for name, encoder in encoders.items()]
+    return [
+        measure_side(name, encoder, data, protocols, **settings)
+        for name, encoder in encoders.items()
+    ]
 
 
 def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
@@ -197,7 +252,9 @@ def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
     }
 
 
-def how_measured(encoders: Mapping[str, MimRefinerModel], protocols: Sequence[str], seed: int, began: float) -> dict[str, Any]:
+def how_measured(
+    encoders: Mapping[str, MimRefinerModel], protocols: Sequence[str], seed: int, began: float
+) -> dict[str, Any]:
     """Everything needed to get the same numbers again."""
     threads = f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} in use"
     hardware = torch.cuda.get_device_name() if device_here() == "cuda" else threads

@@ -37,7 +37,11 @@ def check_measurable(images: ImageDataset | None) -> None:
 
 
 def choose_head_blocks(
-    recipe: RefineRecipe, encoder: MimRefinerModel, processor: Any, images: ImageDataset, num_workers: int = 0
+    recipe: RefineRecipe,
+    encoder: MimRefinerModel,
+    processor: Any,
+    images: ImageDataset,
+    num_workers: int = 0,
 ) -> dict[str, Any]:
     """Measure and choose; a pure function of weights, images and the recipe's seed, the same on every process.
 
@@ -62,7 +66,11 @@ def choose_head_blocks(
         num_workers=num_workers,
     )
     blocks, reason = propose_head_blocks(profile, frozen=recipe.freeze_blocks)
-    return {"blocks": blocks, "reason": reason, "profile": [dataclasses.asdict(block) for block in profile]}
+    return {
+        "blocks": blocks,
+        "reason": reason,
+        "profile": [dataclasses.asdict(block) for block in profile],
+    }
 
 
 __all__ = ["check_measurable", "choose_head_blocks"]

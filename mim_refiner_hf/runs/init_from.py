@@ -20,17 +20,33 @@ from ..data.images import ImageDataset, ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe import RefineRecipe
-from ..runtime.checkpoint import MANIFEST, NAME, Checkpoint, check_tensors, load_latest, read_checkpoint
+from ..runtime.checkpoint import (
+    MANIFEST,
+    NAME,
+    Checkpoint,
+    check_tensors,
+    load_latest,
+    read_checkpoint,
+)
 from ..runtime.files import CheckpointError
 from ..runtime.sharding import place
 
 PLACED = ("average.", "refiner.heads.", "refiner.queue.")
 DROPPED = {"refiner.encoder.": "the encoder beside its average", "optimizer.": "optimiser"}
-HEAD_FIELDS = ("head_blocks", "pooling", "projector_dim", "predictor_dim", "embedding_dim", "queue_size")
+HEAD_FIELDS = (
+    "head_blocks",
+    "pooling",
+    "projector_dim",
+    "predictor_dim",
+    "embedding_dim",
+    "queue_size",
+)
 """What decides which tensors heads and queues have, and what the heads read."""
 
 
-def start_state(encoder: MimRefinerModel, processor: Any, images: ImageDataset | ImageStream, warmup: int) -> dict[str, Any]:
+def start_state(
+    encoder: MimRefinerModel, processor: Any, images: ImageDataset | ImageStream, warmup: int
+) -> dict[str, Any]:
     """What a checkpoint says for those who start from it: its encoder, its data, and from which step on its heads are warm."""
     return {
         "encoder": encoder.config.to_dict(),
@@ -54,9 +70,13 @@ def open_start(init_from: str) -> Checkpoint:
     """
     path = Path(init_from).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"--init_from {path}: no such folder; give a run's output folder, or for a model use --model")
+        raise FileNotFoundError(
+            f"--init_from {path}: no such folder; give a run's output folder, or for a model use --model"
+        )
     if (path / "config.json").is_file():
-        raise ValueError(f"--init_from {path}: is a model, which has no heads and no queues to start from; use --model {path}")
+        raise ValueError(
+            f"--init_from {path}: is a model, which has no heads and no queues to start from; use --model {path}"
+        )
     if (path / MANIFEST).is_file() or NAME.fullmatch(path.name):
         found: Checkpoint | None = read_checkpoint(path)
     else:
@@ -64,10 +84,16 @@ def open_start(init_from: str) -> Checkpoint:
     if found is None:
         finished = (path / "model" / "config.json").is_file()
         hint = (
-            f"a finished run keeps its model alone: use --model {path / 'model'}" if finished else "give a run's output folder"
+            f"a finished run keeps its model alone: use --model {path / 'model'}"
+            if finished
+            else "give a run's output folder"
         )
         raise FileNotFoundError(f"--init_from {path}: holds no checkpoint; {hint}")
-    missing = [key for key in ("recipe", "encoder", "preprocessing", "data", "warmup_steps") if key not in found.state]
+    missing = [
+        key
+        for key in ("recipe", "encoder", "preprocessing", "data", "warmup_steps")
+        if key not in found.state
+    ]
     if missing:
         raise CheckpointError(
             f"--init_from {path}: {found.path.name} is of an earlier version and lacks {', '.join(missing)}; go on with that run "
@@ -91,18 +117,37 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
     dropped: dict[str, list[str]] = {reason: [] for reason in DROPPED.values()}
     placed = [name for name in start.tensors if name.startswith(PLACED)]
     for name in start.tensors.keys() - set(placed):
-        reason = next((reason for prefix, reason in DROPPED.items() if name.startswith(prefix)), None)
+        reason = next(
+            (reason for prefix, reason in DROPPED.items() if name.startswith(prefix)), None
+        )
         if reason is None:
-            raise CheckpointError(f"{where}: {name} has no place in a run of this version; start from a model with --model")
+            raise CheckpointError(
+                f"{where}: {name} has no place in a run of this version; start from a model with --model"
+            )
         dropped[reason].append(name)
     encoder = MimRefinerModel(MimRefinerConfig.from_dict(start.state["encoder"]))
-    average = {name.removeprefix("average."): start.tensors[name] for name in placed if name.startswith("average.")}
+    average = {
+        name.removeprefix("average."): start.tensors[name]
+        for name in placed
+        if name.startswith("average.")
+    }
     try:
         encoder.load_state_dict(average)
     except RuntimeError as error:  # it lists every name
-        raise CheckpointError(f"{where}: its average is not of its encoder ({' '.join(str(error).split())[:300]})") from error
-    report = LoadReport(f"step {start.step} of {start.path.parent}", len(placed), len(placed), dropped, "--init_from")
-    vars(encoder).update(load_report=report, image_processor=image_processor(encoder.config, start.state["preprocessing"]))
+        raise CheckpointError(
+            f"{where}: its average is not of its encoder ({' '.join(str(error).split())[:300]})"
+        ) from error
+    report = LoadReport(
+        f"step {start.step} of {start.path.parent}",
+        len(placed),
+        len(placed),
+        dropped,
+        "--init_from",
+    )
+    vars(encoder).update(
+        load_report=report,
+        image_processor=image_processor(encoder.config, start.state["preprocessing"]),
+    )
     return encoder.eval()
 
 
@@ -126,14 +171,19 @@ def check_heads(recipe: RefineRecipe, start: Checkpoint) -> None:
         def shown(value: Any) -> str:
             return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-        listed = "; ".join(f"--{name} {shown(getattr(recipe, name))}, there {shown(its[name])}" for name in differing)
+        listed = "; ".join(
+            f"--{name} {shown(getattr(recipe, name))}, there {shown(its[name])}"
+            for name in differing
+        )
         raise ValueError(
             f"--init_from {recipe.init_from}: its heads and queues come along as they are, and this recipe asks for others ({listed}); "
             "say the same, or start from a model with --model"
         )
 
 
-def place_heads(start: Checkpoint, expected: dict[str, Any], heads: Any, queue: Any, same_data: bool) -> None:
+def place_heads(
+    start: Checkpoint, expected: dict[str, Any], heads: Any, queue: Any, same_data: bool
+) -> None:
     """Put heads and queues of a checkpoint into those of a new run, all or nothing.
 
     Args:
@@ -147,10 +197,20 @@ def place_heads(start: Checkpoint, expected: dict[str, Any], heads: Any, queue: 
     check_tensors(start, expected)
     for prefix, module in (("refiner.heads.", heads), ("refiner.queue.", queue)):
         own = module.state_dict()
-        module.load_state_dict({name: place(start.tensors[prefix + name], own[name]) for name in own})
+        module.load_state_dict(
+            {name: place(start.tensors[prefix + name], own[name]) for name in own}
+        )
     if not same_data:
         queue.sample_index.fill_(-1)
         queue.labels.fill_(-1)
 
 
-__all__ = ["check_heads", "data_digest", "encoder_of", "open_start", "place_heads", "start_state", "with_its_blocks"]
+__all__ = [
+    "check_heads",
+    "data_digest",
+    "encoder_of",
+    "open_start",
+    "place_heads",
+    "start_state",
+    "with_its_blocks",
+]

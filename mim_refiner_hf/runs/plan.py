@@ -37,8 +37,12 @@ READS = {
 def checkpoint_bytes(recipe: RefineRecipe, config: MimRefinerConfig) -> float:
     """Estimated bytes of a checkpoint in the refinement: weights, their average and AdamW's moments of both, heads, queue."""
     weights, trained = encoder_parameters(config, recipe.freeze_blocks)
-    rows = 4 * len(head_blocks_of(recipe, config)) * (recipe.embedding_dim + 1) + 24  # rows, norms; index, label, age
-    return 8 * weights + 8 * trained + 12 * head_parameters(recipe, config) + recipe.queue_size * rows
+    rows = (
+        4 * len(head_blocks_of(recipe, config)) * (recipe.embedding_dim + 1) + 24
+    )  # rows, norms; index, label, age
+    return (
+        8 * weights + 8 * trained + 12 * head_parameters(recipe, config) + recipe.queue_size * rows
+    )
 
 
 def disk_text(recipe: RefineRecipe, config: MimRefinerConfig) -> str:
@@ -50,12 +54,16 @@ def disk_text(recipe: RefineRecipe, config: MimRefinerConfig) -> str:
     return text + (", TOO LITTLE: make room, or lower --keep" if free < needed else "")
 
 
-def _memory_lines(recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool, available: int) -> list[str]:
+def _memory_lines(
+    recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool, available: int
+) -> list[str]:
     """What a step needs and what there is, in words; a second line says what to change where it does not fit."""
     auto = recipe.micro_batch_size == "auto"
     fitting = fitting_micro_batch(recipe, config, processes, bf16, available)
     if auto:
-        recipe = dataclasses.replace(recipe, micro_batch_size=fitting or (None if fitting is None else 1))
+        recipe = dataclasses.replace(
+            recipe, micro_batch_size=fitting or (None if fitting is None else 1)
+        )
     parts = memory_estimate(recipe, config, processes, bf16)
     total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
     lines = [
@@ -72,9 +80,18 @@ def _memory_lines(recipe: RefineRecipe, config: MimRefinerConfig, processes: int
         flags = ([] if size is None or auto else [f"--micro_batch_size {size}"]) + [
             "--gradient_checkpointing true"
         ] * checkpointing
-        need = needed(dataclasses.replace(changed, micro_batch_size=size), config, processes, bf16) / GIGA
-        return [*lines, f"it does not fit: {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients"]
-    return [*lines, "it does not fit, whatever the micro-batch: lower --batch_size, --queue_size or --num_heads"]
+        need = (
+            needed(dataclasses.replace(changed, micro_batch_size=size), config, processes, bf16)
+            / GIGA
+        )
+        return [
+            *lines,
+            f"it does not fit: {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients",
+        ]
+    return [
+        *lines,
+        "it does not fit, whatever the micro-batch: lower --batch_size, --queue_size or --num_heads",
+    ]
 
 
 def _shards_text(processes: int) -> str:
@@ -102,7 +119,9 @@ def plan_text(
     """The plan as lines for a terminal. `recipe` is a resolved one; `available` are the free bytes of one process."""
     assert recipe.pooling is not None
     last = config.num_hidden_layers - 1
-    heads = ", ".join("output" if block == last else str(block) for block in head_blocks_of(recipe, config))
+    heads = ", ".join(
+        "output" if block == last else str(block) for block in head_blocks_of(recipe, config)
+    )
     if recipe.head_blocks == "auto":
         heads = f"what measuring all blocks proposes (auto; by default {heads})"
     rows, columns = config.grid
@@ -114,10 +133,18 @@ def plan_text(
     )
     start = recipe.model or recipe.init_from or f"pre-trained first by {recipe.pretrain}"
     images = "a stream" if num_images is None else f"{num_images} images"
-    micro = "" if recipe.micro_batch_size is None else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+    micro = (
+        ""
+        if recipe.micro_batch_size is None
+        else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+    )
     if recipe.micro_batch_size == "auto":
         micro = ", as many at a time through the encoder as fit (auto; exact)"
-    precision = ("bf16, emulated and slower than fp32 on this CPU" if emulates_bf16(device) else "bf16") if bf16 else "fp32"
+    precision = (
+        ("bf16, emulated and slower than fp32 on this CPU" if emulates_bf16(device) else "bf16")
+        if bf16
+        else "fp32"
+    )
     warmup = f"{steps.warmup} of head warm-up (encoder frozen)"
     if recipe.init_from is not None:
         warmup = "no head warm-up (heads and queues come along)"
@@ -138,10 +165,15 @@ def plan_text(
             "views",
             f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}",
         ),
-        ("batch", f"{recipe.batch_size} images over {processes} process(es) on {device}, {precision}{micro}"),
+        (
+            "batch",
+            f"{recipe.batch_size} images over {processes} process(es) on {device}, {precision}{micro}",
+        ),
         *([("shards", _shards_text(processes))] if fsdp2_requested() else []),
         ("steps", f"{warmup} + {steps.refine} of refinement; stage: {recipe.stage}"),
-        *zip(("memory", ""), _memory_lines(recipe, config, processes, bf16, available), strict=False),
+        *zip(
+            ("memory", ""), _memory_lines(recipe, config, processes, bf16, available), strict=False
+        ),
         ("disk", disk_text(recipe, config) if recipe.save_every else "no checkpoints"),
         ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, curves.png, log.jsonl"),
     ]

@@ -86,11 +86,15 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     pretraining = encoder = start = None
     processor: Any
     if recipe.pretrain is not None:
-        pretraining = PretrainRecipe(**{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed})
+        pretraining = PretrainRecipe(
+            **{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed}
+        )
         config = pretraining.encoder_config()
         processor = image_processor(config, {})
     elif recipe.init_from is not None:
-        start = found or open_start(recipe.init_from)  # once begun, a run needs the other one no more
+        start = found or open_start(
+            recipe.init_from
+        )  # once begun, a run needs the other one no more
         encoder, recipe = encoder_of(start), with_its_blocks(recipe, start)
         config, processor = encoder.config, encoder.image_processor
     else:
@@ -100,7 +104,9 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     if config.num_channels != 3:
         images, eval_images = open_data(recipe, num_channels=config.num_channels)
     bank = images if isinstance(images, ImageDataset) else None
-    if bank is None and eval_images is not None:  # a stream is gone once read: half of the evaluation images are the bank
+    if (
+        bank is None and eval_images is not None
+    ):  # a stream is gone once read: half of the evaluation images are the bank
         bank, eval_images = hold_out(eval_images, 0.5, recipe.seed)
     num_images = len(images) if isinstance(images, ImageDataset) else None
     recipe = resolve(recipe, config, num_images, int(os.environ.get("WORLD_SIZE", "1")))
@@ -119,29 +125,52 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     if start is not None and found is None:
         check_heads(recipe, start)
     done = None if found is None else found.step
-    if recipe.stage == "refine" and not recipe.dry_run and start is None and (done is None or done < steps.warmup):
+    if (
+        recipe.stage == "refine"
+        and not recipe.dry_run
+        and start is None
+        and (done is None or done < steps.warmup)
+    ):
         raise ValueError(
             f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
         )
     record = Path(recipe.output_dir) / RECORD
     if found is not None and isinstance(images, ImageDataset) and record.exists():
         check_data_record(record, images)
-    return Prepared(recipe, config, encoder, pretraining, processor, images, eval_images, bank, steps, found, start)
+    return Prepared(
+        recipe,
+        config,
+        encoder,
+        pretraining,
+        processor,
+        images,
+        eval_images,
+        bank,
+        steps,
+        found,
+        start,
+    )
 
 
-def open_data(recipe: RefineRecipe, num_channels: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
+def open_data(
+    recipe: RefineRecipe, num_channels: int
+) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
     where = {"config": recipe.dataset_config, "num_channels": num_channels}
     evaluate = None
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
         same = recipe.eval_dataset in (None, recipe.dataset)
         eval_where = where if same else {"num_channels": num_channels}
-        evaluate = open_images(recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where)
+        evaluate = open_images(
+            recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where
+        )
     if recipe.streaming:
         return open_stream(recipe.dataset, split=recipe.split, **where), evaluate  # type: ignore[arg-type]
     images = open_images(recipe.dataset, split=recipe.split, **where)  # type: ignore[arg-type]
     if len(images) < 2:
-        raise ValueError(f"--dataset {recipe.dataset}: {len(images)} image(s) found; contrastive refinement needs at least 2")
+        raise ValueError(
+            f"--dataset {recipe.dataset}: {len(images)} image(s) found; contrastive refinement needs at least 2"
+        )
     if evaluate is not None and evaluate.fingerprint == images.fingerprint:
         raise ValueError(
             f"--eval_dataset {evaluate.name}: these are the images to train on; name others, another --eval_split, or leave both "

@@ -40,7 +40,9 @@ def _save(recipe: RefineRecipe, result: RunResult) -> None:
     folder = result.output_dir / "model"
     save_model_folder(folder, result.encoder, result.processor)
     write_card(result.output_dir)
-    shutil.rmtree(result.output_dir / "checkpoints", ignore_errors=True)  # complete: nothing left to resume
+    shutil.rmtree(
+        result.output_dir / "checkpoints", ignore_errors=True
+    )  # complete: nothing left to resume
     print(f"The refined model: {folder}")
     if recipe.push_to_hub is not None:
         print(f"Published: {push_folder(folder, recipe.push_to_hub)}")

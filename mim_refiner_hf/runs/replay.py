@@ -43,19 +43,34 @@ def replay(output_dir: Path, *, step: int | None = None, mixed_precision: str | 
     try:
         recipe = RefineRecipe(**json.loads((output_dir / "recipe.json").read_text()))
     except (ValueError, TypeError) as error:  # TypeError: fields of another version
-        raise ValueError(f"{output_dir / 'recipe.json'} cannot be read ({error}); name another run's folder") from error
+        raise ValueError(
+            f"{output_dir / 'recipe.json'} cannot be read ({error}); name another run's folder"
+        ) from error
     if step is None:
         step = last_failure(output_dir)
-    quiet = {"save_every": 0, "eval_every": 0, "report_to": "none", "dry_run": False, "output_dir": str(output_dir)}
+    quiet = {
+        "save_every": 0,
+        "eval_every": 0,
+        "report_to": "none",
+        "dry_run": False,
+        "output_dir": str(output_dir),
+    }
     prepared = prepare(dataclasses.replace(recipe, **quiet))  # type: ignore[arg-type]
     start = 0 if prepared.found is None else prepared.found.step
     if not start <= step < prepared.steps.total:
-        raise ValueError(f"--step {step}: can be replayed from the newest checkpoint on, {start} to {prepared.steps.total - 1}")
+        raise ValueError(
+            f"--step {step}: can be replayed from the newest checkpoint on, {start} to {prepared.steps.total - 1}"
+        )
     bf16 = uses_bf16(mixed_precision or recipe.mixed_precision)
     accelerator = Accelerator(cpu=several_on_the_cpu(), mixed_precision="bf16" if bf16 else "no")
-    accelerator.print(f"Replaying steps {start} to {step} of {output_dir} in {'bf16' if bf16 else 'fp32'}", flush=True)
+    accelerator.print(
+        f"Replaying steps {start} to {step} of {output_dir} in {'bf16' if bf16 else 'fp32'}",
+        flush=True,
+    )
     encoder = starting_encoder(prepared, accelerator, {})
-    trainer = make_trainer(prepared, accelerator, bf16, encoder, choose_blocks(prepared, accelerator, encoder), {})
+    trainer = make_trainer(
+        prepared, accelerator, bf16, encoder, choose_blocks(prepared, accelerator, encoder), {}
+    )
     with watched(trainer.refiner) as seen:
         try:
             trainer.fit(start, step + 1, extra_state={}, evaluate=dict)
@@ -73,7 +88,9 @@ def last_failure(output_dir: Path) -> int:
     """The step of the newest report in `failures/`."""
     found = sorted((output_dir / FAILURES).glob("step-*.json"))
     if not found:
-        raise FileNotFoundError(f"{output_dir / FAILURES} holds no report of a failed step; name one with --step")
+        raise FileNotFoundError(
+            f"{output_dir / FAILURES} holds no report of a failed step; name one with --step"
+        )
     return int(json.loads(found[-1].read_text())["step"])
 
 
@@ -85,15 +102,29 @@ def watched(module: nn.Module) -> Iterator[list[str]]:
     def watch(name: str) -> Any:
         def look(part: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in output if isinstance(output, (tuple, list)) else [output]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if (
+                    isinstance(tensor, Tensor)
+                    and tensor.is_floating_point()
+                    and not bool(torch.isfinite(tensor).all())
+                ):
                     kind = "nan" if bool(tensor.isnan().any()) else "inf"
-                    reached = [each for each in inputs if isinstance(each, Tensor) and each.is_floating_point()]
-                    largest = max((float(each.detach().abs().max()) for each in reached), default=float("nan"))
-                    seen.append(f"{name} ({type(part).__name__}): {kind}, from inputs of at most {largest:.3g}")
+                    reached = [
+                        each
+                        for each in inputs
+                        if isinstance(each, Tensor) and each.is_floating_point()
+                    ]
+                    largest = max(
+                        (float(each.detach().abs().max()) for each in reached), default=float("nan")
+                    )
+                    seen.append(
+                        f"{name} ({type(part).__name__}): {kind}, from inputs of at most {largest:.3g}"
+                    )
 
         return look
 
-    hooks = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
+    hooks = [
+        part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name
+    ]
     try:
         yield seen
     finally:

@@ -82,11 +82,15 @@ def run(recipe: RefineRecipe) -> RunResult | None:
         cpu=several_on_the_cpu(),
         mixed_precision="bf16" if bf16 else "no",
         log_with=trackers(output, recipe.loggers, start_step),
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard")),
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / "tensorboard")
+        ),
     )
     if accelerator.is_main_process:
         if bf16:
-            warn_of_emulation(f"--mixed_precision {recipe.mixed_precision}", accelerator.device.type)
+            warn_of_emulation(
+                f"--mixed_precision {recipe.mixed_precision}", accelerator.device.type
+            )
         print(_plan(prepared, accelerator, bf16), flush=True)
     if recipe.dry_run:
         return None
@@ -105,7 +109,8 @@ def run(recipe: RefineRecipe) -> RunResult | None:
             path.parent.mkdir(exist_ok=True)
             write_json(path, error.report)
         raise NotFiniteError(
-            f"{error}. The report: {path}; `mim-refiner replay {output}` runs the step again", error.report
+            f"{error}. The report: {path}; `mim-refiner replay {output}` runs the step again",
+            error.report,
         ) from error
     accelerator.end_training()
     return result
@@ -137,7 +142,9 @@ def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
     return text
 
 
-def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> RunResult | None:
+def _train_and_measure(
+    prepared: Prepared, accelerator: Accelerator, bf16: bool
+) -> RunResult | None:
     """The run itself, on every process; files are written by the main one."""
     recipe, steps, found = prepared.recipe, prepared.steps, prepared.found
     workers = _num_workers(recipe, accelerator)
@@ -149,10 +156,16 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         if prepared.eval_images is None or prepared.bank is None:
             return None
         settings = {"seed": recipe.seed, "num_workers": workers, "per_block": per_block}
-        return evaluate_encoder(model, prepared.processor, prepared.bank, prepared.eval_images, **settings)  # type: ignore[arg-type]
+        return evaluate_encoder(
+            model, prepared.processor, prepared.bank, prepared.eval_images, **settings
+        )  # type: ignore[arg-type]
 
     start = None if found is not None else evaluate(encoder)
-    before = found.state["before"] if found is not None else (start.metrics if start is not None else None)
+    before = (
+        found.state["before"]
+        if found is not None
+        else (start.metrics if start is not None else None)
+    )
     choice = choose_blocks(prepared, accelerator, encoder)
     trainer = make_trainer(prepared, accelerator, bf16, encoder, choice, seconds)
     trainer.broken.add(unreadable)
@@ -167,10 +180,14 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
             "micro_batch": trainer.recipe.micro_batch_size,
             **start_state(encoder, prepared.processor, prepared.images, steps.warmup),
         },
-        evaluate=lambda: {} if (e := evaluate(trainer.averaged(), per_block=False)) is None else e.metrics,
+        evaluate=lambda: (
+            {} if (e := evaluate(trainer.averaged(), per_block=False)) is None else e.metrics
+        ),
     )
     if recipe.stage == "warmup":
-        accelerator.print(f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine.")
+        accelerator.print(
+            f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine."
+        )
         return None
     refined = trainer.averaged()
     measured = evaluate(refined)
@@ -183,7 +200,12 @@ def _train_and_measure(prepared: Prepared, accelerator: Accelerator, bf16: bool)
         write_json(Path(recipe.output_dir) / "metrics.json", metrics)
         if measured is not None and prepared.eval_images is not None:
             draw_clusters(prepared.eval_images, measured, Path(recipe.output_dir) / "clusters.png")
-        draw_curves(Path(recipe.output_dir) / "log.jsonl", before, after, Path(recipe.output_dir) / "curves.png")
+        draw_curves(
+            Path(recipe.output_dir) / "log.jsonl",
+            before,
+            after,
+            Path(recipe.output_dir) / "curves.png",
+        )
         if before is not None and after is not None:
             print(f"\n{comparison_table(before, after)}\n", flush=True)
     return RunResult(refined, prepared.processor, metrics, Path(recipe.output_dir))
@@ -208,13 +230,21 @@ def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Bro
     return dataclasses.replace(prepared, eval_images=kept[0], bank=kept[1]), own
 
 
-def starting_encoder(prepared: Prepared, accelerator: Accelerator, seconds: dict[str, float]) -> MimRefinerModel:
+def starting_encoder(
+    prepared: Prepared, accelerator: Accelerator, seconds: dict[str, float]
+) -> MimRefinerModel:
     """The encoder that the run starts from, in fp32 on the device: loaded, or pre-trained, with its time put into `seconds`."""
     encoder, began = prepared.encoder, time.perf_counter()
     if encoder is None and prepared.found is None:
         assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
         workers = _num_workers(prepared.recipe, accelerator)
-        encoder = pretrain_mae(prepared.pretraining, prepared.images, accelerator, workers, prepared.recipe.max_bad_fraction)
+        encoder = pretrain_mae(
+            prepared.pretraining,
+            prepared.images,
+            accelerator,
+            workers,
+            prepared.recipe.max_bad_fraction,
+        )
         seconds["pretrain"] = time.perf_counter() - began
         if accelerator.is_main_process:
             save_start(Path(prepared.recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
@@ -235,23 +265,46 @@ def make_trainer(
     recipe, processor = prepared.recipe, prepared.processor
     if choice is not None:
         recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
-    workers, statistics = _num_workers(recipe, accelerator), (processor.image_mean, processor.image_std)
-    trainer = Trainer(recipe, prepared.steps, accelerator, prepared.images, encoder, *statistics, workers, bf16, seconds)
+    workers, statistics = (
+        _num_workers(recipe, accelerator),
+        (processor.image_mean, processor.image_std),
+    )
+    trainer = Trainer(
+        recipe,
+        prepared.steps,
+        accelerator,
+        prepared.images,
+        encoder,
+        *statistics,
+        workers,
+        bf16,
+        seconds,
+    )
     if prepared.found is not None:
         trainer.restore(prepared.found)
     elif prepared.start is not None:
         own, its = data_digest(prepared.images), prepared.start.state["data"]
         same_data = own is not None and own == its
-        place_heads(prepared.start, trainer.tensors(), trainer.refiner.heads, trainer.refiner.queue, same_data)
+        place_heads(
+            prepared.start,
+            trainer.tensors(),
+            trainer.refiner.heads,
+            trainer.refiner.queue,
+            same_data,
+        )
     if recipe.micro_batch_size == "auto":
         kept: Any = (
             "auto" if prepared.found is None else prepared.found.state.get("micro_batch", "auto")
         )  # the same bits as before
-        trainer.choose_micro_batch(available_memory(accelerator.device.type, accelerator.num_processes), kept)
+        trainer.choose_micro_batch(
+            available_memory(accelerator.device.type, accelerator.num_processes), kept
+        )
     return trainer
 
 
-def choose_blocks(prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel) -> dict[str, Any] | None:
+def choose_blocks(
+    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel
+) -> dict[str, Any] | None:
     """What `--head_blocks auto` chooses, said and drawn; the first run's choice when resumed; None where blocks were named."""
     if prepared.recipe.head_blocks != "auto":
         return None
@@ -260,12 +313,20 @@ def choose_blocks(prepared: Prepared, accelerator: Accelerator, encoder: MimRefi
         return kept
     assert prepared.bank is not None  # or check_measurable would have refused
     choice = choose_head_blocks(
-        prepared.recipe, encoder, prepared.processor, prepared.bank, _num_workers(prepared.recipe, accelerator)
+        prepared.recipe,
+        encoder,
+        prepared.processor,
+        prepared.bank,
+        _num_workers(prepared.recipe, accelerator),
     )
-    accelerator.print(f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True)
+    accelerator.print(
+        f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True
+    )
     if accelerator.is_main_process:
         profile = [BlockProfile(**block) for block in choice["profile"]]
-        draw_block_profile(profile, Path(prepared.recipe.output_dir) / "blocks.png", choice["blocks"])
+        draw_block_profile(
+            profile, Path(prepared.recipe.output_dir) / "blocks.png", choice["blocks"]
+        )
     return choice
 
 
@@ -280,17 +341,40 @@ def describe(
 ) -> dict[str, Any]:
     """The contents of metrics.json: what was measured, and everything needed to get it again."""
     recipe, evaluated = prepared.recipe, prepared.eval_images
-    packages = ("mim_refiner_hf", "torch", "torchvision", "transformers", "accelerate", "datasets", "pillow", "scikit-learn")
+    packages = (
+        "mim_refiner_hf",
+        "torch",
+        "torchvision",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "pillow",
+        "scikit-learn",
+    )
     device = (
         torch.cuda.get_device_name()
         if accelerator.device.type == "cuda"
         else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     )
-    launched = "accelerate launch" if any(name.startswith("ACCELERATE_") for name in os.environ) else "python"
+    launched = (
+        "accelerate launch"
+        if any(name.startswith("ACCELERATE_") for name in os.environ)
+        else "python"
+    )
     if accelerator.num_processes > 1:
-        how = " --use_fsdp --fsdp_version 2" if fsdp2_requested() else " --cpu" if accelerator.device.type == "cpu" else ""
+        how = (
+            " --use_fsdp --fsdp_version 2"
+            if fsdp2_requested()
+            else " --cpu"
+            if accelerator.device.type == "cpu"
+            else ""
+        )
         launched += f"{how} --num_processes {accelerator.num_processes}"
-    begun = "a MAE pre-trained in this run" if recipe.init_from is None else f"the weights of the run {recipe.init_from}"
+    begun = (
+        "a MAE pre-trained in this run"
+        if recipe.init_from is None
+        else f"the weights of the run {recipe.init_from}"
+    )
     return {
         "before": before,
         "after": after,
@@ -299,7 +383,9 @@ def describe(
         "seconds": round(sum(seconds.values()), 1),
         "stage_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": f"{accelerator.num_processes} x {device}" if accelerator.num_processes > 1 else device,
+        "hardware": f"{accelerator.num_processes} x {device}"
+        if accelerator.num_processes > 1
+        else device,
         "starting_model": recipe.model or begun,
         "dataset": {
             "name": recipe.dataset,
@@ -307,7 +393,9 @@ def describe(
             "split": recipe.split,
             "images": prepared.num_images,
             "fingerprint": getattr(prepared.images, "fingerprint", None),
-            "eval_name": None if evaluated is None else f"{evaluated.name} ({recipe.eval_split or 'held out'})",
+            "eval_name": None
+            if evaluated is None
+            else f"{evaluated.name} ({recipe.eval_split or 'held out'})",
             "eval_images": None if evaluated is None else len(evaluated),
             "num_classes": 0 if evaluated is None else evaluated.num_classes,
         },

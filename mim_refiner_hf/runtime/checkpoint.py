@@ -57,7 +57,9 @@ class Checkpoint:
         return self.path if isinstance(self.tensors, ShardedTensors) else self.path / TENSORS
 
 
-def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-<step>` and remove all but the newest `keep`; returns where it is. Every process of the job calls it.
 
     The order is what makes it complete or absent: tensors and state reach the disk, then the manifest, then the folder's entries,
@@ -72,12 +74,28 @@ def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], s
             intact then.
     """
     parts, places = own_parts(tensors)
-    names = tensor_files(world_size() if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1)
+    names = tensor_files(
+        world_size() if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1
+    )
     text, target, temporary = json.dumps(state), None, None
-    needed = sum(gather_objects(sum(part.nbytes for part in parts.values()))) + len(text) + MANY_SMALL_FILES
+    needed = (
+        sum(gather_objects(sum(part.nbytes for part in parts.values())))
+        + len(text)
+        + MANY_SMALL_FILES
+    )
     try:
-        target, temporary = _in_all(lambda: _begin(folder, step, needed) if rank() == 0 else None)[0]
-        files = dict(_in_all(lambda: _write_part(temporary / names[rank()], parts, places) if rank() < len(names) else None))
+        target, temporary = _in_all(lambda: _begin(folder, step, needed) if rank() == 0 else None)[
+            0
+        ]
+        files = dict(
+            _in_all(
+                lambda: (
+                    _write_part(temporary / names[rank()], parts, places)
+                    if rank() < len(names)
+                    else None
+                )
+            )
+        )
         _in_all(lambda: _complete(temporary, target, step, text, files) if rank() == 0 else None)
     except OSError as error:
         if temporary is not None and rank() == 0:
@@ -98,7 +116,10 @@ def _in_all(work: Callable[[], Any]) -> list[Any]:
     failure = done = None
     try:
         done = work()
-    except (OSError, SafetensorError) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
         failure = str(error)
     every = gather_objects((done, failure))
     if failed := [message for _, message in every if message is not None]:
@@ -118,7 +139,9 @@ def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
     return target, temporary
 
 
-def _write_part(path: Path, parts: dict[str, Tensor], places: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _write_part(
+    path: Path, parts: dict[str, Tensor], places: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     save_file(parts, path, {PLACES: json.dumps(places)} if places else None)
     return _on_disk(path)
 
@@ -144,7 +167,9 @@ def _remove_superseded(folder: Path, target: Path, keep: int) -> None:
     """Remove what `target` makes superfluous; a warning where that cannot be done."""
     try:
         for superseded in _superseded(folder, target, keep):
-            superseded.rename(discarded := folder / f"{STAGED}old-{superseded.name}")  # never half a checkpoint under its name
+            superseded.rename(
+                discarded := folder / f"{STAGED}old-{superseded.name}"
+            )  # never half a checkpoint under its name
             shutil.rmtree(discarded)
     except OSError as error:  # nothing is lost by that; the next save tries again
         logger.warning("a superseded checkpoint in %s could not be removed (%s)", folder, error)
@@ -160,13 +185,16 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            errno.ENOSPC, f"it takes {in_bytes(needed)} and {in_bytes(free)} are free: {in_bytes(needed - free)} short"
+            errno.ENOSPC,
+            f"it takes {in_bytes(needed)} and {in_bytes(free)} are free: {in_bytes(needed - free)} short",
         )
 
 
 def _unused(path: Path) -> Path:
     """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2)))
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    )
     return next(name for name in names if not name.exists())
 
 
@@ -177,7 +205,11 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_order, reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*") if NAME.fullmatch(path.name)),
+        key=_order,
+        reverse=True,
+    )
 
 
 def _superseded(folder: Path, target: Path, keep: int) -> list[Path]:
@@ -215,12 +247,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: naming folder and file otherwise.
     """
     if wrong := verify(path):
-        raise CheckpointError(f"{path} is no intact checkpoint: {wrong}; remove it, and the run goes on from the one before")
+        raise CheckpointError(
+            f"{path} is no intact checkpoint: {wrong}; remove it, and the run goes on from the one before"
+        )
     try:
         state = json.loads((path / STATE).read_text())
         return Checkpoint(_order(path)[0], read_tensors(path), dict(state), path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # a manifest that was rewritten to fit
-        raise CheckpointError(f"{path} cannot be read ({error}); remove it, and the run goes on from the one before") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:  # a manifest that was rewritten to fit
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); remove it, and the run goes on from the one before"
+        ) from error
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -253,16 +295,25 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
     """
     found = checkpoint.tensors
     where = f"{checkpoint.where}: "
-    remedy = "; it is of another model or version: name another --output_dir, or remove this checkpoint"
+    remedy = (
+        "; it is of another model or version: name another --output_dir, or remove this checkpoint"
+    )
     own = {name for name in found if not name.startswith("optimizer.")}
     if missing := sorted(expected.keys() - own):
-        raise CheckpointError(f"{where}{len(missing)} tensors are missing, first {missing[0]}{remedy}")
+        raise CheckpointError(
+            f"{where}{len(missing)} tensors are missing, first {missing[0]}{remedy}"
+        )
     if unknown := sorted(own - expected.keys()):
-        raise CheckpointError(f"{where}{len(unknown)} tensors have no place, first {unknown[0]}{remedy}")
+        raise CheckpointError(
+            f"{where}{len(unknown)} tensors have no place, first {unknown[0]}{remedy}"
+        )
     for name, tensor in expected.items():
         there = found[name]
         if (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
-            was, is_ = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (there, tensor))
+            was, is_ = (
+                f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}"
+                for each in (there, tensor)
+            )
             raise CheckpointError(f"{where}{name} is {was} and has to be {is_}{remedy}")
     for name, tensor in found.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -271,4 +322,13 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
             )
 
 
-__all__ = ["Checkpoint", "SaveError", "check_tensors", "load_latest", "read_checkpoint", "save_checkpoint", "size_of", "verify"]
+__all__ = [
+    "Checkpoint",
+    "SaveError",
+    "check_tensors",
+    "load_latest",
+    "read_checkpoint",
+    "save_checkpoint",
+    "size_of",
+    "verify",
+]

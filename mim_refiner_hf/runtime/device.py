@@ -40,7 +40,10 @@ def emulates_bf16(device: str) -> bool:
 def warn_of_emulation(flag: str, device: str) -> None:
     """Log a warning where `flag` asks for bfloat16 on a device that is slower in it than in fp32."""
     if emulates_bf16(device):
-        logger.warning("%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here", flag)
+        logger.warning(
+            "%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here",
+            flag,
+        )
 
 
 def check_compile(requested: bool) -> None:
@@ -48,9 +51,13 @@ def check_compile(requested: bool) -> None:
     if not requested:
         return
     if not torch.cuda.is_available():
-        raise ValueError("--compile: blocks are compiled for a GPU, and there is none here; leave --compile out")
+        raise ValueError(
+            "--compile: blocks are compiled for a GPU, and there is none here; leave --compile out"
+        )
     if torch.cuda.get_device_capability() < (7, 0):
-        raise ValueError(f"--compile: {torch.cuda.get_device_name()} is older than compute capability 7.0; leave --compile out")
+        raise ValueError(
+            f"--compile: {torch.cuda.get_device_name()} is older than compute capability 7.0; leave --compile out"
+        )
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             "--compile: kernels are made by Triton, which is not installed; pip install triton, or leave --compile out"

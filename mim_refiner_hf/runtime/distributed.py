@@ -87,13 +87,23 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         dist.all_reduce(flat)
         flat /= world_size()
         torch._foreach_copy_(
-            gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+            gradients,
+            [
+                part.view_as(g)
+                for part, g in zip(
+                    flat.split([g.numel() for g in gradients]), gradients, strict=True
+                )
+            ],
         )
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, *, hidden: bool = False, **settings: Any) -> Any:
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, hidden: bool = False, **settings: Any
+) -> Any:
     """tqdm with an ETA: lively on a terminal, a line every half minute in a log file."""
-    return tqdm(iterable, disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30.0, **settings)
+    return tqdm(
+        iterable, disable=hidden, mininterval=0.5 if sys.stderr.isatty() else 30.0, **settings
+    )
 
 
 __all__ = [

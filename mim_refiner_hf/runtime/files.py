@@ -26,7 +26,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff is JSON's own way to write that byte
+        temporary.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # \udcff is JSON's own way to write that byte
         sync_to_disk(temporary)
         temporary.replace(path)
     except OSError:
@@ -52,8 +54,14 @@ def sync_to_disk(path: Path) -> None:
 def check_folder(folder: Path, marker: str, kind: str) -> Path:
     """`folder`, resolved, if it may be written: it is absent, empty or a `kind` of folder, which holds `marker`; else a ValueError."""
     folder = Path(folder).resolve()
-    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one")
+    if (
+        folder.exists()
+        and not (folder / marker).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise ValueError(
+            f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one"
+        )
     return folder
 
 
@@ -97,4 +105,13 @@ def in_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-__all__ = ["CheckpointError", "STAGED", "check_folder", "in_bytes", "sha256_of", "staged_folder", "sync_to_disk", "write_json"]
+__all__ = [
+    "STAGED",
+    "CheckpointError",
+    "check_folder",
+    "in_bytes",
+    "sha256_of",
+    "staged_folder",
+    "sync_to_disk",
+    "write_json",
+]

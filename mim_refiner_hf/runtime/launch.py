@@ -10,7 +10,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_processes
 
-SHUTDOWN_SECONDS = 600  # for a step and a checkpoint of a large model, before the launcher kills its processes
+SHUTDOWN_SECONDS = (
+    600  # for a step and a checkpoint of a large model, before the launcher kills its processes
+)
 
 
 def several_on_the_cpu() -> bool:
@@ -35,7 +37,11 @@ def launched_short() -> int | None:
     ):
         return None
     words = psutil.Process().parent().cmdline()
-    values = [word.partition("=")[2] or words[i + 1] for i, word in enumerate(words) if word.split("=")[0] == "--num_processes"]
+    values = [
+        word.partition("=")[2] or words[i + 1]
+        for i, word in enumerate(words)
+        if word.split("=")[0] == "--num_processes"
+    ]
     return int(values[0]) if values and int(values[0]) > 1 else None
 
 
@@ -43,10 +49,14 @@ def launch_processes(count: int) -> int:
     """Run this very command in `count` processes on this machine, by torch's own launcher; returns the exit code."""
     specification = sys.modules["__main__"].__spec__
     target = [sys.argv[0]] if specification is None else ["-m", specification.name]
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")  # and passes on
+    os.environ.setdefault(
+        "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+    )  # and passes on
     patience = ["--shutdown_timeout", str(SHUTDOWN_SECONDS)]
     try:
-        run_processes(["--standalone", "--nproc_per_node", str(count), *patience, *target, *sys.argv[1:]])
+        run_processes(
+            ["--standalone", "--nproc_per_node", str(count), *patience, *target, *sys.argv[1:]]
+        )
     except SignalException as error:  # the processes had it too, and time to finish their step
         return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
     except ChildFailedError as error:  # what went wrong has been said by the process itself

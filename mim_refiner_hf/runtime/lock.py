@@ -67,7 +67,9 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
         path.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever has opened it already sees that it has no name and starts over
+        path.unlink(
+            missing_ok=True
+        )  # while it is held: whoever has opened it already sees that it has no name and starts over
         lock.release()
         with suppress(OSError):  # not empty: the run wrote something
             for parent in missing:

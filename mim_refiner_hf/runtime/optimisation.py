@@ -44,7 +44,11 @@ def layer_scale(name: str, num_layers: int, decay: float) -> float:
 
 def is_position(name: str) -> bool:
     """Position tables, absolute and relative, and the frequencies of rope; they are not trained during refinement."""
-    return name.endswith("position_embeddings") or "relative_position_bias." in name or ".rope." in name
+    return (
+        name.endswith("position_embeddings")
+        or "relative_position_bias." in name
+        or ".rope." in name
+    )
 
 
 def freeze(encoder: nn.Module, blocks: int) -> None:
@@ -55,19 +59,25 @@ def freeze(encoder: nn.Module, blocks: int) -> None:
         parameter.requires_grad_(not (is_position(name) or (blocks > 0 and early)))
 
 
-def _groups(named: Iterable[tuple[str, nn.Parameter, float]], weight_decay: float) -> list[dict[str, Any]]:
+def _groups(
+    named: Iterable[tuple[str, nn.Parameter, float]], weight_decay: float
+) -> list[dict[str, Any]]:
     """One group per (scale, decay); no decay on biases, on tensors of <= 1 dimension and on the CLS and register tokens."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter, scale in named:
         exempt = name.endswith((".bias", "_token", "_tokens")) or parameter.ndim <= 1
         decay = 0.0 if exempt else weight_decay
-        group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
 
 
-def encoder_groups(encoder: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+def encoder_groups(
+    encoder: nn.Module, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Parameter groups of what is trained in the encoder, with layer-wise decayed `lr_scale`."""
     layers = encoder.config.num_hidden_layers  # type: ignore[union-attr]
     return _groups(
@@ -80,11 +90,15 @@ def encoder_groups(encoder: nn.Module, layer_decay: float, weight_decay: float) 
     )
 
 
-def head_groups(heads: nn.Module, weight_decay: float, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+def head_groups(
+    heads: nn.Module, weight_decay: float, lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
     """Parameter groups of the heads; their stacked batch-norm parameters (heads, channels) count as one-dimensional."""
     named = [(name, parameter, lr_scale) for name, parameter in heads.named_parameters()]
     norms = [row for row in named if ".norm." in row[0]]
-    return _groups([row for row in named if ".norm." not in row[0]], weight_decay) + _groups(norms, 0.0)
+    return _groups([row for row in named if ".norm." not in row[0]], weight_decay) + _groups(
+        norms, 0.0
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -96,7 +110,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """EMA of the trained weights, `average = decay * average + (1 - decay) * model`; the average starts as a copy."""
-    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    pairs = [
+        (a, p)
+        for a, p in zip(average.parameters(), model.parameters(), strict=True)
+        if p.requires_grad
+    ]
     if pairs:
         torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
 
@@ -104,7 +122,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as flat named tensors, `optimizer.<parameter>.<key>`."""
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+    return {
+        f"optimizer.{i}.{key}": torch.as_tensor(value)
+        for i, values in state.items()
+        for key, value in values.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -123,13 +145,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) 
     for number, own in names.items():
         values = {key: checkpoint.tensors[name] for key, name in own.items()}
         fits = number < len(parameters) and values.keys() == keys
-        if not fits or any(value.ndim and value.shape != parameters[number].shape for value in values.values()):
+        if not fits or any(
+            value.ndim and value.shape != parameters[number].shape for value in values.values()
+        ):
             raise CheckpointError(
                 f"{checkpoint.where}: optimizer.{number} is not the state of parameter {number} of {len(parameters)}; it is of "
                 "another model or version: name another --output_dir, or remove this checkpoint"
             )
-        state[number] = {key: place(value, parameters[number]) if value.ndim else value for key, value in values.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state[number] = {
+            key: place(value, parameters[number]) if value.ndim else value
+            for key, value in values.items()
+        }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 __all__ = [

@@ -44,7 +44,14 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
             if attempt == ATTEMPTS:
                 raise ConnectionError(reason) from error
             seconds = _asked_for(error, PAUSE * 2 ** (attempt - 1))
-            logger.warning("%s: %s; trying again in %.0f s (%d of %d)", what, reason, seconds, attempt + 1, ATTEMPTS)
+            logger.warning(
+                "%s: %s; trying again in %.0f s (%d of %d)",
+                what,
+                reason,
+                seconds,
+                attempt + 1,
+                ATTEMPTS,
+            )
             time.sleep(seconds)
 
 
@@ -63,7 +70,11 @@ def may_pass(error: BaseException) -> bool:
         )  # the name depends on huggingface_hub's version
         # huggingface_hub's threads share a client, which the first that cannot connect closes under the others
         closed = isinstance(cause, RuntimeError) and "client has been closed" in str(cause)
-        if of_http or closed or isinstance(cause, ConnectionResetError | BrokenPipeError | TimeoutError):
+        if (
+            of_http
+            or closed
+            or isinstance(cause, ConnectionResetError | BrokenPipeError | TimeoutError)
+        ):
             return True
     return False
 

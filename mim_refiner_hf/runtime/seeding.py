@@ -7,7 +7,9 @@ import numpy as np
 
 def random_generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """A generator that is a pure function of its arguments and independent of those of any other purpose or numbers."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *numbers)))
+    return np.random.default_rng(
+        np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *numbers))
+    )
 
 
 __all__ = ["random_generator"]

@@ -30,7 +30,9 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return isinstance(value, str)  # which ones, `_ALLOWED` says
     if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(
+            value, bool
+        )
     return isinstance(value, kind)
 
 
@@ -39,7 +41,11 @@ def check_types(recipe: Any) -> None:
     for name, kind in get_type_hints(type(recipe)).items():
         value = getattr(recipe, name)
         if not _is(value, kind):
-            allowed = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind).replace("typing.", "")
+            allowed = (
+                kind.__name__
+                if isinstance(kind, type) and get_origin(kind) is None
+                else str(kind).replace("typing.", "")
+            )
             raise ValueError(f"--{name} {value!r}: must be of the type {allowed}")
 
 
@@ -49,11 +55,16 @@ def recipe_file(name: str, flag: str = "recipe") -> Path:
         if not Path(name).is_file():
             raise FileNotFoundError(f"--{flag} {name}: no such file")
         return Path(name)
-    folders = [Path(__file__).parents[2] / "training" / "recipes", Path(str(resources.files("mim_refiner_hf"))) / "recipes"]
+    folders = [
+        Path(__file__).parents[2] / "training" / "recipes",
+        Path(str(resources.files("mim_refiner_hf"))) / "recipes",
+    ]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise FileNotFoundError(f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file")
+        raise FileNotFoundError(
+            f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file"
+        )
     return folder / f"{name}.yaml"
 
 
@@ -62,7 +73,9 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 _YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -72,11 +85,15 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(), _YamlLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
     if unknown := sorted(map(str, set(values) - {f.name for f in fields(kind)})):
-        raise ValueError(f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all")
+        raise ValueError(
+            f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all"
+        )
     return values
 
 

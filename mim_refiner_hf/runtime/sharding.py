@@ -47,9 +47,13 @@ def fsdp2_requested() -> bool:
             raise ValueError(problem)
     version = os.environ.get("FSDP_VERSION", "1")
     if fsdp and version != "2":
-        raise ValueError(f"--fsdp_version {version} is not supported; launch with --use_fsdp --fsdp_version 2")
+        raise ValueError(
+            f"--fsdp_version {version} is not supported; launch with --use_fsdp --fsdp_version 2"
+        )
     if fsdp and os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
-        raise ValueError("--fsdp_reshard_after_forward false is not supported; leave it out: gathered blocks are always let go")
+        raise ValueError(
+            "--fsdp_reshard_after_forward false is not supported; leave it out: gathered blocks are always let go"
+        )
     return fsdp
 
 
@@ -75,7 +79,9 @@ def shard(module: nn.Module, units: Iterable[nn.Module]) -> None:
 
 def _placement(parameter: nn.Parameter) -> Shard:
     """The first dimension that the processes divide evenly, such as the width of (1, 1, D); where there is none the first."""
-    return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % world_size() == 0), 0))
+    return Shard(
+        next((dim for dim, size in enumerate(parameter.shape) if size % world_size() == 0), 0)
+    )
 
 
 def synchronise(module: nn.Module, now: bool) -> None:
@@ -110,7 +116,10 @@ def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             if not part.numel():
                 continue
             dim, start = _begins(tensor)
-            places[name] = {"shape": list(tensor.shape), "offset": [start * (i == dim) for i in range(tensor.ndim)]}
+            places[name] = {
+                "shape": list(tensor.shape),
+                "offset": [start * (i == dim) for i in range(tensor.ndim)],
+            }
         elif rank():
             continue
         parts[name] = part.detach().contiguous().cpu()
@@ -123,7 +132,14 @@ def place(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     dim, start = _begins(like)
     part = whole.narrow(dim, start, local(like).shape[dim]).clone().to(like.device)
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 @torch.no_grad()

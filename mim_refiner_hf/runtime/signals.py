@@ -58,7 +58,9 @@ def ended_by_signals() -> Iterator[None]:
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        ending = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]  # Ctrl-C raises by itself
+        ending = [
+            number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL
+        ]  # Ctrl-C raises by itself
         before = {number: signal.signal(number, end) for number in ending}
     try:
         yield
@@ -79,7 +81,12 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -91,7 +98,9 @@ class StopSignals:
         if rank() == 0:
             name = signal.Signals(number).name
             text = f"\n{name}: this step is finished and a checkpoint written; once more stops at once\n"
-            os.write(2, text.encode())  # print is not safe here: the signal may have come in the middle of another print
+            os.write(
+                2, text.encode()
+            )  # print is not safe here: the signal may have come in the middle of another print
 
     def agreed(self, device: torch.device) -> int:
         """The signal that this or any other process received, 0 for none; every process has to ask at the same step."""

@@ -25,7 +25,11 @@ PLACES = "places"  # key in the header of the JSON that says where parts belong
 
 def tensor_files(count: int) -> list[str]:
     """The names of the files that `count` processes write."""
-    return [TENSORS] if count == 1 else [f"tensors-{i:05}-of-{count:05}.safetensors" for i in range(count)]
+    return (
+        [TENSORS]
+        if count == 1
+        else [f"tensors-{i:05}-of-{count:05}.safetensors" for i in range(count)]
+    )
 
 
 class ShardedTensors(Mapping[str, Tensor]):
@@ -49,12 +53,19 @@ class ShardedTensors(Mapping[str, Tensor]):
                     place = places.get(name, {"shape": list(part.shape), "offset": [0] * part.ndim})
                     shape, offset = self._shapes.setdefault(name, place["shape"]), place["offset"]
                     fits = shape == place["shape"] and len(shape) == len(offset) == part.ndim
-                    if not fits or any(not 0 <= o <= s - n for o, n, s in zip(offset, part.shape, shape, strict=True)):
-                        raise ValueError(f"{path.name} holds {name} at {offset}, which is not within {shape}")
+                    if not fits or any(
+                        not 0 <= o <= s - n
+                        for o, n, s in zip(offset, part.shape, shape, strict=True)
+                    ):
+                        raise ValueError(
+                            f"{path.name} holds {name} at {offset}, which is not within {shape}"
+                        )
                     self._parts.setdefault(name, []).append((offset, part))
         for name, shape in self._shapes.items():
             if (found := sum(part.numel() for _, part in self._parts[name])) != math.prod(shape):
-                raise ValueError(f"the parts of {name} have {found} values, the whole {shape} has {math.prod(shape)}")
+                raise ValueError(
+                    f"the parts of {name} have {found} values, the whole {shape} has {math.prod(shape)}"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         parts = self._parts[name]
@@ -75,7 +86,11 @@ class ShardedTensors(Mapping[str, Tensor]):
 def read_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's folder by name, whole; ValueError as `ShardedTensors`."""
     one = folder / TENSORS
-    return load_file(one) if one.exists() else ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
+    return (
+        load_file(one)
+        if one.exists()
+        else ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
+    )
 
 
 __all__ = ["PLACES", "TENSORS", "ShardedTensors", "read_tensors", "tensor_files"]

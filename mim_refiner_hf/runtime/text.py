@@ -15,7 +15,9 @@ UNSEEN = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 # Markdown and HTML characters, what starts a link by itself ("://", "www."), and underscores at the edge of a word
-SPECIAL = re.compile(r"[^\w\s.,:;%()/+=°-]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE)
+SPECIAL = re.compile(
+    r"[^\w\s.,:;%()/+=°-]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE
+)
 
 
 def visible(text: object) -> str:

@@ -37,7 +37,9 @@ class JsonlTracker(GeneralTracker):
         kept = []
         if self.start_step and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]  # a full disk can leave half a line
+            whole = [
+                line for line in lines if line.endswith("}\n")
+            ]  # a full disk can leave half a line
             kept = [line for line in whole if json.loads(line)["step"] <= self.start_step]
         self.path.write_text("".join(kept))
 
@@ -53,7 +55,9 @@ def trackers(output_dir: Path, names: list[str], start_step: int) -> list[Any]:
     found: list[Any] = [JsonlTracker(output_dir / "log.jsonl", start_step)]
     for name in names:
         if find_spec(name) is None:
-            logger.warning("--report_to %s: not installed, so not used (pip install %s)", name, name)
+            logger.warning(
+                "--report_to %s: not installed, so not used (pip install %s)", name, name
+            )
         else:
             found.append(name)
     return found

@@ -61,7 +61,10 @@ class KnnAccuracy(evaluate.Metric):
             citation=CITATION,
             inputs_description=INPUTS,
             features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Value("int64"),
+                }
             ),
             reference_urls=["https://arxiv.org/abs/2402.10093"],
         )
@@ -75,6 +78,15 @@ class KnnAccuracy(evaluate.Metric):
         k: int = 10,
         temperature: float = 0.07,
     ) -> dict[str, float]:
-        train_x, test_x = (torch.as_tensor(features, dtype=torch.float32) for features in (train_features, predictions))
-        train_y, test_y = (torch.as_tensor(labels, dtype=torch.int64) for labels in (train_labels, references))
-        return {"knn_accuracy": knn_accuracy(train_x, train_y, test_x, test_y, k=k, temperature=temperature)}
+        train_x, test_x = (
+            torch.as_tensor(features, dtype=torch.float32)
+            for features in (train_features, predictions)
+        )
+        train_y, test_y = (
+            torch.as_tensor(labels, dtype=torch.int64) for labels in (train_labels, references)
+        )
+        return {
+            "knn_accuracy": knn_accuracy(
+                train_x, train_y, test_x, test_y, k=k, temperature=temperature
+            )
+        }

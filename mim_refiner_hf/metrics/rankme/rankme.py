@@ -49,7 +49,9 @@ class RankMe(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("float32"))}
+            ),
             reference_urls=["https://arxiv.org/abs/2210.02885"],
         )
 
