@@ -13,7 +13,7 @@ from mim_refiner_hf.pretraining.mae import PretrainRecipe
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
 from mim_refiner_hf.runs.plan import plan_text
-from mim_refiner_hf.runtime.settings import check_types, read_fields, recipe_file
+from mim_refiner_hf.runtime.settings import check_settings, read_fields, recipe_file
 
 RECIPES = Path(__file__).parents[1] / "training/recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -258,7 +258,7 @@ def test_wrong_types_are_refused(field: str, value: Any) -> None:
 
 def test_integers_pass_for_numbers() -> None:
     recipe = RefineRecipe(model="a", temperature=1, global_scale=[1, 1], warmup_epochs=2)
-    check_types(recipe)
+    check_settings(recipe)
     assert recipe.temperature == 1
 
 

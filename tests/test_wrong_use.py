@@ -279,13 +279,13 @@ OTHER_COMMANDS = [
     ("refin", ["'refin'", "refine"]),
     # ---- pretrain
     ("pretrain --epochs 0", ["--epochs 0", "at least 1"]),
-    ("pretrain --epochs 10 --warmup_epochs 10", ["--warmup_epochs 10", "less than epochs"]),
+    ("pretrain --epochs 10 --warmup_epochs 10", ["--warmup_epochs 10", "less than --epochs 10"]),
     ("pretrain --mask_ratio 1", ["--mask_ratio 1", "between 0 and 1"]),
     ("pretrain --scale 0", ["--scale 0", "greater than 0"]),
     ("pretrain --flip 2", ["--flip 2", "between 0 and 1"]),
     ("pretrain --seed -1", ["--seed -1", "at least 0"]),
     ("pretrain --learning_rate 0", ["--learning_rate 0", "greater than 0"]),
-    ("pretrain --batch_size 0", ["--batch_size 0", "greater than 0"]),
+    ("pretrain --batch_size 0", ["--batch_size 0", "at least 1"]),
     ("pretrain --hidden_size x", ["--hidden_size", "'x'"]),
     (
         "pretrain --hidden_size 10 --num_attention_heads 3",

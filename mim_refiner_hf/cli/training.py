@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from ..runs.refine import refine
 from ..runs.replay import replay
 from ..runtime.launch import several_on_the_cpu
 from ..runtime.lock import sole_run
-from ..runtime.settings import read_fields
+from ..runtime.settings import NonNegativeInt, Share, check_settings, documented, read_fields
 
 
 def run_refine(arguments: Sequence[str]) -> None:
@@ -29,31 +29,18 @@ def run_refine(arguments: Sequence[str]) -> None:
 class _PretrainCommand:
     """What `pretrain` asks for beside the fields of PretrainRecipe."""
 
-    recipe: str | None = field(
-        default=None, metadata={"help": "Name in training/recipes/ or path of a YAML file."}
-    )
-    dataset: str = field(
-        default="digits",
-        metadata={"help": "Image folder, parquet, Hub name, or 'digits' (bundled)."},
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set."}
-    )
-    split: str | None = field(default=None, metadata={"help": "Split to train on."})
-    output_dir: str = field(
-        default="outputs/pretrained", metadata={"help": "Folder for the model."}
-    )
-    num_workers: int = field(default=2, metadata={"help": "Data-loading workers."})
-    max_bad_fraction: float = field(
-        default=MAX_BAD_FRACTION,
-        metadata={"help": "Stop when more than this share of the images is broken."},
+    recipe: str | None = documented(None, "Name in training/recipes/ or path of a YAML file.")
+    dataset: str = documented("digits", "Image folder, parquet, Hub name, or 'digits' (bundled).")
+    dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
+    split: str | None = documented(None, "Split to train on.")
+    output_dir: str = documented("outputs/pretrained", "Folder for the model.")
+    num_workers: NonNegativeInt = documented(2, "Data-loading workers.")
+    max_bad_fraction: Share = documented(
+        MAX_BAD_FRACTION, "Stop when more than this share of the images is broken."
     )
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"--num_workers {self.num_workers}: must be at least 0")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction}: must be between 0 and 1")
+        check_settings(self)
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:

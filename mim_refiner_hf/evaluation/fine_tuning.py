@@ -43,7 +43,16 @@ from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRe
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
 from ..runtime.optimisation import encoder_groups, learning_rate, set_learning_rate
 from ..runtime.seeding import random_generator
-from ..runtime.settings import check_types, documented
+from ..runtime.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    ShareAboveZero,
+    check_settings,
+    documented,
+)
 from .features import Preprocess
 from .scores import ProtocolResult, class_labels, mean_score
 
@@ -60,54 +69,40 @@ CLASSIFIER_STD = 2e-5  # MAE's: the classifier starts next to zero
 class FineTuneRecipe:
     """All settings of a fine-tuning; the defaults are the paper's for low-shot iNaturalist (table 12)."""
 
-    fraction: float = documented(
+    fraction: ShareAboveZero = documented(
         1.0, "Share of the images of every class that is trained on, at least one of each."
     )
-    epochs: int = documented(50, "Epochs.")
-    warmup_epochs: float = documented(5.0, "Epochs of linear learning-rate warm-up.")
-    batch_size: int = documented(
+    epochs: PositiveInt = documented(50, "Epochs.")
+    warmup_epochs: NonNegativeFloat = documented(5.0, "Epochs of linear learning-rate warm-up.")
+    batch_size: PositiveInt = documented(
         256, "Images per update, all processes together; all of them where there are fewer."
     )
-    learning_rate: float = documented(1e-3, "Base learning rate; times batch_size / 256.")
-    layer_decay: float = documented(0.75, "Layer-wise learning-rate decay.")
-    weight_decay: float = documented(0.05, "Weight decay; none on biases, norms and the CLS token.")
-    label_smoothing: float = documented(0.1, "Share of the target that is spread over all classes.")
-    drop_path: float = documented(
+    learning_rate: PositiveFloat = documented(1e-3, "Base learning rate; times batch_size / 256.")
+    layer_decay: ShareAboveZero = documented(0.75, "Layer-wise learning-rate decay.")
+    weight_decay: NonNegativeFloat = documented(
+        0.05, "Weight decay; none on biases, norms and the CLS token."
+    )
+    label_smoothing: Share = documented(0.1, "Share of the target that is spread over all classes.")
+    drop_path: Share = documented(
         0.0, "Stochastic depth of the last block; it grows linearly from 0 in the first."
     )
-    scale: float = documented(0.08, "Smallest share of the image's area in a crop.")
-    flip: float = documented(0.5, "Probability of a horizontal flip.")
+    scale: ShareAboveZero = documented(0.08, "Smallest share of the image's area in a crop.")
+    flip: Share = documented(0.5, "Probability of a horizontal flip.")
     rand_augment: bool = documented(
         False, "RandAugment with two operations of magnitude 9 (rand-m9-mstd0.5-inc1)."
     )
-    erasing: float = documented(0.0, "Probability of erasing a rectangle, with noise.")
-    mixup: float = documented(
+    erasing: Share = documented(0.0, "Probability of erasing a rectangle, with noise.")
+    mixup: NonNegativeFloat = documented(
         0.0, "Alpha of mixup; a batch gets mixup or CutMix, either as likely where both are on."
     )
-    cutmix: float = documented(0.0, "Alpha of CutMix.")
-    seed: int = documented(0, "Of everything random.")
+    cutmix: NonNegativeFloat = documented(0.0, "Alpha of CutMix.")
+    seed: NonNegativeInt = documented(0, "Of everything random.")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("fraction", "scale", "layer_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)}: must be greater than 0 and at most 1"
-                )
-        for name in ("label_smoothing", "drop_path", "flip", "erasing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
-        if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
+        check_settings(self)
+        if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
-            )
-        if self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError(
-                f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0"
-            )
-        if min(self.mixup, self.cutmix, self.weight_decay) < 0:
-            raise ValueError(
-                f"--mixup {self.mixup} --cutmix {self.cutmix} --weight_decay {self.weight_decay}: must not be negative"
+                f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"
             )
 
     @property

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,9 +31,21 @@ from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
 from ..model.positions_mim_refiner import sincos_position_table
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
-from ..runtime.settings import check_types, documented
+from ..runtime.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    Share,
+    ShareAboveZero,
+    check_settings,
+    documented,
+)
 
 logger = logging.getLogger(__name__)
+
+MaskRatio = Annotated[float, Rule("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
 
 @dataclass
@@ -46,38 +58,28 @@ class PretrainRecipe:
     hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
     num_hidden_layers: int = documented(12, "Blocks of the encoder.")
     num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
-    decoder_size: int = documented(512, "Width of the decoder, which is thrown away.")
-    decoder_layers: int = documented(8, "Blocks of the decoder.")
-    decoder_attention_heads: int = documented(16, "Attention heads per block of the decoder.")
-    mask_ratio: float = documented(0.75, "Share of the patches taken away.")
-    scale: float = documented(0.2, "Smallest share of the image's area in a crop.")
-    flip: float = documented(0.5, "Probability of a horizontal flip.")
-    epochs: int = documented(800, "Epochs.")
-    warmup_epochs: float = documented(40.0, "Epochs of linear learning-rate warm-up.")
-    batch_size: int = documented(4096, "Images per update, all processes together.")
-    learning_rate: float = documented(1.5e-4, "Base learning rate; times batch_size / 256.")
-    weight_decay: float = documented(0.05, "Weight decay.")
-    seed: int = documented(0, "Weights, order, crops and masks are pure functions of it.")
+    decoder_size: PositiveInt = documented(512, "Width of the decoder, which is thrown away.")
+    decoder_layers: PositiveInt = documented(8, "Blocks of the decoder.")
+    decoder_attention_heads: PositiveInt = documented(
+        16, "Attention heads per block of the decoder."
+    )
+    mask_ratio: MaskRatio = documented(0.75, "Share of the patches taken away.")
+    scale: ShareAboveZero = documented(0.2, "Smallest share of the image's area in a crop.")
+    flip: Share = documented(0.5, "Probability of a horizontal flip.")
+    epochs: PositiveInt = documented(800, "Epochs.")
+    warmup_epochs: NonNegativeFloat = documented(40.0, "Epochs of linear learning-rate warm-up.")
+    batch_size: PositiveInt = documented(4096, "Images per update, all processes together.")
+    learning_rate: PositiveFloat = documented(1.5e-4, "Base learning rate; times batch_size / 256.")
+    weight_decay: NonNegativeFloat = documented(0.05, "Weight decay.")
+    seed: NonNegativeInt = documented(
+        0, "Weights, order, crops and masks are pure functions of it."
+    )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if not 0 < self.mask_ratio < 1:
+        check_settings(self)
+        if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded"
-            )
-        if not 0 < self.scale <= 1:
-            raise ValueError(f"--scale {self.scale}: must be greater than 0 and at most 1")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"--flip {self.flip}: must be between 0 and 1")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must be at least 0")
-        if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"--epochs {self.epochs} --warmup_epochs {self.warmup_epochs}: must be at least 1, and less than epochs"
-            )
-        if self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError(
-                f"--batch_size {self.batch_size} --learning_rate {self.learning_rate}: must be greater than 0"
+                f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"
             )
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             raise ValueError(

@@ -7,18 +7,44 @@ The same names in YAML, Python and on the command line (`recipe_files.py`). The 
 A None is derived from the encoder by `resolve`, which also holds every check that needs the encoder or the data.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 from ..data.broken import MAX_BAD_FRACTION
 from ..model.configuration_mim_refiner import Pooling
-from ..runtime.settings import check_types, documented
+from ..runtime.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    check_settings,
+    documented,
+    minimum,
+    spelt,
+)
 from .loss import LossSchedule, Swap
 
 START_FIELDS = ("model", "pretrain", "init_from")
 """Where the starting weights are from: exactly one of them is given."""
+
+
+def _is_area_range(scale: list[float]) -> bool:
+    return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+
+
+def _is_repository_name(name: str) -> bool:
+    return len([part for part in name.split("/") if part]) == 2
+
+
+# their order is checked among the other contradictions
+BlockNumbers = Annotated[list[int], Rule("numbers of blocks", lambda blocks: True)]
+AreaRange = Annotated[list[float], Rule("two numbers, 0 < low <= high <= 1", _is_area_range)]
+RepositoryName = Annotated[str, Rule("user/name", _is_repository_name)]
 
 
 @dataclass
@@ -45,11 +71,11 @@ class RefineRecipe:
     eval_split: str | None = documented(
         None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on."
     )
-    eval_fraction: float = documented(
+    eval_fraction: ShareBelowOne = documented(
         0.1,
         "Share of the images held out for evaluation when neither is given; 0 for no evaluation.",
     )
-    max_bad_fraction: float = documented(
+    max_bad_fraction: Share = documented(
         MAX_BAD_FRACTION,
         "Stop when more than this share of the images is broken; up to it they are replaced, counted, and listed in broken.json.",
     )
@@ -75,26 +101,26 @@ class RefineRecipe:
         "on the output; heads on earlier blocks read the mean). None: the model's.",
     )
     # ---- heads
-    head_blocks: list[int] | Literal["auto"] | None = documented(
+    head_blocks: BlockNumbers | Literal["auto"] | None = documented(
         None,
         "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen by measuring the features of all "
         "blocks on at most 2000 training images (k-NN accuracy; without labels, neighbour agreement). None: the last third.",
     )
-    num_heads: int | None = documented(
+    num_heads: PositiveInt | None = documented(
         None, "Heads on the last so many blocks, instead of head_blocks."
     )
-    projector_dim: int = documented(2048, "Hidden width of the projectors.")
-    predictor_dim: int = documented(4096, "Hidden width of the predictors.")
-    embedding_dim: int = documented(256, "Width of projections and predictions.")
-    queue_size: int = documented(
+    projector_dim: PositiveInt = documented(2048, "Hidden width of the projectors.")
+    predictor_dim: PositiveInt = documented(4096, "Hidden width of the predictors.")
+    embedding_dim: PositiveInt = documented(256, "Width of projections and predictions.")
+    queue_size: PositiveInt = documented(
         65536, "Rows of the nearest-neighbour queue of each head; at least batch_size."
     )
     # ---- objective
-    temperature: float | None = documented(
+    temperature: PositiveFloat | None = documented(
         None,
         "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B).",
     )
-    topk: int = documented(
+    topk: PositiveInt = documented(
         20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest."
     )
     swap: Swap = documented(
@@ -104,25 +130,23 @@ class RefineRecipe:
     loss_schedule: LossSchedule = documented(
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
     )
-    freeze_blocks: int = documented(
+    freeze_blocks: NonNegativeInt = documented(
         0, "Keep the embeddings and the first so many blocks as they are."
     )
     # ---- views
-    global_views: int = documented(2, "Global views per image.")
-    local_views: int = documented(10, "Local views per image.")
-    global_size: int | None = documented(
+    global_views: PositiveInt = documented(2, "Global views per image.")
+    local_views: NonNegativeInt = documented(10, "Local views per image.")
+    global_size: PositiveInt | None = documented(
         None, "Side of a global view in pixels; None: the encoder's native size."
     )
-    local_size: int | None = documented(
+    local_size: PositiveInt | None = documented(
         None,
         "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224).",
     )
-    global_scale: list[float] = documented(
+    global_scale: AreaRange = documented(
         [0.25, 1.0], "Range of the area that a global view covers."
     )
-    local_scale: list[float] = documented(
-        [0.05, 0.25], "Range of the area that a local view covers."
-    )
+    local_scale: AreaRange = documented([0.05, 0.25], "Range of the area that a local view covers.")
     colour: bool = documented(
         True,
         "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7).",
@@ -132,7 +156,7 @@ class RefineRecipe:
         "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same random choices on tensors (on a "
         "GPU colour is done there), a grey level or so apart.",
     )
-    flip: float = documented(
+    flip: Share = documented(
         0.5,
         "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.",
     )
@@ -140,28 +164,32 @@ class RefineRecipe:
     stage: Literal["both", "warmup", "refine"] = documented(
         "both", "Head warm-up, refinement, or one after the other."
     )
-    epochs: float = documented(30, "Epochs of refinement.")
-    head_epochs: float = documented(20, "Epochs of head warm-up on the frozen encoder.")
-    warmup_epochs: float = documented(4.0, "Epochs of linear learning-rate warm-up in each stage.")
-    max_steps: int | None = documented(None, "Updates per stage at most.")
-    batch_size: int = documented(1024, "Images per update, all processes together.")
-    learning_rate: float = documented(
+    epochs: PositiveFloat = documented(30, "Epochs of refinement.")
+    head_epochs: PositiveFloat = documented(20, "Epochs of head warm-up on the frozen encoder.")
+    warmup_epochs: NonNegativeFloat = documented(
+        4.0, "Epochs of linear learning-rate warm-up in each stage."
+    )
+    max_steps: PositiveInt | None = documented(None, "Updates per stage at most.")
+    batch_size: Annotated[int, minimum(2)] = documented(
+        1024, "Images per update, all processes together."
+    )
+    learning_rate: PositiveFloat = documented(
         4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256."
     )
-    head_learning_rate: float = documented(
+    head_learning_rate: PositiveFloat = documented(
         2e-4, "Base learning rate of the head warm-up; times batch_size / 256."
     )
-    layer_decay: float = documented(0.65, "Layer-wise learning-rate decay of the encoder.")
-    weight_decay: float = documented(0.05, "Weight decay of the encoder.")
-    head_weight_decay: float = documented(1e-5, "Weight decay of the heads.")
-    ema_decay: float = documented(
+    layer_decay: ShareAboveZero = documented(0.65, "Layer-wise learning-rate decay of the encoder.")
+    weight_decay: NonNegativeFloat = documented(0.05, "Weight decay of the encoder.")
+    head_weight_decay: NonNegativeFloat = documented(1e-5, "Weight decay of the heads.")
+    ema_decay: ShareBelowOne = documented(
         0.9999, "Decay of the moving average of the encoder, which is what ships."
     )
-    seed: int = documented(
+    seed: NonNegativeInt = documented(
         0, "Data order, views, neighbour draws and head weights are pure functions of it."
     )
     # ---- efficiency
-    micro_batch_size: int | Literal["auto"] | None = documented(
+    micro_batch_size: PositiveInt | Literal["auto"] | None = documented(
         None,
         "Images of one process per pass through the encoder; exact, whatever the value, which need not divide the batch. auto: as "
         "many as fit into memory. None: all.",
@@ -175,11 +203,11 @@ class RefineRecipe:
     compile: bool = documented(
         False, "torch.compile every block; needs a GPU, Triton and a C compiler."
     )
-    num_workers: int | None = documented(
+    num_workers: NonNegativeInt | None = documented(
         None, "Data-loading workers per process; None: one per core and process, at most 16."
     )
     # ---- evaluation
-    eval_every: int = documented(
+    eval_every: NonNegativeInt = documented(
         0,
         "Evaluate the moving average every so many epochs of refinement; 0: only before and after.",
     )
@@ -188,22 +216,20 @@ class RefineRecipe:
         "outputs/refined",
         "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.",
     )
-    save_every: int = documented(500, "Steps between checkpoints; 0 for none.")
-    keep: int = documented(2, "Checkpoints kept.")
+    save_every: NonNegativeInt = documented(500, "Steps between checkpoints; 0 for none.")
+    keep: PositiveInt = documented(2, "Checkpoints kept.")
     report_to: str = documented(
         "tensorboard",
         "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
     )
-    log_every: int = documented(10, "Steps between lines in the log.")
-    push_to_hub: str | None = documented(None, "Publish the result under this name, user/name.")
+    log_every: PositiveInt = documented(10, "Steps between lines in the log.")
+    push_to_hub: RepositoryName | None = documented(
+        None, "Publish the result under this name, user/name."
+    )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name, (holds, allowed) in _ALLOWED.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name} {_show(value)}: must be {allowed}")
+        check_settings(self)
         for problem in _contradictions(self):
             raise ValueError(problem)
 
@@ -217,12 +243,6 @@ class RefineRecipe:
 
 def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     """What is wrong between fields, one sentence each: flag, value, what is allowed."""
-    for name, (low, *high) in (
-        ("global_scale", recipe.global_scale or [0]),
-        ("local_scale", recipe.local_scale or [0]),
-    ):
-        if len(high) != 1 or not 0 < low <= high[0] <= 1:
-            yield f"--{name} {_show([low, *high])}: must be two numbers, 0 < low <= high <= 1"
     starts = [
         f"--{name} {value}" for name in START_FIELDS if (value := getattr(recipe, name)) is not None
     ]
@@ -236,9 +256,9 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
         yield f"--init_from {recipe.init_from} and --head_blocks auto exclude each other: the heads come along with their blocks"
     blocks = recipe.head_blocks
     if blocks is not None and recipe.num_heads is not None:
-        yield f"--head_blocks {_show(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
+        yield f"--head_blocks {spelt(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
     if isinstance(blocks, list) and (not blocks or sorted(set(blocks)) != blocks):
-        yield f"--head_blocks {_show(blocks)}: must be different blocks in ascending order"
+        yield f"--head_blocks {spelt(blocks)}: must be different blocks in ascending order"
     if recipe.queue_size < recipe.batch_size:
         yield f"--queue_size {recipe.queue_size}: must be at least --batch_size {recipe.batch_size}, which is enqueued every step"
     if recipe.topk > recipe.queue_size:
@@ -252,88 +272,8 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
             yield f"--warmup_epochs {recipe.warmup_epochs}: must be less than --{flag} {epochs}"
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out"
-    if (
-        recipe.push_to_hub is not None
-        and len([part for part in recipe.push_to_hub.split("/") if part]) != 2
-    ):
-        yield f"--push_to_hub {recipe.push_to_hub}: must be user/name"
     if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
         yield f"--report_to {recipe.report_to}: allowed are tensorboard, wandb, trackio (comma-separated), or none"
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value >= low, f"at least {low:g}"
-
-
-def _positive() -> tuple[Callable[[Any], bool], str]:
-    return lambda value: 0 < value < math.inf, "a number greater than 0"
-
-
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in choices, f"one of {', '.join(choices)}"
-
-
-def _share(open_end: bool = False) -> tuple[Callable[[Any], bool], str]:
-    if open_end:
-        return lambda value: 0 <= value < 1, "at least 0 and less than 1"
-    return lambda value: 0 <= value <= 1, "between 0 and 1"
-
-
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "eval_fraction": _share(open_end=True),
-    "max_bad_fraction": _share(),
-    "head_blocks": (
-        lambda value: value == "auto" or isinstance(value, list),
-        "numbers of blocks, or auto",
-    ),
-    "num_heads": _at_least(1),
-    "projector_dim": _at_least(1),
-    "predictor_dim": _at_least(1),
-    "embedding_dim": _at_least(1),
-    "queue_size": _at_least(1),
-    "temperature": _positive(),
-    "topk": _at_least(1),
-    "freeze_blocks": _at_least(0),
-    "global_views": _at_least(1),
-    "local_views": _at_least(0),
-    "global_size": _at_least(1),
-    "local_size": _at_least(1),
-    "flip": _share(),
-    "epochs": _positive(),
-    "head_epochs": _positive(),
-    "warmup_epochs": _at_least(0),
-    "max_steps": _at_least(1),
-    "batch_size": _at_least(2),
-    "learning_rate": _positive(),
-    "head_learning_rate": _positive(),
-    "layer_decay": (lambda value: 0 < value <= 1, "greater than 0 and at most 1"),
-    "weight_decay": _at_least(0),
-    "head_weight_decay": _at_least(0),
-    "ema_decay": _share(open_end=True),
-    "seed": _at_least(0),
-    "micro_batch_size": (
-        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
-        "at least 1, or auto",
-    ),
-    "num_workers": _at_least(0),
-    "eval_every": _at_least(0),
-    "save_every": _at_least(0),
-    "keep": _at_least(1),
-    "log_every": _at_least(1),
-    "pooling": _one_of(*get_args(Pooling)),
-    "swap": _one_of(*get_args(Swap)),
-    "loss_schedule": _one_of(*get_args(LossSchedule)),
-    "views": _one_of("exact", "fast"),
-    "stage": _one_of("both", "warmup", "refine"),
-    "mixed_precision": _one_of("auto", "no", "bf16"),
-}
-
-
-"""What belongs to a recipe's own data set, and says nothing about another one."""
 
 
 __all__ = ["START_FIELDS", "RefineRecipe"]

@@ -5,7 +5,8 @@ import math
 from typing import Literal, NamedTuple
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
-from .recipe import RefineRecipe, _show
+from ..runtime.settings import spelt
+from .recipe import RefineRecipe
 
 
 def default_head_blocks(num_layers: int) -> list[int]:
@@ -31,7 +32,7 @@ def _resolve_blocks(
         )
     if blocks[0] < 0 or blocks[-1] >= layers:
         raise ValueError(
-            f"--head_blocks {_show(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}"
+            f"--head_blocks {spelt(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}"
         )
     if recipe.freeze_blocks > blocks[0]:
         raise ValueError(
@@ -40,7 +41,7 @@ def _resolve_blocks(
     if pooling == "global_repr" and blocks[-1] != layers - 1:
         raise ValueError(
             f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
-            f"{_show(blocks)}, or use mean"
+            f"{spelt(blocks)}, or use mean"
         )
     return blocks
 

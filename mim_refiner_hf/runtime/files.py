@@ -10,10 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import files as installed_files
 from pathlib import Path
 from typing import Any
 
+PACKAGE = "mim_refiner_hf"
+REPOSITORY = Path(__file__).parents[2]
 STAGED = ".tmp-"
 
 
@@ -96,6 +100,26 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
         shutil.rmtree(new, ignore_errors=True)
 
 
+def shipped_folder(name: str, in_repository: str) -> Path:
+    """A folder of data files: of the repository, or as it was installed with the package.
+
+    Args:
+        name: what it is called when installed, `<prefix>/share/mim_refiner_hf/<name>`.
+        in_repository: where a checkout of the repository has it; that one is taken if it exists.
+    """
+    folder = REPOSITORY / in_repository
+    if (REPOSITORY / "pyproject.toml").is_file() and folder.is_dir():
+        return folder
+
+    inside = f"share/{PACKAGE}/{name}/"
+    with suppress(PackageNotFoundError):
+        for file in installed_files(PACKAGE) or []:
+            before, found, _ = file.as_posix().partition(inside)
+            if found and file.dist is not None:
+                return Path(str(file.dist.locate_file(before + inside))).resolve()
+    return folder
+
+
 def in_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -111,6 +135,7 @@ __all__ = [
     "check_folder",
     "in_bytes",
     "sha256_of",
+    "shipped_folder",
     "staged_folder",
     "sync_to_disk",
     "write_json",

@@ -1,71 +1,155 @@
-"""Settings: documented fields of a dataclass, their types checked, and YAML files that hold them.
+"""Settings: documented dataclass fields, checked against their annotations, and YAML files of them.
 
-epochs: float = documented(20, "Epochs of the refinement.")
-values = read_fields("mae-l16", RefineRecipe)               # training/recipes/mae-l16.yaml, unknown fields refused
+    @dataclass
+    class Recipe:
+        epochs: PositiveFloat = documented(30, "Epochs.")
+        flip: Share = documented(0.5, "Probability of a horizontal flip.")
+        swap: Literal["all", "none"] = documented("all", "What the neighbour replaces.")
+
+        def __post_init__(self) -> None:
+            check_settings(self)        # ValueError: --flip 1.5: must be between 0 and 1
+
+    values = read_fields("mae-l16", RefineRecipe)       # training/recipes/mae-l16.yaml
+
+A YAML recipe that states `base: d2v2-l16` holds the fields of that recipe and, over them, its own;
+`eval_split: null` takes one of the base away.
+
+The configuration's `huggingface_hub.dataclasses.strict` is not used here. It raises an error of two
+lines that is no ValueError and names neither flag nor value, it refuses 1 where 1.0 is meant, and
+what a field allows would have to stand in its metadata, all of which HfArgumentParser hands on to
+argparse.
 """
 
+import math
 import re
 import types
-from dataclasses import field, fields
-from importlib import resources
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .files import shipped_folder
+
+# --- what a field may hold
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values of its type a field takes, and how a refusal ends: "must be <words>"."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def minimum(low: float) -> Rule:
+    """`low` or more."""
+    return Rule(f"at least {low:g}", lambda value: value >= low)
+
+
+PositiveInt = Annotated[int, minimum(1)]
+NonNegativeInt = Annotated[int, minimum(0)]
+NonNegativeFloat = Annotated[float, minimum(0)]
+PositiveFloat = Annotated[
+    float, Rule("a number greater than 0", lambda value: 0 < value < math.inf)
+]
+Share = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
+ShareBelowOne = Annotated[float, Rule("at least 0 and less than 1", lambda value: 0 <= value < 1)]
+ShareAboveZero = Annotated[
+    float, Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+]
+
 
 def documented(default: Any, text: str) -> Any:
-    """A dataclass field with its documentation; lists become factories."""
+    """A dataclass field with the text that `--help` shows; a list is copied for every object."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type; an int passes for a float, a bool for neither."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(_is(value, part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
-    if get_origin(kind) is Literal:
-        return isinstance(value, str)  # which ones, `_ALLOWED` says
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(
-            value, bool
-        )
+def check_settings(settings: Any) -> None:
+    """Raise a ValueError unless every field of a dataclass holds what its annotation says.
+
+    An annotation is a type, a Literal, a type with a `Rule` (Annotated), a list of these, or a
+    union of them. An int passes for a float; a bool passes for neither.
+    """
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        parts = _parts(annotation)
+
+        of_this_type = [part for part in parts if _is_of(value, part)]
+        if not of_this_type:
+            kinds = " | ".join(map(_type_name, parts))
+            raise ValueError(f"--{name} {value!r}: must be of the type {kinds}")
+
+        if not any(_allows(part, value) for part in of_this_type):
+            words = [_words(part) for part in parts if part is not types.NoneType]
+            raise ValueError(f"--{name} {spelt(value)}: must be {', or '.join(words)}")
+
+
+def spelt(value: Any) -> str:
+    """A value as it stands on a command line: a list without brackets and commas."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; of anything else, itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value has the type; neither the choices of a Literal nor a `Rule` is looked at."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _is_of(value, get_args(kind)[0])
+    if origin is list:
+        item_kind = get_args(kind)[0]
+        return isinstance(value, list) and all(_is_of(item, item_kind) for item in value)
+    if origin is Literal:
+        return isinstance(value, str)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float))
     return isinstance(value, kind)
 
 
-def check_types(recipe: Any) -> None:
-    """Raise a ValueError unless every field of a recipe holds its annotated type; YAML and Python do not look at types."""
-    for name, kind in get_type_hints(type(recipe)).items():
-        value = getattr(recipe, name)
-        if not _is(value, kind):
-            allowed = (
-                kind.__name__
-                if isinstance(kind, type) and get_origin(kind) is None
-                else str(kind).replace("typing.", "")
-            )
-            raise ValueError(f"--{name} {value!r}: must be of the type {allowed}")
+def _allows(kind: Any, value: Any) -> bool:
+    """Whether a value of the type is one that its Literal or `Rule` takes."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is Annotated:
+        return all(rule.holds(value) for rule in get_args(kind)[1:])
+    return True
 
 
-def recipe_file(name: str, flag: str = "recipe") -> Path:
-    """The YAML file of a recipe: a path, or a name in `training/recipes/` (shipped with the package as `mim_refiner_hf.recipes`)."""
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--{flag} {name}: no such file")
-        return Path(name)
-    folders = [
-        Path(__file__).parents[2] / "training" / "recipes",
-        Path(str(resources.files("mim_refiner_hf"))) / "recipes",
-    ]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise FileNotFoundError(
-            f"--{flag} {name}: unknown; there are {known}; or give the path of a .yaml file"
-        )
-    return folder / f"{name}.yaml"
+def _words(kind: Any) -> str:
+    """What a part of an annotation takes, as the end of "must be"."""
+    if get_origin(kind) is Annotated:
+        return " and ".join(rule.words for rule in get_args(kind)[1:])
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    return _type_name(kind)
+
+
+def _type_name(kind: Any) -> str:
+    """A part of an annotation as it is written in Python, without its rules."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if kind is types.NoneType:
+        return "None"
+    if isinstance(kind, type) and get_origin(kind) is None:
+        return kind.__name__
+    return str(kind).replace("typing.", "")
+
+
+# --- recipes: YAML files of fields
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -79,22 +163,101 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
-    """The fields of a YAML recipe, checked against the dataclass `kind`; `flag` is what asked for it, for messages."""
-    path = recipe_file(name, flag)
-    try:
-        values = yaml.load(path.read_text(), _YamlLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--{flag} {name}: {path} is not valid YAML ({' '.join(str(error).split())})"
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--{flag} {name}: {path} must hold one `field: value` per line")
-    if unknown := sorted(map(str, set(values) - {f.name for f in fields(kind)})):
-        raise ValueError(
-            f"--{flag} {name}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all"
+def recipe_file(name: str, asked: str = "--recipe") -> Path:
+    """The YAML file of a recipe: its path, or its name in `training/recipes/`, which is installed.
+
+    Args:
+        asked: what asked for it, the beginning of the message.
+
+    Raises:
+        FileNotFoundError: naming the recipes that there are.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{asked} {name}: no such file")
+        return Path(name)
+
+    folder = shipped_folder("recipes", in_repository="training/recipes")
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise FileNotFoundError(
+            f"{asked} {name}: unknown; there are {known}; or give the path of a .yaml file"
         )
+    return path
+
+
+def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
+    """The fields of a YAML recipe and of the recipes that it is based on.
+
+    Args:
+        kind: the dataclass whose fields they are.
+        flag: what asked for the recipe, for messages.
+
+    Raises:
+        ValueError, FileNotFoundError: in one line, naming the file and what is wrong in it.
+    """
+    asked = f"--{flag} {name}"
+    allowed = {each.name for each in fields(kind)}
+    path = recipe_file(name, f"--{flag}")
+    values: dict[str, Any] = {}
+    read: list[Path] = []
+
+    while True:
+        read.append(path.resolve())
+        own = _read_yaml(path, asked)
+        base = own.pop("base", None)
+        unknown = sorted(map(str, set(own) - allowed))
+        if unknown:
+            raise ValueError(
+                f"{asked}: {path} has unknown field(s) {', '.join(unknown)}; --help lists them all"
+            )
+
+        # what was read before stands over its base
+        values = {**own, **values}
+        if base is None:
+            return values
+
+        path = _base_file(base, path, asked)
+        if path.resolve() in read:
+            circle = " -> ".join(each.stem for each in [*read, path])
+            raise ValueError(f"{asked}: the bases go in a circle: {circle}")
+
+
+def _base_file(base: Any, beside: Path, asked: str) -> Path:
+    """The file that `base:` names; a path counts from the folder of the file that states it."""
+    if not isinstance(base, str):
+        raise ValueError(f"{asked}: {beside} has base {base!r}; it must be the name of a recipe")
+    if base.endswith((".yaml", ".yml")):
+        base = str(beside.parent / base)
+    return recipe_file(base, f"{asked}: {beside} has base")
+
+
+def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
+    """One YAML file of `field: value` lines; ValueError for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{asked}: {path} is not valid YAML ({reason})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{asked}: {path} must hold one `field: value` per line")
     return values
 
 
-__all__ = ["check_types", "documented", "read_fields", "recipe_file"]
+__all__ = [
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Rule",
+    "Share",
+    "ShareAboveZero",
+    "ShareBelowOne",
+    "check_settings",
+    "documented",
+    "minimum",
+    "read_fields",
+    "recipe_file",
+    "spelt",
+]
