@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..runtime.files import sha256_of, sync_to_disk, write_json
+from ..runtime.files import sha256_of, whole_file, write_json
 from .features import FeatureSet, check_blocks
 
 FORMAT = "mim_refiner_hf features, version 1"
@@ -125,29 +125,28 @@ def write_shard(
             )
     schema = pa.schema([pa.field(name, types[name], nullable=False) for name in columns])
     path, record = shard_file(folder, shard), record_file(folder, shard)
-    temporary = path.with_name(f".{path.name}.tmp")
     for parent in (path.parent, record.parent):
         parent.mkdir(exist_ok=True)
-    pq.write_table(
-        pa.table(list(columns.values()), schema=schema),
-        temporary,
-        row_group_size=ROWS_AT_ONCE,
-        compression="zstd",
-        use_dictionary=["path", "label"],
-        use_byte_stream_split=[
-            f"{name}.list.element" for name in columns if pa.types.is_fixed_size_list(types[name])
-        ],
-        write_page_checksum=True,
-    )
-    sync_to_disk(temporary)
-    about = {
-        "rows": len(rows["index"]),
-        "size": temporary.stat().st_size,
-        "sha256": sha256_of(temporary),
-        "broken": broken,
-    }
-    temporary.replace(path)
-    sync_to_disk(path.parent)
+    with whole_file(path) as new:
+        pq.write_table(
+            pa.table(list(columns.values()), schema=schema),
+            new,
+            row_group_size=ROWS_AT_ONCE,
+            compression="zstd",
+            use_dictionary=["path", "label"],
+            use_byte_stream_split=[
+                f"{name}.list.element"
+                for name in columns
+                if pa.types.is_fixed_size_list(types[name])
+            ],
+            write_page_checksum=True,
+        )
+        about = {
+            "rows": len(rows["index"]),
+            "size": new.stat().st_size,
+            "sha256": sha256_of(new),
+            "broken": broken,
+        }
     write_json(record, about)
 
 

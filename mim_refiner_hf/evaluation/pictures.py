@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..runtime.files import whole_file
 from .report import Evaluation
 
 if TYPE_CHECKING:
@@ -204,10 +205,9 @@ def draw_block_profile(
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG that appears whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with whole_file(path) as new:
+        figure.savefig(new, format="png")
 
 
 __all__ = ["draw_block_profile", "draw_clusters", "draw_curves"]

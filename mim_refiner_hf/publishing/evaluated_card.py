@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
 from ..evaluation.tables import METRICS, protocol_labels, report_table
+from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
 from .hub import CARD
 from .model_card import is_hub_name
@@ -88,10 +89,10 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> Path:
         head, _, rest = text.partition(begin)
         text = head.rstrip() + rest.partition(f"\n{END}")[2]
     card.text = f"{text.rstrip()}\n\n{section(report)}\n"
-    temporary = folder / f".tmp-{CARD}"
-    temporary.write_text(f"---\n{card.data.to_yaml()}\n---\n{card.text}", encoding="utf-8")
+    # the entries first: the card says what they hold
     write_entries(folder, report)
-    return temporary.replace(path)
+    write_text(path, f"---\n{card.data.to_yaml()}\n---\n{card.text}")
+    return path
 
 
 def write_entries(folder: Path, report: Mapping[str, Any]) -> None:
@@ -113,7 +114,7 @@ def write_entries(folder: Path, report: Mapping[str, Any]) -> None:
     text = yaml.safe_dump(
         eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000
     )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 __all__ = ["update_card"]

@@ -126,7 +126,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             api.upload_folder,
             folder_path=folder,
             repo_id=repo_id,
-            ignore_patterns=[CARD, ".tmp*", ".old*", ".git*", ".cache*"],
+            ignore_patterns=[CARD, ".tmp*", ".*.tmp", ".old*", ".git*", ".cache*"],
             commit_message="Weights, configuration and code",
         )
         patiently(upload, f"uploading to {repo_id}")

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.tables import METRICS, comparison_rows, format_metric
+from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -247,9 +248,8 @@ def write_card(run_folder: Path) -> Path:
         raise FileNotFoundError(
             f"{model} does not exist; the card belongs beside the run's saved model"
         )
-    temporary = model / ".tmp-README.md"
-    temporary.write_text(card, encoding="utf-8")
-    return temporary.replace(model / "README.md")
+    write_text(model / "README.md", card)
+    return model / "README.md"
 
 
 __all__ = ["REPO_PLACEHOLDER", "CardData", "write_card"]

@@ -11,13 +11,13 @@ protocol, a data set and a metric of the tables below; a key or a word that is n
 import datetime
 import math
 from dataclasses import MISSING, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from ..conversion.zoo import ZOO, ZooEntry
+from ..runtime.files import shipped_folder
 
 TABLES = (2, 3, 4, 5, 7, 8, 9, 13)
 """The tables of the paper with numbers of released models and of their starting points."""
@@ -305,12 +305,8 @@ def strict_row(kind: type[T], row: Any, name: str, number: int) -> T:
 
 
 def results_folder() -> Path:
-    """`model_cards/` of the repository, or its `results.yaml` files as they ship with the package."""
-    folders = [
-        Path(__file__).parents[2] / "model_cards",
-        Path(str(resources.files("mim_refiner_hf"))) / "model_cards",
-    ]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+    """`model_cards/` of the repository, or its `results.yaml` files as they are installed."""
+    return shipped_folder("model_cards", in_repository="model_cards")
 
 
 def find_results(zoo_name: str) -> Results | None:

@@ -1,8 +1,13 @@
-"""Files that are whole or not there: JSON in one step, folders that take their place when they are complete, digests.
+"""Files and folders that are whole or not there, their digests, and the data files of the package.
 
-write_json(Path("out/metrics.json"), {"knn_accuracy": 0.96})
-with staged_folder(Path("out/model"), check) as new:        # `new` becomes out/model when the block ends well
-    ...
+    write_json(Path("out/metrics.json"), {"knn_accuracy": 0.96})
+    with whole_file(Path("out/curves.png")) as new:              # becomes out/curves.png
+        figure.savefig(new, format="png")
+    with staged_folder(Path("out/model"), check) as new:         # becomes out/model
+        ...
+
+A kill at any moment leaves the old content or the new one, and at most a hidden left-over beside it,
+which the next writer replaces.
 """
 
 import hashlib
@@ -19,25 +24,43 @@ from typing import Any
 PACKAGE = "mim_refiner_hf"
 REPOSITORY = Path(__file__).parents[2]
 STAGED = ".tmp-"
+ON_WINDOWS = os.name == "nt"
 
 
 class CheckpointError(ValueError):
-    """A file or folder cannot be turned into weights; the message says why, names the tensors, and says what to do."""
+    """A file or folder cannot be turned into weights; the message names the tensors and a remedy."""
+
+
+# --- one file
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which becomes `path` when the block ends well, and else vanishes."""
+    # the ending is another one, so that nobody who looks for *.json meets it
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        yield new
+        sync_to_disk(new)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync_to_disk(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write text so that `path` holds the old or the new one, never half of it.
+
+    A name of a file that is no valid Unicode survives as \udcff, which is also JSON's way.
+    """
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that `path` holds the old or the new text, never half of it; names that are no valid Unicode survive."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    try:
-        temporary.write_text(
-            text, encoding="utf-8", errors="backslashreplace"
-        )  # \udcff is JSON's own way to write that byte
-        sync_to_disk(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(path: Path) -> str:
@@ -48,56 +71,91 @@ def sha256_of(path: Path) -> str:
 
 def sync_to_disk(path: Path) -> None:
     """Ask the operating system to bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs no folder, and a file only where it is open for writing
+    if ON_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def in_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+# --- a folder
+
+
 def check_folder(folder: Path, marker: str, kind: str) -> Path:
-    """`folder`, resolved, if it may be written: it is absent, empty or a `kind` of folder, which holds `marker`; else a ValueError."""
+    """`folder`, resolved, if it may be written: it is absent, empty, or a `kind` of folder.
+
+    Args:
+        marker: the file by which such a folder is known.
+        kind: what it is called, for the message.
+
+    Raises:
+        ValueError: when something else is there.
+    """
     folder = Path(folder).resolve()
-    if (
-        folder.exists()
-        and not (folder / marker).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise ValueError(
-            f"{folder} exists and is not a {kind} folder, so it will not be overwritten; name another one"
-        )
-    return folder
+    if not folder.exists() or (folder / marker).is_file():
+        return folder
+    if folder.is_dir() and not any(folder.iterdir()):
+        return folder
+    raise ValueError(
+        f"{folder} exists and is not a {kind} folder, so it will not be overwritten; "
+        "name another one"
+    )
 
 
 @contextmanager
 def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+    """A new empty folder that becomes `folder` when the block ends well, and else vanishes.
 
     What was in `folder` goes away only once the new one is in place.
 
-    Raises:
-        ValueError: when `folder` exists and holds what `check`, which resolves it, will not have replaced.
+    Args:
+        check: resolves `folder`, or raises a ValueError where it may not be replaced.
     """
     folder = check(folder)
-    new, old = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    new = folder.with_name(f"{STAGED}{folder.name}")
+    old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
+
     try:
         yield new
-        for path in (*new.rglob("*"), new):  # the names must not reach the disk before the contents
+        # the names must not reach the disk before the contents
+        for path in (*new.rglob("*"), new):
             sync_to_disk(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        _exchange(folder, new, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(folder: Path, new: Path, old: Path) -> None:
+    """Put `new` in the place of `folder`; where that fails, `folder` is what it was."""
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- what is installed beside the package
 
 
 def shipped_folder(name: str, in_repository: str) -> Path:
@@ -108,25 +166,17 @@ def shipped_folder(name: str, in_repository: str) -> Path:
         in_repository: where a checkout of the repository has it; that one is taken if it exists.
     """
     folder = REPOSITORY / in_repository
+    # of an installed package, the folder above is site-packages, where that name is anybody's
     if (REPOSITORY / "pyproject.toml").is_file() and folder.is_dir():
         return folder
 
     inside = f"share/{PACKAGE}/{name}/"
     with suppress(PackageNotFoundError):
         for file in installed_files(PACKAGE) or []:
-            before, found, _ = file.as_posix().partition(inside)
-            if found and file.dist is not None:
-                return Path(str(file.dist.locate_file(before + inside))).resolve()
+            before, found, _ = Path(str(file.locate())).as_posix().partition(inside)
+            if found:
+                return Path(before, inside).resolve()
     return folder
-
-
-def in_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 __all__ = [
@@ -138,5 +188,7 @@ __all__ = [
     "shipped_folder",
     "staged_folder",
     "sync_to_disk",
+    "whole_file",
     "write_json",
+    "write_text",
 ]
