@@ -27,7 +27,7 @@ from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runtime import files
-from mim_refiner_hf.runtime.settings import check_settings, read_fields, recipe_file
+from mim_refiner_hf.runtime.settings import check_fields, read_fields, recipe_file
 
 RECIPES = Path(__file__).parents[1] / "training/recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -375,7 +375,7 @@ def test_wrong_types_are_refused(field: str, value: Any) -> None:
 
 def test_integers_pass_for_numbers() -> None:
     recipe = RefineRecipe(model="a", temperature=1, global_scale=[1, 1], warmup_epochs=2)
-    check_settings(recipe)
+    check_fields(recipe)
     assert recipe.temperature == 1
 
 

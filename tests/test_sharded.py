@@ -45,7 +45,7 @@ from mim_refiner_hf.runtime.checkpoint import SaveError, read_checkpoint, save_c
 from mim_refiner_hf.runtime.distributed import average_gradients
 from mim_refiner_hf.runtime.files import CheckpointError, sha256_of, write_json
 from mim_refiner_hf.runtime.optimisation import freeze
-from mim_refiner_hf.runtime.sharding import local, own_parts, place, shard
+from mim_refiner_hf.runtime.sharding import local, own_parts, shard, shard_like
 from mim_refiner_hf.runtime.tensor_files import PLACES, ShardedTensors, tensor_files
 
 SHAPE: dict[str, Any] = {
@@ -356,7 +356,7 @@ def test_any_number_of_processes_reads_what_another_wrote(
             modules = small_modules()
             shard(modules, [modules[3]])
             for name, own in modules.state_dict().items():
-                placed = place(found[name], own)
+                placed = shard_like(found[name], own)
                 assert torch.equal(local(placed), local(own)), (name, rank)
                 taken[name].append(local(placed))
     assert all(

@@ -18,7 +18,7 @@ from ..runs.refine import refine
 from ..runs.replay import replay
 from ..runtime.launch import several_on_the_cpu
 from ..runtime.lock import sole_run
-from ..runtime.settings import NonNegativeInt, Share, check_settings, documented, read_fields
+from ..runtime.settings import NonNegativeInt, Share, check_fields, documented, read_fields
 
 
 def run_refine(arguments: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class _PretrainCommand:
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:

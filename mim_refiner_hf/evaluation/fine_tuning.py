@@ -50,7 +50,7 @@ from ..runtime.settings import (
     PositiveInt,
     Share,
     ShareAboveZero,
-    check_settings,
+    check_fields,
     documented,
 )
 from .features import Preprocess
@@ -99,7 +99,7 @@ class FineTuneRecipe:
     seed: NonNegativeInt = documented(0, "Of everything random.")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"

@@ -32,20 +32,20 @@ from ..model.positions_mim_refiner import sincos_position_table
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
 from ..runtime.settings import (
+    Allowed,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Rule,
     Share,
     ShareAboveZero,
-    check_settings,
+    check_fields,
     documented,
 )
 
 logger = logging.getLogger(__name__)
 
-MaskRatio = Annotated[float, Rule("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
+MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class PretrainRecipe:
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"

@@ -14,15 +14,15 @@ from typing import Annotated, Literal
 from ..data.broken import MAX_BAD_FRACTION
 from ..model.configuration_mim_refiner import Pooling
 from ..runtime.settings import (
+    Allowed,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Rule,
     Share,
     ShareAboveZero,
     ShareBelowOne,
-    check_settings,
+    check_fields,
     documented,
     minimum,
     spelt,
@@ -42,9 +42,9 @@ def _is_repository_name(name: str) -> bool:
 
 
 # their order is checked among the other contradictions
-BlockNumbers = Annotated[list[int], Rule("numbers of blocks", lambda blocks: True)]
-AreaRange = Annotated[list[float], Rule("two numbers, 0 < low <= high <= 1", _is_area_range)]
-RepositoryName = Annotated[str, Rule("user/name", _is_repository_name)]
+BlockNumbers = Annotated[list[int], Allowed("numbers of blocks", lambda blocks: True)]
+AreaRange = Annotated[list[float], Allowed("two numbers, 0 < low <= high <= 1", _is_area_range)]
+RepositoryName = Annotated[str, Allowed("user/name", _is_repository_name)]
 
 
 @dataclass
@@ -229,7 +229,7 @@ class RefineRecipe:
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_fields(self)
         for problem in _contradictions(self):
             raise ValueError(problem)
 

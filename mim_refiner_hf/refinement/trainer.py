@@ -40,7 +40,7 @@ from ..runtime.optimisation import (
     set_learning_rate,
     update_average,
 )
-from ..runtime.sharding import fsdp2_requested, gather_into, place, shard
+from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
 from ..runtime.signals import Interrupted, StopSignals, ignore_stop_signals
 from .failure import check_finite
 from .heads import GroupedLayer, IdHeads
@@ -438,7 +438,7 @@ class Trainer:
         for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
             own = module.state_dict()
             module.load_state_dict(
-                {name: place(checkpoint.tensors[prefix + name], own[name]) for name in own}
+                {name: shard_like(checkpoint.tensors[prefix + name], own[name]) for name in own}
             )
         self.seconds = dict(checkpoint.state["seconds"])
         self.broken.add(checkpoint.state.get("broken", []))

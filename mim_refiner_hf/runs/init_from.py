@@ -21,15 +21,14 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe import RefineRecipe
 from ..runtime.checkpoint import (
-    MANIFEST,
-    NAME,
     Checkpoint,
     check_tensors,
+    is_checkpoint,
     load_latest,
     read_checkpoint,
 )
 from ..runtime.files import CheckpointError
-from ..runtime.sharding import place
+from ..runtime.sharding import shard_like
 
 PLACED = ("average.", "refiner.heads.", "refiner.queue.")
 DROPPED = {"refiner.encoder.": "the encoder beside its average", "optimizer.": "optimiser"}
@@ -77,7 +76,7 @@ def open_start(init_from: str) -> Checkpoint:
         raise ValueError(
             f"--init_from {path}: is a model, which has no heads and no queues to start from; use --model {path}"
         )
-    if (path / MANIFEST).is_file() or NAME.fullmatch(path.name):
+    if is_checkpoint(path):
         found: Checkpoint | None = read_checkpoint(path)
     else:
         found = load_latest(path / "checkpoints") or load_latest(path)
@@ -198,7 +197,7 @@ def place_heads(
     for prefix, module in (("refiner.heads.", heads), ("refiner.queue.", queue)):
         own = module.state_dict()
         module.load_state_dict(
-            {name: place(start.tensors[prefix + name], own[name]) for name in own}
+            {name: shard_like(start.tensors[prefix + name], own[name]) for name in own}
         )
     if not same_data:
         queue.sample_index.fill_(-1)

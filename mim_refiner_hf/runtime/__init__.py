@@ -1,1 +1,4 @@
-"""What every command stands on and that knows no encoder and no recipe: files, checkpoints, processes, signals, settings, text."""
+"""What every command stands on: files, checkpoints, processes, signals, settings, text.
+
+Nothing here knows an encoder or a recipe.
+"""

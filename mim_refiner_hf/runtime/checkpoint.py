@@ -1,13 +1,16 @@
-"""Checkpoints that are complete or absent: safetensors and JSON in a folder, a manifest with sha256 last, then a rename.
+"""Checkpoints that are complete or absent: a folder of safetensors and JSON, with checksums.
 
-    save_checkpoint(Path("out/checkpoints"), step=500, tensors=tensors, state={"recipe": ...}, keep=2)    # in every process
-    found = load_latest(Path("out/checkpoints"))               # the newest whose manifest verifies; skipped ones are named
-    check_tensors(found, model.state_dict())                   # before anything is restored
+    save_checkpoint(folder, step=500, tensors=tensors, state={"recipe": ...}, keep=2)  # all
+    processes found = load_latest(folder)                         # the newest one that is intact
+    check_tensors(found, model.state_dict())            # before anything is restored
 
-Of sharded tensors every process writes its parts (`tensor_files.py`), and any number of processes reads them back.
-Nothing is pickled. A folder whose name starts with `.tmp-` was being written, or removed, when its run ended; the next save clears
-it. A disk without room for the next checkpoint is noticed before a byte is written; `tests/test_checkpoint_faults.py` fails or kills
-a save at each of its operations in turn.
+Tensors and state are written first, then a manifest with their sha256, and last the folder gets its
+name. Of sharded tensors every process writes its parts (`tensor_files.py`), and any number of
+processes reads them back. Nothing is pickled.
+
+A folder whose name starts with `.tmp-` was being written, or removed, when its run ended; the next
+save clears it. A disk without room for the next checkpoint is noticed before a byte is written.
+`tests/test_checkpoint_faults.py` fails or kills a save at each of its operations in turn.
 """
 
 import errno
@@ -19,7 +22,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -33,18 +36,27 @@ from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_
 
 logger = logging.getLogger(__name__)
 
-STATE, MANIFEST = "state.json", "manifest.json"
-NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-MANY_SMALL_FILES = 2**20  # bytes for headers, manifest and folder entries beside the tensors
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+# bytes for headers, manifest and folder entries beside the tensors
+_SMALL_FILES = 2**20
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those before it are intact, and the message says how to go on."""
+    """A checkpoint could not be written; the message says which one is intact and how to go on."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: number of finished steps, named tensors on the CPU, JSON state, and where it was read from."""
+    """A checkpoint that was read and is intact.
+
+    Attributes:
+        step: number of finished steps.
+        tensors: by name, on the CPU.
+        state: what else was saved, JSON.
+        path: the folder it was read from.
+    """
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -57,74 +69,68 @@ class Checkpoint:
         return self.path if isinstance(self.tensors, ShardedTensors) else self.path / TENSORS
 
 
+# --- writing
+
+
 def save_checkpoint(
     folder: Path, *, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder/step-<step>` and remove all but the newest `keep`; returns where it is. Every process of the job calls it.
+    """Write `folder/step-<step>`, remove all but the newest `keep`, and return where it is.
 
-    The order is what makes it complete or absent: tensors and state reach the disk, then the manifest, then the folder's entries,
-    then the new name. A checkpoint of the same step gets a second name (`step-<step>-2`) until the new one is in place.
+    Every process of the job calls it. A checkpoint of the same step gets a second name
+    (`step-<step>-2`) until the new one is in place.
 
     Args:
         folder: one that all processes see, on all machines.
-        tensors: names are the same in every process; what is not sharded, and `state`, the first one writes.
+        tensors: the names are the same in every process. The first process writes `state` and
+            whatever is not sharded.
 
     Raises:
-        SaveError: in every process, if it cannot be written (no space for it, disk full, read-only, failing disk); earlier ones are
-            intact then.
+        SaveError: in every process, if it cannot be written (no room, read-only, failing disk);
+            earlier checkpoints are intact then.
     """
     parts, places = own_parts(tensors)
-    names = tensor_files(
-        world_size() if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1
-    )
-    text, target, temporary = json.dumps(state), None, None
-    needed = (
-        sum(gather_objects(sum(part.nbytes for part in parts.values())))
-        + len(text)
-        + MANY_SMALL_FILES
-    )
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    names = tensor_files(world_size() if sharded else 1)
+    text = json.dumps(state)
+    own_bytes = sum(part.nbytes for part in parts.values())
+    needed = sum(gather_objects(own_bytes)) + len(text) + _SMALL_FILES
+
+    is_first = rank() == 0
+    target = temporary = None
     try:
-        target, temporary = _in_all(lambda: _begin(folder, step, needed) if rank() == 0 else None)[
-            0
-        ]
-        files = dict(
-            _in_all(
-                lambda: (
-                    _write_part(temporary / names[rank()], parts, places)
-                    if rank() < len(names)
-                    else None
-                )
-            )
+        begun = _in_all(is_first, lambda: _begin(folder, step, needed))
+        target, temporary = begun[0]
+        written = _in_all(
+            rank() < len(names), lambda: _write_part(temporary / names[rank()], parts, places)
         )
-        _in_all(lambda: _complete(temporary, target, step, text, files) if rank() == 0 else None)
+        _in_all(is_first, lambda: _complete(temporary, target, step, text, dict(written)))
     except OSError as error:
-        if temporary is not None and rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # its bytes may be what fills the disk
-        intact = [path.name for path in _newest_first(folder) if path != target]
-        raise SaveError(
-            f"the checkpoint after step {step} could not be written to {folder} ({error}); "
-            f"{f'{intact[0]} is intact' if intact else 'there is no earlier one'}; make room, or the folder writable, and run the same "
-            "command again"
-        ) from error
-    if rank() == 0:
+        # its bytes may be what fills the disk
+        if temporary is not None and is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _raise_save_error(folder, step, target, error)
+
+    if is_first:
         _remove_superseded(folder, target, keep)
     return target
 
 
-def _in_all(work: Callable[[], Any]) -> list[Any]:
-    """What `work` gives in the processes that have something to do, in their order; OSError in all where it fails in one."""
+def _in_all(takes_part: bool, work: Callable[[], Any]) -> list[Any]:
+    """What `work` gives in the processes that take part; OSError in all where it fails in one."""
     failure = done = None
-    try:
-        done = work()
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors says "I/O error: No space left on device" in a class of its own
-        failure = str(error)
-    every = gather_objects((done, failure))
-    if failed := [message for _, message in every if message is not None]:
-        raise OSError(failed[0])
-    return [each for each, _ in every if each is not None]
+    if takes_part:
+        try:
+            done = work()
+        # safetensors says "No space left on device" in a class of its own
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
+
+    everywhere = gather_objects((takes_part, done, failure))
+    failures = [message for _, _, message in everywhere if message is not None]
+    if failures:
+        raise OSError(failures[0])
+    return [result for took_part, result, _ in everywhere if took_part]
 
 
 def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
@@ -134,7 +140,14 @@ def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{STAGED}*"):
         shutil.rmtree(left_over)
-    _check_space(folder, needed)
+
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"it takes {in_bytes(needed)} and {in_bytes(free)} are free: "
+            f"{in_bytes(needed - free)} short",
+        )
     temporary.mkdir()
     return target, temporary
 
@@ -142,6 +155,7 @@ def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
 def _write_part(
     path: Path, parts: dict[str, Tensor], places: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
+    """Write the tensors of this process; as `_on_disk`."""
     save_file(parts, path, {PLACES: json.dumps(places)} if places else None)
     return _on_disk(path)
 
@@ -153,26 +167,76 @@ def _on_disk(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _complete(temporary: Path, target: Path, step: int, text: str, files: dict[str, Any]) -> None:
-    """State, manifest and name of a checkpoint whose tensors are on the disk."""
-    (temporary / STATE).write_text(text)
-    manifest = {"step": step, "files": files | dict([_on_disk(temporary / STATE)])}
-    (temporary / MANIFEST).write_text(json.dumps(manifest))
-    sync_to_disk(temporary / MANIFEST)
+    """Write state and manifest beside the tensors, and give the folder its name."""
+    (temporary / _STATE).write_text(text)
+    manifest = {"step": step, "files": files | dict([_on_disk(temporary / _STATE)])}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest))
+    sync_to_disk(temporary / _MANIFEST)
+
+    # the folder's entries reach the disk before its name does
     sync_to_disk(temporary)
     temporary.rename(target)
     sync_to_disk(target.parent)
 
 
+def _raise_save_error(folder: Path, step: int, target: Path | None, error: OSError) -> NoReturn:
+    """Say what is intact and how to go on."""
+    intact = [path.name for path in _newest_first(folder) if path != target]
+    state = f"{intact[0]} is intact" if intact else "there is no earlier one"
+    raise SaveError(
+        f"the checkpoint after step {step} could not be written to {folder} ({error}); {state}; "
+        "make room, or the folder writable, and run the same command again"
+    ) from error
+
+
 def _remove_superseded(folder: Path, target: Path, keep: int) -> None:
-    """Remove what `target` makes superfluous; a warning where that cannot be done."""
+    """Remove what `target` makes superfluous; a warning where that cannot be done.
+
+    That is: the same step's earlier checkpoints, all but the newest `keep`, and later ones, which
+    are broken, for this run would have gone on from there.
+    """
+    others = [path for path in _newest_first(folder) if path != target]
+    step = _order(target)[0]
+    earlier = [path for path in others if _order(path)[0] < step]
+    kept = earlier[: keep - 1]
+
     try:
-        for superseded in _superseded(folder, target, keep):
-            superseded.rename(
-                discarded := folder / f"{STAGED}old-{superseded.name}"
-            )  # never half a checkpoint under its name
-            shutil.rmtree(discarded)
-    except OSError as error:  # nothing is lost by that; the next save tries again
+        for superseded in others:
+            if superseded not in kept:
+                # never half a checkpoint under its name
+                discarded = folder / f"{STAGED}old-{superseded.name}"
+                superseded.rename(discarded)
+                shutil.rmtree(discarded)
+    # nothing is lost by that; the next save tries again
+    except OSError as error:
         logger.warning("a superseded checkpoint in %s could not be removed (%s)", folder, error)
+
+
+# --- names
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    if not path.exists():
+        return path
+    candidates = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(step, how many times it was written) of a checkpoint's name; (-1, 0) for another name."""
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    paths = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(paths, key=_order, reverse=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint by its content or its name; intact or not."""
+    return (folder / _MANIFEST).is_file() or _NAME.fullmatch(folder.name) is not None
 
 
 def size_of(checkpoint: Path) -> int:
@@ -180,55 +244,19 @@ def size_of(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    """OSError where the disk has not the room, before a byte of it is taken."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"it takes {in_bytes(needed)} and {in_bytes(free)} are free: {in_bytes(needed - free)} short",
-        )
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or the first of `path`-2, `path`-3, ... that does not exist."""
-    names = itertools.chain(
-        [path], (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
-    )
-    return next(name for name in names if not name.exists())
-
-
-def _order(path: Path) -> tuple[int, int]:
-    """(step, how many times it was written) of a checkpoint's name; (-1, 0) for another name."""
-    match = NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2] or 1)) if match else (-1, 0)
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("step-*") if NAME.fullmatch(path.name)),
-        key=_order,
-        reverse=True,
-    )
-
-
-def _superseded(folder: Path, target: Path, keep: int) -> list[Path]:
-    """The checkpoints to remove now that `target` is written: the same step's earlier ones, all but `keep`, and later ones, which
-    are broken: this run would have gone on from there."""
-    found = _newest_first(folder)
-    step = _order(target)[0]
-    earlier = [path for path in found if _order(path)[0] < step]
-    return [path for path in found if path != target and path not in earlier[: keep - 1]]
+# --- reading
 
 
 def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words; None if every file is as the manifest says."""
+    """What is wrong with a checkpoint's folder, in a few words; None for an intact one."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        step, files = manifest["step"], dict(manifest["files"])
-        expected = {STATE, *tensor_files(len(files) - 1)}
-        if set(files) != expected or step != _order(checkpoint)[0]:
-            return f"{MANIFEST} is of another checkpoint"
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        step = manifest["step"]
+        files = dict(manifest["files"])
+        names = {_STATE, *tensor_files(len(files) - 1)}
+        if set(files) != names or step != _order(checkpoint)[0]:
+            return f"{_MANIFEST} is of another checkpoint"
+
         for name, expected in files.items():
             path = checkpoint / name
             if not path.is_file():
@@ -236,7 +264,8 @@ def verify(checkpoint: Path) -> str | None:
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 return f"{name} is not the file that was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{_MANIFEST} cannot be read ({reason})"
     return None
 
 
@@ -246,30 +275,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: naming folder and file otherwise.
     """
-    if wrong := verify(path):
-        raise CheckpointError(
-            f"{path} is no intact checkpoint: {wrong}; remove it, and the run goes on from the one before"
-        )
+    remedy = "remove it, and the run goes on from the one before"
+    wrong = verify(path)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is no intact checkpoint: {wrong}; {remedy}")
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / _STATE).read_text())
         return Checkpoint(_order(path)[0], read_tensors(path), dict(state), path)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        SafetensorError,
-    ) as error:  # a manifest that was rewritten to fit
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); remove it, and the run goes on from the one before"
-        ) from error
+    # a manifest that was rewritten to fit
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where there is none; broken ones are skipped with a warning that names them.
+    """The newest intact checkpoint; None where there is none. A warning names each broken one.
 
     Raises:
-        CheckpointError: where there are checkpoints and all are broken: starting anew is not ours to decide.
+        CheckpointError: where all are broken: starting anew is not ours to decide.
     """
     broken = []
     for path in _newest_first(folder):
@@ -278,54 +300,63 @@ def load_latest(folder: Path) -> Checkpoint | None:
         except CheckpointError as error:
             logger.warning("skipping a checkpoint: %s", error)
             broken.append(path.name)
+
     if broken:
         raise CheckpointError(
-            f"none of the checkpoints in {folder} is intact ({', '.join(broken)}; the warnings above say why); remove that folder to "
-            "start the run anew"
+            f"none of the checkpoints in {folder} is intact ({', '.join(broken)}; the warnings "
+            "above say why); remove that folder to start the run anew"
         )
     return None
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
-    """Compare the tensors of a checkpoint with those they are to fill: names, shapes, dtypes, no NaN; of the optimiser's, which
-    come into being with the first step, `optimizer.<parameter>.` must be complete.
+    """Compare a checkpoint with the tensors that it is to fill: names, shapes, dtypes, no NaN.
+
+    The optimiser's come into being with the first step; `restore_optimizer` checks them.
 
     Raises:
         CheckpointError: naming file and tensor; nothing has been restored then.
     """
     found = checkpoint.tensors
-    where = f"{checkpoint.where}: "
+    where = checkpoint.where
     remedy = (
         "; it is of another model or version: name another --output_dir, or remove this checkpoint"
     )
+
     own = {name for name in found if not name.startswith("optimizer.")}
-    if missing := sorted(expected.keys() - own):
-        raise CheckpointError(
-            f"{where}{len(missing)} tensors are missing, first {missing[0]}{remedy}"
-        )
-    if unknown := sorted(own - expected.keys()):
-        raise CheckpointError(
-            f"{where}{len(unknown)} tensors have no place, first {unknown[0]}{remedy}"
-        )
+    missing = sorted(expected.keys() - own)
+    if missing:
+        problem = f"{len(missing)} tensors are missing, first {missing[0]}"
+        raise CheckpointError(f"{where}: {problem}{remedy}")
+    unknown = sorted(own - expected.keys())
+    if unknown:
+        problem = f"{len(unknown)} tensors have no place, first {unknown[0]}"
+        raise CheckpointError(f"{where}: {problem}{remedy}")
+
     for name, tensor in expected.items():
-        there = found[name]
-        if (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
-            was, is_ = (
-                f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}"
-                for each in (there, tensor)
-            )
-            raise CheckpointError(f"{where}{name} is {was} and has to be {is_}{remedy}")
+        was = _shape_and_dtype(found[name])
+        has_to_be = _shape_and_dtype(tensor)
+        if was != has_to_be:
+            raise CheckpointError(f"{where}: {name} is {was} and has to be {has_to_be}{remedy}")
+
     for name, tensor in found.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(
-                f"{where}{name} holds values that are not finite; remove this checkpoint to go on from the one before"
+                f"{where}: {name} holds values that are not finite; remove this checkpoint to go "
+                "on from the one before"
             )
+
+
+def _shape_and_dtype(tensor: Tensor) -> str:
+    """Such as "[96, 4] float32"."""
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 __all__ = [
     "Checkpoint",
     "SaveError",
     "check_tensors",
+    "is_checkpoint",
     "load_latest",
     "read_checkpoint",
     "save_checkpoint",

@@ -1,9 +1,8 @@
-"""What the device of a run can do: bfloat16, compiling, and how much memory is free. Asked before any work.
+"""What the device of a run can do, asked before any work: bfloat16, compiling, free memory.
 
-bf16 = uses_bf16("auto")                   # ValueError where --mixed_precision bf16 or --compile asks for what is not there
-free = available_memory("cuda", processes)  # bytes
-
-`--compile` compiles each block on its own, `compile_blocks`: all blocks share their code, so it takes as long for 32 blocks as for 1.
+bf16 = uses_bf16("auto")
+check_compile(recipe.compile)
+free = available_memory("cuda")                     # bytes
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def uses_bf16(mixed_precision: str) -> bool:
-    """Whether encoder and heads run in bfloat16: as asked; with "auto" on a GPU that computes in it.
+    """Whether encoder and heads run in bfloat16: as asked; "auto" means on a GPU that has it.
 
     Raises:
         ValueError: for bf16 on a GPU that can only emulate it, which is slower than fp32.
@@ -27,7 +26,8 @@ def uses_bf16(mixed_precision: str) -> bool:
     native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if mixed_precision == "bf16" and gpu and not native:
         raise ValueError(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bfloat16 arithmetic; leave the flag out, or use no"
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bfloat16 arithmetic; "
+            "leave the flag out, or use no"
         )
     return mixed_precision == "bf16" or (mixed_precision == "auto" and native)
 
@@ -38,33 +38,39 @@ def emulates_bf16(device: str) -> bool:
 
 
 def warn_of_emulation(flag: str, device: str) -> None:
-    """Log a warning where `flag` asks for bfloat16 on a device that is slower in it than in fp32."""
+    """Log a warning where `flag` asks for bfloat16 and fp32 is the faster one."""
     if emulates_bf16(device):
-        logger.warning(
-            "%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here",
-            flag,
+        message = (
+            "%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here"
         )
+        logger.warning(message, flag)
 
 
 def check_compile(requested: bool) -> None:
-    """Raise a ValueError where --compile is asked for and torch.compile has no GPU to make kernels for, or nothing to make them with."""
+    """Raise a ValueError where --compile is asked for and torch.compile would not work.
+
+    It needs a GPU to make kernels for, and something to make them with.
+    """
     if not requested:
         return
+    remedy = "leave --compile out"
     if not torch.cuda.is_available():
         raise ValueError(
-            "--compile: blocks are compiled for a GPU, and there is none here; leave --compile out"
+            f"--compile: blocks are compiled for a GPU, and there is none here; {remedy}"
         )
     if torch.cuda.get_device_capability() < (7, 0):
-        raise ValueError(
-            f"--compile: {torch.cuda.get_device_name()} is older than compute capability 7.0; leave --compile out"
-        )
+        name = torch.cuda.get_device_name()
+        raise ValueError(f"--compile: {name} is older than compute capability 7.0; {remedy}")
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            "--compile: kernels are made by Triton, which is not installed; pip install triton, or leave --compile out"
+            "--compile: kernels are made by Triton, which is not installed; "
+            f"pip install triton, or {remedy}"
         )
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+    compilers = [os.environ.get("CC"), "gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise ValueError(
-            "--compile: Triton needs a C compiler, and there is neither gcc nor clang; install one, or leave --compile out"
+            "--compile: Triton needs a C compiler, and there is neither gcc nor clang; "
+            f"install one, or {remedy}"
         )
 
 

@@ -6,8 +6,8 @@
     with staged_folder(Path("out/model"), check) as new:         # becomes out/model
         ...
 
-A kill at any moment leaves the old content or the new one, and at most a hidden left-over beside it,
-which the next writer replaces.
+A kill at any moment leaves the old content or the new one, and at most a hidden left-over beside
+it, which the next writer replaces.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ ON_WINDOWS = os.name == "nt"
 
 
 class CheckpointError(ValueError):
-    """A file or folder cannot be turned into weights; the message names the tensors and a remedy."""
+    """A file or folder cannot be turned into weights; the message says why, and a remedy."""
 
 
 # --- one file
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which becomes `path` when the block ends well, and else vanishes."""
+    """A place to write to, which becomes `path` when the block ends well, and else vanishes."""
     # the ending is another one, so that nobody who looks for *.json meets it
     new = path.with_name(f".{path.name}.tmp")
     try:

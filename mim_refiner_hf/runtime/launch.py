@@ -1,4 +1,10 @@
-"""Several processes on one machine: whether a launcher meant them, and starting them by torch's own."""
+"""Several processes on one machine: whether a launcher meant them, and starting them.
+
+accelerator = Accelerator(cpu=several_on_the_cpu())
+count = launched_short()
+if count is not None:
+    return launch_processes(count)
+"""
 
 import os
 import signal
@@ -10,56 +16,56 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as run_processes
 
-SHUTDOWN_SECONDS = (
-    600  # for a step and a checkpoint of a large model, before the launcher kills its processes
-)
+# For a step and a checkpoint of a large model, before the launcher kills its processes.
+_SHUTDOWN_SECONDS = 600
 
 
 def several_on_the_cpu() -> bool:
     """Whether a launcher started several processes on a machine without a GPU.
 
-    `Accelerator(cpu=several_on_the_cpu())` makes them one job over gloo; without being told, each would train alone.
+    `Accelerator(cpu=several_on_the_cpu())` makes them one job over gloo; without being told, each
+    would train alone.
     """
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
 def launched_short() -> int | None:
-    """How many processes `accelerate launch --cpu --num_processes N` was asked for when it started only one; else None.
+    """How many processes `accelerate launch --cpu` was asked for and did not start; else None.
 
-    accelerate (1.15) leaves CPU jobs of several processes to MPI and otherwise starts a single one without a word. What it leaves
-    behind is a master address without a world size; the number itself stands only on its command line.
+    accelerate (1.15) leaves CPU jobs of several processes to MPI and otherwise starts a single one
+    without a word. It leaves behind a master address without a world size; the number itself stands
+    only on its command line.
     """
-    environment = os.environ
-    if (
-        environment.get("ACCELERATE_USE_CPU", "").lower() != "true"
-        or "MASTER_PORT" not in environment
-        or "WORLD_SIZE" in environment
-    ):
+    on_the_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not on_the_cpu or "MASTER_PORT" not in os.environ or "WORLD_SIZE" in os.environ:
         return None
+
     words = psutil.Process().parent().cmdline()
-    values = [
-        word.partition("=")[2] or words[i + 1]
-        for i, word in enumerate(words)
-        if word.split("=")[0] == "--num_processes"
-    ]
-    return int(values[0]) if values and int(values[0]) > 1 else None
+    for place, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag == "--num_processes":
+            count = int(value or words[place + 1])
+            return count if count > 1 else None
+    return None
 
 
 def launch_processes(count: int) -> int:
-    """Run this very command in `count` processes on this machine, by torch's own launcher; returns the exit code."""
+    """Run this very command in `count` processes by torch's launcher; returns the exit code."""
     specification = sys.modules["__main__"].__spec__
     target = [sys.argv[0]] if specification is None else ["-m", specification.name]
-    os.environ.setdefault(
-        "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-    )  # and passes on
-    patience = ["--shutdown_timeout", str(SHUTDOWN_SECONDS)]
+
+    # what the launcher passes on to its processes
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", signals)
+    options = ["--standalone", "--nproc_per_node", str(count)]
+    options += ["--shutdown_timeout", str(_SHUTDOWN_SECONDS)]
     try:
-        run_processes(
-            ["--standalone", "--nproc_per_node", str(count), *patience, *target, *sys.argv[1:]]
-        )
-    except SignalException as error:  # the processes had it too, and time to finish their step
+        run_processes([*options, *target, *sys.argv[1:]])
+    # the processes had it too, and time to finish their step
+    except SignalException as error:
         return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
-    except ChildFailedError as error:  # what went wrong has been said by the process itself
+    # what went wrong has been said by the process itself
+    except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode
     return 0

@@ -1,12 +1,15 @@
-"""One run per output folder: the second is refused while the first lives, and a crash leaves nothing that has to be removed.
+"""One run per output folder: the second is refused while the first lives.
 
     with sole_run(Path("out"), "--output_dir"):
-        ...                                                    # nobody else writes to out/ meanwhile
+        ...                                         # nobody else writes to out/ meanwhile
 
-What holds is a lock of the operating system (`flock`, by filelock) on `.run.lock` in the folder. It goes with the process, however
-that ends, so a file that kill -9 leaves behind stops nobody; the file also says who holds the lock. Of the processes of one
-distributed job only the main one takes it. Network file systems without locks fall back on filelock's own way, which waits for a
-crashed holder's mark to be removed by hand.
+What holds is a lock of the operating system (`flock`, by filelock) on `.run.lock` in the folder. It
+goes with the process, however that ends, so a file that kill -9 leaves behind stops nobody; the
+file also says who holds the lock. Of the processes of one distributed job only the main one takes
+it.
+
+Network file systems without locks fall back on filelock's own way, where a crashed holder's mark
+has to be removed by hand.
 """
 
 import json
@@ -22,12 +25,17 @@ from filelock import FileLock, Timeout
 from .distributed import rank
 
 LOCK = ".run.lock"
-# where launchers write a process's number, as accelerate looks for it before the processes have found each other
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# Where launchers write a process's number, as accelerate looks for it: the processes have not found
+# each other yet.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """ValueError, naming the `option` that gave it, if `folder` neither is nor can become a folder that can be written to."""
+    """Raise a ValueError unless `folder` is, or can become, a folder that can be written to.
+
+    Args:
+        option: the flag that gave it, for the message.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{option} {folder}: {existing} is a file; name a folder")
@@ -37,41 +45,48 @@ def check_writable(folder: Path, option: str) -> None:
 
 @contextmanager
 def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[None]:
-    """Keep other runs out of `folder` for the time of the block; makes the folder, and removes it again if it stayed empty.
+    """Keep other runs out of `folder`; it is made, and removed again if it stayed empty.
 
     Args:
         folder: where the run writes.
         option: the flag that named it, for messages.
-        beside: lock next to the folder instead of in it, for a folder that is replaced as a whole.
+        beside: lock next to the folder instead of in it, for one that is replaced as a whole.
 
     Raises:
-        ValueError: when another run holds it, with its process, host and start; or as `check_writable`.
+        ValueError: when another run holds it, with its process, host and start; or as
+            `check_writable`.
     """
-    if rank() or any(int(os.environ.get(name, "0")) for name in RANKS):
+    if rank() or any(int(os.environ.get(name, "0")) for name in _RANKS):
         yield
         return
+
     check_writable(folder, option)
     folder = folder.absolute()
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
-            f"{option} {folder}: another run writes there ({_holder(path)}); wait for it, stop it, or name another folder"
+            f"{option} {folder}: another run writes there ({_holder(path)}); "
+            "wait for it, stop it, or name another folder"
         ) from error
+
     try:
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        path.write_text(json.dumps({"process": os.getpid(), "host": platform.node(), "since": now}))
+        holder = {"process": os.getpid(), "host": platform.node(), "since": now}
+        path.write_text(json.dumps(holder))
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # while it is held: whoever has opened it already sees that it has no name and starts over
+        # while it is held: whoever has opened it already sees that it lost its name, and starts
+        # over
+        path.unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):  # not empty: the run wrote something
+        # not empty: the run wrote something
+        with suppress(OSError):
             for parent in missing:
                 parent.rmdir()
 
@@ -81,7 +96,8 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
+    # it has just begun, or just ended
+    except (OSError, ValueError, KeyError, TypeError):
         return "it does not say which"
 
 

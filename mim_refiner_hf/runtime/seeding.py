@@ -1,4 +1,7 @@
-"""Random numbers that are a pure function of what they are for: seed, purpose and counters."""
+"""Random numbers that are a pure function of what they are for: seed, purpose and counters.
+
+random_generator(seed, "views", epoch, index).random()
+"""
 
 import zlib
 
@@ -6,10 +9,9 @@ import numpy as np
 
 
 def random_generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator that is a pure function of its arguments and independent of those of any other purpose or numbers."""
-    return np.random.default_rng(
-        np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *numbers))
-    )
+    """A generator that is a pure function of its arguments, and independent of all others'."""
+    key = (zlib.crc32(purpose.encode()), *numbers)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 __all__ = ["random_generator"]

@@ -7,7 +7,7 @@
         swap: Literal["all", "none"] = documented("all", "What the neighbour replaces.")
 
         def __post_init__(self) -> None:
-            check_settings(self)        # ValueError: --flip 1.5: must be between 0 and 1
+            check_fields(self)        # ValueError: --flip 1.5: must be between 0 and 1
 
     values = read_fields("mae-l16", RefineRecipe)       # training/recipes/mae-l16.yaml
 
@@ -36,28 +36,30 @@ from .files import shipped_folder
 
 
 @dataclass(frozen=True)
-class Rule:
+class Allowed:
     """Which values of its type a field takes, and how a refusal ends: "must be <words>"."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
-def minimum(low: float) -> Rule:
+def minimum(low: float) -> Allowed:
     """`low` or more."""
-    return Rule(f"at least {low:g}", lambda value: value >= low)
+    return Allowed(f"at least {low:g}", lambda value: value >= low)
 
 
 PositiveInt = Annotated[int, minimum(1)]
 NonNegativeInt = Annotated[int, minimum(0)]
 NonNegativeFloat = Annotated[float, minimum(0)]
 PositiveFloat = Annotated[
-    float, Rule("a number greater than 0", lambda value: 0 < value < math.inf)
+    float, Allowed("a number greater than 0", lambda value: 0 < value < math.inf)
 ]
-Share = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
-ShareBelowOne = Annotated[float, Rule("at least 0 and less than 1", lambda value: 0 <= value < 1)]
+Share = Annotated[float, Allowed("between 0 and 1", lambda value: 0 <= value <= 1)]
+ShareBelowOne = Annotated[
+    float, Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
+]
 ShareAboveZero = Annotated[
-    float, Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+    float, Allowed("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 ]
 
 
@@ -68,10 +70,10 @@ def documented(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def check_settings(settings: Any) -> None:
+def check_fields(settings: Any) -> None:
     """Raise a ValueError unless every field of a dataclass holds what its annotation says.
 
-    An annotation is a type, a Literal, a type with a `Rule` (Annotated), a list of these, or a
+    An annotation is a type, a Literal, a type with an `Allowed` (Annotated), a list of these, or a
     union of them. An int passes for a float; a bool passes for neither.
     """
     for name, annotation in get_type_hints(type(settings), include_extras=True).items():
@@ -103,7 +105,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value has the type; neither the choices of a Literal nor a `Rule` is looked at."""
+    """Whether a value has the type; neither Literals' choices nor `Allowed` are looked at."""
     origin = get_origin(kind)
     if origin is Annotated:
         return _is_of(value, get_args(kind)[0])
@@ -120,7 +122,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _allows(kind: Any, value: Any) -> bool:
-    """Whether a value of the type is one that its Literal or `Rule` takes."""
+    """Whether a value of the type is one that its Literal or `Allowed` takes."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is Annotated:
@@ -246,15 +248,15 @@ def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
 
 
 __all__ = [
+    "Allowed",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
-    "Rule",
     "Share",
     "ShareAboveZero",
     "ShareBelowOne",
-    "check_settings",
+    "check_fields",
     "documented",
     "minimum",
     "read_fields",

@@ -1,16 +1,19 @@
-"""FSDP2: of encoder, heads, moving average, gradients and AdamW's moments every process keeps its share.
+"""FSDP2: every process keeps its share of encoder, heads, moving average, gradients and moments.
 
-    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 training/refine.py --recipe mae-h14 --output_dir out
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 training/refine.py ...
 
     if fsdp2_requested() and world_size() > 1:
-        shard(encoder, encoder.layers)                       # each block is gathered as it is used, and let go after it
-    parts, places = own_parts(model.state_dict())            # what this process writes into a checkpoint
-    place(whole, like=parameter)                             # and what it takes back, at any number of processes
+        shard(encoder, encoder.layers)            # each block is gathered as it is used, and let go
+    parts, places = own_parts(model.state_dict()) # what this process writes into a checkpoint
+    shard_like(whole, parameter)                  # what it takes back, at any number of processes
 
-What is computed stays what it was: weights are gathered in fp32, autocast does the rest, and a gradient is the mean over the processes,
-as `distributed.average_gradients` has it. The queue and the batch statistics are whole in every process. On the CPU (gloo) it is the
-same code. A run begins with the encoder whole in every process, twice, before it is divided. Of the launcher's settings of FSDP only
-`--use_fsdp --fsdp_version 2` are heeded: which modules are gathered together is said here.
+What is computed stays what it was: weights are gathered in fp32, autocast does the rest, and a
+gradient is the mean over the processes, as `distributed.average_gradients` has it. The queue and
+the batch statistics are whole in every process. On the CPU (gloo) it is the same code. A run begins
+with the encoder whole in every process, twice, before it is divided.
+
+Of the launcher's settings of FSDP only `--use_fsdp --fsdp_version 2` are heeded: which modules are
+gathered together is said here.
 """
 
 import os
@@ -26,25 +29,35 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .distributed import rank, world_size
 
+# Environment variables that `accelerate launch` sets to true, and what is said then.
+_INSTEAD = "launch with --use_fsdp --fsdp_version 2 to shard the model"
 _SWITCHES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; launch with --use_fsdp --fsdp_version 2 to shard the model",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; launch with --use_fsdp --fsdp_version 2 to shard the model",
-    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params true is not supported; leave it out, or shard over more processes",
-    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing true is not supported; use --gradient_checkpointing true",
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed is not supported; {_INSTEAD}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM is not supported; {_INSTEAD}",
+    "FSDP_OFFLOAD_PARAMS": (
+        "--fsdp_offload_params true is not supported; leave it out, or shard over more processes"
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "--fsdp_activation_checkpointing true is not supported; use --gradient_checkpointing true"
+    ),
 }
-"""Environment variables that `accelerate launch` sets to true, and what is said then."""
 
 
 def fsdp2_requested() -> bool:
-    """Whether `accelerate launch --use_fsdp --fsdp_version 2` started this process (or ACCELERATE_USE_FSDP=true, FSDP_VERSION=2).
+    """Whether `accelerate launch --use_fsdp --fsdp_version 2` started this process.
+
+    (Or ACCELERATE_USE_FSDP=true with FSDP_VERSION=2.)
 
     Raises:
-        ValueError: for FSDP 1, DeepSpeed, Megatron-LM, and settings of FSDP2 that are not supported.
+        ValueError: for FSDP 1, DeepSpeed, Megatron-LM, and settings of FSDP2 that are not
+        supported.
     """
     fsdp = _is_on("ACCELERATE_USE_FSDP")
     for name, problem in _SWITCHES.items():
-        if _is_on(name) and (fsdp or name.startswith("ACCELERATE")):
+        counts = fsdp or name.startswith("ACCELERATE")
+        if counts and _is_on(name):
             raise ValueError(problem)
+
     version = os.environ.get("FSDP_VERSION", "1")
     if fsdp and version != "2":
         raise ValueError(
@@ -52,7 +65,8 @@ def fsdp2_requested() -> bool:
         )
     if fsdp and os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false":
         raise ValueError(
-            "--fsdp_reshard_after_forward false is not supported; leave it out: gathered blocks are always let go"
+            "--fsdp_reshard_after_forward false is not supported; "
+            "leave it out: gathered blocks are always let go"
         )
     return fsdp
 
@@ -61,76 +75,115 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("true", "1")
 
 
+# --- modules
+
+
 def shard(module: nn.Module, units: Iterable[nn.Module]) -> None:
-    """Leave to this process its share of every parameter of `module`, which is on its device and the same in all processes.
+    """Leave to this process its share of every parameter of `module`.
 
     Args:
+        module: on its device, and the same in all processes.
         units: the parts that are gathered one at a time; what is in none of them is one more unit.
     """
-    # heads and poolers return views, every step; nothing here writes into a module's output, which is what is warned of
+    # heads and poolers return views, every step; nothing here writes into a module's output, which
+    # is what is warned of
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     kind = type(module)
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
     for unit in (*units, module):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=_placement)
-    # fully_shard gives the module a class of another name, and transformers goes by the name to record hidden states
-    type(module).__module__, type(module).__qualname__ = kind.__module__, kind.__qualname__
+
+    # fully_shard gives the module a class of another name, and transformers goes by the name to
+    # record hidden states
+    type(module).__module__ = kind.__module__
+    type(module).__qualname__ = kind.__qualname__
 
 
 def _placement(parameter: nn.Parameter) -> Shard:
-    """The first dimension that the processes divide evenly, such as the width of (1, 1, D); where there is none the first."""
-    return Shard(
-        next((dim for dim, size in enumerate(parameter.shape) if size % world_size() == 0), 0)
-    )
+    """The first dimension that the processes divide evenly, such as D of (1, 1, D); or 0."""
+    for dim, size in enumerate(parameter.shape):
+        if size % world_size() == 0:
+            return Shard(dim)
+    return Shard(0)
 
 
 def synchronise(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass reduces the gradients of a sharded module, or adds them up whole in every process."""
+    """Whether the next backward pass reduces the gradients of a sharded module.
+
+    If not, they add up, whole, in every process.
+    """
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(now)
 
 
+@torch.no_grad()
+def gather_into(module: nn.Module, sharded: nn.Module) -> None:
+    """Fill an ordinary module with the weights of a sharded one of its kind, tensor by tensor."""
+    source = sharded.state_dict()
+    for name, tensor in module.state_dict().items():
+        value = source[name]
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        tensor.copy_(value)
+
+
+# --- tensors
+
+
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory and without a graph; any other tensor is returned as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    """This process's part of a sharded tensor, in the same memory, without a graph."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local().detach()
+    return tensor
 
 
-def _begins(tensor: DTensor) -> tuple[int, int]:
-    """(dimension along which a tensor is sharded, where this process's part begins), as `torch.chunk` divides it."""
-    (placement,), mesh = tensor.placements, tensor.device_mesh
+def _start_of_part(tensor: DTensor) -> tuple[int, int]:
+    """(dimension along which a tensor is sharded, where this process's part begins in it).
+
+    As `torch.chunk` divides it.
+    """
+    (placement,) = tensor.placements
     assert isinstance(placement, Shard)
+    mesh = tensor.device_mesh
     size = tensor.shape[placement.dim]
-    return placement.dim, min(size, mesh.get_local_rank() * -(-size // mesh.size()))
+    chunk = -(-size // mesh.size())
+    return placement.dim, min(size, mesh.get_local_rank() * chunk)
 
 
 def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What this process writes of the tensors of a job: its parts of the sharded ones; the first process also the whole ones.
+    """What this process writes of the tensors of a job: its parts of the sharded ones.
+
+    The first process writes the whole ones too.
 
     Returns:
-        The parts on the CPU, and for each sharded one the `shape` of the whole and the `offset` of the part in it.
+        The parts on the CPU, and for each sharded one the `shape` of the whole and the `offset` of
+        the part in it.
     """
-    parts, places = {}, {}
+    parts = {}
+    places = {}
     for name, tensor in tensors.items():
         part = local(tensor)
         if isinstance(tensor, DTensor):
             if not part.numel():
                 continue
-            dim, start = _begins(tensor)
-            places[name] = {
-                "shape": list(tensor.shape),
-                "offset": [start * (i == dim) for i in range(tensor.ndim)],
-            }
+            dim, start = _start_of_part(tensor)
+            offset = [0] * tensor.ndim
+            offset[dim] = start
+            places[name] = {"shape": list(tensor.shape), "offset": offset}
         elif rank():
             continue
         parts[name] = part.detach().contiguous().cpu()
     return parts, places
 
 
-def place(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole` sharded as `like` is, on its device; as it is where `like` is not sharded. Every process passes the same."""
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` sharded as `like` is, on its device; as it is where `like` is not sharded.
+
+    Every process passes the same.
+    """
     if not isinstance(like, DTensor):
         return whole
-    dim, start = _begins(like)
+    dim, start = _start_of_part(like)
     part = whole.narrow(dim, start, local(like).shape[dim]).clone().to(like.device)
     return DTensor.from_local(
         part,
@@ -142,13 +195,12 @@ def place(whole: Tensor, like: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
-def gather_into(module: nn.Module, sharded: nn.Module) -> None:
-    """Fill an ordinary module with the weights of a sharded one of the same kind, tensor by tensor, in every process."""
-    source = sharded.state_dict()
-    for name, tensor in module.state_dict().items():
-        value = source[name]
-        tensor.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-__all__ = ["fsdp2_requested", "gather_into", "local", "own_parts", "place", "shard", "synchronise"]
+__all__ = [
+    "fsdp2_requested",
+    "gather_into",
+    "local",
+    "own_parts",
+    "shard",
+    "shard_like",
+    "synchronise",
+]

@@ -1,20 +1,22 @@
-"""Signals end a run between two steps: the step is finished, a checkpoint written, and the exit code says why.
+"""Signals end a run between two steps: the step is finished, a checkpoint written.
 
     with StopSignals() as signals:
         for step in ...:
-            ...                                              # SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C arrives somewhere in here
-            if number := signals.agreed(device):             # the same answer in every process
+            ...                                     # a signal arrives somewhere in here
+            number = signals.agreed(device)         # the same answer in every process
+            if number:
                 save(...)
                 raise Interrupted(number, "...")
 
-| signal                    | who sends it                                             | exit code |
-|---------------------------|----------------------------------------------------------|-----------|
-| SIGTERM, SIGUSR1, SIGUSR2 | Slurm (`--signal`, preemption), Kubernetes, `kill`       | 143       |
-| SIGINT                    | Ctrl-C                                                   | 130       |
+| signal                    | who sends it                                       | exit code |
+|---------------------------|----------------------------------------------------|-----------|
+| SIGTERM, SIGUSR1, SIGUSR2 | Slurm (`--signal`, preemption), Kubernetes, `kill` | 143       |
+| SIGINT                    | Ctrl-C                                             | 130       |
 
-The second signal ends the process at once, as it would have without all this; the last checkpoint is what is left then.
-Before and after the steps, and in other commands, there is nothing to finish: `ended_by_signals` ends them there and then, by an
-exception, so that what is half-written is removed, and with the same exit codes.
+The second signal ends the process at once, as it would have without all this; the last checkpoint
+is what is left then. Before and after the steps, and in other commands, there is nothing to finish:
+`ended_by_signals` ends them there and then, by an exception, so that what is half-written is
+removed, and with the same exit codes.
 """
 
 import os
@@ -30,11 +32,13 @@ import torch.distributed as dist
 
 from .distributed import rank, world_size
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+# Windows knows no SIGUSR1 and SIGUSR2
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the run after a checkpoint; the message says which, where it stands and how it goes on.
+    """A signal ended the run after a checkpoint; the message says where it stands and goes on.
 
     Attributes:
         exit_code: 130 after Ctrl-C, else 143, as a shell has it for SIGINT and SIGTERM.
@@ -49,19 +53,24 @@ class Ended(KeyboardInterrupt):
     """SIGTERM, SIGUSR1 or SIGUSR2 came where Ctrl-C would end the command; the exit code is 143."""
 
 
+def _in_main_thread() -> bool:
+    """Whether this is the only thread in which Python takes signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let those of `SIGNALS` that would end the process raise `Ended` inside the block; what they did before, they do after it."""
+    """Let those of `SIGNALS` that would end the process raise `Ended` inside the block."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(signal.Signals(number).name)
 
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        ending = [
-            number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL
-        ]  # Ctrl-C raises by itself
-        before = {number: signal.signal(number, end) for number in ending}
+    if _in_main_thread():
+        for number in SIGNALS:
+            # Ctrl-C raises by itself
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
     try:
         yield
     finally:
@@ -70,14 +79,14 @@ def ended_by_signals() -> Iterator[None]:
 
 
 class StopSignals:
-    """Takes note of the first of `SIGNALS` inside the block; outside the main thread, where Python has no signals, of none."""
+    """Takes note of the first of `SIGNALS` inside the block; outside the main thread, of none."""
 
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
+        if _in_main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -95,15 +104,18 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+
         if rank() == 0:
             name = signal.Signals(number).name
-            text = f"\n{name}: this step is finished and a checkpoint written; once more stops at once\n"
-            os.write(
-                2, text.encode()
-            )  # print is not safe here: the signal may have come in the middle of another print
+            text = "this step is finished and a checkpoint written; once more stops at once"
+            # print is not safe: the signal may have come in the middle of another print
+            os.write(2, f"\n{name}: {text}\n".encode())
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that this or any other process received, 0 for none; every process has to ask at the same step."""
+        """The signal that this or any other process received, 0 for none.
+
+        Every process has to ask at the same step.
+        """
         if world_size() == 1:
             return self.received
         number = torch.tensor(self.received, device=device)
@@ -112,9 +124,9 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """For data-loading workers (`worker_init_fn`): a signal to the whole group must not take the last batch away.
+    """Keep a data-loading worker alive under a signal to the whole group (`worker_init_fn`).
 
-    They end with the process that they work for, as always.
+    The last batch must not be taken away. Workers end with the process that they work for, as ever.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

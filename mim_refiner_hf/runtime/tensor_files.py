@@ -1,12 +1,14 @@
-"""The tensors of a checkpoint: one safetensors file, or, where they are sharded, one from every process.
+"""The tensors of a checkpoint: one safetensors file, or, where they are sharded, one a process.
 
-    tensors.safetensors                                                               # not sharded
-    tensors-00000-of-00002.safetensors, tensors-00001-of-00002.safetensors            # by two processes
+    tensors.safetensors                                     # not sharded
+    tensors-00000-of-00002.safetensors                      # sharded by two processes
+    tensors-00001-of-00002.safetensors
 
-    found = read_tensors(checkpoint)                                                  # by any number of processes
-    found["average.norm.weight"]                                                      # whole
+    found = read_tensors(checkpoint)                        # by any number of processes
+    found["average.norm.weight"]                            # whole
 
-The header of a file says of each part of a sharded tensor the shape of the whole and where the part begins in it.
+The header of a file says, of each part of a sharded tensor, the shape of the whole and where in it
+the part begins.
 """
 
 import json
@@ -20,20 +22,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 TENSORS = "tensors.safetensors"
-PLACES = "places"  # key in the header of the JSON that says where parts belong
+# the key, in the header of a file, of the JSON that says where its parts belong
+PLACES = "places"
 
 
 def tensor_files(count: int) -> list[str]:
     """The names of the files that `count` processes write."""
-    return (
-        [TENSORS]
-        if count == 1
-        else [f"tensors-{i:05}-of-{count:05}.safetensors" for i in range(count)]
-    )
+    if count == 1:
+        return [TENSORS]
+    return [f"tensors-{i:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
 class ShardedTensors(Mapping[str, Tensor]):
-    """Whole tensors by name, on the CPU, each put together from its parts when it is asked for: never more than one at a time.
+    """Whole tensors by name, on the CPU.
+
+    Each is put together from its parts when it is asked for, so that there is never more than one.
 
     Args:
         paths: all files of one checkpoint.
@@ -43,29 +46,36 @@ class ShardedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._parts: dict[str, list[tuple[list[int], Tensor]]] = {}  # offsets and values
+        # offsets and values
+        self._parts: dict[str, list[tuple[list[int], Tensor]]] = {}
         self._shapes: dict[str, list[int]] = {}
         for path in paths:
-            with safe_open(path, "pt") as file:
-                places = dict(json.loads((file.metadata() or {}).get(PLACES, "{}")))
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    part = file.get_tensor(name)
-                    place = places.get(name, {"shape": list(part.shape), "offset": [0] * part.ndim})
-                    shape, offset = self._shapes.setdefault(name, place["shape"]), place["offset"]
-                    fits = shape == place["shape"] and len(shape) == len(offset) == part.ndim
-                    if not fits or any(
-                        not 0 <= o <= s - n
-                        for o, n, s in zip(offset, part.shape, shape, strict=True)
-                    ):
-                        raise ValueError(
-                            f"{path.name} holds {name} at {offset}, which is not within {shape}"
-                        )
-                    self._parts.setdefault(name, []).append((offset, part))
+            self._add_file(path)
+
         for name, shape in self._shapes.items():
-            if (found := sum(part.numel() for _, part in self._parts[name])) != math.prod(shape):
+            found = sum(part.numel() for _, part in self._parts[name])
+            if found != math.prod(shape):
                 raise ValueError(
-                    f"the parts of {name} have {found} values, the whole {shape} has {math.prod(shape)}"
+                    f"the parts of {name} have {found} values, "
+                    f"the whole {shape} has {math.prod(shape)}"
                 )
+
+    def _add_file(self, path: Path) -> None:
+        """Take over the parts in a file; ValueError where one lies outside its whole."""
+        with safe_open(path, "pt") as file:
+            places = dict(json.loads((file.metadata() or {}).get(PLACES, "{}")))
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                part = file.get_tensor(name)
+                whole = {"shape": list(part.shape), "offset": [0] * part.ndim}
+                place = places.get(name, whole)
+
+                shape = self._shapes.setdefault(name, place["shape"])
+                offset = place["offset"]
+                if shape != place["shape"] or not _lies_within(part, offset, shape):
+                    raise ValueError(
+                        f"{path.name} holds {name} at {offset}, which is not within {shape}"
+                    )
+                self._parts.setdefault(name, []).append((offset, part))
 
     def __getitem__(self, name: str) -> Tensor:
         parts = self._parts[name]
@@ -73,7 +83,8 @@ class ShardedTensors(Mapping[str, Tensor]):
             return parts[0][1]
         whole = torch.empty(self._shapes[name], dtype=parts[0][1].dtype)
         for offset, part in parts:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+            region = [slice(o, o + n) for o, n in zip(offset, part.shape, strict=True)]
+            whole[tuple(region)] = part
         return whole
 
     def __iter__(self) -> Iterator[str]:
@@ -83,14 +94,20 @@ class ShardedTensors(Mapping[str, Tensor]):
         return len(self._parts)
 
 
+def _lies_within(part: Tensor, offset: list[int], shape: list[int]) -> bool:
+    """Whether a part that begins at `offset` fits into a whole of that shape."""
+    if not len(shape) == len(offset) == part.ndim:
+        return False
+    places = zip(offset, part.shape, shape, strict=True)
+    return all(0 <= start <= size - length for start, length, size in places)
+
+
 def read_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's folder by name, whole; ValueError as `ShardedTensors`."""
     one = folder / TENSORS
-    return (
-        load_file(one)
-        if one.exists()
-        else ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
-    )
+    if one.exists():
+        return load_file(one)
+    return ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
 
 
 __all__ = ["PLACES", "TENSORS", "ShardedTensors", "read_tensors", "tensor_files"]
