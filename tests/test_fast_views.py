@@ -16,7 +16,7 @@ from transformers import ViTMAEConfig, ViTMAEModel
 from mim_refiner_hf import RefineRecipe, cli
 from mim_refiner_hf.data import colour as C
 from mim_refiner_hf.data import views as V
-from mim_refiner_hf.data.fast_views import FastMultiCrop, finished_views, resized_crop
+from mim_refiner_hf.data.fast_views import FastMultiCrop, fast_resized_crop, finished_views
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.order import BatchSampler
 from mim_refiner_hf.runs.run import run
@@ -108,7 +108,7 @@ def test_greyscale_and_solarise_are_pillows(photo: Image.Image) -> None:
 def test_crops_are_pillows_and_flipped(photo: Image.Image, box: V.Box, size: int) -> None:
     pixels, exact = torch.from_numpy(np.array(photo)), V.resized_crop(photo, box, size)
     for flip, expected in ((False, exact), (True, V.flip_horizontally(exact))):
-        crop = resized_crop(pixels, V.ViewDraw(box, flip), size)
+        crop = fast_resized_crop(pixels, V.ViewDraw(box, flip), size)
         assert difference(torch.from_numpy(crop.copy()), chw(expected)).max() <= 2
 
 

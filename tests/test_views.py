@@ -125,10 +125,10 @@ def test_specs_are_those_of_the_authors(goldens: Path) -> None:
         stated_jitter = [
             jitter[name] for name in ("p", "brightness", "contrast", "saturation", "hue")
         ]
-        assert stated_jitter == [V.JITTER_P, V.BRIGHTNESS, V.CONTRAST, V.SATURATION, V.HUE]
+        assert stated_jitter == [V.JITTER_P, *V.JITTER_STRENGTHS]
         assert (
             steps["grayscale"]["p"] == V.GREYSCALE_P
-            and tuple(steps["gaussian_blur_pil"]["sigma"]) == V.BLUR_SIGMA
+            and tuple(steps["gaussian_blur_pil"]["sigma"]) == V.BLUR_SIGMAS
         )
 
 

@@ -1,4 +1,4 @@
-"""How images are read on their way to an encoder: how many at once, by how many workers, where to."""
+"""How images are read on their way to an encoder: how many at once, by whom, and where to."""
 
 from dataclasses import dataclass
 

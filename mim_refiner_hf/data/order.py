@@ -1,9 +1,8 @@
 """The order of training: which images each step's batch holds, a pure function of (seed, epoch).
 
-    sampler = BatchSampler(images, batch_size=1024, seed=0, steps=1000)
-    for batch in DataLoader(ViewDataset(images, multicrop, seed=0), batch_sampler=sampler): ...
-
-`BatchSampler` starts at any step, on any number of processes, with the same sequence of global batches.
+sampler = BatchSampler(images, batch_size=1024, seed=0, steps=1000)
+views = ViewDataset(images, multicrop, seed=0)
+for batch in DataLoader(views, batch_sampler=sampler): ...
 """
 
 import itertools
@@ -13,21 +12,32 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..runtime.seeding import random_generator
-from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, ImageStream, Key
+from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, ImageStream, SampleKey
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `range(length)` in which an epoch meets the images: a pure function of its arguments."""
+    """The permutation of `range(length)` in which an epoch meets the images."""
     return random_generator(seed, "order", epoch).permutation(length)
 
 
-class BatchSampler(Sampler[list[Key]]):
-    """The keys of each step's batch for this process: its contiguous slice of the global batch, `start_step` to `steps` - 1.
+class BatchSampler(Sampler[list[SampleKey]]):
+    """The keys of each step's batch for this process: its contiguous slice of the global batch.
 
-    `batch_size` counts the images of all processes together. The last partial batch of an epoch is dropped. Starting later, or
-    on more processes, gives exactly the same global batches. Every process reads a whole stream and keeps its slice.
+    Starting later, or on more processes, gives exactly the same global batches. The last partial
+    batch of an epoch is dropped. Of a stream every process reads all and keeps its slice.
 
-    ValueError for a batch larger than the data set or not divided by `world_size`, and for a data set of one image."""
+    Args:
+        source: where the images are from.
+        batch_size: images of all processes together.
+        steps: number of the last step + 1, counted from the beginning of the training.
+        start_step: the first step to give.
+        rank: which process this is.
+        world_size: how many processes there are.
+
+    Raises:
+        ValueError: for a batch larger than the data set or not divided by `world_size`, and for a
+            data set of one image.
+    """
 
     def __init__(
         self,
@@ -42,7 +52,8 @@ class BatchSampler(Sampler[list[Key]]):
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
-                f"batch_size {batch_size} counts all processes and must be a positive multiple of their number, {world_size}."
+                f"batch_size {batch_size} counts all processes and must be a positive multiple of "
+                f"their number, {world_size}."
             )
         if isinstance(source, ImageDataset) and len(source) < 2:
             raise ValueError(
@@ -50,50 +61,52 @@ class BatchSampler(Sampler[list[Key]]):
             )
         if isinstance(source, ImageDataset) and batch_size > len(source):
             raise ValueError(
-                f"batch_size {batch_size} is larger than {source.name} with its {len(source)} images; lower it."
+                f"batch_size {batch_size} is larger than {source.name} with its {len(source)} "
+                "images; lower it."
             )
-        self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.steps, self.start_step = steps, start_step
+
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = steps
+        self.start_step = start_step
         share = batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Whole batches in an epoch; None for a stream, whose epoch ends with it."""
-        return (
-            len(self.source) // self.batch_size if isinstance(self.source, ImageDataset) else None
-        )
+        if isinstance(self.source, ImageDataset):
+            return len(self.source) // self.batch_size
+        return None
 
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (
-            self._from_stream(self.source)
-            if isinstance(self.source, ImageStream)
-            else self._from_dataset(self.source)
-        )
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        if isinstance(self.source, ImageStream):
+            return self._from_stream(self.source)
+        return self._from_dataset(self.source)
 
-    def _from_dataset(self, source: ImageDataset) -> Iterator[list[Key]]:
-        per_epoch, spares = len(source) // self.batch_size, MAX_BROKEN_IN_A_ROW - 1
+    def _from_dataset(self, source: ImageDataset) -> Iterator[list[SampleKey]]:
+        per_epoch = len(source) // self.batch_size
+        # what stands in for an image comes 1 batch later in the order, then the one after it, ...
+        ahead = [0, *range(self.batch_size, self.batch_size + MAX_BROKEN_IN_A_ROW - 1)]
+        in_batch = np.arange(self.share.start, self.share.stop)
+
         step = self.start_step
         while step < self.steps:
             epoch, first = divmod(step, per_epoch)
             order = epoch_order(len(source), self.seed, epoch)
             for batch in range(first, min(per_epoch, first + self.steps - step)):
-                places = np.arange(
-                    batch * self.batch_size + self.share.start,
-                    batch * self.batch_size + self.share.stop,
-                )
-                candidates = order[
-                    (places[:, None] + [0, *range(self.batch_size, self.batch_size + spares)])
-                    % len(order)
-                ]
+                places = batch * self.batch_size + in_batch
+                candidates = order[(places[:, None] + ahead) % len(order)]
                 yield [(epoch, *row) for row in candidates.tolist()]
                 step += 1
 
-    def _from_stream(self, source: ImageStream) -> Iterator[list[Key]]:
-        step = epoch = 0
+    def _from_stream(self, source: ImageStream) -> Iterator[list[SampleKey]]:
+        step = 0
+        epoch = 0
         while step < self.steps:
             first = step
             examples = source.iterate(self.seed, epoch)
@@ -102,27 +115,35 @@ class BatchSampler(Sampler[list[Key]]):
                 following = list(itertools.islice(examples, self.batch_size))
                 if step >= self.start_step:
                     yield self._stream_keys(epoch, batch, following)
-                step, batch = step + 1, following
-            if step == first:
+                step += 1
+                batch = following
+
+            per_epoch = step - first
+            if per_epoch == 0:
                 raise ValueError(
-                    f"{source.name} ends before its first batch of {self.batch_size} is full; lower batch_size."
+                    f"{source.name} ends before its first batch of {self.batch_size} is full; "
+                    "lower batch_size."
                 )
-            unread = max(self.start_step - step, 0) // (
-                step - first
-            )  # every epoch is as long as this one: whole ones need no reading
-            step, epoch = step + unread * (step - first), epoch + 1 + unread
+            # every epoch is as long as this one: whole ones before the start need no reading
+            unread = max(self.start_step - step, 0) // per_epoch
+            step += unread * per_epoch
+            epoch += 1 + unread
 
     def _stream_keys(
         self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]
-    ) -> list[Key]:
-        """The next batch stands in; where the stream ends in it, this one after it. A worker is handed about twice its share."""
-        pool = [*following] if len(following) == self.batch_size else [*following, *batch]
-        spares = range(MAX_BROKEN_IN_A_ROW - 1)
-        places = range(self.batch_size)[self.share]
-        return [
-            (epoch, batch[place], *(pool[(place + spare) % len(pool)] for spare in spares))
-            for place in places
-        ]
+    ) -> list[SampleKey]:
+        """The keys of a batch; the next one stands in, or, where the stream ends in it, both.
+
+        A worker is handed about twice its share.
+        """
+        pool = [*following]
+        if len(following) < self.batch_size:
+            pool += batch
+        keys = []
+        for place in range(self.batch_size)[self.share]:
+            spares = range(place, place + MAX_BROKEN_IN_A_ROW - 1)
+            keys.append((epoch, batch[place], *(pool[spare % len(pool)] for spare in spares)))
+        return keys
 
 
 __all__ = ["BatchSampler", "epoch_order"]

@@ -1,11 +1,13 @@
 """Which file a row of a data set may name: one of that data set's own, and no other.
 
-    own_file("cats/1.png", "photos/train.parquet")           # the file photos/cats/1.png
-    own_file("../../etc/passwd", "photos/train.parquet")     # ValueError, as for an absolute path, file:// or http://
+    own_file("cats/1.png", "photos/train.parquet")       # the file photos/cats/1.png
+    own_file("../../etc/passwd", "photos/train.parquet") # ValueError; as for /etc, file:// or
+    http://
 
-A table may hold paths instead of images, and whoever wrote the table chose them. A path counts from the folder of the data set and
-stays in it; of a data set on the Hub only its own repository and its own cache are read, and a parquet file there has to hold bytes.
-Links inside a folder are followed: they are the file system's word, not the table's.
+A table may hold paths instead of images, and whoever wrote the table chose them. A path counts from
+the folder of the data set and stays in it; of a data set on the Hub only its own repository and its
+own cache are read, and a parquet file there has to hold bytes. Links inside a folder are followed:
+they are the file system's word, not the table's.
 """
 
 import os
@@ -16,47 +18,56 @@ from huggingface_hub import constants
 
 
 def own_file(path: str, dataset: str) -> Path | str:
-    """The file, or the address in the Hub repository or in a zip of the data set, that `path` means in a row of `dataset`.
+    """The file that `path` means in a row of `dataset`.
 
     Args:
         path: what the row says.
-        dataset: a path here or a name on the Hub, as given to `mim_refiner_hf.data.open_images`.
+        dataset: a path here or a name on the Hub, as given to `open_images`.
+
+    Returns:
+        The file, or an address in the Hub repository or in a zip of the data set.
 
     Raises:
         ValueError: for a path that leads out of the data set.
     """
     in_zip, _, file = path.rpartition("::")
     if not in_zip or re.fullmatch("zip://[^:]*", in_zip):
-        if (place := _local(file, dataset)) is not None:
+        place = _local_file(file, dataset)
+        if place is not None:
             return f"{in_zip}::{place}" if in_zip else place
-        if re.fullmatch(
-            rf"hf://datasets/{_hub_name(dataset)}(@[^/]+)?/.+", file
-        ) and ".." not in file.split("/"):
+
+        own_repository = rf"hf://datasets/{_repository(dataset)}(@[^/]+)?/.+"
+        if re.fullmatch(own_repository, file) and ".." not in file.split("/"):
             return path
     raise ValueError(
-        f"A row of {dataset} names the file {path[:200]!r}, which is not one of that data set and was not opened; put the image's "
-        "bytes into the table, or a path below its folder"
+        f"A row of {dataset} names the file {path[:200]!r}, which is not one of that data set and "
+        "was not opened; put the image's bytes into the table, or a path below its folder"
     )
 
 
-def _local(file: str, dataset: str) -> Path | None:
-    """The absolute path that a row means, if it lies in the data set's folder or in its part of the Hub cache."""
+def _local_file(file: str, dataset: str) -> Path | None:
+    """The absolute path that a row means, if it lies in the data set's folder or its Hub cache."""
     if "://" in file:
         return None
     given = Path(dataset).expanduser()
     if given.exists():
         folder = given if given.is_dir() else given.parent
-        roots = [os.path.abspath(folder), str(folder.resolve())]  # noqa: PTH100  # without ".." as well
-        place = os.path.normpath(os.path.join(roots[0], file))  # noqa: PTH118
-        return Path(place) if any(Path(place).is_relative_to(root) for root in roots) else None
-    place = os.path.normpath(file)
-    own_cache = rf"{re.escape(str(Path(constants.HF_HUB_CACHE)))}/datasets--{_hub_name(dataset).replace('/', '--')}/.+"
-    return Path(place) if re.fullmatch(own_cache, place) else None
+        # the folder as it was named, without "..", and as it is
+        named = os.path.abspath(folder)  # noqa: PTH100
+        place = Path(os.path.normpath(os.path.join(named, file)))  # noqa: PTH118
+        inside = place.is_relative_to(named) or place.is_relative_to(folder.resolve())
+        return place if inside else None
+
+    place = Path(os.path.normpath(file))
+    cache = re.escape(str(Path(constants.HF_HUB_CACHE)))
+    repository = _repository(dataset).replace("/", "--")
+    return place if re.fullmatch(rf"{cache}/datasets--{repository}/.+", str(place)) else None
 
 
-def _hub_name(dataset: str) -> str:
+def _repository(dataset: str) -> str:
     """A pattern for the repository; names without an owner have got one since."""
-    return re.escape(dataset) if "/" in dataset else rf"(?:[\w.-]+/)?{re.escape(dataset)}"
+    name = re.escape(dataset)
+    return name if "/" in dataset else rf"(?:[\w.-]+/)?{name}"
 
 
 __all__ = ["own_file"]

@@ -25,7 +25,7 @@ import torch
 from ..conversion.digests import digest as digest_of_tensor
 from ..data.broken import BROKEN
 from ..data.images import ImageDataset
-from ..data.sources import digest
+from ..data.sources import short_digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import progress_bar, rank, wait_for_everyone, world_size
@@ -182,7 +182,7 @@ def weights_fingerprint(encoder: MimRefinerModel) -> str:
     }
     settings = {name: getattr(encoder.config, name) for name in names}
     tensors = sorted(encoder.state_dict().items())
-    return digest(
+    return short_digest(
         [
             json.dumps(settings, sort_keys=True),
             *(f"{name} {digest_of_tensor(tensor)}" for name, tensor in tensors),
@@ -194,7 +194,9 @@ def data_fingerprint(images: Images) -> str:
     """16 hexadecimal digits that tell data sets apart; of a stream only name, configuration and split are known beforehand."""
     if isinstance(images, ImageDataset):
         return images.fingerprint
-    return digest([images.name, str(images.stream.info.config_name), str(images.stream.split)])
+    return short_digest(
+        [images.name, str(images.stream.info.config_name), str(images.stream.split)]
+    )
 
 
 def whole_fingerprint(images: Images) -> str:

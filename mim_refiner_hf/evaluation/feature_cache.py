@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.sources import digest
+from ..data.sources import short_digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
@@ -137,7 +137,7 @@ def store_name(manifest: dict[str, Any]) -> str:
     """A name for people and a fingerprint of all that the features depend on."""
     parts = [manifest["encoder"]["fingerprint"], manifest["dtype"], str(manifest["preprocessing"])]
     parts += [manifest["data"]["fingerprint"], *manifest["columns"]]
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', Path(manifest['data']['name']).name)}-{digest(parts)}"
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', Path(manifest['data']['name']).name)}-{short_digest(parts)}"
 
 
 def mismatches(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

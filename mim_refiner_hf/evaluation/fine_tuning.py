@@ -36,7 +36,7 @@ from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.images import Key, read_sample
+from ..data.images import SampleKey, read_sample
 from ..data.order import BatchSampler
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
@@ -163,7 +163,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
         )
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
         (image, label, _), index, broken = read_sample(self.images, key)
         for entry in broken:
             logger.warning("%s It is skipped.", entry["reason"])

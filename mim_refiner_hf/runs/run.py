@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from ..data.broken import readable
+from ..data.broken import readable_images
 from ..data.fingerprint import RECORD, write_data_record
 from ..data.images import Broken, ImageDataset, evenly_spaced
 from ..evaluation.block_analysis import BlockProfile
@@ -218,7 +218,7 @@ def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Bro
         return prepared, []
     kept, own = [], []
     for images in (prepared.eval_images, evenly_spaced(prepared.bank, BANK_SIZE)):
-        left, broken = readable(images, workers)
+        left, broken = readable_images(images, workers)
         kept.append(left)
         if images.found is getattr(
             prepared.images, "found", None
