@@ -276,9 +276,6 @@ def test_stream_is_a_shuffle_of_the_table(shared: Path, tmp_path: Path, kind: st
         and label == images.labels[place]
     )
     if kind == "saved":  # more passes: over parquet each ends with a wait of 5 s inside `datasets`
-        assert [
-            example["image"]["bytes"] for _, example in stream.iterate(0, 0, start=17)
-        ] == cells[17:]
         assert all(
             [example["image"]["bytes"] for _, example in stream.iterate(*other)] != cells
             for other in ((0, 1), (1, 0))
@@ -329,7 +326,7 @@ def test_batches_are_the_epoch_orders_cut_in_pieces() -> None:
         for place in range(18)
     ]
     batches = list(sampler)
-    assert sampler.steps_per_epoch == 3 and len(sampler) == 8
+    assert len(sampler) == 8
     assert [len(batch) for batch in batches] == [6] * 8 and list(chain(*batches)) == expected[:48]
     for start in range(9):
         later = BatchSampler(images, batch_size=6, seed=4, steps=8, start_step=start)
@@ -358,10 +355,7 @@ def test_stream_batches_go_through_epochs_and_start_anywhere(tmp_path: Path) -> 
         for step in range(9)
         for place, example in enumerate(epochs[step // 2][step % 2 * 4 : step % 2 * 4 + 4])
     ]
-    assert (
-        BatchSampler(stream, **options).steps_per_epoch is None
-        and list(chain(*batches)) == expected
-    )
+    assert list(chain(*batches)) == expected
     for start in range(10):
         assert list(BatchSampler(stream, **options, start_step=start)) == batches[start:]
     shares = [list(BatchSampler(stream, **options, rank=rank, world_size=2)) for rank in (0, 1)]

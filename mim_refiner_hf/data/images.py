@@ -16,7 +16,6 @@ it from finding itself, and the views are drawn for the image it stands in for. 
 in that epoch, which is why every broken image is named and listed (`broken.py`).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,11 +160,10 @@ class ImageStream:
         selected = stream.select_columns([column for column in columns if column in features])
         self.stream = undecoded(selected, self.image_column, features)
 
-    def iterate(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[int, Example]]:
-        """(place in this epoch, example) from place `start` on, shuffled by shards and a buffer."""
+    def iterate(self, seed: int, epoch: int) -> Iterator[tuple[int, Example]]:
+        """(place in this epoch, example), shuffled by shards and a buffer."""
         shuffle_seed = int(random_generator(seed, "stream", epoch).integers(2**31))
-        shuffled = self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
-        return itertools.islice(enumerate(shuffled), start, None)
+        return enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER))
 
     def decode(self, example: Example) -> tuple[Image.Image, int]:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""

@@ -73,13 +73,6 @@ class BatchSampler(Sampler[list[SampleKey]]):
         share = batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
 
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Whole batches in an epoch; None for a stream, whose epoch ends with it."""
-        if isinstance(self.source, ImageDataset):
-            return len(self.source) // self.batch_size
-        return None
-
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)
 

@@ -159,10 +159,11 @@ def _exchange(folder: Path, new: Path, old: Path) -> None:
 
 
 def shipped_folder(name: str, in_repository: str) -> Path:
-    """A folder of data files: of the repository, or as it was installed with the package.
+    """A folder of data files, in a checkout of the repository or where it is installed.
 
     Args:
-        name: what it is called when installed, `<prefix>/share/mim_refiner_hf/<name>`.
+        name: what it is called when installed: `<prefix>/share/mim_refiner_hf/<name>`, or a folder
+            of the package.
         in_repository: where a checkout of the repository has it; that one is taken if it exists.
     """
     folder = REPOSITORY / in_repository
@@ -176,7 +177,7 @@ def shipped_folder(name: str, in_repository: str) -> Path:
             before, found, _ = Path(str(file.locate())).as_posix().partition(inside)
             if found:
                 return Path(before, inside).resolve()
-    return folder
+    return Path(__file__).parents[1] / name
 
 
 __all__ = [
