@@ -1,32 +1,28 @@
-"""The cards of the zoo: `model_cards/<model>/results.yaml` -> `README.md` and `.eval_results/` beside it, and the index above.
+"""The cards of the zoo: `<model>/results.yaml` -> `README.md` and `.eval_results/` beside it.
 
-    python -m mim_refiner_hf.publishing.zoo_card model_cards/          # or: make cards
+    python -m model_cards.render                       # from the repository's root; or: make cards
 
-The numbers come from `results.yaml` (`zoo_results.py`), the words from `zoo_card.md.jinja` and `zoo_index.md.jinja`. Everything that
-is rendered says of every number who found it: the paper, with its table, or we, with date and seed.
+The numbers come from `results.yaml` (results.py), the words from `zoo_card.md.jinja` and
+`zoo_index.md.jinja`, which becomes the README above them all. Every number that is shown says who
+found it: the paper, with its table, or we, with date and seed.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCard,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 
-from ..conversion.zoo import ZOO
-from ..runtime.text import fenced, plain
-from .model_card import CITATION, TAGS
-from .zoo_results import (
+from mim_refiner_hf.conversion.zoo import ZOO
+from mim_refiner_hf.publishing.convert import COPY_MARK
+from mim_refiner_hf.publishing.model_card import CITATION, card_metadata, eval_results_yaml
+from mim_refiner_hf.runtime.text import fenced, plain
+
+from .results import (
     DATASETS,
     METRICS,
     PROTOCOLS,
@@ -37,201 +33,227 @@ from .zoo_results import (
     read_results,
 )
 
-TEMPLATE, INDEX = (
-    Path(__file__).with_name(name) for name in ("zoo_card.md.jinja", "zoo_index.md.jinja")
-)
+FOLDER = Path(__file__).parent
 PAPER = "https://arxiv.org/abs/2402.10093"
 
 
-def who(row: Reported | Measured) -> str:
+@dataclass(frozen=True)
+class Table:
+    """The rows of one protocol; a row is dataset, setting, metric, value, source, command."""
+
+    protocol: Protocol
+    rows: list[dict[str, str]]
+
+
+def found_by(row: Reported | Measured) -> str:
     """Who found a number, in the words that mark it wherever it is shown."""
-    return "reported by the paper" if isinstance(row, Reported) else "measured by us"
+    if isinstance(row, Reported):
+        return "reported by the paper"
+    return "measured by us"
 
 
-def groups(rows: Sequence[Reported | Measured]) -> list[tuple[Protocol, list[dict[str, str]]]]:
-    """The rows by protocol, in the order of PROTOCOLS, as cells of a table."""
-    order = list(PROTOCOLS)
-    ordered = sorted(rows, key=lambda row: order.index(row.score.protocol))
-    return [
-        (
-            PROTOCOLS[protocol],
-            [
-                {
-                    "dataset": DATASETS[row.score.dataset][0],
-                    "setting": row.score.setting,
-                    "metric": METRICS[row.score.metric],
-                    "value": f"{row.score.value}",
-                    "source": row.source,
-                    "command": plain(row.command) if isinstance(row, Measured) else "",
-                }
-                for row in group
-            ],
-        )
-        for protocol, group in groupby(ordered, key=lambda row: row.score.protocol)
-    ]
+def tables_of(rows: Sequence[Reported | Measured]) -> list[Table]:
+    """The rows by protocol, in the order of PROTOCOLS."""
+    tables = []
+    for name, protocol in PROTOCOLS.items():
+        own = [row for row in rows if row.score.protocol == name]
+        if own:
+            tables.append(Table(protocol, [_cells(row) for row in own]))
+    return tables
+
+
+def _cells(row: Reported | Measured) -> dict[str, str]:
+    """What a table shows of a row."""
+    command = ""
+    if isinstance(row, Measured):
+        command = plain(row.command)
+    return {
+        "dataset": DATASETS[row.score.dataset][0],
+        "setting": row.score.setting,
+        "metric": METRICS[row.score.metric],
+        "value": f"{row.score.value}",
+        "source": row.source,
+        "command": command,
+    }
 
 
 def source(row: Reported | Measured) -> dict[str, Any]:
-    """The paper and its tables, as the metadata name a source; nothing for what we measured, whose source is the repository itself."""
-    return (
-        {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPER}
-        if isinstance(row, Reported)
-        else {}
-    )
+    """The paper and its tables, as the metadata name a source.
+
+    Nothing for what we measured: its source is the repository itself.
+    """
+    if isinstance(row, Measured):
+        return {}
+    return {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPER}
 
 
-def eval_results(results: Results) -> list[EvalResult]:
-    """Every number for the card's `model-index`. Its `config` says who found it, so the two kinds are never grouped."""
-    return [
-        EvalResult(
+def model_index(results: Results) -> list[EvalResult]:
+    """Every number for the card's `model-index`.
+
+    The configuration of the data set says who found it, so the two kinds are never grouped.
+    """
+    index = []
+    for row in results.rows:
+        title, hub_name = DATASETS[row.score.dataset]
+        label = row.score.label
+        entry = EvalResult(
             task_type=PROTOCOLS[row.score.protocol].task,
-            dataset_type=DATASETS[row.score.dataset][1] or row.score.dataset,
-            dataset_name=DATASETS[row.score.dataset][0],
-            dataset_config=f"{row.score.label} ({who(row)})",
+            dataset_type=hub_name or row.score.dataset,
+            dataset_name=title,
+            dataset_config=f"{label} ({found_by(row)})",
             metric_type=row.score.metric,
-            metric_name=f"{row.score.label}: {METRICS[row.score.metric]} ({who(row)})",
+            metric_name=f"{label}: {METRICS[row.score.metric]} ({found_by(row)})",
             metric_value=row.score.value,
             **source(row),
         )
-        for row in results.rows
-    ]
+        index.append(entry)
+    return index
 
 
 def eval_files(results: Results) -> dict[str, str]:
-    """File name -> content under `.eval_results/`, for the data sets that have an identifier on the Hub.
+    """File name -> content under `.eval_results/`, for data sets with an identifier on the Hub.
 
-    The Hub shows an entry once the data set's repository declares the task as a benchmark; until then they are data.
+    The Hub shows an entry once the data set's repository declares the task as a benchmark; until
+    then they are data.
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for row in results.rows:
-        hub_name = DATASETS[row.score.dataset][1]
-        task = f"{row.score.protocol} {row.score.setting} {row.score.metric}".replace(
-            "%", "percent"
-        ).replace("-", "_")
-        how = f"; seed {row.seed}: {row.command}" if isinstance(row, Measured) else ""
-        entry = EvalResultEntry(
-            dataset_id=hub_name,
-            task_id="_".join(task.split()),
-            value=row.score.value,
-            date=str(row.date) if isinstance(row, Measured) else None,
-            notes=f"{who(row)}; {row.score.label}: {METRICS[row.score.metric]}{how}",
-            **source(row),
-        )
-        if hub_name:
-            entries.setdefault(f"{row.score.dataset}.yaml", []).append(entry)
-    return {
-        name: yaml.safe_dump(
-            eval_result_entries_to_yaml(found), sort_keys=False, allow_unicode=True, width=1000
-        )
-        for name, found in entries.items()
-    }
+        if DATASETS[row.score.dataset][1]:
+            entries.setdefault(f"{row.score.dataset}.yaml", []).append(_eval_entry(row))
+    return {name: eval_results_yaml(rows) for name, rows in entries.items()}
 
 
-def render_card(name: str, results: Results, start: Results | None, copy: str = "") -> str:
-    """The README of the model in folder `name`, refined from `start` (None for a model that is not refined).
+def _eval_entry(row: Reported | Measured) -> EvalResultEntry:
+    """One number as the Hub's evaluation results have it; the task is one word."""
+    score = row.score
+    task = f"{score.protocol} {score.setting} {score.metric}"
+    task = task.replace("%", "percent").replace("-", "_")
 
-    `copy` says how a converted copy was made and checked; with it the card stands alone, without links to its neighbours.
-    """
-    optional: dict[str, Any] = {"license": results.entry.licence}
+    notes = f"{found_by(row)}; {score.label}: {METRICS[score.metric]}"
+    date = None
+    if isinstance(row, Measured):
+        notes += f"; seed {row.seed}: {row.command}"
+        date = str(row.date)
+
+    return EvalResultEntry(
+        dataset_id=DATASETS[score.dataset][1],
+        task_id="_".join(task.split()),
+        value=score.value,
+        date=date,
+        notes=notes,
+        **source(row),
+    )
+
+
+def render_card(name: str, results: Results, start: Results | None) -> str:
+    """The README of the model in folder `name`, refined from `start`; None if it is not refined."""
+    entry = results.entry
+    optional: dict[str, Any] = {}
     if results.base_model:
         optional |= {"base_model": results.base_model, "base_model_relation": "finetune"}
-    if found := eval_results(results):
-        optional |= {"model_name": name, "eval_results": found}
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        datasets=["ILSVRC/imagenet-1k"],
-        tags=TAGS,
-        **optional,
+    index = model_index(results)
+    if index:
+        optional |= {"model_name": name, "eval_results": index}
+
+    on_the_hub = f"https://huggingface.co/{entry.repo}/blob/main/{entry.filename}"
+    card = ModelCard.from_template(
+        card_metadata(license=entry.licence, datasets=["ILSVRC/imagenet-1k"], **optional),
+        template_str=(FOLDER / "zoo_card.md.jinja").read_text(encoding="utf-8"),
+        name=name,
+        results=results,
+        start=start,
+        copy_mark=COPY_MARK.format(results.zoo_name),
+        address=entry.url or on_the_hub,
+        notes=[plain(note) for note in results.notes],
+        reported=tables_of(results.reported),
+        measured=tables_of(results.measured),
+        paper=PAPER,
+        citation=fenced(CITATION, "bibtex"),
     )
-    return str(
-        ModelCard.from_template(
-            data,
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
-            name=name,
-            results=results,
-            start=start,
-            copy=copy,
-            address=results.entry.url
-            or f"https://huggingface.co/{results.entry.repo}/blob/main/{results.entry.filename}",
-            notes=[plain(note) for note in results.notes],
-            reported=groups(results.reported),
-            measured=groups(results.measured),
-            paper=PAPER,
-            citation=fenced(CITATION, "bibtex"),
-        )
-    )
+    return str(card)
 
 
 def render_index(models: dict[str, Results]) -> str:
-    """`model_cards/README.md`: every model with the paper's headline numbers on ImageNet-1K."""
-    scores = {
-        name: {
-            (row.score.protocol, row.score.setting, row.score.metric): row.score.value
-            for row in results.reported
-            if row.score.dataset == "imagenet-1k"
-        }
-        for name, results in models.items()
-    }
-    others = [name for name in ZOO if name not in {results.zoo_name for results in models.values()}]
-    template = jinja2.Template(INDEX.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    """The README above the models: each with the paper's headline numbers on ImageNet-1K."""
+    scores: dict[str, dict[tuple[str, str, str], float]] = {}
+    for name, results in models.items():
+        scores[name] = {}
+        for row in results.reported:
+            if row.score.dataset == "imagenet-1k":
+                key = (row.score.protocol, row.score.setting, row.score.metric)
+                scores[name][key] = row.score.value
+
+    carded = {results.zoo_name for results in models.values()}
+    others = [name for name in ZOO if name not in carded]
+    text = (FOLDER / "zoo_index.md.jinja").read_text(encoding="utf-8")
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
     return template.render(models=models, scores=scores, others=others, paper=PAPER)
 
 
-def write_cards(folder: Path) -> list[Path]:
-    """Render every `<folder>/<model>/results.yaml` into the card and `.eval_results/` beside it, and `<folder>/README.md`.
-
-    Returns the files, all written only once all could be rendered.
+def render_all(folder: Path) -> dict[Path, str]:
+    """Path -> text of everything that is made from the `<folder>/<model>/results.yaml`.
 
     Raises:
         FileNotFoundError: when `folder` holds no model.
         ValueError: for a `results.yaml` that is wrong, or names a starting model that has none.
     """
-    found = {path.parent.name: read_results(path) for path in folder.glob("*/results.yaml")}
-    if not found:
+    models = {path.parent.name: read_results(path) for path in folder.glob("*/results.yaml")}
+    if not models:
         raise FileNotFoundError(
-            f"{folder} holds no <model>/results.yaml; give the folder model_cards/ of the repository"
+            f"{folder} holds no <model>/results.yaml; give the folder model_cards/ of the "
+            "repository"
         )
-    models = {
-        name: found[name]
-        for name in sorted(found, key=lambda name: list(ZOO).index(found[name].zoo_name))
-    }
+    # in the order of the zoo
+    place = {name: number for number, name in enumerate(ZOO)}
+    models = dict(sorted(models.items(), key=lambda model: place[model[1].zoo_name]))
+
     texts = {folder / "README.md": render_index(models)}
     for name, results in models.items():
         start = models.get(results.starting_model or "")
         if start is None and results.starting_model:
             raise ValueError(
-                f"{name}: starting_model {results.starting_model!r} has no folder; there are {', '.join(models)}"
+                f"{name}: starting_model {results.starting_model!r} has no folder; "
+                f"there are {', '.join(models)}"
             )
         texts[folder / name / "README.md"] = render_card(name, results, start)
-        texts |= {
-            folder / name / ".eval_results" / file: text
-            for file, text in eval_files(results).items()
-        }
-    for path in set(folder.glob("*/.eval_results/*.yaml")) - texts.keys():
-        path.unlink()
+        for file, text in eval_files(results).items():
+            texts[folder / name / ".eval_results" / file] = text
+    return {path: text.rstrip() + "\n" for path, text in texts.items()}
+
+
+def write_cards(folder: Path) -> list[Path]:
+    """Write what `render_all` gives, once all of it could be rendered, and return the files.
+
+    Evaluation results of earlier that belong to no model any more are removed.
+    """
+    texts = render_all(folder)
+    for path in folder.glob("*/.eval_results/*.yaml"):
+        if path not in texts:
+            path.unlink()
+
     for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text.rstrip() + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     return list(texts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m mim_refiner_hf.publishing.zoo_card model_cards/`; exit code 2 with one sentence for a wrong file."""
+    """Write the cards; exit code 2 with one sentence for a wrong file."""
     parser = argparse.ArgumentParser(
-        description="Render the cards of the zoo from their results.yaml files."
+        prog="python -m model_cards.render",
+        description="Render the cards of the zoo from their results.yaml files.",
     )
-    parser.add_argument("folder", type=Path, help="model_cards/ of the repository")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="default: this one")
+    options = parser.parse_args(arguments)
+
     try:
-        files = write_cards(parser.parse_args(arguments).folder)
+        files = write_cards(options.folder)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(files)} files written")
     return 0
 
-
-__all__ = ["main", "write_cards"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -3,29 +3,36 @@
     results = read_results(Path("model_cards/mae-refined-l16/results.yaml"))
     results.reported[0].score.value, results.reported[0].source              # 81.5, "Tables 2, 13"
 
-A file names an entry of the zoo and lists numbers of two kinds that never share a row or a table: `reported` ones, which the paper
-(arXiv 2402.10093) prints, with their tables; and `measured` ones, which we found, with command, date and seed. Every row names a
-protocol, a data set and a metric of the tables below; a key or a word that is not there is an error, not a footnote.
+A file names an entry of the zoo and lists numbers of two kinds that never share a row or a table:
+`reported` ones, which the paper (arXiv 2402.10093) prints, with their tables; and `measured` ones,
+which we found, with command, date and seed. Every row names a protocol, a data set and a metric of
+the tables below. A key or a word that is not there is an error.
 """
 
 import datetime
 import math
 from dataclasses import MISSING, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from ..conversion.zoo import ZOO, ZooEntry
+from mim_refiner_hf.conversion.zoo import ZOO, ZooEntry
 
+# the tables of the paper with numbers of released models and of their starting points
 TABLES = (2, 3, 4, 5, 7, 8, 9, 13)
-"""The tables of the paper with numbers of released models and of their starting points."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number comes about: a title, the words of the paper's appendix C in short, the Hub's task, and the settings it has."""
+    """How a number comes about.
+
+    Attributes:
+        title: for readers.
+        text: the words of the paper's appendix C in short.
+        task: what the Hub calls it.
+        settings: those that a row can name.
+    """
 
     title: str
     text: str
@@ -45,8 +52,9 @@ PROTOCOLS = {
     ),
     "linear-probe": Protocol(
         "Linear probe",
-        "linear classifier on the frozen encoder by the protocol of DINOv2: 50 epochs of SGD, the best of 13 learning rates, of the last "
-        "block or the last 4, and of CLS with or without mean patch (C.3; on other data sets C.8). VTAB: mean rank among the 13 models "
+        "linear classifier on the frozen encoder by the protocol of DINOv2: 50 epochs of SGD, "
+        "the best of 13 learning rates, of the last block or the last 4, and of CLS with or "
+        "without mean patch (C.3; on other data sets C.8). VTAB: mean rank among the 13 models "
         "of Table 8",
     ),
     "low-shot-logistic": Protocol(
@@ -61,7 +69,8 @@ PROTOCOLS = {
     ),
     "clustering": Protocol(
         "Clustering",
-        "mini-batch k-means, 100 runs, on the L2-normalised CLS tokens of the validation images (Section 5.3, C.12)",
+        "mini-batch k-means, 100 runs, on the L2-normalised CLS tokens of the validation images "
+        "(Section 5.3, C.12)",
         "image-feature-extraction",
         ("lowest loss of 100 runs", "mean of 100 runs"),
     ),
@@ -72,19 +81,22 @@ PROTOCOLS = {
     ),
     "inat-low-shot": Protocol(
         "Low-shot on iNaturalist 2018",
-        "validation accuracy, mean of 3 seeds; 1-shot by a linear probe, 5- and 10-shot by fine-tuning (C.6, Table 12)",
+        "validation accuracy, mean of 3 seeds; 1-shot by a linear probe, 5- and 10-shot by "
+        "fine-tuning (C.6, Table 12)",
         settings=("1-shot", "5-shot", "10-shot"),
     ),
     "segmentation-probe": Protocol(
         "Segmentation probe",
-        "linear classifier per patch on four blocks of the frozen encoder, 224 px, single scale (C.7)",
+        "linear classifier per patch on four blocks of the frozen encoder, 224 px, single scale "
+        "(C.7)",
         "image-segmentation",
     ),
     "fine-tuning": Protocol(
         "Fine-tuning", "the whole encoder on all labels, with MAE's hyperparameters (C.9)"
     ),
 }
-DATASETS = {  # for readers, and on the Hub where its identifier is sure
+# for readers, and on the Hub where its identifier is sure
+DATASETS = {
     "imagenet-1k": ("ImageNet-1K", "ILSVRC/imagenet-1k"),
     "inat18": ("iNaturalist 2018", ""),
     "ade20k": ("ADE20K", ""),
@@ -112,7 +124,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Score:
-    """What was scored: a protocol with its setting, a data set, a metric (names of the tables above), and the value in its unit."""
+    """What was scored: names of the tables above, and the value in the unit of its metric."""
 
     protocol: str
     dataset: str
@@ -121,22 +133,28 @@ class Score:
     setting: str = ""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("protocol", PROTOCOLS), ("dataset", DATASETS), ("metric", METRICS)):
-            if getattr(self, name) not in list(allowed):
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
-                )
-        if self.setting not in (settings := PROTOCOLS[self.protocol].settings):
+        tables = {"protocol": PROTOCOLS, "dataset": DATASETS, "metric": METRICS}
+        for field, allowed in tables.items():
+            name = getattr(self, field)
+            # a list, as a name that cannot be hashed is to be named too
+            if name not in list(allowed):
+                raise ValueError(f"{field} {name!r} is unknown; allowed: {', '.join(allowed)}")
+
+        settings = PROTOCOLS[self.protocol].settings
+        if self.setting not in settings:
+            allowed_settings = ", ".join(map(repr, settings))
             raise ValueError(
-                f"setting {self.setting!r} is none of {self.protocol}; allowed: {', '.join(map(repr, settings))}"
+                f"setting {self.setting!r} is none of {self.protocol}; allowed: {allowed_settings}"
             )
+
         if type(self.value) not in (int, float) or not math.isfinite(self.value):
             raise ValueError(f"value {self.value!r} is not a number")
 
     @property
     def label(self) -> str:
         """The protocol and its setting in words."""
-        return ", ".join(filter(None, (PROTOCOLS[self.protocol].title, self.setting)))
+        title = PROTOCOLS[self.protocol].title
+        return f"{title}, {self.setting}" if self.setting else title
 
 
 @dataclass(frozen=True)
@@ -147,19 +165,16 @@ class Reported:
     tables: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.tables, tuple)
-            or not self.tables
-            or any(table not in TABLES for table in self.tables)
-        ):
-            raise ValueError(
-                f"tables {self.tables!r} must be a list of some of {', '.join(map(str, TABLES))}"
-            )
+        is_list = isinstance(self.tables, tuple) and len(self.tables) > 0
+        if not is_list or not set(self.tables) <= set(TABLES):
+            allowed = ", ".join(map(str, TABLES))
+            raise ValueError(f"tables {self.tables!r} must be a list of some of {allowed}")
 
     @property
     def source(self) -> str:
         """Where it is printed."""
-        return f"Table{'s' * (len(self.tables) > 1)} {', '.join(map(str, self.tables))}"
+        word = "Table" if len(self.tables) == 1 else "Tables"
+        return f"{word} {', '.join(map(str, self.tables))}"
 
 
 @dataclass(frozen=True)
@@ -172,13 +187,14 @@ class Measured:
     seed: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.command, str) and self.command.strip()):
+        if not isinstance(self.command, str) or not self.command.strip():
             raise ValueError(
                 f"command {self.command!r} must be the command line that gave the value"
             )
         if type(self.date) is not datetime.date or type(self.seed) is not int:
             raise ValueError(
-                f"date {self.date!r} and seed {self.seed!r} must be a date such as 2025-01-31 and an integer"
+                f"date {self.date!r} and seed {self.seed!r} must be a date such as 2025-01-31 and "
+                "an integer"
             )
 
     @property
@@ -194,7 +210,8 @@ class Results:
     Args:
         zoo_name: the official weights, a name of `conversion.zoo.ZOO`.
         reported, measured: the numbers; no score twice in either.
-        starting_model: the folder of the model that was refined into this one; None for a model that is not refined.
+        starting_model: the folder of the model that was refined into this one; None for a model
+            that is not refined.
         recipe: the name in `training/recipes/` that repeats the refinement.
         base_model: the Hub repository of the starting weights, where there is one.
         notes: sentences for the reader.
@@ -215,18 +232,12 @@ class Results:
             raise ValueError(
                 "a refined model has a starting_model and a recipe, any other has neither"
             )
-        for rows in (self.reported, self.measured):
-            if not isinstance(rows, tuple):
-                raise ValueError(f"reported and measured must be lists of rows, found {rows!r}")
-            keys = [
-                (row.score.protocol, row.score.setting, row.score.dataset, row.score.metric)
-                for row in rows
-            ]
-            if twice := {key for key in keys if keys.count(key) > 1}:
-                raise ValueError(f"there are two values for {', '.join(filter(None, min(twice)))}")
-        if not (
-            isinstance(self.notes, tuple) and all(isinstance(note, str) for note in self.notes)
-        ):
+
+        _check_rows(self.reported)
+        _check_rows(self.measured)
+
+        is_list = isinstance(self.notes, tuple)
+        if not is_list or not all(isinstance(note, str) for note in self.notes):
             raise ValueError(f"notes {self.notes!r} must be a list of sentences")
 
     @property
@@ -245,34 +256,18 @@ class Results:
         return f"{self.entry.title} {self.entry.architecture}"
 
 
-T = TypeVar("T")
+def _check_rows(rows: Any) -> None:
+    """ValueError for what is no list of rows, and for two rows with the same score."""
+    if not isinstance(rows, tuple):
+        raise ValueError(f"reported and measured must be lists of rows, found {rows!r}")
 
-
-def strict(kind: type[T], content: Any) -> T:
-    """A dataclass from a mapping with exactly its fields; lists become tuples, and a `score` gathers its own fields from the row."""
-    if not isinstance(content, dict):
-        raise ValueError(f"expected the fields of {kind.__name__.lower()}, found {content!r}")
-    content = dict(content)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if "score" in known:
-        inside = [field.name for field in fields(Score)]
-        content["score"] = strict(
-            Score, {name: content.pop(name) for name in inside if name in content}
-        )
-    if unknown := sorted(map(str, content.keys() - known.keys())):
-        raise ValueError(
-            f"unknown key {', '.join(unknown)} in {kind.__name__.lower()}; allowed: {', '.join(known)}"
-        )
-    if missing := [
-        name for name, field in known.items() if field.default is MISSING and name not in content
-    ]:
-        raise ValueError(f"{', '.join(missing)} missing in {kind.__name__.lower()}")
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in content.items()
-        }
-    )
+    seen = set()
+    for row in rows:
+        score = row.score
+        key = (score.protocol, score.setting, score.dataset, score.metric)
+        if key in seen:
+            raise ValueError(f"there are two values for {', '.join(filter(None, key))}")
+        seen.add(key)
 
 
 def read_results(path: Path) -> Results:
@@ -280,64 +275,61 @@ def read_results(path: Path) -> Results:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: for what is not YAML, an unknown or missing key, an unknown word or a value of the wrong kind; names the row.
+        ValueError: for what is not YAML, an unknown or missing key, an unknown word or a value of
+            the wrong kind; names the row.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = {
-            name: [
-                strict_row(kind, row, name, number) for number, row in enumerate(content[name], 1)
-            ]
-            for name, kind in (("reported", Reported), ("measured", Measured))
-            if isinstance(content, dict) and isinstance(content.get(name), list)
-        }
-        return strict(Results, {**content, **rows} if rows else content)
+        if isinstance(content, dict):
+            kinds = {"reported": Reported, "measured": Measured}
+            for name, kind in kinds.items():
+                if isinstance(content.get(name), list):
+                    content[name] = _read_rows(kind, content[name], name)
+        return _from_mapping(Results, content)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def strict_row(kind: type[T], row: Any, name: str, number: int) -> T:
-    """One row, with its place in the message when it is wrong."""
-    try:
-        return strict(kind, row)
-    except ValueError as error:
-        raise ValueError(f"{name}, row {number}: {error}") from error
+T = TypeVar("T")
 
 
-def results_folder() -> Path:
-    """`model_cards/` of the repository, or its `results.yaml` files as they ship with the package."""
-    folders = [
-        Path(__file__).parents[2] / "model_cards",
-        Path(str(resources.files("mim_refiner_hf"))) / "model_cards",
-    ]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+def _read_rows(kind: type[T], rows: list[Any], name: str) -> list[T]:
+    """The rows of one kind; the message about a wrong one says which it is."""
+    read = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            read.append(_from_mapping(kind, row))
+        except ValueError as error:
+            raise ValueError(f"{name}, row {number}: {error}") from error
+    return read
 
 
-def find_results(zoo_name: str) -> Results | None:
-    """What is known of an official checkpoint; None for anything without a folder in `model_cards/`."""
-    if zoo_name not in ZOO:
-        return None
-    found = (read_results(path) for path in sorted(results_folder().glob("*/results.yaml")))
-    return next((results for results in found if results.zoo_name == zoo_name), None)
+def _from_mapping(kind: type[T], content: Any) -> T:
+    """A dataclass from a mapping that has exactly its fields.
 
+    Lists become tuples. Where the dataclass has a `score`, the fields of the score stand in the
+    mapping itself.
+    """
+    title = kind.__name__.lower()
+    if not isinstance(content, dict):
+        raise ValueError(f"expected the fields of {title}, found {content!r}")
+    content = dict(content)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
 
-def starting_point(results: Results) -> Results | None:
-    """What is known of the model that this one was refined from; None for one that is not refined."""
-    if results.starting_model is None:
-        return None
-    return read_results(results_folder() / results.starting_model / "results.yaml")
+    if "score" in known:
+        of_score = {field.name for field in fields(Score)} & content.keys()
+        content["score"] = _from_mapping(Score, {name: content.pop(name) for name in of_score})
 
+    unknown = sorted(map(str, content.keys() - known.keys()))
+    if unknown:
+        allowed = ", ".join(known)
+        raise ValueError(f"unknown key {', '.join(unknown)} in {title}; allowed: {allowed}")
+    required = [name for name, field in known.items() if field.default is MISSING]
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing in {title}")
 
-__all__ = [
-    "DATASETS",
-    "METRICS",
-    "PROTOCOLS",
-    "Measured",
-    "Protocol",
-    "Reported",
-    "Results",
-    "Score",
-    "find_results",
-    "read_results",
-    "starting_point",
-]
+    for name, value in content.items():
+        if isinstance(value, list):
+            content[name] = tuple(value)
+    return kind(**content)
