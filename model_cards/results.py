@@ -133,11 +133,11 @@ class Score:
     setting: str = ""
 
     def __post_init__(self) -> None:
-        tables = {"protocol": PROTOCOLS, "dataset": DATASETS, "metric": METRICS}
+        # lists, as a name that cannot be hashed is to be refused by these words too
+        tables = {"protocol": [*PROTOCOLS], "dataset": [*DATASETS], "metric": [*METRICS]}
         for field, allowed in tables.items():
             name = getattr(self, field)
-            # a list, as a name that cannot be hashed is to be named too
-            if name not in list(allowed):
+            if name not in allowed:
                 raise ValueError(f"{field} {name!r} is unknown; allowed: {', '.join(allowed)}")
 
         settings = PROTOCOLS[self.protocol].settings

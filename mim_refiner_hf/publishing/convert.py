@@ -113,23 +113,14 @@ def convert(
         expected = encode_fixed_input(encoder)
         write_model(new, encoder, processor, written_dtype)
 
-        # its memory is wanted for the one read back
+        # its memory is wanted for the one that is read back
         del encoder
-        difference = relative_difference(expected, encode_fixed_input(load_encoder(new)))
-        if not difference <= READ_BACK_TOLERANCE:
-            raise CheckpointError(
-                f"{source}: the model read back from {new} differs by {difference:.1e} (at most "
-                f"{READ_BACK_TOLERANCE} is allowed), so it was not kept; is the disk or the memory "
-                "of this machine faulty?"
-            )
+        difference = _read_back(new, source, expected)
 
-        digest = None
-        if Path(source).is_file():
-            digest = sha256_of(Path(source))
         done = Conversion(
             folder=Path(destination),
             source=str(source),
-            sha256=digest,
+            sha256=_digest(Path(source)),
             report=str(report),
             parameters=parameters,
             dtype=str(written_dtype).removeprefix("torch."),
@@ -137,12 +128,18 @@ def convert(
             rounding=rounding,
             seconds=time.perf_counter() - began,
         )
-        name = Path(destination).resolve().name
-        files = card_files(name, done, encoder_facts(report.family, config, processor))
-        for file, text in files.items():
+        facts = encoder_facts(report.family, config, processor)
+        for file, text in card_files(Path(destination).resolve().name, done, facts).items():
             (new / file).parent.mkdir(exist_ok=True)
             (new / file).write_text(text, encoding="utf-8")
     return done
+
+
+def _digest(source: Path) -> str | None:
+    """sha256 of a source that is one file."""
+    if not source.is_file():
+        return None
+    return sha256_of(source)
 
 
 def _cast(encoder: MimRefinerModel, dtype: torch.dtype) -> float:
@@ -152,6 +149,19 @@ def _cast(encoder: MimRefinerModel, dtype: torch.dtype) -> float:
     exact = encode_fixed_input(encoder)
     encoder.to(dtype)  # type: ignore[arg-type]
     return relative_difference(exact, encode_fixed_input(encoder))
+
+
+def _read_back(folder: Path, source: str | Path, expected: Tensor) -> float:
+    """By how much, relatively, the outputs of the written model differ; an error for too much."""
+    difference = relative_difference(expected, encode_fixed_input(load_encoder(folder)))
+    # not `>`, as NaN is too much
+    if not difference <= READ_BACK_TOLERANCE:
+        raise CheckpointError(
+            f"{source}: the model read back from {folder} differs by {difference:.1e} (at most "
+            f"{READ_BACK_TOLERANCE} is allowed), so it was not kept; is the disk or the memory "
+            "of this machine faulty?"
+        )
+    return difference
 
 
 def encode_fixed_input(encoder: MimRefinerModel) -> Tensor:
