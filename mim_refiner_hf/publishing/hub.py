@@ -155,7 +155,7 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
         api.upload_folder,
         folder_path=folder,
         repo_id=repo_id,
-        ignore_patterns=[CARD, ".tmp*", ".old*", ".git*", ".cache*"],
+        ignore_patterns=[CARD, ".tmp*", ".*.tmp", ".old*", ".git*", ".cache*"],
         commit_message="Weights, configuration and code",
     )
     patiently(upload_model, f"uploading to {repo_id}")
