@@ -6,11 +6,13 @@ import json
 import re
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import get_session
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
@@ -20,7 +22,7 @@ from transformers import AutoModel, pipeline
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.conversion import CheckpointError, download
-from mim_refiner_hf.conversion.zoo import ENTRIES
+from mim_refiner_hf.conversion.zoo import ZOO_ENTRIES
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import save_model_folder
 
@@ -214,19 +216,27 @@ def test_a_data_sets_script_is_not_run(tmp_path: Path) -> None:
 
 def test_every_address_of_the_zoo_is_encrypted() -> None:
     assert all(
-        entry.url.startswith("https://") or (entry.repo and not entry.url) for entry in ENTRIES
+        entry.url.startswith("https://") or (entry.repo and not entry.url) for entry in ZOO_ENTRIES
     )
 
 
 def test_a_redirection_to_an_open_connection_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Answer:
-        status, url = 200, "http://mirror.example/file.pth"
+    """Followed for real, by the library that huggingface_hub's version uses."""
+    library = import_module(type(get_session()).__module__.partition(".")[0])
 
-        def close(self) -> None: ...
+    def answer(request: Any) -> Any:
+        if request.url.host == "host.example":
+            headers = {"Location": "http://mirror.example/file.pth"}
+            return library.Response(302, headers=headers)
+        # the open address may lead back to an encrypted one: what it says could still be a lie
+        if request.url.scheme == "http":
+            return library.Response(302, headers={"Location": "https://safe.example/file.pth"})
+        return library.Response(200, headers={"Content-Length": "4"}, content=b"file")
 
-    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: Answer())
+    client = library.Client(transport=library.MockTransport(answer))
+    monkeypatch.setattr(download, "get_session", lambda: client)
     monkeypatch.setattr(download.constants, "is_offline_mode", lambda: False)
     with pytest.raises(
         CheckpointError,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conversion.digests import digest as digest_of_tensor
+from ..conversion.digests import tensor_digest
 from ..data.broken import BROKEN
 from ..data.images import ImageDataset
 from ..data.sources import digest
@@ -185,7 +185,7 @@ def weights_fingerprint(encoder: MimRefinerModel) -> str:
     return digest(
         [
             json.dumps(settings, sort_keys=True),
-            *(f"{name} {digest_of_tensor(tensor)}" for name, tensor in tensors),
+            *(f"{name} {tensor_digest(tensor)}" for name, tensor in tensors),
         ]
     )
 
