@@ -142,9 +142,9 @@ def feature_ways() -> list[Callable[[], Tensor]]:
     ).eval()
     config, pixels = encoder.config, torch.randn(IMAGES, 3, 224, 224)
     of_timm = timm.create_model(
-        export_timm.architecture(config), **export_timm.model_args(config)
+        export_timm.timm_architecture(config), **export_timm.timm_model_args(config)
     ).eval()
-    of_timm.load_state_dict(export_timm.state_dict(encoder))
+    of_timm.load_state_dict(export_timm.timm_state_dict(encoder))
     with tempfile.TemporaryDirectory() as folder:
         export_native.write(Path(folder), encoder, MimRefinerImageProcessor())
         of_transformers = ViTModel.from_pretrained(folder).eval()

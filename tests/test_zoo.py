@@ -108,7 +108,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(retry, "PAUSE", 0.0)
-    # `http_get` waits a second before it continues
+    # `http_get` loses the chunk in which a connection breaks, and waits a second before it continues
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 200)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     with Server() as running:
         threading.Thread(

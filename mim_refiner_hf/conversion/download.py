@@ -5,9 +5,10 @@
 While it comes in, a file is called `<path>.part`. `<path>.json` beside it records the address, the
 server's ETag and date, the size and, at the end, the sha256.
 
-`http_get` of huggingface_hub brings the bytes, with a progress bar, and goes on where a connection
-broke. It does not know whether all bytes are of one version of the file. So the server is asked
-before and after which version it has (HEAD), and for the rest of that very version (`If-Range`).
+`http_get` of huggingface_hub brings the bytes, with a progress bar, and goes on at most 10 MB
+before the byte where a connection broke. It does not know whether all bytes are of one version of
+the file. So the server is asked before and after which version it has (HEAD), and for the rest of
+that very version (`If-Range`).
 """
 
 import io
