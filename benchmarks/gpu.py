@@ -37,6 +37,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
 from mim_refiner_hf.clustering.k_means import kmeans
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
 from mim_refiner_hf.model.last_block import can_leave_patches_out
 from mim_refiner_hf.refinement import refiner as refiner_module
@@ -304,18 +305,14 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
             encoder = MimRefinerModel(config).to(
                 torch.bfloat16 if options.device == "cuda" else torch.float32
             )
-        settings: Any = {
-            "batch_size": options.batch_size,
-            "num_workers": options.num_workers,
-            "device": options.device,
-        }
+        loading = Loading(options.batch_size, options.num_workers, options.device)
         chosen, processor = (
             images.subset(range(8 if options.tiny else 4096)),
             image_processor(config, {}),
         )
-        extract_features(encoder, images.subset(range(8)), processor, **settings)
+        extract_features(encoder, images.subset(range(8)), processor, loading=loading)
         began = time.perf_counter()
-        extract_features(encoder, chosen, processor, **settings)
+        extract_features(encoder, chosen, processor, loading=loading)
         rate = len(chosen) / (time.perf_counter() - began)
         yield (
             f"features, {size}, {next(encoder.parameters()).dtype}".replace("torch.", ""),

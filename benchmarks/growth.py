@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.clustering.k_means import kmeans
 from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.refinement.heads import IdHeads
@@ -145,7 +146,7 @@ def embedding(images: int) -> Callable[[], object]:
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
     column = f"block{BLOCKS - 1}.cls"
-    return lambda: encode_images(encoder, digits, image_processor, [column], batch_size=64)
+    return lambda: encode_images(encoder, digits, image_processor, [column], loading=Loading(64))
 
 
 def tokens(side: int) -> int:

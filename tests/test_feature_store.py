@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     FeatureStore,
     embed_images,
@@ -56,7 +57,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_columns_equal_hooked_block_outputs(photos: Path, tmp_path: Path, num_workers: int) -> None:
     encoder, images = make_encoder(), open_images(str(photos))
     columns = ["block1.cls", "block3.cls", "block3.mean", "last4.mean", "output.cls"]
-    store = embed(photos, tmp_path / "out", encoder, columns=columns, num_workers=num_workers)
+    store = embed(
+        photos, tmp_path / "out", encoder, columns=columns, loading=Loading(BATCH, num_workers)
+    )
     blocks: list[Tensor] = []
     for layer in encoder.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
@@ -97,11 +100,13 @@ def test_other_parquet_readers_see_the_same(photos: Path, tmp_path: Path) -> Non
 
 def test_stored_features_are_extracted_once(photos: Path, tmp_path: Path) -> None:
     encoder, images = make_encoder(), open_images(str(photos))
-    expected = extract_features(encoder, images, make_processor(), blocks=[2, 0], batch_size=8)
+    expected = extract_features(
+        encoder, images, make_processor(), blocks=[2, 0], loading=Loading(8)
+    )
     passes = forward_passes(encoder)
     for _ in range(2):
         found = stored_features(
-            encoder, images, make_processor(), tmp_path / "out", blocks=[2, 0], batch_size=8
+            encoder, images, make_processor(), tmp_path / "out", blocks=[2, 0], loading=Loading(8)
         )
         assert passes == [8, 8, 7]
         assert torch.equal(found.features, expected.features)
@@ -180,7 +185,7 @@ def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> No
     table.to_parquet(tmp_path / "train.parquet")
     settings: dict[str, Any] = {
         "shard_size": SHARD,
-        "batch_size": BATCH,
+        "loading": Loading(BATCH),
         "columns": ["block3.cls", "block0.mean"],
     }
     stores = []
@@ -314,7 +319,7 @@ def test_command_writes_a_store(
     assert torch.__version__.startswith(store.manifest["versions"]["torch"])
     encoder = make_encoder().to(torch.bfloat16)
     expected = extract_features(
-        encoder, open_images(str(photos)), make_processor(), blocks=[1], batch_size=8
+        encoder, open_images(str(photos)), make_processor(), blocks=[1], loading=Loading(8)
     )
     torch.testing.assert_close(
         store.features("block1.cls"), expected.blocks[1], atol=0.02, rtol=0.02

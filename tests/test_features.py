@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     Evaluation,
     FeatureSet,
@@ -91,7 +92,7 @@ def test_features_equal_hooked_block_outputs(
     encoder, images = make_encoder(pooling=pooling), Images(range(11))
     torch.nn.init.normal_(encoder.norm.weight)  # a final norm that would show
     found = extract_features(
-        encoder, images, processor, blocks=[2, 0], batch_size=4, num_workers=num_workers
+        encoder, images, processor, blocks=[2, 0], loading=Loading(4, num_workers)
     )
     outputs: dict[int, torch.Tensor] = {}
     for block, layer in enumerate(encoder.layers):

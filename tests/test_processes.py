@@ -27,6 +27,7 @@ from torch import Tensor
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
 from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
 from mim_refiner_hf.evaluation.cluster_scores import kmeans as kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder
@@ -62,7 +63,11 @@ def answers() -> dict[str, Tensor]:
 def in_memory(photos: Path) -> dict[str, Tensor]:
     """Features and labels of all images."""
     found = extract_features(
-        make_encoder(), open_images(str(photos)), make_processor(), blocks=[1], batch_size=BATCH
+        make_encoder(),
+        open_images(str(photos)),
+        make_processor(),
+        blocks=[1],
+        loading=Loading(BATCH),
     )
     assert found.labels is not None
     return {"features": found.features, "block 1": found.blocks[1], "labels": found.labels}
@@ -89,7 +94,7 @@ def process(rank: int, processes: int, port: int, photos: Path, folder: Path) ->
         make_processor(),
         folder / "stream",
         shard_size=SHARD,
-        batch_size=BATCH,
+        loading=Loading(BATCH),
     )
     save_file(
         in_memory(photos) | answers() | groups_of(rank, processes), folder / f"{rank}.safetensors"

@@ -23,6 +23,7 @@ from torch import Tensor
 from mim_refiner_hf import ImageClusteringPipeline
 from mim_refiner_hf.clustering.pipeline_image_clustering import TASK
 from mim_refiner_hf.data.images import ImageDataset, Sample, fully_labelled
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     FeatureSet,
     KMeansRun,
@@ -148,7 +149,7 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
         metrics["knn_accuracy"] = (predicted == labels).float().mean().item()
     elif len(images) > NEIGHBOURS:
         processor = global_view(pipe.image_processor, pipe.model.config.image_hw[0])
-        view = extract_features(pipe.model, images, processor, batch_size=32)
+        view = extract_features(pipe.model, images, processor, loading=Loading(32))
         metrics["neighbour_agreement"] = float(neighbour_agreement(features, view.features).mean())
     return Evaluation(metrics, FeatureSet(features, labels=labels), groups, predicted)
 

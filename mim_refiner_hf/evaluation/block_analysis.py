@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
+from ..data.loading import Loading
 from ..data.views import ViewSpec, make_view, view_specs
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
@@ -200,8 +201,7 @@ def block_profile(
     reconstruction_epochs: int = 0,
     seed: int = 0,
     features: Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
+    loading: Loading = Loading(),
 ) -> list[BlockProfile]:
     """Profile all blocks, first block first. Every process of a job gets the same.
 
@@ -214,7 +214,7 @@ def block_profile(
         reconstruction_epochs: of the decoders' training (20 in the paper); 0 leaves the reconstruction out, which by far costs most.
         seed: of the view and of the decoders.
         features: see `read_rows`.
-        batch_size, num_workers: of the passes over the images.
+        loading: of the passes over the images.
 
     Raises:
         ValueError: for fewer than 11 images in either set, and what `reconstruction_losses` refuses.
@@ -230,7 +230,7 @@ def block_profile(
             "epochs": reconstruction_epochs,
             "flip": flip,
             "seed": seed,
-            "num_workers": num_workers,
+            "num_workers": loading.num_workers,
         }
         losses = reconstruction_losses(encoder, processor, train_images, eval_images, **settings)
     size, blocks = encoder.config.image_hw[0], range(encoder.config.num_hidden_layers)
@@ -239,12 +239,9 @@ def block_profile(
         images: "ImageDataset", processor: Any, folder: Path | None, what: str
     ) -> FeatureSet:
         own, desc = own_columns(encoder.config), f"block analysis: {what}"
-        settings: dict[str, Any] = {
-            "features": folder,
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-        }
-        rows = read_rows(encoder, images, processor, own, desc=desc, **settings)
+        rows = read_rows(
+            encoder, images, processor, own, features=folder, loading=loading, desc=desc
+        )
         found = {block: rows.column(own[block]) for block in blocks}
         return FeatureSet(found[blocks[-1]], found, rows.labels)
 

@@ -25,6 +25,7 @@ import torch
 from ..conversion.digests import digest as digest_of_tensor
 from ..data.broken import BROKEN
 from ..data.images import ImageDataset
+from ..data.loading import Loading
 from ..data.sources import digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -77,10 +78,8 @@ def embed_images(
     folder: str | Path,
     *,
     columns: Sequence[str] = (),
-    batch_size: int = 256,
-    num_workers: int = 0,
+    loading: Loading = Loading(),
     shard_size: int | None = None,
-    device: torch.device | str | None = None,
     command: str | None = None,
 ) -> FeatureStore:
     """Encode every image once and keep its features in `folder`; several processes share the work.
@@ -91,10 +90,8 @@ def embed_images(
         processor: an image processor whose output has the encoder's native size.
         folder: a new one, or the store of an earlier call: finished shards are verified and kept. One with more columns will do.
         columns: names as in features.py; none for the encoder's own pooling of the last block.
-        batch_size: images per forward pass.
-        num_workers: processes that decode and preprocess; 0 for none beside this one.
+        loading: as in `extract_features`.
         shard_size: images per file; None for what `folder` has, in a new one 8192, or fewer where that gives every process a shard.
-        device: where to encode; None for where the encoder is.
         command: what to run to get this store again, for the manifest.
 
     Returns:
@@ -107,15 +104,13 @@ def embed_images(
     """
     folder = Path(folder)
     columns = check_columns(columns or feature_columns(encoder.config), encoder.config)
-    check_settings(images, batch_size, num_workers, shard_size)
+    check_settings(images, loading, shard_size)
     new = describe(encoder, images, processor, columns, shard_size, command)
     with (
         nullcontext() if is_complete(folder) else sole_run(folder, "--out")
     ):  # anyone may read a complete store
         manifest = claim(folder, new, shard_size is None)
-        num_images = fill(
-            folder, manifest, encoder, images, processor, batch_size, num_workers, device
-        )
+        num_images = fill(folder, manifest, encoder, images, processor, loading)
         wait_for_everyone()
         if rank() == 0:
             finish(folder, manifest | {"num_images": num_images})
@@ -130,9 +125,7 @@ def stored_features(
     folder: str | Path,
     *,
     blocks: Sequence[int] | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> FeatureSet:
     """`extract_features`, by way of a store: read from `folder` where it holds them, computed and kept there where it does not.
 
@@ -140,13 +133,8 @@ def stored_features(
     """
     own = [own_column(encoder.config, block) for block in range(encoder.config.num_hidden_layers)]
     columns = [own[block] for block in (*check_blocks(blocks or (), len(own)), -1)]
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-    }
     return feature_set(
-        embed_images(encoder, images, processor, folder, columns=columns, **settings),
+        embed_images(encoder, images, processor, folder, columns=columns, loading=loading),
         blocks or (),
         own,
     )
@@ -155,13 +143,11 @@ def stored_features(
 # --- what a store is of -------------------------------------------------------------------------------------------------------
 
 
-def check_settings(
-    images: Images, batch_size: int, num_workers: int, shard_size: int | None
-) -> None:
+def check_settings(images: Images, loading: Loading, shard_size: int | None) -> None:
     """ValueError for numbers that make no sense, and for a data set without images."""
     for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
+        ("batch_size", loading.batch_size, 1),
+        ("num_workers", loading.num_workers, 0),
         ("shard_size", shard_size, 1),
     ):
         if value is not None and value < least:
@@ -308,9 +294,7 @@ def fill(
     encoder: MimRefinerModel,
     images: Images,
     processor: Any,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device | str | None,
+    loading: Loading,
 ) -> int:
     """Compute those of this process's shards that are not finished; returns how many images there are, broken ones included."""
     size, processes, first = manifest["shard_size"], world_size(), rank()
@@ -331,15 +315,18 @@ def fill(
             return int(manifest["num_images"])
         total = sum(min(size, manifest["num_images"] - shard * size) for shard in todo)
     sampler = ShardSampler(
-        images, size, batch_size, lambda shard: shard % processes == first and shard not in intact
+        images,
+        size,
+        loading.batch_size,
+        lambda shard: shard % processes == first and shard not in intact,
     )
     desc = "features" if processes == 1 else f"features, process 1 of {processes}"
     with (
-        frozen(encoder, device) as device,
+        frozen(encoder, loading.device) as device,
         progress_bar(total=total, hidden=first > 0, desc=desc, unit=" images") as bar,
     ):
         loader = shard_loader(
-            sampler, processor, num_workers=num_workers, pin_memory=device.type == "cuda"
+            sampler, processor, num_workers=loading.num_workers, pin_memory=device.type == "cuda"
         )
         for shard, batches in itertools.groupby(loader, key=lambda batch: batch.shard):
             write_shard(

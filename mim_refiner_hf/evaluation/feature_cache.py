@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data.loading import Loading
 from ..data.sources import digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -80,15 +81,13 @@ def read_rows(
     columns: Sequence[str],
     *,
     features: Path | None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     desc: str = "features",
 ) -> Rows:
     """The features of `images`, each computed at most once in the life of the folder `features`.
 
     Args:
-        encoder, images, processor, batch_size, num_workers, device, desc: as in `extract_features`.
+        encoder, images, processor, loading, desc: as in `extract_features`.
         columns: names as in features.py.
         features: a folder of stores, made when missing, or one store; None to compute in memory, where a broken image is an error.
 
@@ -96,13 +95,8 @@ def read_rows(
         ValueError: for a folder that holds something else, a store of other weights, preprocessing, images or columns (it names what
             differs), features that are not finite, and images none of which can be read.
     """
-    passes: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-    }
     if features is None:
-        found, _ = encode_images(encoder, images, processor, columns, desc=desc, **passes)
+        found, _ = encode_images(encoder, images, processor, columns, loading=loading, desc=desc)
         return Rows(images, lambda column: finite(found[column], column, images))
     wanted = describe(
         encoder, images, processor, check_columns(columns, encoder.config), None, None
@@ -121,7 +115,9 @@ def read_rows(
         folder = features / store_name(
             describe(encoder, rest, processor, wanted["columns"], None, None)
         )
-        stores.append(embed_images(encoder, rest, processor, folder, columns=columns, **passes))
+        stores.append(
+            embed_images(encoder, rest, processor, folder, columns=columns, loading=loading)
+        )
     return gather(images, stores)
 
 

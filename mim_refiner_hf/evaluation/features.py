@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.loading import Loading
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
 from ..model.last_block import prefix_tokens_only
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -234,9 +235,7 @@ def encode_images(
     processor: Any,
     columns: Sequence[str],
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     desc: str = "features",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every column (N, D) fp32 of N images, on the CPU, in the data set's order, and their labels (N,), -1 for none.
@@ -247,11 +246,11 @@ def encode_images(
         raise ValueError("the data set has no images, so there is nothing to extract features from")
     pooled: dict[str, list[Tensor]] = {column: [] for column in columns}
     labels: list[Tensor] = []
-    with frozen(encoder, device) as device:
+    with frozen(encoder, loading.device) as device:
         loader = DataLoader(
             share_of(images),
-            batch_size=batch_size,
-            num_workers=num_workers,
+            batch_size=loading.batch_size,
+            num_workers=loading.num_workers,
             collate_fn=Preprocess(processor),
             pin_memory=device.type == "cuda",
         )
@@ -275,9 +274,7 @@ def extract_features(
     processor: Any,
     *,
     blocks: Sequence[int] | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     desc: str = "features",
 ) -> FeatureSet:
     """Encode every image once, in the data set's order, without gradient and in eval mode; several processes share the work.
@@ -287,9 +284,7 @@ def extract_features(
         images: N images; decoding and `processor` run in the loader's workers.
         processor: an image processor whose output has the encoder's native size.
         blocks: 0-based blocks whose pooled raw output is kept too; only these are recorded.
-        batch_size: images per forward pass.
-        num_workers: processes that decode and preprocess; 0 for none beside this one.
-        device: where to encode; None for where the encoder is.
+        loading: images per forward pass, processes that decode and preprocess, and where to encode.
         desc: text of the progress bar.
 
     Raises:
@@ -298,13 +293,9 @@ def extract_features(
     depth = encoder.config.num_hidden_layers
     wanted = check_blocks(blocks or (), depth)
     columns = {block: own_column(encoder.config, block) for block in sorted({*wanted, depth - 1})}
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "desc": desc,
-    }
-    features, labels = encode_images(encoder, images, processor, list(columns.values()), **settings)
+    features, labels = encode_images(
+        encoder, images, processor, list(columns.values()), loading=loading, desc=desc
+    )
     return FeatureSet(
         features=features[columns[depth - 1]],
         blocks={block: features[columns[block]] for block in wanted},

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.images import Key, read_sample
+from ..data.loading import Loading
 from ..data.order import BatchSampler
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
@@ -240,9 +241,7 @@ def fine_tune(
     images: "ImageDataset",
     recipe: FineTuneRecipe,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> MimRefinerForImageClassification:
     """Train a copy of `encoder` and a classifier on all of `images`; returns it in eval mode, on `device`.
 
@@ -250,9 +249,8 @@ def fine_tune(
         encoder, processor: the starting weights, which stay as they are, and the image processor, of which mean and std are used.
         images: labelled.
         recipe: the settings; its `fraction` is not applied here.
-        batch_size: images per pass; the gradients of an update's passes are summed exactly.
-        num_workers: processes that decode and augment.
-        device: where to train, in bf16 autocast if it is a GPU; None for where the encoder is.
+        loading: images per pass (the gradients of an update's passes are summed exactly), processes that decode and augment,
+            and where to train, in bf16 autocast if it is a GPU.
 
     Raises:
         ValueError: for missing labels, an input that is not square, and mixing with an odd batch.
@@ -270,7 +268,7 @@ def fine_tune(
         raise ValueError(
             f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make it even"
         )
-    home = torch.device(device) if device is not None else encoder.device
+    home = encoder.device if loading.device is None else torch.device(loading.device)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         model = make_classifier(encoder, num_classes)
@@ -286,9 +284,9 @@ def fine_tune(
             world_size=world_size(),
         )
         augmented = AugmentedImages(images, recipe, height, processor)
-        loader = DataLoader(augmented, batch_sampler=sampler, num_workers=num_workers)
+        loader = DataLoader(augmented, batch_sampler=sampler, num_workers=loading.num_workers)
         hooks = add_drop_path(model, recipe.drop_path)
-        train(model, loader, recipe, steps, batch, batch_size)
+        train(model, loader, recipe, steps, batch, loading.batch_size)
         for hook in hooks:
             hook.remove()
     return model.eval()
@@ -346,15 +344,13 @@ def fine_tuning(
     eval_images: "ImageDataset",
     recipe: FineTuneRecipe | None = None,
     seed: int = 0,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
     """Accuracy on `eval_images` after fine-tuning on the recipe's share of `train_images`.
 
     Args:
         recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its own.
-        encoder, processor, batch_size, num_workers, device: as in `fine_tune`.
+        encoder, processor, loading: as in `fine_tune`.
 
     Returns:
         `fine_tuning_accuracy`, with the standard error over the evaluation images.
@@ -364,9 +360,13 @@ def fine_tuning(
     chosen = train_images.subset(
         labelled_share(class_labels(train_images, "fine-tuning"), recipe.fraction, recipe.seed)
     )
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    model = fine_tune(encoder, processor, chosen, recipe, device=device, **settings)
-    loader = DataLoader(eval_images, collate_fn=Preprocess(processor), **settings)
+    model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
+    loader = DataLoader(
+        eval_images,
+        batch_size=loading.batch_size,
+        num_workers=loading.num_workers,
+        collate_fn=Preprocess(processor),
+    )
     with torch.inference_mode():
         predicted = torch.cat(
             [model(pixels.to(model.device)).logits.argmax(dim=1).cpu() for pixels, _ in loader]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.broken import BrokenImages
+from ..data.loading import Loading
 from ..data.order import BatchSampler, epoch_order
 from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -104,10 +105,9 @@ def augmented_batches(
     batch: int,
     epochs: int,
     seed: int,
-    batch_size: int,
-    num_workers: int,
+    loading: Loading,
 ) -> Iterator[tuple[Columns, Tensor]]:
-    """The same batches, each encoded anew from random resized crops and flips, `batch_size` images at a time."""
+    """The same batches, each encoded anew from random resized crops and flips."""
     size = encoder.config.image_hw[0]
     crop = MultiCrop([ViewSpec(size, CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)])
     sampler = BatchSampler(
@@ -115,11 +115,11 @@ def augmented_batches(
     )
     broken = BrokenImages(images, max_fraction=1)
     for views in DataLoader(
-        ViewDataset(images, crop, seed), batch_sampler=sampler, num_workers=num_workers
+        ViewDataset(images, crop, seed), batch_sampler=sampler, num_workers=loading.num_workers
     ):
         broken.add(views["broken"])
         parts = []
-        for pixels in views["global_views"][:, 0].split(batch_size):
+        for pixels in views["global_views"][:, 0].split(loading.batch_size):
             normalised = normalise(
                 pixels.to(encoder.device), processor.image_mean, processor.image_std
             )
@@ -142,9 +142,7 @@ def linear_probe(
     learning_rates: Sequence[float] = LEARNING_RATES,
     seed: int = 0,
     features: Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
     """Accuracy on `eval_images` of the best of a grid of linear classifiers trained on `train_images`.
 
@@ -156,9 +154,7 @@ def linear_probe(
         learning_rates: of the grid, before their scaling by batch / 256. A batch holds 1024 images, or all where there are fewer.
         seed: of the order, the crops and the classifiers' start.
         features: see `read_rows`; random crops are encoded when they are drawn and never kept.
-        batch_size: images per pass of the encoder.
-        num_workers: processes that decode and crop.
-        device: of encoder and classifiers; None for where the encoder is.
+        loading: images per pass of the encoder, processes that decode and crop, and where encoder and classifiers compute.
 
     Returns:
         `linear_probe_accuracy`, of the best classifier; its setting is in the score's.
@@ -169,7 +165,6 @@ def linear_probe(
     check_probe(encoder, train_images, eval_images, augment, epochs, learning_rates)
     kinds = feature_kinds(encoder.config)
     columns = list(dict.fromkeys(column for columns in kinds.values() for column in columns))
-    passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     train, found = (
         read_rows(
             encoder,
@@ -177,9 +172,8 @@ def linear_probe(
             processor,
             columns,
             features=features,
-            device=device,
+            loading=loading,
             desc=desc,
-            **passes,
         )
         for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
     )
@@ -189,7 +183,7 @@ def linear_probe(
         "epochs": epochs,
         "seed": seed,
     }
-    with frozen(encoder, device) as home:
+    with frozen(encoder, loading.device) as home:
         labels, targets = train.labels.to(home), found.labels.to(home)
         clean = {column: train.column(column).to(home) for column in columns}
         standardise = Standardise(clean)
@@ -201,7 +195,7 @@ def linear_probe(
         grids = start_grids(kinds, tested, num_classes, rates, seed, home)
         if augment:
             views = augmented_batches(
-                encoder, train.images, processor, columns, **training, **passes
+                encoder, train.images, processor, columns, **training, loading=loading
             )
             batches: Iterator[tuple[Columns, Tensor]] = (
                 (standardise(drawn), own) for drawn, own in views

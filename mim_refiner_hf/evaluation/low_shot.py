@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
 from .feature_cache import Rows, read_rows
@@ -119,9 +120,7 @@ def low_shot(
     shots: Sequence[int] = (1, 2, 5),
     seed: int = 0,
     features: Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
     """Accuracy on `eval_images` of a logistic regression on so many `train_images` per class, the mean of three splits.
 
@@ -132,7 +131,7 @@ def low_shot(
         shots: images per class, each at least 1.
         seed: of the splits.
         features: see `read_rows`.
-        batch_size, num_workers, device: as in `extract_features`; the regression is solved on the CPU.
+        loading: as in `extract_features`; the regression is solved on the CPU.
 
     Returns:
         `low_shot_<shots>_accuracy` for each of `shots`; the standard error is that of the mean over splits.
@@ -149,14 +148,9 @@ def low_shot(
             f"{train_images.name} has images of one class only, but low-shot classification needs two or more"
         )
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-    }
 
     def read(images: "ImageDataset") -> Rows:
-        return read_rows(encoder, images, processor, [column], features=features, **settings)
+        return read_rows(encoder, images, processor, [column], features=features, loading=loading)
 
     names, places, bank = encoded_splits(train_images, read, max(shots), seed)
     found = read(eval_images)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
+from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans, mean_scores, rankme
 from .feature_cache import Rows, own_columns, read_rows
@@ -84,9 +84,7 @@ def evaluate_encoder(
     eval_images: "ImageDataset",
     *,
     seed: int = 0,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     per_block: bool = True,
     grid: bool = False,
     features: Path | None = None,
@@ -99,7 +97,7 @@ def evaluate_encoder(
         train_images: the k-NN bank; of more than 10 000 images, 10 000 evenly spaced ones are used.
         eval_images: what is classified and clustered. k-means runs 100 times with k = the number of its classes.
         seed: of the first k-means run.
-        batch_size, num_workers, device: as in `extract_features`.
+        loading: as in `extract_features`.
         per_block: also the k-NN accuracy of every block; without `features`, those of all blocks are kept in memory.
         grid: also k-NN for many k and temperatures, on the last block and on the last 4 side by side (paper, table 13).
         features: see `read_rows`; broken images are left out there.
@@ -107,15 +105,11 @@ def evaluate_encoder(
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
     own = own_columns(encoder.config)
     columns = own if labelled and per_block else own[-4:] if labelled and grid else own[-1:]
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "features": features,
-    }
 
     def read(images: "ImageDataset", desc: str) -> Rows:
-        return read_rows(encoder, images, processor, columns, desc=desc, **settings)
+        return read_rows(
+            encoder, images, processor, columns, features=features, loading=loading, desc=desc
+        )
 
     found = read(eval_images, "evaluation images")
     last = FeatureSet(found.column(own[-1]), labels=found.labels)

@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ..data.images import evenly_spaced
+from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
 from .feature_cache import for_altered_images, read_rows
@@ -128,9 +129,7 @@ def robustness(
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
     features: Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
     """k-NN accuracy (k = 10, temperature 0.07) on `eval_images`, clean and under every corruption at every severity.
 
@@ -141,7 +140,7 @@ def robustness(
         severities: from 1 to 5.
         seed: of the noise.
         features: see `read_rows`.
-        batch_size, num_workers, device: as in `extract_features`.
+        loading: as in `extract_features`.
 
     Returns:
         `robustness_accuracy`, the mean over all corruptions and severities, `robustness_clean_accuracy`, and for every corruption
@@ -156,13 +155,14 @@ def robustness(
     for images in (bank_images, eval_images):
         class_labels(images, "robustness")
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-    }
     bank = read_rows(
-        encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings
+        encoder,
+        bank_images,
+        processor,
+        [column],
+        features=features,
+        loading=loading,
+        desc="k-NN bank",
     )
     bank_features, bank_labels = bank.column(column), bank.labels
     assert bank_labels is not None  # class_labels says so
@@ -170,7 +170,7 @@ def robustness(
     def correct(prepare: Any, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image, (N,), when `prepare` processes it."""
         found = read_rows(
-            encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings
+            encoder, eval_images, prepare, [column], features=folder, loading=loading, desc=desc
         )
         bank_x, eval_x = standardise(bank_features, found.column(column))
         (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.loading import Loading
 from ..data.order import epoch_order
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -195,9 +196,7 @@ def segmentation_probe(
     epochs: int = 50,
     learning_rates: Sequence[float] = LEARNING_RATES,
     seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(batch_size=64),
 ) -> ProtocolResult:
     """mIoU on `eval_images` of the best of a few linear segmentation probes trained on `train_images`.
 
@@ -207,9 +206,7 @@ def segmentation_probe(
         epochs: passes over the training images, each of which encodes new crops.
         learning_rates: tried at once, before their scaling by batch / 256 (a batch holds 16 images).
         seed: of the order, the crops, the classifiers' start and the bootstrap.
-        batch_size: images per pass of the encoder in evaluation.
-        num_workers: processes that decode and crop.
-        device: of encoder and classifiers; None for where the encoder is.
+        loading: images per pass of the encoder in evaluation, processes that decode and crop, and where to compute.
 
     Returns:
         `segmentation_miou`, a fraction of 1, with the standard error of a bootstrap over the evaluation images.
@@ -231,12 +228,15 @@ def segmentation_probe(
         )
         if len(rows) == batch
     ]
-    with frozen(encoder, device):
+    with frozen(encoder, loading.device):
         rates = [rate * batch / 256 for rate in learning_rates]
         probe = PatchProbe(encoder, processor, len(train_images.class_names), rates, seed)
-        passes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        passes: dict[str, Any] = {
+            "batch_size": loading.batch_size,
+            "num_workers": loading.num_workers,
+        }
         probe.standardise(DataLoader(train, sampler=range(len(train_images)), **passes))
-        loader = DataLoader(train, batch_sampler=keys, num_workers=num_workers)
+        loader = DataLoader(train, batch_sampler=keys, num_workers=loading.num_workers)
         progress = progress_bar(
             loader, hidden=rank() > 0, desc="segmentation probe", unit="step", leave=False
         )

@@ -10,14 +10,16 @@ errors of both sides are taken as independent: too wide an interval rather than 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled, hold_out, open_images
+from ..data.loading import Loading
 from ..evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, Measured, compare, measure
@@ -27,7 +29,7 @@ from ..evaluation.feature_cache import (
     own_columns,
     read_rows,
 )
-from ..evaluation.fine_tuning import fine_tuning
+from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
@@ -38,6 +40,7 @@ from ..evaluation.segmentation_data import SegmentationDataset, open_segmentatio
 from ..model.modeling_mim_refiner import MimRefinerModel
 
 HELD_OUT = 0.2  # of the images, where no evaluation images are named
+SEGMENTATION_BATCH = 64  # images per pass: the logits of every pixel are in memory
 SILHOUETTE_IMAGES = 5000  # at most: it compares all pairs
 PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "low_shot": low_shot,
@@ -150,7 +153,7 @@ def open_data(
 
 
 def readable(
-    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, **settings: Any
+    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, features: Path, loading: Loading
 ) -> tuple[ImageDataset, list[dict[str, Any]]]:
     """Those of the images that can be read, with the features that all protocols need now in the store; and the others."""
     broken: list[dict[str, Any]] = []
@@ -160,7 +163,8 @@ def readable(
             images,
             vars(encoder)["image_processor"],
             evaluation_columns(encoder.config),
-            **settings,
+            features=features,
+            loading=loading,
         )
         images, broken = rows.images, [*broken, *rows.broken]
     return images, broken
@@ -176,8 +180,9 @@ def measure_side(
     protocols: Sequence[str],
     *,
     seed: int,
-    recipe: Any = None,
-    **settings: Any,
+    recipe: FineTuneRecipe | None = None,
+    features: Path,
+    loading: Loading = Loading(),
 ) -> Side:
     """Every measurement of one encoder.
 
@@ -186,7 +191,7 @@ def measure_side(
         protocols: names of `PROTOCOLS`; "segmentation" alone, on masks.
         seed: of everything random.
         recipe: a `FineTuneRecipe`, for "fine_tuning".
-        settings: `features`, `num_workers`, `device`, as in `read_rows`.
+        features, loading: as in `read_rows`.
     """
     processor = vars(encoder)["image_processor"]
     both: dict[str, Any] = {"encoder": encoder, "processor": processor, "seed": seed}
@@ -199,13 +204,14 @@ def measure_side(
             train_images=data.bank,
             eval_images=data.evaluated,
             grid=data.labelled,
+            features=features,
+            loading=loading,
             **both,
-            **settings,
         )
         measured = (
             errors_of(evaluation)
             if data.labelled
-            else label_free(encoder, data.evaluated, evaluation, seed, settings)
+            else label_free(encoder, data.evaluated, evaluation, seed, features, loading)
         )
         values = {name: found.value for name, found in measured.items()}
         metrics = (
@@ -213,12 +219,14 @@ def measure_side(
             | evaluation.metrics
             | {f"{name}_standard_error": found.error for name, found in measured.items()}
         )
-    own = {key: value for key, value in settings.items() if key != "features"}
     for protocol in protocols:
-        reads = own if protocol in ("fine_tuning", "segmentation") else settings
-        more = {"recipe": recipe} if protocol == "fine_tuning" else {}
+        more: dict[str, Any] = {"loading": loading, "features": features}
+        if protocol == "fine_tuning":
+            more = {"loading": loading, "recipe": recipe}
+        elif protocol == "segmentation":
+            more = {"loading": replace(loading, batch_size=SEGMENTATION_BATCH)}
         images = {"train_images": data.train, "eval_images": data.evaluated}
-        extra[protocol] = PROTOCOLS[protocol](**both, **images, **reads, **more)
+        extra[protocol] = PROTOCOLS[protocol](**both, **images, **more)
         measured |= {
             name: errors_of_score(score)
             for name, score in extra[protocol].scores.items()
@@ -261,7 +269,8 @@ def label_free(
     images: ImageDataset,
     evaluation: Evaluation,
     seed: int,
-    settings: dict[str, Any],
+    features: Path,
+    loading: Loading,
 ) -> dict[str, Measured]:
     """What can be said without labels, with errors over images.
 
@@ -272,9 +281,11 @@ def label_free(
     column = own_columns(encoder.config)[-1:]
     if len(images) > NEIGHBOURS:
         view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
-        altered = settings | {"features": for_altered_images(settings["features"])}
-        seen = read_rows(encoder, images, view, column, **altered).column(column[0])
-        agreement = neighbour_agreement(evaluation.features.features, seen).numpy()
+        altered = for_altered_images(features)
+        seen = read_rows(encoder, images, view, column, features=altered, loading=loading)
+        agreement = neighbour_agreement(
+            evaluation.features.features, seen.column(column[0])
+        ).numpy()
         measured["neighbour_agreement"] = measure(
             lambda rows: float(agreement[rows].mean()), len(agreement)
         )

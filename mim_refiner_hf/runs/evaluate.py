@@ -30,6 +30,7 @@ import torch
 
 from ..conversion import load_encoder
 from ..data.images import ImageDataset
+from ..data.loading import Loading
 from ..evaluation import evidence
 from ..evaluation.block_analysis import NEIGHBOURS
 from ..evaluation.embed import weights_fingerprint
@@ -107,12 +108,8 @@ def evaluate(
     data += [open_data(name, **opened) for name in transfer]
     check_data(data, protocols)
     with feature_folder(features, output_dir) as folder:
-        settings: dict[str, Any] = {
-            "features": folder,
-            "num_workers": num_workers,
-            "device": device_here(),
-        }
-        data = [without_broken(encoders, each, settings) for each in data]
+        loading = Loading(num_workers=num_workers, device=device_here())
+        data = [without_broken(encoders, each, folder, loading) for each in data]
         sides = [
             measure_sides(
                 encoders,
@@ -120,7 +117,8 @@ def evaluate(
                 TRANSFER_PROTOCOLS if place else protocols,
                 seed=seed,
                 recipe=fine_tune,
-                **settings,
+                features=folder,
+                loading=loading,
             )
             for place, each in enumerate(data)
         ]
@@ -213,15 +211,15 @@ def feature_folder(features: Path | None, output_dir: Path) -> Iterator[Path]:
 
 
 def without_broken(
-    encoders: Mapping[str, MimRefinerModel], data: Data, settings: dict[str, Any]
+    encoders: Mapping[str, MimRefinerModel], data: Data, features: Path, loading: Loading
 ) -> Data:
     """The data without the images of bank and evaluation that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
         return data
-    evaluated, broken = readable(encoders, data.evaluated, **settings)
+    evaluated, broken = readable(encoders, data.evaluated, features, loading)
     if not data.labelled:  # nothing is learnt from, or compared with, other images
         return replace(data, evaluated=evaluated, broken=broken)
-    _, more = readable(encoders, data.bank, **settings)
+    _, more = readable(encoders, data.bank, features, loading)
     lost, train = {image["index"] for image in more}, data.train
     if lost:
         train = train.subset(
