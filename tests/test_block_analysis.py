@@ -15,9 +15,9 @@ from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.views import ViewSpec, make_view, view_specs
 from mim_refiner_hf.evaluation import (
-    block_analysis,
     block_profile,
     draw_block_profile,
+    knn,
     knn_accuracy,
     profile_table,
 )
@@ -72,7 +72,8 @@ def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(
     expected = slow_agreement(first.double().numpy(), second.double().numpy(), k)
     assert 0.05 < expected < 0.9
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(block_analysis, "SIMILARITIES_AT_ONCE", 7 * 40)
+    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", 16)
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
 
 

@@ -48,15 +48,12 @@ def answers() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)
-    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE, kept = (
-        32,
-        64,
-        (knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE),
-    )  # 11 tiles of rows
+    kept = (knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE)
+    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = 32, 64  # 11 tiles of rows
     found = knn_predict(
         torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True
     )
-    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE = kept
+    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = kept
     return {f"k-NN {setting}": predicted for setting, predicted in found.items()}
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
@@ -31,7 +30,7 @@ from ..refinement.resolve import default_head_blocks
 from ..runtime.seeding import random_generator
 from .feature_cache import for_altered_images, own_columns, read_rows
 from .features import FeatureSet
-from .knn import knn_accuracy, standardise
+from .knn import knn_accuracy, nearest, standardise
 from .reconstruction import reconstruction_losses
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
 NEIGHBOURS = 10
-SIMILARITIES_AT_ONCE = 2**24  # entries of the similarity matrix that are held: 64 MiB in fp32
 GLOBAL_SCALE = (0.25, 1.0)  # of the view behind the agreement: the paper's global views (Table 10)
 ATTENTION_IMAGES, ATTENTION_BATCH = (
     64,
@@ -99,14 +97,8 @@ def relative_improvements(values: Sequence[float]) -> list[float | None]:
 
 def nearest_others(features: Tensor, k: int) -> Tensor:
     """The k nearest OTHER rows of each row (N, k), by cosine of the standardised `features` (N, D)."""
-    points = F.normalize(standardise(features, features)[0], dim=1)
-    chunk = max(1, SIMILARITIES_AT_ONCE // len(points))
-    nearest = []
-    for start in range(0, len(points), chunk):
-        similarity = points[start : start + chunk] @ points.T
-        similarity.diagonal(offset=start).fill_(-torch.inf)
-        nearest.append(similarity.topk(k, dim=1).indices)
-    return torch.cat(nearest)
+    points, _ = standardise(features, features[:0])
+    return nearest(points, points, k, exclude_self=True)[1]
 
 
 def neighbour_agreement(first: Tensor, second: Tensor, k: int = NEIGHBOURS) -> Tensor:

@@ -24,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 
 from .feature_map import flat_map
-from .knn import standardise
+from .knn import nearest, standardise
 from .pictures import class_name, mosaic, plot_knn_per_block, save_figure, thumbnail
 from .report import Evaluation
 
@@ -156,13 +156,9 @@ def draw_neighbours(
     ]
     rows = [*chosen[0], *chosen[1]]
     bank_x, eval_x = standardise(bank.features, found.features[rows])
-    similarity = (
-        torch.nn.functional.normalize(eval_x, dim=1)
-        @ torch.nn.functional.normalize(bank_x, dim=1).T
-    )
-    nearest = similarity.topk(min(NEIGHBOURS, len(bank_x)), dim=1).indices
+    _, nearest_rows = nearest(eval_x, bank_x, min(NEIGHBOURS, len(bank_x)))
     sheet = []
-    for row, columns in zip(rows, nearest.tolist(), strict=True):
+    for row, columns in zip(rows, nearest_rows.tolist(), strict=True):
         neighbours = [bank_images[column] for column in columns]
         same = [
             "tab:green" if neighbour.label == int(found.labels[row]) else "tab:red"
