@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluation.feature_map import flat_map, principal_components
+from ..evaluation.feature_map import cosine_components, flat_map
 
 TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
 THUMBNAIL = 112  # longest side in pixels: about 3 kB each
@@ -82,7 +82,7 @@ def unit_square(points: Tensor) -> Tensor:
 
 def compact(features: Tensor) -> str:
     """Features for search by example: `SIMILARITY_DIMENSIONS` components as signed bytes on one scale, row after row, in base64."""
-    components = principal_components(features, SIMILARITY_DIMENSIONS)
+    components = cosine_components(features, SIMILARITY_DIMENSIONS)
     scaled = components * (127 / components.abs().max().clamp_min(1e-12))
     return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
 
