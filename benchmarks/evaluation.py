@@ -19,7 +19,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode
 from mim_refiner_hf.evaluation.knn import knn_predict
-from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES
+from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
 
 from .rows import Row, interleaved
@@ -197,8 +197,8 @@ def linear_probe() -> Row:
     widths = (WIDTH, 2 * WIDTH, 4 * WIDTH, 5 * WIDTH)  # the paper's four kinds of features
     inputs = [torch.randn(PROBE_BATCH, width, generator=generator) for width in widths]
     labels = torch.randint(CLASSES, (PROBE_BATCH,), generator=generator)
-    grids = [ClassifierGrid(width, CLASSES, LEARNING_RATES, generator) for width in widths]
-    layers = [[nn.Linear(width, CLASSES) for _ in LEARNING_RATES] for width in widths]
+    grids = [ClassifierGrid(width, CLASSES, PROBE_LEARNING_RATES, generator) for width in widths]
+    layers = [[nn.Linear(width, CLASSES) for _ in PROBE_LEARNING_RATES] for width in widths]
     with torch.no_grad():
         for grid, row in zip(grids, layers, strict=True):
             for place, layer in enumerate(row):
@@ -207,7 +207,7 @@ def linear_probe() -> Row:
     optimizers = [
         [
             torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
-            for layer, rate in zip(row, LEARNING_RATES, strict=True)
+            for layer, rate in zip(row, PROBE_LEARNING_RATES, strict=True)
         ]
         for row in layers
     ]
@@ -231,7 +231,7 @@ def linear_probe() -> Row:
         for place, layer in enumerate(row):
             assert_close(grid.weight[:, place].T, layer.weight.detach(), 1e-5)
     measured, peer = interleaved(ours, theirs, rounds=3)
-    count = len(widths) * len(LEARNING_RATES)
+    count = len(widths) * len(PROBE_LEARNING_RATES)
     note = f"{count} classifiers, {CLASSES} classes, {PROBE_STEPS} batches of {PROBE_BATCH}; one nn.Linear after another"
     return Row("linear-probe", 1.3, measured, peer, None, note)
 

@@ -33,7 +33,7 @@ from mim_refiner_hf.evaluation import (
     rankme,
     standardise,
 )
-from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
+from mim_refiner_hf.evaluation.block_analysis import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
@@ -141,13 +141,13 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
     )
     metrics: dict[str, Any] = {"rankme": rankme(features)}
     labels = predicted = None
-    if fully_labelled(images) and len(images) > 2 * NEIGHBOURS:
+    if fully_labelled(images) and len(images) > 2 * NUM_NEIGHBOURS:
         labels = torch.from_numpy(images.labels)
         scores = cluster_scores(labels, assignments)
         predicted = knn_by_halves(features, labels)
         metrics |= {"cluster_accuracy": scores["accuracy"], "nmi": scores["nmi"]}
         metrics["knn_accuracy"] = (predicted == labels).float().mean().item()
-    elif len(images) > NEIGHBOURS:
+    elif len(images) > NUM_NEIGHBOURS:
         processor = global_view(pipe.image_processor, pipe.model.config.image_hw[0])
         view = extract_features(pipe.model, images, processor, loading=Loading(32))
         metrics["neighbour_agreement"] = float(neighbour_agreement(features, view.features).mean())

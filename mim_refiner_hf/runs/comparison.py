@@ -20,7 +20,7 @@ from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
-from ..evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
+from ..evaluation.block_analysis import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, Measured, compare, measure
 from ..evaluation.feature_cache import (
@@ -279,7 +279,7 @@ def label_free(
     """
     measured = {}
     column = own_columns(encoder.config)[-1:]
-    if len(images) > NEIGHBOURS:
+    if len(images) > NUM_NEIGHBOURS:
         view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
         altered = for_altered_images(features)
         seen = read_rows(encoder, images, view, column, features=altered, loading=loading)

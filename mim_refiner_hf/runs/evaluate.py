@@ -32,7 +32,7 @@ from ..conversion import load_encoder
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
-from ..evaluation.block_analysis import NEIGHBOURS
+from ..evaluation.block_analysis import NUM_NEIGHBOURS
 from ..evaluation.embed import weights_fingerprint
 from ..evaluation.feature_cache import check_features
 from ..evaluation.fine_tuning import FineTuneRecipe
@@ -183,9 +183,9 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
             raise ValueError(
                 f"{flag}: needs a label for every image, and {each.name} has images without"
             )
-        if each.labelled and len(each.train) < NEIGHBOURS:
+        if each.labelled and len(each.train) < NUM_NEIGHBOURS:
             raise ValueError(
-                f"{each.name} has {len(each.train)} images for the k-NN bank, but k-NN looks at {NEIGHBOURS} neighbours; give more"
+                f"{each.name} has {len(each.train)} images for the k-NN bank, but k-NN looks at {NUM_NEIGHBOURS} neighbours; give more"
             )
         if len(each.evaluated) < 2:
             raise ValueError(
