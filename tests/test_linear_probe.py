@@ -93,7 +93,10 @@ def test_the_grid_equals_single_classifiers_under_torchs_sgd() -> None:
 
 
 def test_the_papers_grid() -> None:
-    assert len(PROBE_LEARNING_RATES) == 13 and (min(PROBE_LEARNING_RATES), max(PROBE_LEARNING_RATES)) == (1e-4, 0.5)
+    assert len(PROBE_LEARNING_RATES) == 13 and (
+        min(PROBE_LEARNING_RATES),
+        max(PROBE_LEARNING_RATES),
+    ) == (1e-4, 0.5)
     config = make_encoder(num_hidden_layers=6).config
     last, mean = "block5.cls", "block5.mean"
     four = ["block2.cls", "block3.cls", "block4.cls", last]

@@ -18,8 +18,8 @@ from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.evaluation.segmentation import (
     PatchProbe,
     bootstrap_miou,
-    pixel_counts,
     mean_iou,
+    pixel_counts,
     segmentation_probe,
 )
 from mim_refiner_hf.evaluation.segmentation_data import (

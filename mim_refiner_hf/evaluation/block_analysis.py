@@ -312,8 +312,9 @@ def assemble(
     distances: list[float],
 ) -> list[BlockProfile]:
     """One `BlockProfile` per block from one list per quantity; None where it was not measured."""
-    not_measured: list[None] = [None] * len(features)
-    knn_improvements = reconstruction_improvements = [*not_measured]
+    not_measured: list[float | None] = [None] * len(features)
+    knn_improvements = not_measured
+    reconstruction_improvements = not_measured
     if accuracies is not None:
         knn_improvements = relative_improvements(accuracies)
     if losses is not None:

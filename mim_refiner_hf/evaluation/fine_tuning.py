@@ -190,7 +190,8 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        epoch, _ = key
+        # after it come the image, and those that stand in for it where it is broken
+        epoch = key[0]
         (image, label, _), index, broken = read_sample(self.images, key)
         for entry in broken:
             logger.warning("%s It is skipped.", entry["reason"])
@@ -241,9 +242,7 @@ def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[
     for i, layer in enumerate(layers):
         probability = rate * i / max(len(layers) - 1, 1)
 
-        def drop(
-            module: nn.Module, _inputs: Any, output: Tensor, p: float = probability
-        ) -> Tensor:
+        def drop(module: nn.Module, _inputs: Any, output: Tensor, p: float = probability) -> Tensor:
             return drop_path(output, p, module.training)
 
         for branch in (layer.layer_scale1, layer.layer_scale2):

@@ -10,7 +10,7 @@ Every file appears whole or not at all.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -53,7 +53,9 @@ BLOCK_PANELS = {
 # --- what all pictures share -----------------------------------------------------------------
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
     """An empty figure of so many inches, drawn without a display."""
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
     FigureCanvasAgg(figure)

@@ -37,7 +37,7 @@ from .report import Evaluation
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
-# of the picture of neighbours: how many of an image; images that are right, and images that are wrong
+# of the picture of neighbours: how many an image has; images that are right, and that are wrong
 SHOWN_NEIGHBOURS = 6
 EXAMPLES = 6
 # more classes are numbered: their names would overlap
