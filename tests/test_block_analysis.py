@@ -22,12 +22,11 @@ from mim_refiner_hf.evaluation import (
     profile_table,
 )
 from mim_refiner_hf.evaluation.block_analysis import (
-    RandomView,
     assemble,
     attention_distances,
-    neighbour_agreement,
     relative_improvements,
 )
+from mim_refiner_hf.evaluation.neighbour_agreement import RandomView, neighbour_agreement
 from mim_refiner_hf.evaluation.reconstruction import (
     block_errors,
     decoder_recipe,

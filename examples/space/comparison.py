@@ -33,7 +33,11 @@ from mim_refiner_hf.evaluation import (
     rankme,
     standardise,
 )
-from mim_refiner_hf.evaluation.block_analysis import NUM_NEIGHBOURS, global_view, neighbour_agreement
+from mim_refiner_hf.evaluation.neighbour_agreement import (
+    NUM_NEIGHBOURS,
+    global_view,
+    neighbour_agreement,
+)
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation

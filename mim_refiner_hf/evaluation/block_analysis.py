@@ -13,10 +13,8 @@ labels the agreement of neighbours under augmentation.
 """
 
 import itertools
-import json
-import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +23,16 @@ from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
 from ..data.loading import Loading
-from ..data.views import ViewSpec, make_view, view_specs
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
-from ..runtime.seeding import random_generator
 from .feature_cache import Rows, for_altered_images, own_columns, read_rows
-from .knn import knn_accuracy, nearest, standardise
+from .knn import knn_accuracy
+from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from .reconstruction import reconstruction_losses
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..data.images import ImageDataset
 
-# of each image, in k-NN and in the agreement
-NUM_NEIGHBOURS = 10
-# of the view behind the agreement: the paper's global views (Table 10)
-AGREEMENT_SCALE = (0.25, 1.0)
 # all attention weights of a batch are in memory at once: 0.5 GB for a ViT-L/16
 ATTENTION_IMAGES = 64
 ATTENTION_BATCH = 8
@@ -102,74 +93,6 @@ def relative_improvements(values: Sequence[float]) -> list[float | None]:
     if unit <= 0:
         unit = -min(changes, default=0.0) or 1.0
     return [None, *(change / unit for change in changes)]
-
-
-def neighbour_agreement(first: Tensor, second: Tensor, k: int = NUM_NEIGHBOURS) -> Tensor:
-    """How many of an image's k nearest other images stay the same in another view of all images.
-
-    Row i of `first` and `second` (N, D) is image i in one view and in the other. Neighbours are
-    searched among the same view of all images, by cosine of standardised features. The mutual
-    k-NN alignment of Huh et al. 2024 (arXiv 2405.07987, App. A), with two views for two models.
-
-    `block_profile` compares the images as they are with the paper's first global view of them:
-    crop, flip, colour, blur. What an image shows survives that, its colours and their places do
-    not. So neighbours that agree are neighbours for what they show, which is what labels would
-    tell; views that only crop and flip leave the colours to go by.
-
-    Returns:
-        The share per image (N,), 0 to 1; by chance k / (N - 1).
-
-    Raises:
-        ValueError: for shapes that differ, or fewer than k + 1 images.
-    """
-    if first.dim() != 2 or first.shape != second.shape:
-        raise ValueError(
-            f"both views need features (N, D) of one shape, not {(*first.shape,)} and "
-            f"{(*second.shape,)}"
-        )
-    if not 1 <= k < len(first):
-        raise ValueError(f"k={k} must lie between 1 and {len(first) - 1}, one less than the images")
-
-    one, other = (nearest_others(view, k) for view in (first, second))  # (N, k)
-    shared = (one.unsqueeze(2) == other.unsqueeze(1)).any(dim=2)
-    return shared.float().mean(dim=1)
-
-
-def nearest_others(features: Tensor, k: int) -> Tensor:
-    """The k nearest other rows of each row, (N, D) -> (N, k), by standardised cosine."""
-    points, _ = standardise(features, features[:0])
-    _, places = nearest(points, points, k, exclude_self=True)
-    return places
-
-
-@dataclass
-class RandomView:
-    """An image processor that shows the encoder a random view of each image, as refinement does.
-
-    The view is a pure function of seed and pixels: workers and processes change nothing.
-    """
-
-    processor: Any
-    spec: ViewSpec
-    seed: int
-
-    def __call__(self, images: "Sequence[Image.Image]", return_tensors: str) -> Any:
-        views = [make_view(image, self.spec, self._generator(image)) for image in images]
-        return self.processor(views, return_tensors=return_tensors)
-
-    def to_json_string(self) -> str:
-        """All that the pixels depend on, for the manifest of a feature store."""
-        settings = json.loads(self.processor.to_json_string())
-        return json.dumps(settings | {"view": asdict(self.spec), "seed": self.seed})
-
-    def _generator(self, image: "Image.Image") -> Any:
-        return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
-
-
-def global_view(processor: Any, size: int, flip: float = 0.5, seed: int = 0) -> RandomView:
-    """The view behind `neighbour_agreement`: the paper's first global one."""
-    (spec,) = view_specs(1, 0, size, size, AGREEMENT_SCALE, AGREEMENT_SCALE, True, flip)
-    return RandomView(processor, spec, seed)
 
 
 @torch.inference_mode()
@@ -418,8 +341,6 @@ __all__ = [
     "BlockProfile",
     "attention_distances",
     "block_profile",
-    "global_view",
-    "neighbour_agreement",
     "profile_table",
     "propose_head_blocks",
     "relative_improvements",

@@ -16,7 +16,8 @@ The recipes (MIM-Refiner, C.5, C.6, C.9; the released code's settings where the 
 AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6; positions are
 trained too. The model after the last epoch counts: no choice is made on the evaluation images.
 RandAugment, mixup, CutMix, erasing and drop path are timm's. Works under `accelerate launch`: each
-process takes its share of every batch.
+process takes its share of every batch. Recipe, images and training stand in one file, as each is
+read with the others.
 """
 
 import copy

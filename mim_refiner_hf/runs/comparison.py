@@ -20,7 +20,6 @@ from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
-from ..evaluation.block_analysis import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, Measured, compare, measure
 from ..evaluation.feature_cache import (
@@ -32,6 +31,7 @@ from ..evaluation.feature_cache import (
 from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
+from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.robustness import robustness
 from ..evaluation.scores import ProtocolResult, Score
@@ -274,7 +274,7 @@ def label_free(
 ) -> dict[str, Measured]:
     """What can be said without labels, with errors over images.
 
-    `neighbour_agreement` (see block_analysis.py) of the last block, and `silhouette` (-1 to 1) of the groups of `evaluation` among
+    `neighbour_agreement` (see neighbour_agreement.py) of the last block, and `silhouette` (-1 to 1) of the groups of `evaluation` among
     at most 5000 images. A silhouette says how separate the groups are in each model's own space, not how good the groups are.
     """
     measured = {}

@@ -32,10 +32,10 @@ from ..conversion import load_encoder
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
-from ..evaluation.block_analysis import NUM_NEIGHBOURS
 from ..evaluation.embed import weights_fingerprint
 from ..evaluation.feature_cache import check_features
 from ..evaluation.fine_tuning import FineTuneRecipe
+from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
 from ..evaluation.report import BANK_SIZE
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size

@@ -62,7 +62,7 @@ CITATION = """
 
 
 class KnnAccuracy(evaluate.Metric):
-    """`predictions`: one feature vector per item, of any width; `references`: one class per item."""
+    """`predictions`: a feature vector per item, of any width; `references`: a class per item."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
