@@ -1,9 +1,13 @@
-"""Every promise about speed, measured here and now: python -m benchmarks [row ...] [--json | --markdown FILE]
+"""Every promise about speed, measured here and now.
 
-Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two threads; exits with 1 where a target
-is missed, with 2 for a row that does not exist. A row whose peer is not installed (`pip install -e ".[bench]"`), or whose promise is
-none on this machine, says so and is left out. `--markdown benchmarks/results/speed.md` also writes the table, with command, machine
-and date; on an idle machine only, and rows that other work disturbed are worth running again.
+Python -m benchmarks [row ...] [--json | --markdown FILE]
+
+Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two
+threads; exits with 1 where a target is missed, with 2 for a row that does not exist. A row whose
+peer is not installed (`pip install -e ".[bench]"`), or whose promise is none on this machine, says
+so and is left out. `--markdown benchmarks/results/speed.md` also writes the table, with command,
+machine and date; on an idle machine only, and rows that other work disturbed are worth running
+again.
 """
 
 import argparse
@@ -50,13 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if asked.markdown is not None and not asked.markdown.parent.is_dir():
         parser.error(
-            f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or name another"
+            f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or"
+            " name another"
         )
     torch.set_flush_denormal(True)
-    found, left_out = [], []
+    found = []
+    left_out = []
     if not asked.json:
         print(
-            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8} {'floor':>10}"
+            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8}"
+            f" {'floor':>10}"
         )
     for name in asked.rows or ROWS:
         try:
@@ -111,14 +118,21 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
         "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
     )
     table = [
-        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} | {row.note} |"
+        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} |"
+        f" {row.note} |"
         for row in found
     ]
     text = [
         "# Speed against named peers",
         "",
-        "Medians of rounds in which ours and the peer take turns, in processor time of one thread, after both have given the same",
-        "numbers. The target applies to that ratio; beside it stands the one of wall time with two threads. The floor is what the",
+        (
+            "Medians of rounds in which ours and the peer take turns, in processor time of one"
+            " thread, after both have given the same"
+        ),
+        (
+            "numbers. The target applies to that ratio; beside it stands the one of wall time with"
+            " two threads. The floor is what the"
+        ),
         "bare matrix products (for views: decoding) take. Rows are defined in [benchmarks/](..).",
         "",
         "```bash",
@@ -131,7 +145,10 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
         "",
         *left_out,
         *([""] if left_out else []),
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, torch {version('torch')}, Python {platform.python_version()}",
+        (
+            f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, torch"
+            f" {version('torch')}, Python {platform.python_version()}"
+        ),
     ]
     return "\n".join(text) + "\n"
 

@@ -1,14 +1,21 @@
-"""What a refinement costs on a GPU: python -m benchmarks.gpu --images ../shared/data/imagenet-sample/train.parquet [--size b16,l16,h14]
+"""What a refinement costs on a GPU.
 
-Runs the trainer itself, head warm-up and refinement, on encoders with random weights and real JPEGs: images per second, MFU, peak
-memory, how long a step waits for its data, and where its time goes; L/16 at a batch of 1024 in less than 24 GB; compiled or not;
-exact or fast views. Then features of images, k-NN and k-means on the GPU. Writes a markdown page (`--out`) with command, device and
-date. `--device cpu --tiny` tries the script in seconds; what it prints then says nothing about speed.
+    python -m benchmarks.gpu --images ../shared/data/imagenet-sample/train.parquet
+    python -m benchmarks.gpu --images photos/ --size b16,l16
 
-MFU is useful operations over time and peak. Useful are, with 2 per multiply-add, per image: in every block of width D, with MLP width M,
-for the T tokens of a view, 2 T (4 D^2 + 2 D M) + 4 T^2 D; in the last block 2 T 2 D^2 for keys and values, and the rest for the
-prefix tokens alone; 2 N 3 p^2 D for N patches of side p; 2 w for the w weights of all heads, per view. Backward is twice forward.
-Not counted: queue and loss, and what is computed a second time (micro-batches, activation checkpointing).
+Runs the trainer itself, head warm-up and refinement, on encoders with random weights and real
+JPEGs: images per second, MFU, peak memory, how long a step waits for its data, and where its time
+goes; L/16 at a batch of 1024 in less than 24 GB; compiled or not; exact or fast views. Then
+features of images, k-NN and k-means on the GPU. Writes a markdown page (`--out`) with command,
+device and date. `--device cpu --tiny` tries the script in seconds; what it prints then says nothing
+about speed.
+
+MFU is useful operations over time and peak. Useful are, with 2 per multiply-add, per image: in
+every block of width D, with MLP width M, for the T tokens of a view, 2 T (4 D^2 + 2 D M) + 4 T^2 D;
+in the last block 2 T 2 D^2 for keys and values, and the rest for the prefix tokens alone; 2 N 3 p^2
+D for N patches of side p; 2 w for the w weights of all heads, per view. Backward is twice forward.
+Not counted: queue and loss, and what is computed a second time (micro-batches, activation
+checkpointing).
 """
 
 import argparse
@@ -85,7 +92,9 @@ TINY_RECIPE = {
     "topk": 5,
 }
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
-"""Operations per second in dense bf16, by what the device's name contains, first match; from NVIDIA's data sheets."""
+"""Operations per second in dense bf16, by what the device's name contains, first match.
+
+From NVIDIA's data sheets."""
 SKIPPED = 3
 """Steps of each stage that are not counted: memory is found, kernels are chosen or compiled."""
 PARTS = ("encoder forward", "heads", "queue", "loss", "backward", "optimiser", "views")
@@ -93,7 +102,13 @@ PARTS = ("encoder forward", "heads", "queue", "loss", "backward", "optimiser", "
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run of the trainer: name of the encoder's size, what it shows, and what differs from the default recipe."""
+    """One run of the trainer.
+
+    Attributes:
+        size: name of the encoder's size.
+        name: what it shows.
+        changes: what differs from the default recipe.
+    """
 
     size: str
     name: str
@@ -102,7 +117,14 @@ class Case:
 
 @dataclasses.dataclass
 class Measured:
-    """One stage of a case: median seconds of a step and of the waiting before it, peak bytes, seconds per part of one step."""
+    """What one stage of a case took.
+
+    Attributes:
+        seconds: of each step.
+        waited: seconds before each step, for its batch.
+        peak: bytes.
+        parts: seconds per part of one step.
+    """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     waited: list[float] = dataclasses.field(default_factory=list)
@@ -111,7 +133,10 @@ class Measured:
 
 
 def cases(sizes: list[str]) -> list[Case]:
-    """Every size as it would be run; of the first one compiled and with exact views; of L/16 the paper's batch in 24 GB."""
+    """Every size as it would be run, and what more is asked of some.
+
+    Of the first one compiled and with exact views; of L/16 the paper's batch in 24 GB.
+    """
     first = sizes[0]
     found = [Case(size, "fast views", {}) for size in sizes]
     found += [
@@ -132,8 +157,13 @@ def cases(sizes: list[str]) -> list[Case]:
 
 
 def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[str, float]:
-    """Floating-point operations per image and stage, by the formula above; `recipe` is a resolved one."""
-    width, inner, prefix = config.hidden_size, config.intermediate_size, config.num_prefix_tokens
+    """Floating-point operations per image and stage, by the formula above.
+
+    `recipe` is a resolved one.
+    """
+    width = config.hidden_size
+    inner = config.intermediate_size
+    prefix = config.num_prefix_tokens
     forward = patches_in = 0.0
     for views, size in (
         (recipe.global_views, recipe.global_size),
@@ -165,7 +195,10 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
 def make_trainer(
     case: Case, images: ImageDataset, options: argparse.Namespace, folder: str
 ) -> Trainer:
-    """The trainer of a case, ready for its first step; ValueError where the device cannot do what the case asks for."""
+    """The trainer of a case, ready for its first step.
+
+    ValueError where the device cannot do what the case asks for.
+    """
     config = MimRefinerConfig(**(TINY if options.tiny else SIZES[case.size]))
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
@@ -186,17 +219,14 @@ def make_trainer(
         **quiet,
     )
     check_compile(recipe.compile)
-    recipe, bf16 = (
-        resolve(recipe, config, len(images)),
-        options.device == "cuda" and uses_bf16(recipe.mixed_precision),
-    )
+    # whether a GPU computes in bf16 is asked of the recipe as it was given
+    bf16 = options.device == "cuda" and uses_bf16(recipe.mixed_precision)
+    recipe = resolve(recipe, config, len(images))
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)
-    steps, statistics = (
-        Steps(options.steps, options.steps),
-        (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)),
-    )
+    steps = Steps(options.steps, options.steps)
+    statistics = (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
     trainer = Trainer(
         recipe, steps, accelerator, images, encoder, *statistics, options.num_workers, bf16
     )
@@ -206,12 +236,13 @@ def make_trainer(
 
 
 def measure(trainer: Trainer) -> dict[str, Measured]:
-    """Both stages through `Trainer.fit`: time within and between updates, after `SKIPPED` of each; of the last update the parts."""
-    found, update, on_gpu = (
-        {"warmup": Measured(), "refine": Measured()},
-        trainer.update,
-        trainer.accelerator.device.type == "cuda",
-    )
+    """Both stages through `Trainer.fit`: the time within and between updates.
+
+    The first `SKIPPED` of each are left out; the parts are those of the last update.
+    """
+    found = {"warmup": Measured(), "refine": Measured()}
+    update = trainer.update
+    on_gpu = trainer.accelerator.device.type == "cuda"
     left = time.perf_counter()
 
     def wait() -> float:
@@ -221,7 +252,8 @@ def measure(trainer: Trainer) -> dict[str, Measured]:
 
     def timed(step: int, batch: dict[str, Tensor]) -> StepResult:
         nonlocal left
-        entered, stage = time.perf_counter(), found[trainer.stage(step)]
+        entered = time.perf_counter()
+        stage = found[trainer.stage(step)]
         number = step if step < trainer.steps.warmup else step - trainer.steps.warmup
         if on_gpu and number == 0:
             torch.cuda.reset_peak_memory_stats()
@@ -278,8 +310,12 @@ def labelled(trainer: Trainer) -> Iterator[None]:
 
 
 def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
-    """Seconds of the device in every part of `PARTS`, of what is in none of them ("the rest"), of a profile made under `labelled`."""
-    found, total = dict.fromkeys(PARTS, 0.0), 0.0
+    """Seconds of the device in every part of `PARTS`, and in none of them ("the rest").
+
+    The profile has to be made under `labelled`.
+    """
+    found = dict.fromkeys(PARTS, 0.0)
+    total = 0.0
     for event in profiler.key_averages():
         if (
             event.device_type != DeviceType.CPU
@@ -298,7 +334,10 @@ def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
 
 
 def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Name and result of features per size, k-NN and k-means on random features of the width of a ViT-L."""
+    """Name and result of each measurement of the evaluation.
+
+    Features per size; k-NN and k-means on random features of the width of a ViT-L.
+    """
     for size in options.size:
         config = MimRefinerConfig(**(TINY if options.tiny else SIZES[size]))
         with torch.device(options.device):
@@ -306,10 +345,8 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
                 torch.bfloat16 if options.device == "cuda" else torch.float32
             )
         loading = Loading(options.batch_size, options.num_workers, options.device)
-        chosen, processor = (
-            images.subset(range(8 if options.tiny else 4096)),
-            image_processor(config, {}),
-        )
+        chosen = images.subset(range(8 if options.tiny else 4096))
+        processor = image_processor(config, {})
         extract_features(encoder, images.subset(range(8)), processor, loading=loading)
         began = time.perf_counter()
         extract_features(encoder, chosen, processor, loading=loading)
@@ -352,10 +389,16 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
         "",
         f"`python -m benchmarks.gpu {shlex.join(sys.argv[1:])}`  ",
     )
-    yield f"{name}, {options.num_workers} workers, torch {torch.__version__}, {datetime.date.today()}; random weights, real JPEGs"
+    yield (
+        f"{name}, {options.num_workers} workers, torch {torch.__version__},"
+        f" {datetime.date.today()}; random weights, real JPEGs"
+    )
     yield from (
         "",
-        "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for data |",
+        (
+            "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for"
+            " data |"
+        ),
     )
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     profiles: dict[str, dict[str, float]] = {}
@@ -387,8 +430,14 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
 def stage_line(
     case: Case, stage: str, trainer: Trainer, measured: Measured, peak: float | None
 ) -> str:
-    """One row: rate of a step on its own, MFU, peak memory, and the share of the time that it waits for its batch."""
-    recipe, step, waited = trainer.recipe, median(measured.seconds), sum(measured.waited)
+    """One row of the table.
+
+    Rate of a step on its own, MFU, peak memory, and the share of the time that it waits for its
+    batch.
+    """
+    recipe = trainer.recipe
+    step = median(measured.seconds)
+    waited = sum(measured.waited)
     rate = recipe.batch_size / step
     useful = useful_operations(trainer.encoder.config, recipe)[stage]
     mfu = f"{100 * rate * useful / peak:.0f} %" if peak and trainer.bf16 else "unknown"
@@ -396,11 +445,17 @@ def stage_line(
     memory = f"{measured.peak / 2**30:.1f}" if measured.peak else "unknown"
     micro = recipe.micro_batch_size or "all"
     data = f"{100 * share:.0f} %{', data-bound' if share > 0.1 else ''}"
-    return f"| {case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro} | {rate:.1f} | {mfu} | {memory} | {data} |"
+    return (
+        f"| {case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro} | {rate:.1f} |"
+        f" {mfu} | {memory} | {data} |"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the page as it is measured, and write it; exits with 2 for a size or a device that is not there."""
+    """Print the page as it is measured, and write it.
+
+    Exits with 2 for a size or a device that is not there.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -444,7 +499,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.steps < SKIPPED + 2:
         parser.error(
-            f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are not timed"
+            f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are"
+            " not timed"
         )
     images = open_images(str(options.images))
     images = images.subset(np.arange(max(8192, len(images))) % len(images))

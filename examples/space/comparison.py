@@ -1,4 +1,6 @@
-"""What the page shows of a set of images: per encoder the groups, the map, the scores and the files to download, as HTML and text.
+"""What the page shows of a set of images.
+
+Per encoder the groups, the map, the scores and the files to download, as HTML and text.
 
     found = group_images("after", encoder, collection, num_clusters=None, tell=print)
     html = show_note(found, collection.names) + show_side(found, thumbnails, folder)
@@ -50,18 +52,24 @@ SIDES = {"before": "Before refinement", "after": "After refinement"}
 SHOWN = 36  # images of a group on the page; the page to download shows all
 
 
-# --- images -------------------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Images, and what to call each of them on the page; file names of users come without the server's folders."""
+    """Images, and what to call each of them on the page.
+
+    File names of users come without the server's folders.
+    """
 
     images: ImageDataset
     names: list[str]
 
     def without_paths(self, text: str) -> str:
-        """A message about these images for the eyes of users: names in place of paths, and no addresses in memory."""
+        """A message about these images for the eyes of users.
+
+        Names in place of paths, and no addresses in memory.
+        """
         for index, name in enumerate(self.names):
             text = text.replace(self.images.describe(index), name)
         return re.sub(r" <_io\.[^>]*>", "", text)
@@ -82,7 +90,7 @@ class Watched:
         return self.images[i]
 
 
-# --- one side: an encoder's groups of the images ------------------------------------------------------------------------------
+# --- one side: an encoder's groups of the images ---------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,10 @@ def group_images(
     num_clusters: int | None,
     tell: Callable[[int], object],
 ) -> Grouping:
-    """Group the images by `pipeline("image-clustering")`, which is made anew: it remembers its last call."""
+    """Group the images by `pipeline("image-clustering")`.
+
+    It is made anew each time, as it remembers its last call.
+    """
     pipe = ImageClusteringPipeline(
         model=encoder, image_processor=encoder.image_processor, task=TASK
     )
@@ -137,8 +148,12 @@ def group_images(
 
 
 def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
-    """Scores of the groups that are shown, by labels where there are enough of them; else RankMe and the neighbours' agreement."""
-    features, found = pipe.features, pipe.clustering
+    """Scores of the groups that are shown.
+
+    By labels where there are enough of them; else RankMe and the neighbours' agreement.
+    """
+    features = pipe.features
+    found = pipe.clustering
     assignments = found.assignments.numpy()
     groups = KMeansRun(
         assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32)
@@ -159,7 +174,10 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
 
 
 def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
-    """The k-NN class (N,) of each image by the paper's protocol, each half of the images with the other one as the bank."""
+    """The k-NN class (N,) of each image by the paper's protocol.
+
+    Each half of the images has the other one as its bank.
+    """
     order = labels.argsort(stable=True)  # every class in both halves
     predicted = torch.empty_like(labels)
     for bank, half in ((order[::2], order[1::2]), (order[1::2], order[::2])):
@@ -168,7 +186,7 @@ def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
     return predicted
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------------------
+# --- what is shown ---------------------------------------------------------------------------
 
 
 def data_uri(picture: bytes, kind: str) -> str:
@@ -177,7 +195,7 @@ def data_uri(picture: bytes, kind: str) -> str:
 
 
 def show_note(found: Grouping, names: Sequence[str]) -> str:
-    """How many groups and why, whether that is a clear answer, and which files could not be read."""
+    """How many groups and why, whether that is a clear answer, and which files are not shown."""
     broken = [names[entry["index"]] for entry in found.summary["broken"]]
     lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
     if broken:
@@ -190,7 +208,10 @@ def show_note(found: Grouping, names: Sequence[str]) -> str:
 def show_group(
     found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]
 ) -> str:
-    """A group: its caption, and its images, most confident first; those that are not of its most frequent class are marked."""
+    """A group: its caption, and its images, most confident first.
+
+    Those that are not of its most frequent class are marked.
+    """
     labels = found.evaluation.features.labels
     caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
     mostly = f"<b>mostly {escape(caption)}</b>" if caption else ""
@@ -221,7 +242,10 @@ def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str
         show_group(found, number, members, thumbnails) for number, members in enumerate(order)
     )
     heading = f"<h3>{SIDES[found.side.name]}</h3>"
-    return f'<div class="side">{heading}<img class="map" alt="map of the images" src="{picture}">{groups}</div>'
+    return (
+        f'<div class="side">{heading}<img class="map" alt="map of the images"'
+        f' src="{picture}">{groups}</div>'
+    )
 
 
 def legend(found: Grouping) -> str:
@@ -235,8 +259,12 @@ def legend(found: Grouping) -> str:
 
 
 def show_scores(sides: Sequence[Side]) -> str:
-    """The table of `mim-refiner evaluate`: scores with standard errors; of two sides also the change and a verdict."""
-    before, after = (sides[0] if len(sides) == 2 else None), sides[-1]
+    """The table of `mim-refiner evaluate`: scores with standard errors.
+
+    Of two sides also the change and a verdict.
+    """
+    before = sides[0] if len(sides) == 2 else None
+    after = sides[-1]
     changes = {} if before is None else changes_of(before, after)
     table = report_table(
         {
@@ -249,14 +277,18 @@ def show_scores(sides: Sequence[Side]) -> str:
     return table.replace("this model", "after", 1)
 
 
-# --- what can be downloaded ---------------------------------------------------------------------------------------------------
+# --- what can be downloaded ------------------------------------------------------------------
 
 
 def write_downloads(
     folder: Path, sides: Sequence[Grouping], thumbnails: Sequence[bytes]
 ) -> list[str]:
-    """`groups.csv` with every side's group and confidence, and one self-contained page per side; returns the paths."""
-    header, columns = ["image"], [sides[-1].names]
+    """`groups.csv` with every side's group and confidence, and one self-contained page per side.
+
+    Returns the paths.
+    """
+    header = ["image"]
+    columns = [sides[-1].names]
     for found in sides:
         header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
         columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
