@@ -116,6 +116,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
     """Groups that can be told apart."""
     widths = itertools.cycle(WIDTHS)
     apart = itertools.cycle((10.0, 8.0, 7.0))
+
     for groups in (2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50):
         width = next(widths)
         gap = next(apart)
@@ -125,6 +126,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             normal_groups(rng, groups, width, gap),
         )
+
     for groups in (2, 3, 5, 8, 12, 20, 30, 40):
         width = next(widths)
         yield Case(
@@ -133,6 +135,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             normal_groups(rng, groups, width, 8, unequal=True),
         )
+
     for groups in (3, 5, 10, 20, 30, 50):
         width = next(widths)
         yield Case(
@@ -141,6 +144,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             with_noise(rng, normal_groups(rng, groups, width, 9)),
         )
+
     for groups in (2, 4, 7, 14, 24, 36):
         width = next(widths)
         yield Case(
@@ -149,6 +153,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             normal_groups(rng, groups, width, 9, stretched=True),
         )
+
     for groups in (2, 3, 5, 7, 10, 16, 20, 30, 40, 50):
         width = next(widths)
         yield Case(
@@ -157,6 +162,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             round_groups(rng, groups, width, 1.0),
         )
+
     for groups in (4, 6, 9, 22):
         width = next(widths)
         yield Case(
@@ -185,6 +191,7 @@ def uncountable(rng: np.random.Generator) -> Iterator[Case]:
         turns = rng.random((1500, 1)) * np.linspace(1, 3, width // 2)
         curve = np.hstack([np.cos(turns), np.sin(turns)]) + 0.1 * rng.standard_normal((1500, width))
         yield Case("no groups", f"a curve, {width}-d", None, curve)
+
     for groups, width in zip((3, 6, 12, 25, 40), itertools.cycle(WIDTHS), strict=False):
         yield Case(
             "too close",
@@ -305,6 +312,7 @@ def main(shared: Path | None) -> None:
     halves: tuple[dict[str, Tally], dict[str, Tally]] = ({}, {})
     countable = set[str]()
     seconds = list[float]()
+
     for number, case in enumerate(cases(shared)):
         began = time.process_time()
         proposal = propose_num_clusters(
@@ -325,26 +333,17 @@ def main(shared: Path | None) -> None:
             proposal.reason,
             flush=True,
         )
+
     text = [
         "# Is the proposed number of groups right?",
         "",
-        (
-            f"{len(seconds)} cases, {SAMPLES} rows each. The rule's constants were chosen on"
-            " even-numbered cases (five odd ones were in"
-        ),
-        (
-            "sight); the first table is about the others. `no groups` and `too close` (nearest"
-            " centres 1.5 standard deviations apart, or as"
-        ),
-        (
-            "spread on the sphere) have no right number: there `no clear answer` is right. The true"
-            " number of real images is that of their"
-        ),
-        (
-            "classes, which these features need not separate: an honest answer is often an unclear"
-            " one. umap-learn decides nothing and was"
-            f" {'' if importlib.util.find_spec('umap') else 'not '}installed."
-        ),
+        f"{len(seconds)} cases, {SAMPLES} rows each. The rule's constants were chosen on",
+        "even-numbered cases (five odd ones were in sight); the first table is about the others.",
+        "`no groups` and `too close` (nearest centres 1.5 standard deviations apart, or as spread",
+        "on the sphere) have no right number: there `no clear answer` is right. The true number",
+        "of real images is that of their classes, which these features need not separate: an",
+        "honest answer is often an unclear one. umap-learn decides nothing and was",
+        f"{'' if importlib.util.find_spec('umap') else 'not '}installed.",
         "",
         "```bash",
         f"python -m benchmarks.cluster_count_study{' ../shared' if shared else ''}",
@@ -358,16 +357,11 @@ def main(shared: Path | None) -> None:
         "",
         *table(halves[0], countable),
         "",
-        (
-            f"{np.median(seconds):.1f} s of processor time per proposal (median),"
-            f" {max(seconds):.1f} s at most,"
-        ),
-        f"{sum(seconds) / 60:.1f} minutes in all on one core.",
+        f"{np.median(seconds):.1f} s of processor time per proposal (median), {max(seconds):.1f} s",
+        f"at most, {sum(seconds) / 60:.1f} minutes in all on one core.",
         "",
-        (
-            f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}),"
-            f" torch {version('torch')}"
-        ),
+        f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}), torch",
+        f"{version('torch')}",
     ]
     (Path(__file__).parent / "results" / "cluster-count.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"

@@ -48,6 +48,7 @@ def features(
     """Features (N, D) as the pipeline clusters them, and classes (N,), of all splits together."""
     stores = []
     encoder = None
+
     for split in splits:
         if not (folder / split / "broken.json").is_file():
             encoder = encoder or load_encoder(str(model))
@@ -58,6 +59,7 @@ def features(
                 )
             embed_images(encoder, images, encoder.image_processor, folder / split)
         stores.append(FeatureStore(folder / split))
+
     rows = torch.cat([store.features(next(iter(store.columns))) for store in stores])
     return rows, torch.cat([torch.as_tensor(store.labels) for store in stores])
 
@@ -99,13 +101,16 @@ def line(
         for sign in (-1, 1)
     )
     verdict = "neither"
+
     if low > 0:
         verdict = "heads"
     elif high < 0:
         verdict = "k-means"
+
     rows, width, classes = shape
     star = " *" if (dataset, encoder) in TUNED else ""
     lines = []
+
     for method in METHODS:
         cells = []
         for name in ("accuracy", "nmi", "ari"):
@@ -178,6 +183,7 @@ def main(options: argparse.Namespace) -> None:
         *((name, encoder) for name in SETS for encoder in ("start", "refined")),
     ]
     table = []
+
     for dataset, encoder in cells:
         file = options.work / f"{encoder}-{dataset}.json"
         if not file.is_file() and (not options.parts or f"{encoder}-{dataset}" in options.parts):
@@ -198,6 +204,7 @@ def main(options: argparse.Namespace) -> None:
         if file.is_file():
             found = json.loads(file.read_text())
             table += line(dataset, encoder, found["runs"], tuple(found["shape"]))
+
     write(table)
 
 

@@ -18,11 +18,13 @@ def main(folders: list[str]) -> None:
     runs = [json.loads((Path(folder) / "metrics.json").read_text()) for folder in folders]
     head = " | ".join(METRICS.values())
     lines = [f"| seed | {head} | seconds of training |", f"|---:|{'---:|' * len(METRICS)}---:|"]
+
     for run in runs:
         cells = [
             f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}" for key in METRICS
         ]
         lines.append(f"| {run['seed']} | {' | '.join(cells)} | {run['seconds']:.0f} |")
+
     gains = [
         statistics.mean(100 * (run["after"][key] - run["before"][key]) for run in runs)
         for key in METRICS

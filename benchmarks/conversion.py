@@ -81,6 +81,7 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
     source = scratch / "source.pth"
     torch.save({"model": mae_weights(width, depth, patch)}, source)
     size = source.stat().st_size / 1e9
+
     command = [
         sys.executable,
         "-m",

@@ -143,6 +143,7 @@ def cases(sizes: list[str]) -> list[Case]:
         Case(first, "exact views", {"views": "exact"}),
         Case(first, "compiled", {"compile": True}),
     ]
+
     if "l16" in sizes:
         small = {"batch_size": 1024, "micro_batch_size": 64, "gradient_checkpointing": True}
         found.append(Case("l16", "24 GB: blocks recomputed", small))
@@ -165,6 +166,7 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
     inner = config.intermediate_size
     prefix = config.num_prefix_tokens
     forward = patches_in = 0.0
+
     for views, size in (
         (recipe.global_views, recipe.global_size),
         (recipe.local_views, recipe.local_size),
@@ -182,6 +184,7 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
             )
         forward += views * (block * (config.num_hidden_layers - 1) + last)
         patches_in += views * 2 * patches * config.num_channels * config.patch_size**2 * width
+
     heads = 2.0 * head_parameters(recipe, config) * (recipe.global_views + recipe.local_views)
     return {
         "warmup": forward + patches_in + 3 * heads,
@@ -258,6 +261,7 @@ def measure(trainer: Trainer) -> dict[str, Measured]:
         if on_gpu and number == 0:
             torch.cuda.reset_peak_memory_stats()
         last = number == trainer.steps.warmup - 1
+
         if last:
             with labelled(trainer), profile() as profiler:
                 result = update(step, batch)
@@ -265,10 +269,12 @@ def measure(trainer: Trainer) -> dict[str, Measured]:
             stage.parts = seconds_by_part(profiler, on_gpu)
         else:
             result = update(step, batch)
+
         now = wait()
         if number >= SKIPPED and not last:
             stage.waited.append(entered - left)
             stage.seconds.append(now - entered)
+
         stage.peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         left = now
         return result
@@ -316,6 +322,7 @@ def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
     """
     found = dict.fromkeys(PARTS, 0.0)
     total = 0.0
+
     for event in profiler.key_averages():
         if (
             event.device_type != DeviceType.CPU
@@ -355,6 +362,7 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
             f"features, {size}, {next(encoder.parameters()).dtype}".replace("torch.", ""),
             f"{rate:.0f} images/s with decoding",
         )
+
     rows, width, groups = (200, 16, 4) if options.tiny else (100_000, 1024, 1000)
     features = torch.randn(rows, width, device=options.device)
     labels = torch.arange(rows, device=options.device) % groups
@@ -367,6 +375,7 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
             features, groups
         ),
     }
+
     for name, way in ways.items():
         began = time.perf_counter()
         way()  # both end with numbers on the CPU
@@ -402,6 +411,7 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
     )
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     profiles: dict[str, dict[str, float]] = {}
+
     for case in cases(options.size):
         trainer = stages = None  # frees the last one's
         torch.cuda.empty_cache()
@@ -417,12 +427,15 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
         for stage, measured in stages.items():
             yield stage_line(case, stage, trainer, measured, peak)
             profiles[f"{case.size}, {case.name}, {stage}"] = measured.parts
+
     yield from ("", "Where the time of a step goes, in ms (one step under torch.profiler):", "")
     columns = [*PARTS, "the rest"]
     yield f"| step | {' | '.join(columns)} |"
     yield "|---|" + "---:|" * len(columns)
+
     for step, parts in profiles.items():
         yield f"| {step} | {' | '.join(f'{1000 * parts[part]:.1f}' for part in columns)} |"
+
     yield from ("", "| evaluation | |", "|---|---:|")
     yield from (f"| {name} | {result} |" for name, result in evaluation_rows(images, options))
 
@@ -491,7 +504,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("benchmarks/results/gpu.md"), help="the page"
     )
     options = parser.parse_args(arguments)
-    if unknown := set(options.size) - set(SIZES):
+    unknown = set(options.size) - set(SIZES)
+    if unknown:
         parser.error(f"--size {','.join(sorted(unknown))}: there are {', '.join(SIZES)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -502,12 +516,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are"
             " not timed"
         )
+
     images = open_images(str(options.images))
     images = images.subset(np.arange(max(8192, len(images))) % len(images))
     lines = []
+
     for line in page(images, options):
         print(line, flush=True)
         lines.append(line)
+
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("\n".join(lines) + "\n")
 

@@ -258,10 +258,12 @@ def table(name: str, axis: Axis, seconds: list[float]) -> list[str]:
     low, high = axis.expected
     fitted = exponent(axis, seconds)
     verdict = "as expected"
+
     if fitted < low:
         verdict = "NOT as expected: less"
     elif fitted > high:
         verdict = "NOT as expected: more"
+
     works = [f"{axis.work(size):.0f}" for size in axis.sizes]
     return [
         f"## {name}",
@@ -305,28 +307,23 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     lines = []
+
     with threadpool_limits(1):
         for name in names or AXES:
             found[name] = measure(AXES[name])
             lines += table(name, AXES[name], found[name])
             print("\n".join(table(name, AXES[name], found[name])), flush=True)
+
     if names:
         return
     head = [
         "# How costs grow",
         "",
-        (
-            "Processor time of one thread, medians of three calls, and the exponent p of time ~"
-            " size^p that fits them. Each"
-        ),
-        (
-            "part says which range is expected, and why; those of heads, local crops and image size"
-            " were widened downwards, and the sizes"
-        ),
-        (
-            "of k-means doubled, after a first run had shown what does not grow. Encoder: 6 blocks"
-            " of width 192, random weights."
-        ),
+        "Processor time of one thread, medians of three calls, and the exponent p of time ~",
+        "size^p that fits them. Each part says which range is expected, and why; those of heads,",
+        "local crops and image size were widened downwards, and the sizes of k-means doubled,",
+        "after a first run had shown what does not grow. Encoder: 6 blocks of width 192, random",
+        "weights.",
         "",
         "```bash",
         "python -m benchmarks.growth",
@@ -354,6 +351,7 @@ if __name__ == "__main__":
         help=f"which to measure: {', '.join(AXES)}; all by default",
     )
     chosen = parser.parse_args().axes
-    if unknown := [name for name in chosen if name not in AXES]:
+    unknown = [name for name in chosen if name not in AXES]
+    if unknown:
         parser.error(f"no axis {', '.join(unknown)}; there are {', '.join(AXES)}")
     main(chosen)

@@ -151,18 +151,11 @@ def write_table(lines: list[str]) -> None:
     text = [
         "# k-means against scikit-learn's MiniBatchKMeans",
         "",
-        (
-            f"Rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per"
-            " restart and the best restart's"
-        ),
-        (
-            "inertia over all rows, medians of the rounds, in which the two take turns, on a"
-            " machine that others used too."
-        ),
-        (
-            "scikit-learn: `MiniBatchKMeans(k, n_init=1)`, its defaults otherwise. From a disk:"
-            " [kmeans-from-disk.md](kmeans-from-disk.md)."
-        ),
+        f"Rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per",
+        "restart and the best restart's inertia over all rows, medians of the rounds, in which",
+        "the two take turns, on a machine that others used too. scikit-learn: `MiniBatchKMeans(k,",
+        "n_init=1)`, its defaults otherwise. From a disk:",
+        "[kmeans-from-disk.md](kmeans-from-disk.md).",
         "",
         "```bash",
         "python -m benchmarks.kmeans",
@@ -175,11 +168,9 @@ def write_table(lines: list[str]) -> None:
         "|---|---|---|---|---|---|---|---|",
         *lines,
         "",
-        (
-            f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of"
-            f" {os.cpu_count()} CPU cores, torch {version('torch')}, scikit-learn"
-            f" {version('scikit-learn')}"
-        ),
+        f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of",
+        f"{os.cpu_count()} CPU cores, torch {version('torch')}, scikit-learn",
+        f"{version('scikit-learn')}",
     ]
     (Path(__file__).parent / "results" / "kmeans.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"
@@ -190,6 +181,7 @@ def main() -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
     lines = []
+
     for num_clusters, count in ROUNDS.items():
         rows = features(num_clusters)
         rounds = []
@@ -204,6 +196,7 @@ def main() -> None:
                 )
             print(num_clusters, rounds[-1], flush=True)
         lines += table(num_clusters, rounds)
+
     write_table(lines)
 
 

@@ -116,23 +116,16 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
         size = path.stat().st_size
         with PeakMemory() as memory:
             kmeans(batches, num_clusters, runs=RUNS, iterations=PASSES)
+
     processor, clock = (statistics.median(kind) for kind in zip(*batches.seconds, strict=True))
     text = [
         "# k-means from a disk",
         "",
-        (
-            f"{rows} rows of {width} dimensions in float16, {num_clusters} groups, one thread,"
-            f" {PASSES} passes of k-means at most and two"
-        ),
-        (
-            "more to check and to assign. Memory is this process's own (RssAnon) above what it held"
-            " before; the labels and confidences of"
-        ),
-        (
-            f"all rows are {rows * 12 / 1e6:.0f} MB of it. The first {PART} rows gave the same"
-            " groups from the file as from memory."
-        ),
-        "Other programs ran on the machine: go by the processor's time.",
+        f"{rows} rows of {width} dimensions in float16, {num_clusters} groups, one thread,",
+        f"{PASSES} passes of k-means at most and two more to check and to assign. Memory is this",
+        "process's own (RssAnon) above what it held before; the labels and confidences of all",
+        f"rows are {rows * 12 / 1e6:.0f} MB of it. The first {PART} rows gave the same groups from",
+        "the file as from memory. Other programs ran on the machine: go by the processor's time.",
         "",
         "```bash",
         (
@@ -148,10 +141,8 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
             f" {processor:.1f} s | {clock:.1f} s |"
         ),
         "",
-        (
-            f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch"
-            f" {version('torch')}"
-        ),
+        f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch",
+        f"{version('torch')}",
     ]
     (Path(__file__).parent / "results" / "kmeans-from-disk.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"

@@ -96,6 +96,7 @@ class PlainStep:
         """The total loss of features (V * b, D) per head."""
         refiner = self.refiner
         losses = []
+
         for head, rows in enumerate(features):
             with torch.autocast("cpu", torch.bfloat16, enabled=refiner.bf16):
                 projected = self.projectors[head](rows)

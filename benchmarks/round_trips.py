@@ -82,8 +82,10 @@ def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
         **shape, image_size=32, patch_size=8, use_shared_relative_position_bias=True
     )
     theirs = transformers.Data2VecVisionModel(config).eval()
+
     for parameter in theirs.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+
     theirs.save_pretrained(folder)
     encoder = load_encoder(folder)
     pixels = torch.randn(2, 3, 32, 32)
@@ -99,6 +101,7 @@ def there_and_back(encoder: MimRefinerModel, folder: Path, to: str) -> str:
         differences = export(folder / "model", folder / to, to)
     except ValueError as error:
         return str(error).split(" cannot be exported to ")[1].split(": ", 1)[1].split("; --to")[0]
+
     text = shown(max(differences.values()))
     if to == "onnx":
         return text
@@ -133,8 +136,10 @@ def measure(fixtures: Path, checkpoint: str, folder: Path) -> Row:
         "original -> ours": shown(difference),
         "model folder": "bit-equal" if equal else "DIFFERS",
     }
+
     for to, title in (("timm", "timm"), ("vit", "native class"), ("onnx", "ONNX")):
         row[title] = there_and_back(encoder, folder, to)
+
     if (folder / "vit").is_dir():
         row["native class"] = (
             f"`{json.loads((folder / 'vit/config.json').read_text())['architectures'][0]}`"
@@ -150,29 +155,21 @@ def main(fixtures: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows[family] = measure(fixtures, checkpoint, Path(folder))
         print(family, rows[family], flush=True)
+
     titles = ["family", *rows["MAE"]]
     table = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     table += [f"| {' | '.join([family, *row.values()])} |" for family, row in rows.items()]
     versions = ", ".join(f"{package} {version(package)}" for package in VERSIONS)
+
     text = [
         "# Round trips between formats",
         "",
-        (
-            "Worst absolute difference, fp32. `original -> ours`: all blocks against the outputs of"
-            " the authors' code (data2vec-vision:"
-        ),
-        (
-            "final tokens against transformers). The other columns: tokens and features of the"
-            " exported and reloaded model against"
-        ),
-        (
-            "ours, in batches of 1 and 3; `back`: tokens after `load_encoder` read the export"
-            " again. A sentence says what the format"
-        ),
-        (
-            "lacks. Models of golden size: 4 or 5 blocks, 32 to 48 wide, random values in every"
-            " tensor."
-        ),
+        "Worst absolute difference, fp32. `original -> ours`: all blocks against the outputs of",
+        "the authors' code (data2vec-vision: final tokens against transformers). The other",
+        "columns: tokens and features of the exported and reloaded model against ours, in batches",
+        "of 1 and 3; `back`: tokens after `load_encoder` read the export again. A sentence says",
+        "what the format lacks. Models of golden size: 4 or 5 blocks, 32 to 48 wide, random",
+        "values in every tensor.",
         "",
         "```bash",
         "python -m benchmarks.round_trips ../shared/fixtures",

@@ -106,6 +106,7 @@ def _medians(
     taken: list[list[float]] = [[] for _ in ways]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+
     try:
         with threadpool_limits(threads):
             for way in ways if warm else ():

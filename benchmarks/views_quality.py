@@ -92,6 +92,7 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
         "output_dir": str(work / f"{data}-{way}-{seed}"),
     }
     encoder: Any
+
     if way == "start":
         encoder = load_encoder(model)
         processor = encoder.image_processor
@@ -106,6 +107,7 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
         assert result is not None
         encoder = result.encoder
         processor = result.processor
+
     found = evaluate_encoder(encoder, processor, train, test, seed=seed, per_block=False).metrics
     return {name: found[name] for name in METRICS}
 
@@ -135,19 +137,15 @@ def write(table: list[str]) -> None:
     text = [
         "# Fast views and exact views: the same quality?",
         "",
-        (
-            "Scores of refined encoders in per cent, seeds 0, 1, 2. Both ways start from the same"
-            " weights and make the same draws. The"
-        ),
+        "Scores of refined encoders in per cent, seeds 0, 1, 2. Both ways start from the same",
+        "weights and make the same draws. The",
         (
             'difference is the mean over seeds with its standard error; a verdict other than "no'
             ' difference shown" means that its'
         ),
-        (
-            f"95 % interval (Student's t, {T95} standard errors) leaves out zero. Three seeds can"
-            " show large differences only, and one of"
-        ),
-        "six intervals does so by chance in a quarter of such tables.",
+        f"95 % interval (Student's t, {T95} standard errors) leaves out zero. Three seeds can show",
+        "large differences only, and one of six intervals does so by chance in a quarter of such",
+        "tables.",
         "",
         "```bash",
         "python -m benchmarks.views_quality ../shared",
@@ -157,15 +155,10 @@ def write(table: list[str]) -> None:
         "|---|---|---:|---|---|---:|---|",
         *table,
         "",
-        (
-            "digits: the quickstart (crops only, no colour) from one MAE; CIFAR-10: the recipe"
-            " cifar10-tiny with all colour operations,"
-        ),
-        (
-            f"{IMAGES} images, one epoch, six blocks frozen, tested on {TEST} images."
-            f" {time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores,"
-            f" torch {version('torch')}"
-        ),
+        "digits: the quickstart (crops only, no colour) from one MAE; CIFAR-10: the recipe",
+        f"cifar10-tiny with all colour operations, {IMAGES} images, one epoch, six blocks frozen,",
+        f"tested on {TEST} images. {time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 of",
+        f"{os.cpu_count()} CPU cores, torch {version('torch')}",
     ]
     RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
 
@@ -177,9 +170,11 @@ def main(shared: Path, work: Path) -> None:
             f"{shared} has no data/cifar10/train.parquet; name the folder that holds data/ and"
             " models/"
         )
+
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     table = []
+
     for data in ("digits", "CIFAR-10"):
         scores = {}
         for seed in SEEDS:
@@ -192,6 +187,7 @@ def main(shared: Path, work: Path) -> None:
                 scores[way, seed] = json.loads(file.read_text())
                 print(data, way, seed, scores[way, seed], flush=True)
         table += lines(data, scores)
+
     write(table)
 
 

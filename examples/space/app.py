@@ -83,6 +83,7 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
         raise ValueError(
             f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number."
         )
+
     entries = Entries.of(
         range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths)
     )
@@ -109,6 +110,7 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
                 " cats=photos/cats"
             )
         found[name] = open_images(folder, num_channels=num_channels)
+
     collections = {}
     for name, images in found.items():
         images = evenly_spaced(images, MAX_IMAGES)
@@ -149,18 +151,22 @@ def compare(
             f"The number of groups is {num_clusters}; give a whole number, or 0 to have it"
             " proposed."
         )
+
     sides: list[Grouping] = []
     total = len(collection.images)
     readings = len(encoders) * len(collection.images)
+
     for name in reversed(
         list(encoders)
     ):  # the refined encoder proposes a number; the other one takes it, to be comparable
         tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
         sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
         wanted = sides[-1].summary["num_clusters"]
+
     progress(0.8, desc="Maps and pages")
     found = sides[-1]
     thumbnails = [load_thumbnail(found.images, i) for i in range(len(found.images))]
+
     with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
         columns = "".join(show_side(side, thumbnails, Path(folder)) for side in sides)
         numbers = {
@@ -318,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
     )
     options = parser.parse_args(arguments)
+
     try:
         encoders: dict[str, Any] = {
             side: load_encoder(name)
@@ -333,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"]}  # none from the network
     fonts["font_mono"] = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)

@@ -136,6 +136,7 @@ def group_images(
     evaluation = measure(pipe, images)
     measured = {} if evaluation.predicted is None else errors_of(evaluation)
     errors = {f"{score}_standard_error": found.error for score, found in measured.items()}
+
     return Grouping(
         images,
         [collection.names[index] for index in kept],
@@ -160,6 +161,7 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
     )
     metrics: dict[str, Any] = {"rankme": rankme(features)}
     labels = predicted = None
+
     if fully_labelled(images) and len(images) > 2 * NUM_NEIGHBOURS:
         labels = torch.from_numpy(images.labels)
         scores = cluster_scores(labels, assignments)
@@ -195,7 +197,7 @@ def data_uri(picture: bytes, kind: str) -> str:
 
 
 def show_note(found: Grouping, names: Sequence[str]) -> str:
-    """How many groups and why, whether that is a clear answer, and which files are not shown."""
+    """How many groups and why, whether that is clear, and which files could not be read."""
     broken = [names[entry["index"]] for entry in found.summary["broken"]]
     lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
     if broken:
@@ -218,11 +220,15 @@ def show_group(
     most = None if labels is None else int(labels[members].bincount().argmax())
     tiles = []
     for place in members[:SHOWN]:
-        odd = labels is not None and int(labels[place]) != most
-        small = max(Image.open(io.BytesIO(thumbnails[place])).size) < 48  # its pixels stay sharp
+        kinds = ["tile"]
+        if labels is not None and int(labels[place]) != most:
+            kinds.append("odd")
+        # its pixels stay sharp
+        if max(Image.open(io.BytesIO(thumbnails[place])).size) < 48:
+            kinds.append("small")
         text = escape(f"{found.names[place]}, confidence {100 * found.scores[place]:.0f} %")
         tiles.append(
-            f'<span class="tile{" odd" * odd}{" small" * small}" title="{text}">'
+            f'<span class="{" ".join(kinds)}" title="{text}">'
             f'<img alt="{text}" src="{data_uri(thumbnails[place], "jpeg")}">'
             f'<i style="width:{100 * found.scores[place]:.0f}%"></i></span>'
         )
@@ -289,6 +295,7 @@ def write_downloads(
     """
     header = ["image"]
     columns = [sides[-1].names]
+
     for found in sides:
         header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
         columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
@@ -304,5 +311,6 @@ def write_downloads(
             SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"]
         )
         (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
+
     write_table(folder / "groups.csv", header, zip(*columns, strict=True))
     return sorted(str(path) for path in folder.glob("groups*"))
