@@ -44,7 +44,7 @@ from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
 from mim_refiner_hf.evaluation.tables import report_table
-from mim_refiner_hf.publishing.cluster_folder import describe, write_table
+from mim_refiner_hf.publishing.cluster_folder import describe_groups, write_table
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
 from mim_refiner_hf.runs.comparison import Side, changes_of, describe_change, errors_of
 
@@ -199,7 +199,7 @@ def data_uri(picture: bytes, kind: str) -> str:
 def show_note(found: Grouping, names: Sequence[str]) -> str:
     """How many groups and why, whether that is clear, and which files could not be read."""
     broken = [names[entry["index"]] for entry in found.summary["broken"]]
-    lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
+    lines = [("note" if found.summary["clear"] else "note unclear", describe_groups(found.summary))]
     if broken:
         lines.append(
             ("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}")
@@ -308,7 +308,11 @@ def write_downloads(
         ]
         features = found.evaluation.features.features[order]
         page = render_page(
-            SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"]
+            SIDES[found.side.name],
+            describe_groups(found.summary),
+            tiles,
+            features,
+            found.summary["sizes"],
         )
         (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
 

@@ -18,8 +18,7 @@ from ..evaluation.feature_store import read_manifest
 from ..evaluation.features import feature_columns
 from ..evaluation.tables import report_table
 from ..model.configuration_mim_refiner import Pooling
-from ..publishing.evaluated_card import update_card
-from ..publishing.hub import CARD
+from ..publishing.model_card import CARD, update_card
 from ..runs.evaluate import PROTOCOLS, evaluate
 from ..runtime.device import warn_of_emulation
 from ..runtime.launch import several_on_the_cpu
