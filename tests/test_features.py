@@ -20,7 +20,7 @@ from mim_refiner_hf.evaluation import (
     draw_clusters,
     evaluate_encoder,
     extract_features,
-    kmeans,
+    kmeans_runs,
     knn_accuracy,
     pictures,
     rankme,
@@ -193,7 +193,7 @@ def test_evaluation_is_the_sum_of_its_protocols(processor: MimRefinerImageProces
         knn_accuracy(bank.blocks[b], bank.labels, held_out.blocks[b], held_out.labels)
         for b in range(3)
     ]
-    run = kmeans(held_out.features, 4)
+    run = kmeans_runs(held_out.features, 4)
     scores = [cluster_scores(held_out.labels, groups) for groups in run.all_assignments]
     best = cluster_scores(held_out.labels, run.assignments)
     assert evaluation.metrics.pop("knn_per_block") == pytest.approx(knn)

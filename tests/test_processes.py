@@ -29,7 +29,7 @@ from mim_refiner_hf.clustering import ArrayBatches, kmeans
 from mim_refiner_hf.data.images import open_images, open_stream
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
-from mim_refiner_hf.evaluation.cluster_scores import kmeans as kmeans_runs
+from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder
 
 GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
@@ -148,7 +148,7 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
 
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans_runs, runs=5))
+    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
 
 
 def report_process(rank: int, port: int, words: list[str], said: Path) -> None:

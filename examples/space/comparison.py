@@ -43,6 +43,7 @@ from mim_refiner_hf.evaluation.neighbour_agreement import (
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
+from mim_refiner_hf.evaluation.scores import as_metrics
 from mim_refiner_hf.evaluation.tables import report_table
 from mim_refiner_hf.publishing.cluster_folder import describe_groups, write_table
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
@@ -135,15 +136,13 @@ def group_images(
     images = collection.images.subset(kept)
     evaluation = measure(pipe, images)
     measured = {} if evaluation.predicted is None else errors_of(evaluation)
-    errors = {f"{score}_standard_error": found.error for score, found in measured.items()}
-
     return Grouping(
         images,
         [collection.names[index] for index in kept],
         pipe.summary,
         [entry["cluster"] for entry in entries],
         [entry["score"] for entry in entries],
-        Side(name, evaluation.metrics | errors, measured, {}),
+        Side(name, as_metrics(measured) | evaluation.metrics, measured, {}),
         evaluation,
     )
 

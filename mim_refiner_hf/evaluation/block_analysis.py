@@ -25,7 +25,7 @@ from ..data.images import evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
-from .feature_cache import Rows, for_altered_images, own_columns, read_rows
+from .feature_cache import ImageRows, for_altered_images, own_columns, read_rows
 from .knn import knn_accuracy
 from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from .reconstruction import reconstruction_losses
@@ -184,7 +184,7 @@ def block_profile(
 
     columns = own_columns(encoder.config)
 
-    def read(images: "ImageDataset", shown: Any, folder: Path | None, what: str) -> Rows:
+    def read(images: "ImageDataset", shown: Any, folder: Path | None, what: str) -> ImageRows:
         desc = f"block analysis: {what}"
         return read_rows(
             encoder, images, shown, columns, features=folder, loading=loading, desc=desc
@@ -208,7 +208,7 @@ def block_profile(
     return assemble(accuracies, agreements, losses, vectors, distances)
 
 
-def knn_per_block(bank: Rows, queries: Rows, columns: Sequence[str]) -> list[float]:
+def knn_per_block(bank: ImageRows, queries: ImageRows, columns: Sequence[str]) -> list[float]:
     """k-NN accuracy (0 to 1) of every column that both have, by the paper's protocol."""
     assert bank.labels is not None and queries.labels is not None
     accuracies = []

@@ -57,7 +57,7 @@ def channel_statistics(rows: Tensor, correction: int = 1) -> tuple[Tensor, Tenso
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets (N, D) and (M, D) with the TRAIN mean and standard deviation, channel by channel."""
+    """Both sets (N, D), (M, D) with the TRAIN mean and standard deviation, channel by channel."""
     mean, deviation = channel_statistics(train)
     return (train - mean).div_(deviation), (test - mean).div_(deviation)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
-from .feature_cache import Rows, read_rows
+from .feature_cache import ImageRows, read_rows
 from .features import own_column
 from .scores import ProtocolResult, Score, class_labels
 
@@ -114,8 +114,8 @@ def draw_split(labels: NDArray[np.int64], shots: int, seed: int, split: int) -> 
 
 
 def encoded_splits(
-    images: "ImageDataset", read: Callable[["ImageDataset"], Rows], shots: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Rows]:
+    images: "ImageDataset", read: Callable[["ImageDataset"], ImageRows], shots: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], ImageRows]:
     """The splits, and the features of all images in them, each encoded once.
 
     Only chosen images are read; where some are broken, the splits are drawn anew from the others.
@@ -170,7 +170,7 @@ def low_shot(
     check_low_shot(train_images, eval_images, shots)
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
 
-    def read(images: "ImageDataset") -> Rows:
+    def read(images: "ImageDataset") -> ImageRows:
         return read_rows(encoder, images, processor, [column], features=features, loading=loading)
 
     names, splits, bank = encoded_splits(train_images, read, max(shots), seed)
