@@ -25,7 +25,8 @@ from ..data.images import evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
-from .feature_cache import ImageRows, for_altered_images, own_columns, read_rows
+from .feature_cache import ImageRows, for_altered_images, read_rows
+from .features import own_columns
 from .knn import knn_accuracy
 from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from .reconstruction import reconstruction_losses

@@ -267,6 +267,5 @@ __all__ = [
     "check_features",
     "evaluation_columns",
     "for_altered_images",
-    "own_columns",
     "read_rows",
 ]

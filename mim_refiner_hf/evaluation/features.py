@@ -166,7 +166,8 @@ def feature_columns(
         own = str(config.pooling)
         if own == "global_repr" and place != "output":
             own = "mean"
-        columns += [f"{place}.{pooling}" for pooling in poolings or [own]]
+        chosen: list[str] = list(poolings) or [own]
+        columns += [f"{place}.{pooling}" for pooling in chosen]
     return check_columns(columns, config)
 
 

@@ -305,9 +305,9 @@ def label_free(
 ) -> dict[str, Score]:
     """What can be said without labels, with errors over images.
 
-    `neighbour_agreement` (see the file of that name) of the last block, and `silhouette` (-1 to 1) of
-    the groups of `evaluation` among at most 5000 images. A silhouette says how separate the groups
-    are in each model's own space, not how good the groups are.
+    `neighbour_agreement` (see the file of that name) of the last block, and `silhouette` (-1 to 1)
+    of the groups of `evaluation` among at most 5000 images. A silhouette says how separate the
+    groups are in each model's own space, not how good the groups are.
     """
     measured = {}
     last = evaluation.features.features
