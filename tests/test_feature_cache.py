@@ -11,7 +11,7 @@ from PIL import Image
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
-from mim_refiner_hf.evaluation import FeatureStore, embed, embed_images, extract_features
+from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, manifest
 from mim_refiner_hf.evaluation.feature_cache import (
     ImageRows,
     check_features,
@@ -115,7 +115,7 @@ def test_a_damaged_store_is_computed_again(
 def test_an_interrupted_growth_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "IMAGES_PER_SHARD", 16)
+    monkeypatch.setattr(manifest, "IMAGES_PER_SHARD", 16)
     encoder = make_encoder()
     read(encoder, digits(range(20)), tmp_path)  # two shards
     passes = count_images(encoder)

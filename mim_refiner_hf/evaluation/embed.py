@@ -10,7 +10,6 @@ interrupted. The same call again verifies what is finished and computes what is 
 folder's format is in `feature_store.py`.
 """
 
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -23,12 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..conversion.digests import digest as digest_of_tensor
 from ..data.broken import BROKEN
 from ..data.images import Broken, ImageDataset
 from ..data.loading import Loading
-from ..data.sources import digest
-from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import (
     gather_objects,
@@ -40,7 +36,6 @@ from ..runtime.distributed import (
 from ..runtime.files import write_json
 from ..runtime.lock import check_writable, sole_run
 from .feature_store import (
-    STORE_FORMAT,
     STORE_MANIFEST,
     FeatureStore,
     number_of_shards,
@@ -52,22 +47,13 @@ from .feature_store import (
     shard_is_intact,
     write_shard,
 )
-from .features import blocks_of, check_columns, encode, feature_columns, frozen, own_columns
+from .features import check_columns, encode, feature_columns, frozen
 from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
+from .manifest import differences, store_manifest
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_SHARD = 8192
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PACKAGES = (
-    "mim_refiner_hf",
-    "torch",
-    "torchvision",
-    "transformers",
-    "datasets",
-    "pillow",
-    "pyarrow",
-)
 
 
 def embed_images(
@@ -151,7 +137,7 @@ def grow_store(
         wait_for_everyone()
 
 
-# --- what a store is of ---------------------------------------------------------------------------
+# --- the store to fill ----------------------------------------------------------------------------
 
 
 def check_embedding(images: SetOrStream, shard_size: int | None) -> None:
@@ -164,110 +150,6 @@ def check_embedding(images: SetOrStream, shard_size: int | None) -> None:
         is_empty = next(iter(images.stream), None) is None
     if is_empty:
         raise ValueError(f"{images.name} has no images, so there is nothing to embed")
-
-
-def weights_fingerprint(encoder: MimRefinerModel) -> str:
-    """16 hexadecimal digits of all weights and of the settings that say how they are used.
-
-    The settings of pooling are left out: they choose among columns.
-    """
-    settings = {
-        name: getattr(encoder.config, name)
-        for name in MimRefinerConfig.__annotations__
-        if not name.startswith("_") and name not in ("pooling", "features")
-    }
-    tensors = sorted(encoder.state_dict().items())
-    return digest(
-        [
-            json.dumps(settings, sort_keys=True),
-            *(f"{name} {digest_of_tensor(tensor)}" for name, tensor in tensors),
-        ]
-    )
-
-
-def data_identity(images: SetOrStream) -> dict[str, str]:
-    """Name and fingerprint of the images, and of the whole data set that a subset was taken from.
-
-    Of a stream only name, configuration and split are known beforehand.
-    """
-    if isinstance(images, ImageDataset):
-        fingerprint = images.fingerprint
-        whole = images.found.entries.digest
-    else:
-        info = images.stream.info
-        fingerprint = digest([images.name, str(info.config_name), str(images.stream.split)])
-        whole = fingerprint
-    return {"name": images.name, "fingerprint": fingerprint, "whole": whole}
-
-
-def store_manifest(
-    encoder: MimRefinerModel,
-    images: SetOrStream,
-    processor: Any,
-    columns: Sequence[str],
-    shard_size: int | None = None,
-    command: str | None = None,
-) -> dict[str, Any]:
-    """The manifest of a new store."""
-    num_images = len(images) if isinstance(images, ImageDataset) else None
-    if shard_size is None:
-        # every process gets a shard
-        share = math.ceil(num_images / world_size()) if num_images else IMAGES_PER_SHARD
-        shard_size = min(IMAGES_PER_SHARD, share)
-
-    depth = encoder.config.num_hidden_layers
-    widths = {}
-    for column in columns:
-        side_by_side = max(1, len(blocks_of(column, depth)))
-        widths[column] = encoder.config.hidden_size * side_by_side
-    return {
-        "format": STORE_FORMAT,
-        "encoder": {
-            "name": encoder.config.name_or_path or "unnamed",
-            "fingerprint": weights_fingerprint(encoder),
-        },
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "preprocessing": json.loads(processor.to_json_string()),
-        "data": data_identity(images),
-        "num_images": num_images,
-        "class_names": images.class_names,
-        "columns": widths,
-        "own_columns": own_columns(encoder.config),
-        "shard_size": shard_size,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "command": command,
-    }
-
-
-def differences(
-    old: dict[str, Any],
-    new: dict[str, Any],
-    compared: Sequence[str] = (),
-    data: str = "fingerprint",
-) -> list[str]:
-    """In words, what keeps the features of `new` from being those of `old`.
-
-    More columns than asked for do not.
-
-    Args:
-        compared: settings to compare beside dtype and preprocessing.
-        data: "fingerprint" for the same images, "whole" for some of the same data set.
-    """
-    settings = ["dtype", "preprocessing", *compared]
-    found = [f"{key} was {old[key]}, is {new[key]}" for key in settings if old[key] != new[key]]
-    identities = {"data": data}
-    # other weights go without saying in another dtype
-    if old["dtype"] == new["dtype"]:
-        identities["encoder"] = "fingerprint"
-    for part, key in identities.items():
-        was, now = (f"{side[part]['name']} ({side[part].get(key)})" for side in (old, new))
-        if old[part].get(key) != new[part].get(key):
-            found.append(f"{part} was {was}, is {now}")
-
-    missing = [column for column in new["columns"] if column not in old["columns"]]
-    if missing:
-        found.append(f"columns were {', '.join(old['columns'])}, now with {', '.join(missing)}")
-    return found
 
 
 def is_complete(folder: Path) -> bool:

@@ -32,7 +32,7 @@ from ..data.sources import digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
-from .embed import differences, grow_store, intact_shards, store_manifest
+from .embed import grow_store, intact_shards
 from .feature_store import (
     STORE_MANIFEST,
     FeatureStore,
@@ -42,6 +42,7 @@ from .feature_store import (
     shard_is_intact,
 )
 from .features import check_columns, encode_images, own_columns
+from .manifest import differences, store_manifest
 
 logger = logging.getLogger(__name__)
 

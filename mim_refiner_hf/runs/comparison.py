@@ -250,20 +250,16 @@ def measure_side(
 
     extra: dict[str, ProtocolResult] = {}
     for protocol in protocols:
-        settings: dict[str, Any] = {"seed": seed, "loading": loading}
+        run = partial(PROTOCOLS[protocol], seed=seed, loading=loading)
         if protocol == "fine_tuning":
-            settings["recipe"] = recipe
+            run = partial(run, recipe=recipe)
         elif protocol == "segmentation":
-            settings["loading"] = replace(loading, batch_size=_SEGMENTATION_BATCH)
+            run = partial(run, loading=replace(loading, batch_size=_SEGMENTATION_BATCH))
         else:
-            settings["features"] = features
-        result = PROTOCOLS[protocol](
-            encoder=encoder,
-            processor=vars(encoder)["image_processor"],
-            train_images=data.train,
-            eval_images=data.evaluated,
-            **settings,
-        )
+            run = partial(run, features=features)
+        processor = vars(encoder)["image_processor"]
+        result = run(encoder, processor, data.train, data.evaluated)
+
         extra[protocol] = result
         metrics |= result.metrics
         for score_name, score in result.scores.items():

@@ -38,9 +38,9 @@ from ..conversion import load_encoder
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
-from ..evaluation.embed import weights_fingerprint
 from ..evaluation.feature_cache import check_features
 from ..evaluation.fine_tuning import FineTuneRecipe
+from ..evaluation.manifest import weights_fingerprint
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
 from ..evaluation.report import BANK_SIZE
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -129,20 +129,14 @@ def evaluate(
         loading = Loading(num_workers=num_workers, device=device_here())
         data = [without_broken(encoders, each, folder, loading) for each in data]
         for place, each in enumerate(data):
-            measured = [
-                measure_side(
-                    name,
-                    encoder,
-                    each,
-                    _TRANSFER_PROTOCOLS if place else protocols,
-                    seed=seed,
-                    features=folder,
-                    recipe=fine_tune,
-                    loading=loading,
-                )
-                for name, encoder in encoders.items()
-            ]
-            sides.append(measured)
+            measured = partial(measure_side, seed=seed, features=folder, loading=loading)
+            added = _TRANSFER_PROTOCOLS if place else protocols
+            sides.append(
+                [
+                    measured(name, encoder, each, added, recipe=fine_tune)
+                    for name, encoder in encoders.items()
+                ]
+            )
 
     first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
     report = {
