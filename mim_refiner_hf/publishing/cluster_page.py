@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluation.feature_map import flat_map, principal_components
+from ..evaluation.feature_map import cosine_components, flat_map
 
 # longest side in pixels: about 3 kB each
 THUMBNAIL = 112
@@ -99,7 +99,7 @@ def compact(features: Tensor) -> str:
 
     `SIMILARITY_DIMENSIONS` components as signed bytes on one scale, row after row.
     """
-    components = principal_components(features, SIMILARITY_DIMENSIONS)
+    components = cosine_components(features, SIMILARITY_DIMENSIONS)
     scaled = components * (127 / components.abs().max().clamp_min(1e-12))
     return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
 
