@@ -20,7 +20,7 @@ quickstart:  ## pre-train and refine a small model on bundled digits, a few minu
 	accelerate launch training/refine.py
 
 cards:  ## render the cards under model_cards/ from their results.yaml
-	python -m mim_refiner_hf.publishing.zoo_card model_cards/
+	python -m model_cards.render
 
 ci:  ## everything CI runs, in a fresh virtual environment
 	.ci/run

@@ -1,9 +1,13 @@
-"""Every promise about speed, measured here and now: python -m benchmarks [row ...] [--json | --markdown FILE]
+"""Every promise about speed, measured here and now.
 
-Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two threads; exits with 1 where a target
-is missed, with 2 for a row that does not exist. A row whose peer is not installed (`pip install -e ".[bench]"`), or whose promise is
-none on this machine, says so and is left out. `--markdown benchmarks/results/speed.md` also writes the table, with command, machine
-and date; on an idle machine only, and rows that other work disturbed are worth running again.
+Python -m benchmarks [row ...] [--json | --markdown FILE]
+
+Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two
+threads; exits with 1 where a target is missed, with 2 for a row that does not exist. A row whose
+peer is not installed (`pip install -e ".[bench]"`), or whose promise is none on this machine, says
+so and is left out. `--markdown benchmarks/results/speed.md` also writes the table, with command,
+machine and date; on an idle machine only, and rows that other work disturbed are worth running
+again.
 """
 
 import argparse
@@ -46,18 +50,25 @@ def main(arguments: list[str] | None = None) -> int:
         help="also write the table there, replacing what it holds",
     )
     asked = parser.parse_args(arguments)
-    if unknown := [name for name in asked.rows if name not in ROWS]:
+    unknown = [name for name in asked.rows if name not in ROWS]
+    if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     if asked.markdown is not None and not asked.markdown.parent.is_dir():
         parser.error(
-            f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or name another"
+            f"--markdown {asked.markdown}: there is no folder {asked.markdown.parent}; make it, or"
+            " name another"
         )
+
     torch.set_flush_denormal(True)
-    found, left_out = [], []
+    found = []
+    left_out = []
+
     if not asked.json:
         print(
-            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8} {'floor':>10}"
+            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8}"
+            f" {'floor':>10}"
         )
+
     for name in asked.rows or ROWS:
         try:
             row = ROWS[name]()
@@ -72,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         found.append(row)
         print(json.dumps(facts(row)) if asked.json else line(row), flush=True)
+
     if asked.markdown is not None:
         asked.markdown.write_text(markdown(found, left_out, asked.rows), encoding="utf-8")
     return int(not all(row.holds for row in found))
@@ -111,15 +123,18 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
         "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
     )
     table = [
-        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} | {row.note} |"
+        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} |"
+        f" {row.note} |"
         for row in found
     ]
+
     text = [
         "# Speed against named peers",
         "",
-        "Medians of rounds in which ours and the peer take turns, in processor time of one thread, after both have given the same",
-        "numbers. The target applies to that ratio; beside it stands the one of wall time with two threads. The floor is what the",
-        "bare matrix products (for views: decoding) take. Rows are defined in [benchmarks/](..).",
+        "Medians of rounds in which ours and the peer take turns, in processor time of one",
+        "thread, after both have given the same numbers. The target applies to that ratio; beside",
+        "it stands the one of wall time with two threads. The floor is what the bare matrix",
+        "products (for views: decoding) take. Rows are defined in [benchmarks/](..).",
         "",
         "```bash",
         " ".join(["python -m benchmarks", *asked]),
@@ -131,7 +146,8 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
         "",
         *left_out,
         *([""] if left_out else []),
-        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, torch {version('torch')}, Python {platform.python_version()}",
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, torch",
+        f"{version('torch')}, Python {platform.python_version()}",
     ]
     return "\n".join(text) + "\n"
 

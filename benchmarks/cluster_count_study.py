@@ -1,8 +1,11 @@
-"""How often is the proposed number of groups right? python -m benchmarks.cluster_count_study [../shared]
+"""How often is the proposed number of groups right?
 
-Plants groups (normal and von Mises-Fisher, 2 to 50 of them in 16 to 256 dimensions, unequal sizes, stretched, with noise), makes
-clouds without groups and groups too close to count, takes real images (digits; CIFAR-10 as pixels, as principal components, as
-features of a small MAE), and asks `propose_num_clusters`. The rule was tuned on the cases with even numbers alone; the table in
+    python -m benchmarks.cluster_count_study [../shared]
+
+Plants groups (normal and von Mises-Fisher, 2 to 50 of them in 16 to 256 dimensions, unequal sizes,
+stretched, with noise), makes clouds without groups and groups too close to count, takes real images
+(digits; CIFAR-10 as pixels, as principal components, as features of a small MAE), and asks
+`propose_num_clusters`. The rule was tuned on the cases with even numbers alone; the table in
 benchmarks/results/cluster-count.md is about the odd ones.
 """
 
@@ -34,7 +37,10 @@ SAMPLES = 800  # rows that each proposal looks at
 
 @dataclass
 class Case:
-    """Rows (N, D) and the number of groups in them: None where there are none to count, or none that could be told apart."""
+    """Rows (N, D) and the number of groups in them.
+
+    None where there are none to count, or none that could be told apart.
+    """
 
     kind: str
     name: str
@@ -66,7 +72,10 @@ def normal_groups(
     unequal: bool = False,
     stretched: bool = False,
 ) -> Array:
-    """Normal groups of variance 1, the two nearest centres `apart`; `stretched`: deviations of 0.5 to 1.5, turned differently."""
+    """Normal groups of variance 1, the two nearest centres `apart`.
+
+    `stretched`: deviations of 0.5 to 1.5, turned differently in each group.
+    """
     centres = directions(rng, groups, width)
     distances = np.linalg.norm(centres[:, None] - centres, axis=2)
     centres *= apart / distances[~np.eye(groups, dtype=bool)].min()
@@ -105,15 +114,19 @@ def with_noise(rng: np.random.Generator, rows: Array) -> Array:
 
 def planted(rng: np.random.Generator) -> Iterator[Case]:
     """Groups that can be told apart."""
-    widths, apart = itertools.cycle(WIDTHS), itertools.cycle((10.0, 8.0, 7.0))
+    widths = itertools.cycle(WIDTHS)
+    apart = itertools.cycle((10.0, 8.0, 7.0))
+
     for groups in (2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50):
-        width, gap = next(widths), next(apart)
+        width = next(widths)
+        gap = next(apart)
         yield Case(
             "normal",
             f"{groups} in {width}-d, {gap:g} apart",
             groups,
             normal_groups(rng, groups, width, gap),
         )
+
     for groups in (2, 3, 5, 8, 12, 20, 30, 40):
         width = next(widths)
         yield Case(
@@ -122,6 +135,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             normal_groups(rng, groups, width, 8, unequal=True),
         )
+
     for groups in (3, 5, 10, 20, 30, 50):
         width = next(widths)
         yield Case(
@@ -130,6 +144,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             with_noise(rng, normal_groups(rng, groups, width, 9)),
         )
+
     for groups in (2, 4, 7, 14, 24, 36):
         width = next(widths)
         yield Case(
@@ -138,6 +153,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             normal_groups(rng, groups, width, 9, stretched=True),
         )
+
     for groups in (2, 3, 5, 7, 10, 16, 20, 30, 40, 50):
         width = next(widths)
         yield Case(
@@ -146,6 +162,7 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
             groups,
             round_groups(rng, groups, width, 1.0),
         )
+
     for groups in (4, 6, 9, 22):
         width = next(widths)
         yield Case(
@@ -174,6 +191,7 @@ def uncountable(rng: np.random.Generator) -> Iterator[Case]:
         turns = rng.random((1500, 1)) * np.linspace(1, 3, width // 2)
         curve = np.hstack([np.cos(turns), np.sin(turns)]) + 0.1 * rng.standard_normal((1500, width))
         yield Case("no groups", f"a curve, {width}-d", None, curve)
+
     for groups, width in zip((3, 6, 12, 25, 40), itertools.cycle(WIDTHS), strict=False):
         yield Case(
             "too close",
@@ -208,9 +226,9 @@ def cifar10(rng: np.random.Generator, shared: Path) -> Iterator[Case]:
         np.arange(0, 4000, 2)
     )
     spaces: dict[str, Any] = {
-        "MAE features": extract_features(encoder, images, encoder.image_processor)
-        .features.double()
-        .numpy(),
+        "MAE features": (
+            extract_features(encoder, images, encoder.image_processor).features.double().numpy()
+        ),
         "pixels": np.stack(
             [
                 np.asarray(images[i].image, dtype=np.float64).reshape(-1) / 255
@@ -249,8 +267,12 @@ class Tally:
     wrong: int = 0
 
     def add(self, truth: int | None, proposal: Proposal) -> None:
-        """Count one case. Wrong: called clear where there is nothing to count, or more than a tenth off."""
-        guess, interval = proposal.num_clusters, proposal.interval
+        """Count one case.
+
+        Wrong: called clear where there is nothing to count, or more than a tenth off.
+        """
+        guess = proposal.num_clusters
+        interval = proposal.interval
         close = truth is not None and guess is not None and abs(guess - truth) <= 0.1 * truth
         self.cases += 1
         self.exact += guess is not None and guess == truth
@@ -266,13 +288,19 @@ class Tally:
         found = [
             f"{value}" if countable else "-" for value in (self.exact, self.close, self.covered)
         ]
-        return f"| {kind} | {' | '.join([str(self.cases), *found, str(self.unclear), str(self.wrong)])} |"
+        return (
+            f"| {kind} |"
+            f" {' | '.join([str(self.cases), *found, str(self.unclear), str(self.wrong)])} |"
+        )
 
 
 def table(tallies: dict[str, Tally], countable: set[str]) -> list[str]:
     """The table of one half of the cases."""
     lines = [
-        "| kind | cases | best guess exact | within 10 % | in interval | no clear answer | clear but wrong |",
+        (
+            "| kind | cases | best guess exact | within 10 % | in interval | no clear answer |"
+            " clear but wrong |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     return lines + [tally.row(kind, kind in countable) for kind, tally in tallies.items()]
@@ -282,7 +310,9 @@ def main(shared: Path | None) -> None:
     """Ask about all cases, and write the tables."""
     torch.set_num_threads(1)
     halves: tuple[dict[str, Tally], dict[str, Tally]] = ({}, {})
-    countable, seconds = set[str](), list[float]()
+    countable = set[str]()
+    seconds = list[float]()
+
     for number, case in enumerate(cases(shared)):
         began = time.process_time()
         proposal = propose_num_clusters(
@@ -303,14 +333,17 @@ def main(shared: Path | None) -> None:
             proposal.reason,
             flush=True,
         )
+
     text = [
         "# Is the proposed number of groups right?",
         "",
-        f"{len(seconds)} cases, {SAMPLES} rows each. The rule's constants were chosen on even-numbered cases (five odd ones were in",
-        "sight); the first table is about the others. `no groups` and `too close` (nearest centres 1.5 standard deviations apart, or as",
-        "spread on the sphere) have no right number: there `no clear answer` is right. The true number of real images is that of their",
-        "classes, which these features need not separate: an honest answer is often an unclear one. umap-learn decides nothing"
-        f" and was {'' if importlib.util.find_spec('umap') else 'not '}installed.",
+        f"{len(seconds)} cases, {SAMPLES} rows each. The rule's constants were chosen on",
+        "even-numbered cases (five odd ones were in sight); the first table is about the others.",
+        "`no groups` and `too close` (nearest centres 1.5 standard deviations apart, or as spread",
+        "on the sphere) have no right number: there `no clear answer` is right. The true number",
+        "of real images is that of their classes, which these features need not separate: an",
+        "honest answer is often an unclear one. umap-learn decides nothing and was",
+        f"{'' if importlib.util.find_spec('umap') else 'not '}installed.",
         "",
         "```bash",
         f"python -m benchmarks.cluster_count_study{' ../shared' if shared else ''}",
@@ -324,10 +357,11 @@ def main(shared: Path | None) -> None:
         "",
         *table(halves[0], countable),
         "",
-        f"{np.median(seconds):.1f} s of processor time per proposal (median), {max(seconds):.1f} s at most,",
-        f"{sum(seconds) / 60:.1f} minutes in all on one core.",
+        f"{np.median(seconds):.1f} s of processor time per proposal (median), {max(seconds):.1f} s",
+        f"at most, {sum(seconds) / 60:.1f} minutes in all on one core.",
         "",
-        f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}",
+        f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}), torch",
+        f"{version('torch')}",
     ]
     (Path(__file__).parent / "results" / "cluster-count.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"

@@ -1,9 +1,12 @@
-"""Cluster heads against k-means, over 5 seeds: python -m benchmarks.cluster_heads ../shared/data [--work outputs/cluster-heads]
+"""Cluster heads against k-means, over 5 seeds.
 
-Embeds train and test images of five data sets with two encoders, and the digits with a third (once: the features stay in --work,
-of a split of more than 4000 images a random 4000), groups them with as many groups as classes, and writes the table of
-benchmarks/results/cluster-heads.md. `--parts` chooses some cells; finished ones are kept in --work. `--time` times 10^5 rows instead.
-The settings were tuned by hand on the cells of TUNED.
+    python -m benchmarks.cluster_heads ../shared/data [--work outputs/cluster-heads]
+
+Embeds train and test images of five data sets with two encoders, and the digits with a third (once:
+the features stay in --work, of a split of more than 4000 images a random 4000), groups them with as
+many groups as classes, and writes the table of benchmarks/results/cluster-heads.md. `--parts`
+chooses some cells; finished ones are kept in --work. `--time` times 10^5 rows instead. The settings
+were tuned by hand on the cells of TUNED.
 """
 
 import argparse
@@ -43,7 +46,9 @@ def features(
     model: Path, dataset: str, splits: tuple[str, ...], folder: Path
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) as the pipeline clusters them, and classes (N,), of all splits together."""
-    stores, encoder = [], None
+    stores = []
+    encoder = None
+
     for split in splits:
         if not (folder / split / "broken.json").is_file():
             encoder = encoder or load_encoder(str(model))
@@ -54,6 +59,7 @@ def features(
                 )
             embed_images(encoder, images, encoder.image_processor, folder / split)
         stores.append(FeatureStore(folder / split))
+
     rows = torch.cat([store.features(next(iter(store.columns))) for store in stores])
     return rows, torch.cat([torch.as_tensor(store.labels) for store in stores])
 
@@ -94,10 +100,17 @@ def line(
         statistics.mean(gain) + sign * T95 * statistics.stdev(gain) / len(gain) ** 0.5
         for sign in (-1, 1)
     )
-    verdict = "heads" if low > 0 else "k-means" if high < 0 else "neither"
+    verdict = "neither"
+
+    if low > 0:
+        verdict = "heads"
+    elif high < 0:
+        verdict = "k-means"
+
     rows, width, classes = shape
     star = " *" if (dataset, encoder) in TUNED else ""
     lines = []
+
     for method in METHODS:
         cells = []
         for name in ("accuracy", "nmi", "ari"):
@@ -121,13 +134,19 @@ def line(
 
 def write(table: list[str]) -> None:
     """Put the table below the mark in the results page; what stands above it is kept."""
-    header = "| features | rows x width, classes | method | accuracy | NMI | ARI | groups | seconds | better |"
+    header = (
+        "| features | rows x width, classes | method | accuracy | NMI | ARI | groups | seconds |"
+        " better |"
+    )
     head = (
         RESULTS.read_text(encoding="utf-8").partition(MARK)[0]
         if RESULTS.is_file()
         else "# Cluster heads against k-means\n\n"
     )
-    versions = f"torch {version('torch')}, {torch.get_num_threads()} thread on 1 of {os.cpu_count()} CPU cores"
+    versions = (
+        f"torch {version('torch')}, {torch.get_num_threads()} thread on 1 of {os.cpu_count()} CPU"
+        " cores"
+    )
     text = [MARK, "", header, "|---|---|---|---:|---:|---:|---:|---:|---|", *table, "", versions]
     RESULTS.write_text(head + "\n".join(text) + "\n", encoding="utf-8")
 
@@ -142,13 +161,15 @@ def time_many(rows: int = 100_000, width: int = 384, classes: int = 100) -> None
     begin = time.perf_counter()
     _, search = timed(lambda: nearest_neighbours(F.normalize(points, dim=1), 50))
     print(
-        f"neighbours alone: {search:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time",
+        f"neighbours alone: {search:.0f} s of processor time, {time.perf_counter() - begin:.0f} s"
+        " of wall time",
         flush=True,
     )
     begin = time.perf_counter()
     _, total = timed(lambda: train_heads(points, classes))
     print(
-        f"everything: {total:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall time"
+        f"everything: {total:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall"
+        " time"
     )
 
 
@@ -162,6 +183,7 @@ def main(options: argparse.Namespace) -> None:
         *((name, encoder) for name in SETS for encoder in ("start", "refined")),
     ]
     table = []
+
     for dataset, encoder in cells:
         file = options.work / f"{encoder}-{dataset}.json"
         if not file.is_file() and (not options.parts or f"{encoder}-{dataset}" in options.parts):
@@ -182,6 +204,7 @@ def main(options: argparse.Namespace) -> None:
         if file.is_file():
             found = json.loads(file.read_text())
             table += line(dataset, encoder, found["runs"], tuple(found["shape"]))
+
     write(table)
 
 

@@ -1,4 +1,6 @@
-"""The quickstart over seeds as a table: python benchmarks/collect_quickstart.py outputs/quickstart outputs/quickstart-seed1 ...
+"""The quickstart over seeds as a table.
+
+Python benchmarks/collect_quickstart.py outputs/quickstart outputs/quickstart-seed1 ...
 
 Reads each run's metrics.json and writes benchmarks/results/quickstart.md.
 """
@@ -16,18 +18,23 @@ def main(folders: list[str]) -> None:
     runs = [json.loads((Path(folder) / "metrics.json").read_text()) for folder in folders]
     head = " | ".join(METRICS.values())
     lines = [f"| seed | {head} | seconds of training |", f"|---:|{'---:|' * len(METRICS)}---:|"]
+
     for run in runs:
         cells = [
             f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}" for key in METRICS
         ]
         lines.append(f"| {run['seed']} | {' | '.join(cells)} | {run['seconds']:.0f} |")
+
     gains = [
         statistics.mean(100 * (run["after"][key] - run["before"][key]) for run in runs)
         for key in METRICS
     ]
     lines.append(f"| mean change | {' | '.join(f'{gain:+.1f}' for gain in gains)} | |")
     commands = "\n".join(run["command"] for run in runs)
-    text = f"# The quickstart over seeds\n\nPer cent, before -> after, on 500 held-out digits; {runs[0]['hardware']}.\n\n"
+    text = (
+        "# The quickstart over seeds\n\nPer cent, before -> after, on 500 held-out digits;"
+        f" {runs[0]['hardware']}.\n\n"
+    )
     text += f"```bash\n{commands}\n```\n\n"
     text += (
         "Seconds of other seeds than the first were taken beside other work and are no timings.\n\n"

@@ -1,9 +1,10 @@
-"""Time and peak memory of `mim-refiner convert` at the shapes of ViT-L/16 and ViT-2B/14, with random weights.
+"""Time and peak memory of `mim-refiner convert` at the shapes of ViT-L/16 and ViT-2B/14.
 
-    python -m benchmarks.conversion /tmp/scratch                    # writes benchmarks/results/conversion.md; needs 16 GB of disk
+    python -m benchmarks.conversion /tmp/scratch          # needs 16 GB of disk
 
-The file to convert is made here, in MAE's original layout. Memory is the converting process's own (VmHWM counts the file's mapped
-pages too, which the kernel may take back at any time; RssAnon is what it must have), sampled every 50 ms.
+Writes benchmarks/results/conversion.md. The file to convert is made here, of random weights, in
+MAE's original layout. Memory is the converting process's own (VmHWM counts the file's mapped pages
+too, which the kernel may take back at any time; RssAnon is what it must have), sampled every 50 ms.
 """
 
 import argparse
@@ -26,7 +27,10 @@ SHAPES = {  # width, blocks, heads, patch (METHOD: shapes)
 
 
 def mae_weights(width: int, depth: int, patch: int) -> dict[str, Tensor]:
-    """Random fp32 weights in MAE's names; each tensor is filled with one draw of 2^16 normals, repeated."""
+    """Random fp32 weights in MAE's names.
+
+    Each tensor is filled with one draw of 2^16 normals, repeated.
+    """
     noise = torch.randn(2**16) * 0.02
 
     def random(*shape: int) -> Tensor:
@@ -77,6 +81,7 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
     source = scratch / "source.pth"
     torch.save({"model": mae_weights(width, depth, patch)}, source)
     size = source.stat().st_size / 1e9
+
     command = [
         sys.executable,
         "-m",
@@ -87,7 +92,8 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
         "--num_heads",
         str(heads),
     ]
-    began, peaks = time.perf_counter(), {"VmHWM": 0.0, "RssAnon": 0.0}
+    began = time.perf_counter()
+    peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while process.poll() is None:
         peaks = {key: max(value, status(process.pid).get(key, 0.0)) for key, value in peaks.items()}
@@ -129,12 +135,14 @@ def main() -> None:
     table = "\n".join(
         " | ".join(("", *row, "")).strip() for row in (head, ("---:",) * len(head), *rows)
     )
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {datetime.date.today()}"
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__},"
+        f" {datetime.date.today()}"
+    )
     text = (
-        "# Conversion: time and memory\n\n```bash\npython -m benchmarks.conversion /tmp/scratch\n```\n\n"
-        "`mim-refiner convert` of random fp32 weights in MAE's layout; start of Python, hashing, writing and reading back included.\n\n"
-        f"{machine}\n\n"
-        f"{table}\n"
+        "# Conversion: time and memory\n\n```bash\npython -m benchmarks.conversion"
+        " /tmp/scratch\n```\n\n`mim-refiner convert` of random fp32 weights in MAE's layout; start"
+        f" of Python, hashing, writing and reading back included.\n\n{machine}\n\n{table}\n"
     )
     (Path(__file__).parent / "results" / "conversion.md").write_text(text)
     print(text)

@@ -1,7 +1,10 @@
-"""Rows about evaluation on one CPU thread: python -m benchmarks knn knn-floor features features-floor linear-probe
+"""Rows about evaluation on one CPU thread.
 
-The floors are bare matrix products of the shapes that cannot be done without; the rows named after them promise how close ours come.
-Before anything is timed, the answers of both ways are compared: classes, features, weights of classifiers.
+    python -m benchmarks knn knn-floor features features-floor linear-probe
+
+The floors are bare matrix products of the shapes that cannot be done without; the rows named after
+them promise how close ours come. Before anything is timed, the answers of both ways are compared:
+classes, features, weights of classifiers.
 """
 
 import tempfile
@@ -19,28 +22,37 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode
 from mim_refiner_hf.evaluation.knn import knn_predict
-from mim_refiner_hf.evaluation.linear_probe import LEARNING_RATES
+from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
 
 from .rows import Row, interleaved
 from .step import assert_close
 
-BANK, QUERIES, WIDTH, CLASSES, NEIGHBOURS = 50_000, 2_048, 768, 100, 10
-IMAGES, DEPTH = 4, 12
-PROBE_BATCH, PROBE_STEPS = 1024, 2
+BANK = 50_000
+QUERIES = 2_048
+WIDTH = 768
+CLASSES = 100
+NEIGHBOURS = 10
+IMAGES = 4
+DEPTH = 12
+PROBE_BATCH = 1024
+PROBE_STEPS = 2
 
 
 def knn_ways(queries: int) -> list[Callable[[], Tensor]]:
-    """The whole of `knn_predict`, scikit-learn's brute force on rows that are normalised beforehand, and the product alone."""
+    """The ways of k-NN that are compared.
+
+    The whole of `knn_predict`, scikit-learn's brute force on rows that are normalised beforehand,
+    and the product alone.
+    """
     torch.manual_seed(0)
     centres = torch.randn(CLASSES, WIDTH)
-    classes, truth = torch.randint(CLASSES, (BANK,)), torch.randint(CLASSES, (queries,))
+    classes = torch.randint(CLASSES, (BANK,))
+    truth = torch.randint(CLASSES, (queries,))
     bank, rows = (centres[own] + 6 * torch.randn(len(own), WIDTH) for own in (classes, truth))
-    unit_bank, unit_rows, product = (
-        F.normalize(bank, dim=1),
-        F.normalize(rows, dim=1),
-        torch.empty(QUERIES, BANK),
-    )
+    unit_bank = F.normalize(bank, dim=1)
+    unit_rows = F.normalize(rows, dim=1)
+    product = torch.empty(QUERIES, BANK)
     peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute").fit(
         unit_bank.numpy(), classes.numpy()
     )
@@ -109,7 +121,8 @@ def vit_products() -> Callable[[], None]:
     square, up, down = (
         torch.randn(*shape) for shape in ((WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
     )
-    query, scores = torch.randn(IMAGES * 12, 197, 64), torch.empty(IMAGES * 12, 197, 197)
+    query = torch.randn(IMAGES * 12, 197, 64)
+    scores = torch.empty(IMAGES * 12, 197, 197)
     attended = torch.empty_like(query)
 
     def products() -> None:
@@ -140,11 +153,12 @@ def feature_ways() -> list[Callable[[], Tensor]]:
     encoder = MimRefinerModel(
         MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)
     ).eval()
-    config, pixels = encoder.config, torch.randn(IMAGES, 3, 224, 224)
+    config = encoder.config
+    pixels = torch.randn(IMAGES, 3, 224, 224)
     of_timm = timm.create_model(
-        export_timm.architecture(config), **export_timm.model_args(config)
+        export_timm.timm_architecture(config), **export_timm.timm_model_args(config)
     ).eval()
-    of_timm.load_state_dict(export_timm.state_dict(encoder))
+    of_timm.load_state_dict(export_timm.timm_state_dict(encoder))
     with tempfile.TemporaryDirectory() as folder:
         export_native.write(Path(folder), encoder, MimRefinerImageProcessor())
         of_transformers = ViTModel.from_pretrained(folder).eval()
@@ -192,13 +206,16 @@ def features_floor() -> Row:
 
 
 def linear_probe() -> Row:
-    """Steps of all classifiers of the grid, against one `torch.nn.Linear` under `torch.optim.SGD` after another."""
+    """Steps of all classifiers of the grid.
+
+    Against one `torch.nn.Linear` under `torch.optim.SGD` after another.
+    """
     generator = torch.Generator().manual_seed(0)
     widths = (WIDTH, 2 * WIDTH, 4 * WIDTH, 5 * WIDTH)  # the paper's four kinds of features
     inputs = [torch.randn(PROBE_BATCH, width, generator=generator) for width in widths]
     labels = torch.randint(CLASSES, (PROBE_BATCH,), generator=generator)
-    grids = [ClassifierGrid(width, CLASSES, LEARNING_RATES, generator) for width in widths]
-    layers = [[nn.Linear(width, CLASSES) for _ in LEARNING_RATES] for width in widths]
+    grids = [ClassifierGrid(width, CLASSES, PROBE_LEARNING_RATES, generator) for width in widths]
+    layers = [[nn.Linear(width, CLASSES) for _ in PROBE_LEARNING_RATES] for width in widths]
     with torch.no_grad():
         for grid, row in zip(grids, layers, strict=True):
             for place, layer in enumerate(row):
@@ -207,7 +224,7 @@ def linear_probe() -> Row:
     optimizers = [
         [
             torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
-            for layer, rate in zip(row, LEARNING_RATES, strict=True)
+            for layer, rate in zip(row, PROBE_LEARNING_RATES, strict=True)
         ]
         for row in layers
     ]
@@ -231,8 +248,11 @@ def linear_probe() -> Row:
         for place, layer in enumerate(row):
             assert_close(grid.weight[:, place].T, layer.weight.detach(), 1e-5)
     measured, peer = interleaved(ours, theirs, rounds=3)
-    count = len(widths) * len(LEARNING_RATES)
-    note = f"{count} classifiers, {CLASSES} classes, {PROBE_STEPS} batches of {PROBE_BATCH}; one nn.Linear after another"
+    count = len(widths) * len(PROBE_LEARNING_RATES)
+    note = (
+        f"{count} classifiers, {CLASSES} classes, {PROBE_STEPS} batches of {PROBE_BATCH}; one"
+        " nn.Linear after another"
+    )
     return Row("linear-probe", 1.3, measured, peer, None, note)
 
 

@@ -1,14 +1,21 @@
-"""What a refinement costs on a GPU: python -m benchmarks.gpu --images ../shared/data/imagenet-sample/train.parquet [--size b16,l16,h14]
+"""What a refinement costs on a GPU.
 
-Runs the trainer itself, head warm-up and refinement, on encoders with random weights and real JPEGs: images per second, MFU, peak
-memory, how long a step waits for its data, and where its time goes; L/16 at a batch of 1024 in less than 24 GB; compiled or not;
-exact or fast views. Then features of images, k-NN and k-means on the GPU. Writes a markdown page (`--out`) with command, device and
-date. `--device cpu --tiny` tries the script in seconds; what it prints then says nothing about speed.
+    python -m benchmarks.gpu --images ../shared/data/imagenet-sample/train.parquet
+    python -m benchmarks.gpu --images photos/ --size b16,l16
 
-MFU is useful operations over time and peak. Useful are, with 2 per multiply-add, per image: in every block of width D, with MLP width M,
-for the T tokens of a view, 2 T (4 D^2 + 2 D M) + 4 T^2 D; in the last block 2 T 2 D^2 for keys and values, and the rest for the
-prefix tokens alone; 2 N 3 p^2 D for N patches of side p; 2 w for the w weights of all heads, per view. Backward is twice forward.
-Not counted: queue and loss, and what is computed a second time (micro-batches, activation checkpointing).
+Runs the trainer itself, head warm-up and refinement, on encoders with random weights and real
+JPEGs: images per second, MFU, peak memory, how long a step waits for its data, and where its time
+goes; L/16 at a batch of 1024 in less than 24 GB; compiled or not; exact or fast views. Then
+features of images, k-NN and k-means on the GPU. Writes a markdown page (`--out`) with command,
+device and date. `--device cpu --tiny` tries the script in seconds; what it prints then says nothing
+about speed.
+
+MFU is useful operations over time and peak. Useful are, with 2 per multiply-add, per image: in
+every block of width D, with MLP width M, for the T tokens of a view, 2 T (4 D^2 + 2 D M) + 4 T^2 D;
+in the last block 2 T 2 D^2 for keys and values, and the rest for the prefix tokens alone; 2 N 3 p^2
+D for N patches of side p; 2 w for the w weights of all heads, per view. Backward is twice forward.
+Not counted: queue and loss, and what is computed a second time (micro-batches, activation
+checkpointing).
 """
 
 import argparse
@@ -37,6 +44,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
 from mim_refiner_hf.clustering.k_means import kmeans
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
 from mim_refiner_hf.model.last_block import can_leave_patches_out
 from mim_refiner_hf.refinement import refiner as refiner_module
@@ -84,7 +92,9 @@ TINY_RECIPE = {
     "topk": 5,
 }
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
-"""Operations per second in dense bf16, by what the device's name contains, first match; from NVIDIA's data sheets."""
+"""Operations per second in dense bf16, by what the device's name contains, first match.
+
+From NVIDIA's data sheets."""
 SKIPPED = 3
 """Steps of each stage that are not counted: memory is found, kernels are chosen or compiled."""
 PARTS = ("encoder forward", "heads", "queue", "loss", "backward", "optimiser", "views")
@@ -92,7 +102,13 @@ PARTS = ("encoder forward", "heads", "queue", "loss", "backward", "optimiser", "
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run of the trainer: name of the encoder's size, what it shows, and what differs from the default recipe."""
+    """One run of the trainer.
+
+    Attributes:
+        size: name of the encoder's size.
+        name: what it shows.
+        changes: what differs from the default recipe.
+    """
 
     size: str
     name: str
@@ -101,7 +117,14 @@ class Case:
 
 @dataclasses.dataclass
 class Measured:
-    """One stage of a case: median seconds of a step and of the waiting before it, peak bytes, seconds per part of one step."""
+    """What one stage of a case took.
+
+    Attributes:
+        seconds: of each step.
+        waited: seconds before each step, for its batch.
+        peak: bytes.
+        parts: seconds per part of one step.
+    """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     waited: list[float] = dataclasses.field(default_factory=list)
@@ -110,13 +133,17 @@ class Measured:
 
 
 def cases(sizes: list[str]) -> list[Case]:
-    """Every size as it would be run; of the first one compiled and with exact views; of L/16 the paper's batch in 24 GB."""
+    """Every size as it would be run, and what more is asked of some.
+
+    Of the first one compiled and with exact views; of L/16 the paper's batch in 24 GB.
+    """
     first = sizes[0]
     found = [Case(size, "fast views", {}) for size in sizes]
     found += [
         Case(first, "exact views", {"views": "exact"}),
         Case(first, "compiled", {"compile": True}),
     ]
+
     if "l16" in sizes:
         small = {"batch_size": 1024, "micro_batch_size": 64, "gradient_checkpointing": True}
         found.append(Case("l16", "24 GB: blocks recomputed", small))
@@ -131,9 +158,15 @@ def cases(sizes: list[str]) -> list[Case]:
 
 
 def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[str, float]:
-    """Floating-point operations per image and stage, by the formula above; `recipe` is a resolved one."""
-    width, inner, prefix = config.hidden_size, config.intermediate_size, config.num_prefix_tokens
+    """Floating-point operations per image and stage, by the formula above.
+
+    `recipe` is a resolved one.
+    """
+    width = config.hidden_size
+    inner = config.intermediate_size
+    prefix = config.num_prefix_tokens
     forward = patches_in = 0.0
+
     for views, size in (
         (recipe.global_views, recipe.global_size),
         (recipe.local_views, recipe.local_size),
@@ -151,6 +184,7 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
             )
         forward += views * (block * (config.num_hidden_layers - 1) + last)
         patches_in += views * 2 * patches * config.num_channels * config.patch_size**2 * width
+
     heads = 2.0 * head_parameters(recipe, config) * (recipe.global_views + recipe.local_views)
     return {
         "warmup": forward + patches_in + 3 * heads,
@@ -164,7 +198,10 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
 def make_trainer(
     case: Case, images: ImageDataset, options: argparse.Namespace, folder: str
 ) -> Trainer:
-    """The trainer of a case, ready for its first step; ValueError where the device cannot do what the case asks for."""
+    """The trainer of a case, ready for its first step.
+
+    ValueError where the device cannot do what the case asks for.
+    """
     config = MimRefinerConfig(**(TINY if options.tiny else SIZES[case.size]))
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
@@ -185,17 +222,14 @@ def make_trainer(
         **quiet,
     )
     check_compile(recipe.compile)
-    recipe, bf16 = (
-        resolve(recipe, config, len(images)),
-        options.device == "cuda" and uses_bf16(recipe.mixed_precision),
-    )
+    # whether a GPU computes in bf16 is asked of the recipe as it was given
+    bf16 = options.device == "cuda" and uses_bf16(recipe.mixed_precision)
+    recipe = resolve(recipe, config, len(images))
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)
-    steps, statistics = (
-        Steps(options.steps, options.steps),
-        (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)),
-    )
+    steps = Steps(options.steps, options.steps)
+    statistics = (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
     trainer = Trainer(
         recipe, steps, accelerator, images, encoder, *statistics, options.num_workers, bf16
     )
@@ -205,12 +239,13 @@ def make_trainer(
 
 
 def measure(trainer: Trainer) -> dict[str, Measured]:
-    """Both stages through `Trainer.fit`: time within and between updates, after `SKIPPED` of each; of the last update the parts."""
-    found, update, on_gpu = (
-        {"warmup": Measured(), "refine": Measured()},
-        trainer.update,
-        trainer.accelerator.device.type == "cuda",
-    )
+    """Both stages through `Trainer.fit`: the time within and between updates.
+
+    The first `SKIPPED` of each are left out; the parts are those of the last update.
+    """
+    found = {"warmup": Measured(), "refine": Measured()}
+    update = trainer.update
+    on_gpu = trainer.accelerator.device.type == "cuda"
     left = time.perf_counter()
 
     def wait() -> float:
@@ -220,11 +255,13 @@ def measure(trainer: Trainer) -> dict[str, Measured]:
 
     def timed(step: int, batch: dict[str, Tensor]) -> StepResult:
         nonlocal left
-        entered, stage = time.perf_counter(), found[trainer.stage(step)]
+        entered = time.perf_counter()
+        stage = found[trainer.stage(step)]
         number = step if step < trainer.steps.warmup else step - trainer.steps.warmup
         if on_gpu and number == 0:
             torch.cuda.reset_peak_memory_stats()
         last = number == trainer.steps.warmup - 1
+
         if last:
             with labelled(trainer), profile() as profiler:
                 result = update(step, batch)
@@ -232,10 +269,12 @@ def measure(trainer: Trainer) -> dict[str, Measured]:
             stage.parts = seconds_by_part(profiler, on_gpu)
         else:
             result = update(step, batch)
+
         now = wait()
         if number >= SKIPPED and not last:
             stage.waited.append(entered - left)
             stage.seconds.append(now - entered)
+
         stage.peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         left = now
         return result
@@ -277,8 +316,13 @@ def labelled(trainer: Trainer) -> Iterator[None]:
 
 
 def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
-    """Seconds of the device in every part of `PARTS`, of what is in none of them ("the rest"), of a profile made under `labelled`."""
-    found, total = dict.fromkeys(PARTS, 0.0), 0.0
+    """Seconds of the device in every part of `PARTS`, and in none of them ("the rest").
+
+    The profile has to be made under `labelled`.
+    """
+    found = dict.fromkeys(PARTS, 0.0)
+    total = 0.0
+
     for event in profiler.key_averages():
         if (
             event.device_type != DeviceType.CPU
@@ -297,30 +341,28 @@ def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
 
 
 def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Name and result of features per size, k-NN and k-means on random features of the width of a ViT-L."""
+    """Name and result of each measurement of the evaluation.
+
+    Features per size; k-NN and k-means on random features of the width of a ViT-L.
+    """
     for size in options.size:
         config = MimRefinerConfig(**(TINY if options.tiny else SIZES[size]))
         with torch.device(options.device):
             encoder = MimRefinerModel(config).to(
                 torch.bfloat16 if options.device == "cuda" else torch.float32
             )
-        settings: Any = {
-            "batch_size": options.batch_size,
-            "num_workers": options.num_workers,
-            "device": options.device,
-        }
-        chosen, processor = (
-            images.subset(range(8 if options.tiny else 4096)),
-            image_processor(config, {}),
-        )
-        extract_features(encoder, images.subset(range(8)), processor, **settings)
+        loading = Loading(options.batch_size, options.num_workers, options.device)
+        chosen = images.subset(range(8 if options.tiny else 4096))
+        processor = image_processor(config, {})
+        extract_features(encoder, images.subset(range(8)), processor, loading=loading)
         began = time.perf_counter()
-        extract_features(encoder, chosen, processor, **settings)
+        extract_features(encoder, chosen, processor, loading=loading)
         rate = len(chosen) / (time.perf_counter() - began)
         yield (
             f"features, {size}, {next(encoder.parameters()).dtype}".replace("torch.", ""),
             f"{rate:.0f} images/s with decoding",
         )
+
     rows, width, groups = (200, 16, 4) if options.tiny else (100_000, 1024, 1000)
     features = torch.randn(rows, width, device=options.device)
     labels = torch.arange(rows, device=options.device) % groups
@@ -333,6 +375,7 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
             features, groups
         ),
     }
+
     for name, way in ways.items():
         began = time.perf_counter()
         way()  # both end with numbers on the CPU
@@ -355,13 +398,20 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
         "",
         f"`python -m benchmarks.gpu {shlex.join(sys.argv[1:])}`  ",
     )
-    yield f"{name}, {options.num_workers} workers, torch {torch.__version__}, {datetime.date.today()}; random weights, real JPEGs"
+    yield (
+        f"{name}, {options.num_workers} workers, torch {torch.__version__},"
+        f" {datetime.date.today()}; random weights, real JPEGs"
+    )
     yield from (
         "",
-        "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for data |",
+        (
+            "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for"
+            " data |"
+        ),
     )
     yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
     profiles: dict[str, dict[str, float]] = {}
+
     for case in cases(options.size):
         trainer = stages = None  # frees the last one's
         torch.cuda.empty_cache()
@@ -377,12 +427,15 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
         for stage, measured in stages.items():
             yield stage_line(case, stage, trainer, measured, peak)
             profiles[f"{case.size}, {case.name}, {stage}"] = measured.parts
+
     yield from ("", "Where the time of a step goes, in ms (one step under torch.profiler):", "")
     columns = [*PARTS, "the rest"]
     yield f"| step | {' | '.join(columns)} |"
     yield "|---|" + "---:|" * len(columns)
+
     for step, parts in profiles.items():
         yield f"| {step} | {' | '.join(f'{1000 * parts[part]:.1f}' for part in columns)} |"
+
     yield from ("", "| evaluation | |", "|---|---:|")
     yield from (f"| {name} | {result} |" for name, result in evaluation_rows(images, options))
 
@@ -390,8 +443,14 @@ def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
 def stage_line(
     case: Case, stage: str, trainer: Trainer, measured: Measured, peak: float | None
 ) -> str:
-    """One row: rate of a step on its own, MFU, peak memory, and the share of the time that it waits for its batch."""
-    recipe, step, waited = trainer.recipe, median(measured.seconds), sum(measured.waited)
+    """One row of the table.
+
+    Rate of a step on its own, MFU, peak memory, and the share of the time that it waits for its
+    batch.
+    """
+    recipe = trainer.recipe
+    step = median(measured.seconds)
+    waited = sum(measured.waited)
     rate = recipe.batch_size / step
     useful = useful_operations(trainer.encoder.config, recipe)[stage]
     mfu = f"{100 * rate * useful / peak:.0f} %" if peak and trainer.bf16 else "unknown"
@@ -399,11 +458,17 @@ def stage_line(
     memory = f"{measured.peak / 2**30:.1f}" if measured.peak else "unknown"
     micro = recipe.micro_batch_size or "all"
     data = f"{100 * share:.0f} %{', data-bound' if share > 0.1 else ''}"
-    return f"| {case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro} | {rate:.1f} | {mfu} | {memory} | {data} |"
+    return (
+        f"| {case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro} | {rate:.1f} |"
+        f" {mfu} | {memory} | {data} |"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the page as it is measured, and write it; exits with 2 for a size or a device that is not there."""
+    """Print the page as it is measured, and write it.
+
+    Exits with 2 for a size or a device that is not there.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -439,7 +504,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("benchmarks/results/gpu.md"), help="the page"
     )
     options = parser.parse_args(arguments)
-    if unknown := set(options.size) - set(SIZES):
+    unknown = set(options.size) - set(SIZES)
+    if unknown:
         parser.error(f"--size {','.join(sorted(unknown))}: there are {', '.join(SIZES)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -447,14 +513,18 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.steps < SKIPPED + 2:
         parser.error(
-            f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are not timed"
+            f"--steps {options.steps}: at least {SKIPPED + 2}, of which {SKIPPED} and the last are"
+            " not timed"
         )
+
     images = open_images(str(options.images))
     images = images.subset(np.arange(max(8192, len(images))) % len(images))
     lines = []
+
     for line in page(images, options):
         print(line, flush=True)
         lines.append(line)
+
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("\n".join(lines) + "\n")
 

@@ -1,8 +1,11 @@
-"""k-means against scikit-learn's MiniBatchKMeans, per restart, one thread each: python -m benchmarks.kmeans
+"""k-means against scikit-learn's MiniBatchKMeans, per restart, one thread each.
 
-For k groups: max(20 000, 50 k) rows of 192 dimensions in 3 k normal groups of different spread in a space of 40 dimensions, plus
-noise in all. Each round times ten restarts of either one after the other and takes the best inertia of each over all rows. Before,
-both are started from the same centroids and must end in the same ones. Writes benchmarks/results/kmeans.md. `python -m benchmarks
+    python -m benchmarks.kmeans
+
+For k groups: max(20 000, 50 k) rows of 192 dimensions in 3 k normal groups of different spread in a
+space of 40 dimensions, plus noise in all. Each round times ten restarts of either one after the
+other and takes the best inertia of each over all rows. Before, both are started from the same
+centroids and must end in the same ones. Writes benchmarks/results/kmeans.md. `python -m benchmarks
 kmeans-100 kmeans-1000` are rows on the same data, 20 000 rows of it, with 15 passes at most.
 """
 
@@ -24,10 +27,15 @@ from mim_refiner_hf.clustering.k_means import kmeans
 
 from .rows import Row, interleaved, products
 
-WIDTH, RUNS = 192, 10
-ROUNDS = {100: 3, 1000: 1}  # by number of groups; a round of 1000 takes two minutes
-PASSES = (5, 15, 50)  # full Lloyd passes at most; 50 is the default
-ROW_SIZE, ROW_PASSES = 20_000, 15  # of the rows of `python -m benchmarks`
+WIDTH = 192
+RUNS = 10
+# by number of groups; a round of 1000 takes two minutes
+ROUNDS = {100: 3, 1000: 1}
+# full Lloyd passes at most; 50 is the default
+PASSES = (5, 15, 50)
+# of the rows of `python -m benchmarks`
+ROW_SIZE = 20_000
+ROW_PASSES = 15
 
 
 def size(num_clusters: int) -> int:
@@ -37,11 +45,9 @@ def size(num_clusters: int) -> int:
 
 def features(num_clusters: int) -> Tensor:
     """Rows (N, 192) fp32 with three times as many groups as are asked for."""
-    count, groups, generator = (
-        size(num_clusters),
-        3 * num_clusters,
-        torch.Generator().manual_seed(0),
-    )
+    count = size(num_clusters)
+    groups = 3 * num_clusters
+    generator = torch.Generator().manual_seed(0)
     centres = torch.randn(groups, 40, generator=generator)
     spread = 0.3 + torch.rand(groups, 1, generator=generator)
     group = torch.randint(groups, (count,), generator=generator)
@@ -53,7 +59,8 @@ def features(num_clusters: int) -> Tensor:
 
 def check(rows: Tensor) -> None:
     """From the same start, scikit-learn's full k-means and ours are one."""
-    initial, part = rows[:50], rows[:5000]
+    initial = rows[:50]
+    part = rows[:5000]
     expected = KMeans(50, init=initial.numpy(), n_init=1, max_iter=10, algorithm="lloyd").fit(
         part.numpy()
     )
@@ -77,7 +84,8 @@ def ours(
 
 def theirs(rows: Tensor, num_clusters: int, seed: int, runs: int = RUNS) -> tuple[float, float]:
     """The same of scikit-learn."""
-    start, points = time.process_time(), rows.numpy()
+    start = time.process_time()
+    points = rows.numpy()
     inertia = min(
         MiniBatchKMeans(num_clusters, n_init=1, random_state=seed * runs + run).fit(points).inertia_
         for run in range(runs)
@@ -86,7 +94,10 @@ def theirs(rows: Tensor, num_clusters: int, seed: int, runs: int = RUNS) -> tupl
 
 
 def row(num_clusters: int, runs: int, rounds: int) -> Row:
-    """Restarts of both; every round of both has the same seed, so that the inertias say what the time was spent on."""
+    """Restarts of both.
+
+    Every round of both has the same seed, so that the inertias say what the time was spent on.
+    """
     rows = features(num_clusters)[:ROW_SIZE]
     check(rows)
     mine: list[float] = []
@@ -100,7 +111,10 @@ def row(num_clusters: int, runs: int, rounds: int) -> Row:
     assert max(mine) <= min(others), (
         f"our inertia is {max(mine) / min(others) - 1:.1%} higher than scikit-learn's"
     )
-    note = f"{len(rows)} x {WIDTH}, {runs} restarts, {ROW_PASSES} passes at most; MiniBatchKMeans; floor: one assignment each"
+    note = (
+        f"{len(rows)} x {WIDTH}, {runs} restarts, {ROW_PASSES} passes at most; MiniBatchKMeans;"
+        " floor: one assignment each"
+    )
     return Row(f"kmeans-{num_clusters}", 2.5, measured, peer, floor, note)
 
 
@@ -112,7 +126,10 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 def table(num_clusters: int, rounds: list[list[tuple[float, float]]]) -> list[str]:
-    """Lines of the table; each round has scikit-learn's seconds and inertia, then ours for each of `PASSES`."""
+    """Lines of the table.
+
+    Each round has scikit-learn's seconds and inertia, then ours for each of `PASSES`.
+    """
     lines = []
     for place, passes in enumerate(PASSES, 1):
         pairs = [(line[0], line[place]) for line in rounds]
@@ -122,8 +139,9 @@ def table(num_clusters: int, rounds: list[list[tuple[float, float]]]) -> list[st
         ratio = statistics.median(old[0] / new[0] for old, new in pairs)
         higher = statistics.median(new[1] / old[1] for old, new in pairs) - 1
         lines.append(
-            f"| {num_clusters} | {size(num_clusters)} | {len(rounds)} | {passes} | {1000 * seconds:.0f} ms "
-            f"| {1000 * their_seconds:.0f} ms | **{ratio:.1f}x** | {100 * higher:+.1f} % |"
+            f"| {num_clusters} | {size(num_clusters)} | {len(rounds)} | {passes} |"
+            f" {1000 * seconds:.0f} ms | {1000 * their_seconds:.0f} ms | **{ratio:.1f}x** |"
+            f" {100 * higher:+.1f} % |"
         )
     return lines
 
@@ -133,20 +151,26 @@ def write_table(lines: list[str]) -> None:
     text = [
         "# k-means against scikit-learn's MiniBatchKMeans",
         "",
-        f"Rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per restart and the best restart's",
-        "inertia over all rows, medians of the rounds, in which the two take turns, on a machine that others used too.",
-        "scikit-learn: `MiniBatchKMeans(k, n_init=1)`, its defaults otherwise. From a disk: [kmeans-from-disk.md](kmeans-from-disk.md).",
+        f"Rows of {WIDTH} dimensions, {RUNS} restarts of each, one thread; processor time per",
+        "restart and the best restart's inertia over all rows, medians of the rounds, in which",
+        "the two take turns, on a machine that others used too. scikit-learn: `MiniBatchKMeans(k,",
+        "n_init=1)`, its defaults otherwise. From a disk:",
+        "[kmeans-from-disk.md](kmeans-from-disk.md).",
         "",
         "```bash",
         "python -m benchmarks.kmeans",
         "```",
         "",
-        "| k | rows | rounds | passes at most | ours | MiniBatchKMeans | ratio | our inertia is higher by |",
+        (
+            "| k | rows | rounds | passes at most | ours | MiniBatchKMeans | ratio | our inertia is"
+            " higher by |"
+        ),
         "|---|---|---|---|---|---|---|---|",
         *lines,
         "",
-        f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, "
-        f"torch {version('torch')}, scikit-learn {version('scikit-learn')}",
+        f"50 passes are the default. {datetime.date.today()}, {platform.machine()}, 1 of",
+        f"{os.cpu_count()} CPU cores, torch {version('torch')}, scikit-learn",
+        f"{version('scikit-learn')}",
     ]
     (Path(__file__).parent / "results" / "kmeans.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"
@@ -157,8 +181,10 @@ def main() -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
     lines = []
+
     for num_clusters, count in ROUNDS.items():
-        rows, rounds = features(num_clusters), []
+        rows = features(num_clusters)
+        rounds = []
         check(rows)
         for seed in range(count):
             with threadpool_limits(1):
@@ -170,6 +196,7 @@ def main() -> None:
                 )
             print(num_clusters, rounds[-1], flush=True)
         lines += table(num_clusters, rounds)
+
     write_table(lines)
 
 

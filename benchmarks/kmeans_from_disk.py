@@ -1,9 +1,12 @@
-"""k-means of more rows than fit into memory, from a float16 file: python -m benchmarks.kmeans_from_disk [--rows 10000000]
+"""k-means of more rows than fit into memory, from a float16 file.
 
-Writes rows of 300 planted groups chunk by chunk, groups them by `kmeans(ArrayBatches(np.memmap))`, and measures this process's own
-memory (RssAnon; pages of the file, which the system may drop at any time, do not count) and the time of each pass. A part of the
-rows is grouped from the file and from memory: the results must be the same. Writes benchmarks/results/kmeans-from-disk.md and
-removes the file.
+    python -m benchmarks.kmeans_from_disk [--rows 10000000]
+
+Writes rows of 300 planted groups chunk by chunk, groups them by `kmeans(ArrayBatches(np.memmap))`,
+and measures this process's own memory (RssAnon; pages of the file, which the system may drop at any
+time, do not count) and the time of each pass. A part of the rows is grouped from the file and from
+memory: the results must be the same. Writes benchmarks/results/kmeans-from-disk.md and removes the
+file.
 """
 
 import argparse
@@ -25,12 +28,14 @@ from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
 
-GROUPS, CHUNK, PART = (
-    300,
-    20_000,
-    20_000,
-)  # planted groups; rows written at once; rows that are also grouped in memory
-RUNS, PASSES = 10, 3
+# that are planted
+GROUPS = 300
+# rows written at once
+CHUNK = 20_000
+# rows that are also grouped in memory
+PART = 20_000
+RUNS = 10
+PASSES = 3
 
 
 class TimedBatches(ArrayBatches):
@@ -41,17 +46,22 @@ class TimedBatches(ArrayBatches):
         self.seconds: list[tuple[float, float]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        processor, clock = time.process_time(), time.perf_counter()
+        processor = time.process_time()
+        clock = time.perf_counter()
         yield from super().__iter__()
         self.seconds.append((time.process_time() - processor, time.perf_counter() - clock))
 
 
 class PeakMemory:
-    """Within `with`: the most anonymous memory of this process, in bytes above that at the start, looked at every 10 ms."""
+    """The most anonymous memory that this process has within `with`.
+
+    In bytes above that at the start, looked at every 10 ms.
+    """
 
     def __enter__(self) -> "PeakMemory":
         self.start = self.peak = self.now()
-        self.done, self.watcher = threading.Event(), threading.Thread(target=self.watch)
+        self.done = threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
         self.watcher.start()
         return self
 
@@ -67,11 +77,12 @@ class PeakMemory:
     @staticmethod
     def now() -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+        (own,) = (line for line in lines if line.startswith("RssAnon"))
+        return 1024 * int(own.split()[1])
 
 
 def write_rows(path: Path, rows: int, width: int) -> NDArray[np.float16]:
-    """A file of float16 rows (rows, width) around `GROUPS` random directions, opened for reading."""
+    """A file of float16 rows (rows, width) around `GROUPS` directions, opened for reading."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(GROUPS, width, generator=generator)
     with path.open("wb") as file:
@@ -101,27 +112,37 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
         path = Path(temporary) / "rows.f16"
         array = write_rows(path, rows, width)
         check(array, num_clusters)
-        batches, size = TimedBatches(array), path.stat().st_size
+        batches = TimedBatches(array)
+        size = path.stat().st_size
         with PeakMemory() as memory:
             kmeans(batches, num_clusters, runs=RUNS, iterations=PASSES)
+
     processor, clock = (statistics.median(kind) for kind in zip(*batches.seconds, strict=True))
     text = [
         "# k-means from a disk",
         "",
-        f"{rows} rows of {width} dimensions in float16, {num_clusters} groups, one thread, {PASSES} passes of k-means at most and two",
-        "more to check and to assign. Memory is this process's own (RssAnon) above what it held before; the labels and confidences of",
-        f"all rows are {rows * 12 / 1e6:.0f} MB of it. The first {PART} rows gave the same groups from the file as from memory.",
-        "Other programs ran on the machine: go by the processor's time.",
+        f"{rows} rows of {width} dimensions in float16, {num_clusters} groups, one thread,",
+        f"{PASSES} passes of k-means at most and two more to check and to assign. Memory is this",
+        "process's own (RssAnon) above what it held before; the labels and confidences of all",
+        f"rows are {rows * 12 / 1e6:.0f} MB of it. The first {PART} rows gave the same groups from",
+        "the file as from memory. Other programs ran on the machine: go by the processor's time.",
         "",
         "```bash",
-        f"python -m benchmarks.kmeans_from_disk --rows {rows} --width {width} --num_clusters {num_clusters}",
+        (
+            f"python -m benchmarks.kmeans_from_disk --rows {rows} --width {width} --num_clusters"
+            f" {num_clusters}"
+        ),
         "```",
         "",
         "| file | peak memory | passes | processor time per pass | wall time per pass |",
         "|---|---|---|---|---|",
-        f"| {size / 1e9:.2f} GB | {memory.used / 1e6:.0f} MB | {len(batches.seconds)} | {processor:.1f} s | {clock:.1f} s |",
+        (
+            f"| {size / 1e9:.2f} GB | {memory.used / 1e6:.0f} MB | {len(batches.seconds)} |"
+            f" {processor:.1f} s | {clock:.1f} s |"
+        ),
         "",
-        f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch {version('torch')}",
+        f"{datetime.date.today()}, {platform.machine()}, 1 of {os.cpu_count()} CPU cores, torch",
+        f"{version('torch')}",
     ]
     (Path(__file__).parent / "results" / "kmeans-from-disk.md").write_text(
         "\n".join(text) + "\n", encoding="utf-8"

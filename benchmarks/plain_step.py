@@ -1,7 +1,9 @@
-"""The refinement step written straight from the method, one module per head: the peer of the rows in `step.py`.
+"""The refinement step written straight from the method, one module per head.
 
-No stacking, no custom gradient: `nn.Sequential` heads, a queue that is normalised at every lookup, a loop over pairs of views, the
-whole last block, AdamW parameter by parameter and an average in a loop. Its gradients equal ours; the rows assert that first.
+The peer of the rows in `step.py`. No stacking, no custom gradient: `nn.Sequential` heads, a queue
+that is normalised at every lookup, a loop over pairs of views, the whole last block, AdamW
+parameter by parameter and an average in a loop. Its gradients equal ours; the rows assert that
+first.
 """
 
 import torch
@@ -32,7 +34,9 @@ class PlainQueue:
     """One head's queue of raw rows."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows, self.index, self.pointer = rows.clone(), torch.full((len(rows),), -1), 0
+        self.rows = rows.clone()
+        self.index = torch.full((len(rows),), -1)
+        self.pointer = 0
 
     @torch.no_grad()
     def lookup(self, targets: Tensor, sample_index: Tensor, topk: int, draw: Tensor) -> Tensor:
@@ -48,7 +52,8 @@ class PlainQueue:
     def enqueue(self, projected: Tensor, sample_index: Tensor) -> None:
         """Overwrite the oldest rows; the queue's size is a multiple of the batch here."""
         place = slice(self.pointer, self.pointer + len(projected))
-        self.rows[place], self.index[place] = projected.to(self.rows.dtype), sample_index
+        self.rows[place] = projected.to(self.rows.dtype)
+        self.index[place] = sample_index
         self.pointer = (self.pointer + len(projected)) % len(self.rows)
 
 
@@ -59,7 +64,8 @@ def plain_loss(
     targets, neighbours, predictions = (
         F.normalize(x, dim=-1).to(predictions.dtype) for x in (targets, neighbours, predictions)
     )
-    own, terms = torch.arange(targets.shape[1]), []
+    own = torch.arange(targets.shape[1])
+    terms = []
     for i in range(len(targets)):
         for j in (j for j in range(len(predictions)) if j != i):
             logits = (targets[i] @ predictions[j].T).float() / temperature
@@ -88,7 +94,9 @@ class PlainStep:
         self, features: list[Tensor], sample_index: Tensor, topk: int, draw: Tensor
     ) -> Tensor:
         """The total loss of features (V * b, D) per head."""
-        refiner, losses = self.refiner, []
+        refiner = self.refiner
+        losses = []
+
         for head, rows in enumerate(features):
             with torch.autocast("cpu", torch.bfloat16, enabled=refiner.bf16):
                 projected = self.projectors[head](rows)

@@ -1,8 +1,9 @@
 """Every family through every format: python -m benchmarks.round_trips ../shared/fixtures
 
-Takes the families' own checkpoints at golden size (random values in every tensor, outputs computed with the authors' code), sends
-each to a model folder, timm, transformers' own classes, ONNX and back, and writes benchmarks/results/round-trips.md: the worst
-absolute difference per step, or why a format cannot express the family. About five minutes on one core.
+Takes the families' own checkpoints at golden size (random values in every tensor, outputs computed
+with the authors' code), sends each to a model folder, timm, transformers' own classes, ONNX and
+back, and writes benchmarks/results/round-trips.md: the worst absolute difference per step, or why a
+format cannot express the family. About five minutes on one core.
 """
 
 import argparse
@@ -67,7 +68,10 @@ def original(fixtures: Path, checkpoint: str) -> tuple[MimRefinerModel, float]:
 
 
 def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
-    """The same for transformers' own data2vec-vision with random values; its authors' code reads other names."""
+    """The same for transformers' own data2vec-vision with random values.
+
+    Its authors' code reads other names.
+    """
     shape = {
         "hidden_size": 36,
         "num_hidden_layers": 4,
@@ -78,28 +82,34 @@ def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
         **shape, image_size=32, patch_size=8, use_shared_relative_position_bias=True
     )
     theirs = transformers.Data2VecVisionModel(config).eval()
+
     for parameter in theirs.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+
     theirs.save_pretrained(folder)
-    encoder, pixels = load_encoder(folder), torch.randn(2, 3, 32, 32)
+    encoder = load_encoder(folder)
+    pixels = torch.randn(2, 3, 32, 32)
     return encoder, worst(encoder(pixels).last_hidden_state, theirs(pixels).last_hidden_state)
 
 
 def there_and_back(encoder: MimRefinerModel, folder: Path, to: str) -> str:
-    """What exporting and, where the format is one that we read, loading it again does to the encoder."""
+    """What a round trip does to the encoder.
+
+    It is exported and, where the format is one that we read, loaded again.
+    """
     try:
         differences = export(folder / "model", folder / to, to)
     except ValueError as error:
         return str(error).split(" cannot be exported to ")[1].split(": ", 1)[1].split("; --to")[0]
+
     text = shown(max(differences.values()))
     if to == "onnx":
         return text
-    returned, pixels = (
-        load_encoder(folder / to),
-        torch.randn(2, encoder.config.num_channels, *encoder.config.image_hw),
-    )
+    returned = load_encoder(folder / to)
+    pixels = torch.randn(2, encoder.config.num_channels, *encoder.config.image_hw)
     back = worst(returned(pixels).last_hidden_state, encoder(pixels).last_hidden_state)
-    ours, theirs = encoder.state_dict(), returned.state_dict()
+    ours = encoder.state_dict()
+    theirs = returned.state_dict()
     equal = ours.keys() == theirs.keys() and all(
         torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
     )
@@ -126,11 +136,14 @@ def measure(fixtures: Path, checkpoint: str, folder: Path) -> Row:
         "original -> ours": shown(difference),
         "model folder": "bit-equal" if equal else "DIFFERS",
     }
+
     for to, title in (("timm", "timm"), ("vit", "native class"), ("onnx", "ONNX")):
         row[title] = there_and_back(encoder, folder, to)
+
     if (folder / "vit").is_dir():
         row["native class"] = (
-            f"`{json.loads((folder / 'vit/config.json').read_text())['architectures'][0]}` {row['native class']}"
+            f"`{json.loads((folder / 'vit/config.json').read_text())['architectures'][0]}`"
+            f" {row['native class']}"
         )
     return row
 
@@ -142,17 +155,21 @@ def main(fixtures: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows[family] = measure(fixtures, checkpoint, Path(folder))
         print(family, rows[family], flush=True)
+
     titles = ["family", *rows["MAE"]]
     table = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     table += [f"| {' | '.join([family, *row.values()])} |" for family, row in rows.items()]
     versions = ", ".join(f"{package} {version(package)}" for package in VERSIONS)
+
     text = [
         "# Round trips between formats",
         "",
-        "Worst absolute difference, fp32. `original -> ours`: all blocks against the outputs of the authors' code (data2vec-vision:",
-        "final tokens against transformers). The other columns: tokens and features of the exported and reloaded model against",
-        "ours, in batches of 1 and 3; `back`: tokens after `load_encoder` read the export again. A sentence says what the format",
-        "lacks. Models of golden size: 4 or 5 blocks, 32 to 48 wide, random values in every tensor.",
+        "Worst absolute difference, fp32. `original -> ours`: all blocks against the outputs of",
+        "the authors' code (data2vec-vision: final tokens against transformers). The other",
+        "columns: tokens and features of the exported and reloaded model against ours, in batches",
+        "of 1 and 3; `back`: tokens after `load_encoder` read the export again. A sentence says",
+        "what the format lacks. Models of golden size: 4 or 5 blocks, 32 to 48 wide, random",
+        "values in every tensor.",
         "",
         "```bash",
         "python -m benchmarks.round_trips ../shared/fixtures",

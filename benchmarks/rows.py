@@ -1,11 +1,12 @@
-"""What a row of `python -m benchmarks` is, and how two ways of doing the same are timed against each other.
+"""What a row of `python -m benchmarks` is, and how two ways are timed against each other.
 
     def my_row() -> Row:
-        mine, theirs = interleaved(ours, peer)                     # seconds of processor time, medians
-        return Row("my-row", target=1.15, measured=mine, peer=theirs, floor=least, note="what it is measured on")
+        mine, theirs = interleaved(ours, peer)        # seconds of processor time, medians
+        return Row("my-row", target=1.15, measured=mine, peer=theirs, floor=least, note="sizes")
 
-A row asserts first that both ways give the same numbers. Timings are processor time of this process with one thread, both ways in
-turns, so that what else the machine does hits them alike; what counts is the ratio. Wall time with two threads stands beside it.
+A row asserts first that both ways give the same numbers. Timings are processor time of this process
+with one thread, both ways in turns, so that what else the machine does hits them alike; what counts
+is the ratio. Wall time with two threads stands beside it.
 """
 
 import os
@@ -19,11 +20,17 @@ from threadpoolctl import threadpool_limits
 
 
 class LeftOut(Exception):
-    """Raised by a row whose promise is none on this machine: the reason, as what follows "left out, "."""
+    """Raised by a row whose promise is none on this machine.
+
+    The message is the reason, as what follows "left out, ".
+    """
 
 
 class Seconds(float):
-    """Seconds of processor time with one thread; `wall` are those of the clock with two, None on a machine with one core."""
+    """Seconds of processor time with one thread.
+
+    `wall` are those of the clock with two, None on a machine with one core.
+    """
 
     wall: float | None = None
 
@@ -34,9 +41,10 @@ class Row:
 
     Attributes:
         name: under which `python -m benchmarks` runs it.
-        target: the ratio, peer over measured, that is promised; where `at_most`, measured over peer.
+        target: the ratio that is promised, peer over measured; where `at_most`, measured over peer.
         measured, peer: seconds (or what `unit` says) of ours and of the named peer.
-        floor: the least that any way of doing it could take, in the same unit; None where it is not known.
+        floor: the least that any way of doing it could take, in the same unit; None where it is not
+            known.
         note: sizes, and what the peer is.
         at_most: True where ours may cost more than the peer, but at most `target` times as much.
         unit: of `measured`, `peer` and `floor`.
@@ -58,7 +66,10 @@ class Row:
 
     @property
     def wall_ratio(self) -> float | None:
-        """`ratio` by wall time with two threads; None where that was not taken. The target does not apply to it."""
+        """`ratio` by wall time with two threads; None where that was not taken.
+
+        The target does not apply to it.
+        """
         mine, theirs = (getattr(seconds, "wall", None) for seconds in (self.measured, self.peer))
         if not mine or not theirs:
             return None
@@ -71,8 +82,10 @@ class Row:
 
 
 def interleaved(*ways: Callable[[], object], rounds: int = 7) -> list[Seconds]:
-    """Median seconds of each way, in turns, after one call of each that is not timed: of the processor with one thread, and, in half
-    as many rounds, of the clock with two."""
+    """Median seconds of each way, in turns, after one call of each that is not timed.
+
+    Of the processor with one thread, and, in half as many rounds, of the clock with two.
+    """
     seconds = [
         Seconds(median) for median in _medians(ways, rounds, 1, time.process_time, warm=True)
     ]
@@ -93,6 +106,7 @@ def _medians(
     taken: list[list[float]] = [[] for _ in ways]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+
     try:
         with threadpool_limits(threads):
             for way in ways if warm else ():
@@ -108,7 +122,10 @@ def _medians(
 
 
 def products(*shapes: tuple[int, int, int]) -> Callable[[], None]:
-    """A floor: one matrix product (m, k) x (k, n) for each (m, k, n), into tensors that are there already."""
+    """A floor: one matrix product (m, k) x (k, n) for each (m, k, n).
+
+    The results go into tensors that are there already.
+    """
     matrices = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
 
     def multiply() -> None:
@@ -119,7 +136,10 @@ def products(*shapes: tuple[int, int, int]) -> Callable[[], None]:
 
 
 def trained(rows: int, inputs: int, outputs: int) -> list[tuple[int, int, int]]:
-    """The three products of a linear layer on so many rows in training: its output, the gradients of its input and of its weight."""
+    """The three products of a linear layer on so many rows in training.
+
+    Its output, the gradients of its input and those of its weight.
+    """
     return [(rows, inputs, outputs), (rows, outputs, inputs), (outputs, rows, inputs)]
 
 

@@ -1,7 +1,10 @@
-"""Rows about one refinement step on one CPU thread: python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16
+"""Rows about one refinement step on one CPU thread.
 
-The peer is `plain_step.py`, the same step written straight from the method, with the same weights; before anything is timed, losses
-and gradients of both are compared. `queue-lightly` compares with lightly's NNMemoryBankModule, where lightly is installed.
+    python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16
+
+The peer is `plain_step.py`, the same step written straight from the method, with the same weights;
+before anything is timed, losses and gradients of both are compared. `queue-lightly` compares with
+lightly's NNMemoryBankModule, where lightly is installed.
 """
 
 import copy
@@ -22,10 +25,22 @@ from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_gro
 from .plain_step import PlainQueue, PlainStep, plain_loss
 from .rows import LeftOut, Row, interleaved, products, trained
 
-HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING = 4, 192, 512, 1024, 128
-QUEUE, TOPK, GLOBAL, LOCAL, BATCH = 16384, 20, 2, 6, 16
-PAPER_QUEUE = (65536, 256)  # rows and width of the paper's queues, for the rows about nothing else
-QUEUE_SIZES = f"{HEADS} heads, batch {BATCH}, {GLOBAL} global views, queue {PAPER_QUEUE[0]} x {PAPER_QUEUE[1]}"
+HEADS = 4
+WIDTH = 192
+PROJECTOR = 512
+PREDICTOR = 1024
+EMBEDDING = 128
+QUEUE = 16384
+TOPK = 20
+GLOBAL = 2
+LOCAL = 6
+BATCH = 16
+# rows and width of the paper's queues, for the rows about nothing else
+PAPER_QUEUE = (65536, 256)
+QUEUE_SIZES = (
+    f"{HEADS} heads, batch {BATCH}, {GLOBAL} global views, queue {PAPER_QUEUE[0]} x"
+    f" {PAPER_QUEUE[1]}"
+)
 SIZES = f"{HEADS} heads, batch {BATCH}, {GLOBAL + LOCAL} views, queue {QUEUE} x {EMBEDDING}"
 ENCODER = {
     "image_size": 64,
@@ -44,10 +59,8 @@ def make_refiner(bf16: bool = False) -> Refiner:
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     freeze(encoder, 0)
-    heads, queue = (
-        IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING),
-        NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING),
-    )
+    heads = IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING)
+    queue = NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING)
     blocks = list(range(6 - HEADS, 6))
     settings = {"num_global": GLOBAL, "num_views": GLOBAL + LOCAL, "temperature": 0.2, "bf16": bf16}
     return Refiner(encoder, blocks, heads, queue, **settings).train()  # type: ignore[arg-type]
@@ -71,7 +84,8 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 def loss_products() -> list[tuple[int, int, int]]:
     """All pairs of targets and predictions of a head, and the gradient of the predictions."""
-    targets, predictions = GLOBAL * BATCH, (GLOBAL + LOCAL) * BATCH
+    targets = GLOBAL * BATCH
+    predictions = (GLOBAL + LOCAL) * BATCH
     return [(targets, EMBEDDING, predictions), (predictions, targets, EMBEDDING)] * HEADS
 
 
@@ -84,7 +98,10 @@ def head_products() -> list[tuple[int, int, int]]:
 
 
 def encoder_products() -> list[tuple[int, int, int]]:
-    """The linear layers of all blocks but the last in training; of the last one not every token is needed."""
+    """The linear layers of all blocks but the last in training.
+
+    Of the last one not every token is needed.
+    """
     layers = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
     tokens = [count * BATCH * (1 + (size // 8) ** 2) for count, size in ((GLOBAL, 64), (LOCAL, 32))]
     return [shape for rows in tokens for sizes in layers for shape in trained(rows, *sizes)] * 5
@@ -92,11 +109,10 @@ def encoder_products() -> list[tuple[int, int, int]]:
 
 def heads_queue_loss() -> Row:
     """Heads, queue and loss, forward and backward, from features."""
-    refiner, (_, index, draw) = make_refiner(), a_batch()
-    plain, features = (
-        PlainStep(refiner),
-        torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True),
-    )
+    refiner = make_refiner()
+    (_, index, draw) = a_batch()
+    plain = PlainStep(refiner)
+    features = torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True)
     separate = [rows.detach().clone().requires_grad_() for rows in features]
 
     def ours() -> Tensor:
@@ -132,10 +148,8 @@ def queue() -> Row:
     """Lookup and enqueue, against a queue per head and view that is normalised at every lookup."""
     torch.manual_seed(0)
     _, index, draw = a_batch()
-    ours, targets = (
-        NearestNeighbourQueue(HEADS, *PAPER_QUEUE),
-        torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1]),
-    )
+    ours = NearestNeighbourQueue(HEADS, *PAPER_QUEUE)
+    targets = torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1])
     theirs = [PlainQueue(rows) for rows in ours.rows * ours.norms.unsqueeze(-1)]
     unit = torch.nn.functional.normalize(targets, dim=-1).flatten(1, 2)
 
@@ -168,14 +182,15 @@ def queue() -> Row:
 
 
 def queue_lightly() -> Row:
-    """Nearest neighbour and enqueue, against lightly's memory bank, one per head; ModuleNotFoundError without lightly."""
+    """Nearest neighbour and enqueue, against lightly's memory bank, one per head.
+
+    ModuleNotFoundError without lightly.
+    """
     from lightly.models.modules import NNMemoryBankModule
 
-    ours, targets, index = (
-        NearestNeighbourQueue(HEADS, *PAPER_QUEUE),
-        torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1]),
-        torch.arange(BATCH),
-    )
+    ours = NearestNeighbourQueue(HEADS, *PAPER_QUEUE)
+    targets = torch.randn(HEADS, GLOBAL, BATCH, PAPER_QUEUE[1])
+    index = torch.arange(BATCH)
     banks = [NNMemoryBankModule(size=PAPER_QUEUE) for _ in range(HEADS)]
     for bank, rows in zip(banks, ours.rows, strict=True):
         bank(targets[0, 0])  # the first call makes the bank
@@ -228,13 +243,15 @@ def loss() -> Row:
 
 
 def micro_batches(name: str, parts: int) -> Row:
-    """A step in micro-batches against the same step in one pass, at four times the batch of the other rows.
+    """A step in micro-batches against the same step in one pass.
 
-    A quarter's largest pass then has 2080 tokens, where one of 64 images of 224 px has 25 216: what a pass costs beside its products
-    weighs more than in use.
+    At four times the batch of the other rows. A quarter's largest pass then has 2080 tokens, where
+    one of 64 images of 224 px has 25 216: what a pass costs beside its products weighs more than in
+    use.
     """
     batch = 4 * BATCH
-    refiner, (views, index, draw) = make_refiner(), a_batch(batch)
+    refiner = make_refiner()
+    (views, index, draw) = a_batch(batch)
     start = copy.deepcopy(refiner.state_dict())
 
     def step(micro: int | None) -> Tensor:
@@ -261,15 +278,18 @@ def micro_batches(name: str, parts: int) -> Row:
 
 
 def whole_step(name: str, bf16: bool, target: float) -> Row:
-    """Gradients, optimiser and moving average, against the plain step with `torch.optim.AdamW`'s loop and an average in a loop.
+    """Gradients, optimiser and moving average, against the plain step.
 
-    LeftOut for bf16 on a CPU without its arithmetic: both ways then spend their time on emulating it.
+    The plain one has `torch.optim.AdamW`'s loop, and an average in a loop. LeftOut for bf16 on a
+    CPU without its arithmetic: both ways then spend their time on emulating it.
     """
     if bf16 and emulates_bf16("cpu"):
         raise LeftOut(
-            "this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16), where it is slower than fp32 whoever writes it"
+            "this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16), where it is slower than"
+            " fp32 whoever writes it"
         )
-    refiner, (views, index, draw) = make_refiner(bf16), a_batch()
+    refiner = make_refiner(bf16)
+    (views, index, draw) = a_batch()
     other = copy.deepcopy(refiner)
     plain = PlainStep(other)
     parts = [

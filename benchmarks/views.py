@@ -1,10 +1,11 @@
 """How many images a core makes into views: python -m benchmarks views-cpu views-hand-over
 
-The 12 views of the paper (2 of 224 px, 10 of 96 px) of JPEGs, decoding included. The peer is the PIL way with torchvision's
-operations, in the order and with the numbers of the authors' kappadata, up to normalised float tensors. `views-hand-over` decodes,
-crops and flips to uint8 and leaves colour to a GPU; `views-cpu` does the rest too, and normalises. The floor is decoding alone.
-The photographs are those of `MIM_REFINER_SHARED` (or ../shared); without them the rows are left out. Where other work shares the
-cores, `views-cpu`, many small operations, suffers most.
+The 12 views of the paper (2 of 224 px, 10 of 96 px) of JPEGs, decoding included. The peer is the
+PIL way with torchvision's operations, in the order and with the numbers of the authors' kappadata,
+up to normalised float tensors. `views-hand-over` decodes, crops and flips to uint8 and leaves
+colour to a GPU; `views-cpu` does the rest too, and normalises. The floor is decoding alone. The
+photographs are those of `MIM_REFINER_SHARED` (or ../shared); without them the rows are left out.
+Where other work shares the cores, `views-cpu`, many small operations, suffers most.
 """
 
 import itertools
@@ -23,7 +24,8 @@ from mim_refiner_hf.data.views import MultiCrop, normalise, view_rng, view_specs
 
 from .rows import LeftOut, Row, interleaved
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 SPECS = view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True)
 IMAGES = 16
 PHOTOS = (
@@ -32,7 +34,10 @@ PHOTOS = (
 
 
 def pil_way() -> Callable[[Image.Image], list[Tensor]]:
-    """The views by torchvision on Pillow images, as users of kappadata get them (byol-aug of the authors' configuration)."""
+    """The views by torchvision on Pillow images.
+
+    As users of kappadata get them (byol-aug of the authors' configuration).
+    """
 
     def blur(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0))))
@@ -59,7 +64,8 @@ def pil_way() -> Callable[[Image.Image], list[Tensor]]:
 
 def our_way(hand_over: bool) -> Callable[[Image.Image], list[Tensor]]:
     """Our views of an image: normalised, or, with `hand_over`, as a worker leaves them."""
-    multicrop, counter = FastMultiCrop(SPECS, hand_over), itertools.count()
+    multicrop = FastMultiCrop(SPECS, hand_over)
+    counter = itertools.count()
 
     def make(image: Image.Image) -> list[Tensor]:
         views = list(multicrop(image, view_rng(0, 0, next(counter))).values())
@@ -69,7 +75,10 @@ def our_way(hand_over: bool) -> Callable[[Image.Image], list[Tensor]]:
 
 
 def check(photo: Image.Image) -> None:
-    """The same pictures before any time is taken: mean differences in grey levels of fast and exact views, of 255."""
+    """The same pictures before any time is taken.
+
+    The mean differences of fast and exact views, in grey levels, of 255, are small.
+    """
     exact, fast = (
         make(photo, view_rng(0, 0, 1))
         for make in (MultiCrop(SPECS), FastMultiCrop(SPECS, hand_over=False))
@@ -101,7 +110,10 @@ def views(name: str, hand_over: bool, target: float) -> Row:
         *map(over_all, (our_way(hand_over), pil_way(), lambda image: image)), rounds=5
     )
     what = "decoded and cropped" if hand_over else "normalised"
-    note = f"{len(SPECS)} views of {IMAGES} JPEGs, {what}, {IMAGES / measured:.0f} images/s; torchvision on Pillow; floor: decoding"
+    note = (
+        f"{len(SPECS)} views of {IMAGES} JPEGs, {what}, {IMAGES / measured:.0f} images/s;"
+        " torchvision on Pillow; floor: decoding"
+    )
     return Row(name, target, measured, peer, floor, note)
 
 

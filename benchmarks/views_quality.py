@@ -1,9 +1,12 @@
-"""Do fast views refine as well as exact ones? python -m benchmarks.views_quality ../shared [--work outputs/views-quality]
+"""Do fast views refine as well as exact ones?
 
-Refines a MAE of the digits by the quickstart, and the small MAE of CIFAR-10 by a short form of its recipe (3 000 images, the first six
-blocks frozen), over seeds 0, 1, 2, once with `--views exact` and once with `--views fast`. Both start from the same weights
-and draw the same views, so that the difference per seed is what the views' arithmetic makes. Finished cells stay in --work: the
-same command goes on. Writes benchmarks/results/views-quality.md; about 40 minutes on one core in all.
+    python -m benchmarks.views_quality ../shared [--work outputs/views-quality]
+
+Refines a MAE of the digits by the quickstart, and the small MAE of CIFAR-10 by a short form of its
+recipe (3 000 images, the first six blocks frozen), over seeds 0, 1, 2, once with `--views exact`
+and once with `--views fast`. Both start from the same weights and draw the same views, so that the
+difference per seed is what the views' arithmetic makes. Finished cells stay in --work: the same
+command goes on. Writes benchmarks/results/views-quality.md; about 40 minutes on one core in all.
 """
 
 import argparse
@@ -25,16 +28,20 @@ from mim_refiner_hf.evaluation.report import evaluate_encoder
 from mim_refiner_hf.refinement.recipe_files import read_recipe
 from mim_refiner_hf.runs.run import run
 
-SEEDS, WAYS = (0, 1, 2), ("exact", "fast")
+SEEDS = (0, 1, 2)
+WAYS = ("exact", "fast")
 T95 = 4.303  # Student's t for 3 seeds
-IMAGES, TEST = 3000, 2000  # of CIFAR-10: to refine on; to test on, and in the k-NN bank
+# of CIFAR-10: to refine on; to test on, and in the k-NN bank
+IMAGES = 3000
+TEST = 2000
 METRICS = {
     "knn_accuracy": "k-NN accuracy",
     "cluster_accuracy": "cluster accuracy",
     "cluster_accuracy_mean": "cluster accuracy, mean of 100 runs",
 }
 RESULTS = Path(__file__).parent / "results" / "views-quality.md"
-SHORT = {"batch_size": 64, "epochs": 1.0, "freeze_blocks": 6}  # of the recipe cifar10-tiny
+# what differs from the recipe cifar10-tiny
+SHORT = {"batch_size": 64, "epochs": 1.0, "freeze_blocks": 6}
 QUIET = {"eval_split": None, "eval_fraction": 0.0, "report_to": "none", "num_workers": 0}
 Scores = dict[str, float]
 
@@ -48,7 +55,10 @@ def digits_start(work: Path) -> str:
 
 
 def cifar_images(shared: Path, work: Path) -> str:
-    """A parquet file of the first `IMAGES` training images of CIFAR-10; they are shuffled as they are."""
+    """A parquet file of the first `IMAGES` training images of CIFAR-10.
+
+    They are shuffled as they are.
+    """
     path = work / "cifar10.parquet"
     if not path.is_file():
         parquet.write_table(
@@ -58,7 +68,10 @@ def cifar_images(shared: Path, work: Path) -> str:
 
 
 def start_and_images(data: str, shared: Path, work: Path) -> tuple[str, ImageDataset, ImageDataset]:
-    """The model that all cells of this data start from, the k-NN bank, and images that none of them has seen."""
+    """The model that all cells of this data start from, the k-NN bank, and test images.
+
+    None of the cells has seen the test images.
+    """
     if data == "digits":
         train, test = (
             open_images("digits", split=split, num_channels=3) for split in ("train", "test")
@@ -79,6 +92,7 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
         "output_dir": str(work / f"{data}-{way}-{seed}"),
     }
     encoder: Any
+
     if way == "start":
         encoder = load_encoder(model)
         processor = encoder.image_processor
@@ -91,7 +105,9 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
             )
         result = run(recipe)
         assert result is not None
-        encoder, processor = result.encoder, result.processor
+        encoder = result.encoder
+        processor = result.processor
+
     found = evaluate_encoder(encoder, processor, train, test, seed=seed, per_block=False).metrics
     return {name: found[name] for name in METRICS}
 
@@ -102,14 +118,16 @@ def lines(data: str, scores: dict[tuple[str, int], Scores]) -> list[str]:
     for metric, words in METRICS.items():
         exact, fast = ([100 * scores[way, seed][metric] for seed in SEEDS] for way in WAYS)
         apart = [new - old for new, old in zip(fast, exact, strict=True)]
-        mean, error = statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5
+        mean = statistics.mean(apart)
+        error = statistics.stdev(apart) / len(apart) ** 0.5
         cells = [", ".join(f"{value:.1f}" for value in values) for values in (exact, fast)]
-        verdict = (
-            "no difference shown" if abs(mean) <= T95 * error else "better" if mean > 0 else "worse"
-        )
+        verdict = "no difference shown"
+        if abs(mean) > T95 * error:
+            verdict = "better" if mean > 0 else "worse"
         start = 100 * scores["start", 0][metric]
         table.append(
-            f"| {data} | {words} | {start:.1f} | {cells[0]} | {cells[1]} | {mean:+.2f} ± {error:.2f} | {verdict} |"
+            f"| {data} | {words} | {start:.1f} | {cells[0]} | {cells[1]} | {mean:+.2f} ±"
+            f" {error:.2f} | {verdict} |"
         )
     return table
 
@@ -119,10 +137,15 @@ def write(table: list[str]) -> None:
     text = [
         "# Fast views and exact views: the same quality?",
         "",
-        "Scores of refined encoders in per cent, seeds 0, 1, 2. Both ways start from the same weights and make the same draws. The",
-        'difference is the mean over seeds with its standard error; a verdict other than "no difference shown" means that its',
-        f"95 % interval (Student's t, {T95} standard errors) leaves out zero. Three seeds can show large differences only, and one of",
-        "six intervals does so by chance in a quarter of such tables.",
+        "Scores of refined encoders in per cent, seeds 0, 1, 2. Both ways start from the same",
+        "weights and make the same draws. The",
+        (
+            'difference is the mean over seeds with its standard error; a verdict other than "no'
+            ' difference shown" means that its'
+        ),
+        f"95 % interval (Student's t, {T95} standard errors) leaves out zero. Three seeds can show",
+        "large differences only, and one of six intervals does so by chance in a quarter of such",
+        "tables.",
         "",
         "```bash",
         "python -m benchmarks.views_quality ../shared",
@@ -132,9 +155,10 @@ def write(table: list[str]) -> None:
         "|---|---|---:|---|---|---:|---|",
         *table,
         "",
-        "digits: the quickstart (crops only, no colour) from one MAE; CIFAR-10: the recipe cifar10-tiny with all colour operations,",
-        f"{IMAGES} images, one epoch, six blocks frozen, tested on {TEST} images. {time.strftime('%Y-%m-%d')}, {platform.machine()}, "
-        f"1 of {os.cpu_count()} CPU cores, torch {version('torch')}",
+        "digits: the quickstart (crops only, no colour) from one MAE; CIFAR-10: the recipe",
+        f"cifar10-tiny with all colour operations, {IMAGES} images, one epoch, six blocks frozen,",
+        f"tested on {TEST} images. {time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 of",
+        f"{os.cpu_count()} CPU cores, torch {version('torch')}",
     ]
     RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
 
@@ -143,11 +167,14 @@ def main(shared: Path, work: Path) -> None:
     """Run what is not finished, one cell after the other, and write the table."""
     if not (shared / "data/cifar10/train.parquet").is_file():
         raise SystemExit(
-            f"{shared} has no data/cifar10/train.parquet; name the folder that holds data/ and models/"
+            f"{shared} has no data/cifar10/train.parquet; name the folder that holds data/ and"
+            " models/"
         )
+
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     table = []
+
     for data in ("digits", "CIFAR-10"):
         scores = {}
         for seed in SEEDS:
@@ -160,6 +187,7 @@ def main(shared: Path, work: Path) -> None:
                 scores[way, seed] = json.loads(file.read_text())
                 print(data, way, seed, scores[way, seed], flush=True)
         table += lines(data, scores)
+
     write(table)
 
 

@@ -1,11 +1,15 @@
-"""What every block of an encoder is good for, and which blocks should get a head when it is refined.
+"""What every block of an encoder is good for, and which should get a head when it is refined.
 
-    python examples/block_profile.py                                          # the quickstart's model on bundled digits
-    python examples/block_profile.py --model facebook/vit-mae-large --images my_images/ --reconstruction_epochs 20
+    # the quickstart's model on bundled digits
+    python examples/block_profile.py
+    # any model on your images, with the reconstruction loss of the paper's Fig. 6
+    python examples/block_profile.py --model facebook/vit-mae-large --images my_images/ \\
+        --reconstruction_epochs 20
 
-Prints a table (k-NN accuracy where there are labels, agreement of neighbours under augmentation, statistics, attention distance, with
-`--reconstruction_epochs` the reconstruction loss) and the proposal that `--head_blocks auto` would make, and writes a picture.
-The result on a real small MAE: benchmarks/results/block-profile.md.
+Prints a table (k-NN accuracy where there are labels, agreement of neighbours under augmentation,
+statistics, attention distance, with `--reconstruction_epochs` the reconstruction loss) and the
+proposal that `--head_blocks auto` would make, and writes a picture. The result on a real small MAE:
+benchmarks/results/block-profile.md.
 """
 
 import argparse
@@ -56,7 +60,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.model == QUICKSTART and not Path(QUICKSTART).is_dir():
         print(
-            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model",
+            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or"
+            " give --model",
             file=sys.stderr,
         )
         return 2
@@ -80,7 +85,8 @@ def main() -> int:
     )
     blocks, reason = propose_head_blocks(profile)
     print(
-        f"{options.model}: {len(bank)} images as k-NN bank, {len(measured)} measured\n\n{profile_table(profile)}\n"
+        f"{options.model}: {len(bank)} images as k-NN bank, {len(measured)}"
+        f" measured\n\n{profile_table(profile)}\n"
     )
     print(f"Heads on blocks {', '.join(map(str, blocks))}: {reason}")
     draw_block_profile(profile, options.output, blocks)

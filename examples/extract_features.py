@@ -1,7 +1,10 @@
 """Features of images from a refined model, and the images most like one of them.
 
-    python examples/extract_features.py                                       # the quickstart's model on bundled digits
-    python examples/extract_features.py --model outputs/example/model         # the one of refine_your_own_images.py
+    # the quickstart's model on bundled digits
+    python examples/extract_features.py
+    # the model of refine_your_own_images.py
+    python examples/extract_features.py --model outputs/example/model
+    # any model on your images
     python examples/extract_features.py --model user/mae-refined-l16 --images photos/ --query 3
 
 The second takes 15 s on 2 cores, most of it imports (November 2026), and prints
@@ -14,7 +17,8 @@ The second takes 15 s on 2 cores, most of it imports (November 2026), and prints
          0.999  row 68 of digits  class 8
          0.999  row 52 of digits  class 2
 
-`features.safetensors` holds one tensor, features (N, D), and the names of the images as JSON in its metadata.
+`features.safetensors` holds one tensor, features (N, D), and the names of the images as JSON in its
+metadata.
 """
 
 import argparse
@@ -36,7 +40,8 @@ QUICKSTART = "outputs/quickstart/model"
 @torch.inference_mode()
 def extract(name: str, images: ImageDataset, batch_size: int = 64) -> torch.Tensor:
     """(N, D) features: the pooled token (CLS) after the final norm, in the order of the images."""
-    # Without this package installed: the same two lines with trust_remote_code=True, and no other change.
+    # Without this package installed: the same two lines with trust_remote_code=True, and no other
+    # change.
     model = AutoModel.from_pretrained(name).eval()
     processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
     features = []
@@ -62,7 +67,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.model == QUICKSTART and not Path(QUICKSTART).is_dir():
         print(
-            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or give --model",
+            f"{QUICKSTART} does not exist: run `accelerate launch training/refine.py` first, or"
+            " give --model",
             file=sys.stderr,
         )
         return 2

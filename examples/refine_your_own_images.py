@@ -1,9 +1,12 @@
 """Refine a model on a folder of your own images, compare it with what it was, and load the result.
 
-    python examples/refine_your_own_images.py                                            # on 400 handwritten digits
-    python examples/refine_your_own_images.py my_images/ --model facebook/vit-mae-base   # on your own images, on a GPU
+    # on 400 handwritten digits
+    python examples/refine_your_own_images.py
+    # on your own images, on a GPU
+    python examples/refine_your_own_images.py my_images/ --model facebook/vit-mae-base
 
-The first takes about a minute on 2 cores (62 s on a busy 2-core virtual machine, November 2026) and ends in
+The first takes about a minute on 2 cores (62 s on a busy 2-core virtual machine, November 2026) and
+ends in
 
     metric                            before   after        change
     --------------------------------------------------------------
@@ -17,8 +20,8 @@ The first takes about a minute on 2 cores (62 s on a busy 2-core virtual machine
     nmi: 0.353 -> 0.475
     loaded MimRefinerModel with 0.2 M parameters from outputs/example/model
 
-The digits come labelled by their sub-folders, which only serves to measure; of images without labels, RankMe is reported.
-Beside model/ lie metrics.json, clusters.png (look at it) and log.jsonl.
+The digits come labelled by their sub-folders, which only serves to measure; of images without
+labels, RankMe is reported. Beside model/ lie metrics.json, clusters.png (look at it) and log.jsonl.
 """
 
 import argparse
@@ -49,7 +52,8 @@ TOY |= {
     "ema_decay": 0.95,
 }
 TOY |= {"learning_rate": 8e-3, "head_learning_rate": 8e-3}
-# For a real model: smaller than the paper's batch and queue, for a few thousand images on one GPU. The rest are the defaults.
+# For a real model: smaller than the paper's batch and queue, for a few thousand images on one GPU.
+# The rest are the defaults.
 REAL = {
     "batch_size": 256,
     "queue_size": 4096,
@@ -59,7 +63,10 @@ REAL = {
 
 
 def write_digits(folder: Path) -> None:
-    """400 of scikit-learn's handwritten digits as PNG files, a sub-folder per class; files alone would do too."""
+    """400 of scikit-learn's handwritten digits as PNG files, a sub-folder per class.
+
+    Files alone would do too.
+    """
     for image, label, index in map(open_images("digits").__getitem__, range(400)):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
         image.save(folder / str(label) / f"{index:04d}.png")
@@ -87,10 +94,8 @@ def main() -> None:
         RefineRecipe(dataset=images, eval_fraction=0.25, output_dir=options.output_dir, **settings)
     )
     assert result is not None  # None is for dry runs
-    before, after = (
-        result.metrics["before"],
-        result.metrics["after"],
-    )  # the numbers of the table, also in metrics.json
+    before = result.metrics["before"]
+    after = result.metrics["after"]
     name = "nmi" if "nmi" in after else "rankme"  # with labels, without
     print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
 
@@ -98,7 +103,8 @@ def main() -> None:
         f"{options.output_dir}/model"
     )  # `mim_refiner_hf` is imported, so no flag is needed
     print(
-        f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from {options.output_dir}/model"
+        f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from"
+        f" {options.output_dir}/model"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import Data2VecVisionConfig, Data2VecVisionModel, ViTMAEConfig
 
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.evaluation import report
-from mim_refiner_hf.evaluation.cluster_scores import kmeans
+from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.refinement.trainer import Trainer
 from mim_refiner_hf.runtime.checkpoint import load_latest
 
@@ -36,8 +36,8 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
     monkeypatch.setattr(
         report,
-        "kmeans",
-        lambda *arguments, **settings: kmeans(*arguments, **{**settings, "runs": 3}),
+        "kmeans_runs",
+        lambda *arguments, **settings: kmeans_runs(*arguments, **{**settings, "runs": 3}),
     )
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
 

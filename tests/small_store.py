@@ -9,6 +9,7 @@ from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import FeatureStore, embed_images
 
 COUNT, SHARD, BATCH = 23, 5, 3  # 5 shards of 2 batches each
@@ -48,7 +49,7 @@ def make_processor(size: int = 16) -> MimRefinerImageProcessor:
 def embed(
     photos: Path, folder: Path, encoder: MimRefinerModel | None = None, **changes: Any
 ) -> FeatureStore:
-    settings = {"shard_size": SHARD, "batch_size": BATCH, **changes}
+    settings = {"shard_size": SHARD, "loading": Loading(BATCH), **changes}
     return embed_images(
         encoder or make_encoder(), open_images(str(photos)), make_processor(), folder, **settings
     )

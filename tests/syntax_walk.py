@@ -122,8 +122,10 @@ def wrong(
             ]
             if not given or dotted(given[0], names) not in safe_loaders:
                 yield "yaml.load without a SafeLoader"
-    elif isinstance(node, ast.keyword) and node.arg in KEYWORDS:
-        yield from unless(node.value, node.arg)
+        for keyword in node.keywords:
+            # a `zip` may be cut short on purpose, a state dict may not
+            if keyword.arg in KEYWORDS and (called, keyword.arg) != ("zip", "strict"):
+                yield from unless(keyword.value, keyword.arg)
     elif isinstance(node, ast.Dict):
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and key.value in KEYWORDS:

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from mim_refiner_hf import load_encoder
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.views import ViewSpec, make_view, view_specs
 from mim_refiner_hf.evaluation import (
-    block_analysis,
     block_profile,
     draw_block_profile,
+    knn,
     knn_accuracy,
     profile_table,
 )
 from mim_refiner_hf.evaluation.block_analysis import (
-    RandomView,
     assemble,
     attention_distances,
-    neighbour_agreement,
     relative_improvements,
 )
+from mim_refiner_hf.evaluation.neighbour_agreement import RandomView, neighbour_agreement
 from mim_refiner_hf.evaluation.reconstruction import (
     block_errors,
     decoder_recipe,
@@ -71,7 +71,8 @@ def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(
     expected = slow_agreement(first.double().numpy(), second.double().numpy(), k)
     assert 0.05 < expected < 0.9
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(block_analysis, "SIMILARITIES_AT_ONCE", 7 * 40)
+    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", 16)
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -229,7 +230,9 @@ def test_reconstruction_is_refused_where_patches_cannot_be_left_out(digits: Imag
 def test_profile_of_every_block(digits: ImageDataset) -> None:
     encoder, processor = make_encoder().train(), make_processor()
     train, test = digits.subset(range(80)), digits.subset(range(80, 120))
-    profile = block_profile(encoder, processor, train, test, reconstruction_epochs=1, batch_size=17)
+    profile = block_profile(
+        encoder, processor, train, test, reconstruction_epochs=1, loading=Loading(17)
+    )
     assert [block.block for block in profile] == [0, 1, 2, 3]
     assert encoder.training
 
@@ -261,7 +264,7 @@ def test_profile_of_every_block(digits: ImageDataset) -> None:
         [-loss for loss in losses]
     )
     assert profile == block_profile(
-        encoder, processor, train, test, reconstruction_epochs=1, batch_size=40
+        encoder, processor, train, test, reconstruction_epochs=1, loading=Loading(40)
     )
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from mim_refiner_hf.clustering import decoding
 from mim_refiner_hf.clustering.decoding import decode_image
 from mim_refiner_hf.data import broken as broken_images
-from mim_refiner_hf.data.broken import BROKEN, BrokenImages, readable_images
+from mim_refiner_hf.data.broken import BROKEN, BrokenImages, readable
 from mim_refiner_hf.data.images import ImageDataset, open_images, open_stream, read_sample
 from mim_refiner_hf.data.order import BatchSampler, epoch_order
 from mim_refiner_hf.data.views import MultiCrop, ViewDataset, view_specs
@@ -153,7 +153,7 @@ def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "self.png",
         "zero.png",
     ]
-    left, broken = readable_images(images)
+    left, broken = readable(images)
     assert left.indices.tolist() == [0, 1, 4] and [entry["index"] for entry in broken] == [
         2,
         3,
@@ -401,6 +401,6 @@ def test_none_readable(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"None of the 1 images of .* can be read, first: .*it is empty"
     ):
-        readable_images(open_images(str(tmp_path)))
+        readable(open_images(str(tmp_path)))
     digits: ImageDataset = open_images("digits")
-    assert readable_images(digits)[0] is digits
+    assert readable(digits)[0] is digits

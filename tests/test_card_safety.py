@@ -12,9 +12,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from mim_refiner_hf.publishing.convert import Conversion, render
-from mim_refiner_hf.publishing.evaluated_card import update_card
-from mim_refiner_hf.publishing.model_card import CardData
+from mim_refiner_hf.publishing.convert import Conversion, card_files
+from mim_refiner_hf.publishing.model_card import CardData, update_card
 from mim_refiner_hf.runs.comparison import Side
 from mim_refiner_hf.runs.report_folder import write_report
 from mim_refiner_hf.runtime.text import UNSEEN, fenced, one_line, plain
@@ -44,7 +43,7 @@ def run_card(text: str) -> str:
 
 def converted_card(text: str) -> str:
     done = Conversion(Path("out"), text, "0" * 64, text, 5, "float32", 0.0, 0.0, 1.0)
-    return render(text, done, {"Family": text, "Input": text})["README.md"]
+    return card_files(text, done, {"Family": text, "Input": text})["README.md"]
 
 
 def report(text: str) -> dict[str, Any]:

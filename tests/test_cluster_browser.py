@@ -19,8 +19,8 @@ from mim_refiner_hf.publishing.cluster_page import (
     Tile,
     by_confidence,
     choose_shown,
+    jpeg_thumbnail,
     render_page,
-    thumbnail,
 )
 
 COUNT, GROUPS = 5000, 20
@@ -49,7 +49,7 @@ def page(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     names = names or [f"photos/{i:04d}.jpg" for i in range(COUNT)]
     tiles = [
-        Tile(names[i], groups[i], scores[i], thumbnail(pictures[i]), f"group/{i}.jpg")
+        Tile(names[i], groups[i], scores[i], jpeg_thumbnail(pictures[i]), f"group/{i}.jpg")
         for i in shown
     ]
     path = tmp_path_factory.mktemp("page") / "index.html"

@@ -24,8 +24,8 @@ from mim_refiner_hf.publishing.cluster_page import (
     Tile,
     by_confidence,
     choose_shown,
+    jpeg_thumbnail,
     render_page,
-    thumbnail,
 )
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -270,7 +270,7 @@ def test_the_page_holds_everything_and_loads_nothing(made: Path) -> None:
 def test_names_stay_text(made: Path) -> None:
     """No name becomes markup, however it is written: the same tags as in a page with harmless names."""
     hostile, data = read_page((made / "index.html").read_text(encoding="utf-8"))
-    tile = Tile("a.png", 0, 1.0, thumbnail(Image.new("RGB", (4, 4))), "group-00/a.png")
+    tile = Tile("a.png", 0, 1.0, jpeg_thumbnail(Image.new("RGB", (4, 4))), "group-00/a.png")
     harmless = Structure(render_page("photos", "one", [tile] * 3, torch.randn(3, 8), [3]))
     assert hostile.tags == harmless.tags and len(hostile.scripts) == 2
     assert hostile.scripts[1] == harmless.scripts[1]

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mim_refiner_hf.evaluation import cluster_accuracy, cluster_scores, kmeans, rankme
+from mim_refiner_hf.evaluation import cluster_accuracy, cluster_scores, kmeans_runs, rankme
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_scores_refuse_lists_of_different_length() -> None:
 
 
 def test_kmeans_finds_what_many_full_runs_find(digits: Tensor) -> None:
-    run = kmeans(digits, 10, runs=20)
+    run = kmeans_runs(digits, 10, runs=20)
     points = torch.nn.functional.normalize(digits, dim=1).numpy()
     full = KMeans(10, n_init=20, random_state=0).fit(points)
     assert run.inertia <= 1.02 * full.inertia_
@@ -70,15 +70,15 @@ def test_kmeans_finds_what_many_full_runs_find(digits: Tensor) -> None:
 
 
 def test_kmeans_returns_its_best_run_and_depends_on_the_seed_alone(digits: Tensor) -> None:
-    run = kmeans(digits, 10, runs=5, seed=3)
-    single = [kmeans(digits, 10, runs=1, seed=seed) for seed in range(3, 8)]
+    run = kmeans_runs(digits, 10, runs=5, seed=3)
+    single = [kmeans_runs(digits, 10, runs=1, seed=seed) for seed in range(3, 8)]
     assert run.inertia == min(one.inertia for one in single)
     assert np.array_equal(run.all_assignments, np.stack([one.assignments for one in single]))
     assert np.array_equal(
         run.assignments, single[int(np.argmin([one.inertia for one in single]))].assignments
     )
     assert np.array_equal(
-        kmeans(digits * 100, 10, runs=5, seed=3).assignments, run.assignments
+        kmeans_runs(digits * 100, 10, runs=5, seed=3).assignments, run.assignments
     )  # length does not count
 
 
@@ -86,7 +86,7 @@ def test_one_hundred_runs_take_seconds() -> None:
     centres = 2 * torch.randn(10, 96)
     features = centres[torch.arange(500) % 10] + torch.randn(500, 96)
     start = time.process_time()
-    run = kmeans(features, 10)
+    run = kmeans_runs(features, 10)
     assert time.process_time() - start < 8  # 2.5 s on one free core
     assert run.all_assignments.shape == (100, 500)
     assert cluster_accuracy(torch.arange(500) % 10, run.assignments) > 0.95
@@ -107,7 +107,7 @@ def test_one_hundred_runs_take_seconds() -> None:
 )
 def test_kmeans_names_bad_input(features: Tensor, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        kmeans(features, **arguments)
+        kmeans_runs(features, **arguments)
 
 
 def test_rankme_is_the_entropy_of_the_singular_values() -> None:

@@ -130,7 +130,7 @@ def test_dtype_is_written_and_its_rounding_is_measured(
 def test_shards_load_everywhere(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "SHARD_SIZE", "30KB")
+    monkeypatch.setattr(hub, "MAX_SHARD_SIZE", "30KB")
     convert(source, tmp_path / "model", num_heads=2)
     shards = list((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) > 1 and (tmp_path / "model" / "model.safetensors.index.json").is_file()
@@ -145,13 +145,13 @@ def test_shards_load_everywhere(
 def test_a_result_that_differs_is_not_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
-    encode, calls = convert_module.encode, []
+    encode, calls = convert_module.encode_fixed_input, []
 
     def unfaithful(encoder: Any) -> torch.Tensor:
         calls.append(encoder)
         return encode(encoder) + (error if len(calls) == 2 else 0)
 
-    monkeypatch.setattr(convert_module, "encode", unfaithful)
+    monkeypatch.setattr(convert_module, "encode_fixed_input", unfaithful)
     with pytest.raises(CheckpointError, match="read back"):
         convert(source, tmp_path / "out" / "model", num_heads=2)
     assert list((tmp_path / "out").iterdir()) == []

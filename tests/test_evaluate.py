@@ -18,7 +18,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder, extract_features, knn_accuracy
-from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans, matched
+from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans_runs, matched
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.runs.comparison import HELD_OUT
 
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans, runs=5))
+    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
 
 
 def test_matched_items_are_those_that_accuracy_counts() -> None:

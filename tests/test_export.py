@@ -184,9 +184,9 @@ def test_published_shapes_have_timms_own_names(name: str, shape: tuple[int, int,
         patch_size=patch,
         **style,
     )
-    assert export_timm.architecture(config) == name
+    assert export_timm.timm_architecture(config) == name
     with torch.device("meta"):
-        ours = export_timm.state_dict(MimRefinerModel(config))
+        ours = export_timm.timm_state_dict(MimRefinerModel(config))
         theirs = timm.create_model(name, num_classes=0, global_pool="token").state_dict()
     assert {key: tensor.shape for key, tensor in ours.items()} == {
         key: tensor.shape for key, tensor in theirs.items()

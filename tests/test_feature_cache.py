@@ -11,9 +11,9 @@ from PIL import Image
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
-from mim_refiner_hf.evaluation import embed_images, extract_features
+from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, manifest
 from mim_refiner_hf.evaluation.feature_cache import (
-    Rows,
+    ImageRows,
     check_features,
     evaluation_columns,
     read_rows,
@@ -46,7 +46,7 @@ def read(
     images: ImageDataset,
     folder: Path | None,
     columns: tuple[str, ...] = (COLUMN,),
-) -> Rows:
+) -> ImageRows:
     return read_rows(encoder, images, image_processor(encoder.config, {}), columns, features=folder)
 
 
@@ -77,7 +77,9 @@ def test_images_of_overlapping_sets_are_encoded_once_and_keep_their_order(tmp_pa
         rows = read(encoder, images, tmp_path / "features")
         torch.testing.assert_close(rows.column(COLUMN), features, atol=1e-5, rtol=0)
         assert rows.labels is not None and rows.labels.tolist() == images.labels.tolist()  # type: ignore[union-attr]
-    assert sum(passes) == 60 and len(list((tmp_path / "features").iterdir())) == 2
+    assert sum(passes) == 60
+    (store,) = (tmp_path / "features").iterdir()  # one, which grew
+    assert len(list(store.glob("shards/*.parquet"))) == 2
 
 
 def test_other_weights_and_columns_are_computed_and_kept_apart(tmp_path: Path) -> None:
@@ -108,6 +110,31 @@ def test_a_damaged_store_is_computed_again(
     features = read(encoder, digits(), tmp_path).column(COLUMN)
     assert sum(passes) == 60 and "is not what was written" in caplog.text
     torch.testing.assert_close(features, expected(encoder, digits()), atol=1e-5, rtol=0)
+
+
+def test_an_interrupted_growth_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "IMAGES_PER_SHARD", 16)
+    encoder = make_encoder()
+    read(encoder, digits(range(20)), tmp_path)  # two shards
+    passes = count_images(encoder)
+
+    def stop(*_: Any) -> None:
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    handle = encoder.norm.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        read(encoder, digits(), tmp_path)
+    handle.remove()
+    (store,) = tmp_path.iterdir()
+    assert len(list((store / "records").iterdir())) == 3
+
+    features = read(encoder, digits(), tmp_path).column(COLUMN)
+    assert sum(passes) == 16 + 16 + 24  # one batch was lost
+    torch.testing.assert_close(features, expected(encoder, digits()), atol=1e-5, rtol=0)
+    assert len(FeatureStore(store, range(5))) == 60 and sum(passes) == 56 + 60
 
 
 def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from mim_refiner_hf.evaluation.feature_map import UMAP_FROM, flat_map, principal_components
+from mim_refiner_hf.evaluation.feature_map import UMAP_FROM, cosine_components, flat_map
 from mim_refiner_hf.publishing import cluster_page
 
 
@@ -42,14 +42,14 @@ class StandIn:
 def test_without_umap_it_is_scikit_learns_pca(rows: int) -> None:
     features = planted(rows).bfloat16()
     expected = PCA(5).fit_transform(F.normalize(features.float(), dim=1).double().numpy())
-    ours = principal_components(features, 5).numpy()
+    ours = cosine_components(features, 5).numpy()
     assert np.allclose(np.abs(ours), np.abs(expected), atol=1e-4)  # the sign of a direction is free
     points, method = flat_map(features)
     assert method == "PCA" and np.allclose(points, ours[:, :2], atol=1e-6)
 
 
 def test_dimensions_that_are_not_there_are_zeros() -> None:
-    found = principal_components(planted(9, width=3), 8)
+    found = cosine_components(planted(9, width=3), 8)
     assert found.shape == (9, 8) and (found[:, 3:] == 0).all() and (found[:, :2].std(0) > 0).all()
     assert flat_map(torch.ones(4, 3))[0].shape == (4, 2)
 

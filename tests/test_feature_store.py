@@ -16,7 +16,6 @@ from small_store import (
     SHARD,
     contents,
     embed,
-    forward_passes,
     make_encoder,
     make_processor,
     write_photos,
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     FeatureStore,
     embed_images,
@@ -32,7 +32,6 @@ from mim_refiner_hf.evaluation import (
     feature_columns,
     feature_set,
     feature_store,
-    stored_features,
 )
 from mim_refiner_hf.publishing.hub import save_model_folder
 
@@ -56,7 +55,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_columns_equal_hooked_block_outputs(photos: Path, tmp_path: Path, num_workers: int) -> None:
     encoder, images = make_encoder(), open_images(str(photos))
     columns = ["block1.cls", "block3.cls", "block3.mean", "last4.mean", "output.cls"]
-    store = embed(photos, tmp_path / "out", encoder, columns=columns, num_workers=num_workers)
+    store = embed(
+        photos, tmp_path / "out", encoder, columns=columns, loading=Loading(BATCH, num_workers)
+    )
     blocks: list[Tensor] = []
     for layer in encoder.layers:
         layer.register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
@@ -95,47 +96,32 @@ def test_other_parquet_readers_see_the_same(photos: Path, tmp_path: Path) -> Non
     assert torch.equal(torch.tensor(loaded["block3.cls"][:]), store.features("block3.cls"))
 
 
-def test_stored_features_are_extracted_once(photos: Path, tmp_path: Path) -> None:
+def test_a_feature_set_is_what_is_extracted(photos: Path, tmp_path: Path) -> None:
     encoder, images = make_encoder(), open_images(str(photos))
-    expected = extract_features(encoder, images, make_processor(), blocks=[2, 0], batch_size=8)
-    passes = forward_passes(encoder)
-    for _ in range(2):
-        found = stored_features(
-            encoder, images, make_processor(), tmp_path / "out", blocks=[2, 0], batch_size=8
-        )
-        assert passes == [8, 8, 7]
-        assert torch.equal(found.features, expected.features)
-        assert list(found.blocks) == [0, 2]
-        assert all(
-            torch.equal(found.blocks[block], expected.blocks[block]) for block in found.blocks
-        )
-        assert (
-            found.labels is not None
-            and expected.labels is not None
-            and torch.equal(found.labels, expected.labels)
-        )
-    fewer = stored_features(encoder, images, make_processor(), tmp_path / "out")
-    assert passes == [8, 8, 7] and torch.equal(fewer.features, expected.features)
+    expected = extract_features(
+        encoder, images, make_processor(), blocks=[2, 0], loading=Loading(8)
+    )
+    columns = [f"block{block}.cls" for block in (0, 2, 3)]
+    store = embed(
+        photos, tmp_path / "out", encoder, columns=columns, loading=Loading(8), shard_size=COUNT
+    )
+    found = feature_set(store, [2, 0])
+    assert torch.equal(found.features, expected.features)
+    assert list(found.blocks) == [0, 2]
+    for block, features in expected.blocks.items():
+        assert torch.equal(found.blocks[block], features)
+    assert found.labels is not None and expected.labels is not None
+    assert torch.equal(found.labels, expected.labels)
 
 
-def test_stored_features_follow_the_encoder_they_are_asked_for(
-    photos: Path, tmp_path: Path
-) -> None:
-    store = embed(photos, tmp_path / "out", columns=["block3.cls", "block3.mean"])
-    encoder, images = make_encoder(pooling="mean"), open_images(str(photos))
-    found = stored_features(encoder, images, make_processor(), tmp_path / "out")
-    assert torch.equal(found.features, store.features("block3.mean"))
-    assert torch.equal(feature_set(store).features, store.features("block3.cls"))
-
-
-def test_stored_features_without_cls_and_labels(photos: Path, tmp_path: Path) -> None:
+def test_a_feature_set_without_cls_and_labels(photos: Path, tmp_path: Path) -> None:
     encoder, images = make_encoder(use_cls_token=False), open_images(str(photos / "cat"))
-    found = stored_features(encoder, images, make_processor(), tmp_path / "out")
-    assert found.labels is None
+    store = embed_images(encoder, images, make_processor(), tmp_path / "out")
+    found = feature_set(store)
+    assert found.labels is None and list(store.columns) == ["block3.mean"]
     torch.testing.assert_close(
         found.features, extract_features(encoder, images, make_processor()).features
     )
-    assert list(FeatureStore(tmp_path / "out").columns) == ["block3.mean"]
 
 
 def test_bf16_is_computed_in_bf16_and_kept_exactly(photos: Path, tmp_path: Path) -> None:
@@ -180,7 +166,7 @@ def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> No
     table.to_parquet(tmp_path / "train.parquet")
     settings: dict[str, Any] = {
         "shard_size": SHARD,
-        "batch_size": BATCH,
+        "loading": Loading(BATCH),
         "columns": ["block3.cls", "block0.mean"],
     }
     stores = []
@@ -207,7 +193,7 @@ def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> No
 def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
     shards, rows, width = 2, 16384, 256  # 34 MB, 17 MB a shard
     manifest = {
-        "format": feature_store.FORMAT,
+        "format": feature_store.STORE_FORMAT,
         "num_images": shards * rows,
         "shard_size": rows,
         "class_names": None,
@@ -314,7 +300,7 @@ def test_command_writes_a_store(
     assert torch.__version__.startswith(store.manifest["versions"]["torch"])
     encoder = make_encoder().to(torch.bfloat16)
     expected = extract_features(
-        encoder, open_images(str(photos)), make_processor(), blocks=[1], batch_size=8
+        encoder, open_images(str(photos)), make_processor(), blocks=[1], loading=Loading(8)
     )
     torch.testing.assert_close(
         store.features("block1.cls"), expected.blocks[1], atol=0.02, rtol=0.02

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     Evaluation,
     FeatureSet,
@@ -19,7 +20,7 @@ from mim_refiner_hf.evaluation import (
     draw_clusters,
     evaluate_encoder,
     extract_features,
-    kmeans,
+    kmeans_runs,
     knn_accuracy,
     pictures,
     rankme,
@@ -91,7 +92,7 @@ def test_features_equal_hooked_block_outputs(
     encoder, images = make_encoder(pooling=pooling), Images(range(11))
     torch.nn.init.normal_(encoder.norm.weight)  # a final norm that would show
     found = extract_features(
-        encoder, images, processor, blocks=[2, 0], batch_size=4, num_workers=num_workers
+        encoder, images, processor, blocks=[2, 0], loading=Loading(4, num_workers)
     )
     outputs: dict[int, torch.Tensor] = {}
     for block, layer in enumerate(encoder.layers):
@@ -192,7 +193,7 @@ def test_evaluation_is_the_sum_of_its_protocols(processor: MimRefinerImageProces
         knn_accuracy(bank.blocks[b], bank.labels, held_out.blocks[b], held_out.labels)
         for b in range(3)
     ]
-    run = kmeans(held_out.features, 4)
+    run = kmeans_runs(held_out.features, 4)
     scores = [cluster_scores(held_out.labels, groups) for groups in run.all_assignments]
     best = cluster_scores(held_out.labels, run.assignments)
     assert evaluation.metrics.pop("knn_per_block") == pytest.approx(knn)

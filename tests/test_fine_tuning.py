@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.order import epoch_order
 from mim_refiner_hf.evaluation.fine_tuning import (
     AugmentedImages,
@@ -49,13 +50,13 @@ def digits(split: str = "train") -> ImageDataset:
 
 
 def tune(encoder: MimRefinerModel, images: ImageDataset, **changes: Any) -> dict[str, torch.Tensor]:
-    """The weights after two epochs; `changes` are of the recipe, but for `passes`, the other arguments of `fine_tune`."""
-    passes = changes.pop("passes", {})
+    """The weights after two epochs; `changes` are of the recipe, but for `loading`."""
+    loading = changes.pop("loading", Loading())
     recipe = FineTuneRecipe(
         **{"epochs": 2, "warmup_epochs": 0.5, "batch_size": 32, "seed": 3, **changes}
     )
     return fine_tune(
-        encoder, image_processor(encoder.config, {}), images, recipe, **passes
+        encoder, image_processor(encoder.config, {}), images, recipe, loading=loading
     ).state_dict()
 
 
@@ -100,7 +101,7 @@ def test_training_equals_a_plain_loop() -> None:
 
 def test_smaller_passes_change_nothing() -> None:
     encoder, images = make_encoder(), digits().subset(range(64))
-    whole, parts = (tune(encoder, images, passes={"batch_size": size}) for size in (256, 7))
+    whole, parts = (tune(encoder, images, loading=Loading(size)) for size in (256, 7))
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
 
@@ -169,7 +170,7 @@ def test_everything_at_once_trains_and_repeats_itself() -> None:
     encoder, images = make_encoder(), digits().subset(range(48))
     runs = [
         tune(encoder, images, **EVERYTHING, **more)
-        for more in ({}, {"passes": {"num_workers": 2}}, {"seed": 4})
+        for more in ({}, {"loading": Loading(num_workers=2)}, {"seed": 4})
     ]
     name = "encoder.layers.1.mlp.fc1.weight"
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])

@@ -144,7 +144,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("hub") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "SHARD_SIZE", "40KB")
+        patch.setattr(hub, "MAX_SHARD_SIZE", "40KB")
         processor = MimRefinerImageProcessor(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         )

@@ -73,7 +73,7 @@ def test_predictions_equal_the_authors_in_any_tiles(
 ) -> None:
     inputs, outputs, _ = golden
     train_x, test_x = standardise(inputs["train_x"], inputs["test_x"])
-    monkeypatch.setattr(knn, "ROWS_AT_ONCE", 37)  # 301 rows in 9 tiles, the last one short
+    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 37)  # 301 rows in 9 tiles, the last one short
     monkeypatch.setattr(knn, "BANK_AT_ONCE", bank)
     found = knn_predict(train_x, inputs["train_y"], test_x, k=(1, 5, 10, 20))
     for (k, _), predicted in found.items():
@@ -110,15 +110,24 @@ def test_the_search_over_tiles_is_a_sort(
         torch.stack([angles.cos(), angles.sin()], dim=1),
         torch.tensor([[2.0, 0.0], [1.0, 0.01]], dtype=torch.float64),
     )
-    values, places = (
-        torch.cat(both) for both in zip(*knn.nearest(bank, rows.split(1), k), strict=True)
-    )
+    values, places = knn.nearest(rows, bank, k)
     cosines = torch.cosine_similarity(rows[:, None], bank[None], dim=2)
     torch.testing.assert_close(
         values, cosines.sort(dim=1, descending=True).values[:, :k], atol=1e-12, rtol=0
     )
     torch.testing.assert_close(values, cosines.gather(1, places), atol=1e-12, rtol=0)
     assert all(len(row.unique()) == k for row in places)
+
+
+def test_no_row_is_a_neighbour_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 30)
+    monkeypatch.setattr(knn, "BANK_AT_ONCE", 50)
+    rows = torch.randn(101, 3, dtype=torch.float64)
+    values, places = knn.nearest(rows, rows, 100, exclude_self=True)
+    cosines = torch.cosine_similarity(rows[:, None], rows[None], dim=2).fill_diagonal_(-math.inf)
+    expected, order = cosines.sort(dim=1, descending=True)
+    torch.testing.assert_close(values, expected[:, :100], atol=1e-12, rtol=0)
+    assert torch.equal(places, order[:, :100])
 
 
 def test_the_spread_is_the_unbiased_standard_deviation() -> None:

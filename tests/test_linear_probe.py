@@ -13,11 +13,13 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.order import epoch_order
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.linear_probe import (
-    LEARNING_RATES,
+    PROBE_LEARNING_RATES,
+    Training,
     augmented_batches,
     feature_kinds,
     linear_probe,
@@ -91,7 +93,10 @@ def test_the_grid_equals_single_classifiers_under_torchs_sgd() -> None:
 
 
 def test_the_papers_grid() -> None:
-    assert len(LEARNING_RATES) == 13 and (min(LEARNING_RATES), max(LEARNING_RATES)) == (1e-4, 0.5)
+    assert len(PROBE_LEARNING_RATES) == 13 and (
+        min(PROBE_LEARNING_RATES),
+        max(PROBE_LEARNING_RATES),
+    ) == (1e-4, 0.5)
     config = make_encoder(num_hidden_layers=6).config
     last, mean = "block5.cls", "block5.mean"
     four = ["block2.cls", "block3.cls", "block4.cls", last]
@@ -110,7 +115,7 @@ def test_features_are_raw_block_outputs_and_the_last_mean_patch() -> None:
     encoder, images = make_encoder(num_hidden_layers=3), digits("train").subset(range(5))
     processor = image_processor(encoder.config, {})
     found, _ = encode_images(
-        encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], batch_size=2
+        encoder, images, processor, ["block1.cls", "block2.cls", "block2.mean"], loading=Loading(2)
     )
     with torch.no_grad():
         pixels = processor([images[i].image for i in range(5)], return_tensors="pt").pixel_values
@@ -129,7 +134,7 @@ def slow_probe(
     with torch.no_grad():
         one, other = (
             encode_images(
-                encoder, images, image_processor(encoder.config, {}), columns, batch_size=100
+                encoder, images, image_processor(encoder.config, {}), columns, loading=Loading(100)
             )[0]
             for images in (train, test)
         )
@@ -172,19 +177,11 @@ def test_the_probe_equals_a_loop_of_single_classifiers() -> None:
 
 def test_augmented_batches_are_crops_in_the_same_order() -> None:
     encoder, images = make_encoder(), digits("train").subset(range(50))
-    settings: dict[str, Any] = {"batch": 20, "epochs": 2, "seed": 4, "num_workers": 0}
+    training = Training(batch=20, epochs=2, seed=4)
     columns = ["block1.cls"]
+    processor = image_processor(encoder.config, {})
     batches = [
-        list(
-            augmented_batches(
-                encoder,
-                images,
-                image_processor(encoder.config, {}),
-                columns,
-                batch_size=size,
-                **settings,
-            )
-        )
+        list(augmented_batches(encoder, images, processor, columns, training, Loading(size)))
         for size in (20, 7)
     ]
     labels = torch.from_numpy(images.labels)

@@ -27,8 +27,9 @@ from torch import Tensor
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
 from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
-from mim_refiner_hf.evaluation.cluster_scores import kmeans as kmeans_runs
+from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder
 
 GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
@@ -47,22 +48,23 @@ def answers() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)
-    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE, kept = (
-        32,
-        64,
-        (knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE),
-    )  # 11 tiles of rows
+    kept = (knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE)
+    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = 32, 64  # 11 tiles of rows
     found = knn_predict(
         torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True
     )
-    knn.ROWS_AT_ONCE, knn.BANK_AT_ONCE = kept
+    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = kept
     return {f"k-NN {setting}": predicted for setting, predicted in found.items()}
 
 
 def in_memory(photos: Path) -> dict[str, Tensor]:
     """Features and labels of all images."""
     found = extract_features(
-        make_encoder(), open_images(str(photos)), make_processor(), blocks=[1], batch_size=BATCH
+        make_encoder(),
+        open_images(str(photos)),
+        make_processor(),
+        blocks=[1],
+        loading=Loading(BATCH),
     )
     assert found.labels is not None
     return {"features": found.features, "block 1": found.blocks[1], "labels": found.labels}
@@ -89,7 +91,7 @@ def process(rank: int, processes: int, port: int, photos: Path, folder: Path) ->
         make_processor(),
         folder / "stream",
         shard_size=SHARD,
-        batch_size=BATCH,
+        loading=Loading(BATCH),
     )
     save_file(
         in_memory(photos) | answers() | groups_of(rank, processes), folder / f"{rank}.safetensors"
@@ -146,7 +148,7 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
 
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans", partial(kmeans_runs, runs=5))
+    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
 
 
 def report_process(rank: int, port: int, words: list[str], said: Path) -> None:

@@ -18,8 +18,8 @@ from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.evaluation.segmentation import (
     PatchProbe,
     bootstrap_miou,
-    confusion,
     mean_iou,
+    pixel_counts,
     segmentation_probe,
 )
 from mim_refiner_hf.evaluation.segmentation_data import (
@@ -75,7 +75,7 @@ def test_miou_equals_sets_of_pixels() -> None:
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(-1, 4, (6, 5)), rng.integers(0, 4, (6, 5))) for _ in range(7)]
     tables = np.array(
-        [confusion(targets, predicted, 5) for targets, predicted in pairs]
+        [pixel_counts(targets, predicted, 5) for targets, predicted in pairs]
     )  # class 4 never occurs
     assert tables.sum() == sum((targets >= 0).sum() for targets, _ in pairs)
     assert mean_iou(tables.sum(axis=0)) == pytest.approx(slow_miou(pairs, 5))
@@ -128,7 +128,7 @@ def test_the_probe_equals_a_linear_layer_under_torchs_sgd() -> None:
         for _ in range(5)
     ]
     with torch.inference_mode():
-        probe.standardise(batches)  # type: ignore[arg-type]
+        probe.measure_channels(batches)  # type: ignore[arg-type]
     start = probe.grid.weight[:, 1].clone()
 
     def tokens(pixels: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_camvid(shared: Path) -> None:
     crops = Crops(test, encoder.config, seed=0)
     targets = [crops[i][1].numpy() for i in range(len(test))]
     most = np.bincount(np.concatenate([each[each >= 0] for each in targets])).argmax()
-    guess = mean_iou(sum(confusion(each, np.full_like(each, most), 11) for each in targets))
+    guess = mean_iou(sum(pixel_counts(each, np.full_like(each, most), 11) for each in targets))
     assert guess + 0.05 < score.value < 0.6
     assert 0 < score.standard_error < 0.05
     low, high = (

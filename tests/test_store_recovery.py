@@ -25,6 +25,7 @@ from small_store import (
 
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import FeatureStore, embed_images
 
 
@@ -47,7 +48,9 @@ def in_a_fork(work: Callable[[], object]) -> int:
 def test_killed_and_resumed_is_the_same(photos: Path, tmp_path: Path, streaming: bool) -> None:
     def write(folder: Path, encoder: MimRefinerModel) -> None:
         images = open_stream(str(photos)) if streaming else open_images(str(photos))
-        embed_images(encoder, images, make_processor(), folder, shard_size=SHARD, batch_size=BATCH)
+        embed_images(
+            encoder, images, make_processor(), folder, shard_size=SHARD, loading=Loading(BATCH)
+        )
 
     write(tmp_path / "whole", make_encoder())
     out, encoder = tmp_path / "out", make_encoder()
@@ -110,7 +113,7 @@ def process(rank: int, port: int, photos: Path, folder: Path) -> None:
         make_processor(),
         folder / "stream",
         shard_size=SHARD,
-        batch_size=BATCH,
+        loading=Loading(BATCH),
     )
     dist.destroy_process_group()
 

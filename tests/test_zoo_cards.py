@@ -9,8 +9,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from mim_refiner_hf.publishing.zoo_card import main, write_cards
-from mim_refiner_hf.publishing.zoo_results import DATASETS, Results, read_results
+from mim_refiner_hf.publishing.convert import Conversion, card_files, find_zoo_card
+from model_cards.render import main, write_cards
+from model_cards.results import DATASETS, Results, read_results
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 MODELS = sorted(path.parent.name for path in CARDS.glob("*/results.yaml"))
@@ -38,15 +39,19 @@ def edit(path: Path, **changes: object) -> None:
     )
 
 
+def files_of(folder: Path) -> set[Path]:
+    """The cards and numbers in a folder, without the program beside them."""
+    return {
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".md", ".yaml")
+    }
+
+
 def test_every_card_is_what_its_numbers_render_to(tmp_path: Path) -> None:
     """Also nothing else lies there: no card without numbers, no leftover."""
     assert len(MODELS) == 16
     write_cards(copy_of(tmp_path, MODELS))
-    ours, fresh = (
-        {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
-        for root in (CARDS, tmp_path)
-    )
-    assert ours == fresh
+    fresh = files_of(tmp_path)
+    assert files_of(CARDS) == fresh
     for path in fresh:
         assert (CARDS / path).read_bytes() == (tmp_path / path).read_bytes(), (
             f"{path}: run `make cards`"
@@ -299,3 +304,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         main([str(folder)]) == 0 and "9 files" in capsys.readouterr().out and not leftover.exists()
     )
+
+
+# --- converted copies
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_copy_has_the_card_under_its_own_name(name: str) -> None:
+    results = read_results(CARDS / name / "results.yaml")
+    assert find_zoo_card(results.zoo_name) == CARDS / name
+    done = Conversion(Path("out"), results.zoo_name, None, "all placed", 5, "float32", 0, 0, 1)
+    files = card_files("my-copy", done, {"Shape": "24 blocks"})
+
+    card = ModelCard(files.pop("README.md"))
+    shipped = ModelCard.load(CARDS / name / "README.md")
+    assert card.data.model_name == ("my-copy" if shipped.data.eval_results else None)
+    assert card.data.eval_results == shipped.data.eval_results
+    assert "\n## This copy\n\n- **Shape:** 24 blocks\n" in card.text and "<!--" not in card.text
+    assert f"convert {results.zoo_name} my-copy " in card.text and "](../" not in card.text
+    assert card.text.count('from_pretrained("my-copy")') == 2
+    assert f'"{name}"' not in card.text
+
+    kept = {f".eval_results/{path.name}" for path in (CARDS / name / ".eval_results").glob("*")}
+    assert files.keys() == kept
+    assert all((CARDS / name / file).read_text() == text for file, text in files.items())
+
+
+def test_a_folder_with_a_name_of_the_zoo_is_no_official_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_encoder` takes the folder, so its card must not claim the paper's numbers."""
+    assert find_zoo_card("mae_large16") is not None and find_zoo_card("mae_base16") is None
+    monkeypatch.chdir(tmp_path)
+    Path("mae_large16").mkdir()
+    assert find_zoo_card("mae_large16") is None

@@ -1,26 +1,32 @@
-"""A web page that groups images without labels, before and after refinement: drop images, or choose a sample set.
+"""A web page that groups images without labels, before and after refinement.
 
     pip install -e ".[space]"
-    python examples/space/app.py                                        # then open the address that it prints
-    python examples/space/app.py --after out/model --before facebook/vit-mae-large --sample cats=photos/cats
+    python examples/space/app.py            # then open the address that it prints
+    python examples/space/app.py --after out/model --before facebook/vit-mae-large
+    python examples/space/app.py --sample cats=photos/cats
 
-Without `--after` the page shows the quickstart's encoder, and what it was refined from; where `outputs/quickstart/` has no
-result, the quickstart runs first: about 4 minutes on 2 cores, no download. Without `--before` the page shows one side.
-Models are whatever `load_encoder` takes: model folders, Hub names, original checkpoints. On the Hub, where a Space has no
-command line, the variables MODEL_AFTER, MODEL_BEFORE and SAMPLES ("cats=photos/cats food=user/food") say the same. The port
-is GRADIO_SERVER_PORT, or the first free one from 7860 on.
+A visitor drops images, or chooses a sample set. Without `--after` the page shows the quickstart's
+encoder, and what it was refined from; where `outputs/quickstart/` has no result, the quickstart
+runs first: about 4 minutes on 2 cores, no download. Without `--before` the page shows one side.
+Models are whatever `load_encoder` takes: model folders, Hub names, original checkpoints. On the
+Hub, where a Space has no command line, the variables MODEL_AFTER, MODEL_BEFORE and SAMPLES
+("cats=photos/cats food=user/food") say the same. The port is GRADIO_SERVER_PORT, or the first free
+one from 7860 on.
 
-Shown for each side: the groups, most confident images first, a map of all images, and scores with errors and a verdict; with
-labels cluster accuracy, NMI and k-NN accuracy, without them RankMe and the agreement of neighbours. `groups.csv` and one
-self-contained page per side can be downloaded. The two endpoints, `/sample` and `/upload`, can be called from Python:
+Shown for each side: the groups, most confident images first, a map of all images, and scores with
+errors and a verdict; with labels cluster accuracy, NMI and k-NN accuracy, without them RankMe and
+the agreement of neighbours. `groups.csv` and one self-contained page per side can be downloaded.
+The two endpoints, `/sample` and `/upload`, can be called from Python:
 
     from gradio_client import Client, handle_file
     client = Client("http://127.0.0.1:7860")
-    *_, numbers = client.predict("digits", 10, api_name="/sample")      # the number of groups, or 0 to have it proposed
-    *_, numbers = client.predict([handle_file("a.jpg"), handle_file("b.jpg")], 0, api_name="/upload")
+    # a number of groups, or 0 to have it proposed
+    *_, numbers = client.predict("digits", 10, api_name="/sample")
+    files = [handle_file("a.jpg"), handle_file("b.jpg")]
+    *_, numbers = client.predict(files, 0, api_name="/upload")
 
-What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour, users share nothing but the
-models, and no statistics leave the machine.
+What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour, users
+share nothing but the models, and no statistics leave the machine.
 """
 
 import argparse
@@ -52,25 +58,32 @@ from mim_refiner_hf.data.sources import Entries, FoundImages
 from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
 
 QUICKSTART = Path("outputs/quickstart")
-MAX_IMAGES, MAX_MEGABYTES = 500, 20  # of one upload, and of one file: a free Space has 2 cores
+# of one upload, and of one file: a free Space has 2 cores
+MAX_IMAGES = 500
+MAX_MEGABYTES = 20
 MINUTE = 60
-PROGRESS = gr.Progress()  # gradio finds it as the default of an argument
+# gradio finds it as the default of an argument
+PROGRESS = gr.Progress()
 INTRODUCTION = """# Groups without labels
-An encoder turns every image into features, and k-means puts alike images into one group. No label is used; where
-there are labels, they only score the result. On the left the encoder as it was pre-trained, on the right the same one after
-[MIM-Refiner](https://arxiv.org/abs/2402.10093)."""
+An encoder turns every image into features, and k-means puts alike images into one group. No label
+is used; where there are labels, they only score the result. On the left the encoder as it was
+pre-trained, on the right the same one after [MIM-Refiner](https://arxiv.org/abs/2402.10093)."""
 
 
-# --- images -------------------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------
 
 
 def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Collection:
-    """What a user sent, as gradio hands it on: "path" on the server, "orig_name" at the user's. Files may be anything."""
+    """What a user sent, as gradio hands it on: "path" on the server, "orig_name" at the user's.
+
+    Files may be anything.
+    """
     paths = [Path(file["path"]) for file in files or ()]
     if not 2 <= len(paths) <= MAX_IMAGES:
         raise ValueError(
             f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number."
         )
+
     entries = Entries.of(
         range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths)
     )
@@ -84,15 +97,20 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
 
 
 def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collection]:
-    """The digits, and the sets given as NAME=FOLDER; evenly spaced images of a set that has too many."""
+    """The digits, and the sets given as NAME=FOLDER.
+
+    Of a set that has too many images, evenly spaced ones are shown.
+    """
     found = {"digits": open_images("digits", split="test", num_channels=num_channels)}
     for sample in samples:
         name, equals, folder = sample.partition("=")
         if not (name and equals and folder):
             raise ValueError(
-                f"--sample {sample}: give a name and a folder (or a data set of the Hub), such as cats=photos/cats"
+                f"--sample {sample}: give a name and a folder (or a data set of the Hub), such as"
+                " cats=photos/cats"
             )
         found[name] = open_images(folder, num_channels=num_channels)
+
     collections = {}
     for name, images in found.items():
         images = evenly_spaced(images, MAX_IMAGES)
@@ -104,13 +122,16 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
     return collections
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------------
+# --- the page --------------------------------------------------------------------------------
 
 
 def tell_progress(
     progress: gr.Progress, side: str, earlier: int, total: int, readings: int, place: int
 ) -> None:
-    """Show the visitor which image of which side is encoded; `earlier` of all `readings` were those of the other side."""
+    """Show the visitor which image of which side is encoded.
+
+    `earlier` of all `readings` were those of the other side.
+    """
     progress(0.8 * (earlier + place) / readings, desc=f"{side}: image {place + 1} of {total}")
 
 
@@ -120,23 +141,32 @@ def compare(
     num_clusters: float | None,
     progress: gr.Progress,
 ) -> Iterator[tuple[str, str, str, list[str], dict[str, Any]]]:
-    """Group and show the images: note, scores, both sides, downloads, numbers. A generator, so that it can clear up afterwards."""
+    """Group and show the images: note, scores, both sides, downloads, numbers.
+
+    A generator, so that it can clear up afterwards.
+    """
     wanted = int(num_clusters or 0) or None
     if wanted != (num_clusters or None):
         raise ValueError(
-            f"The number of groups is {num_clusters}; give a whole number, or 0 to have it proposed."
+            f"The number of groups is {num_clusters}; give a whole number, or 0 to have it"
+            " proposed."
         )
+
     sides: list[Grouping] = []
-    total, readings = len(collection.images), len(encoders) * len(collection.images)
+    total = len(collection.images)
+    readings = len(encoders) * len(collection.images)
+
     for name in reversed(
         list(encoders)
     ):  # the refined encoder proposes a number; the other one takes it, to be comparable
         tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
         sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
         wanted = sides[-1].summary["num_clusters"]
+
     progress(0.8, desc="Maps and pages")
     found = sides[-1]
     thumbnails = [load_thumbnail(found.images, i) for i in range(len(found.images))]
+
     with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
         columns = "".join(show_side(side, thumbnails, Path(folder)) for side in sides)
         numbers = {
@@ -161,7 +191,10 @@ def compare(
 
 
 def answer(collection: Collection, *settings: Any) -> Iterator[tuple[Any, ...]]:
-    """`compare`, with wrong input said to the user in one sentence. gradio shows messages as HTML, so names are escaped."""
+    """`compare`, with wrong input said to the user in one sentence.
+
+    gradio shows messages as HTML, so names are escaped.
+    """
     try:
         yield from compare(collection, *settings)
     except ValueError as error:
@@ -208,7 +241,10 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
                         "Group this set", variant="primary", elem_id="group-sample"
                     )
                 with gr.Tab("Your images"):
-                    limits = f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted within an hour"
+                    limits = (
+                        f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted"
+                        " within an hour"
+                    )
                     files = gr.File(file_count="multiple", label=limits, height=150)
                     upload_button = gr.Button(
                         "Group these images", variant="primary", elem_id="group-upload"
@@ -243,16 +279,20 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
     return page.queue(max_size=20)
 
 
-# --- the start ----------------------------------------------------------------------------------------------------------------
+# --- the start -------------------------------------------------------------------------------
 
 
 def choose_models(before: str | None, after: str | None) -> dict[str, str]:
-    """The names of one or two models: those given, or what the quickstart leaves, which is run if it has not been."""
+    """The names of the models by side: those given, or what the quickstart leaves.
+
+    The quickstart is run if it has not been.
+    """
     if after is None:
         after = str(QUICKSTART / "model")
         if not Path(after).is_dir():
             print(
-                f"{after} does not exist, so the quickstart makes it first: about 4 minutes on 2 cores",
+                f"{after} does not exist, so the quickstart makes it first: about 4 minutes on 2"
+                " cores",
                 flush=True,
             )
             refine(read_recipe("quickstart"))
@@ -284,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
     )
     options = parser.parse_args(arguments)
+
     try:
         encoders: dict[str, Any] = {
             side: load_encoder(name)
@@ -292,12 +333,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         channels = {encoder.config.num_channels for encoder in encoders.values()}
         if len(channels) > 1:
             raise ValueError(
-                f"--before {options.before}: its number of input channels is not that of the refined model"
+                f"--before {options.before}: its number of input channels is not that of the"
+                " refined model"
             )
         samples = open_samples(options.sample, channels.pop())
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"]}  # none from the network
     fonts["font_mono"] = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)

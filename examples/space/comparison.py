@@ -1,4 +1,6 @@
-"""What the page shows of a set of images: per encoder the groups, the map, the scores and the files to download, as HTML and text.
+"""What the page shows of a set of images.
+
+Per encoder the groups, the map, the scores and the files to download, as HTML and text.
 
     found = group_images("after", encoder, collection, num_clusters=None, tell=print)
     html = show_note(found, collection.names) + show_side(found, thumbnails, folder)
@@ -23,6 +25,7 @@ from torch import Tensor
 from mim_refiner_hf import ImageClusteringPipeline
 from mim_refiner_hf.clustering.pipeline_image_clustering import TASK
 from mim_refiner_hf.data.images import ImageDataset, Sample, fully_labelled
+from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     FeatureSet,
     KMeansRun,
@@ -32,12 +35,17 @@ from mim_refiner_hf.evaluation import (
     rankme,
     standardise,
 )
-from mim_refiner_hf.evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
+from mim_refiner_hf.evaluation.neighbour_agreement import (
+    NUM_NEIGHBOURS,
+    global_view,
+    neighbour_agreement,
+)
 from mim_refiner_hf.evaluation.pictures import group_caption
 from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
+from mim_refiner_hf.evaluation.scores import as_metrics
 from mim_refiner_hf.evaluation.tables import report_table
-from mim_refiner_hf.publishing.cluster_folder import describe, write_table
+from mim_refiner_hf.publishing.cluster_folder import describe_groups, write_table
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
 from mim_refiner_hf.runs.comparison import Side, changes_of, describe_change, errors_of
 
@@ -45,18 +53,24 @@ SIDES = {"before": "Before refinement", "after": "After refinement"}
 SHOWN = 36  # images of a group on the page; the page to download shows all
 
 
-# --- images -------------------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Images, and what to call each of them on the page; file names of users come without the server's folders."""
+    """Images, and what to call each of them on the page.
+
+    File names of users come without the server's folders.
+    """
 
     images: ImageDataset
     names: list[str]
 
     def without_paths(self, text: str) -> str:
-        """A message about these images for the eyes of users: names in place of paths, and no addresses in memory."""
+        """A message about these images for the eyes of users.
+
+        Names in place of paths, and no addresses in memory.
+        """
         for index, name in enumerate(self.names):
             text = text.replace(self.images.describe(index), name)
         return re.sub(r" <_io\.[^>]*>", "", text)
@@ -77,7 +91,7 @@ class Watched:
         return self.images[i]
 
 
-# --- one side: an encoder's groups of the images ------------------------------------------------------------------------------
+# --- one side: an encoder's groups of the images ---------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,10 @@ def group_images(
     num_clusters: int | None,
     tell: Callable[[int], object],
 ) -> Grouping:
-    """Group the images by `pipeline("image-clustering")`, which is made anew: it remembers its last call."""
+    """Group the images by `pipeline("image-clustering")`.
+
+    It is made anew each time, as it remembers its last call.
+    """
     pipe = ImageClusteringPipeline(
         model=encoder, image_processor=encoder.image_processor, task=TASK
     )
@@ -119,42 +136,49 @@ def group_images(
     images = collection.images.subset(kept)
     evaluation = measure(pipe, images)
     measured = {} if evaluation.predicted is None else errors_of(evaluation)
-    errors = {f"{score}_standard_error": found.error for score, found in measured.items()}
     return Grouping(
         images,
         [collection.names[index] for index in kept],
         pipe.summary,
         [entry["cluster"] for entry in entries],
         [entry["score"] for entry in entries],
-        Side(name, evaluation.metrics | errors, measured, {}),
+        Side(name, as_metrics(measured) | evaluation.metrics, measured, {}),
         evaluation,
     )
 
 
 def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
-    """Scores of the groups that are shown, by labels where there are enough of them; else RankMe and the neighbours' agreement."""
-    features, found = pipe.features, pipe.clustering
+    """Scores of the groups that are shown.
+
+    By labels where there are enough of them; else RankMe and the neighbours' agreement.
+    """
+    features = pipe.features
+    found = pipe.clustering
     assignments = found.assignments.numpy()
     groups = KMeansRun(
         assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32)
     )
     metrics: dict[str, Any] = {"rankme": rankme(features)}
     labels = predicted = None
-    if fully_labelled(images) and len(images) > 2 * NEIGHBOURS:
+
+    if fully_labelled(images) and len(images) > 2 * NUM_NEIGHBOURS:
         labels = torch.from_numpy(images.labels)
         scores = cluster_scores(labels, assignments)
         predicted = knn_by_halves(features, labels)
         metrics |= {"cluster_accuracy": scores["accuracy"], "nmi": scores["nmi"]}
         metrics["knn_accuracy"] = (predicted == labels).float().mean().item()
-    elif len(images) > NEIGHBOURS:
+    elif len(images) > NUM_NEIGHBOURS:
         processor = global_view(pipe.image_processor, pipe.model.config.image_hw[0])
-        view = extract_features(pipe.model, images, processor, batch_size=32)
+        view = extract_features(pipe.model, images, processor, loading=Loading(32))
         metrics["neighbour_agreement"] = float(neighbour_agreement(features, view.features).mean())
     return Evaluation(metrics, FeatureSet(features, labels=labels), groups, predicted)
 
 
 def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
-    """The k-NN class (N,) of each image by the paper's protocol, each half of the images with the other one as the bank."""
+    """The k-NN class (N,) of each image by the paper's protocol.
+
+    Each half of the images has the other one as its bank.
+    """
     order = labels.argsort(stable=True)  # every class in both halves
     predicted = torch.empty_like(labels)
     for bank, half in ((order[::2], order[1::2]), (order[1::2], order[::2])):
@@ -163,7 +187,7 @@ def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
     return predicted
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------------------
+# --- what is shown ---------------------------------------------------------------------------
 
 
 def data_uri(picture: bytes, kind: str) -> str:
@@ -172,9 +196,9 @@ def data_uri(picture: bytes, kind: str) -> str:
 
 
 def show_note(found: Grouping, names: Sequence[str]) -> str:
-    """How many groups and why, whether that is a clear answer, and which files could not be read."""
+    """How many groups and why, whether that is clear, and which files could not be read."""
     broken = [names[entry["index"]] for entry in found.summary["broken"]]
-    lines = [("note" if found.summary["clear"] else "note unclear", describe(found.summary))]
+    lines = [("note" if found.summary["clear"] else "note unclear", describe_groups(found.summary))]
     if broken:
         lines.append(
             ("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}")
@@ -185,18 +209,25 @@ def show_note(found: Grouping, names: Sequence[str]) -> str:
 def show_group(
     found: Grouping, number: int, members: Sequence[int], thumbnails: Sequence[bytes]
 ) -> str:
-    """A group: its caption, and its images, most confident first; those that are not of its most frequent class are marked."""
+    """A group: its caption, and its images, most confident first.
+
+    Those that are not of its most frequent class are marked.
+    """
     labels = found.evaluation.features.labels
     caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
     mostly = f"<b>mostly {escape(caption)}</b>" if caption else ""
     most = None if labels is None else int(labels[members].bincount().argmax())
     tiles = []
     for place in members[:SHOWN]:
-        odd = labels is not None and int(labels[place]) != most
-        small = max(Image.open(io.BytesIO(thumbnails[place])).size) < 48  # its pixels stay sharp
+        kinds = ["tile"]
+        if labels is not None and int(labels[place]) != most:
+            kinds.append("odd")
+        # its pixels stay sharp
+        if max(Image.open(io.BytesIO(thumbnails[place])).size) < 48:
+            kinds.append("small")
         text = escape(f"{found.names[place]}, confidence {100 * found.scores[place]:.0f} %")
         tiles.append(
-            f'<span class="tile{" odd" * odd}{" small" * small}" title="{text}">'
+            f'<span class="{" ".join(kinds)}" title="{text}">'
             f'<img alt="{text}" src="{data_uri(thumbnails[place], "jpeg")}">'
             f'<i style="width:{100 * found.scores[place]:.0f}%"></i></span>'
         )
@@ -216,7 +247,10 @@ def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str
         show_group(found, number, members, thumbnails) for number, members in enumerate(order)
     )
     heading = f"<h3>{SIDES[found.side.name]}</h3>"
-    return f'<div class="side">{heading}<img class="map" alt="map of the images" src="{picture}">{groups}</div>'
+    return (
+        f'<div class="side">{heading}<img class="map" alt="map of the images"'
+        f' src="{picture}">{groups}</div>'
+    )
 
 
 def legend(found: Grouping) -> str:
@@ -230,8 +264,12 @@ def legend(found: Grouping) -> str:
 
 
 def show_scores(sides: Sequence[Side]) -> str:
-    """The table of `mim-refiner evaluate`: scores with standard errors; of two sides also the change and a verdict."""
-    before, after = (sides[0] if len(sides) == 2 else None), sides[-1]
+    """The table of `mim-refiner evaluate`: scores with standard errors.
+
+    Of two sides also the change and a verdict.
+    """
+    before = sides[0] if len(sides) == 2 else None
+    after = sides[-1]
     changes = {} if before is None else changes_of(before, after)
     table = report_table(
         {
@@ -244,14 +282,19 @@ def show_scores(sides: Sequence[Side]) -> str:
     return table.replace("this model", "after", 1)
 
 
-# --- what can be downloaded ---------------------------------------------------------------------------------------------------
+# --- what can be downloaded ------------------------------------------------------------------
 
 
 def write_downloads(
     folder: Path, sides: Sequence[Grouping], thumbnails: Sequence[bytes]
 ) -> list[str]:
-    """`groups.csv` with every side's group and confidence, and one self-contained page per side; returns the paths."""
-    header, columns = ["image"], [sides[-1].names]
+    """`groups.csv` with every side's group and confidence, and one self-contained page per side.
+
+    Returns the paths.
+    """
+    header = ["image"]
+    columns = [sides[-1].names]
+
     for found in sides:
         header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
         columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
@@ -264,8 +307,13 @@ def write_downloads(
         ]
         features = found.evaluation.features.features[order]
         page = render_page(
-            SIDES[found.side.name], describe(found.summary), tiles, features, found.summary["sizes"]
+            SIDES[found.side.name],
+            describe_groups(found.summary),
+            tiles,
+            features,
+            found.summary["sizes"],
         )
         (folder / f"groups-{found.side.name}.html").write_text(page, encoding="utf-8")
+
     write_table(folder / "groups.csv", header, zip(*columns, strict=True))
     return sorted(str(path) for path in folder.glob("groups*"))

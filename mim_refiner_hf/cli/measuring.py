@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from ..conversion.load import load_encoder
 from ..data.broken import BROKEN
 from ..data.images import open_images, open_stream
+from ..data.loading import Loading
 from ..evaluation.embed import PRECISIONS, embed_images
 from ..evaluation.feature_store import read_manifest
 from ..evaluation.features import feature_columns
 from ..evaluation.tables import report_table
 from ..model.configuration_mim_refiner import Pooling
-from ..publishing.evaluated_card import update_card
-from ..publishing.hub import CARD
+from ..publishing.model_card import CARD, update_card
 from ..runs.evaluate import PROTOCOLS, evaluate
 from ..runtime.device import warn_of_emulation
 from ..runtime.launch import several_on_the_cpu
@@ -165,6 +165,8 @@ def run_embed(arguments: Sequence[str]) -> None:
         options.dataset, config=options.dataset_config, split=options.split, num_channels=channels
     )
     workers = options.num_workers
+    if workers is None:
+        workers = min(16, (os.cpu_count() or 1) // accelerator.num_processes)
     store = embed_images(
         encoder,
         images,
@@ -173,12 +175,8 @@ def run_embed(arguments: Sequence[str]) -> None:
         columns=feature_columns(
             encoder.config, options.blocks, options.pooling, last4=options.last4
         ),
-        batch_size=options.batch_size,
-        num_workers=min(16, (os.cpu_count() or 1) // accelerator.num_processes)
-        if workers is None
-        else workers,
+        loading=Loading(options.batch_size, workers, accelerator.device),
         shard_size=options.shard_size,
-        device=accelerator.device,
         command=shlex.join(["mim-refiner", "embed", *arguments]),
     )
     if accelerator.is_main_process:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..publishing.convert import DTYPES, convert
-from ..publishing.export import FORMATS, export
+from ..publishing.export import EXPORT_FORMATS, export
 from ..publishing.hub import check_repo_id, push_folder
 from ..runtime.lock import sole_run
 
@@ -63,7 +63,10 @@ def run_export(arguments: Sequence[str]) -> None:
     parser.add_argument("source", help="model folder, Hub name, or an original checkpoint")
     parser.add_argument("destination", type=Path, help="new folder")
     parser.add_argument(
-        "--to", choices=FORMATS, required=True, help="timm, transformers' own classes, or ONNX"
+        "--to",
+        choices=EXPORT_FORMATS,
+        required=True,
+        help="timm, transformers' own classes, or ONNX",
     )
     options = parser.parse_args(arguments)
     with sole_run(options.destination, "DESTINATION", beside=True):

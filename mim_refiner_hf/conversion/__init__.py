@@ -1,4 +1,7 @@
-"""Foreign checkpoints in: `load_encoder` reads any known file, folder or Hub name; `layouts` holds one table per family."""
+"""Foreign checkpoints in: `load_encoder` reads any known file, folder or name.
+
+`layouts` holds one table for every family of checkpoints.
+"""
 
 from ..runtime.files import CheckpointError
 from .load import LoadReport, load_encoder

@@ -1,8 +1,9 @@
-"""What a checkpoint format is: `Layout`, one per family, with the rules that place its tensors. The formats: `layouts.py`.
+"""What a checkpoint format is: `Layout`, one per family. The formats themselves: `layouts.py`.
 
-A layout answers five questions about a checkpoint: where in the file its weights are (`paths`), how the family is recognised
-(`signature`, or `model_types` of a `config.json`), where each tensor goes (`rules`), what is left behind on purpose (`drops`,
-with the reason that the report prints), and how its images were normalised (`preprocessing`).
+A layout answers five questions about a checkpoint: where in the file its weights are (`paths`), how
+the family is recognised (`signature`, or `model_types` of a `config.json`), where each tensor goes
+(`rules`), what is left behind on purpose (`drops`, with the reason that the report prints), and how
+its images were normalised (`preprocessing`).
 """
 
 import math
@@ -15,16 +16,23 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 CLS_TOKEN = "embeddings.cls_token"
-CLS_POSITION = "embeddings.cls_position"  # not a weight of ours: `load.py` adds it to the CLS token
 POSITIONS = "embeddings.position_embeddings"
+# not a weight of ours: `load.py` adds it to the CLS token
+CLS_POSITION = "embeddings.cls_position"
 
 Placed = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: the weights' container as it was saved, the JSON files beside it (empty where there are none), and the family
-    where the name says it (None where the weights have to)."""
+    """A checkpoint as it was read.
+
+    Args:
+        name: what its user calls it.
+        contents: the container of the weights as it was saved.
+        config, preprocessing: the JSON files beside it; empty where there are none.
+        family: where the name says it; None where the weights have to.
+    """
 
     name: str
     contents: Mapping[str, Any]
@@ -35,61 +43,67 @@ class Source:
 
 def listed(names: list[str], limit: int = 8) -> str:
     """Names for an error message, the first few of a long list."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
 
 
-def copy(target: str, tensor: Tensor) -> Placed:
+# --- how a tensor is placed: its target name and itself -> our names with their tensors ---------
+
+
+def as_it_is(target: str, tensor: Tensor) -> Placed:
     """The tensor as it is, under its new name."""
     return {target: tensor}
 
 
 def split_qkv(target: str, tensor: Tensor) -> Placed:
-    """A fused (3 D, ...) projection as three (D, ...), `*` in the target standing for q, k and v."""
-    return {
-        target.replace("*", name): part for name, part in zip("qkv", tensor.chunk(3), strict=True)
-    }
+    """A fused (3 D, ...) projection as three (D, ...); `*` in the target stands for q, k and v."""
+    parts = zip("qkv", tensor.chunk(3), strict=True)
+    return {target.replace("*", name): part for name, part in parts}
 
 
 def cls_and_patches(target: str, tensor: Tensor) -> Placed:
-    """Positions (1, 1 + N, D) whose first row the family adds to its CLS token: kept, to be folded into that token."""
+    """Positions (1, 1 + N, D) whose first row is added to the CLS token: kept for that."""
     return {CLS_POSITION: tensor[:, :1], target: tensor[:, 1:]}
 
 
 def any_positions(target: str, tensor: Tensor) -> Placed:
-    """Positions of the patches alone (1, N, D), or of CLS and patches (1, 1 + N, D): on a square grid only one fits."""
+    """Positions of the patches (1, N, D), or of CLS too (1, 1 + N, D): a square grid tells."""
     rows = tensor.shape[1]
-    return {target: tensor} if math.isqrt(rows) ** 2 == rows else cls_and_patches(target, tensor)
+    if math.isqrt(rows) ** 2 == rows:
+        return {target: tensor}
+    return cls_and_patches(target, tensor)
 
 
-def patches_only(target: str, tensor: Tensor) -> Placed:
-    """Positions (1, 1 + N, D) whose first row the family never uses (CrossMAE's encoder adds none to its CLS token)."""
+def without_first_row(target: str, tensor: Tensor) -> Placed:
+    """Positions (1, 1 + N, D) whose first row is never used (CrossMAE adds none to its CLS)."""
     return {target: tensor[:, 1:]}
 
 
 class Rule(NamedTuple):
-    """Source names that match `pattern` in full go to `target` (a replacement with groups), by way of `how`."""
+    """Names that match `pattern` in full go to `target` (with its groups), by way of `how`."""
 
     pattern: str
     target: str
-    how: Callable[[str, Tensor], Placed] = copy
+    how: Callable[[str, Tensor], Placed] = as_it_is
 
 
 def stated(*path: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A fact that the file itself states at `path` of its nested dictionaries; None where it does not."""
+    """A reader of what a file states at `path` of its nested dictionaries; None if nothing."""
 
     def read(contents: Mapping[str, Any]) -> Any:
         value: Any = contents
         for key in path:
-            value = vars(value) if isinstance(value, Namespace) else value
+            if isinstance(value, Namespace):
+                value = vars(value)
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     return read
 
 
-def nothing(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No word on the preprocessing: ImageNet's mean and standard deviation at the native size."""
+def _nothing(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No word on the preprocessing: ImageNet's mean and deviation at the native size."""
     return {}
 
 
@@ -101,15 +115,20 @@ class Layout:
         family: its name in `load_encoder(family=...)` and in the report.
         title: what it is, in words, for error messages.
         rules: where each tensor goes; the first rule that matches a name is taken.
-        paths: nested keys under which the state dict may lie, `()` for the file itself; the first that exists is taken.
-        signature: patterns searched in the list of tensor names, one per line in file order; all must be found.
-        model_types: `model_type` values of a `config.json`, or `kind`s that the authors' training files state, of this family.
+        paths: nested keys under which the state dict may lie, `()` for the file itself; the first
+            that exists is taken.
+        signature: patterns searched in the list of tensor names, one name a line in file order;
+            all must be found.
+        model_types: `model_type` values of a `config.json`, or `kind`s that the authors' training
+            files state, of this family.
         prefix: pattern removed from the beginning of every name before anything else.
         drops: (pattern, reason) of tensors that an encoder does not need.
         settings: fields of `MimRefinerConfig` that the family fixes.
-        facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how to read them.
-        preprocessing: what the family, or its file, says of its preprocessing, in the words of `preprocessor_config.json`.
-        finish: a last renaming over all that was placed.
+        facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how
+            to read them.
+        preprocessing: what the family, or its file, says of its preprocessing, in the words of
+            `preprocessor_config.json`.
+        finish: a last renaming of all that was placed, given by our names.
     """
 
     family: str
@@ -122,35 +141,54 @@ class Layout:
     drops: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
-    preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = nothing
+    preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def recognises(self, names: list[str]) -> list[str]:
-        """The names that carry this family's signature, one for each of its patterns; empty if any is not found."""
+        """The names that match the signature, one for each pattern; empty if any is not found."""
         lines = "\n".join(names)
-        found = [re.search(pattern, lines, re.MULTILINE | re.DOTALL) for pattern in self.signature]
-        starts = [match.start() for match in found if match is not None]
-        return (
-            [names[lines.count("\n", 0, start)] for start in starts]
-            if len(starts) == len(found)
-            else []
-        )
+        carriers = []
+        for pattern in self.signature:
+            match = re.search(pattern, lines, re.MULTILINE | re.DOTALL)
+            if match is None:
+                return []
+            carriers.append(names[lines.count("\n", 0, match.start())])
+        return carriers
 
-    def own_name(self, name: str) -> str:
+    def _own_name(self, name: str) -> str:
         """The name without the family's prefix."""
         return re.sub(rf"\A(?:{self.prefix})", "", name)
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why a tensor of this name is left behind on purpose; None if it is not."""
-        name = self.own_name(name)
-        return next((reason for pattern, reason in self.drops if re.fullmatch(pattern, name)), None)
+        name = self._own_name(name)
+        for pattern, reason in self.drops:
+            if re.fullmatch(pattern, name):
+                return reason
+        return None
 
-    def place(self, name: str, tensor: Tensor) -> Placed | str | None:
-        """Where this tensor goes: our names with their tensors, or the reason why it is dropped, or None if it is unknown."""
-        if (reason := self.reason_to_drop(name)) is not None:
-            return reason
-        name = self.own_name(name)
+    def place(self, name: str, tensor: Tensor) -> Placed | None:
+        """Our names for a tensor of the file, with what belongs there; None if it is unknown."""
+        name = self._own_name(name)
         for rule in self.rules:
-            if match := re.fullmatch(rule.pattern, name):
+            match = re.fullmatch(rule.pattern, name)
+            if match:
                 return rule.how(match.expand(rule.target), tensor)
         return None
+
+
+__all__ = [
+    "CLS_POSITION",
+    "CLS_TOKEN",
+    "POSITIONS",
+    "Layout",
+    "Placed",
+    "Rule",
+    "Source",
+    "any_positions",
+    "cls_and_patches",
+    "listed",
+    "split_qkv",
+    "stated",
+    "without_first_row",
+]

@@ -1,11 +1,11 @@
-"""How every known family names its tensors: one `Layout` table per family, read by `load.py`, no code per family.
+"""How every known family names its tensors: one `Layout` per family, read by `load.py`.
 
-To support another family, add a row and its golden test. Whatever shapes can tell (width, depth, patch size, biases, layer
-scale, kinds of positions) is read off the placed tensors and is not in the tables. `settings` holds what shapes cannot tell,
-`facts` where a file states it (number of heads).
+To support another family, add a layout and its golden test. Whatever shapes can tell (width, depth,
+patch size, biases, layer scale, kinds of positions) is read off the placed tensors (`shapes.py`)
+and is not here. `settings` holds what shapes cannot tell, `facts` where a file states it (number of
+heads).
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,25 +17,25 @@ from .layout import (
     Rule,
     any_positions,
     cls_and_patches,
-    patches_only,
     split_qkv,
     stated,
+    without_first_row,
 )
 
-# --- timm's names: MAE and all that grew out of it ----------------------------------------------------------------------------
+# --- timm's names: MAE and all that grew out of it ----------------------------------------------
 
-BLOCKS = (
+_TIMM_BLOCKS = (
     Rule(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"layers.\1.attention.*_proj.\2", split_qkv),
     Rule(r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
     Rule(r"blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"layers.\1.\2.\3"),
 )
-PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
-FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
-CLS = Rule(r"cls_token", CLS_TOKEN)
-ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
-PRE_NORM = {**ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
-POST_NORM = {
-    **ABSOLUTE,
+_PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
+_FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
+_CLS = Rule(r"cls_token", CLS_TOKEN)
+_ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
+_PRE_NORM = {**_ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
+_POST_NORM = {
+    **_ABSOLUTE,
     "norm_placement": "post",
     "use_cls_token": True,
     "final_norm": False,
@@ -47,9 +47,15 @@ MAE = Layout(
     title="MAE (facebookresearch/mae)",
     paths=(("model",),),
     signature=(r"^patch_embed\.proj\.", r"^blocks\.\d+\.attn\.qkv\."),
-    rules=(CLS, Rule(r"pos_embed", POSITIONS, cls_and_patches), PATCHES, *BLOCKS, FINAL_NORM),
+    rules=(
+        _CLS,
+        Rule(r"pos_embed", POSITIONS, cls_and_patches),
+        _PATCHES,
+        *_TIMM_BLOCKS,
+        _FINAL_NORM,
+    ),
     drops=((r"decoder_.*|mask_token", "decoder"),),
-    settings=PRE_NORM,
+    settings=_PRE_NORM,
 )
 DBOT = replace(
     MAE,
@@ -57,14 +63,21 @@ DBOT = replace(
     title="dBOT (liuxingbin/dbot)",
     signature=(*MAE.signature, r"^decoder_predp\."),
 )
-CROSSMAE = replace(  # with weighted feature maps (`wfm`, as released) the blocks end without a norm, else with one
+# with weighted feature maps (`wfm`, as released) the blocks end without a norm, else with one
+CROSSMAE = replace(
     MAE,
     family="crossmae",
     title="CrossMAE (TonyLianLong/CrossMAE)",
     signature=(*MAE.signature, r"^decoder_blocks\.\d+\.cross_attn\.|^dec_norms\.|^wfm\."),
-    rules=(CLS, Rule(r"pos_embed", POSITIONS, patches_only), PATCHES, *BLOCKS, FINAL_NORM),
+    rules=(
+        _CLS,
+        Rule(r"pos_embed", POSITIONS, without_first_row),
+        _PATCHES,
+        *_TIMM_BLOCKS,
+        _FINAL_NORM,
+    ),
     drops=((r"decoder_.*|mask_token|dec_norms\..*|wfm\..*", "decoder"),),
-    settings={name: value for name, value in PRE_NORM.items() if name != "final_norm"},
+    settings={name: value for name, value in _PRE_NORM.items() if name != "final_norm"},
 )
 IBOT = replace(
     MAE,
@@ -85,16 +98,16 @@ IJEPA = replace(
     paths=(("target_encoder",),),
     signature=(r"^(module\.)?patch_embed\.proj\.", r"^(module\.)?blocks\.\d+\.attn\.qkv\."),
     prefix=r"module\.",
-    rules=(Rule(r"pos_embed", POSITIONS), PATCHES, *BLOCKS, FINAL_NORM),
+    rules=(Rule(r"pos_embed", POSITIONS), _PATCHES, *_TIMM_BLOCKS, _FINAL_NORM),
     drops=(),
-    settings={**PRE_NORM, "use_cls_token": False},
+    settings={**_PRE_NORM, "use_cls_token": False},
 )
 
 
-# --- bare ViTs, and timm's own models (`timm_models.py` reads their config.json) -----------------------------------------------
+# --- bare ViTs, and timm's own models (`timm_models.py` reads their config.json) ----------------
 
-CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
-LAYER_SCALE = Rule(
+_CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
+_LAYER_SCALE = Rule(
     r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
 )
 PLAIN_VIT = Layout(
@@ -104,24 +117,24 @@ PLAIN_VIT = Layout(
     model_types=("timm.VisionTransformer",),
     signature=MAE.signature,
     rules=(
-        CLS,
+        _CLS,
         Rule(r"reg_token", "embeddings.register_tokens"),
         Rule(r"pos_embed", POSITIONS, any_positions),
-        PATCHES,
-        *BLOCKS,
-        LAYER_SCALE,
-        FINAL_NORM,
+        _PATCHES,
+        *_TIMM_BLOCKS,
+        _LAYER_SCALE,
+        _FINAL_NORM,
     ),
-    drops=(CLASSIFIER_HEAD,),
-    settings={**ABSOLUTE, "norm_placement": "pre"},
+    drops=(_CLASSIFIER_HEAD,),
+    settings={**_ABSOLUTE, "norm_placement": "pre"},
 )
 
 
-# --- BEiT's names: fused qkv without bias, biases of q and v alone, relative positions shared or per block ---------------------
+# --- BEiT's names: qkv without bias, biases of q and v alone, relative positions shared or not ---
 
-TABLE = r"relative_position_bias_table"
-POSITION_INDEX = (r".*relative_position_index", "position index")
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_TABLE = r"relative_position_bias_table"
+_POSITION_INDEX = (r".*relative_position_index", "position index")
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 """BEiT's normalisation of pixels, to [-1, 1]."""
 
 PLAIN_BEIT = Layout(
@@ -131,19 +144,21 @@ PLAIN_BEIT = Layout(
     model_types=("timm.Beit",),
     signature=(*MAE.signature, r"^blocks\.\d+\.attn\.[qv]_bias$"),
     rules=(
-        CLS,
+        _CLS,
         Rule(r"pos_embed", POSITIONS, cls_and_patches),
-        PATCHES,
+        _PATCHES,
         Rule(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layers.\1.attention.\2_proj.bias"),
-        Rule(rf"blocks\.(\d+)\.attn\.{TABLE}", r"layers.\1.attention.relative_position_bias.table"),
-        Rule(rf"rel_pos_bias\.{TABLE}", r"relative_position_bias.table"),
-        *BLOCKS,
-        LAYER_SCALE,
-        FINAL_NORM,
+        Rule(
+            rf"blocks\.(\d+)\.attn\.{_TABLE}", r"layers.\1.attention.relative_position_bias.table"
+        ),
+        Rule(rf"rel_pos_bias\.{_TABLE}", r"relative_position_bias.table"),
+        *_TIMM_BLOCKS,
+        _LAYER_SCALE,
+        _FINAL_NORM,
     ),
-    drops=(CLASSIFIER_HEAD, POSITION_INDEX),
+    drops=(_CLASSIFIER_HEAD, _POSITION_INDEX),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
-    preprocessing=lambda contents: HALF,
+    preprocessing=lambda contents: _HALF,
 )
 CONMIM = replace(
     PLAIN_BEIT,
@@ -151,13 +166,14 @@ CONMIM = replace(
     title="ConMIM (TencentARC/ConMIM)",
     paths=(("model",),),
     model_types=(),
-    drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), POSITION_INDEX),
+    drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), _POSITION_INDEX),
     settings={**PLAIN_BEIT.settings, "final_norm": True},
     preprocessing=lambda contents: (
-        {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
+        {} if stated("args", "imagenet_default_mean_and_std")(contents) else _HALF
     ),
 )
-CONMIM_EMA = replace(  # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
+# never recognised: a file that holds both is read as the authors fine-tune it, from `model`
+CONMIM_EMA = replace(
     CONMIM,
     family="conmim_ema",
     title="ConMIM's moving average, to be asked for",
@@ -166,13 +182,14 @@ CONMIM_EMA = replace(  # never recognised: a file that holds both is read as the
 )
 
 
-# --- the released MIM-Refiner encoders, and MAE-CT ----------------------------------------------------------------------------
+# --- the released MIM-Refiner encoders, and MAE-CT ----------------------------------------------
 
-RELEASED_RULES = (
+_RELEASED_RULES = (
     Rule(r"cls_tokens\.tokens", CLS_TOKEN),
-    Rule(r"pos_embed\.embed", POSITIONS),  # a buffer (1, rows, columns, D), patches only
-    PATCHES,
-    *BLOCKS,
+    # a buffer (1, rows, columns, D) of the patches
+    Rule(r"pos_embed\.embed", POSITIONS),
+    _PATCHES,
+    *_TIMM_BLOCKS,
 )
 RELEASED_PRENORM = Layout(
     family="mim_refiner_prenorm",
@@ -180,14 +197,15 @@ RELEASED_PRENORM = Layout(
     paths=(("state_dict",), ()),
     model_types=("vit.vit",),
     signature=(r"^(cls_tokens\.tokens|pos_embed\.embed)$", r"^norm\."),
-    rules=(*RELEASED_RULES, FINAL_NORM),
-    settings=PRE_NORM,
+    rules=(*_RELEASED_RULES, _FINAL_NORM),
+    settings=_PRE_NORM,
     facts={
         "num_attention_heads": stated("ctor_kwargs", "num_attn_heads"),
         "num_hidden_layers": stated("ctor_kwargs", "depth"),
     },
 )
-RELEASED_POSTNORM = replace(  # old files say `norm` for `embed_norm`; unlike a final norm it stands before the blocks
+# old files say `norm` for `embed_norm`; unlike a final norm it stands before the blocks
+RELEASED_POSTNORM = replace(
     RELEASED_PRENORM,
     family="mim_refiner_postnorm",
     title="a MIM-Refiner encoder (ml-jku/MIM-Refiner: data2vec 2.0 refined)",
@@ -196,63 +214,70 @@ RELEASED_POSTNORM = replace(  # old files say `norm` for `embed_norm`; unlike a 
         r"^(cls_tokens\.tokens|pos_embed\.embed)$",
         r"^embed_norm\.|^norm\..*^blocks\.\d+\.",
     ),
-    rules=(*RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
-    settings=POST_NORM,
+    rules=(*_RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
+    settings=_POST_NORM,
 )
-MAE_CT = replace(  # names as above, so it is recognised as that, which computes the same
+# names as above, so it is recognised as that, which computes the same
+MAE_CT = replace(
     RELEASED_PRENORM, family="maect", title="MAE-CT (ml-jku/MAE-CT)", model_types=(), signature=()
 )
 
 
-# --- data2vec 2.0 (fairseq) ---------------------------------------------------------------------------------------------------
+# --- data2vec 2.0 (fairseq) ---------------------------------------------------------------------
 
 
-def stack_prenet(placed: dict[str, Any]) -> dict[str, Any]:
-    """The modality's own blocks (`prenet.<i>`) run first: they become layers 0, 1, ..., and the shared ones follow."""
-    depth = 1 + max(
-        (int(name.split(".")[1]) for name in placed if name.startswith("prenet.")), default=-1
-    )
-    shifted = {
-        re.sub(r"\Alayers\.(\d+)", lambda m: f"layers.{int(m[1]) + depth}", name): t
-        for name, t in placed.items()
-    }
-    return {re.sub(r"\Aprenet\.", "layers.", name): tensor for name, tensor in shifted.items()}
+def _stack_prenet(placed: dict[str, Any]) -> dict[str, Any]:
+    """The modality's own blocks run first: they become layers 0, 1, ..., the shared ones follow."""
+    own = [int(name.split(".")[1]) for name in placed if name.startswith("prenet.")]
+    depth = max(own, default=-1) + 1
+
+    stacked = {}
+    for name, tensor in placed.items():
+        family, _, rest = name.partition(".")
+        if family == "layers":
+            block, _, rest = rest.partition(".")
+            name = f"layers.{int(block) + depth}.{rest}"
+        elif family == "prenet":
+            name = f"layers.{rest}"
+        stacked[name] = tensor
+    return stacked
 
 
-IMAGE = r"modality_encoders\.IMAGE\."
+_IMAGE = r"modality_encoders\.IMAGE\."
 DATA2VEC2 = Layout(
     family="data2vec2",
     title="data2vec 2.0 for images (fairseq)",
     paths=(("model",),),
-    signature=(rf"^{IMAGE}", r"^blocks\.\d+\."),
+    signature=(rf"^{_IMAGE}", r"^blocks\.\d+\."),
     rules=(
-        Rule(rf"{IMAGE}extra_tokens", CLS_TOKEN),
-        Rule(rf"{IMAGE}fixed_positional_encoder\.positions", POSITIONS),
-        Rule(rf"{IMAGE}local_encoder\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
-        Rule(rf"{IMAGE}context_encoder\.norm\.(weight|bias)", r"embeddings.norm.\1"),
+        Rule(rf"{_IMAGE}extra_tokens", CLS_TOKEN),
+        Rule(rf"{_IMAGE}fixed_positional_encoder\.positions", POSITIONS),
+        Rule(rf"{_IMAGE}local_encoder\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        Rule(rf"{_IMAGE}context_encoder\.norm\.(weight|bias)", r"embeddings.norm.\1"),
         *(
             Rule(
-                rf"{IMAGE}context_encoder\.{rule.pattern}",
+                rf"{_IMAGE}context_encoder\.{rule.pattern}",
                 rule.target.replace("layers", "prenet"),
                 rule.how,
             )
-            for rule in BLOCKS
+            for rule in _TIMM_BLOCKS
         ),
-        *BLOCKS,
+        *_TIMM_BLOCKS,
     ),
-    drops=((r"_ema\..*", "moving average of the training"), (rf"{IMAGE}decoder\..*", "decoder")),
-    settings=POST_NORM,
+    drops=((r"_ema\..*", "moving average of the training"), (rf"{_IMAGE}decoder\..*", "decoder")),
+    settings=_POST_NORM,
     facts={"num_attention_heads": stated("cfg", "model", "num_heads")},
-    finish=stack_prenet,
+    finish=_stack_prenet,
 )
 
 
-# --- CAPI ---------------------------------------------------------------------------------------------------------------------
+# --- CAPI ---------------------------------------------------------------------------------------
 
 
-def capi_blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """The blocks of CAPI's encoder or predictor: both are residual attention and MLP, with RMSNorm and rope."""
-    attention, mlp = rf"{theirs}\.residual1\.", rf"{theirs}\.residual2\."
+def _capi_blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """The blocks of CAPI's encoder or predictor: residual attention and MLP, with RMSNorm."""
+    attention = rf"{theirs}\.residual1\."
+    mlp = rf"{theirs}\.residual2\."
     return (
         Rule(attention + r"norm\.weight", rf"{ours}.norm1.weight"),
         Rule(attention + r"fn\.([qkv])_proj\.weight", rf"{ours}.attention.\2_proj.weight"),
@@ -263,7 +288,8 @@ def capi_blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
     )
 
 
-CAPI = Layout(  # its image-level vector, `global_repr`, is read off after the predictor's first block: that one is kept
+# the image-level vector, `global_repr`, is read off after the predictor's first block: it is kept
+CAPI = Layout(
     family="capi",
     title="CAPI (facebookresearch/capi)",
     signature=(
@@ -274,9 +300,9 @@ CAPI = Layout(  # its image-level vector, `global_repr`, is read off after the p
     rules=(
         Rule(r"registers", "embeddings.register_tokens"),
         Rule(r"patch_embed\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
-        *capi_blocks(r"encoder\.blocks\.(\d+)", r"layers.\1"),
+        *_capi_blocks(r"encoder\.blocks\.(\d+)", r"layers.\1"),
         Rule(r"mask_token", "predictor.mask_token"),
-        *capi_blocks(r"decoder\.blocks\.(0)", r"predictor.blocks.\1"),
+        *_capi_blocks(r"decoder\.blocks\.(0)", r"predictor.blocks.\1"),
     ),
     drops=(
         (r"head\..*", "clustering head"),
@@ -296,10 +322,11 @@ CAPI = Layout(  # its image-level vector, `global_repr`, is read off after the p
 )
 
 
-# --- transformers: names on disk (`encoder.layer.0.attention.attention.query`) and in memory (`layers.0.attention.q_proj`) ----
+# --- transformers: names on disk (`encoder.layer.0.attention.attention.query`) and in memory
+# (`layers.0.attention.q_proj`) ------------------------------------------------------------------
 
-BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
-TRANSFORMERS_RULES = (
+_HF_BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
+_TRANSFORMERS_RULES = (
     Rule(r"embeddings\.cls_token", CLS_TOKEN),
     Rule(r"embeddings\.position_embeddings", POSITIONS, cls_and_patches),
     Rule(
@@ -307,16 +334,16 @@ TRANSFORMERS_RULES = (
         r"embeddings.patch_embeddings.\1",
     ),
     Rule(
-        BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
+        _HF_BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
         r"layers.\1.attention.\2_proj.\3",
     ),
-    Rule(BLOCK + r"attention\.([qkvo]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
-    Rule(BLOCK + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-    Rule(BLOCK + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
-    Rule(BLOCK + r"output\.dense\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
-    Rule(BLOCK + r"mlp\.(fc[12])\.(weight|bias)", r"layers.\1.mlp.\2.\3"),
-    Rule(BLOCK + r"layernorm_before\.(weight|bias)", r"layers.\1.norm1.\2"),
-    Rule(BLOCK + r"layernorm_after\.(weight|bias)", r"layers.\1.norm2.\2"),
+    Rule(_HF_BLOCK + r"attention\.([qkvo]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
+    Rule(_HF_BLOCK + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+    Rule(_HF_BLOCK + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+    Rule(_HF_BLOCK + r"output\.dense\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+    Rule(_HF_BLOCK + r"mlp\.(fc[12])\.(weight|bias)", r"layers.\1.mlp.\2.\3"),
+    Rule(_HF_BLOCK + r"layernorm_before\.(weight|bias)", r"layers.\1.norm1.\2"),
+    Rule(_HF_BLOCK + r"layernorm_after\.(weight|bias)", r"layers.\1.norm2.\2"),
     Rule(r"layernorm\.(weight|bias)", r"norm.\1"),
 )
 VIT = Layout(
@@ -324,54 +351,55 @@ VIT = Layout(
     title="transformers' ViT",
     model_types=("vit",),
     prefix=r"vit\.",
-    rules=TRANSFORMERS_RULES,
+    rules=_TRANSFORMERS_RULES,
     drops=((r"decoder\..*|embeddings\.mask_token", "decoder"), (r"pooler\..*", "pooler")),
-    settings=PRE_NORM,
+    settings=_PRE_NORM,
 )
 VIT_MAE = replace(VIT, family="vit_mae", title="transformers' ViTMAE", model_types=("vit_mae",))
 
 
-def beit_positions(config: Mapping[str, Any]) -> str | None:
+def _beit_positions(config: Mapping[str, Any]) -> str | None:
     """BEiT's three switches as our `position_encoding`; None where no `config.json` states them."""
-    switches = {
-        "absolute": "use_absolute_position_embeddings",
-        "relative": "use_relative_position_bias",
-        "shared_relative": "use_shared_relative_position_bias",
+    kinds = {
+        "use_absolute_position_embeddings": "absolute",
+        "use_relative_position_bias": "relative",
+        "use_shared_relative_position_bias": "shared_relative",
     }
-    return "+".join(kind for kind, switch in switches.items() if config.get(switch)) or None
+    return "+".join(kinds[switch] for switch in kinds if config.get(switch)) or None
 
 
-BEIT = Layout(  # the final norm is there or not: the masked-image model has one outside the encoder, mean pooling drops it
+# the final norm is there or not: the masked-image model has one outside the encoder, mean pooling
+# drops it
+BEIT = Layout(
     family="beit",
     title="transformers' BEiT",
     model_types=("beit",),
     prefix=r"beit\.",
     rules=(
-        *TRANSFORMERS_RULES,
-        Rule(BLOCK + r"lambda_([12])", r"layers.\1.layer_scale\2.weight"),
+        *_TRANSFORMERS_RULES,
+        Rule(_HF_BLOCK + r"lambda_([12])", r"layers.\1.layer_scale\2.weight"),
         Rule(
-            BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{TABLE}",
+            _HF_BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{_TABLE}",
             r"layers.\1.attention.relative_position_bias.table",
         ),
         Rule(
-            rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{TABLE}",
+            rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{_TABLE}",
             r"relative_position_bias.table",
         ),
     ),
     drops=(
         (r"pooler\..*", "pooler"),
         (r"lm_head\..*|embeddings\.mask_token", "decoder"),
-        POSITION_INDEX,
+        _POSITION_INDEX,
     ),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
     facts={
-        "position_encoding": beit_positions,
-        "layer_scale_init": lambda config: (
-            config.get("layer_scale_init_value") or None
-        ),  # 0 is BEiT's word for none
+        "position_encoding": _beit_positions,
+        # 0 is BEiT's word for none
+        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,
         "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
     },
-    preprocessing=lambda contents: HALF,
+    preprocessing=lambda contents: _HALF,
 )
 DATA2VEC_VISION = replace(
     BEIT,
@@ -388,7 +416,8 @@ OURS = Layout(
     rules=(Rule(r"(.+)", r"\1"),),
 )
 
-LAYOUTS: tuple[Layout, ...] = (  # the more specific signature first
+# the more specific signature comes first
+LAYOUTS: tuple[Layout, ...] = (
     OURS,
     VIT_MAE,
     VIT,
@@ -414,3 +443,5 @@ CLASSIFIER = r"(?:.*\.)?(?:head|head_dist|fc_norm|classifier|cls_classifier)\.(?
 """Tensors that only a fine-tuned classifier has, in any family."""
 DECODER = r"(?:module\.)?(?:decoder.*|mask_token|dec_norms\..*|wfm\..*)"
 """Names of a masked autoencoder's decoder, in any family."""
+
+__all__ = ["CLASSIFIER", "DECODER", "LAYOUTS"]

@@ -1,4 +1,7 @@
-"""Read a checkpoint as it was saved: a file, a model folder, a name of the zoo, or a Hub name; no pickle is ever executed."""
+"""Read a checkpoint as it was saved: a file, a model folder, a name of the zoo or of the Hub.
+
+No pickle is ever executed, and of a Hub model only JSON and weights are downloaded.
+"""
 
 import json
 import re
@@ -22,63 +25,69 @@ from .layout import Source, listed
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 
-JSON_FILES = [*SETTINGS, DIGESTS]
-WEIGHTS = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-)  # in order of preference, one file or several shards
+# in order of preference, one file or several shards
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
 def read_source(source: str | Path, revision: str | None) -> Source:
-    """Read a file, a folder, a name of the zoo, or a Hub name (downloaded into the Hub cache, weights and JSON only).
+    """Read whatever `source` names, and compare it with its digests where it has them.
 
-    What exists here comes before the zoo, and the zoo before the Hub; a `revision` can only mean the Hub.
+    What exists here comes before the zoo, and the zoo before the Hub; a `revision` can only mean
+    the Hub.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        CheckpointError: for a file that cannot be read, or that is not what its digest says.
     """
     path = Path(source).expanduser()
-    if str(source) in ZOO and not path.exists() and revision is None:
-        entry = ZOO[str(source)]
+    name = str(source)
+    if name in ZOO and not path.exists() and revision is None:
+        entry = ZOO[name]
         return Source(entry.name, read_weights(fetch(entry)), {}, {}, entry.family)
     if path.is_file():
-        return Source(str(source), read_weights(path), {}, {})
+        return Source(name, read_weights(path), {}, {})
+
     if not path.is_dir():
-        if (
-            isinstance(source, Path)
-            or path.suffix in FILE_SUFFIXES
-            or path.is_absolute()
-            or str(source).startswith((".", "~"))
-        ):
+        looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute()
+        if isinstance(source, Path) or looks_local or name.startswith((".", "~")):
             raise FileNotFoundError(
                 f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file"
             )
-        path = download(hub_name(str(source)), revision)
-    digests = read_json(path / DIGESTS)
-    config, preprocessing = (read_json(path / name) for name in SETTINGS)
-    shards = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+        path = _hub_folder(hub_name(name), revision)
+    return _read_folder(name, path)
+
+
+def _read_folder(name: str, folder: Path) -> Source:
+    """The weights and the JSON files of a model folder; `name` is what its user calls it."""
+    digests = _read_json(folder / DIGESTS)
+    config, preprocessing = (_read_json(folder / file) for file in SETTINGS)
+
+    shards: list[Path] = []
+    for pattern in WEIGHTS:
+        shards = shards or sorted(folder.glob(pattern))
     if not shards:
         raise CheckpointError(
-            f"{source} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file itself"
+            f"{name} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file "
+            "itself"
         )
     contents: dict[str, Any] = {}
     for shard in shards:
         contents.update(read_weights(shard))
+
     if digests:
-        check_digests(str(source), digests, contents)
-        check_file_digests(path, digests)
-    return Source(str(source), contents, config, preprocessing)
+        check_digests(name, digests, contents)
+        check_file_digests(folder, digests)
+    return Source(name, contents, config, preprocessing)
 
 
-def download(name: str, revision: str | None) -> Path:
-    """The Hub cache's folder of this model: JSON and safetensors, or pytorch_model.bin where it has no safetensors."""
+def _hub_folder(name: str, revision: str | None) -> Path:
+    """The Hub cache's folder of a model: JSON and the weights that come first in `WEIGHTS`."""
     try:
         for pattern in WEIGHTS:
-            wanted = [*JSON_FILES, pattern]
-            folder = Path(
-                patiently(
-                    partial(snapshot_download, name, revision=revision, allow_patterns=wanted),
-                    f"loading {name}",
-                )
-            )
+            files = [*SETTINGS, DIGESTS, pattern]
+            download = partial(snapshot_download, name, revision=revision, allow_patterns=files)
+            folder = Path(patiently(download, f"loading {name}"))
             if any(folder.glob(pattern)):
                 break
     except ConnectionError as error:
@@ -93,43 +102,33 @@ def download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; get it again") from error
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """The nested dictionary that a weight file holds. Torch files are read without executing anything they contain."""
+    """The nested dictionary that a weight file holds; nothing in a torch file is executed."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(
-            [Namespace]
-        ):  # plain data; the official dBOT, ConMIM and iBOT files carry one
-            # all but the oldest torch files are zips and can be mapped: pages come in as they are used, never all at once
-            mapped = zipfile.is_zipfile(path)
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # plain data; the official dBOT, ConMIM and iBOT files carry a Namespace
+        with torch.serialization.safe_globals([Namespace]):
+            # all but the oldest torch files are zips and can be mapped: their pages come in as
+            # they are used, never all at once
+            is_zip = zipfile.is_zipfile(path)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError:
         raise
-    except Exception as error:  # damaged bytes make the parsers raise nearly anything
-        with path.open("rb") as file:
-            is_torch_file = file.read(2).startswith(
-                (b"PK", b"\x80")
-            )  # a zip, or a bare pickle; anything else is neither
-        if isinstance(error, UnpicklingError) and is_torch_file:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            raise CheckpointError(
-                f"{path} holds more than plain tensors{f' ({asked[1]})' if asked else ''} and would execute code while being "
-                "read, which was refused; get the weights as safetensors, or have their state dict saved alone"
-            ) from error
-        reason = f"{type(error).__name__}: {error}".split(". ")[0]
-        lost = f", without {listed(cut)}" if (cut := cut_off(path)) else ""
-        raise CheckpointError(
-            f"{path} is unreadable: truncated{lost}, or no weight file ({reason}); get it again"
-        ) from error
+    # damaged bytes make the parsers raise nearly anything
+    except Exception as error:
+        raise _why_unreadable(path, error) from error
+
     if not isinstance(contents, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(contents).__name__}, not a dictionary of tensors"
@@ -137,24 +136,49 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return contents
 
 
-def cut_off(path: Path) -> list[str]:
-    """The tensors that a truncated safetensors file lacks, in the order of their bytes; empty where not even that can be read."""
+def _why_unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to tell of a weight file that a parser gave up: that it holds code, or is damaged."""
+    # torch files are zips or bare pickles; what begins otherwise is neither
     with path.open("rb") as file:
-        start = 8 + int.from_bytes(
-            file.read(8), "little"
-        )  # of the data: the length of the header, then the header
-        if path.suffix != ".safetensors" or start > path.stat().st_size:
-            return []
-        try:
-            header = json.loads(file.read(start - 8))
-            ends = {
-                name: entry["data_offsets"][1]
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):  # damaged in the header itself
-            return []
-    return sorted(
-        (name for name, end in ends.items() if start + end > path.stat().st_size),
-        key=ends.__getitem__,
+        is_torch_file = file.read(2).startswith((b"PK", b"\x80"))
+    if isinstance(error, UnpicklingError) and is_torch_file:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({asked[1]})" if asked else ""
+        return CheckpointError(
+            f"{path} holds more than plain tensors{what} and would execute code while being read, "
+            "which was refused; get the weights as safetensors, or have their state dict saved "
+            "alone"
+        )
+
+    lost = _cut_off(path)
+    what = f", without {listed(lost)}" if lost else ""
+    reason = f"{type(error).__name__}: {error}".split(". ")[0]
+    return CheckpointError(
+        f"{path} is unreadable: truncated{what}, or no weight file ({reason}); get it again"
     )
+
+
+def _cut_off(path: Path) -> list[str]:
+    """The tensors that a truncated safetensors file lacks, in the order of their bytes.
+
+    Empty where not even that can be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        # the data begin after the length of the header and the header
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if path.suffix != ".safetensors" or start > size:
+            return []
+        header = file.read(start - 8)
+
+    # the header itself can be damaged
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        ends = {name: start + entry["data_offsets"][1] for name, entry in entries.items()}
+        return sorted((name for name, end in ends.items() if end > size), key=ends.__getitem__)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+__all__ = ["read_source", "read_weights"]

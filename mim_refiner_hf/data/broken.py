@@ -4,7 +4,7 @@
     broken.add(batch["broken"])                     # what a loader's worker met on the way
     broken.share(images_read=done * batch_size)     # now and then; ValueError if there are too many
 
-    images, entries = readable_images(images, num_workers=8)    # for evaluations
+    images, entries = readable(images, num_workers=8)    # for evaluations
 
 A training replaces a broken image by another one (`images.py`); an evaluation takes every image
 exactly once, and leaves it out. An entry is {"index": place in the data set, "path", "reason"}.
@@ -137,9 +137,7 @@ def _as_list(items: list[Any]) -> list[Any]:
     return items
 
 
-def readable_images(
-    images: ImageDataset, num_workers: int = 0
-) -> tuple[ImageDataset, list[Broken]]:
+def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, list[Broken]]:
     """The images that can be read, and entries for the others.
 
     Every image is decoded once; the processes share the work.
@@ -170,4 +168,4 @@ def readable_images(
     return images.subset(left), entries
 
 
-__all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable_images"]
+__all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable"]

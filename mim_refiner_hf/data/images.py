@@ -29,10 +29,10 @@ from ..runtime.seeding import random_generator
 from .sources import (
     Entries,
     FoundImages,
+    digest,
     find_columns,
     find_images,
     load_table,
-    short_digest,
     stored,
     undecoded,
 )
@@ -46,7 +46,7 @@ Example = dict[str, Any]
 """A row of a stream, undecoded."""
 Candidate = int | tuple[int, Example]
 """Where a sample is: a place in an `ImageDataset`, or a place in a stream and an example."""
-SampleKey = tuple[Any, ...]
+Key = tuple[Any, ...]
 """What a worker gets of a `BatchSampler`: (epoch, candidate, those that may stand in for it...)."""
 Broken = dict[str, Any]
 """An image that cannot be read: {"index": place in the whole data set, "path", "reason"}."""
@@ -90,7 +90,7 @@ class ImageDataset(Dataset[Sample]):
 
         self.fingerprint = found.entries.digest
         if indices is not None:
-            self.fingerprint = short_digest([self.fingerprint, indices.tobytes()])
+            self.fingerprint = digest([self.fingerprint, indices.tobytes()])
         self.indices = np.arange(len(found.sources)) if indices is None else indices
         self.labels = None if found.labels is None else found.labels[self.indices]
 
@@ -252,7 +252,7 @@ def _find_digits(split: str) -> FoundImages:
     pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(image) for image in pixels]
     names = [str(digit) for digit in range(10)]
-    entries = Entries.of(["digits"], [short_digest([pixels.tobytes()])])
+    entries = Entries.of(["digits"], [digest([pixels.tobytes()])])
     return FoundImages(images, labels[chosen], names, "digits", entries)
 
 
@@ -275,7 +275,7 @@ class Reading(NamedTuple):
 
 def read_sample(
     source: ImageDataset | ImageStream,
-    key: SampleKey,
+    key: Key,
     read: Callable[[Any], Sample] | None = None,
 ) -> Reading:
     """The first readable candidate of a key.

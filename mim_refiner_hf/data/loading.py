@@ -19,5 +19,13 @@ class Loading:
     num_workers: int = 0
     device: torch.device | str | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("num_workers", self.num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+
 
 __all__ = ["Loading"]

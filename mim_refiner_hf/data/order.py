@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..runtime.seeding import random_generator
-from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, ImageStream, SampleKey
+from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, ImageStream, Key
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -20,7 +20,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return random_generator(seed, "order", epoch).permutation(length)
 
 
-class BatchSampler(Sampler[list[SampleKey]]):
+class BatchSampler(Sampler[list[Key]]):
     """The keys of each step's batch for this process: its contiguous slice of the global batch.
 
     Starting later, or on more processes, gives exactly the same global batches. The last partial
@@ -76,12 +76,12 @@ class BatchSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         if isinstance(self.source, ImageStream):
             return self._from_stream(self.source)
         return self._from_dataset(self.source)
 
-    def _from_dataset(self, source: ImageDataset) -> Iterator[list[SampleKey]]:
+    def _from_dataset(self, source: ImageDataset) -> Iterator[list[Key]]:
         per_epoch = len(source) // self.batch_size
         # what stands in for an image comes 1 batch later in the order, then the one after it, ...
         ahead = [0, *range(self.batch_size, self.batch_size + MAX_BROKEN_IN_A_ROW - 1)]
@@ -97,7 +97,7 @@ class BatchSampler(Sampler[list[SampleKey]]):
                 yield [(epoch, *row) for row in candidates.tolist()]
                 step += 1
 
-    def _from_stream(self, source: ImageStream) -> Iterator[list[SampleKey]]:
+    def _from_stream(self, source: ImageStream) -> Iterator[list[Key]]:
         step = 0
         epoch = 0
         while step < self.steps:
@@ -124,7 +124,7 @@ class BatchSampler(Sampler[list[SampleKey]]):
 
     def _stream_keys(
         self, epoch: int, batch: Sequence[Candidate], following: Sequence[Candidate]
-    ) -> list[SampleKey]:
+    ) -> list[Key]:
         """The keys of a batch; the next one stands in, or, where the stream ends in it, both.
 
         A worker is handed about twice its share.

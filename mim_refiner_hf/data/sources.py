@@ -69,7 +69,7 @@ class Entries(NamedTuple):
         """
         lines = [line.encode(errors="surrogateescape") for line in about]
         checks = np.array([zlib.crc32(line) for line in lines], dtype=np.uint32)
-        return cls(names, checks, short_digest(lines))
+        return cls(names, checks, digest(lines))
 
 
 class FoundImages(NamedTuple):
@@ -104,7 +104,7 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
     return FoundImages(sources, labels, class_names, dataset, _table_entries(path, split, table))
 
 
-def short_digest(parts: Iterable[str | bytes]) -> str:
+def digest(parts: Iterable[str | bytes]) -> str:
     """16 hexadecimal digits that tell two lists of parts apart."""
     total = hashlib.sha256()
     for part in parts:

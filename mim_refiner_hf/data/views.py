@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..runtime.seeding import random_generator
-from .images import ImageDataset, ImageStream, Sample, SampleKey, read_sample
+from .images import ImageDataset, ImageStream, Key, Sample, read_sample
 
 ASPECT_RATIO = (3 / 4, 4 / 3)
 JITTER_P = 0.8
@@ -323,7 +323,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self._decoded: dict[int, Sample] = {}
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         sample, asked, broken = read_sample(self.source, key, self._read)
         views = self.multicrop(sample.image, view_rng(self.seed, key[0], asked))
         reports = json.dumps(broken) if broken else ""

@@ -1,8 +1,16 @@
-"""How good is a frozen encoder? k-NN, clustering and RankMe (`evaluate_encoder`), and what its blocks do (`block_profile`)."""
+"""How good is a frozen encoder? k-NN, clustering and RankMe (`evaluate_encoder`), slower protocols,
+what its blocks do (`block_profile`), and its features on disk (`embed_images`)."""
 
 from .block_analysis import BlockProfile, block_profile, profile_table, propose_head_blocks
-from .cluster_scores import KMeansRun, cluster_accuracy, cluster_scores, kmeans, mean_scores, rankme
-from .embed import embed_images, stored_features
+from .cluster_scores import (
+    KMeansRun,
+    cluster_accuracy,
+    cluster_scores,
+    kmeans_runs,
+    mean_scores,
+    rankme,
+)
+from .embed import embed_images
 from .feature_store import FeatureStore, feature_set
 from .features import FeatureSet, extract_features, feature_columns
 from .knn import knn_accuracy, knn_predict, standardise
@@ -28,7 +36,7 @@ __all__ = [
     "extract_features",
     "feature_columns",
     "feature_set",
-    "kmeans",
+    "kmeans_runs",
     "knn_accuracy",
     "knn_predict",
     "mean_scores",
@@ -36,5 +44,4 @@ __all__ = [
     "propose_head_blocks",
     "rankme",
     "standardise",
-    "stored_features",
 ]

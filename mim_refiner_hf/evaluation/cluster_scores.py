@@ -1,11 +1,12 @@
 """Clustering frozen features, and how well the groups match the true classes.
 
-    from mim_refiner_hf.evaluation import cluster_scores, kmeans
-    run = kmeans(features, num_clusters=10)                  # best of 100 by inertia
+    from mim_refiner_hf.evaluation import cluster_scores, kmeans_runs
+    run = kmeans_runs(features, num_clusters=10)             # best of 100 by inertia
     cluster_scores(labels, run.assignments)                  # accuracy, nmi, ami, ari
 
-The protocol is the paper's (MIM-Refiner, Sec. 5.3): mini-batch k-means on L2-normalised features, 100 times with k = number of
-classes; the run with the lowest inertia is reported, the mean over all runs beside it. `rankme` needs no labels at all.
+The protocol is the paper's (MIM-Refiner, Sec. 5.3): mini-batch k-means on L2-normalised features,
+100 times with k = number of classes. The run with the lowest inertia is reported, the mean over all
+runs beside it. `rankme` needs no labels at all.
 """
 
 from dataclasses import dataclass
@@ -28,39 +29,43 @@ from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+# --- how well groups match classes ----------------------------------------------------------------
+
 
 def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both as arrays (N,); ValueError unless they are of one length and not empty."""
-    classes, groups = np.asarray(labels), np.asarray(assignments)
+    classes = np.asarray(labels)
+    groups = np.asarray(assignments)
     if classes.ndim != 1 or classes.shape != groups.shape or len(classes) == 0:
         raise ValueError(
-            f"labels and assignments must be two lists of one length, not {classes.shape} and {groups.shape}"
+            "labels and assignments must be two lists of one length, "
+            f"not {classes.shape} and {groups.shape}"
         )
     return classes, groups
 
 
 def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each of the N items (N,) is in the group of its class, under the best one-to-one match of groups and classes.
+    """Whether each of N items is in the group of its class (N,), groups and classes matched best.
 
-    The match is the Hungarian algorithm's on the table of counts, zero-padded to a square, so that more groups than classes
-    (or fewer) leave items unmatched, which count as wrong. Ids may be any integers.
+    The match is one-to-one and maximises the number of such items (Hungarian algorithm). Where
+    there are more groups than classes, or fewer, the items of those left over count as wrong. Ids
+    may be any integers.
     """
     classes, groups = check_pair(labels, assignments)
-    counts = contingency_matrix(
-        classes, groups
-    )  # (classes, groups), both in ascending order of their ids
-    square = np.zeros((max(counts.shape),) * 2, dtype=np.int64)
-    square[: counts.shape[0], : counts.shape[1]] = counts
-    _, partner = linear_sum_assignment(square, maximize=True)  # class i goes with group partner[i]
-    own: NDArray[np.bool_] = (
-        partner[np.unique(classes, return_inverse=True)[1]]
-        == np.unique(groups, return_inverse=True)[1]
-    )
-    return own
+    # (classes, groups), both in ascending order of their ids
+    counts = contingency_matrix(classes, groups)
+    partner = np.full(len(counts), -1)
+    class_places, group_places = linear_sum_assignment(counts, maximize=True)
+    partner[class_places] = group_places
+
+    own_class = np.unique(classes, return_inverse=True)[1]
+    own_group = np.unique(groups, return_inverse=True)[1]
+    right: NDArray[np.bool_] = partner[own_class] == own_group
+    return right
 
 
 def cluster_accuracy(labels: ArrayLike, assignments: ArrayLike) -> float:
-    """Share (0 to 1) of the N items in the right group under the best one-to-one match of groups and classes (`matched`)."""
+    """Share (0 to 1) of the N items that are in the group of their class, as `matched` says."""
     return float(matched(labels, assignments).mean())
 
 
@@ -72,11 +77,12 @@ def cluster_scores(
     Args:
         labels: true classes (N,).
         assignments: group of each item (N,).
-        embeddings: features (N, D); adds how separate the TRUE classes lie in them. Silhouette compares all pairs.
+        embeddings: features (N, D); adds how separate the TRUE classes lie in them. Silhouette
+            compares all pairs.
 
     Returns:
-        `accuracy` (Hungarian), `nmi`, `ami` (both arithmetic) and `ari`; with `embeddings` also `silhouette` (-1 to 1, higher
-        is better) and `davies_bouldin` (lower is better), Euclidean.
+        `accuracy` (Hungarian), `nmi`, `ami` (both arithmetic) and `ari`; with `embeddings` also
+        `silhouette` (-1 to 1, higher is better) and `davies_bouldin` (lower is better), Euclidean.
     """
     classes, groups = check_pair(labels, assignments)
     scores = {
@@ -86,9 +92,13 @@ def cluster_scores(
         "ari": float(adjusted_rand_score(classes, groups)),
     }
     if embeddings is not None:
-        scores["silhouette"] = float(silhouette_score(embeddings, classes))
-        scores["davies_bouldin"] = float(davies_bouldin_score(embeddings, classes))
+        points = np.asarray(embeddings)
+        scores["silhouette"] = float(silhouette_score(points, classes))
+        scores["davies_bouldin"] = float(davies_bouldin_score(points, classes))
     return scores
+
+
+# --- the clustering -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -108,41 +118,46 @@ class KMeansRun:
     all_assignments: NDArray[np.int32]
 
 
-def kmeans(features: Tensor, num_clusters: int, *, runs: int = 100, seed: int = 0) -> KMeansRun:
-    """Mini-batch k-means on the L2-normalised `features` (N, D), `runs` times; the lowest inertia wins.
+def kmeans_runs(
+    features: Tensor, num_clusters: int, *, runs: int = 100, seed: int = 0
+) -> KMeansRun:
+    """Mini-batch k-means on L2-normalised `features` (N, D); of `runs`, the lowest inertia wins.
 
-    Each run is scikit-learn's `MiniBatchKMeans` with one k-means++ start (`n_init=1`: the restarts are the runs) and its
-    own defaults otherwise: batches of 1024, at most 100 epochs, stopping after 10 batches without improvement. Run i is
-    seeded with `seed + i`.
+    Each run is scikit-learn's `MiniBatchKMeans` with one k-means++ start (`n_init=1`: the restarts
+    are the runs) and its own defaults otherwise: batches of 1024, at most 100 epochs, stopping
+    after 10 batches without improvement. Run i is seeded with `seed + i`.
 
     Raises:
-        ValueError: when `num_clusters` is not between 1 and N, `runs` is below 1, or a feature is not finite.
+        ValueError: when `num_clusters` is not between 1 and N, `runs` is below 1, or a feature is
+            not finite.
     """
     if not 1 <= num_clusters <= len(features):
         raise ValueError(
-            f"num_clusters={num_clusters} must lie between 1 and the {len(features)} items to cluster"
+            f"num_clusters={num_clusters} must lie between 1 and the {len(features)} items to "
+            "cluster"
         )
     if runs < 1:
         raise ValueError(f"runs={runs} must be at least 1")
     points = F.normalize(features.detach().float().cpu(), dim=1).numpy()
     if not np.isfinite(points).all():
         raise ValueError(
-            "the features hold NaN or infinity, so they cannot be clustered; check the model that made them"
+            "the features hold NaN or infinity, so they cannot be clustered; "
+            "check the model that made them"
         )
+
     best: MiniBatchKMeans | None = None
     groups = np.empty((runs, len(points)), dtype=np.int32)
-    with threadpool_limits(
-        1
-    ):  # a mini-batch is too small for threads: on busy cores two are four times slower than one
+    # a mini-batch is too small for threads: on busy cores two are four times slower than one
+    with threadpool_limits(1):
         for run in range(runs):
             fitted = MiniBatchKMeans(num_clusters, n_init=1, random_state=seed + run).fit(points)
             groups[run] = fitted.labels_
             if best is None or fitted.inertia_ < best.inertia_:
                 best = fitted
+
     assert best is not None  # runs >= 1
-    return KMeansRun(
-        best.labels_.astype(np.int64), best.cluster_centers_, float(best.inertia_), groups
-    )
+    assignments = best.labels_.astype(np.int64)
+    return KMeansRun(assignments, best.cluster_centers_, float(best.inertia_), groups)
 
 
 def mean_scores(labels: ArrayLike, run: KMeansRun) -> tuple[float, float]:
@@ -152,11 +167,15 @@ def mean_scores(labels: ArrayLike, run: KMeansRun) -> tuple[float, float]:
     return float(np.mean(accuracies)), float(np.mean(nmis))
 
 
-def rankme(features: Tensor) -> float:
-    """Effective rank of `features` (N, D): 1 for collapsed ones, at most min(N, D); needs no labels.
+# --- without labels -------------------------------------------------------------------------------
 
-    The exponential of the entropy of the singular values' distribution, `p_k = sigma_k / sum(sigma) + 1e-7`
-    (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1). Comparable only for one data set and one N.
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of `features` (N, D): 1 for collapsed ones, at most min(N, D).
+
+    The exponential of the entropy of the singular values' distribution,
+    `p_k = sigma_k / sum(sigma) + 1e-7` (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1).
+    Comparable only for one data set and one N.
     """
     sigma = torch.linalg.svdvals(features.float())
     p = sigma / sigma.sum().clamp_min(1e-12) + 1e-7
@@ -167,7 +186,7 @@ __all__ = [
     "KMeansRun",
     "cluster_accuracy",
     "cluster_scores",
-    "kmeans",
+    "kmeans_runs",
     "matched",
     "mean_scores",
     "rankme",

@@ -1,24 +1,34 @@
-"""A folder of features, computed once and read by everything: parquet shards, what they hold, and what could not be read.
+"""A folder of features, computed once and read by everything: parquet shards and what they hold.
 
     from mim_refiner_hf.evaluation import FeatureStore, feature_set
-    store = FeatureStore("features/")               # made by `mim-refiner embed MODEL --dataset photos/ --out features/`
-    store.columns                                   # {"block23.cls": 1024}, names as in features.py
-    store.features("block23.cls")                   # (N, D) fp32
-    for rows in store.batches("block23.cls"): ...   # the same, at most 1024 rows at a time, in bounded memory
+    store = FeatureStore("features/")         # made by `mim-refiner embed photos/ --out features/`
+    store.columns                             # {"block23.cls": 1024}, names as in features.py
+    store.features("block23.cls")             # (N, D) fp32
+    for rows in store.batches("block23.cls"): # the same, at most 1024 rows at a time, in bounded
+        ...                                   # memory
     store.labels, store.indices, store.paths, store.class_names, store.broken
-    feature_set(store)                              # what `extract_features` returns, for the protocols
+    feature_set(store)                        # what `extract_features` returns, for the protocols
 
-| in the folder          | is                                                                                                 |
-|------------------------|----------------------------------------------------------------------------------------------------|
-| `manifest.json`        | encoder and data with fingerprints, preprocessing, dtype, columns, shard size, versions, command   |
-| `shards/00000.parquet` | `shard_size` images in their order: `index` and `label` (int64, -1 for none), `path`, and for each |
-|                        | column a fixed-size list of float32; a broken image has no row                                     |
-| `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, and its broken images                      |
-| `broken.json`          | all images that could not be read: index, path, reason                                             |
+| in the folder          | is                                                                     |
+|------------------------|------------------------------------------------------------------------|
+| `manifest.json`        | encoder and data with fingerprints, preprocessing, dtype, columns,     |
+|                        | shard size, versions, command                                          |
+| `shards/00000.parquet` | some images in their order: `index` and `label` (int64, -1 for none),  |
+|                        | `path`, and for each column a fixed-size list of float32; a broken     |
+|                        | image has no row                                                       |
+| `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, and its broken |
+|                        | images                                                                 |
+| `broken.json`          | all images that could not be read: index, path, reason                 |
 
-Any parquet reader takes the shards: `datasets.load_dataset("parquet", data_files="features/shards/*.parquet")`, pandas, DuckDB.
-Features are float32 whatever they were computed in, so what bf16 gave is kept exactly; the bytes that it leaves zero cost nothing,
-for each of the four bytes of a number is compressed by itself (byte stream split, zstd).
+A store of a whole data set is complete when all its shards are there. One that grows
+(`feature_cache.py`) holds what was asked for so far: its manifest names no number of images, and
+its shards may differ in their columns.
+
+Any parquet reader takes the shards, such as pandas, DuckDB, or
+`datasets.load_dataset("parquet", data_files="features/shards/*.parquet")`. Features are float32
+whatever they were computed in, so what bf16 gave is kept exactly. The bytes that it leaves zero
+cost nothing, for each of the four bytes of a number is compressed by itself (byte stream split,
+zstd).
 """
 
 import json
@@ -34,14 +44,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..data.images import Broken
 from ..runtime.files import sha256_of, whole_file, write_json
 from .features import FeatureSet, check_blocks
 
-FORMAT = "mim_refiner_hf features, version 1"
-MANIFEST = "manifest.json"
-ROWS_AT_ONCE = 1024  # rows of a row group, which is what a reader holds in memory
+STORE_FORMAT = "mim_refiner_hf features, version 1"
+STORE_MANIFEST = "manifest.json"
+# rows of a row group, which is what a reader holds in memory
+_ROWS_OF_GROUP = 1024
+_FACTS = {"index": pa.int64(), "label": pa.int64(), "path": pa.string()}
 
-# --- the format: manifest, shards, records ------------------------------------------------------------------------------------
+# --- the format: manifest, shards, records --------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -50,29 +63,31 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: when `folder` is a file or holds something else.
     """
-    if not folder.exists() or (
-        folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
-    ):
+    if not folder.exists():
         return None
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:  # not even JSON
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
+        return None
+
+    path = folder / STORE_MANIFEST
+    manifest = None
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError:  # not even JSON
+            manifest = None
+    if not isinstance(manifest, dict) or manifest.get("format") != STORE_FORMAT:
         raise ValueError(
-            f"{folder} exists and is not a folder of features, so it is left alone; name another one"
+            f"{folder} exists and is not a folder of features, so it is left alone; "
+            "name another one"
         )
     return manifest
 
 
 def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
     """Shards of a complete store; None for a stream that has not been read to its end."""
-    return (
-        None
-        if manifest["num_images"] is None
-        else math.ceil(manifest["num_images"] / manifest["shard_size"])
-    )
+    if manifest["num_images"] is None:
+        return None
+    return math.ceil(manifest["num_images"] / manifest["shard_size"])
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -85,60 +100,70 @@ def record_file(folder: Path, shard: int) -> Path:
     return folder / "records" / f"{shard:05d}.json"
 
 
+def recorded_shards(folder: Path) -> list[int]:
+    """The numbers of all shards with a record, ascending."""
+    return sorted(int(path.stem) for path in (folder / "records").glob("*.json"))
+
+
 def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
-    """What is known of a finished shard; None if it is not finished, or its file is not of the size that was written."""
+    """What is known of a finished shard; None if its file is not there in the size written."""
     try:
         record: dict[str, Any] = json.loads(record_file(folder, shard).read_text())
-        return record if shard_file(folder, shard).stat().st_size == record["size"] else None
+        size = shard_file(folder, shard).stat().st_size
     except (FileNotFoundError, ValueError):  # ValueError: cut off when the machine went down
         return None
+    return record if size == record["size"] else None
 
 
-def is_intact(folder: Path, shard: int) -> bool:
+def shard_is_intact(folder: Path, shard: int) -> bool:
     """Whether a shard is finished and its file, byte for byte, the one that was written."""
     record = read_record(folder, shard)
     return record is not None and sha256_of(shard_file(folder, shard)) == record["sha256"]
 
 
+def columns_of_shard(folder: Path, shard: int) -> dict[str, int]:
+    """The columns of features in a finished shard: name -> width."""
+    schema = pq.read_schema(shard_file(folder, shard))
+    return {field.name: field.type.list_size for field in schema if field.name not in _FACTS}
+
+
 def write_shard(
-    folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Mapping[str, Any]]
+    folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Broken]
 ) -> None:
-    """Write one shard, then its record: whatever happens, a shard with a record is complete and on the disk.
+    """Write one shard, then its record: a shard with a record is complete and on the disk.
 
     Args:
         folder: of the store.
         shard: its number.
         rows: `index`, `label`, `path` as lists, every column of features as (rows, D) float32.
-        broken: {"index", "path", "reason"} of the images that have no row.
+        broken: those images of the shard that have no row.
     """
-    types = {"index": pa.int64(), "label": pa.int64(), "path": pa.string()}
-    columns = {}
+    arrays = []
+    fields = []
+    vectors = []
     for name, values in rows.items():
-        if name in types:
-            columns[name] = pa.array(values, types[name])
+        if name in _FACTS:
+            array = pa.array(values, _FACTS[name])
         else:
-            types[name] = pa.list_(
-                pa.field("element", pa.float32(), nullable=False), values.shape[1]
-            )
-            columns[name] = pa.FixedSizeListArray.from_arrays(
-                pa.array(values.reshape(-1)), type=types[name]
-            )
-    schema = pa.schema([pa.field(name, types[name], nullable=False) for name in columns])
-    path, record = shard_file(folder, shard), record_file(folder, shard)
+            element = pa.field("element", pa.float32(), nullable=False)
+            kind = pa.list_(element, values.shape[1])
+            array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+            vectors.append(f"{name}.list.element")
+        arrays.append(array)
+        fields.append(pa.field(name, array.type, nullable=False))
+
+    path = shard_file(folder, shard)
+    record = record_file(folder, shard)
     for parent in (path.parent, record.parent):
         parent.mkdir(exist_ok=True)
     with whole_file(path) as new:
         pq.write_table(
-            pa.table(list(columns.values()), schema=schema),
+            pa.table(arrays, schema=pa.schema(fields)),
             new,
-            row_group_size=ROWS_AT_ONCE,
+            row_group_size=_ROWS_OF_GROUP,
             compression="zstd",
             use_dictionary=["path", "label"],
-            use_byte_stream_split=[
-                f"{name}.list.element"
-                for name in columns
-                if pa.types.is_fixed_size_list(types[name])
-            ],
+            use_byte_stream_split=vectors,
             write_page_checksum=True,
         )
         about = {
@@ -147,58 +172,78 @@ def write_shard(
             "sha256": sha256_of(new),
             "broken": broken,
         }
+
+    # the shard must be on the disk before its record
     write_json(record, about)
 
 
-# --- the reader ---------------------------------------------------------------------------------------------------------------
+# --- the reader -----------------------------------------------------------------------------------
 
 
 class FeatureStore:
-    """A complete store, opened for reading; N rows, one for each image that could be read, in the data set's order.
+    """A store, opened for reading: N rows, one for each image that could be read.
+
+    The rows are in the order of the shards, which for a store of a data set is the data set's.
+
+    Args:
+        folder: where it is.
+        shards: of a store that grows, the finished shards to read; None for all of a complete one.
 
     Attributes:
-        folder: where it is.
         manifest: all that is known of encoder, data and computation.
-        columns: name -> width D.
+        columns: name -> width D, of those that all shards have.
         class_names: a name per label, or None.
         broken: {"index", "path", "reason"} of each image that has no row.
 
     Raises:
         FileNotFoundError: `folder` does not exist or is empty.
-        ValueError: it holds something else, or shards are not finished. Reading raises it where a file is damaged: every page
-            has a checksum.
+        ValueError: it holds something else, or shards are not finished. Reading raises it where a
+            file is damaged: every page has a checksum.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, shards: Sequence[int] | None = None) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise FileNotFoundError(
                 f"{folder} holds no features; make them with mim-refiner embed ... --out {folder}"
             )
-        count = number_of_shards(manifest)
-        records = [read_record(self.folder, shard) for shard in range(count or 0)]
-        finished = [record for record in records if record is not None]
-        if count is None or len(finished) < count:
-            done = (
-                len(list((self.folder / "records").glob("*.json")))
-                if count is None
-                else len(finished)
-            )
-            raise ValueError(
-                f"{folder} is not complete, {done} of {count or 'an unknown number of'} shards are there; run the command that "
-                f"began it again: {manifest['command'] or 'it goes on from there'}"
-            )
         self.manifest = manifest
-        self.columns: dict[str, int] = manifest["columns"]
         self.class_names: list[str] | None = manifest["class_names"]
-        self.rows_of_shards: list[int] = [record["rows"] for record in finished]
-        self.broken: list[dict[str, Any]] = [
-            image for record in finished for image in record["broken"]
-        ]
+        self.columns: dict[str, int] = manifest["columns"]
+        if shards is None:
+            self.shards = self._all_shards()
+        else:
+            self.shards = shards
+            widths = [set(columns_of_shard(self.folder, shard).items()) for shard in shards]
+            self.columns = dict(set.intersection(*widths)) if widths else {}
+
+        self.num_rows = 0
+        self.broken: list[Broken] = []
+        for shard in self.shards:
+            record = read_record(self.folder, shard)
+            assert record is not None  # it is finished
+            self.num_rows += record["rows"]
+            self.broken += record["broken"]
+
+    def _all_shards(self) -> Sequence[int]:
+        """The shards of a complete store; ValueError if some are not finished."""
+        count = number_of_shards(self.manifest)
+        if count is None:
+            done = len(recorded_shards(self.folder))
+        else:
+            records = [read_record(self.folder, shard) for shard in range(count)]
+            done = count - records.count(None)
+            if done == count:
+                return range(count)
+        raise ValueError(
+            f"{self.folder} is not complete, {done} of {count or 'an unknown number of'} shards "
+            "are there; run the command that began it again: "
+            f"{self.manifest['command'] or 'it goes on from there'}"
+        )
 
     def __len__(self) -> int:
-        return sum(self.rows_of_shards)
+        return self.num_rows
 
     @cached_property
     def labels(self) -> Tensor:
@@ -216,7 +261,7 @@ class FeatureStore:
         return [path for array in self._read("path") for path in array.to_pylist()]
 
     def batches(self, column: str) -> Iterator[Tensor]:
-        """The rows of a column in order, (at most 1024, D) fp32 at a time; what has been read is not kept.
+        """The rows of a column in order, (at most 1024, D) fp32 at a time, each let go again.
 
         ValueError for a column that is not there.
         """
@@ -229,8 +274,9 @@ class FeatureStore:
             yield torch.from_numpy(values.reshape(-1, self.columns[column]))
 
     def features(self, column: str) -> Tensor:
-        """A whole column, (N, D) fp32 on the CPU; beside it only 1024 rows are in memory on the way."""
-        start, features = 0, torch.empty(len(self), self.columns.get(column, 0))
+        """A whole column, (N, D) fp32 on the CPU; beside it 1024 rows are in memory on the way."""
+        features = torch.empty(len(self), self.columns.get(column, 0))
+        start = 0
         for rows in self.batches(column):
             features[start : start + len(rows)] = rows
             start += len(rows)
@@ -238,50 +284,46 @@ class FeatureStore:
 
     def _read(self, column: str) -> Iterator[Any]:
         """The Arrow arrays of a column, row group by row group."""
-        for shard in range(len(self.rows_of_shards)):
+        for shard in self.shards:
             path = shard_file(self.folder, shard)
             try:
+                # without a buffer: no whole file in memory
                 with pq.ParquetFile(
                     path, pre_buffer=False, page_checksum_verification=True
-                ) as file:  # no whole file in memory
-                    for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+                ) as file:
+                    for batch in file.iter_batches(batch_size=_ROWS_OF_GROUP, columns=[column]):
                         yield batch.column(0)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ValueError(
-                    f"{path} cannot be read ({error}); embed again into the same folder to repair it"
+                    f"{path} cannot be read ({error}); "
+                    "embed again into the same folder to repair it"
                 ) from error
 
     def _integers(self, column: str) -> Tensor:
-        return torch.from_numpy(
-            np.concatenate(
-                [np.empty(0, dtype=np.int64), *(a.to_numpy() for a in self._read(column))]
-            )
-        )
+        arrays = [array.to_numpy() for array in self._read(column)]
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
 
 
-def feature_set(
-    store: FeatureStore, blocks: Sequence[int] = (), own_columns: Sequence[str] | None = None
-) -> FeatureSet:
-    """What `extract_features` gives, read from a store: features of the last block, and of each of `blocks`.
+def feature_set(store: FeatureStore, blocks: Sequence[int] = ()) -> FeatureSet:
+    """What `extract_features` gives, read from a store.
 
-    Row i belongs to image `store.indices[i]`; the two differ only where images were broken.
+    Row i belongs to image `store.indices[i]`; the two differ only where images were broken. The
+    pooling is the one that the configuration of the store's encoder asked for.
 
     Args:
         store: a complete store.
         blocks: 0-based blocks to read beside the last.
-        own_columns: the column to read for each block of the encoder; None for the pooling that its configuration asked for.
 
     Raises:
-        ValueError: for a block that the encoder does not have, or a column that the store lacks; it names those it has.
+        ValueError: for a block that the encoder does not have, or a column that the store lacks; it
+            names those it has.
     """
-    own: Sequence[str] = own_columns or store.manifest["own_columns"]
-    wanted = check_blocks(blocks, len(own))
-    features = {
-        column: store.features(column) for column in {own[block] for block in (*wanted, -1)}
-    }
+    own: Sequence[str] = store.manifest["own_columns"]
+    chosen = check_blocks(blocks, len(own))
+    features = {column: store.features(column) for column in {own[i] for i in (*chosen, -1)}}
     return FeatureSet(
         features=features[own[-1]],
-        blocks={block: features[own[block]] for block in wanted},
+        blocks={block: features[own[block]] for block in chosen},
         labels=store.labels if bool((store.labels >= 0).all()) else None,
     )
 

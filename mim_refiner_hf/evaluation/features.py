@@ -1,23 +1,26 @@
-"""Frozen features of a whole image set: the one pass over the images that every evaluation protocol starts from.
+"""Frozen features of a whole image set: the pass over the images that every protocol starts from.
 
     from mim_refiner_hf.evaluation import extract_features
-    found = extract_features(encoder, images, processor, blocks=range(encoder.config.num_hidden_layers))
+    found = extract_features(encoder, images, processor, blocks=[3])
     found.features            # (N, D) fp32 on the CPU: pooled raw output of the last block
     found.blocks[3]           # (N, D) the same of block 3, 0-based
 
-The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last block WITHOUT the final norm, or
-what else the encoder's `config.pooling` takes. Only "global_repr" is read from the encoder's output, final norm included: CAPI's
-predictor knows nothing else, and earlier blocks give the mean of the patches.
+The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last
+block WITHOUT the final norm, or what else the encoder's `config.pooling` takes. Only "global_repr"
+is read from the encoder's output, final norm included: CAPI's predictor knows nothing else, and
+earlier blocks give the mean of the patches.
 
-A kind of feature has a name, `<place>.<pooling>`, under which a feature store (`feature_store.py`) keeps it as a column:
+A kind of feature has a name, `<place>.<pooling>`, under which a feature store (`feature_store.py`)
+keeps it as a column:
 
-| place    | is                                                                          |
-|----------|-----------------------------------------------------------------------------|
-| block11  | raw output of block 11 (0-based), without the final norm                    |
-| last4    | raw outputs of the last 4 blocks side by side (4 D), paper table 13         |
-| output   | the encoder's output, final norm included                                   |
+| place   | is                                                                  |
+|---------|---------------------------------------------------------------------|
+| block11 | raw output of block 11 (0-based), without the final norm            |
+| last4   | raw outputs of the last 4 blocks side by side (4 D), paper table 13 |
+| output  | the encoder's output, final norm included                           |
 
-with pooling cls, mean (of the patches), register (the first one), or, for `output` alone, global_repr.
+with pooling cls, mean (of the patches), register (the first one), or, for `output` alone,
+global_repr.
 """
 
 import math
@@ -25,20 +28,21 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.images import ImageDataset, Sample
+from ..data.loading import Loading
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
 from ..model.last_block import prefix_tokens_only
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import all_gather, progress_bar, rank, world_size
 
-if TYPE_CHECKING:
-    from ..data.images import ImageDataset, Sample
+# Shapes below: N images, B images of a batch, D the width of the encoder.
 
 
 @dataclass
@@ -46,7 +50,7 @@ class FeatureSet:
     """What one pass over N images gives.
 
     Attributes:
-        features: (N, D) fp32 on the CPU, pooled raw output of the last block (for "global_repr": see above).
+        features: (N, D) fp32 on the CPU, pooled raw output of the last block.
         blocks: the same for each requested block, keyed by its 0-based number.
         labels: (N,) int64, or None unless every image has a label.
     """
@@ -58,22 +62,21 @@ class FeatureSet:
 
 @dataclass
 class Preprocess:
-    """Collates samples into (pixel_values (B, C, H, W), labels (B,)) inside the loader's workers."""
+    """Collates samples into (pixels (B, C, H, W), labels (B,)) inside the loader's workers."""
 
     processor: Any
 
-    def __call__(self, samples: "Sequence[Sample]") -> tuple[Tensor, Tensor]:
-        pixels: Tensor = self.processor([sample.image for sample in samples], return_tensors="pt")[
-            "pixel_values"
-        ]
-        return pixels, torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        prepared = self.processor([sample.image for sample in samples], return_tensors="pt")
+        labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        return prepared["pixel_values"], labels
 
 
-# --- columns: names of features -----------------------------------------------------------------------------------------------
+# --- columns: names of features -------------------------------------------------------------------
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
-    """`blocks` sorted and without repetition; ValueError for a block that the encoder does not have."""
+    """`blocks` sorted, each once; ValueError for a block that the encoder does not have."""
     for block in blocks:
         if not 0 <= block < depth:
             raise ValueError(
@@ -87,29 +90,34 @@ def blocks_of(column: str, depth: int) -> list[int]:
     place = column.partition(".")[0]
     if place == "output":
         return []
-    return list(range(depth - 4, depth)) if place == "last4" else [int(place.removeprefix("block"))]
+    if place == "last4":
+        return list(range(depth - 4, depth))
+    return [int(place.removeprefix("block"))]
 
 
 def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]:
-    """`columns` without repetition; ValueError for one that is no column, or that this encoder cannot give."""
+    """`columns`, each once; ValueError for one that is none, or that this encoder cannot give."""
     depth = config.num_hidden_layers
+    poolings = get_args(Pooling)
     for column in columns:
         place, _, pooling = column.partition(".")
-        if not re.fullmatch(r"block-?\d+|last4|output", place) or pooling not in get_args(Pooling):
+        if not re.fullmatch(r"block-?\d+|last4|output", place) or pooling not in poolings:
             raise ValueError(
-                f"{column!r} names no feature: give block<number>, last4 or output, a dot, and one of "
-                f"{', '.join(get_args(Pooling))}, such as 'block{depth - 1}.mean'"
+                f"{column!r} names no feature: give block<number>, last4 or output, a dot, and one "
+                f"of {', '.join(poolings)}, such as 'block{depth - 1}.mean'"
             )
         if place == "last4" and depth < 4:
             raise ValueError(
                 f"last4 takes the last 4 blocks, but the encoder has {depth}; name single blocks"
             )
         check_blocks(blocks_of(column, depth), depth)
-        if missing := config.missing_for(pooling):  # type: ignore[arg-type]  # checked above
+        missing = config.missing_for(pooling)  # type: ignore[arg-type]
+        if missing:
             raise ValueError(f"pooling {pooling!r}: the encoder has {missing}; use 'mean'")
         if pooling == "global_repr" and (place, config.pooling) != ("output", pooling):
             raise ValueError(
-                f"{column!r}: CAPI's predictor reads only the output, as the encoder's own pooling; use 'mean'"
+                f"{column!r}: CAPI's predictor reads only the output, as the encoder's own "
+                "pooling; use 'mean'"
             )
     return list(dict.fromkeys(columns))
 
@@ -118,7 +126,14 @@ def own_column(config: MimRefinerConfig, block: int) -> str:
     """The column of a block under the encoder's own pooling: what `FeatureSet` holds."""
     if config.pooling != "global_repr":
         return f"block{block}.{config.pooling}"
-    return "output.global_repr" if block == config.num_hidden_layers - 1 else f"block{block}.mean"
+    if block == config.num_hidden_layers - 1:
+        return "output.global_repr"
+    return f"block{block}.mean"
+
+
+def own_columns(config: MimRefinerConfig) -> list[str]:
+    """`own_column` of every block, first block first: what the profile of its blocks reads."""
+    return [own_column(config, block) for block in range(config.num_hidden_layers)]
 
 
 def feature_columns(
@@ -132,35 +147,42 @@ def feature_columns(
 
     Args:
         config: of the encoder.
-        blocks: 0-based numbers of blocks, or "output"; none for the place that the encoder's own features come from, which is
-            the last block (for "global_repr" the output).
+        blocks: 0-based numbers of blocks, or "output"; none for the place that the encoder's own
+            features come from, which is the last block (for "global_repr" the output).
         poolings: none for the encoder's own (of a block of a "global_repr" encoder: the mean).
         last4: the last 4 blocks side by side, too.
 
     Raises:
         ValueError: for a block or a pooling that the encoder does not have.
     """
-    own = own_column(config, config.num_hidden_layers - 1).partition(".")[0]
-    places = ["output" if block == "output" else f"block{block}" for block in blocks] or [own]
-    places += ["last4"] * last4
-    raw = "mean" if config.pooling == "global_repr" else config.pooling
+    places = ["output" if block == "output" else f"block{block}" for block in blocks]
+    if not places:
+        places = [own_columns(config)[-1].partition(".")[0]]
+    if last4:
+        places.append("last4")
 
-    def chosen(place: str) -> Sequence[str | None]:
-        return poolings or [config.pooling if place == "output" else raw]
+    columns = []
+    for place in places:
+        own = str(config.pooling)
+        if own == "global_repr" and place != "output":
+            own = "mean"
+        chosen: list[str] = list(poolings) or [own]
+        columns += [f"{place}.{pooling}" for pooling in chosen]
+    return check_columns(columns, config)
 
-    return check_columns(
-        [f"{place}.{pooling}" for place in places for pooling in chosen(place)], config
-    )
 
-
-# --- the forward pass ---------------------------------------------------------------------------------------------------------
+# --- the forward pass -----------------------------------------------------------------------------
 
 
 @contextmanager
 def frozen(encoder: MimRefinerModel, device: torch.device | str | None) -> Iterator[torch.device]:
-    """The encoder in eval mode, without gradient, on `device` (None: where it is); afterwards it is what and where it was."""
-    home, training = encoder.device, encoder.training
-    device = torch.device(device) if device is not None else home
+    """The encoder in eval mode, without gradient, on `device` (None: where it is).
+
+    Afterwards it is in the mode and on the device that it came with.
+    """
+    home = encoder.device
+    training = encoder.training
+    device = home if device is None else torch.device(device)
     encoder.train(False).to(device)
     try:
         with torch.inference_mode():
@@ -171,57 +193,66 @@ def frozen(encoder: MimRefinerModel, device: torch.device | str | None) -> Itera
 
 def reads_last_patches(columns: Sequence[str], config: MimRefinerConfig) -> bool:
     """Whether a column is made from the patches of the last block or of the output."""
-    last = config.num_hidden_layers - 1
-    late = [
-        column
-        for column in columns
-        if last in (blocks_of(column, config.num_hidden_layers) or [last])
-    ]
-    return any(column.partition(".")[2] not in ("cls", "register") for column in late)
+    depth = config.num_hidden_layers
+    for column in columns:
+        blocks = blocks_of(column, depth)
+        of_patches = column.partition(".")[2] not in ("cls", "register")
+        if of_patches and (not blocks or depth - 1 in blocks):
+            return True
+    return False
 
 
 def encode(
     encoder: MimRefinerModel, pixel_values: Tensor, columns: Sequence[str]
 ) -> dict[str, Tensor]:
-    """One forward pass over (B, C, H, W), in the dtype of the weights: every column (B, D), or (B, 4 D) for last4, in fp32.
+    """One forward pass over (B, C, H, W), in the dtype of the weights.
 
-    Only the blocks that a column needs are recorded, and the patches pass through the last one only where a column reads them.
+    Only the blocks that a column needs are recorded, and the patches pass through the last one only
+    where a column reads them.
+
+    Returns:
+        Every column (B, D), or (B, 4 D) for last4, in fp32.
     """
-    read = {column: blocks_of(column, encoder.config.num_hidden_layers) for column in columns}
-    recorded = sorted(
-        {block + 1 for blocks in read.values() for block in blocks}
-    )  # entry 0 is the embeddings
-    with (
-        nullcontext()
-        if reads_last_patches(columns, encoder.config)
-        else prefix_tokens_only(encoder)
-    ):
+    depth = encoder.config.num_hidden_layers
+    blocks = {column: blocks_of(column, depth) for column in columns}
+    # entry 0 of the hidden states is the embeddings
+    recorded = sorted({block + 1 for of_column in blocks.values() for block in of_column})
+    all_tokens = reads_last_patches(columns, encoder.config)
+    with nullcontext() if all_tokens else prefix_tokens_only(encoder):
         outputs = encoder(pixel_values, output_hidden_states=recorded or None)
 
-    def pooled(column: str) -> Tensor:
+    features = {}
+    for column in columns:
         pooling: Any = column.partition(".")[2]
         if pooling == "global_repr":
-            return outputs.pooler_output
-        tokens = [outputs.hidden_states[block + 1] for block in read[column]] or [
-            outputs.last_hidden_state
-        ]
-        return torch.cat([encoder.pool(each, pooling) for each in tokens], dim=1)
+            features[column] = outputs.pooler_output.float()
+            continue
+        tokens = [outputs.hidden_states[block + 1] for block in blocks[column]]
+        pooled = [encoder.pool(each, pooling) for each in tokens or [outputs.last_hidden_state]]
+        features[column] = torch.cat(pooled, dim=1).float()
+    return features
 
-    return {column: pooled(column).float() for column in columns}
+
+# --- the pass over the images ---------------------------------------------------------------------
 
 
-def share_of(images: "ImageDataset") -> "ImageDataset":
-    """The images that this process encodes: every n-th of n processes, the same number on each (the last ones may be doubled)."""
+def share_of(images: ImageDataset) -> ImageDataset:
+    """The images that this process encodes: every n-th of n processes, the same number on each.
+
+    Where they do not divide evenly, the last image is encoded by several.
+    """
     if world_size() == 1:
         return images
-    own = np.arange(
-        rank(), rank() + math.ceil(len(images) / world_size()) * world_size(), world_size()
-    )
+    padded = math.ceil(len(images) / world_size()) * world_size()
+    own = np.arange(rank(), padded, world_size())
     return images.subset(own.clip(max=len(images) - 1))
 
 
 def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
-    """The rows of all processes in the data set's order, on the CPU: row i is row i // n of process i % n."""
+    """The rows of all processes in the data set's order, on the CPU.
+
+    Row i is row i // n of process i % n, of n processes.
+    """
     if world_size() == 1:
         return own
     everything = all_gather(own.to(device)).cpu()
@@ -230,86 +261,82 @@ def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
 
 def encode_images(
     encoder: MimRefinerModel,
-    images: "ImageDataset",
+    images: ImageDataset,
     processor: Any,
     columns: Sequence[str],
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     desc: str = "features",
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Every column (N, D) fp32 of N images, on the CPU, in the data set's order, and their labels (N,), -1 for none.
+    """Every column of N images, and their labels; several processes share the work.
 
-    Arguments and errors as in `extract_features`; `columns` are names as in the table above. Several processes share the work.
+    Arguments and errors as in `extract_features`; `columns` are names as in the table above.
+
+    Returns:
+        Columns (N, D) in fp32 and labels (N,), -1 for none, on the CPU, in the data set's order.
     """
     if len(images) == 0:
         raise ValueError("the data set has no images, so there is nothing to extract features from")
     pooled: dict[str, list[Tensor]] = {column: [] for column in columns}
     labels: list[Tensor] = []
-    with frozen(encoder, device) as device:
+
+    with frozen(encoder, loading.device) as device:
         loader = DataLoader(
             share_of(images),
-            batch_size=batch_size,
-            num_workers=num_workers,
+            batch_size=loading.batch_size,
+            num_workers=loading.num_workers,
             collate_fn=Preprocess(processor),
             pin_memory=device.type == "cuda",
         )
-        for pixel_values, batch_labels in progress_bar(
-            loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False
-        ):
-            for column, vectors in encode(
-                encoder, pixel_values.to(device, non_blocking=True), list(pooled)
-            ).items():
+        progress = progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False)
+        for pixel_values, batch_labels in progress:
+            pixel_values = pixel_values.to(device, non_blocking=True)
+            for column, vectors in encode(encoder, pixel_values, list(pooled)).items():
                 pooled[column].append(vectors.cpu())
             labels.append(batch_labels)
+
+    total = len(images)
     features = {
-        column: gathered(torch.cat(parts), len(images), device) for column, parts in pooled.items()
+        column: gathered(torch.cat(parts), total, device) for column, parts in pooled.items()
     }
-    return features, gathered(torch.cat(labels), len(images), device)
+    return features, gathered(torch.cat(labels), total, device)
 
 
 def extract_features(
     encoder: MimRefinerModel,
-    images: "ImageDataset",
+    images: ImageDataset,
     processor: Any,
     *,
     blocks: Sequence[int] | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
     desc: str = "features",
 ) -> FeatureSet:
-    """Encode every image once, in the data set's order, without gradient and in eval mode; several processes share the work.
+    """Encode every image once, in the data set's order, without gradient and in eval mode.
+
+    Several processes share the work.
 
     Args:
         encoder: stays in the mode (training or eval) and on the device it came with.
         images: N images; decoding and `processor` run in the loader's workers.
         processor: an image processor whose output has the encoder's native size.
         blocks: 0-based blocks whose pooled raw output is kept too; only these are recorded.
-        batch_size: images per forward pass.
-        num_workers: processes that decode and preprocess; 0 for none beside this one.
-        device: where to encode; None for where the encoder is.
+        loading: images per forward pass, workers, and where to encode.
         desc: text of the progress bar.
 
     Raises:
         ValueError: for an empty data set or a block that does not exist.
     """
-    depth = encoder.config.num_hidden_layers
-    wanted = check_blocks(blocks or (), depth)
-    columns = {block: own_column(encoder.config, block) for block in sorted({*wanted, depth - 1})}
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "desc": desc,
-    }
-    features, labels = encode_images(encoder, images, processor, list(columns.values()), **settings)
+    own = own_columns(encoder.config)
+    chosen = check_blocks(blocks or (), len(own))
+    columns = sorted({own[block] for block in (*chosen, -1)})
+    features, labels = encode_images(
+        encoder, images, processor, columns, loading=loading, desc=desc
+    )
     return FeatureSet(
-        features=features[columns[depth - 1]],
-        blocks={block: features[columns[block]] for block in wanted},
+        features=features[own[-1]],
+        blocks={block: features[own[block]] for block in chosen},
         labels=labels if bool((labels >= 0).all()) else None,
     )
 
 
-__all__ = ["FeatureSet", "encode_images", "extract_features", "feature_columns"]
+__all__ = ["FeatureSet", "encode_images", "extract_features", "feature_columns", "own_columns"]

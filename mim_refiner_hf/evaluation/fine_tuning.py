@@ -1,20 +1,23 @@
-"""Fine-tuning: the whole encoder and a linear classifier on its output, trained on labelled images (MIM-Refiner, C.5, C.6, C.9).
+"""Fine-tuning: the whole encoder and a linear classifier, trained on labelled images.
 
     mim-refiner evaluate MODEL --dataset DATA --protocols fine_tuning --recipe fine-tune-1percent
-    recipe = FineTuneRecipe(**read_fields("fine-tune-100percent", FineTuneRecipe))      # training/recipes/; or FineTuneRecipe(epochs=20)
-    model = fine_tune(encoder, processor, train, recipe)                               # a MimRefinerForImageClassification; or
-    result = fine_tuning(encoder=encoder, processor=processor, train_images=train, eval_images=test, recipe=recipe)
 
-| recipe               | is                                                                                                   |
-|----------------------|------------------------------------------------------------------------------------------------------|
-| fine-tune-inat       | the paper's table 12 (low-shot iNaturalist): crop, flip, label smoothing; the defaults of the fields |
-| fine-tune-1percent   | the same at a small learning rate, on 1 % of the labels (the released code's settings)               |
-| fine-tune-10percent  | RandAugment, mixup, CutMix, erasing and drop path, on 10 % (the released code's settings)            |
-| fine-tune-100percent | MAE's recipe for a ViT-L (MAE, table 9)                                                              |
+    recipe = FineTuneRecipe(epochs=20)      # or one of training/recipes/, by read_fields
+    model = fine_tune(encoder, processor, images, recipe)      # MimRefinerForImageClassification
+    result = fine_tuning(encoder, processor, train_images, eval_images, recipe=recipe)
 
-AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6; positions are trained too. The model after the last epoch
-counts: no choice is made on the evaluation images. RandAugment, mixup, CutMix, erasing and drop path are timm's. Works under
-`accelerate launch`: each process takes its share of every batch.
+The recipes (MIM-Refiner, C.5, C.6, C.9; the released code's settings where the paper has none):
+
+- fine-tune-inat: the paper's table 12: crop, flip, label smoothing; the defaults of the fields;
+- fine-tune-1percent: the same at a small learning rate, on 1 % of the labels;
+- fine-tune-10percent: RandAugment, mixup, CutMix, erasing and drop path, on 10 %;
+- fine-tune-100percent: MAE's recipe for a ViT-L (MAE, table 9).
+
+AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6; positions are
+trained too. The model after the last epoch counts: no choice is made on the evaluation images.
+RandAugment, mixup, CutMix, erasing and drop path are timm's. Works under `accelerate launch`: each
+process takes its share of every batch. Recipe, images and training stand in one file, as each is
+read with the others.
 """
 
 import copy
@@ -36,7 +39,8 @@ from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.images import SampleKey, read_sample
+from ..data.images import Key, read_sample
+from ..data.loading import Loading
 from ..data.order import BatchSampler
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
@@ -61,13 +65,15 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # MAE's
-CLASSIFIER_STD = 2e-5  # MAE's: the classifier starts next to zero
+# MAE's RandAugment
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+# MAE's: the classifier starts next to zero
+CLASSIFIER_STD = 2e-5
 
 
 @dataclass
 class FineTuneRecipe:
-    """All settings of a fine-tuning; the defaults are the paper's for low-shot iNaturalist (table 12)."""
+    """All settings of a fine-tuning; the defaults are the paper's for iNaturalist (table 12)."""
 
     fraction: ShareAboveZero = documented(
         1.0, "Share of the images of every class that is trained on, at least one of each."
@@ -111,11 +117,14 @@ class FineTuneRecipe:
         return self.mixup > 0 or self.cutmix > 0
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------
 
 
 def labelled_share(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Sorted places of `fraction` of the images of every class, rounded, at least one: a pure function of its arguments."""
+    """Sorted places of `fraction` of the images of every class, rounded, at least one.
+
+    A pure function of its arguments.
+    """
     shuffled = random_generator(seed, "labelled share").permutation(len(labels))
     chosen = []
     for label in np.unique(labels):
@@ -126,8 +135,11 @@ def labelled_share(labels: NDArray[np.int64], fraction: float, seed: int) -> NDA
 
 @contextmanager
 def seeded(generator: np.random.Generator) -> Iterator[None]:
-    """Inside, timm's augmentations, which draw from the global generators, draw from this one; the global ones stay as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Inside, what draws from the global generators draws from this one.
+
+    timm's augmentations do. Afterwards the global ones are where they were.
+    """
+    python, numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     number = int(generator.integers(2**32))
     random.seed(number)
     np.random.seed(number)
@@ -135,62 +147,75 @@ def seeded(generator: np.random.Generator) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(of_torch)
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Key (epoch, i) -> normalised pixels (C, H, W) and label: a pure function of seed, epoch and image."""
+    """Key (epoch, i) -> normalised pixels (C, H, W) and label of image i, augmented.
+
+    A pure function of seed, epoch and image.
+    """
 
     def __init__(
         self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any
     ) -> None:
-        self.images, self.seed = images, recipe.seed
-        self.mean, self.std = processor.image_mean, processor.image_std
+        self.images = images
+        self.seed = recipe.seed
+        self.mean = processor.image_mean
+        self.std = processor.image_std
+        scale = (recipe.scale, 1.0)
         self.crop = ViewSpec(
-            size, (recipe.scale, 1.0), blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip
-        )
-        grey = tuple(round(255 * value) for value in self.mean)
-        settings = {
-            "translate_const": int(0.45 * size),
-            "img_mean": grey if len(grey) > 1 else grey[0],
-        }
-        self.rand_augment = (
-            rand_augment_transform(RAND_AUGMENT, settings) if recipe.rand_augment else None
-        )
-        self.erase = (
-            RandomErasing(recipe.erasing, mode="pixel", device="cpu") if recipe.erasing else None
+            size, scale, blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip
         )
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+        self.rand_augment: Any = None
+        if recipe.rand_augment:
+            # what stands where a shifted image has no pixels: a tuple, or of one channel a number
+            grey = [round(255 * value) for value in self.mean]
+            fill = tuple(grey) if len(grey) > 1 else grey[0]
+            settings = {"translate_const": int(0.45 * size), "img_mean": fill}
+            self.rand_augment = rand_augment_transform(RAND_AUGMENT, settings)
+        self.erase: Any = None
+        if recipe.erasing:
+            self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        # after it come the image, and those that stand in for it where it is broken
+        epoch = key[0]
         (image, label, _), index, broken = read_sample(self.images, key)
         for entry in broken:
             logger.warning("%s It is skipped.", entry["reason"])
-        rng = random_generator(self.seed, "fine-tuning", key[0], index)
+
+        rng = random_generator(self.seed, "fine-tuning", epoch, index)
         view = make_view(image, self.crop, rng)
         with seeded(rng):
             if self.rand_augment is not None:
                 view = self.rand_augment(view)
-            pixels = (
-                torch.from_numpy(np.array(view))
-                .view(self.crop.size, self.crop.size, -1)
-                .permute(2, 0, 1)
-            )
+            pixels = torch.from_numpy(np.array(view))
+            pixels = pixels.view(self.crop.size, self.crop.size, -1).permute(2, 0, 1)
             pixels = normalise(pixels, self.mean, self.std)
-            return (pixels if self.erase is None else self.erase(pixels)), label
+            if self.erase is not None:
+                pixels = self.erase(pixels)
+        return pixels, label
 
 
-# --- training -----------------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------
 
 
 def make_classifier(encoder: MimRefinerModel, num_classes: int) -> MimRefinerForImageClassification:
-    """A copy of the encoder in fp32 with a classifier next to zero; everything is trained but the frequencies of rope."""
+    """A copy of the encoder in fp32 with a classifier next to zero.
+
+    Everything is trained but the frequencies of rope.
+    """
     config = copy.deepcopy(encoder.config)
     config.num_labels = num_classes
     model = MimRefinerForImageClassification(config)
     model.encoder.load_state_dict(encoder.state_dict())
-    assert isinstance(model.classifier, nn.Linear)  # num_classes is at least 1
+
+    # it is one, as num_classes is at least 1
+    assert isinstance(model.classifier, nn.Linear)
     nn.init.trunc_normal_(model.classifier.weight, std=CLASSIFIER_STD)
     nn.init.zeros_(model.classifier.bias)
     for name, parameter in model.named_parameters():
@@ -199,29 +224,28 @@ def make_classifier(encoder: MimRefinerModel, num_classes: int) -> MimRefinerFor
 
 
 def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[Any]:
-    """Stochastic depth on both residual branches of every block while training: 0 in the first block, `rate` in the last.
+    """Stochastic depth on both residual branches of every block while training.
 
-    Returns the hooks, to be removed after training.
+    0 in the first block, growing linearly to `rate` in the last. Returns the hooks, to be removed
+    after training.
     """
     hooks = []
     layers: Any = model.encoder.layers
     for i, layer in enumerate(layers):
         probability = rate * i / max(len(layers) - 1, 1)
+
+        def drop(module: nn.Module, _inputs: Any, output: Tensor, p: float = probability) -> Tensor:
+            return drop_path(output, p, module.training)
+
         for branch in (layer.layer_scale1, layer.layer_scale2):
-            hooks.append(
-                branch.register_forward_hook(
-                    lambda module, _inputs, output, p=probability: drop_path(
-                        output, p, module.training
-                    )
-                )
-            )
+            hooks.append(branch.register_forward_hook(drop))
     return hooks
 
 
 def classifier_groups(
     model: MimRefinerForImageClassification, recipe: FineTuneRecipe
 ) -> list[dict[str, Any]]:
-    """The encoder's groups with layer-wise decayed rates, and the classifier's, which has the full rate."""
+    """The encoder's groups with layer-wise decayed rates; the classifier's have the full rate."""
     own: list[dict[str, Any]] = [
         {"params": [model.classifier.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
         {"params": [model.classifier.bias], "lr_scale": 1.0, "weight_decay": 0.0},
@@ -235,19 +259,20 @@ def fine_tune(
     images: "ImageDataset",
     recipe: FineTuneRecipe,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> MimRefinerForImageClassification:
-    """Train a copy of `encoder` and a classifier on all of `images`; returns it in eval mode, on `device`.
+    """Train a copy of `encoder` and a classifier on all of `images`.
 
     Args:
-        encoder, processor: the starting weights, which stay as they are, and the image processor, of which mean and std are used.
+        encoder, processor: the starting weights, which stay as they are, and the image processor,
+            of which mean and std are used.
         images: labelled.
         recipe: the settings; its `fraction` is not applied here.
-        batch_size: images per pass; the gradients of an update's passes are summed exactly.
-        num_workers: processes that decode and augment.
-        device: where to train, in bf16 autocast if it is a GPU; None for where the encoder is.
+        loading: images per pass (the gradients of an update's passes are summed exactly), workers,
+            and where to train, in bf16 autocast if it is a GPU.
+
+    Returns:
+        The model in eval mode, where it was trained.
 
     Raises:
         ValueError: for missing labels, an input that is not square, and mixing with an odd batch.
@@ -259,68 +284,77 @@ def fine_tune(
         raise ValueError(
             f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels"
         )
-    batch = min(recipe.batch_size, len(images)) // world_size() * world_size()
-    share = batch // world_size()
+    share = min(recipe.batch_size, len(images)) // world_size()
     if recipe.mixes and share % 2:
         raise ValueError(
-            f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make it even"
+            f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make "
+            "it even"
         )
-    home = torch.device(device) if device is not None else encoder.device
+
+    batch = share * world_size()
+    sampler = BatchSampler(
+        images,
+        batch_size=batch,
+        seed=recipe.seed,
+        steps=recipe.epochs * (len(images) // batch),
+        rank=rank(),
+        world_size=world_size(),
+    )
+    augmented = AugmentedImages(images, recipe, height, processor)
+    loader = DataLoader(augmented, batch_sampler=sampler, num_workers=loading.num_workers)
+
+    home = encoder.device if loading.device is None else torch.device(loading.device)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        model = make_classifier(encoder, num_classes)
-        model.train().to(home)
-        torch.manual_seed(recipe.seed + rank())  # of drop path
-        steps = recipe.epochs * (len(images) // batch)
-        sampler = BatchSampler(
-            images,
-            batch_size=batch,
-            seed=recipe.seed,
-            steps=steps,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        augmented = AugmentedImages(images, recipe, height, processor)
-        loader = DataLoader(augmented, batch_sampler=sampler, num_workers=num_workers)
+        model = make_classifier(encoder, num_classes).train().to(home)
+        # what drop path draws differs between processes
+        torch.manual_seed(recipe.seed + rank())
         hooks = add_drop_path(model, recipe.drop_path)
-        train(model, loader, recipe, steps, batch, batch_size)
+        train_classifier(model, loader, recipe, batch, loading.batch_size)
         for hook in hooks:
             hook.remove()
     return model.eval()
 
 
-def train(
+def train_classifier(
     model: MimRefinerForImageClassification,
     loader: DataLoader[Any],
     recipe: FineTuneRecipe,
-    steps: int,
     batch: int,
-    batch_size: int,
+    micro_batch: int,
 ) -> None:
-    """The updates; see `fine_tune`."""
+    """The updates of `fine_tune`.
+
+    Args:
+        loader: of this process's share of every batch.
+        batch: images per update, all processes together.
+        micro_batch: images per pass.
+    """
     optimizer = torch.optim.AdamW(classifier_groups(model, recipe), lr=0.0, betas=(0.9, 0.999))
-    warmup, peak = (
-        round(recipe.warmup_epochs * steps / recipe.epochs),
-        recipe.learning_rate * batch / 256,
-    )
-    num_classes, home = model.num_labels, model.device
-    mix = (
-        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes)
-        if recipe.mixes
-        else None
-    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    steps = len(loader)
+    warmup = round(recipe.warmup_epochs * steps / recipe.epochs)
+    peak = recipe.learning_rate * batch / 256
+
+    home = model.device
+    mix: Any = None
+    if recipe.mixes:
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=model.num_labels)
+
     progress = progress_bar(
         loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False
     )
     for step, (pixels, labels) in enumerate(progress):
-        pixels, targets = pixels.to(home), F.one_hot(labels.to(home), num_classes).float()
+        pixels, labels = pixels.to(home), labels.to(home)
+        targets = F.one_hot(labels, model.num_labels).float()
         if mix is not None:
             with seeded(random_generator(recipe.seed, "mix", step, rank())):
-                pixels, targets = mix(pixels, labels.to(home))
+                pixels, targets = mix(pixels, labels)
+
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
         optimizer.zero_grad()
-        for some, expected in zip(pixels.split(batch_size), targets.split(batch_size), strict=True):
+        passes = zip(pixels.split(micro_batch), targets.split(micro_batch), strict=True)
+        for some, expected in passes:
             with torch.autocast(home.type, torch.bfloat16, enabled=home.type == "cuda"):
                 logits = model(some).logits
             loss = F.cross_entropy(logits.float(), expected, label_smoothing=recipe.label_smoothing)
@@ -333,41 +367,52 @@ def train(
         optimizer.step()
 
 
+# --- the protocol ----------------------------------------------------------------------------
+
+
 def fine_tuning(
-    *,
     encoder: MimRefinerModel,
     processor: Any,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
+    *,
     recipe: FineTuneRecipe | None = None,
     seed: int = 0,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
-    """Accuracy on `eval_images` after fine-tuning on the recipe's share of `train_images`.
+    """Accuracy after fine-tuning on the recipe's share of `train_images`.
 
     Args:
-        recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its own.
-        encoder, processor, batch_size, num_workers, device: as in `fine_tune`.
+        encoder, processor, loading: as in `fine_tune`.
+        train_images, eval_images: labelled.
+        recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its
+            own.
 
     Returns:
         `fine_tuning_accuracy`, with the standard error over the evaluation images.
     """
     recipe = recipe or FineTuneRecipe(seed=seed)
     targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
-    chosen = train_images.subset(
-        labelled_share(class_labels(train_images, "fine-tuning"), recipe.fraction, recipe.seed)
+    labels = class_labels(train_images, "fine-tuning")
+    chosen = train_images.subset(labelled_share(labels, recipe.fraction, recipe.seed))
+    model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
+
+    loader = DataLoader(
+        eval_images,
+        batch_size=loading.batch_size,
+        num_workers=loading.num_workers,
+        collate_fn=Preprocess(processor),
     )
-    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    model = fine_tune(encoder, processor, chosen, recipe, device=device, **settings)
-    loader = DataLoader(eval_images, collate_fn=Preprocess(processor), **settings)
+    answers = []
     with torch.inference_mode():
-        predicted = torch.cat(
-            [model(pixels.to(model.device)).logits.argmax(dim=1).cpu() for pixels, _ in loader]
-        )
-    setting = f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, layer decay {recipe.layer_decay:g}"
-    return ProtocolResult({"fine_tuning_accuracy": mean_score(predicted == targets, setting)})
+        for pixels, _ in loader:
+            answers.append(model(pixels.to(model.device)).logits.argmax(dim=1).cpu())
+    setting = (
+        f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, "
+        f"layer decay {recipe.layer_decay:g}"
+    )
+    score = mean_score(torch.cat(answers) == targets, setting)
+    return ProtocolResult({"fine_tuning_accuracy": score})
 
 
 __all__ = ["FineTuneRecipe", "fine_tune", "fine_tuning"]

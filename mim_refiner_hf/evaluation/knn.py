@@ -3,18 +3,19 @@
     from mim_refiner_hf.evaluation import knn_accuracy
     knn_accuracy(train_x, train_y, test_x, test_y)           # k = 10, temperature 0.07
 
-The features may be those of the last block, or of the last 4 blocks side by side (paper, table 13):
+The features may be those of the last block, or of the last 4 blocks side by side (table 13):
 
     found = extract_features(encoder, images, processor, blocks=range(20, 24))
     last4 = torch.cat(list(found.blocks.values()), dim=1)    # (N, 4 D)
 
-Features are standardised with the TRAIN mean and unbiased standard deviation, L2-normalised, and compared by cosine; each of
-the k neighbours votes for its class with weight `exp(similarity / temperature)`. The authors tuned k = 10 for plain MIM models
-(MIM-Refiner, Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
+Features are standardised with the TRAIN mean and unbiased standard deviation, L2-normalised, and
+compared by cosine. Each of the k neighbours votes for its class with the weight
+`exp(similarity / temperature)`. The authors tuned k = 10 for plain MIM models (MIM-Refiner,
+Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
 
-The search is exact. It takes a tile of 2048 test rows by 16 384 bank rows at a time, one matrix product, whatever the sizes: some
-200 MB at width 768, beside the features themselves. Of the first tile it sorts a few hundred similarities per row (`largest`), of
-the others only those that are better than what it has (`improved`).
+`nearest` is the search behind all of it, and behind everything else that asks for neighbours:
+
+    similarity, index = nearest(queries, bank, k=10)         # both (M, 10)
 """
 
 import math
@@ -26,23 +27,162 @@ from torch import Tensor
 
 from ..runtime.distributed import gather_objects, rank, world_size
 
-NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)  # of the grid
-TEMPERATURES = (0.02, 0.07, 0.2)
-ROWS_AT_ONCE, BANK_AT_ONCE = 2048, 2**14  # of one tile of the similarity matrix: 128 MiB in fp32
-BLOCK = 16  # columns of a tile of which only the largest is compared at first
+# of the grid
+_GRID_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
+_GRID_TEMPERATURES = (0.02, 0.07, 0.2)
+# of one tile of the similarity matrix: 128 MiB in fp32
+QUERIES_AT_ONCE = 2048
+BANK_AT_ONCE = 2**14
+# columns of a tile of which only the largest is compared at first
+_COLUMNS_OF_BLOCK = 16
 
 Answers = dict[tuple[int, float], Tensor]
 """Predicted classes (M,) int64 by (k, temperature)."""
 
+# Shapes below: N rows of the bank, M queries, D the width of a feature; r rows and c columns of
+# one tile of the similarity matrix.
+
+# --- standardisation ------------------------------------------------------------------------------
+
+
+def channel_statistics(rows: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation + 1e-6 of every channel of `rows` (N, D): two tensors (D,).
+
+    `correction` 1 gives the unbiased deviation, 0 that of a batch norm.
+    """
+    mean = rows.mean(dim=0)
+    # several times as fast as `Tensor.std`
+    variance = (rows - mean).square_().sum(dim=0) / (len(rows) - correction)
+    return mean, variance.sqrt_() + 1e-6
+
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets (N, D) and (M, D) with the TRAIN mean and unbiased standard deviation + 1e-6 per channel."""
-    mean = train.mean(dim=0)
-    centred = train - mean
-    std = (
-        centred.square().sum(dim=0) / (len(train) - 1)
-    ).sqrt_() + 1e-6  # several times as fast as `Tensor.std`
-    return centred.div_(std), (test - mean).div_(std)
+    """Both sets (N, D), (M, D) with the TRAIN mean and standard deviation, channel by channel."""
+    mean, deviation = channel_statistics(train)
+    return (train - mean).div_(deviation), (test - mean).div_(deviation)
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def nearest(
+    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The k most similar rows of the bank for every query, by cosine: exact, in bounded memory.
+
+    It takes a tile of 2048 queries by 16 384 bank rows at a time, one matrix product, whatever the
+    sizes: some 200 MB at width 768, beside the features themselves. Of the first tile it sorts a
+    few hundred similarities per query (`largest`), of the others only those that are better than
+    what it has (`improved`).
+
+    Args:
+        queries: (M, D), of any norm; `standardise` them first for the paper's protocol.
+        bank: (N, D), of any norm and the dtype of the queries.
+        k: between 1 and N, or N - 1 with `exclude_self`.
+        exclude_self: the queries are the bank, and no row is a neighbour of itself.
+
+    Returns:
+        Cosines (M, k), best first, and the numbers of those rows of the bank (M, k).
+    """
+    if len(queries) == 0:
+        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)
+    parts = [F.normalize(rows, dim=1) for rows in queries.split(QUERIES_AT_ONCE)]
+
+    # tiles of equal width, which `improved` can divide into blocks
+    tiles = math.ceil(len(bank) / BANK_AT_ONCE)
+    width = math.ceil(len(bank) / tiles / _COLUMNS_OF_BLOCK) * _COLUMNS_OF_BLOCK
+    tile = bank.new_empty(len(parts[0]), width)
+    unit = bank.new_empty(width, bank.shape[1])
+
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(bank), width):
+        rows = bank[start : start + width]
+        norms = rows.norm(dim=1, keepdim=True).clamp_min_(1e-12)
+        columns = torch.div(rows, norms, out=unit[: len(rows)]).T
+        # the last tile may be narrower than the others
+        tile[:, len(rows) :] = -math.inf
+
+        for number, part in enumerate(parts):
+            similarity = tile[: len(part)]
+            torch.mm(part, columns, out=similarity[:, : len(rows)])
+            if exclude_self:
+                offset = number * QUERIES_AT_ONCE - start
+                similarity.diagonal(offset=offset).fill_(-math.inf)
+
+            if start == 0:
+                found.append(largest(similarity[:, : len(rows)], min(k, len(rows))))
+            else:
+                found[number] = improved(*found[number], similarity, start, k)
+
+    values = torch.cat([similarity for similarity, _ in found])
+    return values, torch.cat([index for _, index in found])
+
+
+def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`similarity.topk(k, dim=1)` of a tile (r, c); of equal entries at the border any may come.
+
+    The columns fall into blocks. The k largest entries of a row lie in the k blocks with the
+    largest maxima, for each of those holds one entry that is at least as large as all of any other
+    block. So two short searches stand for a long one.
+    """
+    columns = similarity.shape[1]
+    # makes the two searches equally long
+    size = math.isqrt(columns // k)
+    if size < 2:
+        return similarity.topk(k, dim=1)
+
+    # block b holds the columns b, b + count, b + 2 count, ...; a few columns are left over
+    count = columns // size
+    grid = similarity[:, : size * count].unflatten(1, (size, count))
+    rest = similarity[:, size * count :]
+    blocks = grid.amax(dim=1).topk(k, dim=1, sorted=False).indices
+
+    inside = grid.gather(2, blocks[:, None].expand(-1, size, -1)).flatten(1)
+    values, places = torch.cat([inside, rest], dim=1).topk(k, dim=1)
+
+    # from places among the candidates back to columns of the tile
+    column = places // k * count + blocks.gather(1, places % k)
+    return values, torch.where(places < size * k, column, places + size * (count - k))
+
+
+def improved(
+    values: Tensor, index: Tensor, similarity: Tensor, start: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of what was found so far and the next tile (r, c), which begins at `start`.
+
+    After the first tile few entries are better than the worst of the k, some k / t of the t-th per
+    row. The columns fall into blocks, of which only those are looked into whose maximum is better.
+
+    Args:
+        values, index: (r, up to k), best first.
+    """
+    worst = values.new_full((len(values), 1), -math.inf)
+    if values.shape[1] == k:
+        worst = values[:, -1:]
+
+    # block b holds the columns b, b + count, b + 2 count, ...
+    grid = similarity.unflatten(1, (_COLUMNS_OF_BLOCK, -1))
+    row, block = (grid.amax(dim=1) > worst).nonzero(as_tuple=True)
+    inside = grid[row, :, block]
+    hit, step = (inside > worst[row]).nonzero(as_tuple=True)
+    row = row[hit]
+    column = block[hit] + step * grid.shape[2]
+
+    # the hits come row by row: each goes into the next free slot behind what its row had
+    count = torch.bincount(row, minlength=len(values))
+    before = (count.cumsum(0) - count)[row]
+    slot = values.shape[1] + torch.arange(len(row), device=row.device) - before
+    most = int(count.max())
+    all_values = F.pad(values, (0, most), value=-math.inf)
+    all_index = F.pad(index, (0, most))
+    all_values[row, slot] = inside[hit, step]
+    all_index[row, slot] = column + start
+
+    best = all_values.topk(min(k, all_values.shape[1]), dim=1)
+    return best.values, all_index.gather(1, best.indices)
+
+
+# --- the votes ------------------------------------------------------------------------------------
 
 
 def check_knn_input(
@@ -51,15 +191,18 @@ def check_knn_input(
     """ValueError, in one sentence, for shapes, neighbours and temperatures that make no sense."""
     if train_x.dim() != 2 or test_x.dim() != 2 or train_x.shape[1] != test_x.shape[1]:
         raise ValueError(
-            f"features must be (N, D) and (M, D) of one width, not {(*train_x.shape,)} and {(*test_x.shape,)}"
+            "features must be (N, D) and (M, D) of one width, not "
+            f"{(*train_x.shape,)} and {(*test_x.shape,)}"
         )
     if len(train_x) == 0 or len(test_x) == 0:
         raise ValueError(
-            f"k-NN needs at least one training and one test row, not {len(train_x)} and {len(test_x)}"
+            "k-NN needs at least one training and one test row, not "
+            f"{len(train_x)} and {len(test_x)}"
         )
     if train_y.shape != train_x.shape[:1]:
         raise ValueError(
-            f"train_y must hold one label per training row ({len(train_x)}), not shape {(*train_y.shape,)}"
+            f"train_y must hold one label per training row ({len(train_x)}), "
+            f"not shape {(*train_y.shape,)}"
         )
     if bool((train_y < 0).any()):
         raise ValueError(
@@ -73,96 +216,22 @@ def check_knn_input(
         )
 
 
-def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`similarity.topk(k, dim=1)` of a tile (r, c), largest first; of equal entries at the border any may be taken.
-
-    The columns fall into blocks, and the k largest entries of a row lie in the k blocks with the largest maxima, for each of those
-    k holds one entry that is at least as large as all of any other block. So two short searches stand for a long one.
-    """
-    columns = similarity.shape[1]
-    size = math.isqrt(columns // k)  # makes the two searches equally long
-    if size < 2:
-        return similarity.topk(k, dim=1)
-    count = columns // size
-    grid, rest = (
-        similarity[:, : size * count].unflatten(1, (size, count)),
-        similarity[:, size * count :],
-    )
-    blocks = (
-        grid.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    )  # block b holds the columns b, b + count, b + 2 count, ...
-    inside = grid.gather(2, blocks[:, None].expand(-1, size, -1)).flatten(1)
-    values, places = torch.cat([inside, rest], dim=1).topk(k, dim=1)
-    column = places // k * count + blocks.gather(1, places % k)
-    return values, torch.where(places < size * k, column, places + size * (count - k))
-
-
-def nearest(bank: Tensor, parts: Sequence[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
-    """For each part (r, D) the cosines (r, k) of the k most similar rows of the bank (N, D), best first, and their numbers (r, k)."""
-    parts, found = [F.normalize(rows, dim=1) for rows in parts], []
-    width = (
-        math.ceil(len(bank) / math.ceil(len(bank) / BANK_AT_ONCE) / BLOCK) * BLOCK
-    )  # tiles of equal width
-    tile, unit = (
-        bank.new_empty(max(map(len, parts), default=0), width),
-        bank.new_empty(width, bank.shape[1]),
-    )
-    for start in range(0, len(bank), width):
-        part = bank[start : start + width]
-        columns = torch.div(
-            part, part.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=unit[: len(part)]
-        ).T
-        tile[:, len(part) :] = -math.inf
-        for number, rows in enumerate(parts):
-            similarity = tile[: len(rows)]
-            torch.mm(rows, columns, out=similarity[:, : len(part)])
-            if start == 0:
-                found.append(largest(similarity[:, : len(part)], min(k, len(part))))
-            else:
-                found[number] = improved(*found[number], similarity, start, k)
-    return found
-
-
-def improved(
-    values: Tensor, places: Tensor, similarity: Tensor, start: int, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k largest of `values` (r, up to k), best first, with their `places`, and the next tile (r, c), which begins at `start`.
-
-    After the first tile few entries are better than the worst of the k, some k / t of the t-th per row. The columns fall into blocks,
-    of which only those are looked into whose maximum is better.
-    """
-    worst = values[:, -1:] if values.shape[1] == k else values.new_full((len(values), 1), -math.inf)
-    grid = similarity.unflatten(
-        1, (BLOCK, -1)
-    )  # block b holds the columns b, b + count, b + 2 count, ...
-    row, block = (grid.amax(dim=1) > worst).nonzero(as_tuple=True)
-    inside = grid[row, :, block]
-    hit, step = (inside > worst[row]).nonzero(as_tuple=True)
-    row, column = row[hit], block[hit] + step * grid.shape[2]
-    count = torch.bincount(row, minlength=len(values))
-    slot = (
-        values.shape[1] + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    )  # rows come in order
-    both = (
-        F.pad(values, (0, int(count.max())), value=-math.inf),
-        F.pad(places, (0, int(count.max()))),
-    )
-    both[0][row, slot], both[1][row, slot] = inside[hit, step], column + start
-    best = both[0].topk(min(k, both[0].shape[1]), dim=1)
-    return best.values, both[1].gather(1, best.indices)
-
-
 def vote(
     similarity: Tensor, classes: Tensor, num_classes: int, settings: Sequence[tuple[int, float]]
 ) -> Answers:
-    """What neighbours (r, k), best first, of these classes (r, k) decide; ties go to the lowest class."""
+    """What neighbours of these classes decide; ties go to the lowest class.
+
+    Args:
+        similarity: of the neighbours (M, k), best first.
+        classes: of the neighbours (M, k).
+        settings: pairs (k, temperature).
+    """
     answers = {}
     for neighbours, tau in settings:
-        # exp(s / tau) up to a factor per row, which no argmax sees, and which would overflow at a small tau
+        # exp(s / tau) would overflow at a small tau: up to a factor per row, which no argmax sees
         votes = ((similarity[:, :neighbours] - similarity[:, :1]) / tau).exp()
-        ballot = votes.new_zeros(len(votes), num_classes).scatter_add_(
-            1, classes[:, :neighbours], votes
-        )
+        ballot = votes.new_zeros(len(votes), num_classes)
+        ballot.scatter_add_(1, classes[:, :neighbours], votes)
         answers[neighbours, tau] = ballot.argmax(dim=1)
     return answers
 
@@ -177,51 +246,59 @@ def knn_predict(
     temperature: Sequence[float] = (0.07,),
     shared: bool = False,
 ) -> Answers:
-    """Predicted classes for every combination of `k` and `temperature`, from one pass over the similarities.
+    """Predicted classes for every `k` and `temperature`, from one pass over the similarities.
 
     Args:
-        train_x: bank of features (N, D); standardise first for the paper's protocol. Rows are L2-normalised here.
+        train_x: bank of features (N, D); standardise first for the paper's protocol.
         train_y: their classes (N,), int64, not negative.
         test_x: features to classify (M, D).
         k: numbers of neighbours, each at most N.
         temperature: softness of the votes; `float("inf")` for one vote per neighbour.
-        shared: all processes of the job make this call with the same features: each takes every n-th tile of test rows, and all get
-            all answers, the same as one process would.
+        shared: all processes of the job make this call with the same features: each takes a share
+            of the test rows, and all get all answers, the same as one process would.
 
     Returns:
-        {(k, temperature): classes (M,) int64 on the device of `test_x`}; ties go to the lowest class id.
+        {(k, temperature): classes (M,) int64 on the device of `test_x`}; ties go to the lowest.
 
     Raises:
         ValueError: for shapes, labels, neighbours or temperatures that do not fit.
     """
     check_knn_input(train_x, train_y, test_x, k, temperature)
-    num_classes, settings = (
-        int(train_y.max()) + 1,
-        [(neighbours, tau) for neighbours in k for tau in temperature],
-    )
-    first, processes = (rank(), world_size()) if shared else (0, 1)
-    parts = test_x.split(ROWS_AT_ONCE)
-    own = [
-        vote(similarity, train_y[places], num_classes, settings)
-        for similarity, places in nearest(train_x, parts[first::processes], max(k))
+    settings = [(neighbours, tau) for neighbours in k for tau in temperature]
+    num_classes = int(train_y.max()) + 1
+
+    # whole tiles, so that every product is the one that a single process computes
+    process, processes = (rank(), world_size()) if shared else (0, 1)
+    tiles = math.ceil(len(test_x) / QUERIES_AT_ONCE)
+    first, end = (share * tiles // processes for share in (process, process + 1))
+    own = test_x[first * QUERIES_AT_ONCE : end * QUERIES_AT_ONCE]
+    similarity, index = nearest(own, train_x, max(k))
+
+    # tile by tile, for the ballots are as wide as there are classes
+    parts = [
+        vote(values, train_y[places], num_classes, settings)
+        for values, places in zip(
+            similarity.split(QUERIES_AT_ONCE), index.split(QUERIES_AT_ONCE), strict=True
+        )
     ]
+    answers = {setting: torch.cat([part[setting] for part in parts]) for setting in settings}
     if processes == 1:
-        return {setting: torch.cat([answers[setting] for answers in own]) for setting in settings}
-    told = gather_objects(
-        [{setting: classes.cpu() for setting, classes in answers.items()} for answers in own]
-    )
-    everything = [told[part % processes][part // processes] for part in range(len(parts))]
+        return answers
+    told = gather_objects({setting: classes.cpu() for setting, classes in answers.items()})
     return {
-        setting: torch.cat([answers[setting] for answers in everything]).to(test_x.device)
+        setting: torch.cat([part[setting] for part in told]).to(test_x.device)
         for setting in settings
     }
 
 
 def knn_grid(train_x: Tensor, train_y: Tensor, test_x: Tensor, *, shared: bool = False) -> Answers:
-    """`knn_predict` for all of `NEIGHBOURS` that the bank has, and all `TEMPERATURES`, in one pass; standardise first."""
-    neighbours = [k for k in NEIGHBOURS if k <= len(train_x)]
+    """`knn_predict` for k = 1 to 200, as far as the bank goes, and three temperatures at once.
+
+    Standardise first.
+    """
+    neighbours = [k for k in _GRID_NEIGHBOURS if k <= len(train_x)]
     return knn_predict(
-        train_x, train_y, test_x, k=neighbours, temperature=TEMPERATURES, shared=shared
+        train_x, train_y, test_x, k=neighbours, temperature=_GRID_TEMPERATURES, shared=shared
     )
 
 
@@ -235,16 +312,26 @@ def knn_accuracy(
     temperature: float = 0.07,
     shared: bool = False,
 ) -> float:
-    """Share (0 to 1) of the test rows that the paper's k-NN protocol classifies correctly; arguments as in `knn_predict`."""
+    """Share (0 to 1) of the test rows that the paper's k-NN protocol classifies correctly.
+
+    Arguments as in `knn_predict`; standardises by itself.
+    """
     if test_y.shape != test_x.shape[:1]:
         raise ValueError(
             f"test_y must hold one label per test row ({len(test_x)}), not shape {(*test_y.shape,)}"
         )
     train_x, test_x = standardise(train_x, test_x)
-    predicted = knn_predict(
+    answers = knn_predict(
         train_x, train_y, test_x, k=(k,), temperature=(temperature,), shared=shared
-    )[k, temperature]
-    return (predicted == test_y).float().mean().item()
+    )
+    return (answers[k, temperature] == test_y).float().mean().item()
 
 
-__all__ = ["knn_accuracy", "knn_grid", "knn_predict", "standardise"]
+__all__ = [
+    "channel_statistics",
+    "knn_accuracy",
+    "knn_grid",
+    "knn_predict",
+    "nearest",
+    "standardise",
+]

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: block profile, groups against classes, a map of the features, neighbours right and wrong.
+"""Plots of an evaluation: block profile, groups against classes, a map, neighbours.
 
     draw_profile({"before": old.metrics, "after": new.metrics}, Path("out/block_profile.png"))
     draw_confusion(images, evaluation, Path("out/confusion.png"))
@@ -15,35 +15,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 
 from .feature_map import flat_map
-from .knn import standardise
-from .pictures import class_name, mosaic, plot_knn_per_block, save_figure, thumbnail
+from .knn import nearest, standardise
+from .pictures import (
+    class_name,
+    mosaic,
+    new_figure,
+    plot_knn_per_block,
+    save_figure,
+    square_tile,
+)
 from .report import Evaluation
 
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
-NEIGHBOURS, EXAMPLES = (
-    6,
-    6,
-)  # of the neighbours' picture: neighbours per image, images right and images wrong
-NAMED_CLASSES = 30  # more are numbered: their names would overlap
+# of the picture of neighbours: how many an image has; images that are right, and that are wrong
+SHOWN_NEIGHBOURS = 6
+EXAMPLES = 6
+# more classes are numbered: their names would overlap
+NAMED_CLASSES = 30
 MAP_IMAGES = 5000
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, drawn without a display."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def draw_profile(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -53,80 +52,89 @@ def draw_profile(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def confusion(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Shares (classes, groups) of every class over the groups, in the order that puts each class's own group on the diagonal."""
+# --- groups against classes ------------------------------------------------------------------
+
+
+def class_shares(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of every class that is in each group (classes, groups).
+
+    The groups stand in the order that puts each class's own group on the diagonal: the best
+    one-to-one match of both (the Hungarian algorithm).
+    """
     counts = contingency_matrix(labels, groups).astype(float)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     own = columns[np.argsort(rows)]
     rest = np.setdiff1d(np.arange(counts.shape[1]), own)
     order = np.concatenate([own, rest]).astype(np.int64)
-    shares: NDArray[np.float64] = (counts / counts.sum(axis=1, keepdims=True))[:, order]
-    return shares
+
+    shares: NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
+    return shares[:, order]
 
 
 def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
-    """How each class spreads over the groups; the groups are in the order of the best one-to-one match with the classes."""
+    """How each class spreads over the groups, as a table of shades; see `class_shares`."""
     assert evaluation.features.labels is not None
-    shares = confusion(evaluation.features.labels.numpy(), evaluation.assignments)
-    classes = np.unique(evaluation.features.labels.numpy())
+    labels = evaluation.features.labels.numpy()
+    shares = class_shares(labels, evaluation.assignments)
+    classes = np.unique(labels)
+
     side = min(12.0, 2.5 + 0.28 * len(classes))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    picture = axes.imshow(
-        shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
-    )
+    shades: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "Blues", "interpolation": "nearest"}
+    picture = axes.imshow(shares, aspect="auto", **shades)
     if len(classes) <= NAMED_CLASSES:
-        axes.set_yticks(
-            range(len(classes)), [class_name(images, label) for label in classes], parse_math=False
-        )
+        names = [class_name(images, label) for label in classes]
+        axes.set_yticks(range(len(classes)), names, parse_math=False)
     axes.set(xlabel="group", ylabel="class")
     figure.colorbar(picture, ax=axes, label="share of the class")
     save_figure(figure, path)
 
 
+# --- the map ---------------------------------------------------------------------------------
+
+
 def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None:
-    """The evaluation images as dots in two dimensions, coloured by class or, without labels, by group; at most 5000."""
+    """The evaluation images as dots in two dimensions; at most 5000.
+
+    They are coloured by class or, without labels, by group.
+    """
+    total = len(evaluation.assignments)
+    shown = np.linspace(0, total - 1, min(MAP_IMAGES, total)).astype(int)
+    points, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
+
     labels = evaluation.features.labels
-    shown = np.linspace(
-        0, len(evaluation.assignments) - 1, min(MAP_IMAGES, len(evaluation.assignments))
-    ).astype(int)
-    found, method = flat_map(evaluation.features.features[torch.from_numpy(shown)])
-    points = found.numpy()
-    colours = evaluation.assignments[shown] if labels is None else labels.numpy()[shown]
+    if labels is None:
+        kinds = evaluation.assignments[shown]
+        names = {kind: f"group {kind}" for kind in np.unique(kinds)}
+    else:
+        kinds = labels.numpy()[shown]
+        names = {kind: class_name(images, kind) for kind in np.unique(kinds)}
+
     figure = new_figure(6.6, 5)
     axes = figure.subplots()
-    kinds, size = (
-        np.unique(colours),
-        min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40),
-    )  # dots, in square points
-    for place, kind in enumerate(kinds):
-        name = f"group {kind}" if labels is None else class_name(images, kind)
-        where = colours == kind
-        axes.scatter(
-            points[where, 0],
-            points[where, 1],
-            s=size,
-            linewidths=0,
-            color=f"C{place % 10}",
-            label=name,
-            alpha=0.7,
-        )
-    axes.set(
-        title=f"{method} of the features, by {'group' if labels is None else 'class'}",
-        xticks=[],
-        yticks=[],
-    )
-    if len(kinds) <= NAMED_CLASSES:
-        legend = axes.legend(
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-            fontsize=7,
-            markerscale=math.sqrt(20 / size),
-            frameon=False,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+    # in square points: few dots are drawn larger
+    size = min(5 * math.sqrt(MAP_IMAGES / len(shown)), 40)
+    for place, (kind, name) in enumerate(names.items()):
+        x, y = points.numpy()[kinds == kind].T
+        axes.scatter(x, y, s=size, linewidths=0, color=f"C{place % 10}", label=name, alpha=0.7)
+
+    by = "group" if labels is None else "class"
+    axes.set(title=f"{method} of the features, by {by}", xticks=[], yticks=[])
+    if len(names) <= NAMED_CLASSES:
+        legend_beside(axes, math.sqrt(20 / size))
     save_figure(figure, path)
+
+
+def legend_beside(axes: Axes, markerscale: float) -> None:
+    """A legend to the right of the dots; a name with a dollar sign is no formula."""
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    legend = axes.legend(fontsize=7, markerscale=markerscale, frameon=False, **beside)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+# --- the neighbours --------------------------------------------------------------------------
 
 
 def framed(tile: Image.Image, colour: str) -> Image.Image:
@@ -134,54 +142,50 @@ def framed(tile: Image.Image, colour: str) -> Image.Image:
     return ImageOps.expand(tile, border=4, fill=tuple(round(255 * part) for part in to_rgb(colour)))
 
 
+def evenly_chosen(hits: torch.Tensor) -> list[int]:
+    """Up to `EXAMPLES` of the places where `hits` (N,) is true."""
+    places = hits.nonzero()[:, 0]
+    return places[:: max(1, len(places) // EXAMPLES)][:EXAMPLES].tolist()
+
+
 def draw_neighbours(
     images: "ImageDataset", bank_images: "ImageDataset", evaluation: Evaluation, path: Path
 ) -> None:
-    """Evaluation images, some classified right and some wrong, each with its nearest images of the k-NN bank.
+    """Images classified right, and some classified wrong, each with its nearest in the k-NN bank.
 
     Args:
         bank_images: the images behind `evaluation.bank`, in its order.
     """
-    found, bank = evaluation.features, evaluation.bank
-    assert (
-        bank is not None
-        and bank.labels is not None
-        and found.labels is not None
-        and evaluation.predicted is not None
-    )
-    right = evaluation.predicted == found.labels
-    chosen = [
-        kind.nonzero()[:, 0][:: max(1, int(kind.sum()) // EXAMPLES)][:EXAMPLES].tolist()
-        for kind in (right, ~right)
-    ]
-    rows = [*chosen[0], *chosen[1]]
-    bank_x, eval_x = standardise(bank.features, found.features[rows])
-    similarity = (
-        torch.nn.functional.normalize(eval_x, dim=1)
-        @ torch.nn.functional.normalize(bank_x, dim=1).T
-    )
-    nearest = similarity.topk(min(NEIGHBOURS, len(bank_x)), dim=1).indices
+    measured = evaluation.features
+    bank = evaluation.bank
+    assert bank is not None and measured.labels is not None and evaluation.predicted is not None
+
+    is_right = evaluation.predicted == measured.labels
+    right = evenly_chosen(is_right)
+    wrong = evenly_chosen(~is_right)
+    shown = [*right, *wrong]
+    bank_x, queries = standardise(bank.features, measured.features[shown])
+    _, neighbours = nearest(queries, bank_x, min(SHOWN_NEIGHBOURS, len(bank_x)))
+
     sheet = []
-    for row, columns in zip(rows, nearest.tolist(), strict=True):
-        neighbours = [bank_images[column] for column in columns]
-        same = [
-            "tab:green" if neighbour.label == int(found.labels[row]) else "tab:red"
-            for neighbour in neighbours
-        ]
-        tiles = [
-            thumbnail(images[row].image),
-            *(thumbnail(neighbour.image) for neighbour in neighbours),
-        ]
-        sheet.append(
-            [framed(tile, colour) for tile, colour in zip(tiles, ["white", *same], strict=True)]
-        )
+    for place, columns in zip(shown, neighbours.tolist(), strict=True):
+        tiles = [framed(square_tile(images[place].image), "white")]
+        for column in columns:
+            neighbour = bank_images[column]
+            same = neighbour.label == int(measured.labels[place])
+            tiles.append(framed(square_tile(neighbour.image), "tab:green" if same else "tab:red"))
+        sheet.append(tiles)
+
     figure = new_figure(1 + 0.85 * len(sheet[0]), 0.85 * len(sheet) + 0.5)
     axes = figure.subplots()
     axes.imshow(np.asarray(mosaic(sheet, len(sheet[0]))), interpolation="antialiased")
     axes.set_title("image, then its nearest neighbours; green: its class", fontsize=9)
+
+    # a word beside the middle of every row
     step = sheet[0][0].height + 2
-    said = ["right" if place < len(chosen[0]) else "wrong" for place in range(len(rows))]
-    axes.set_yticks([(place + 0.5) * step for place in range(len(rows))], said, fontsize=8)
+    middles = [(row + 0.5) * step for row in range(len(sheet))]
+    words = ["right"] * len(right) + ["wrong"] * len(wrong)
+    axes.set_yticks(middles, words, fontsize=8)
     axes.set(xticks=[], frame_on=False)
     axes.tick_params(length=0)
     save_figure(figure, path)

@@ -1,11 +1,14 @@
-"""How well each block of a frozen encoder reconstructs: one small MAE decoder per block, trained side by side.
+"""How well each block of a frozen encoder reconstructs: a small MAE decoder per block.
 
-    losses = reconstruction_losses(encoder, processor, train_images, eval_images)      # one per block; lower is better
+    losses = reconstruction_losses(encoder, processor, train_images, eval_images)
+    losses[11]        # of block 11; lower is better
 
-The paper's analysis (MIM-Refiner, App. C.2, Fig. 6): decoders of two blocks, MAE's objective, 20 epochs of which 5 are warm-up,
-the encoder fully frozen. All decoders start from the same weights and see the same crops and masks, so that what differs is the
-block they read: its raw output, layer-normalised without weights, because blocks differ in scale and only the last has a norm.
-The losses are those of short training on few images; compare them with each other, not with a pre-training's.
+The paper's analysis (MIM-Refiner, App. C.2, Fig. 6): decoders of two blocks, MAE's objective, 20
+epochs of which 5 are warm-up, the encoder fully frozen. All decoders start from the same weights
+and see the same crops and masks, so that what differs is the block they read: its raw output,
+layer-normalised without weights, because blocks differ in scale and only the last has a norm. The
+losses are those of short training on few images; compare them with each other, not with a
+pre-training's.
 """
 
 import copy
@@ -37,27 +40,33 @@ from .features import Preprocess
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
-PEAK_LEARNING_RATE = 1e-3  # MAE's is 2.4e-3 at its batch of 4096
+# MAE's is 2.4e-3 at its batch of 4096
+PEAK_LEARNING_RATE = 1e-3
 
 
 def decoder_recipe(
     config: MimRefinerConfig, *, epochs: int, batch_size: int, flip: float, seed: int
 ) -> PretrainRecipe:
-    """The decoders' shape and training: two blocks, about half as wide as the encoder (MAE's 512 at most), in heads of 32.
+    """The decoders' shape and training.
+
+    Two blocks, about half as wide as the encoder (MAE's 512 at most), in heads of 32.
 
     Raises:
-        ValueError: for an encoder that cannot leave patches out, or whose native size is not a square.
+        ValueError: for an encoder that cannot leave patches out, or whose native size is not a
+            square.
     """
     if config.position_encoding != ABSOLUTE:
         raise ValueError(
-            f"the reconstruction loss needs absolute positions, which masked patches can be left out of; this encoder's are "
-            f"{config.position_encoding}; leave the reconstruction out"
+            "the reconstruction loss needs absolute positions, which masked patches can be left "
+            f"out of; this encoder's are {config.position_encoding}; leave the reconstruction out"
         )
     height, width = config.image_hw
     if height != width:
         raise ValueError(
-            f"the reconstruction loss needs a square native size, not {height}x{width}; leave it out"
+            f"the reconstruction loss needs a square native size, not {height}x{width}; leave it "
+            "out"
         )
+
     heads = max(1, min(16, config.hidden_size // 64))
     return PretrainRecipe(
         image_size=height,
@@ -86,12 +95,14 @@ def block_errors(
 ) -> Iterator[Tensor]:
     """The reconstruction error of every block's decoder in turn; arguments as in `mae_loss`.
 
-    One at a time, so that backward passes in between leave the memory of a single decoder's graph.
+    One at a time, so that backward passes in between leave the memory of one decoder's graph.
     """
-    prefix, patch = encoder.config.num_prefix_tokens, encoder.config.patch_size
+    prefix = encoder.config.num_prefix_tokens
+    patch = encoder.config.patch_size
     with torch.no_grad():
         tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
     masked = restore >= tokens.shape[1] - prefix
+
     for layer, decoder in zip(encoder.layers, decoders, strict=True):
         with torch.no_grad():
             tokens = layer(tokens)
@@ -106,17 +117,22 @@ def train_decoders(
     recipe: PretrainRecipe,
     num_workers: int,
 ) -> nn.ModuleList:
-    """One trained decoder per block, in eval mode; several processes share the batches and end with the same weights."""
+    """One trained decoder per block, in eval mode.
+
+    Several processes share the batches and end with the same weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         first = MaeDecoder(recipe)
         xavier_uniform(first)
     decoders = nn.ModuleList(copy.deepcopy(first) for _ in encoder.layers).to(encoder.device)
+
+    groups = decoder_groups(decoders, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     per_epoch = len(images) // recipe.batch_size
-    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    optimizer = torch.optim.AdamW(
-        decoder_groups(decoders, recipe.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-    )
+    steps = recipe.epochs * per_epoch
+    warmup = round(recipe.warmup_epochs * per_epoch)
+
     batches = mae_batches(recipe, images, processor, encoder.device, num_workers)
     progress = progress_bar(
         batches, total=steps, desc="decoders of all blocks", hidden=rank() > 0, leave=False
@@ -141,15 +157,16 @@ def mean_errors(
 ) -> list[float]:
     """The error of every block on all `images`, under one fixed random mask per image."""
     loader = DataLoader(images, batch_size=recipe.batch_size, collate_fn=Preprocess(processor))
-    generator, num_patches = np.random.default_rng(recipe.seed), math.prod(encoder.config.grid)
+    generator = np.random.default_rng(recipe.seed)
+    num_patches = math.prod(encoder.config.grid)
+
     total = torch.zeros(len(decoders), dtype=torch.float64)
     for pixels, _ in loader:
-        noise = torch.from_numpy(generator.random((len(pixels), num_patches), dtype=np.float32))
-        pixels, noise = pixels.to(encoder.device), noise.to(encoder.device)
-        errors = torch.stack(
-            list(block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio))
-        )
-        total += len(pixels) * errors.double().cpu()
+        drawn = generator.random((len(pixels), num_patches), dtype=np.float32)
+        noise = torch.from_numpy(drawn).to(encoder.device)
+        pixels = pixels.to(encoder.device)
+        errors = list(block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio))
+        total += len(pixels) * torch.stack(errors).double().cpu()
     return (total / len(images)).tolist()
 
 
@@ -165,7 +182,7 @@ def reconstruction_losses(
     seed: int = 0,
     num_workers: int = 0,
 ) -> list[float]:
-    """Mean squared error of normalised pixels of masked patches, per block, on `eval_images` (lower is better).
+    """Mean squared error of normalised pixels of masked patches, per block (lower is better).
 
     Args:
         encoder: comes back in the mode it came with; computes where it is.
@@ -173,13 +190,15 @@ def reconstruction_losses(
         train_images: what the decoders are trained on, in random resized crops.
         eval_images: what the errors are measured on.
         epochs: of training, a quarter of them warm-up.
-        batch_size: images per update, all processes together; small, so that few images still make some hundred updates.
+        batch_size: images per update, all processes together; small, so that few images still
+            make some hundred updates.
         flip: probability of a horizontal flip in training.
         seed: of weights, order, crops and masks.
+        num_workers: processes that decode and crop.
 
     Raises:
-        ValueError: for an encoder without plain absolute positions or of a size that is not square, for a batch larger than the
-            data set, and for no epochs.
+        ValueError: for an encoder without plain absolute positions or of a size that is not
+            square, for a batch larger than the data set, and for no epochs.
     """
     recipe = decoder_recipe(
         encoder.config, epochs=epochs, batch_size=batch_size, flip=flip, seed=seed

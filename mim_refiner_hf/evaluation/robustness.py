@@ -1,12 +1,14 @@
 """Robustness: k-NN accuracy on corrupted images, with the bank of clean ones.
 
-    result = robustness(encoder=encoder, processor=processor, train_images=train, eval_images=test)
+    result = robustness(encoder, processor, train_images, eval_images)
     result.metrics["robustness_blur_3_accuracy"], result.metrics["robustness_accuracy"]
-    corrupted = CORRUPTIONS["noise"](image, severity=3, seed=0)                # one corruption of a PIL image
+    corrupted = CORRUPTIONS["noise"](image, severity=3, seed=0)      # one of a PIL image
 
-Four of ImageNet-C's corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261) at its five strengths, made on the fly: Gaussian
-noise, Gaussian blur, JPEG and low contrast. They fall, as there, on the image as the encoder is to see it, resized and cropped. The blur
-is ImageNet-C's where that image has 224 pixels a side, and in proportion on smaller ones; the other strengths do not depend on the size.
+Four of ImageNet-C's corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261) at its five
+strengths, made on the fly: Gaussian noise, Gaussian blur, JPEG and low contrast. They fall, as
+there, on the image as the encoder is to see it, resized and cropped. The blur is ImageNet-C's
+where that image has 224 pixels a side, and in proportion on smaller ones; the other strengths do
+not depend on the size.
 """
 
 import io
@@ -23,6 +25,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ..data.images import evenly_spaced
+from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
 from .feature_cache import for_altered_images, read_rows
@@ -34,17 +37,28 @@ from .scores import ProtocolResult, class_labels, mean_score
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
+# ImageNet-C's strengths, one per severity
 SEVERITIES = (1, 2, 3, 4, 5)
-NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)  # of pixel values in [0, 1]
-BLUR_SIGMA = (1, 2, 3, 4, 6)  # pixels, of 224
+# of pixel values in [0, 1]
+NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)
+# pixels, of 224
+CORRUPTION_BLUR = (1, 2, 3, 4, 6)
 JPEG_QUALITY = (25, 18, 15, 10, 7)
-CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # share that is left
+# share that is left
+CONTRAST_LEFT = (0.4, 0.3, 0.2, 0.1, 0.05)
 
 Corruption = Callable[[Image.Image, int, int], Image.Image]
 
 
+# --- the corruptions -------------------------------------------------------------------------
+
+
 def noise(image: Image.Image, severity: int, seed: int) -> Image.Image:
-    """Adds Gaussian noise, drawn from the seed and the image's own pixels: different on every image, whatever their order."""
+    """Adds Gaussian noise.
+
+    It is drawn from the seed and the image's own pixels: different on every image, whatever their
+    order.
+    """
     rng = random_generator(seed, "noise", zlib.crc32(image.tobytes()))
     pixels = np.asarray(image, dtype=np.float64) / 255
     return _to_image(pixels + rng.normal(0, NOISE_STD[severity - 1], pixels.shape))
@@ -52,7 +66,8 @@ def noise(image: Image.Image, severity: int, seed: int) -> Image.Image:
 
 def blur(image: Image.Image, severity: int, seed: int) -> Image.Image:
     """Pillow's Gaussian blur; nothing is random."""
-    return image.filter(ImageFilter.GaussianBlur(BLUR_SIGMA[severity - 1] * min(image.size) / 224))
+    radius = CORRUPTION_BLUR[severity - 1] * min(image.size) / 224
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def jpeg(image: Image.Image, severity: int, seed: int) -> Image.Image:
@@ -68,7 +83,7 @@ def contrast(image: Image.Image, severity: int, seed: int) -> Image.Image:
     """Pulls every pixel towards the mean of its channel; nothing is random."""
     pixels = np.asarray(image, dtype=np.float64) / 255
     mean = pixels.mean(axis=(0, 1), keepdims=True)
-    return _to_image((pixels - mean) * CONTRAST[severity - 1] + mean)
+    return _to_image((pixels - mean) * CONTRAST_LEFT[severity - 1] + mean)
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:
@@ -82,12 +97,17 @@ CORRUPTIONS: dict[str, Corruption] = {
     "jpeg": jpeg,
     "contrast": contrast,
 }
-"""Pure functions of an 8-bit image of mode "RGB" or "L", a severity (1 to 5) and a seed; size and mode stay."""
+"""Pure functions of an 8-bit image of mode "RGB" or "L", a severity (1 to 5) and a seed.
+
+Size and mode stay."""
 
 
 @dataclass
 class CorruptedInput:
-    """An image processor with a corruption in the middle: after resizing and cropping, before normalising."""
+    """An image processor with a corruption in the middle.
+
+    It falls after resizing and cropping, before normalising.
+    """
 
     processor: Any
     corrupt: Corruption
@@ -95,14 +115,13 @@ class CorruptedInput:
     seed: int
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> dict[str, Tensor]:
-        cropped = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")[
-            "pixel_values"
-        ]
-        pixels = cropped.float().round().clamp(0, 255).byte().numpy()  # (B, C, H, W)
-        as_seen = [
-            Image.fromarray(one.squeeze(0) if len(one) == 1 else one.transpose(1, 2, 0))
-            for one in pixels
-        ]
+        cropped = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+        pixels = cropped["pixel_values"].float().round().clamp(0, 255).byte()
+        pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+        if pixels.shape[-1] == 1:
+            pixels = pixels.squeeze(-1)
+
+        as_seen = [Image.fromarray(image) for image in pixels]
         corrupted = [self.corrupt(image, self.severity, self.seed) for image in as_seen]
         finished: dict[str, Tensor] = self.processor(
             corrupted, do_resize=False, do_center_crop=False, return_tensors=return_tensors
@@ -111,40 +130,42 @@ class CorruptedInput:
 
     def to_json_string(self) -> str:
         """All that the pixels depend on, for the manifest of a feature store."""
-        corruption = {
-            "corruption": self.corrupt.__name__,
-            "severity": self.severity,
-            "seed": self.seed,
-        }
-        return json.dumps(json.loads(self.processor.to_json_string()) | corruption, sort_keys=True)
+        settings = json.loads(self.processor.to_json_string())
+        settings["corruption"] = self.corrupt.__name__
+        settings["severity"] = self.severity
+        settings["seed"] = self.seed
+        return json.dumps(settings, sort_keys=True)
+
+
+# --- the protocol ----------------------------------------------------------------------------
 
 
 def robustness(
-    *,
     encoder: MimRefinerModel,
     processor: Any,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
+    *,
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
     features: Path | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
+    loading: Loading = Loading(),
 ) -> ProtocolResult:
-    """k-NN accuracy (k = 10, temperature 0.07) on `eval_images`, clean and under every corruption at every severity.
+    """k-NN accuracy (k = 10, temperature 0.07), clean and under every corruption and severity.
 
     Args:
         encoder, processor: the model and its image processor.
-        train_images: labelled; the clean bank. Of more than 10 000 images, 10 000 evenly spaced ones are used.
+        train_images: labelled; the clean bank. Of more than 10 000 images, 10 000 evenly spaced
+            ones are used.
         eval_images: labelled; encoded once clean and once for each of the 20 corruptions.
         severities: from 1 to 5.
         seed: of the noise.
         features: see `read_rows`.
-        batch_size, num_workers, device: as in `extract_features`.
+        loading: as in `extract_features`.
 
     Returns:
-        `robustness_accuracy`, the mean over all corruptions and severities, `robustness_clean_accuracy`, and for every corruption
+        `robustness_accuracy`, the mean over all corruptions and severities,
+        `robustness_clean_accuracy`, and for every corruption
         `robustness_<name>_<severity>_accuracy`.
 
     Raises:
@@ -155,56 +176,59 @@ def robustness(
     bank_images = evenly_spaced(train_images, BANK_SIZE)
     for images in (bank_images, eval_images):
         class_labels(images, "robustness")
+
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-    }
-    bank = read_rows(
-        encoder, bank_images, processor, [column], features=features, desc="k-NN bank", **settings
-    )
-    bank_features, bank_labels = bank.column(column), bank.labels
-    assert bank_labels is not None  # class_labels says so
 
-    def correct(prepare: Any, folder: Path | None, desc: str) -> Tensor:
-        """Whether k-NN is right about each evaluation image, (N,), when `prepare` processes it."""
-        found = read_rows(
-            encoder, eval_images, prepare, [column], features=folder, desc=desc, **settings
+    def read(
+        images: "ImageDataset", shown: Any, folder: Path | None, desc: str
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D) of the images as `shown` processes them, and their classes (N,)."""
+        rows = read_rows(
+            encoder, images, shown, [column], features=folder, loading=loading, desc=desc
         )
-        bank_x, eval_x = standardise(bank_features, found.column(column))
-        (predicted,) = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),)).values()
-        assert found.labels is not None  # class_labels says so
-        return predicted == found.labels
+        # class_labels has refused images without them
+        assert rows.labels is not None
+        return rows.column(column), rows.labels
 
-    clean, altered = correct(processor, features, "clean images"), for_altered_images(features)
-    corrupted = {
-        f"robustness_{name}_{severity}_accuracy": correct(
-            CorruptedInput(processor, corrupt, severity, seed),
-            altered,
-            f"{name}, severity {severity}",
-        )
-        for name, corrupt in CORRUPTIONS.items()
-        for severity in severities
-    }
+    bank, bank_labels = read(bank_images, processor, features, "k-NN bank")
+
+    def correct(shown: Any, folder: Path | None, desc: str) -> Tensor:
+        """Whether k-NN is right about each evaluation image (N,)."""
+        queries, labels = read(eval_images, shown, folder, desc)
+        bank_x, eval_x = standardise(bank, queries)
+        answers = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),))
+        (predicted,) = answers.values()
+        return predicted == labels
+
+    clean = correct(processor, features, "clean images")
+    altered = for_altered_images(features)
+    corrupted = {}
+    for name, corrupt in CORRUPTIONS.items():
+        for severity in severities:
+            shown = CorruptedInput(processor, corrupt, severity, seed)
+            answers = correct(shown, altered, f"{name}, severity {severity}")
+            corrupted[f"robustness_{name}_{severity}_accuracy"] = answers
     return robustness_scores(clean, corrupted, severities)
 
 
 def robustness_scores(
     clean: Tensor, corrupted: dict[str, Tensor], severities: Sequence[int]
 ) -> ProtocolResult:
-    """The scores of `robustness` from whether each image (N,) was classified correctly, clean and under each corruption."""
-    per_image = (
-        torch.stack(list(corrupted.values())).double().mean(dim=0)
-    )  # (N,), over all corruptions
-    setting = f"k-NN, k=10, clean bank; mean over {', '.join(CORRUPTIONS)} at severities {', '.join(map(str, severities))}"
-    return ProtocolResult(
-        {
-            "robustness_accuracy": mean_score(per_image, setting),
-            "robustness_clean_accuracy": mean_score(clean),
-            **{name: mean_score(answers) for name, answers in corrupted.items()},
-        }
-    )
+    """The scores of `robustness` from which images were classified correctly.
+
+    Args:
+        clean: whether each clean image was (N,).
+        corrupted: the same under each corruption, by the score's name.
+    """
+    over_all = torch.stack(list(corrupted.values())).double().mean(dim=0)  # (N,)
+    levels = ", ".join(map(str, severities))
+    setting = f"k-NN, k=10, clean bank; mean over {', '.join(CORRUPTIONS)} at severities {levels}"
+    scores = {
+        "robustness_accuracy": mean_score(over_all, setting),
+        "robustness_clean_accuracy": mean_score(clean),
+    }
+    scores |= {name: mean_score(answers) for name, answers in corrupted.items()}
+    return ProtocolResult(scores)
 
 
 __all__ = ["CORRUPTIONS", "robustness"]

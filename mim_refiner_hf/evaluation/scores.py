@@ -1,31 +1,34 @@
-"""What every protocol returns: scores, each with its standard error and the setting it was reached with.
+"""A score and its standard error; what every protocol returns is a few of them, by name.
 
 result = low_shot(encoder=encoder, processor=processor, train_images=train, eval_images=test)
 result.metrics["low_shot_1_accuracy"]                    # a fraction of 1
-print(result)                                            # low_shot_1_accuracy  41.3 % ± 1.2   (1 image per class; 3 splits)
+print(result)               # low_shot_1_accuracy  41.3 % ± 1.2   (1 image per class; 3 splits)
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..data.images import ImageDataset
+from ..data.images import ImageDataset, fully_labelled
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number.
+    """One number, and how far another sample of images would move it.
 
     Attributes:
-        value, standard_error: fractions of 1.
+        value: the score on the images at hand; of most scores a fraction of 1.
+        standard_error: of `value`, from the choice of images and from `spread`.
         setting: in words, what it was reached with.
-        per_image: whose mean `value` is, (N,), one in [0, 1] per evaluation image; None where it is not a mean over images.
-        spread: the part of the standard error that does not come from the choice of evaluation images.
+        per_image: whose mean `value` is, (N,), one in [0, 1] per evaluation image; None where it is
+            not a mean over images.
+        spread: the part of the standard error that does not come from the choice of evaluation
+            images, such as that over restarts of an algorithm.
+        draws: the score on every resample of the images, where it was bootstrapped
+            (`evidence.measure`).
     """
 
     value: float
@@ -33,10 +36,19 @@ class Score:
     setting: str = ""
     per_image: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
     spread: float = 0.0
+    draws: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         measured = f"{100 * self.value:.1f} % ± {100 * self.standard_error:.1f}"
         return f"{measured}   ({self.setting})" if self.setting else measured
+
+
+def as_metrics(scores: dict[str, Score]) -> dict[str, float]:
+    """Each value under its score's name, then the errors under `<name>_standard_error`."""
+    metrics = {name: score.value for name, score in scores.items()}
+    for name, score in scores.items():
+        metrics[f"{name}_standard_error"] = score.standard_error
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,8 @@ class ProtocolResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Every score's value under its name, and its standard error under `<name>_standard_error`."""
-        errors = {
-            f"{name}_standard_error": score.standard_error for name, score in self.scores.items()
-        }
-        return {name: score.value for name, score in self.scores.items()} | errors
+        """As `as_metrics` gives them."""
+        return as_metrics(self.scores)
 
     def __str__(self) -> str:
         width = max(map(len, self.scores), default=0)
@@ -59,17 +68,17 @@ class ProtocolResult:
 
 
 def mean_score(values: Tensor, setting: str = "") -> Score:
-    """The mean of `values` (N,), one in [0, 1] per image (1 for a correct answer), with its standard error over the images."""
+    """The mean of `values` (N,), one in [0, 1] per image, and its standard error over images."""
     values = values.double()
     error = values.std(correction=0).item() / math.sqrt(len(values))
     return Score(values.mean().item(), error, setting, values.cpu().numpy())
 
 
-def class_labels(images: "ImageDataset", protocol: str) -> NDArray[np.int64]:
-    """The class of every image (N,); ValueError, naming the data set and the `protocol`, unless all have one."""
+def class_labels(images: ImageDataset, protocol: str) -> NDArray[np.int64]:
+    """The class of every image (N,); ValueError, naming the `protocol`, unless all have one."""
     if len(images) == 0:
         raise ValueError(f"{images.name} has no images, but {protocol} needs labelled ones")
-    if images.labels is None or bool((images.labels < 0).any()):
+    if images.labels is None or not fully_labelled(images):
         raise ValueError(
             f"{images.name} has images without a label, but {protocol} needs one for every image"
         )
@@ -77,4 +86,4 @@ def class_labels(images: "ImageDataset", protocol: str) -> NDArray[np.int64]:
     return labels
 
 
-__all__ = ["ProtocolResult", "Score", "class_labels", "mean_score"]
+__all__ = ["ProtocolResult", "Score", "as_metrics", "class_labels", "mean_score"]

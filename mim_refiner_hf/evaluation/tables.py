@@ -1,152 +1,180 @@
-"""Scores as tables: before beside after, in plain text for a terminal and in Markdown for reports and cards.
+"""Scores as tables: before beside after, the same rows in plain text and in Markdown.
 
-print(comparison_table(before.metrics, after.metrics))
-print(report_table(report))                                # `report` as `evaluate` returns it; with errors and verdicts
+print(comparison_table(before.metrics, after.metrics))     # plain text, for a terminal
+print(report_table(report))     # Markdown, with errors and verdicts; `report` as `evaluate` gives
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..runtime.text import plain
 
-# Every scalar metric, in the order of the tables: name for readers, and whether it is a fraction of 1
-METRICS: dict[str, tuple[str, bool]] = {
-    "knn_accuracy": ("k-NN accuracy (k=10)", True),
-    "cluster_accuracy": ("cluster accuracy", True),
-    "nmi": ("NMI", True),
-    "ami": ("AMI", True),
-    "ari": ("ARI", True),
-    "cluster_accuracy_mean": ("cluster accuracy, mean over runs", True),
-    "nmi_mean": ("NMI, mean over runs", True),
-    "rankme": ("RankMe (no labels needed)", False),
-    "neighbour_agreement": (
-        "agreement of neighbours under augmentation (no labels needed)",
-        True,
-    ),  # `block_analysis.neighbour_agreement`
-    "silhouette": ("silhouette of the groups (no labels needed)", False),
+
+class Metric(NamedTuple):
+    """What readers call a metric, and whether it is a fraction of 1."""
+
+    label: str
+    is_fraction: bool
+
+
+# every scalar metric, in the order of the tables
+METRICS = {
+    "knn_accuracy": Metric("k-NN accuracy (k=10)", True),
+    "cluster_accuracy": Metric("cluster accuracy", True),
+    "nmi": Metric("NMI", True),
+    "ami": Metric("AMI", True),
+    "ari": Metric("ARI", True),
+    "cluster_accuracy_mean": Metric("cluster accuracy, mean over runs", True),
+    "nmi_mean": Metric("NMI, mean over runs", True),
+    "rankme": Metric("RankMe (no labels needed)", False),
+    "neighbour_agreement": Metric(
+        "agreement of neighbours under augmentation (no labels needed)", True
+    ),
+    "silhouette": Metric("silhouette of the groups (no labels needed)", False),
 }
+
+
+def _is_fraction(name: str) -> bool:
+    """Every score of a protocol is a fraction; the others are told by `METRICS`."""
+    return name not in METRICS or METRICS[name].is_fraction
 
 
 def format_metric(name: str, value: float) -> str:
     """A fraction as a percentage, anything else with one decimal, or three below 1."""
-    return (
-        f"{100 * value:.1f} %" if METRICS[name][1] else f"{value:.{1 if abs(value) >= 1 else 3}f}"
-    )
+    if _is_fraction(name):
+        return f"{100 * value:.1f} %"
+    return f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 def format_change(name: str, before: float, after: float) -> str:
     """The signed difference; percentage points for fractions."""
     change = after - before
-    return (
-        f"{100 * change:+.1f} points"
-        if METRICS[name][1]
-        else f"{change:+.{1 if max(abs(before), abs(after)) >= 1 else 3}f}"
-    )
+    if _is_fraction(name):
+        return f"{100 * change:+.1f} points"
+    return f"{change:+.1f}" if max(abs(before), abs(after)) >= 1 else f"{change:+.3f}"
+
+
+def _with_error(metrics: Mapping[str, Any], name: str) -> str:
+    """A score as text, with its standard error where it has one."""
+    text = format_metric(name, metrics[name])
+    error = metrics.get(f"{name}_standard_error")
+    if error is None:
+        return text
+    if name == "silhouette":
+        return f"{text} ± {error:.3f}"
+    return f"{text} ± {100 * error:.1f}"
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
+    """What to call the scores of the added protocols, by name.
+
+    These are the scores with an error that are no metrics of every evaluation.
+    """
+    labels = {}
+    for key in after:
+        name = key.removesuffix("_standard_error")
+        if name != key and name not in METRICS:
+            labels[name] = name.removesuffix("_accuracy").replace("_", " ")
+    return labels
+
+
+def score_labels(after: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that were measured, in the order of the tables, and what to call each."""
+    measured = {name: metric.label for name, metric in METRICS.items() if name in after}
+    return measured | protocol_labels(after)
+
+
+def _both_sides(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Name, label, before and after as text, of every score that both sides have."""
+    for name, label in score_labels(after).items():
+        if name in before:
+            yield name, label, _with_error(before, name), _with_error(after, name)
 
 
 def comparison_rows(
     before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str]]:
-    """(name, before, after, change) of every scalar metric that both sides have, as text."""
+    """(label, before, after, change) of every score that both sides have, as text."""
+    return [
+        (label, old, new, format_change(name, before[name], after[name]))
+        for name, label, old, new in _both_sides(before, after)
+    ]
+
+
+def judged_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str, str, str, str]]:
+    """The same with the 95 % interval of the change, and its verdict.
+
+    `changes` are those of a report.
+    """
     rows = []
-    for name, (label, _) in METRICS.items():
-        if name in before and name in after:
-            old, new = before[name], after[name]
-            rows.append(
-                (
-                    label,
-                    format_metric(name, old),
-                    format_metric(name, new),
-                    format_change(name, old, new),
-                )
+    for name, label, old, new in _both_sides(before, after):
+        change = ""
+        verdict = "not judged"
+        if name in changes:
+            low, value, high = (
+                f"{100 * changes[name][key]:+.1f}" for key in ("low", "difference", "high")
             )
+            change = f"{value} ({low} to {high})"
+            verdict = changes[name]["verdict"]
+        rows.append((label, old, new, change, verdict))
     return rows
 
 
-def comparison_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The metrics of two evaluations as an aligned plain-text table: metric, before, after, change."""
-    rows = [("metric", "before", "after", "change"), *comparison_rows(before, after)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    aligned = (str.ljust, str.rjust, str.rjust, str.rjust)
-    lines = [
-        "  ".join(
-            align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)
-        )
-        for row in rows
-    ]
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned plain text, the first its head; all columns but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a Markdown table, the first row its head; all columns but the first to the right."""
+    """Rows as a Markdown table, the first its head; all columns but the first to the right."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def score_rows(
-    report: Mapping[str, Any], labels: Mapping[str, str], against: str
-) -> list[list[str]]:
-    """The scores of `labels` (name -> what to call it) that were measured: a head and a row for each."""
-    before, after, changes = report["before"], report["after"], report["changes"]
-
-    def cell(metrics: Mapping[str, Any], name: str) -> str:
-        text = (
-            format_metric(name, metrics[name])
-            if name in METRICS
-            else f"{100 * metrics[name]:.1f} %"
-        )
-        error = metrics.get(f"{name}_standard_error")
-        scale, digits = (1, 3) if name == "silhouette" else (100, 1)
-        return text if error is None else f"{text} ± {scale * error:.{digits}f}"
-
-    def row(name: str, label: str) -> list[str]:
-        if before is None:
-            return [label, cell(after, name)]
-        sides = [label, cell(before, name), cell(after, name)]
-        if name not in changes:
-            return [*sides, "", "not judged"]
-        low, value, high = (
-            f"{100 * changes[name][key]:+.1f}" for key in ("low", "difference", "high")
-        )
-        return [*sides, f"{value} ({low} to {high})", changes[name]["verdict"]]
-
-    head = (
-        ["metric", "this model"]
-        if before is None
-        else ["metric", against, "this model", "change (95 %)", "verdict"]
-    )
-    shown = [name for name in labels if name in after and (before is None or name in before)]
-    return [head, *(row(name, labels[name]) for name in shown)]
-
-
-def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
-    """What to call the scores of the added protocols: those with an error that are no metrics of every evaluation."""
-    names = [
-        name.removesuffix("_standard_error") for name in after if name.endswith("_standard_error")
-    ]
-    return {
-        name: name.removesuffix("_accuracy").replace("_", " ")
-        for name in names
-        if name not in METRICS
-    }
+def comparison_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The metrics of two evaluations as plain text: metric, before, after, change."""
+    return text_table([("metric", "before", "after", "change"), *comparison_rows(before, after)])
 
 
 def report_table(report: Mapping[str, Any], against: str | None = None) -> str:
-    """Every score as a Markdown table; with `before`, the change, its 95 % interval and the verdict.
+    """Every score of a report as Markdown; with `before`, its change, 95 % interval and verdict.
 
     `against` is what to call the other model, in Markdown; None for its name.
     """
-    labels = {name: label for name, (label, _) in METRICS.items()} | protocol_labels(
-        report["after"]
-    )
-    return markdown_table(score_rows(report, labels, against or plain(report["against"])))
+    before = report["before"]
+    after = report["after"]
+    if before is None:
+        rows = [(label, _with_error(after, name)) for name, label in score_labels(after).items()]
+        return markdown_table([("metric", "this model"), *rows])
+    name = against or plain(report["against"])
+    head = ("metric", name, "this model", "change (95 %)", "verdict")
+    return markdown_table([head, *judged_rows(before, after, report["changes"])])
 
 
 __all__ = [
     "METRICS",
+    "Metric",
     "comparison_rows",
     "comparison_table",
     "format_metric",
+    "markdown_table",
     "protocol_labels",
     "report_table",
+    "score_labels",
+    "text_table",
 ]

@@ -1,17 +1,18 @@
 """`mim-refiner cluster`: a pile of images as groups in a folder that anyone can open.
 
-    mim-refiner cluster photos/ --model out/model --out groups/                  # number of groups proposed
-    mim-refiner cluster photos/ --model facebook/vit-mae-large --num_clusters 12 --method heads --out groups/
+    mim-refiner cluster photos/ --model out/model --out groups/     # number of groups proposed
+    mim-refiner cluster photos/ --model facebook/vit-mae-large --num_clusters 12 --out groups/
 
-| in the folder         | what it is                                                                                |
-|-----------------------|-------------------------------------------------------------------------------------------|
-| `index.html`          | one self-contained page: contact sheets, map, search by example and by name               |
-| `groups.csv`          | path, cluster, confidence, in the order of the images; cluster 0 is the largest           |
-| `group-00/`, ...      | links to the images of a group, most confident first (an image out of a table is written) |
-| `exemplars/`          | for each group a link to its most typical image                                           |
-| `summary.json`        | how many groups and why, their sizes and exemplars, near-duplicates                       |
-| `near-duplicates.csv` | path and set of every image that is nearly the same as another; absent when there is none |
-| `broken.csv`          | path and error of every image that could not be read; absent when there is none           |
+| in the folder         | what it is                                                               |
+|-----------------------|--------------------------------------------------------------------------|
+| `index.html`          | one page: contact sheets, map, search by example and by name             |
+| `groups.csv`          | path, cluster, confidence of every image; cluster 0 is the largest       |
+| `group-00/`, ...      | links to the images of a group, most confident first                     |
+|                       | (an image out of a table is written)                                     |
+| `exemplars/`          | for each group a link to its most typical image                          |
+| `summary.json`        | how many groups and why, their sizes and exemplars, near-duplicates      |
+| `near-duplicates.csv` | path and set of every image that is nearly the same as another, if any   |
+| `broken.csv`          | path and error of every image that could not be read, if any             |
 """
 
 import csv
@@ -30,16 +31,23 @@ from ..conversion import load_encoder
 from ..data.images import ImageDataset, open_images
 from ..runtime.distributed import progress_bar
 from ..runtime.files import check_folder, staged_folder, write_json
-from .cluster_page import Tile, by_confidence, choose_shown, render_page, thumbnail
+from .cluster_page import Tile, by_confidence, choose_shown, jpeg_thumbnail, render_page
 
-NEARLY_SAME = 0.99  # cosine; of features without their mean, which all images share: with it, all digits are nearly the same
-COMPARED = 200_000  # images; comparing all pairs of more takes longer than all else
-MARKER = "groups.csv"  # by it a folder is known as one that may be replaced
+# Cosine of features without their mean, which all images share: with it, all digits are nearly the
+# same.
+NEARLY_SAME = 0.99
+# images; comparing all pairs of more takes longer than all else
+COMPARED = 200_000
+# by this file a folder is known as one that may be replaced
+GROUPS_TABLE = "groups.csv"
 
 
 def check_groups_folder(folder: Path) -> Path:
-    """`folder`, resolved, if groups can be written there: it is absent, empty or holds groups; else a ValueError."""
-    return check_folder(folder, MARKER, "groups")
+    """`folder`, resolved, if groups can be written there; else a ValueError.
+
+    They can where the folder is absent, empty or holds groups.
+    """
+    return check_folder(folder, GROUPS_TABLE, "groups")
 
 
 def cluster_images(
@@ -67,25 +75,40 @@ def cluster_images(
         The content of `summary.json`.
 
     Raises:
-        FileNotFoundError, ValueError: for images, a model, a number or a folder that will not do; nothing is written.
+        FileNotFoundError, ValueError: for images, a model, a number or a folder that will not do;
+            nothing is written.
     """
-    folder, found = check_groups_folder(out), open_images(images)
-    origin = Path(images).expanduser().resolve()
-    if Path(images).expanduser().exists() and (
-        origin == folder or origin in folder.parents or folder in origin.parents
-    ):
-        raise ValueError(
-            f"{out} and the images in {images} lie within each other; name another folder for the groups"
-        )
+    folder = check_groups_folder(out)
+    found = open_images(images)
+    _check_apart(folder, out, images)
     check_num_clusters(num_clusters, len(found), method)
+
     encoder = load_encoder(model)
-    pipe = ImageClusteringPipeline(
-        model=encoder, image_processor=encoder.image_processor, task=TASK
+    processor = encoder.image_processor
+    pipe = ImageClusteringPipeline(model=encoder, image_processor=processor, task=TASK)
+    entries = pipe(
+        found,
+        num_clusters=num_clusters,
+        method=method,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
-    asked: dict[str, Any] = {"num_clusters": num_clusters, "method": method, "seed": seed}
-    entries = pipe(found, **asked, batch_size=batch_size, num_workers=num_workers)
     with staged_folder(folder, check_groups_folder) as new:
         return write_groups(new, found, entries, pipe)
+
+
+def _check_apart(folder: Path, out: Path, images: str) -> None:
+    """ValueError where the folder of the groups and that of the images lie within each other."""
+    path = Path(images).expanduser()
+    if not path.exists():
+        return
+    origin = path.resolve()
+    if origin == folder or origin in folder.parents or folder in origin.parents:
+        raise ValueError(
+            f"{out} and the images in {images} lie within each other; name another folder for the "
+            "groups"
+        )
 
 
 def write_groups(
@@ -94,61 +117,56 @@ def write_groups(
     entries: Sequence[dict[str, Any]],
     pipe: ImageClusteringPipeline,
 ) -> dict[str, Any]:
-    """Write what `pipe` found about `images`, its `entries`, into an empty folder; returns the summary."""
-    paths = [images.describe(entry["index"]) for entry in entries]
+    """Write what `pipe` found about `images`, its `entries`, into an empty folder.
+
+    Returns:
+        The summary.
+    """
+    indices = [entry["index"] for entry in entries]
+    groups = [entry["cluster"] for entry in entries]
+    scores = [entry["score"] for entry in entries]
+    paths = [images.describe(index) for index in indices]
     names = [printable(path) for path in paths]
-    groups, scores = [entry["cluster"] for entry in entries], [entry["score"] for entry in entries]
+
     rows = zip(paths, groups, (f"{score:.4f}" for score in scores), strict=True)
-    write_table(folder / MARKER, ("path", "cluster", "confidence"), rows)
+    write_table(folder / GROUPS_TABLE, ("path", "cluster", "confidence"), rows)
     broken = [(images.describe(entry["index"]), entry["error"]) for entry in pipe.summary["broken"]]
     if broken:
         write_table(folder / "broken.csv", ("path", "error"), broken)
+
+    # links to the images, by group and confidence
     order = by_confidence(groups, scores)
-    links = write_links(
-        folder, images, [[entries[place]["index"] for place in members] for members in order]
-    )
-    exemplars = [members[0] for members in pipe.summary["exemplars"]]
-    write_exemplars(folder, [links[entries[place]["index"]] for place in exemplars])
-    features = pipe.features
-    alike = (
-        near_duplicates(features - features.mean(0), NEARLY_SAME)
-        if len(entries) <= COMPARED
-        else []
-    )
+    links = write_links(folder, images, [[indices[place] for place in group] for group in order])
+    exemplars = pipe.summary["exemplars"]
+    write_exemplars(folder, [links[indices[group[0]]] for group in exemplars])
+
+    alike: list[list[int]] = []
+    if len(entries) <= COMPARED:
+        alike = near_duplicates(pipe.features - pipe.features.mean(0), NEARLY_SAME)
     if alike:
-        twins = [
-            (paths[place], number) for number, members in enumerate(alike) for place in members
-        ]
-        write_table(folder / "near-duplicates.csv", ("path", "set"), twins)
+        sets = [(paths[place], number) for number, same in enumerate(alike) for place in same]
+        write_table(folder / "near-duplicates.csv", ("path", "set"), sets)
+
     summary: dict[str, Any] = {
         **pipe.summary,
         "images": printable(images.name),
-        "exemplars": [[names[place] for place in members] for members in pipe.summary["exemplars"]],
-        "near_duplicates": [[names[place] for place in members] for members in alike],
+        "exemplars": [[names[place] for place in group] for group in exemplars],
+        "near_duplicates": [[names[place] for place in same] for same in alike],
         "broken": [printable(path) for path, _ in broken],
     }
-    summary["note"] = describe(summary)
+    summary["note"] = describe_groups(summary)
     write_json(folder / "summary.json", summary)
+
+    # the page
     shown = choose_shown(order)
-    tiles = [
-        Tile(
-            names[place],
-            groups[place],
-            scores[place],
-            load_thumbnail(images, index),
-            quote(os.fsencode(links[index])),
-        )
-        for place, index in progress_bar(
-            [(place, entries[place]["index"]) for place in shown], desc="page", unit="image"
-        )
-    ]
-    page = render_page(
-        Path(summary["images"]).resolve().name,
-        summary["note"],
-        tiles,
-        features[shown],
-        summary["sizes"],
-    )
+    tiles = []
+    for place in progress_bar(shown, desc="page", unit="image"):
+        index = indices[place]
+        link = quote(os.fsencode(links[index]))
+        small = load_thumbnail(images, index)
+        tiles.append(Tile(names[place], groups[place], scores[place], small, link))
+    title = Path(summary["images"]).resolve().name
+    page = render_page(title, summary["note"], tiles, pipe.features[shown], summary["sizes"])
     (folder / "index.html").write_text(page, encoding="utf-8")
     return summary
 
@@ -167,25 +185,35 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 def write_links(
     folder: Path, images: ImageDataset, order: Sequence[Sequence[int]]
 ) -> dict[int, str]:
-    """One folder per group; returns by image index the link's path in `folder`, `group-00/0001_name.jpg`."""
+    """One folder per group, in it the images of the group in order.
+
+    Returns:
+        By the index of an image its path in `folder`, such as `group-00/0001_name.jpg`.
+    """
+    group_digits = max(len(str(len(order) - 1)), 2)
+    rank_digits = len(str(max(map(len, order))))
+
     links: dict[int, str] = {}
-    digits, width = len(str(len(order) - 1)), len(str(max(map(len, order))))
     for group, members in enumerate(order):
-        name = f"group-{group:0{max(digits, 2)}d}"
+        name = f"group-{group:0{group_digits}d}"
         (folder / name).mkdir()
         for rank, index in enumerate(members, start=1):
             source = images.found.sources[int(images.indices[index])]
-            own = link_name(source) if isinstance(source, Path) else f"{index}.png"
-            links[index] = f"{name}/{rank:0{width}d}_{own}"
+            prefix = f"{name}/{rank:0{rank_digits}d}"
             if isinstance(source, Path):
+                links[index] = f"{prefix}_{_link_name(source)}"
                 (folder / links[index]).symlink_to(source.resolve())
             else:
+                links[index] = f"{prefix}_{index}.png"
                 images[index].image.save(folder / links[index])
     return links
 
 
-def link_name(source: Path) -> str:
-    """The end of a file's name, short enough for a number and a group in front: file systems allow 255 bytes."""
+def _link_name(source: Path) -> str:
+    """The end of a file's name, short enough for a number and a group in front.
+
+    File systems allow 255 bytes.
+    """
     return os.fsdecode(os.fsencode(source.name[-80:])[-200:])
 
 
@@ -201,20 +229,29 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
     """The thumbnail of an image; a JPEG file is decoded no larger than it takes."""
     source = images.found.sources[int(images.indices[index])]
     if not isinstance(source, Path):
-        return thumbnail(images[index].image)
+        return jpeg_thumbnail(images[index].image)
     with Image.open(source) as image:
         image.draft("RGB", (256, 256))
-        return thumbnail(decode_image(image, name=str(source)))
+        return jpeg_thumbnail(decode_image(image, name=str(source)))
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """The groups, their number and what is special in a sentence; of a pipeline's own summary, without near-duplicates, too."""
-    more = f"; {len(summary['broken'])} could not be read" if summary["broken"] else ""
-    if alike := summary.get("near_duplicates"):
-        more += f"; {sum(map(len, alike))} are nearly the same as another (near-duplicates.csv)"
+def describe_groups(summary: dict[str, Any]) -> str:
+    """The groups, their number and what is special about them, in a sentence.
+
+    A summary as the pipeline gives it, which knows of no near-duplicates, will do too.
+    """
+    note = (
+        f"{summary['num_images']} images in {summary['num_clusters']} groups ({summary['reason']})"
+    )
+    if summary["broken"]:
+        note += f"; {len(summary['broken'])} could not be read"
+
+    alike = sum(map(len, summary.get("near_duplicates", ())))
+    if alike:
+        note += f"; {alike} are nearly the same as another (near-duplicates.csv)"
     if summary["num_images"] > COMPARED:
-        more += f"; near-duplicates are not looked for among more than {COMPARED} images"
-    return f"{summary['num_images']} images in {summary['num_clusters']} groups ({summary['reason']}){more}"
+        note += f"; near-duplicates are not looked for among more than {COMPARED} images"
+    return note
 
 
 __all__ = ["check_groups_folder", "cluster_images", "write_groups"]

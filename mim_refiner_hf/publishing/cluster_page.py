@@ -1,11 +1,13 @@
-"""One web page for a grouped pile of images: it holds everything, needs no server and loads nothing from the network.
+"""One web page for a grouped pile of images: it holds everything and needs no server or network.
 
     order = choose_shown(by_confidence(groups, confidences))
-    page = render_page("photos", "1200 images in 14 groups", tiles, features, sizes)     # tiles and features in that order
+    # tiles and features in that order
+    page = render_page("photos", "1200 images in 14 groups", tiles, features, sizes)
     Path("index.html").write_text(page, encoding="utf-8")
 
-Contact sheets by group and confidence, a map of all images, search by example and by name, keys for everything. The look and the
-behaviour are in `cluster_page.html.jinja`; here is what goes into it. Names reach the page as JSON and as escaped text only.
+Contact sheets by group and confidence, a map of all images, search by example and by name, keys
+for everything. The look and the behaviour are in `cluster_page.html.jinja`; here is what goes into
+it. Names reach the page as JSON and as escaped text only.
 """
 
 import base64
@@ -21,21 +23,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluation.feature_map import flat_map, principal_components
+from ..evaluation.feature_map import cosine_components, flat_map
 
-TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
-THUMBNAIL = 112  # longest side in pixels: about 3 kB each
-SIMILARITY_DIMENSIONS = 32  # of the features that search by example compares, one byte each
-MAP_NOTES = {
+# longest side in pixels: about 3 kB each
+THUMBNAIL = 112
+# of the features that search by example compares, one byte each
+SIMILARITY_DIMENSIONS = 32
+# beyond, the page shows an even choice of each group: 80 MB
+MAX_TILES = 20_000
+
+_TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
+_MAP_NOTES = {
     "UMAP": "Alike images lie near each other (UMAP).",
     "PCA": "The two main directions (PCA).",
 }
-MAX_TILES = 20_000  # beyond, the page shows an even choice of each group: 80 MB
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of the page: its name, group and confidence, the thumbnail as JPEG bytes, and a relative link or None."""
+    """One image of the page.
+
+    Attributes:
+        name, group, confidence: of the image.
+        thumbnail: JPEG bytes.
+        link: a relative address of the image itself, or None.
+    """
 
     name: str
     group: int
@@ -44,7 +56,7 @@ class Tile:
     link: str | None
 
 
-def thumbnail(image: Image.Image) -> bytes:
+def jpeg_thumbnail(image: Image.Image) -> bytes:
     """An image of any size as a small JPEG; one that is smaller stays as it is."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -54,35 +66,40 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def by_confidence(groups: Sequence[int], confidences: Sequence[float]) -> list[list[int]]:
-    """For each group, numbered from 0 on, the places of its images, most confident first."""
+    """For each group, from 0 on, the places of its images, most confident first."""
     order = np.argsort(-np.asarray(confidences, dtype=np.float64), kind="stable")
     owners = np.asarray(groups)[order]
     return [order[owners == group].tolist() for group in range(int(owners.max()) + 1)]
 
 
 def choose_shown(order: Sequence[Sequence[int]]) -> list[int]:
-    """The places that the page shows, group after group: all, or beyond `MAX_TILES` an even choice of each group's."""
-    share = min(1.0, MAX_TILES / max(sum(map(len, order)), 1))
+    """The places that the page shows, group after group.
+
+    All of them, or beyond `MAX_TILES` an even choice of each group's.
+    """
+    total = sum(map(len, order))
+    share = min(1.0, MAX_TILES / max(total, 1))
     shown: list[int] = []
     for members in order:
-        ranks = (
-            np.linspace(0, len(members) - 1, max(round(share * len(members)), 1))
-            .round()
-            .astype(int)
-        )
+        kept = max(round(share * len(members)), 1)
+        ranks = np.linspace(0, len(members) - 1, kept).round().astype(int)
         shown += [members[rank] for rank in ranks]
     return shown
 
 
 def unit_square(points: Tensor) -> Tensor:
     """Points (N, 2), moved and stretched so that they fill 0 to 1 in both directions."""
-    low, high = points.amin(0), points.amax(0)
+    low = points.amin(0)
+    high = points.amax(0)
     return (points - low) / (high - low).clamp_min(1e-12)
 
 
 def compact(features: Tensor) -> str:
-    """Features for search by example: `SIMILARITY_DIMENSIONS` components as signed bytes on one scale, row after row, in base64."""
-    components = principal_components(features, SIMILARITY_DIMENSIONS)
+    """Features for search by example, in base64.
+
+    `SIMILARITY_DIMENSIONS` components as signed bytes on one scale, row after row.
+    """
+    components = cosine_components(features, SIMILARITY_DIMENSIONS)
     scaled = components * (127 / components.abs().max().clamp_min(1e-12))
     return base64.b64encode(scaled.round().to(torch.int8).numpy().tobytes()).decode()
 
@@ -90,17 +107,19 @@ def compact(features: Tensor) -> str:
 def page_data(
     tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """What the page's script reads: lists with one entry per tile, and per group its size and how many of it are shown."""
+    """What the page's script reads: one entry per tile, and per group its size and share here."""
     return {
         "name": [tile.name for tile in tiles],
         "group": [tile.group for tile in tiles],
         "score": [round(tile.confidence, 4) for tile in tiles],
         "link": [tile.link for tile in tiles],
         "thumbnail": [base64.b64encode(tile.thumbnail).decode() for tile in tiles],
+        # the map and search by example
         "x": [round(x, 4) for x in positions[:, 0].tolist()],
         "y": [round(y, 4) for y in positions[:, 1].tolist()],
         "codes": compact(features),
         "dimensions": SIMILARITY_DIMENSIONS,
+        # of each group, all images and those that are among the tiles
         "sizes": list(sizes),
         "shown": np.bincount([tile.group for tile in tiles], minlength=len(sizes)).tolist(),
     }
@@ -116,14 +135,14 @@ def render_page(
         note: a sentence on the groups and their number.
         tiles: N images, by group and falling confidence.
         features: (N, D) of the tiles, for the map and for search by example.
-        sizes: images of each group, also of those that are not among the tiles; every group shows at least one.
+        sizes: images of each group, also of those that are not among the tiles; every group shows
+            at least one.
     """
     points, method = flat_map(features)
     data = page_data(tiles, features, unit_square(points), sizes)
-    template = jinja2.Template(
-        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return template.render(title=title, note=note, data=data, map_note=MAP_NOTES[method])
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
+    return template.render(title=title, note=note, data=data, map_note=_MAP_NOTES[method])
 
 
-__all__ = ["Tile", "by_confidence", "choose_shown", "render_page", "thumbnail"]
+__all__ = ["Tile", "by_confidence", "choose_shown", "jpeg_thumbnail", "render_page"]

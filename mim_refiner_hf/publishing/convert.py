@@ -1,41 +1,40 @@
 """`convert`: any known checkpoint as a model folder for the Hub, verified by loading it back.
 
-    mim-refiner convert mae_pretrain_vit_large.pth mae-l16                   # a file, a folder, a Hub name, or a name of the zoo
-    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14 --dtype bfloat16 --push user/d2v2-refined-h14
+    mim-refiner convert mae_pretrain_vit_large.pth mae-l16     # a file, a folder, a Hub name,
+    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14      # or a name of the zoo
+    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14 --dtype bfloat16 --push user/name
 
-The order keeps one copy of the weights in memory: load, encode a fixed input, write in shards, let go, load what was written,
-encode again, compare. Only then does the folder get its name; whatever fails before leaves nothing behind.
+One copy of the weights is in memory at a time: load, encode a fixed input, write in shards, let
+go, load what was written, encode again, compare. Only then does the folder get its name; whatever
+fails before leaves nothing behind.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
+from ..conversion.zoo import ZOO
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import sha256_of, staged_folder
-from ..runtime.text import fenced, plain
-from .hub import CARD, check_model_folder, write_model
-from .model_card import REPO_PLACEHOLDER, TAGS, is_hub_name
-from .zoo_card import eval_files, render_card
-from .zoo_results import find_results, starting_point
+from ..runtime.files import sha256_of, shipped_folder, staged_folder
+from ..runtime.text import plain
+from .hub import check_model_folder, write_model
+from .model_card import CARD, conversion_card
 
-TEMPLATE, COPY = (
-    Path(__file__).with_name(name)
-    for name in ("conversion_card.md.jinja", "conversion_facts.md.jinja")
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = 1e-5
-"""Largest difference between the outputs before writing and after reading back, relative to the largest output."""
+# largest difference of the outputs, written and read back, relative to the largest output
+READ_BACK_TOLERANCE = 1e-5
+
+# a line in every card of the zoo, by which `convert` finds the card of a name
+COPY_MARK = "<!-- {}: a converted copy says here how it was made -->"
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,10 @@ class Conversion:
 
     def __str__(self) -> str:
         return (
-            f"{self.report}\n{self.parameters / 1e6:.1f} M parameters in {self.dtype}, read back and compared: largest relative "
-            f"difference {self.difference:.1e} ({self.seconds:.0f} s)\nThe model: {self.folder}"
+            f"{self.report}\n"
+            f"{self.parameters / 1e6:.1f} M parameters in {self.dtype}, read back and compared: "
+            f"largest relative difference {self.difference:.1e} ({self.seconds:.0f} s)\n"
+            f"The model: {self.folder}"
         )
 
 
@@ -79,72 +80,94 @@ def convert(
     num_heads: int | None = None,
     revision: str | None = None,
 ) -> Conversion:
-    """Write any checkpoint that `load_encoder` knows as a model folder: safetensors, configuration, preprocessing, code, card.
+    """Write any checkpoint that `load_encoder` knows as a model folder, card included.
 
     Args:
         source, family, num_heads, revision: as for `load_encoder`.
-        destination: a new or empty folder, or an earlier model folder, which is replaced once the new one is verified.
+        destination: a new or empty folder, or an earlier model folder, which is replaced once the
+            new one is verified.
         dtype: "float32", "bfloat16" or "float16"; None keeps the source's.
 
     Raises:
-        ValueError: for a destination that holds something else, or an unknown dtype; before anything is read.
-        FileNotFoundError, CheckpointError: as `load_encoder`, or when what was written does not give the same outputs.
+        ValueError: for a destination that holds something else, or an unknown dtype; before
+            anything is read.
+        FileNotFoundError, CheckpointError: as `load_encoder`, or when what was written does not
+            give the same outputs.
     """
     began = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+
     with staged_folder(Path(destination), check_model_folder) as new:
         encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)
         report: LoadReport = vars(encoder)["load_report"]
         processor: MimRefinerImageProcessor = vars(encoder)["image_processor"]
-        parameters, rounding = encoder.num_parameters(), 0.0
-        if dtype is not None and DTYPES[dtype] != encoder.dtype:
-            exact = encode(encoder)
-            encoder.to(DTYPES[dtype])  # type: ignore[arg-type]
-            rounding = relative_difference(exact, encode(encoder))
-        expected, written = encode(encoder), encoder.dtype
-        write_model(new, encoder, processor, written)
         config = encoder.config
-        del encoder  # its memory is wanted for the one read back
-        difference = relative_difference(expected, encode(load_encoder(new)))
-        if not difference <= TOLERANCE:
-            raise CheckpointError(
-                f"{source}: the model read back from {new} differs by {difference:.1e} (at most {TOLERANCE} is allowed), so it was "
-                "not kept; is the disk or the memory of this machine faulty?"
-            )
-        digest = sha256_of(Path(source)) if Path(source).is_file() else None
-        name = Path(destination).resolve().name
+        parameters = encoder.num_parameters()
+
+        rounding = 0.0
+        if dtype is not None:
+            rounding = _cast(encoder, DTYPES[dtype])
+        written_dtype = encoder.dtype
+        expected = encode_fixed_input(encoder)
+        write_model(new, encoder, processor, written_dtype)
+
+        # its memory is wanted for the one that is read back
+        del encoder
+        difference = _read_back(new, source, expected)
+
         done = Conversion(
-            Path(destination), str(source), digest, str(report), parameters, str(written).removeprefix("torch."),
-            difference, rounding, time.perf_counter() - began,
-        )  # fmt: skip
-        facts = describe(report.family, config, processor)
-        for file, text in render(name, done, facts).items():
+            folder=Path(destination),
+            source=str(source),
+            sha256=_digest(Path(source)),
+            report=str(report),
+            parameters=parameters,
+            dtype=str(written_dtype).removeprefix("torch."),
+            difference=difference,
+            rounding=rounding,
+            seconds=time.perf_counter() - began,
+        )
+        facts = encoder_facts(report.family, config, processor)
+        for file, text in card_files(Path(destination).resolve().name, done, facts).items():
             (new / file).parent.mkdir(exist_ok=True)
             (new / file).write_text(text, encoding="utf-8")
     return done
 
 
-def describe(
-    family: str, config: MimRefinerConfig, processor: MimRefinerImageProcessor
-) -> dict[str, str]:
-    """What a reader of the card wants to know of the encoder: family, shape, input, feature."""
-    height, width = config.image_hw
-    blocks, heads = config.num_hidden_layers, config.num_attention_heads
-    return {
-        "Family": next(layout.title for layout in LAYOUTS if layout.family == family),
-        "Shape": f"{blocks} blocks of width {config.hidden_size}, {heads} heads, patch {config.patch_size}",
-        "Input": f"{height} x {width} pixels, mean {processor.image_mean}, standard deviation {processor.image_std}",
-        "Feature": f"pooler_output: {config.pooling} of the {config.features.replace('_', ' ')}",
-    }
+def _digest(source: Path) -> str | None:
+    """sha256 of a source that is one file."""
+    if not source.is_file():
+        return None
+    return sha256_of(source)
 
 
-def encode(encoder: MimRefinerModel) -> Tensor:
-    """The tokens (1, T, D), fp32, that an encoder gives for a fixed input of its native size: standard normal pixels, seed 0."""
+def _cast(encoder: MimRefinerModel, dtype: torch.dtype) -> float:
+    """Cast the encoder in place; returns by how much, relatively, its outputs change."""
+    if dtype == encoder.dtype:
+        return 0.0
+    exact = encode_fixed_input(encoder)
+    encoder.to(dtype)  # type: ignore[arg-type]
+    return relative_difference(exact, encode_fixed_input(encoder))
+
+
+def _read_back(folder: Path, source: str | Path, expected: Tensor) -> float:
+    """By how much, relatively, the outputs of the written model differ; an error for too much."""
+    difference = relative_difference(expected, encode_fixed_input(load_encoder(folder)))
+    # not `>`, as NaN is too much
+    if not difference <= READ_BACK_TOLERANCE:
+        raise CheckpointError(
+            f"{source}: the model read back from {folder} differs by {difference:.1e} (at most "
+            f"{READ_BACK_TOLERANCE} is allowed), so it was not kept; is the disk or the memory "
+            "of this machine faulty?"
+        )
+    return difference
+
+
+def encode_fixed_input(encoder: MimRefinerModel) -> Tensor:
+    """The tokens (1, T, D), fp32, of standard normal pixels (seed 0) of the native size."""
     config = encoder.config
-    pixels = torch.randn(
-        1, config.num_channels, *config.image_hw, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, config.num_channels, *config.image_hw, generator=generator)
     with torch.inference_mode():
         return encoder(pixels).last_hidden_state.float()
 
@@ -154,36 +177,90 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
     return float((expected - got).abs().max() / expected.abs().max())
 
 
-def render(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:
-    """File -> text: the card, and what the Hub reads beside it. A model of the zoo brings its reported numbers; others claim none."""
-    copy = jinja2.Template(COPY.read_text(encoding="utf-8")).render(
-        facts={key: plain(value) for key, value in facts.items()},
-        done=done,
-        report=plain(done.report),
-    )
-    if (released := find_results(done.source)) is not None:
-        files = {f".eval_results/{file}": text for file, text in eval_files(released).items()}
-        return {CARD: render_card(plain(name), released, starting_point(released), copy), **files}
-    optional: dict[str, Any] = (
-        {"base_model": done.source, "base_model_relation": "finetune"}
-        if is_hub_name(done.source)
-        else {}
-    )
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            tags=TAGS,
-            **optional,
-        ),
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=plain(name),
-        repo_id=REPO_PLACEHOLDER,
-        source=plain(done.source if is_hub_name(done.source) else Path(done.source).name),
-        copy=copy,
-        command=fenced(f"mim-refiner convert {done.source} {name}", "bash"),
-    )
-    return {CARD: str(card)}
+# The card
+
+
+def encoder_facts(
+    family: str, config: MimRefinerConfig, processor: MimRefinerImageProcessor
+) -> dict[str, str]:
+    """What a reader of the card wants to know of the encoder: family, shape, input, feature."""
+    title = next(layout.title for layout in LAYOUTS if layout.family == family)
+    height, width = config.image_hw
+    pixels = f"{height} x {width} pixels"
+    mean = f"mean {processor.image_mean}"
+    deviation = f"standard deviation {processor.image_std}"
+    blocks = f"{config.num_hidden_layers} blocks of width {config.hidden_size}"
+    heads = f"{config.num_attention_heads} heads"
+    return {
+        "Family": title,
+        "Shape": f"{blocks}, {heads}, patch {config.patch_size}",
+        "Input": f"{pixels}, {mean}, {deviation}",
+        "Feature": f"pooler_output: {config.pooling} of the {config.features.replace('_', ' ')}",
+    }
+
+
+def card_files(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:
+    """File -> text: the card of a folder called `name`, and what the Hub reads beside it.
+
+    A model of the zoo brings the numbers that the paper reports; others claim none.
+    """
+    copy = _copy_facts(done, facts)
+    shipped = find_zoo_card(done.source)
+    if shipped is None:
+        return {CARD: conversion_card(done.source, name, copy)}
+
+    files = {CARD: _zoo_copy(shipped, done.source, plain(name), copy)}
+    for path in shipped.glob(".eval_results/*.yaml"):
+        files[f".eval_results/{path.name}"] = path.read_text(encoding="utf-8")
+    return files
+
+
+def _copy_facts(done: Conversion, facts: dict[str, str]) -> str:
+    """The facts of the encoder, and how the copy was made and checked, as a Markdown list."""
+    weights = f"{done.parameters} in {done.dtype}"
+    if done.rounding:
+        weights += (
+            "; rounding them from the source's type changes the outputs by "
+            f"{done.rounding:.1e} (relative to the largest)"
+        )
+
+    lines = [f"- **{fact}:** {plain(value)}" for fact, value in facts.items()]
+    lines += [
+        f"- **Weights:** {weights}",
+        f"- **Placed:** {plain(done.report)}",
+        "- **Checked:** written, read back, and a fixed input encoded before and after: "
+        f"largest relative difference {done.difference:.1e}",
+    ]
+    if done.sha256:
+        lines.append(f"- **sha256 of the source file:** `{done.sha256}`")
+    return "\n".join(lines)
+
+
+def find_zoo_card(source: str) -> Path | None:
+    """The folder in `model_cards/` of an official checkpoint; None for any other source."""
+    # as in `load_encoder`, what exists here comes before the zoo
+    if source not in ZOO or Path(source).exists():
+        return None
+    mark = COPY_MARK.format(source)
+    cards = shipped_folder("model_cards", in_repository="model_cards")
+    for path in cards.glob(f"*/{CARD}"):
+        if mark in path.read_text(encoding="utf-8"):
+            return path.parent
+    return None
+
+
+def _zoo_copy(shipped: Path, zoo_name: str, name: str, copy: str) -> str:
+    """The card of the zoo for a folder called `name`: with the facts, without its neighbours."""
+    card = ModelCard.load(shipped / CARD)
+    if card.data.eval_results:
+        card.data.model_name = name
+
+    # links lead to other models of the zoo, which do not lie beside the copy
+    text = re.sub(r"\[([^]]*)\]\(\.\./[^)]*\)", r"\1", card.text)
+    text = text.replace(f'"{shipped.name}"', f'"{name}"')
+    text = text.replace(f"{zoo_name} {shipped.name}", f"{zoo_name} {name}")
+    text = text.replace(COPY_MARK.format(zoo_name), f"## This copy\n\n{copy}")
+    return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 
 __all__ = ["Conversion", "convert"]

@@ -1,10 +1,11 @@
-"""`export`: an encoder in the format of timm, of transformers' own classes, or of ONNX, reloaded and compared before it counts.
+"""`export`: an encoder in the format of timm, of transformers' own classes, or of ONNX.
 
-    mim-refiner export out/model out/timm --to timm                  # a folder that timm.create_model loads
-    mim-refiner export out/model out/vit --to vit                    # a transformers folder without custom code
-    mim-refiner export facebook/vit-mae-large out/onnx --to onnx     # model.onnx with its preprocessing
+    mim-refiner export out/model out/timm --to timm      # a folder that timm.create_model loads
+    mim-refiner export out/model out/vit --to vit        # transformers without custom code
+    mim-refiner export facebook/vit-mae-large out/onnx --to onnx      # model.onnx, preprocessing
 
-What each folder holds, and which encoders the format has no words for: `export_timm.py`, `export_native.py`, `export_onnx.py`.
+What was written is reloaded by that library and compared before it counts. What each folder holds,
+and which encoders a format cannot express: `export_timm.py`, `export_native.py`, `export_onnx.py`.
 """
 
 from importlib import import_module
@@ -18,11 +19,12 @@ from ..runtime.files import staged_folder
 from .hub import check_model_folder
 from .twins import Twin
 
-FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
-"""Name after `--to` -> module, imported when it is asked for: timm takes seconds to import, and onnx is an extra."""
-TOLERANCE = 1e-4
-"""Largest difference allowed, in units of the largest value of that output, or of 1 where all are smaller."""
-BATCHES = (1, 3)
+EXPORT_FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
+"""Name after `--to` -> module, imported when asked for: timm is slow, and onnx is an extra."""
+
+# largest difference allowed, in units of the output's largest value, or of 1 where all are smaller
+_TOLERANCE = 1e-4
+_BATCHES = (1, 3)
 
 
 class ExportError(RuntimeError):
@@ -30,7 +32,7 @@ class ExportError(RuntimeError):
 
 
 def export(source: str | Path, destination: str | Path, to: str) -> dict[str, float]:
-    """Write an encoder in another format, all or nothing, after the reloaded files gave the same outputs.
+    """Write an encoder in another format, all or nothing, once the reloaded files compute the same.
 
     Args:
         source: anything `load_encoder` takes: a Hub name, a model folder, an original checkpoint.
@@ -38,55 +40,69 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
         to: "timm", "vit" (transformers' own classes) or "onnx".
 
     Returns:
-        Worst absolute difference between the encoder and its reloaded twin on random images in batches of 1 and 3, for "tokens"
-        (`last_hidden_state`) and, where the format pools, "features" (`pooler_output`); at most `TOLERANCE` of their scale.
+        Worst absolute difference between the encoder and its reloaded twin on random images in
+        batches of 1 and 3, for "tokens" (`last_hidden_state`) and, where the format pools,
+        "features" (`pooler_output`); at most 1e-4 of their scale.
 
     Raises:
-        ValueError: for an unknown `to`, a destination that holds something else or the source, an encoder that the format
-            cannot express (the message says which setting), or a source that `load_encoder` refuses.
+        ValueError: for an unknown `to`, a destination that holds something else or the source, an
+            encoder that the format cannot express (the message says which setting), or a source
+            that `load_encoder` refuses.
         FileNotFoundError: when `source` is a path that does not exist.
         ExportError: when the reloaded twin computes something else.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to={to!r} is not a format; allowed: {', '.join(FORMATS)}")
-    folder, origin = check_model_folder(Path(destination)), Path(source).expanduser().resolve()
+    if to not in EXPORT_FORMATS:
+        raise ValueError(f"to={to!r} is not a format; allowed: {', '.join(EXPORT_FORMATS)}")
+    folder = check_model_folder(Path(destination))
+    origin = Path(source).expanduser().resolve()
     if folder == origin or folder in origin.parents:
         raise ValueError(f"{destination} would overwrite the source {source}; name another folder")
+
     encoder = load_encoder(source)
     processor = encoder.image_processor
-    format_ = import_module(f".{FORMATS[to]}", __package__)
-    if reason := format_.refusal(encoder.config):
+    format_ = import_module(f".{EXPORT_FORMATS[to]}", __package__)
+    reason = format_.refusal(encoder.config)
+    if reason:
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
+
     encoder.float()
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
-        return compare(encoder, format_.load(new))
+        return _compare_twins(encoder, format_.load(new))
 
 
 @torch.no_grad()
-def compare(encoder: MimRefinerModel, twins: dict[str, Twin]) -> dict[str, float]:
-    """Worst absolute difference per output over all twins and batch sizes; an ExportError beyond the tolerance."""
-    size = (max(BATCHES), encoder.config.num_channels, *encoder.config.image_hw)
+def _compare_twins(encoder: MimRefinerModel, twins: dict[str, Twin]) -> dict[str, float]:
+    """Worst absolute difference of each output over all twins and batch sizes.
+
+    Raises:
+        ExportError: beyond the tolerance, or for outputs of another shape.
+    """
+    size = (max(_BATCHES), encoder.config.num_channels, *encoder.config.image_hw)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     worst: dict[str, float] = {}
-    for batch in BATCHES:
+    for batch in _BATCHES:
         output = encoder(images[:batch])
-        expected = {"tokens": output.last_hidden_state, "features": output.pooler_output}
+        ours = {"tokens": output.last_hidden_state, "features": output.pooler_output}
         for way, twin in twins.items():
-            for name, found in twin(images[:batch]).items():
-                wanted = expected[name]
-                if found.shape != wanted.shape:
-                    raise ExportError(
-                        f"{way}: {name} come back as {list(found.shape)}, not {list(wanted.shape)}"
-                    )
-                difference = (found - wanted).abs().max().item()
-                allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
-                if not difference <= allowed:  # not `>`: NaN must fail too
-                    raise ExportError(
-                        f"{way}: {name} differ by {difference:.1e}, more than {allowed:.1e}; nothing was written"
-                    )
+            for name, theirs in twin(images[:batch]).items():
+                difference = _difference(f"{way}: {name}", ours[name], theirs)
                 worst[name] = max(worst.get(name, 0.0), difference)
     return worst
 
 
-__all__ = ["FORMATS", "TOLERANCE", "ExportError", "compare", "export"]
+def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest absolute difference of two outputs; ExportError if it is too large."""
+    if theirs.shape != ours.shape:
+        raise ExportError(f"{what} come back as {list(theirs.shape)}, not {list(ours.shape)}")
+    difference = (theirs - ours).abs().max().item()
+    allowed = _TOLERANCE * max(1.0, ours.abs().max().item())
+    # not `>`: NaN must fail too
+    if not difference <= allowed:
+        raise ExportError(
+            f"{what} differ by {difference:.1e}, more than {allowed:.1e}; nothing was written"
+        )
+    return difference
+
+
+__all__ = ["EXPORT_FORMATS", "ExportError", "export"]

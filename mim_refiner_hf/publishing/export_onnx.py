@@ -1,11 +1,13 @@
-"""An encoder as `model.onnx`: native resolution, any batch size, `last_hidden_state` and `pooler_output`.
+"""An encoder as `model.onnx`: native resolution, any batch size, two outputs.
 
     session = onnxruntime.InferenceSession("out/onnx/model.onnx")
-    tokens, features = session.run(None, {"pixel_values": pixels})              # (B, C, H, W) float32 -> (B, T, D), (B, D)
-    AutoImageProcessor.from_pretrained("out/onnx")(image, return_tensors="np")  # transformers' own class, no custom code
+    # (B, C, H, W) float32 -> last_hidden_state (B, T, D), pooler_output (B, D)
+    tokens, features = session.run(None, {"pixel_values": pixels})
+    # transformers' own class, no custom code
+    AutoImageProcessor.from_pretrained("out/onnx")(image, return_tensors="np")
 
-Takes every encoder. Needs `pip install "mim_refiner_hf[onnx]"` (about 110 MB). Beyond protobuf's limit of 2 GB the weights lie
-in `model.onnx.data` beside the graph; the two files belong together.
+Takes every encoder. Needs `pip install "mim_refiner_hf[onnx]"` (about 110 MB). Beyond protobuf's
+limit of 2 GB the weights lie in `model.onnx.data` beside the graph; the two files belong together.
 """
 
 from importlib.util import find_spec
@@ -19,55 +21,57 @@ from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Twin, native_processor
 
-EXTRA = ("onnx", "onnxruntime", "onnxscript")
-OUTPUTS = ("last_hidden_state", "pooler_output")
+_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+_OUTPUTS = ("last_hidden_state", "pooler_output")
+# bytes of weights that `model.onnx` itself can hold: below protobuf's 2^31, with room for the graph
 ONE_FILE = 1_800_000_000
-"""Bytes of weights up to which they go into `model.onnx` itself: below protobuf's 2^31, with room for the graph."""
 
 
 def refusal(_: MimRefinerConfig) -> str | None:
     """What is not installed, or None: there is no encoder that ONNX cannot express."""
-    if missing := [name for name in EXTRA if find_spec(name) is None]:
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
         return f'{" and ".join(missing)} missing; pip install "mim_refiner_hf[onnx]"'
     return None
 
 
 def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProcessor) -> None:
-    """Write `model.onnx`, `config.json` (ours, for the record) and `preprocessor_config.json` (a native class)."""
+    """Write `model.onnx`, `config.json` (ours, for the record) and `preprocessor_config.json`."""
     config = encoder.config
     size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.parameters())
+    # a batch of one would be taken for a constant
+    pixels = torch.zeros(2, config.num_channels, *config.image_hw)
+
+    # plain matmuls: torch 2.15 cannot decompose SDPA with an additive bias
     kernel = encoder.config._attn_implementation
-    encoder.set_attn_implementation(
-        "eager"
-    )  # plain matmuls: torch 2.15 cannot decompose SDPA with an additive bias
+    encoder.set_attn_implementation("eager")
     torch.onnx.export(
         encoder,
-        (
-            torch.zeros(2, config.num_channels, *config.image_hw),
-        ),  # 2: a batch of one would be taken for a constant
+        (pixels,),
         folder / "model.onnx",
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],
-        output_names=OUTPUTS,
+        output_names=_OUTPUTS,
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         external_data=size > ONE_FILE,
     )
     encoder.set_attn_implementation(kernel)
+
     config.save_pretrained(folder)
     native_processor(processor).save_pretrained(folder)
 
 
 def load(folder: Path) -> dict[str, Twin]:
-    """The graph in onnxruntime, on the CPU."""
-    import onnxruntime  # of the extra `onnx`
+    """The graph in onnxruntime, of the extra `onnx`, on the CPU."""
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(
         folder / "model.onnx", providers=["CPUExecutionProvider"]
     )
 
     def twin(pixels: Tensor) -> dict[str, Tensor]:
-        tokens, features = session.run(list(OUTPUTS), {"pixel_values": pixels.numpy()})
+        tokens, features = session.run(list(_OUTPUTS), {"pixel_values": pixels.numpy()})
         return {"tokens": torch.from_numpy(tokens), "features": torch.from_numpy(features)}
 
     return {"onnxruntime": twin}

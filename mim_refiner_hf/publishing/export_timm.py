@@ -1,10 +1,14 @@
-"""An encoder as a timm model: a Hub-format folder with `model.safetensors` under timm's names and timm's `config.json`.
+"""An encoder as a timm model: `model.safetensors` under timm's names and timm's `config.json`.
 
-    timm.create_model("local-dir:out/timm", pretrained=True)                    # or "hf-hub:user/name" once it is pushed
-    timm.create_model(architecture, checkpoint_path="out/timm/model.safetensors", **model_args)     # both from config.json
+    # or "hf-hub:user/name" once it is pushed
+    timm.create_model("local-dir:out/timm", pretrained=True)
+    # `architecture` and `model_args` stand in config.json
+    weights = "out/timm/model.safetensors"
+    timm.create_model(architecture, checkpoint_path=weights, **model_args)
 
-`model(pixels)` gives our `pooler_output`, `model.forward_features(pixels)` our `last_hidden_state`. timm's ViTs have norms with
-an epsilon of 1e-6; a source that states another one (1e-12 in transformers' own configurations) differs by that alone.
+`model(pixels)` gives our `pooler_output`, `model.forward_features(pixels)` our `last_hidden_state`.
+timm's ViTs have norms with an epsilon of 1e-6; a source that states another one (1e-12 in
+transformers' own configurations) differs by that alone.
 """
 
 import json
@@ -21,18 +25,27 @@ from transformers.image_utils import PILImageResampling
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
-from .twins import Names, Twin, complete_state, refused, rename, unsupported
+from .twins import (
+    Names,
+    Twin,
+    add_cls_position,
+    complete_state,
+    layer_scale_value,
+    refused,
+    rename,
+    unsupported,
+)
 
-SIZES = {
+# (width, depth) -> timm's word; all else is called a base model, with its shape in `model_args`
+_SIZES = {
     (192, 12): "tiny",
     (384, 12): "small",
     (768, 12): "base",
     (1024, 24): "large",
     (1280, 32): "huge",
 }
-"""(width, depth) -> timm's word for it; all else takes the name of a base model, with its shape in `model_args`."""
 
-BLOCKS: Names = (
+_COMMON_NAMES: Names = (
     (r"embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"embeddings\.cls_token", r"cls_token"),
     (r"embeddings\.position_embeddings", r"pos_embed"),
@@ -41,13 +54,13 @@ BLOCKS: Names = (
     (r"layers\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
     (r"norm\.(weight|bias)", r"norm.\1"),
 )
-VIT: Names = (
-    *BLOCKS,
+_VIT_NAMES: Names = (
+    *_COMMON_NAMES,
     (r"embeddings\.register_tokens", r"reg_token"),
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.ls\2.gamma"),
 )
-BEIT: Names = (
-    *BLOCKS,
+_BEIT_NAMES: Names = (
+    *_COMMON_NAMES,
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.gamma_\2"),
     (
         r"layers\.(\d+)\.attention\.relative_position_bias\.table",
@@ -57,14 +70,14 @@ BEIT: Names = (
 )
 
 
-def is_beit(config: MimRefinerConfig) -> bool:
+def _is_beit(config: MimRefinerConfig) -> bool:
     """Whether timm's `Beit` is meant (relative positions) and not its `VisionTransformer`."""
     return config.relative_positions != "none"
 
 
-def patches_only(config: MimRefinerConfig) -> bool:
-    """Whether timm's position table leaves out CLS (`no_embed_class`), as in its own models with registers."""
-    return config.num_register_tokens > 0
+def _has_cls_position(config: MimRefinerConfig) -> bool:
+    """Whether timm's positions have a row for CLS; models with registers leave it out."""
+    return config.use_cls_token and config.num_register_tokens == 0
 
 
 def refusal(config: MimRefinerConfig) -> str | None:
@@ -72,8 +85,9 @@ def refusal(config: MimRefinerConfig) -> str | None:
     lacking = unsupported(config)
     if config.hidden_act != "gelu":
         lacking.append(f"activation but GELU (hidden_act={config.hidden_act!r})")
-    if not is_beit(config):
+    if not _is_beit(config):
         return refused("timm's VisionTransformer", lacking)
+
     if not config.final_norm:
         lacking.append("way to leave out the final norm (final_norm=False)")
     if not config.use_cls_token:
@@ -83,45 +97,45 @@ def refusal(config: MimRefinerConfig) -> str | None:
     return refused("timm's Beit, its ViT with relative positions,", lacking)
 
 
-def state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
-    """The weights under timm's names: q, k, v fused; positions with a row of zeros for CLS, whose own is folded into the token."""
-    config, state = encoder.config, complete_state(encoder)
+def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
+    """The weights under timm's names: q, k and v fused, positions with a row for CLS."""
+    config = encoder.config
+    is_beit = _is_beit(config)
+    state = complete_state(encoder)
     for block in range(config.num_hidden_layers):
         attention = f"layers.{block}.attention."
-        for kind in ("weight", "bias"):
-            q, k, v = (state.pop(f"{attention}{name}_proj.{kind}") for name in "qkv")
-            if kind == "bias" and is_beit(
-                config
-            ):  # a key bias adds q.b to all scores of a query: softmax does not see it
-                state |= {f"{attention}q_bias": q, f"{attention}v_bias": v}
-            else:
-                state[f"{attention}qkv.{kind}"] = torch.cat([q, k, v])
-    if config.use_cls_token and not patches_only(config) and config.has_absolute_positions:
-        positions = state["embeddings.position_embeddings"]
-        state["embeddings.position_embeddings"] = torch.cat(
-            [positions.new_zeros(1, 1, config.hidden_size), positions], dim=1
-        )
-    return rename(state, BEIT if is_beit(config) else VIT)
+        weights = [state.pop(f"{attention}{name}_proj.weight") for name in "qkv"]
+        biases = [state.pop(f"{attention}{name}_proj.bias") for name in "qkv"]
+        state[f"{attention}qkv.weight"] = torch.cat(weights)
+        # BEiT has no key bias; it adds q.b to all scores of a query, which softmax does not see
+        if is_beit:
+            state[f"{attention}q_bias"] = biases[0]
+            state[f"{attention}v_bias"] = biases[2]
+        else:
+            state[f"{attention}qkv.bias"] = torch.cat(biases)
+
+    if _has_cls_position(config):
+        add_cls_position(state)
+    return rename(state, _BEIT_NAMES if is_beit else _VIT_NAMES)
 
 
-def architecture(config: MimRefinerConfig) -> str:
-    """timm's name of the model of this size, patch and resolution where it has one, else its base model's."""
-    kind = "beit" if is_beit(config) else "vit"
-    size = SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
+def timm_architecture(config: MimRefinerConfig) -> str:
+    """timm's name of the model of this size, patch and resolution, else of its base model."""
+    kind = "beit" if _is_beit(config) else "vit"
+    size = _SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
     name = f"{kind}_{size}_patch{config.patch_size}_{config.image_hw[0]}"
-    return name if timm.is_model(name) else f"{kind}_base_patch16_224"
+    if timm.is_model(name):
+        return name
+    return f"{kind}_base_patch16_224"
 
 
-def model_args(config: MimRefinerConfig) -> dict[str, Any]:
+def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
     """The constructor's arguments, all of them: the architecture's name alone decides nothing."""
+    # timm multiplies and cuts off: the product must not be less than the width
     mlp_ratio = config.intermediate_size / config.hidden_size
-    if (
-        int(config.hidden_size * mlp_ratio) < config.intermediate_size
-    ):  # how timm gets the width back
+    if int(config.hidden_size * mlp_ratio) < config.intermediate_size:
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    layer_scale = (
-        0.0 if config.layer_scale_init is None else config.layer_scale_init or 1.0
-    )  # 0 is timm's word for none
+
     shared: dict[str, Any] = {
         "img_size": list(config.image_hw),
         "patch_size": config.patch_size,
@@ -133,32 +147,39 @@ def model_args(config: MimRefinerConfig) -> dict[str, Any]:
         "num_heads": config.num_attention_heads,
         "mlp_ratio": mlp_ratio,
         "qkv_bias": True,
-        "init_values": layer_scale,
+        "init_values": layer_scale_value(config.layer_scale_init),
     }
-    if is_beit(config):
+    if _is_beit(config):
         return shared | {
             "use_abs_pos_emb": config.has_absolute_positions,
             "use_rel_pos_bias": config.relative_positions == "relative",
             "use_shared_rel_pos_bias": config.relative_positions == "shared_relative",
             "use_fc_norm": False,
         }
+
+    # mean pooling comes after the norm, as ours does
     return shared | {
         "class_token": config.use_cls_token,
         "reg_tokens": config.num_register_tokens,
-        "no_embed_class": patches_only(config),
+        "no_embed_class": config.num_register_tokens > 0,
         "final_norm": config.final_norm,
-        "fc_norm": False,  # mean pooling comes after the norm, as ours does
+        "fc_norm": False,
     }
 
 
-def pretrained_cfg(config: MimRefinerConfig, processor: MimRefinerImageProcessor) -> dict[str, Any]:
+def _pretrained_cfg(
+    num_channels: int, image_hw: tuple[int, int], processor: MimRefinerImageProcessor
+) -> dict[str, Any]:
     """What `timm.data.resolve_model_data_config` reads: our preprocessing in timm's words."""
-    crop, size = max(config.image_hw), int(processor.size["shortest_edge"])
+    # timm divides and cuts off: the quotient must not be less than the size
+    crop = max(image_hw)
+    size = int(processor.size["shortest_edge"])
     crop_pct = crop / size
-    if math.floor(crop / crop_pct) < size:  # how timm gets the size back
+    if math.floor(crop / crop_pct) < size:
         crop_pct = math.nextafter(crop_pct, 0)
+
     return {
-        "input_size": [config.num_channels, *config.image_hw],
+        "input_size": [num_channels, *image_hw],
         "fixed_input_size": True,
         "interpolation": PILImageResampling(processor.resample).name.lower(),
         "crop_pct": crop_pct,
@@ -174,20 +195,22 @@ def pretrained_cfg(config: MimRefinerConfig, processor: MimRefinerImageProcessor
 
 def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProcessor) -> None:
     """Write `model.safetensors` (fp32) and `config.json` as timm pushes them to the Hub."""
-    save_file(state_dict(encoder), folder / "model.safetensors", metadata={"format": "pt"})
     config = encoder.config
+    weights = timm_state_dict(encoder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
     content = {
-        "architecture": architecture(config),
+        "architecture": timm_architecture(config),
         "num_classes": 0,
         "num_features": config.hidden_size,
-        "model_args": model_args(config),
-        "pretrained_cfg": pretrained_cfg(config, processor),
+        "model_args": timm_model_args(config),
+        "pretrained_cfg": _pretrained_cfg(config.num_channels, config.image_hw, processor),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> dict[str, Twin]:
-    """Both ways in which timm's users load the folder; timm raises unless every tensor has its place."""
+    """Both ways in which timm's users load the folder; timm raises unless every tensor fits."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     by_file = timm.create_model(
         config["architecture"],
@@ -203,4 +226,11 @@ def load(folder: Path) -> dict[str, Twin]:
     return {"checkpoint_path": twin(by_file), "local-dir": twin(by_folder)}
 
 
-__all__ = ["load", "refusal", "write"]
+__all__ = [
+    "load",
+    "refusal",
+    "timm_architecture",
+    "timm_model_args",
+    "timm_state_dict",
+    "write",
+]

@@ -2,10 +2,11 @@
 
     from mim_refiner_hf.publishing import push_folder, save_model_folder
     save_model_folder(Path("out/model"), encoder, processor)
-    push_folder(Path("out/model"), "user/mae-refined-l16")             # or: mim-refiner push out/model user/mae-refined-l16
+    push_folder(Path("out/model"), "user/mae-refined-l16")
+    # or: mim-refiner push out/model user/mae-refined-l16
 
-With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load the folder with no flag; without it they need
-`trust_remote_code=True` and run the Python files that lie in the folder.
+With the package imported, `AutoModel`, `AutoImageProcessor` and `pipeline` load the folder with no
+flag; without it they need `trust_remote_code=True` and run the Python files that lie in the folder.
 """
 
 import shlex
@@ -25,29 +26,32 @@ from ..conversion.digests import add_file_digests, write_digests
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import check_folder, staged_folder
 from ..runtime.retry import patiently
-from .model_card import REPO_PLACEHOLDER
+from .model_card import CARD, REPO_PLACEHOLDER
 
-CARD = "README.md"
-SHARD_SIZE = "2GB"
-ENTRIES = (
+# of a file of weights; so that writing takes no second copy of them all
+MAX_SHARD_SIZE = "2GB"
+# the files that config.json names; what they import of their flat neighbours travels with them
+_TRAVELLING = (
     "model/modeling_mim_refiner.py",
     "model/image_processing_mim_refiner.py",
     "clustering/pipeline_image_clustering.py",
 )
-"""The modules that config.json names; what they import of their flat neighbours travels with them."""
 
 
 class PushError(RuntimeError):
-    """The Hub did not take the upload; the local folder is intact and the message says how to continue."""
+    """The Hub did not take the upload; nothing local changed, and the message says how to go on."""
 
 
 def check_model_folder(folder: Path) -> Path:
-    """`folder`, resolved, if a model can be written there: it is absent, empty or holds a model; else a ValueError."""
+    """`folder`, resolved, if a model can be written there; else a ValueError.
+
+    It can where the folder is absent, empty or holds a model.
+    """
     return check_folder(folder, "config.json", "model")
 
 
 def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
-    """Write weights (fp32), configuration, preprocessing and the code they need into `folder`, all or nothing.
+    """Write weights (fp32), configuration, preprocessing and the code they need, all or nothing.
 
     An earlier model in `folder` is replaced, card included: it described other weights.
 
@@ -59,45 +63,53 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
 
 
 def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: torch.dtype) -> None:
-    """Write a model's files into an empty folder: `config.json`, safetensors, `preprocessor_config.json`, the flat Python files,
-    and a digest of every tensor and of the two JSON files, by which `load_encoder` notices any later change.
+    """Write a model's files into an empty folder, its weights cast to `dtype`.
 
-    Weights are cast to `dtype` and split into files of at most `SHARD_SIZE`, so that writing takes no second copy of them all.
+    `config.json`, safetensors, `preprocessor_config.json`, the flat Python files, and a digest of
+    every tensor and of the two JSON files, by which `load_encoder` notices any later change.
     """
-    weights = {
-        name: tensor.detach().to("cpu", dtype) for name, tensor in encoder.state_dict().items()
-    }
-    write_digests(folder, weights)  # first: saving takes the tensors out of `weights` one by one
-    encoder.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+    weights = {}
+    for name, tensor in encoder.state_dict().items():
+        weights[name] = tensor.detach().to("cpu", dtype)
+
+    # digests first: saving takes the tensors out of `weights` one by one
+    write_digests(folder, weights)
+    encoder.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
     processor.save_pretrained(folder)
     announce_code(folder, dtype=str(dtype).removeprefix("torch."))
     add_file_digests(folder)
+
     package = Path(__file__).resolve().parents[1]
-    for entry in (package / module for module in ENTRIES):
-        for file in (entry, *map(Path, get_relative_import_files(entry))):
+    for name in _TRAVELLING:
+        module = package / name
+        for file in (module, *map(Path, get_relative_import_files(module))):
             shutil.copyfile(file, folder / file.name)
 
 
 def check_repo_id(repo_id: str) -> str:
     """`repo_id` itself if it has the form "user/name" that the Hub accepts, else a ValueError."""
-    hint = "give user/name or organisation/name, with letters, digits, '-', '_' and '.', such as ada/mae-refined-l16"
+    wrong = ValueError(
+        f"{repo_id!r} is not the name of a Hub repository; give user/name or organisation/name, "
+        "with letters, digits, '-', '_' and '.', such as ada/mae-refined-l16"
+    )
     if repo_id.count("/") != 1:
-        raise ValueError(f"{repo_id!r} is not the name of a Hub repository; {hint}")
+        raise wrong
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not the name of a Hub repository; {hint}") from error
+        raise wrong from error
     return repo_id
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a model folder: weights, configuration and code in one commit, then the card in a second one.
+    """Upload a model folder: weights, configuration and code in one commit, the card in a second.
 
-    The card comes last so that no page ever describes weights that are not there. Uploading again is safe: files that the
-    Hub already has are not sent twice. Trouble that may pass is waited out a few times (`patience.py`).
+    The card comes last so that no page ever describes weights that are not there. Uploading again
+    is safe: files that the Hub already has are not sent twice. Trouble that may pass is waited out
+    a few times (runtime/retry.py).
 
     Args:
-        folder: as `save_model_folder` and `write_card` leave it; a missing README.md is left out.
+        folder: as `save_model_folder` and `write_card` leave it; README.md may be missing.
         repo_id: "user/name"; created when it does not exist.
         private: for a new repository.
 
@@ -111,43 +123,54 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    if missing := [
-        name for name in ("config.json", "model*.safetensors") if not any(folder.glob(name))
-    ]:
+    parts = ("config.json", "model*.safetensors")
+    missing = [part for part in parts if not any(folder.glob(part))]
+    if missing:
         raise FileNotFoundError(
-            f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's model folder"
+            f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's "
+            "model folder"
         )
-    api = HfApi()
+
     try:
-        url = patiently(
-            lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}"
-        )
-        upload = partial(
-            api.upload_folder,
-            folder_path=folder,
-            repo_id=repo_id,
-            ignore_patterns=[CARD, ".tmp*", ".*.tmp", ".old*", ".git*", ".cache*"],
-            commit_message="Weights, configuration and code",
-        )
-        patiently(upload, f"uploading to {repo_id}")
-        if (folder / CARD).is_file():
-            card = (folder / CARD).read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
-            upload = partial(
-                api.upload_file,
-                path_or_fileobj=card.encode(),
-                path_in_repo=CARD,
-                repo_id=repo_id,
-                commit_message="Model card with metrics",
-            )
-            patiently(upload, f"uploading the card of {repo_id}")
-    except Exception as error:  # network, authentication, quota, card validation: each has its own class, all end the same way
+        return _upload(folder, repo_id, private)
+    # network, authentication, quota, card validation: each has its own class, all end the same way
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        again = shlex.join(
-            ["mim-refiner", "push", str(folder), repo_id, *(["--private"] if private else [])]
-        )
+        again = ["mim-refiner", "push", str(folder), repo_id]
+        if private:
+            again.append("--private")
         raise PushError(
-            f"the Hub did not take {repo_id} ({reason}); the local result is intact at {folder}, continue with: {again}"
+            f"the Hub did not take {repo_id} ({reason}); the local result is intact at {folder}, "
+            f"continue with: {shlex.join(again)}"
         ) from error
+
+
+def _upload(folder: Path, repo_id: str, private: bool) -> str:
+    """What `push_folder` does, with the Hub's own errors."""
+    api = HfApi()
+    create = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+    url = patiently(create, f"making {repo_id}")
+
+    upload_model = partial(
+        api.upload_folder,
+        folder_path=folder,
+        repo_id=repo_id,
+        ignore_patterns=[CARD, ".tmp*", ".*.tmp", ".old*", ".git*", ".cache*"],
+        commit_message="Weights, configuration and code",
+    )
+    patiently(upload_model, f"uploading to {repo_id}")
+
+    card = folder / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
+        upload_card = partial(
+            api.upload_file,
+            path_or_fileobj=text.encode(),
+            path_in_repo=CARD,
+            repo_id=repo_id,
+            commit_message="Model card with metrics",
+        )
+        patiently(upload_card, f"uploading the card of {repo_id}")
     return str(url)
 
 

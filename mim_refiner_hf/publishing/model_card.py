@@ -1,53 +1,147 @@
-"""The model card of a run: starting weights and result side by side, with everything needed to repeat the measurement.
+"""What a model card is, and its three writers: of a run, of a conversion, of a later evaluation.
 
-    from mim_refiner_hf.publishing import write_card
-    write_card(Path("out"))                                # reads out/metrics.json, writes out/model/README.md
+    write_card(Path("out"))                        # out/metrics.json -> out/model/README.md
+    text = conversion_card(source, name, facts)    # the same weights under new names
+    update_card(Path("out/model"), report)         # adds what `evaluate` returned to either
 
-`CardData` holds the facts, `model_card.md.jinja` the words. The metadata block on top goes through huggingface_hub, with both
-results in its `model-index`. Text that came from a data set or a user is escaped: a name cannot become a link or HTML.
+The words of the first two are in `model_card.md.jinja`. The metadata block on top goes through
+huggingface_hub; its `model-index` holds every score. Text that came from a data set or a user is
+escaped (runtime/text.py): a name cannot become a link or HTML. One file, though a long one, as the
+three write the same metadata, scores and marks.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
-from ..evaluation.tables import METRICS, comparison_rows, format_metric
+from ..evaluation.tables import (
+    METRICS,
+    comparison_rows,
+    format_metric,
+    protocol_labels,
+    report_table,
+)
 from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
 
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CARD = "README.md"
+# in the card's snippets, until `push_folder` knows the repository
+REPO_PLACEHOLDER = "your-name/your-model"
+# the paper, as every card cites it
 CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()
-"""The paper, as every card cites it."""
-REPO_PLACEHOLDER = (
-    "your-name/your-model"  # in the card's snippets, until `push_folder` knows the repository
-)
-PRETRAINED_HERE = "a MAE pre-trained in this run"  # as the trainer writes `starting_model`
-TAGS = [
-    "mim-refiner",
-    "masked-image-modeling",
-    "self-supervised",
-    "image-clustering",
-    "feature-extraction",
-]
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+# as the trainer writes `starting_model`
+_PRETRAINED_HERE = "a MAE pre-trained in this run"
+_BEGIN = "<!-- evaluation: {} -->"
+_END = "<!-- end of evaluation -->"
+
+
+# What all cards share
 
 
 def is_hub_name(name: str | None) -> bool:
-    """Whether `name` is "user/name" on the Hub rather than a path here or a word such as "digits"."""
-    return (
-        bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name))
-        and not Path(str(name)).exists()
+    """Whether this is "user/name" on the Hub rather than a path here or a word such as "digits"."""
+    if not name or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return False
+    return not Path(name).exists()
+
+
+def card_metadata(**more: Any) -> ModelCardData:
+    """The metadata of a card: what is the same for every encoder, and `more` of this one.
+
+    `license` is among `more` only where it is known.
+    """
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=[
+            "mim-refiner",
+            "masked-image-modeling",
+            "self-supervised",
+            "image-clustering",
+            "feature-extraction",
+        ],
+        **more,
     )
+
+
+def eval_results_yaml(entries: Iterable[EvalResultEntry]) -> str:
+    """A file of `.eval_results/`, which the Hub reads beside the card."""
+    content = eval_result_entries_to_yaml(list(entries))
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _base_model(name: str) -> dict[str, str]:
+    """The metadata that name the starting weights, where they are on the Hub."""
+    if not is_hub_name(name):
+        return {}
+    return {"base_model": name, "base_model_relation": "finetune"}
+
+
+def _score_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that were measured, and what to call them."""
+    labels = {name: label for name, (label, _) in METRICS.items() if name in metrics}
+    return labels | protocol_labels(metrics)
+
+
+def _model_index(
+    metrics: Mapping[str, Any], data: Mapping[str, Any], *, suffix: str = ""
+) -> list[EvalResult]:
+    """The scores of one model on one data set, for the `model-index`.
+
+    Args:
+        metrics: name -> score.
+        data: where it was measured: `name`, `eval_name`, `config`, `eval_fingerprint`.
+        suffix: behind every name. huggingface_hub groups scores by the configuration of the data:
+            it keeps two models on the same data apart.
+    """
+    fingerprint = data.get("eval_fingerprint")
+    index = []
+    for name, label in _score_labels(metrics).items():
+        score = EvalResult(
+            task_type="image-feature-extraction",
+            task_name="Image feature extraction",
+            dataset_type=one_line(data["name"]),
+            dataset_name=one_line(data.get("eval_name") or data["name"]) + suffix,
+            dataset_config=one_line(data.get("config") or "default") + suffix,
+            dataset_revision=None if fingerprint is None else one_line(fingerprint),
+            metric_type=name,
+            metric_name=label + suffix,
+            metric_value=round(float(metrics[name]), 6),
+        )
+        index.append(score)
+    return index
+
+
+def _save_card(path: Path, text: str) -> Path:
+    """Put a card in its place, whole."""
+    write_text(path, text)
+    return path
+
+
+# The card of a run
 
 
 def duration(seconds: float) -> str:
     """Seconds for readers: "45 s", "12.3 min", "5.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)
@@ -56,9 +150,11 @@ class CardData:
 
     Attributes:
         model_name: name of the run's folder.
-        before, after: metrics of the starting weights and of the result (see `evaluate_encoder`); None when not measured.
+        before, after: metrics of the starting weights and of the result (see `evaluate_encoder`);
+            None when not measured.
         starting_model: Hub name, path, or "a MAE pre-trained in this run".
-        dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`, `num_classes`.
+        dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
+            `num_classes`.
         protocol: how each group of metrics was measured, in words.
         seed, command, seconds, stage_seconds, versions, hardware: of the run.
         recipe: every field of the `RefineRecipe`.
@@ -97,16 +193,19 @@ class CardData:
             raise ValueError(
                 f"{path} is not valid JSON ({error}); the run has to be evaluated again"
             ) from error
-        facts = {name: run.get(name) for name in cls.__dataclass_fields__ if name != "model_name"}
-        if missing := [
-            name
-            for name, value in facts.items()
-            if value is None and name not in ("before", "after")
-        ]:
+
+        name = one_line(Path(run_folder).resolve().name)
+        facts = {field.name: run.get(field.name) for field in fields(cls)}
+        facts["model_name"] = name
+
+        required = facts.keys() - {"before", "after"}
+        missing = [name for name, fact in facts.items() if name in required and fact is None]
+        if missing:
             raise ValueError(
-                f"{path} lacks {', '.join(missing)}, which the card needs; it is not a finished run's file"
+                f"{path} lacks {', '.join(missing)}, which the card needs; it is not a finished "
+                "run's file"
             )
-        return cls(model_name=one_line(Path(run_folder).resolve().name), **facts)
+        return cls(**facts)
 
     @property
     def has_labels(self) -> bool:
@@ -116,140 +215,238 @@ class CardData:
     def warning(self) -> str | None:
         """The sentence that a reader must see first, or None when the run shows what it should."""
         if self.after is None:
-            return "This model was not evaluated: nothing here says that it is better than its starting weights."
+            return (
+                "This model was not evaluated: nothing here says that it is better than its "
+                "starting weights."
+            )
         if not self.has_labels:
-            return "No labels were available, so the only evidence is RankMe, which needs none and says little about any one task."
+            return (
+                "No labels were available, so the only evidence is RankMe, which needs none and "
+                "says little about any one task."
+            )
         if self.before is None:
-            return "The starting weights were not evaluated: nothing here says that this model is better than they are."
-        worse = [
-            METRICS[name][0]
-            for name in ("knn_accuracy", "cluster_accuracy", "nmi")
-            if self.after[name] <= self.before[name]
-        ]
-        return (
-            f"Compared with the starting weights, this run did NOT improve: {', '.join(worse)}."
-            if worse
-            else None
-        )
+            return (
+                "The starting weights were not evaluated: nothing here says that this model is "
+                "better than they are."
+            )
 
-    def eval_results(self) -> list[EvalResult]:
-        """Both measurements for the `model-index`: the result, then the starting weights as a configuration of their own."""
-        config = one_line(self.dataset.get("config") or "default")
-        name = one_line(self.dataset.get("eval_name") or self.dataset["name"])
-        results = []
-        for metrics, suffix in ((self.after, ""), (self.before, " (starting weights)")):
-            for key in METRICS:
-                if metrics is None or key not in metrics:
-                    continue
-                results.append(
-                    EvalResult(
-                        task_type="image-feature-extraction",
-                        task_name="Image feature extraction",
-                        dataset_type=one_line(self.dataset["name"]),
-                        dataset_name=name + suffix,
-                        dataset_config=config
-                        + suffix,  # what huggingface_hub groups by: keeps the two results apart
-                        metric_type=key,
-                        metric_name=METRICS[key][0] + suffix,
-                        metric_value=round(float(metrics[key]), 6),
-                    )
-                )
-        return results
+        worse = []
+        for name in ("knn_accuracy", "cluster_accuracy", "nmi"):
+            if self.after[name] <= self.before[name]:
+                worse.append(METRICS[name][0])
+        if not worse:
+            return None
+        return f"Compared with the starting weights, this run did NOT improve: {', '.join(worse)}."
 
     def metadata(self) -> ModelCardData:
-        """The YAML block of the card."""
-        optional: dict[str, Any] = {}
-        if is_hub_name(self.starting_model):
-            optional |= {"base_model": self.starting_model, "base_model_relation": "finetune"}
+        """The YAML block of the card; both measurements, where there are two."""
+        optional: dict[str, Any] = _base_model(self.starting_model)
         if is_hub_name(self.dataset["name"]):
             optional["datasets"] = [self.dataset["name"]]
-        if results := self.eval_results():
-            optional |= {"model_name": self.model_name, "eval_results": results}
-        return ModelCardData(
-            license="apache-2.0",
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            tags=TAGS,
-            **optional,
-        )
+
+        index = _model_index(self.after or {}, self.dataset)
+        index += _model_index(self.before or {}, self.dataset, suffix=" (starting weights)")
+        if index:
+            optional |= {"model_name": self.model_name, "eval_results": index}
+        return card_metadata(license="apache-2.0", **optional)
 
     def metric_rows(self) -> list[tuple[str, str, str, str]]:
-        """(metric, starting weights, this model, change) as text; only what was measured on both sides has a change."""
+        """(metric, starting weights, this model, change) as text.
+
+        Only what was measured on both sides has a change.
+        """
         if self.before is not None and self.after is not None:
             return comparison_rows(self.before, self.after)
+
+        def cell(metrics: dict[str, Any] | None, name: str) -> str:
+            if metrics is None:
+                return "-"
+            return format_metric(name, metrics[name])
+
+        measured = self.after or self.before or {}
         rows = []
         for name, (label, _) in METRICS.items():
-            if name in (self.after or self.before or {}):
-                old, new = (
-                    "-" if side is None else format_metric(name, side[name])
-                    for side in (self.before, self.after)
-                )
-                rows.append((label, old, new, "-"))
+            if name in measured:
+                rows.append((label, cell(self.before, name), cell(self.after, name), "-"))
         return rows
 
     def block_rows(self) -> list[tuple[int, str, str]]:
-        """(block, k-NN accuracy of the starting weights, of this model) for every block measured on both sides."""
-        old, new = ((side or {}).get("knn_per_block") or [] for side in (self.before, self.after))
-        return [
-            (block, format_metric("knn_accuracy", was), format_metric("knn_accuracy", now))
-            for block, (was, now) in enumerate(
-                zip(old, new, strict=False)
-            )  # one side may not have been measured
-        ]
+        """(block, k-NN accuracy of the starting weights, of this model), where both have it."""
+        old = (self.before or {}).get("knn_per_block") or []
+        new = (self.after or {}).get("knn_per_block") or []
+        rows = []
+        for block, (was, now) in enumerate(zip(old, new, strict=False)):
+            before = format_metric("knn_accuracy", was)
+            after = format_metric("knn_accuracy", now)
+            rows.append((block, before, after))
+        return rows
 
     def render(self) -> str:
         """The whole card as Markdown."""
-        data = {
-            name: plain(value) for name, value in self.dataset.items() if value not in (None, "")
-        }
-        card = ModelCard.from_template(
+        data = {}
+        for name, value in self.dataset.items():
+            if value not in (None, ""):
+                data[name] = plain(value)
+
+        stages = []
+        for stage, spent in self.stage_seconds.items():
+            if spent:
+                stages.append(f"{plain(stage)} {duration(spent)}")
+        versions = [f"{plain(name)} {plain(number)}" for name, number in self.versions.items()]
+        recipe = json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False)
+
+        return _render(
             self.metadata(),
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
+            run=self,
             name=plain(self.model_name),
-            repo_id=REPO_PLACEHOLDER,
-            warning=self.warning(),
             starting_model=plain(self.starting_model),
-            pretrained_here=self.starting_model == PRETRAINED_HERE,
+            pretrained_here=self.starting_model == _PRETRAINED_HERE,
             data=data,
-            labelled=self.has_labels,
-            rows=self.metric_rows(),
-            blocks=self.block_rows(),
             protocol={plain(name): plain(text) for name, text in self.protocol.items()},
-            seed=int(self.seed),
             command=fenced(self.command.strip(), "bash"),
             time=duration(self.seconds),
-            stages=", ".join(
-                f"{plain(stage)} {duration(spent)}"
-                for stage, spent in self.stage_seconds.items()
-                if spent
-            ),
+            stages=", ".join(stages),
             hardware=plain(self.hardware),
-            versions=", ".join(
-                f"{plain(package)} {plain(version)}" for package, version in self.versions.items()
-            ),
+            versions=", ".join(versions),
             citation=fenced(CITATION, "bibtex"),
-            recipe=fenced(
-                json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False), "json"
-            ),
+            recipe=fenced(recipe, "json"),
         )
-        return str(card)
+
+
+def _render(metadata: ModelCardData, **values: Any) -> str:
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        metadata, template_str=template, repo_id=REPO_PLACEHOLDER, **values
+    )
+    return str(card)
 
 
 def write_card(run_folder: Path) -> Path:
-    """Render the card of a finished run into `<run_folder>/model/README.md` and return that path.
+    """Write the card of a finished run, `<run_folder>/model/README.md`, and return its path.
 
     Raises:
         FileNotFoundError: when the run has no `metrics.json` or no `model` folder.
         ValueError: when `metrics.json` is not a finished run's.
     """
-    card = CardData.from_run(run_folder).render()
+    text = CardData.from_run(run_folder).render()
     model = Path(run_folder) / "model"
     if not model.is_dir():
         raise FileNotFoundError(
             f"{model} does not exist; the card belongs beside the run's saved model"
         )
-    write_text(model / "README.md", card)
-    return model / "README.md"
+    return _save_card(model / CARD, text)
 
 
-__all__ = ["REPO_PLACEHOLDER", "CardData", "write_card"]
+# The card of a conversion
+
+
+def conversion_card(source: str, name: str, facts: str) -> str:
+    """The card of the encoder of `source`, converted into a folder called `name`.
+
+    No score was measured, so the card claims none; it states no licence either.
+
+    Args:
+        source: Hub name or path.
+        facts: how the copy was made and checked, in Markdown.
+    """
+    shown = source
+    if not is_hub_name(source):
+        shown = Path(source).name
+    return _render(
+        card_metadata(**_base_model(source)),
+        run=None,
+        name=plain(name),
+        source=plain(shown),
+        facts=facts,
+        command=fenced(f"mim-refiner convert {source} {name}", "bash"),
+    )
+
+
+# An evaluation in a card that is there
+
+
+def update_card(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Put an evaluation into the card of a model folder; returns the card's path.
+
+    It gets into the `model-index`, into a section of its own, and into `.eval_results/` where the
+    data is on the Hub. Results on other data stay; earlier ones on the same data are replaced.
+
+    Args:
+        report: as `runs.evaluate.evaluate` returns it.
+
+    Raises:
+        FileNotFoundError: when the folder has no card.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CARD} to update; a run of refine, or convert, writes one"
+        )
+    card = ModelCard.load(path)
+
+    index = _model_index(report["after"], report["dataset"])
+    measured = {_measured_on(result) for result in index}
+    others = [r for r in card.data.eval_results or [] if _measured_on(r) not in measured]
+    card.data.eval_results = others + index
+    card.data.model_name = card.data.model_name or one_line(folder.resolve().name)
+
+    section = _evaluation_section(report)
+    begin = section.partition("\n")[0]
+    text = card.text
+    if begin in text:
+        head, _, rest = text.partition(begin)
+        text = head.rstrip() + rest.partition(f"\n{_END}")[2]
+
+    _write_eval_results(folder, report)
+    return _save_card(path, f"---\n{card.data.to_yaml()}\n---\n{text.rstrip()}\n\n{section}\n")
+
+
+def _measured_on(result: EvalResult) -> tuple[str, str, str | None]:
+    return result.dataset_type, result.dataset_name, result.dataset_config
+
+
+def _evaluation_section(report: Mapping[str, Any]) -> str:
+    """The card's section on this evaluation, between marks; the first one names the data."""
+    data = report["dataset"]
+    parts = [
+        _BEGIN.format(plain(data["eval_fingerprint"])),
+        f"## Evaluation on {plain(data['eval_name'])}",
+        f"{data['eval_images']} images, {data['bank_images']} others to compare with, "
+        f"seed {int(report['seed'])}; ± is one standard error.",
+        report_table(report, against=plain(report["against"] or "")),
+        fenced(one_line(report["command"]), "bash"),
+        _END,
+    ]
+    return "\n\n".join(parts)
+
+
+def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
+    """`.eval_results/<data set>.yaml`, for data that has a name on the Hub."""
+    data_name = report["dataset"]["name"]
+    if not is_hub_name(data_name):
+        return
+
+    notes = one_line(f"seed {report['seed']}: {report['command']}")
+    entries = []
+    for name in _score_labels(report["after"]):
+        value = round(float(report["after"][name]), 6)
+        entry = EvalResultEntry(dataset_id=data_name, task_id=name, value=value, notes=notes)
+        entries.append(entry)
+
+    path = folder / ".eval_results" / f"{data_name.replace('/', '--')}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, eval_results_yaml(entries))
+
+
+__all__ = [
+    "CARD",
+    "CITATION",
+    "REPO_PLACEHOLDER",
+    "CardData",
+    "card_metadata",
+    "conversion_card",
+    "eval_results_yaml",
+    "is_hub_name",
+    "update_card",
+    "write_card",
+]

@@ -1,7 +1,8 @@
-"""What all twins of an encoder share: its weights under other names, its preprocessing as a native class, settings they lack.
+"""What all twins of an encoder share.
 
-A twin is the same function in another library's format (`export_timm.py`, `export_native.py`, `export_onnx.py`). Each of those
-modules has three functions, which `export.py` calls in this order: `refusal`, `write`, `load`.
+A twin is the same function in another library's format (`export_timm.py`, `export_native.py`,
+`export_onnx.py`). Each of those modules has three functions, which `export.py` calls in this order:
+`refusal`, `write`, `load`.
 """
 
 import re
@@ -18,11 +19,14 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 Names = Iterable[tuple[str, str]]
 """(pattern of our name, replacement) rows; every name must match one in full."""
 Twin = Callable[[Tensor], Mapping[str, Tensor]]
-"""A reloaded twin: pixels (B, C, H, W) -> "tokens" (B, prefix + N, D) and, where it pools, "features" (B, D)."""
+"""A reloaded twin: pixels (B, C, H, W) -> "tokens" (B, T, D) and, where it pools, "features"."""
 
 
 def complete_state(encoder: MimRefinerModel) -> dict[str, Tensor]:
-    """All weights in fp32, with a bias of zeros where a linear layer has none: the same function, in formats that want one."""
+    """All weights in fp32, a bias of zeros where a linear layer has none.
+
+    The function is the same, in formats that want a bias.
+    """
     state = {name: tensor.detach().float() for name, tensor in encoder.state_dict().items()}
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Linear) and module.bias is None:
@@ -30,51 +34,57 @@ def complete_state(encoder: MimRefinerModel) -> dict[str, Tensor]:
     return state
 
 
+def add_cls_position(state: dict[str, Tensor]) -> None:
+    """Put a row of zeros for CLS before the positions, where there are any; in place.
+
+    Ours is folded into the CLS token.
+    """
+    name = "embeddings.position_embeddings"
+    positions = state.get(name)  # (1, N, D)
+    if positions is not None:
+        row = positions.new_zeros(1, 1, positions.shape[2])
+        state[name] = torch.cat([row, positions], dim=1)
+
+
 def rename(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """The tensors under the names of another format, contiguous; a KeyError for a tensor that it has no place for."""
+    """The tensors under the names of another format; KeyError for one that has no place in it."""
     renamed = {}
     for name, tensor in state.items():
-        match, target = next(
-            (
-                (match, target)
-                for pattern, target in names
-                if (match := re.fullmatch(pattern, name))
-            ),
-            (None, ""),
-        )
-        if match is None:
+        for pattern, target in names:
+            match = re.fullmatch(pattern, name)
+            if match:
+                renamed[match.expand(target)] = tensor.contiguous()
+                break
+        else:
             raise KeyError(f"no place for {name}")
-        renamed[match.expand(target)] = tensor.contiguous()
     return renamed
+
+
+def layer_scale_value(layer_scale_init: float | None) -> float:
+    """Our setting in timm's and BEiT's words, where 0 says that there is no layer scale."""
+    if layer_scale_init is None:
+        return 0.0
+    return float(layer_scale_init or 1.0)
 
 
 def unsupported(config: MimRefinerConfig) -> list[str]:
     """Settings that neither timm's nor transformers' plain ViTs have, in words."""
-    lacking = [
-        (
-            config.norm_placement == "post",
-            "norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)",
-        ),
-        (config.embedding_norm, "norm before the first block (embedding_norm=True)"),
-        (config.norm_type != "layernorm", f"norm but a LayerNorm (norm_type={config.norm_type!r})"),
-        (
-            "rope" in config.position_encoding,
-            f"rotary positions (position_encoding={config.position_encoding!r})",
-        ),
-        (
-            config.final_norm and not config.final_norm_affine,
-            "final norm without weights (final_norm_affine=False)",
-        ),
-        (
-            config.features == "last_block" and config.final_norm,
-            "pooling before the final norm (features='last_block')",
-        ),
-        (
-            config.pooling not in ("cls", "mean"),
-            f"pooling but of CLS or patches (pooling={config.pooling!r})",
-        ),
-    ]
-    return [words for lacks, words in lacking if lacks]
+    lacking = []
+    if config.norm_placement == "post":
+        lacking.append("norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)")
+    if config.embedding_norm:
+        lacking.append("norm before the first block (embedding_norm=True)")
+    if config.norm_type != "layernorm":
+        lacking.append(f"norm but a LayerNorm (norm_type={config.norm_type!r})")
+    if "rope" in config.position_encoding:
+        lacking.append(f"rotary positions (position_encoding={config.position_encoding!r})")
+    if config.final_norm and not config.final_norm_affine:
+        lacking.append("final norm without weights (final_norm_affine=False)")
+    if config.features == "last_block" and config.final_norm:
+        lacking.append("pooling before the final norm (features='last_block')")
+    if config.pooling not in ("cls", "mean"):
+        lacking.append(f"pooling but of CLS or patches (pooling={config.pooling!r})")
+    return lacking
 
 
 def refused(architecture: str, lacking: list[str]) -> str | None:
@@ -85,9 +95,10 @@ def refused(architecture: str, lacking: list[str]) -> str | None:
 
 
 def native_processor(processor: MimRefinerImageProcessor) -> CLIPImageProcessor:
-    """transformers' own class for our preprocessing: shortest edge, centre crop, rescale, normalise; the same pixels.
+    """transformers' own class for our preprocessing, with the same pixels.
 
-    CLIP's is the native class with exactly our steps and backends (ViT's own resizes to a square and does not crop).
+    Shortest edge, centre crop, rescale, normalise: CLIP's is the native class with exactly these
+    steps and our backends (ViT's own resizes to a square and does not crop).
     """
     settings = processor.to_dict()
     fields = (
@@ -106,7 +117,9 @@ def native_processor(processor: MimRefinerImageProcessor) -> CLIPImageProcessor:
 __all__ = [
     "Names",
     "Twin",
+    "add_cls_position",
     "complete_state",
+    "layer_scale_value",
     "native_processor",
     "refused",
     "rename",

@@ -1,44 +1,57 @@
-"""One encoder on one data set, another beside it, and what changed: scores, their errors, verdicts.
+"""One encoder on one data set, another beside it, and what changed: scores, errors, verdicts.
 
-    data = open_data("my_images/", num_channels=3)
-    before, after = (measure_side(name, encoder, data, ["low_shot"], features=folder, seed=0) for name, encoder in encoders.items())
+    data = open_evaluation_data("my_images/")
+    before, after = (
+        measure_side(name, encoder, data, ["low_shot"], features=folder, seed=0)
+        for name, encoder in encoders.items()
+    )
     changes_of(before, after)["knn_accuracy"].verdict
 
-A change is judged by a paired bootstrap where a score is made of one number per image (`evidence.py`). For mIoU, which is not, the
-errors of both sides are taken as independent: too wide an interval rather than too narrow a one.
+A change is judged by a paired bootstrap where a score is made of one number per image
+(`evidence.py`). For mIoU, which is not, the errors of both sides are taken as independent: too wide
+an interval rather than too narrow a one.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
-from ..data.images import ImageDataset, evenly_spaced, fully_labelled, hold_out, open_images
-from ..evaluation.block_analysis import NEIGHBOURS, global_view, neighbour_agreement
-from ..evaluation.cluster_scores import cluster_accuracy, matched
-from ..evaluation.evidence import Change, Measured, compare, measure
-from ..evaluation.feature_cache import (
-    evaluation_columns,
-    for_altered_images,
-    own_columns,
-    read_rows,
+from ..data.images import (
+    Broken,
+    ImageDataset,
+    evenly_spaced,
+    fully_labelled,
+    hold_out,
+    open_images,
 )
-from ..evaluation.fine_tuning import fine_tuning
+from ..data.loading import Loading
+from ..evaluation.cluster_scores import cluster_accuracy, matched
+from ..evaluation.evidence import Change, change_between, measure, measure_mean
+from ..evaluation.feature_cache import evaluation_columns, for_altered_images, read_rows
+from ..evaluation.features import own_columns
+from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
+from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.robustness import robustness
-from ..evaluation.scores import ProtocolResult, Score
+from ..evaluation.scores import ProtocolResult, Score, as_metrics
 from ..evaluation.segmentation import segmentation_probe
 from ..evaluation.segmentation_data import SegmentationDataset, open_segmentation
 from ..model.modeling_mim_refiner import MimRefinerModel
 
-HELD_OUT = 0.2  # of the images, where no evaluation images are named
-SILHOUETTE_IMAGES = 5000  # at most: it compares all pairs
+# of the images, where no evaluation images are named
+HELD_OUT = 0.2
+# images per pass: the logits of every pixel are in memory
+_SEGMENTATION_BATCH = 64
+# at most: a silhouette compares all pairs
+_SILHOUETTE_IMAGES = 5000
+
 PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "low_shot": low_shot,
     "linear_probe": linear_probe,
@@ -52,15 +65,21 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
 
 @dataclass(frozen=True)
 class Data:
-    """Images to learn from (the k-NN bank is taken of them) and to be measured on, and how they were asked for."""
+    """Images to learn from and to be measured on, and how they were asked for.
+
+    Attributes:
+        train: an `ImageDataset`, of which the k-NN bank is taken, or a `SegmentationDataset`.
+        evaluated: of the same kind.
+        broken: images that cannot be read, which are left out of both.
+    """
 
     name: str
     config: str | None
     split: str | None
     eval_split: str | None
-    train: Any  # ImageDataset, or SegmentationDataset
+    train: Any
     evaluated: Any
-    broken: Sequence[dict[str, Any]] = ()  # left out of both
+    broken: Sequence[Broken] = ()
 
     @property
     def labelled(self) -> bool:
@@ -77,36 +96,48 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """Which images, told so that someone else can take the same."""
-        masks = isinstance(self.train, SegmentationDataset)
+        if isinstance(self.train, SegmentationDataset):
+            bank_images = len(self.train)
+            num_classes = len(self.evaluated.class_names)
+        else:
+            bank_images = len(self.bank)
+            num_classes = self.evaluated.num_classes
         return {
             "name": self.name,
             "config": self.config,
             "split": self.split,
-            "bank_images": len(self.train) if masks else len(self.bank),
+            "bank_images": bank_images,
             "train_images": len(self.train),
             "fingerprint": self.train.fingerprint,
             "eval_name": f"{self.evaluated.name} ({self.eval_split or 'held out'})",
             "eval_images": len(self.evaluated),
             "eval_fingerprint": self.evaluated.fingerprint,
-            "num_classes": len(self.evaluated.class_names) if masks else self.evaluated.num_classes,
+            "num_classes": num_classes,
         }
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model of a comparison: every number, the scores whose change can be judged, and the results of the extra protocols."""
+    """One model of a comparison.
+
+    Attributes:
+        metrics: every number, as `metrics.json` holds it.
+        measured: the scores whose change can be judged.
+        extra: the results of the added protocols.
+        evaluation: by k-NN and clustering; None on masks.
+    """
 
     name: str
     metrics: dict[str, Any]
-    measured: dict[str, Measured] = field(repr=False)
+    measured: dict[str, Score] = field(repr=False)
     extra: dict[str, ProtocolResult]
     evaluation: Evaluation | None = field(default=None, repr=False)
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
-def open_data(
+def open_evaluation_data(
     dataset: str,
     *,
     config: str | None = None,
@@ -117,56 +148,63 @@ def open_data(
     seed: int = 0,
     masks: bool = False,
 ) -> Data:
-    """Images to learn from and to be measured on; a fifth is held out where neither data set nor split is named for the latter.
+    """Images to learn from and to be measured on.
+
+    A fifth is held out where neither data set nor split is named for the latter.
 
     Raises:
-        ValueError: when both are the same images, and, with `masks`, when none are named; otherwise as `open_images`.
+        ValueError: when both are the same images, and, with `masks`, when none are named; otherwise
+            as `open_images`.
     """
-    other: dict[str, Any] = {
-        "config": config if eval_dataset is None else None,
-        "split": eval_split,
-    }
     named = eval_dataset is not None or eval_split is not None
+    other = eval_dataset or dataset
+    # a configuration belongs to its data set
+    other_config = config if eval_dataset is None else None
+    train: Any
+    evaluated: Any
     if masks:
         if not named:
             raise ValueError(
-                "--protocols segmentation: name the images to measure on, with --eval_split or --eval_dataset"
+                "--protocols segmentation: name the images to measure on, with --eval_split or "
+                "--eval_dataset"
             )
-        images = open_segmentation(dataset, config=config, split=split)
-        evaluated: Any = open_segmentation(eval_dataset or dataset, **other)
+        train = open_segmentation(dataset, config=config, split=split)
+        evaluated = open_segmentation(other, config=other_config, split=eval_split)
     else:
-        found = open_images(dataset, config=config, split=split, num_channels=num_channels)
+        train = open_images(dataset, config=config, split=split, num_channels=num_channels)
         if not named:
-            return Data(dataset, config, split, None, *hold_out(found, HELD_OUT, seed))
-        images, evaluated = (
-            found,
-            open_images(eval_dataset or dataset, num_channels=num_channels, **other),
-        )  # type: ignore[assignment]
-    if evaluated.fingerprint == images.fingerprint:
+            rest, held_out = hold_out(train, HELD_OUT, seed)
+            return Data(dataset, config, split, None, rest, held_out)
+        evaluated = open_images(
+            other, config=other_config, split=eval_split, num_channels=num_channels
+        )
+
+    if evaluated.fingerprint == train.fingerprint:
         raise ValueError(
-            f"--eval_split {eval_split}: these are the images of the k-NN bank; name another split, or leave it out"
+            f"--eval_split {eval_split}: these are the images of the k-NN bank; name another "
+            "split, or leave it out"
         )
-    return Data(dataset, config, split, eval_split or "train", images, evaluated)
+    return Data(dataset, config, split, eval_split or "train", train, evaluated)
 
 
-def readable(
-    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, **settings: Any
-) -> tuple[ImageDataset, list[dict[str, Any]]]:
-    """Those of the images that can be read, with the features that all protocols need now in the store; and the others."""
-    broken: list[dict[str, Any]] = []
+def readable_images(
+    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, features: Path, loading: Loading
+) -> tuple[ImageDataset, list[Broken]]:
+    """Those of the images that can be read, and the others.
+
+    Afterwards the store has the features of all encoders that the protocols need.
+    """
+    broken: list[Broken] = []
     for encoder in encoders.values():
-        rows = read_rows(
-            encoder,
-            images,
-            vars(encoder)["image_processor"],
-            evaluation_columns(encoder.config),
-            **settings,
-        )
-        images, broken = rows.images, [*broken, *rows.broken]
+        processor = vars(encoder)["image_processor"]
+        columns = evaluation_columns(encoder.config)
+        rows = read_rows(encoder, images, processor, columns, features=features, loading=loading)
+        images = rows.images
+        broken += rows.broken
     return images, broken
 
 
-# --- one side -----------------------------------------------------------------------------------------------------------------
+# --- one side -------------------------------------------------------------------------------------
 
 
 def measure_side(
@@ -176,8 +214,9 @@ def measure_side(
     protocols: Sequence[str],
     *,
     seed: int,
-    recipe: Any = None,
-    **settings: Any,
+    features: Path,
+    recipe: FineTuneRecipe | None = None,
+    loading: Loading = Loading(),
 ) -> Side:
     """Every measurement of one encoder.
 
@@ -185,75 +224,71 @@ def measure_side(
         data: readable images.
         protocols: names of `PROTOCOLS`; "segmentation" alone, on masks.
         seed: of everything random.
-        recipe: a `FineTuneRecipe`, for "fine_tuning".
-        settings: `features`, `num_workers`, `device`, as in `read_rows`.
+        features: see `read_rows`.
+        recipe: for "fine_tuning".
+        loading: as in `extract_features`.
     """
-    processor = vars(encoder)["image_processor"]
-    both: dict[str, Any] = {"encoder": encoder, "processor": processor, "seed": seed}
-    extra: dict[str, ProtocolResult] = {}
-    measured: dict[str, Measured] = {}
-    metrics: dict[str, Any] = {}
     evaluation = None
+    measured: dict[str, Score] = {}
+    metrics: dict[str, Any] = {}
     if isinstance(data.train, ImageDataset):
         evaluation = evaluate_encoder(
-            train_images=data.bank,
-            eval_images=data.evaluated,
+            encoder,
+            vars(encoder)["image_processor"],
+            data.bank,
+            data.evaluated,
+            seed=seed,
+            loading=loading,
             grid=data.labelled,
-            **both,
-            **settings,
+            features=features,
         )
-        measured = (
-            errors_of(evaluation)
-            if data.labelled
-            else label_free(encoder, data.evaluated, evaluation, seed, settings)
-        )
-        values = {name: found.value for name, found in measured.items()}
-        metrics = (
-            values
-            | evaluation.metrics
-            | {f"{name}_standard_error": found.error for name, found in measured.items()}
-        )
-    own = {key: value for key, value in settings.items() if key != "features"}
+        if data.labelled:
+            measured = errors_of(evaluation)
+        else:
+            measured = label_free(encoder, data.evaluated, evaluation, seed, features, loading)
+        metrics = as_metrics(measured) | evaluation.metrics
+
+    extra: dict[str, ProtocolResult] = {}
     for protocol in protocols:
-        reads = own if protocol in ("fine_tuning", "segmentation") else settings
-        more = {"recipe": recipe} if protocol == "fine_tuning" else {}
-        images = {"train_images": data.train, "eval_images": data.evaluated}
-        extra[protocol] = PROTOCOLS[protocol](**both, **images, **reads, **more)
-        measured |= {
-            name: errors_of_score(score)
-            for name, score in extra[protocol].scores.items()
-            if score.per_image is not None
-        }
-        metrics |= extra[protocol].metrics
+        run = partial(PROTOCOLS[protocol], seed=seed, loading=loading)
+        if protocol == "fine_tuning":
+            run = partial(run, recipe=recipe)
+        elif protocol == "segmentation":
+            run = partial(run, loading=replace(loading, batch_size=_SEGMENTATION_BATCH))
+        else:
+            run = partial(run, features=features)
+        processor = vars(encoder)["image_processor"]
+        result = run(encoder, processor, data.train, data.evaluated)
+
+        extra[protocol] = result
+        metrics |= result.metrics
+        for score_name, score in result.scores.items():
+            measured[score_name] = score
+            if score.per_image is not None:
+                measured[score_name] = measure_mean(score.per_image, spread=score.spread)
     return Side(name, metrics, measured, extra, evaluation)
 
 
-def errors_of(evaluation: Evaluation) -> dict[str, Measured]:
-    """k-NN and cluster accuracy and NMI with their errors over images and, for the latter two, over runs of k-means."""
+def errors_of(evaluation: Evaluation) -> dict[str, Score]:
+    """k-NN accuracy, cluster accuracy and NMI with their errors over images.
+
+    Those of the latter two are also over the runs of k-means.
+    """
     assert evaluation.predicted is not None and evaluation.features.labels is not None
-    labels, groups = evaluation.features.labels.numpy(), evaluation.assignments
-    n, runs = len(labels), evaluation.groups.all_assignments
-    right, in_place = (evaluation.predicted.numpy() == labels), matched(labels, groups)
+    labels = evaluation.features.labels.numpy()
+    groups = evaluation.assignments
+    runs = evaluation.groups.all_assignments
     accuracies = [cluster_accuracy(labels, run) for run in runs]
     nmis = [normalized_mutual_info_score(labels, run) for run in runs]
+
+    def nmi(rows: Any) -> float:
+        return float(normalized_mutual_info_score(labels[rows], groups[rows]))
+
     return {
-        "knn_accuracy": measure(lambda rows: float(right[rows].mean()), n),
-        "cluster_accuracy": measure(
-            lambda rows: float(in_place[rows].mean()), n, spread=float(np.std(accuracies))
-        ),
-        "nmi": measure(
-            lambda rows: float(normalized_mutual_info_score(labels[rows], groups[rows])),
-            n,
-            spread=float(np.std(nmis)),
-        ),
+        "knn_accuracy": measure_mean(evaluation.predicted.numpy() == labels),
+        "cluster_accuracy": measure_mean(matched(labels, groups), spread=float(np.std(accuracies))),
+        "nmi": measure(nmi, len(labels), spread=float(np.std(nmis))),
     }
-
-
-def errors_of_score(score: Score) -> Measured:
-    """A protocol's score, a mean over images, as something to compare."""
-    assert score.per_image is not None
-    values = score.per_image
-    return measure(lambda rows: float(values[rows].mean()), len(values), spread=score.spread)
 
 
 def label_free(
@@ -261,53 +296,47 @@ def label_free(
     images: ImageDataset,
     evaluation: Evaluation,
     seed: int,
-    settings: dict[str, Any],
-) -> dict[str, Measured]:
+    features: Path,
+    loading: Loading,
+) -> dict[str, Score]:
     """What can be said without labels, with errors over images.
 
-    `neighbour_agreement` (see block_analysis.py) of the last block, and `silhouette` (-1 to 1) of the groups of `evaluation` among
-    at most 5000 images. A silhouette says how separate the groups are in each model's own space, not how good the groups are.
+    `neighbour_agreement` (see the file of that name) of the last block, and `silhouette` (-1 to 1)
+    of the groups of `evaluation` among at most 5000 images. A silhouette says how separate the
+    groups are in each model's own space, not how good the groups are.
     """
     measured = {}
-    column = own_columns(encoder.config)[-1:]
-    if len(images) > NEIGHBOURS:
+    last = evaluation.features.features
+    if len(images) > NUM_NEIGHBOURS:
+        column = own_columns(encoder.config)[-1]
         view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
-        altered = settings | {"features": for_altered_images(settings["features"])}
-        seen = read_rows(encoder, images, view, column, **altered).column(column[0])
-        agreement = neighbour_agreement(evaluation.features.features, seen).numpy()
-        measured["neighbour_agreement"] = measure(
-            lambda rows: float(agreement[rows].mean()), len(agreement)
-        )
-    rows = np.linspace(0, len(images) - 1, min(len(images), SILHOUETTE_IMAGES)).astype(int)
+        folder = for_altered_images(features)
+        seen = read_rows(encoder, images, view, [column], features=folder, loading=loading)
+        agreement = neighbour_agreement(last, seen.column(column))
+        measured["neighbour_agreement"] = measure_mean(agreement.numpy())
+
+    count = min(len(images), _SILHOUETTE_IMAGES)
+    rows = np.linspace(0, len(images) - 1, count).astype(int)
     groups = evaluation.assignments[rows]
     if 1 < len(np.unique(groups)) < len(groups):
-        separate = silhouette_samples(
-            evaluation.features.features.numpy()[rows], groups, metric="cosine"
-        )
-        measured["silhouette"] = measure(
-            lambda chosen: float(separate[chosen].mean()), len(separate)
-        )
+        separate = silhouette_samples(last.numpy()[rows], groups, metric="cosine")
+        measured["silhouette"] = measure_mean(separate)
     return measured
 
 
-# --- two sides ----------------------------------------------------------------------------------------------------------------
+# --- two sides ------------------------------------------------------------------------------------
 
 
 def changes_of(before: Side, after: Side) -> dict[str, Change]:
-    """The change of every score that both sides have an error for; silhouettes live in two spaces and are not compared."""
-    changes = {
-        name: compare(before.measured[name], found)
-        for name, found in after.measured.items()
+    """The change of every score that was measured on both sides.
+
+    Silhouettes live in two spaces and are not compared.
+    """
+    return {
+        name: change_between(before.measured[name], score)
+        for name, score in after.measured.items()
         if name in before.measured and name != "silhouette"
     }
-    for protocol, result in after.extra.items():
-        for name, score in result.scores.items():
-            if name not in changes:
-                old = before.extra[protocol].scores[name]
-                changes[name] = Change(
-                    score.value - old.value, math.hypot(score.standard_error, old.standard_error)
-                )
-    return changes
 
 
 def describe_change(change: Change) -> dict[str, Any]:
@@ -317,12 +346,14 @@ def describe_change(change: Change) -> dict[str, Any]:
 
 
 __all__ = [
+    "HELD_OUT",
     "PROTOCOLS",
     "Data",
     "Side",
     "changes_of",
     "describe_change",
+    "errors_of",
     "measure_side",
-    "open_data",
-    "readable",
+    "open_evaluation_data",
+    "readable_images",
 ]

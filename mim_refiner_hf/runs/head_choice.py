@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from ..data.images import ImageDataset, evenly_spaced, hold_out
+from ..data.loading import Loading
 from ..evaluation.block_analysis import block_profile, propose_head_blocks
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.recipe import RefineRecipe
@@ -63,7 +64,7 @@ def choose_head_blocks(
         measured,
         flip=recipe.flip,
         seed=recipe.seed,
-        num_workers=num_workers,
+        loading=Loading(num_workers=num_workers),
     )
     blocks, reason = propose_head_blocks(profile, frozen=recipe.freeze_blocks)
     return {

@@ -1,10 +1,10 @@
 """The folder of an evaluation: `metrics.json`, `report.md` with its tables, and the pictures.
 
-    write_report(Path("out/evaluation"), report, sides, data)       # `report` as `evaluate` returns it
-    print(report_table(report))
+    write_report(Path("out/evaluation"), report, sides, data)     # `report` as `evaluate` gives it
 
-A table has one row per score; with a second model also the change, its 95 % interval and the verdict. "better" means that the interval
-leaves out zero; many scores are looked at, so one in twenty verdicts on a model that did not change would be wrong.
+A table has one row per score; with a second model also the change, its 95 % interval and the
+verdict. "better" means that the interval leaves out zero; many scores are looked at, so one in
+twenty verdicts on a model that did not change would be wrong.
 """
 
 import os
@@ -26,71 +26,72 @@ from .comparison import Data, Side
 def command_line() -> str:
     """What was typed, so that it can be typed again."""
     program = Path(sys.argv[0])
-    typed = (
-        ["mim-refiner"] if program.name == "mim-refiner" else ["python", os.path.relpath(program)]
-    )
-    return shlex.join([*typed, *sys.argv[1:]])
+    words = ["python", os.path.relpath(program)]
+    if program.name == "mim-refiner":
+        words = ["mim-refiner"]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
-def check_output(output_dir: Path) -> Path:
+def check_report_folder(output_dir: Path) -> Path:
     """`output_dir`, resolved; ValueError for one that holds anything but an earlier evaluation."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file; name a folder")
-    if (
-        output_dir.is_dir()
-        and any(output_dir.iterdir())
-        and not (output_dir / "report.md").is_file()
-    ):
+    is_report = (output_dir / "report.md").is_file()
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_report:
         raise ValueError(
-            f"--output_dir {output_dir}: holds something else than an evaluation; name another folder"
+            f"--output_dir {output_dir}: holds something else than an evaluation; "
+            "name another folder"
         )
     return output_dir.resolve()
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def knn_tables(report: Mapping[str, Any]) -> str:
-    """k-NN accuracy for every k and temperature: per place of the features, a row per k, before -> after."""
+    """k-NN accuracy by place of the features: a row per k, a column per temperature.
+
+    With a model before, each cell says before -> after.
+    """
+    before = report["before"] or {}
     parts = []
-    for place, after in report["after"].get("knn", {}).items():
-        before = (report["before"] or {}).get("knn", {}).get(place, [])
-        old = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in before}
-        new = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in after}
-        ks, taus = sorted({k for k, _ in new}), sorted({tau for _, tau in new})
-        rows = [["k", *(f"temperature {tau:g}" for tau in taus)]]
-        for k in ks:
-            texts = [f"{100 * new[k, tau]:.1f}" for tau in taus]
-            if (k, taus[0]) in old:
-                texts = [
-                    f"{100 * old[k, tau]:.1f} -> {text}"
-                    for tau, text in zip(taus, texts, strict=True)
-                ]
-            rows.append([str(k), *texts])
-        parts.append(f"{place[0].upper()}{place[1:]}, accuracy in %:\n\n{markdown_table(rows)}")
+    for place, entries in report["after"].get("knn", {}).items():
+        new = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in entries}
+        old = {
+            (entry["k"], entry["temperature"]): entry["accuracy"]
+            for entry in before.get("knn", {}).get(place, [])
+        }
+        temperatures = sorted({temperature for _, temperature in new})
+        rows = [["k", *(f"temperature {temperature:g}" for temperature in temperatures)]]
+        for k in sorted({k for k, _ in new}):
+            row = [str(k)]
+            for setting in ((k, temperature) for temperature in temperatures):
+                text = f"{100 * new[setting]:.1f}"
+                if setting in old:
+                    text = f"{100 * old[setting]:.1f} -> {text}"
+                row.append(text)
+            rows.append(row)
+        title = f"{place[0].upper()}{place[1:]}, accuracy in %:"
+        parts.append(f"{title}\n\n{markdown_table(rows)}")
     return "\n\n".join(parts)
 
 
 def block_table(report: Mapping[str, Any]) -> str:
-    """k-NN accuracy of every block."""
+    """k-NN accuracy of every block; models may differ in their depth."""
     sides = {"before": report["before"] or {}, "after": report["after"]}
     profiles = {
         name: side["knn_per_block"] for name, side in sides.items() if "knn_per_block" in side
     }
-    depth = max(map(len, profiles.values()))
-    texts = {
-        name: [f"{100 * value:.1f}" for value in profile] + [""] * depth
-        for name, profile in profiles.items()
-    }
-    return markdown_table(
-        [
-            ["block", *profiles],
-            *([str(i), *(text[i] for text in texts.values())] for i in range(depth)),
-        ]
-    )
+    rows = [["block", *profiles]]
+    for block in range(max(map(len, profiles.values()))):
+        row = [str(block)]
+        for profile in profiles.values():
+            row.append(f"{100 * profile[block]:.1f}" if block < len(profile) else "")
+        rows.append(row)
+    return markdown_table(rows)
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -105,58 +106,64 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def describe_images(measured: Mapping[str, Any], labelled: bool) -> str:
     """One line on what was measured on."""
-    data, count = measured["dataset"], len(measured["broken"])
-    learnt = (
-        f"k-NN bank of {data['bank_images']} images"
-        if labelled
-        else f"{data['train_images']} images to learn from"
-    )
-    names = [plain(data[key]) for key in ("eval_name", "fingerprint", "eval_fingerprint")]
-    return f"{data['eval_images']} images of {names[0]}, {learnt}; data {names[1]}, {names[2]}." + (
-        f" {count} images could not be read and are left out; metrics.json lists them."
-        if count
-        else ""
-    )
+    data = measured["dataset"]
+    name = plain(data["eval_name"])
+    fingerprints = f"{plain(data['fingerprint'])}, {plain(data['eval_fingerprint'])}"
+    learnt = f"{data['train_images']} images to learn from"
+    if labelled:
+        learnt = f"k-NN bank of {data['bank_images']} images"
+    line = f"{data['eval_images']} images of {name}, {learnt}; data {fingerprints}."
+
+    count = len(measured["broken"])
+    if count:
+        line += f" {count} images could not be read and are left out; metrics.json lists them."
+    return line
 
 
 def method(report: Mapping[str, Any]) -> str:
     """How it was measured, as a list."""
     facts = {name: text for name, text in report["protocol"].items() if name != "added"}
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    weights = ", ".join(
-        f"{name} {fingerprint}" for name, fingerprint in report["fingerprints"].items()
-    )
-    facts |= {"seed": report["seed"], "weights": weights, "versions": versions}
-    facts |= {"hardware": f"{report['hardware']}, {report['seconds']:.0f} s"}
+    facts["seed"] = report["seed"]
+    facts["weights"] = ", ".join(f"{name} {text}" for name, text in report["fingerprints"].items())
+    facts["versions"] = ", ".join(f"{name} {text}" for name, text in report["versions"].items())
+    facts["hardware"] = f"{report['hardware']}, {report['seconds']:.0f} s"
     return "\n".join(f"- {name}: {plain(text)}" for name, text in facts.items())
+
+
+def scores_section(report: Mapping[str, Any], has_evaluation: bool) -> str:
+    """The table of scores, the verdicts, and what could not be measured."""
+    paragraphs = [report_table(report)]
+    if report["before"] is not None:
+        paragraphs.append(summary(report))
+    if not has_evaluation:
+        paragraphs.append(
+            "The data is measured by its masks: only the segmentation probe was run, for k-NN and "
+            "clustering need labels."
+        )
+    elif "knn" not in report["after"]:
+        paragraphs.append(
+            "There are images without labels, so nothing was measured that needs them."
+        )
+    return "\n\n".join(paragraphs)
 
 
 def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]:
     """The parts of the page below its head, by title."""
-    after = report["after"]
-    found = {"Scores": report_table(report)}
-    if report["before"] is not None:
-        found["Scores"] += f"\n\n{summary(report)}"
-    if sides[-1].evaluation is None:
-        found["Scores"] += (
-            "\n\nThe data is measured by its masks: only the segmentation probe was run, for k-NN and clustering need labels."
-        )
-    elif "knn" not in after:
-        found["Scores"] += (
-            "\n\nThere are images without labels, so nothing was measured that needs them."
-        )
+    found = {"Scores": scores_section(report, sides[-1].evaluation is not None)}
     for name, transferred in report["transfer"].items():
-        seen = {**transferred, "against": report["against"]}
-        text = f"{describe_images(transferred, True)}\n\n{report_table(seen)}"
-        found[f"Transfer to {plain(name)}"] = text + (
-            f"\n\n{summary(transferred)}" if transferred["changes"] else ""
-        )
-    if "knn" in after:
+        table = report_table({**transferred, "against": report["against"]})
+        paragraphs = [describe_images(transferred, True), table]
+        if transferred["changes"]:
+            paragraphs.append(summary(transferred))
+        found[f"Transfer to {plain(name)}"] = "\n\n".join(paragraphs)
+    if "knn" in report["after"]:
         found["k-NN"] = knn_tables(report)
         found["k-NN per block (%)"] = block_table(report)
-    settings = [
-        f"{side.name}: {name}\n{result}" for side in sides for name, result in side.extra.items()
-    ]
+
+    settings = []
+    for side in sides:
+        for name, result in side.extra.items():
+            settings.append(f"{side.name}: {name}\n{result}")
     if settings:
         found["Settings of the protocols"] = fenced("\n\n".join(settings), "text")
     return found
@@ -164,17 +171,18 @@ def sections(report: Mapping[str, Any], sides: Sequence[Side]) -> dict[str, str]
 
 def draw_pictures(folder: Path, data: Data, sides: Sequence[Side], found: Evaluation) -> list[str]:
     """Draw what can be drawn of the last side; returns the names of the files."""
-    pictures = ["clusters.png", "map.png"]
     draw_clusters(data.evaluated, found, folder / "clusters.png")
     draw_map(data.evaluated, found, folder / "map.png")
-    if found.predicted is not None:
-        names = ["before", "after"] if len(sides) == 2 else ["this model"]
-        profiles = {name: side.metrics for name, side in zip(names, sides, strict=True)}
-        draw_profile(profiles, folder / "block_profile.png")
-        draw_confusion(data.evaluated, found, folder / "confusion.png")
-        draw_neighbours(data.evaluated, data.bank, found, folder / "neighbours.png")
-        pictures += ["block_profile.png", "confusion.png", "neighbours.png"]
-    return pictures
+    pictures = ["clusters.png", "map.png"]
+    if found.predicted is None:
+        return pictures
+
+    names = ["before", "after"] if len(sides) == 2 else ["this model"]
+    profiles = {name: side.metrics for name, side in zip(names, sides, strict=True)}
+    draw_profile(profiles, folder / "block_profile.png")
+    draw_confusion(data.evaluated, found, folder / "confusion.png")
+    draw_neighbours(data.evaluated, data.bank, found, folder / "neighbours.png")
+    return [*pictures, "block_profile.png", "confusion.png", "neighbours.png"]
 
 
 def write_report(
@@ -182,24 +190,23 @@ def write_report(
 ) -> None:
     """Write the folder: numbers, words and pictures, in place of an earlier evaluation."""
     found = sides[-1].evaluation
-    with staged_folder(output_dir, check_output) as new:
+    with staged_folder(output_dir, check_report_folder) as new:
         write_json(new / "metrics.json", report)
-        pictures = [] if found is None else draw_pictures(new, data, sides, found)
-        head = [f"# {plain(report['model'])}", describe_images(report, found is not None)]
+        pictures = []
+        if found is not None:
+            pictures = draw_pictures(new, data, sides, found)
+
+        parts = [f"# {plain(report['model'])}", describe_images(report, found is not None)]
         if report["against"] is not None:
-            head.append(f"Compared with {plain(report['against'])} on the same images.")
-        head.append(fenced(report["command"], "bash"))
-        body = [f"## {title}\n\n{text}" for title, text in sections(report, sides).items()]
-        body += (
-            [
-                "## Pictures\n\n"
-                + "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-            ]
-            if pictures
-            else []
-        )
-        text = "\n\n".join([*head, *body, f"## How it was measured\n\n{method(report)}"])
-        (new / "report.md").write_text(text + "\n", encoding="utf-8")
+            parts.append(f"Compared with {plain(report['against'])} on the same images.")
+        parts.append(fenced(report["command"], "bash"))
+        for title, text in sections(report, sides).items():
+            parts.append(f"## {title}\n\n{text}")
+        if pictures:
+            links = [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+            parts.append("\n".join(["## Pictures", "", *links]))
+        parts.append(f"## How it was measured\n\n{method(report)}")
+        (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-__all__ = ["check_output", "command_line", "write_report"]
+__all__ = ["check_report_folder", "command_line", "write_report"]

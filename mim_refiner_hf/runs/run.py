@@ -25,9 +25,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from ..data.broken import readable_images
+from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
 from ..data.images import Broken, ImageDataset, evenly_spaced
+from ..data.loading import Loading
 from ..evaluation.block_analysis import BlockProfile
 from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
@@ -155,10 +156,15 @@ def _train_and_measure(
     def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
         if prepared.eval_images is None or prepared.bank is None:
             return None
-        settings = {"seed": recipe.seed, "num_workers": workers, "per_block": per_block}
         return evaluate_encoder(
-            model, prepared.processor, prepared.bank, prepared.eval_images, **settings
-        )  # type: ignore[arg-type]
+            model,
+            prepared.processor,
+            prepared.bank,
+            prepared.eval_images,
+            seed=recipe.seed,
+            loading=Loading(num_workers=workers),
+            per_block=per_block,
+        )
 
     start = None if found is not None else evaluate(encoder)
     before = (
@@ -218,7 +224,7 @@ def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Bro
         return prepared, []
     kept, own = [], []
     for images in (prepared.eval_images, evenly_spaced(prepared.bank, BANK_SIZE)):
-        left, broken = readable_images(images, workers)
+        left, broken = readable(images, workers)
         kept.append(left)
         if images.found is getattr(
             prepared.images, "found", None

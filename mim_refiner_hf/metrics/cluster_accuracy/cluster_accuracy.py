@@ -1,7 +1,8 @@
-"""Cluster accuracy for `evaluate`: the share of items in the right group under the best one-to-one match of groups and classes.
+"""Cluster accuracy for `evaluate`: the share of items that are in the group of their class.
 
-metric = evaluate.load("mim_refiner_hf/metrics/cluster_accuracy")          # the folder's path; loads offline
-metric.compute(predictions=[1, 1, 0, 0], references=[0, 0, 1, 2])          # {"cluster_accuracy": 0.75}
+# the folder's path; loads offline
+metric = evaluate.load("mim_refiner_hf/metrics/cluster_accuracy")
+metric.compute(predictions=[1, 1, 0, 0], references=[0, 0, 1, 2])     # 0.75
 """
 
 from typing import Any
@@ -12,8 +13,9 @@ import evaluate
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy
 
 DESCRIPTION = """
-Cluster accuracy is the share of items that are in the right group, when every group stands for one class and every class for one
-group: the one-to-one match that makes most items right is found with the Hungarian algorithm. Group numbers need not mean anything.
+Cluster accuracy is the share of items that are in the right group, when every group stands for one
+class and every class for one group: the one-to-one match that makes most items right is found with
+the Hungarian algorithm. Group numbers need not mean anything.
 """
 
 INPUTS = """

@@ -1,7 +1,15 @@
-"""k-NN accuracy for `evaluate`: how well the neighbours of features know their class, by MIM-Refiner's protocol.
+"""k-NN accuracy for `evaluate`: how well the neighbours of features know their class.
 
-metric = evaluate.load("mim_refiner_hf/metrics/knn_accuracy")              # the folder's path; loads offline
-metric.compute(predictions=test_features, references=test_labels, train_features=train_features, train_labels=train_labels)
+    # the folder's path; loads offline
+    metric = evaluate.load("mim_refiner_hf/metrics/knn_accuracy")
+    metric.compute(
+        predictions=test_features,
+        references=test_labels,
+        train_features=train_features,
+        train_labels=train_labels,
+    )
+
+The protocol is MIM-Refiner's.
 """
 
 from typing import Any
@@ -13,8 +21,9 @@ import torch
 from mim_refiner_hf.evaluation.knn import knn_accuracy
 
 DESCRIPTION = """
-Accuracy of a k-nearest-neighbour classifier on frozen features: features are standardised with the mean and standard deviation of
-the training features, compared by cosine, and each of the k neighbours votes for its class with weight exp(similarity / temperature).
+Accuracy of a k-nearest-neighbour classifier on frozen features: features are standardised with the
+mean and standard deviation of the training features, compared by cosine, and each of the k
+neighbours votes for its class with weight exp(similarity / temperature).
 """
 
 INPUTS = """
@@ -53,7 +62,7 @@ CITATION = """
 
 
 class KnnAccuracy(evaluate.Metric):
-    """`predictions`: one feature vector per item, of any width; `references`: one class per item."""
+    """`predictions`: a feature vector per item, of any width; `references`: a class per item."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -78,15 +87,9 @@ class KnnAccuracy(evaluate.Metric):
         k: int = 10,
         temperature: float = 0.07,
     ) -> dict[str, float]:
-        train_x, test_x = (
-            torch.as_tensor(features, dtype=torch.float32)
-            for features in (train_features, predictions)
-        )
-        train_y, test_y = (
-            torch.as_tensor(labels, dtype=torch.int64) for labels in (train_labels, references)
-        )
-        return {
-            "knn_accuracy": knn_accuracy(
-                train_x, train_y, test_x, test_y, k=k, temperature=temperature
-            )
-        }
+        train_x = torch.as_tensor(train_features, dtype=torch.float32)
+        train_y = torch.as_tensor(train_labels, dtype=torch.int64)
+        test_x = torch.as_tensor(predictions, dtype=torch.float32)
+        test_y = torch.as_tensor(references, dtype=torch.int64)
+        accuracy = knn_accuracy(train_x, train_y, test_x, test_y, k=k, temperature=temperature)
+        return {"knn_accuracy": accuracy}

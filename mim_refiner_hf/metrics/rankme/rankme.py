@@ -1,7 +1,8 @@
 """RankMe for `evaluate`: the effective rank of features, which needs no labels.
 
-metric = evaluate.load("mim_refiner_hf/metrics/rankme")                    # the folder's path; loads offline
-metric.compute(predictions=features)                                       # {"rankme": 37.2}
+# the folder's path; loads offline
+metric = evaluate.load("mim_refiner_hf/metrics/rankme")
+metric.compute(predictions=features)          # {"rankme": 37.2}
 """
 
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from mim_refiner_hf.evaluation.cluster_scores import rankme
 
 DESCRIPTION = """
-RankMe is the effective rank of a matrix of features: the exponential of the entropy of its singular values, taken as shares of their
-sum. Features that have collapsed to one direction have 1; the most is the smaller of the number and the width of the features.
+RankMe is the effective rank of a matrix of features: the exponential of the entropy of its singular
+values, taken as shares of their sum. Features that have collapsed to one direction have 1; the most
+is the smaller of the number and the width of the features.
 """
 
 INPUTS = """
@@ -33,7 +35,8 @@ Examples:
 
 CITATION = """
 @inproceedings{garrido2023rankme,
-  title={{R}ank{M}e: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank},
+  title={{R}ank{M}e: Assessing the Downstream Performance of Pretrained Self-Supervised
+         Representations by Their Rank},
   author={Garrido, Quentin and Balestriero, Randall and Najman, Laurent and LeCun, Yann},
   booktitle={International Conference on Machine Learning},
   year={2023}

@@ -1,0 +1,142 @@
+"""What a feature store is of: its manifest, and what keeps two stores from being the same.
+
+    manifest = store_manifest(encoder, images, processor, ["block11.cls"])
+    differences(old, manifest)            # [] where the features of `old` serve, else why not
+
+The manifest is JSON. It names all that the features depend on (weights, dtype, preprocessing, data)
+by fingerprints, and says how they were computed.
+"""
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..conversion.digests import tensor_digest
+from ..data.images import ImageDataset
+from ..data.sources import digest
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import world_size
+from .feature_store import STORE_FORMAT
+from .features import blocks_of, own_columns
+from .image_shards import SetOrStream
+
+IMAGES_PER_SHARD = 8192
+_PACKAGES = (
+    "mim_refiner_hf",
+    "torch",
+    "torchvision",
+    "transformers",
+    "datasets",
+    "pillow",
+    "pyarrow",
+)
+
+
+def weights_fingerprint(encoder: MimRefinerModel) -> str:
+    """16 hexadecimal digits of all weights and of the settings that say how they are used.
+
+    The settings of pooling are left out: they choose among columns.
+    """
+    settings = {
+        name: getattr(encoder.config, name)
+        for name in MimRefinerConfig.__annotations__
+        if not name.startswith("_") and name not in ("pooling", "features")
+    }
+    tensors = sorted(encoder.state_dict().items())
+    return digest(
+        [
+            json.dumps(settings, sort_keys=True),
+            *(f"{name} {tensor_digest(tensor)}" for name, tensor in tensors),
+        ]
+    )
+
+
+def data_identity(images: SetOrStream) -> dict[str, str]:
+    """Name and fingerprint of the images, and of the whole data set that a subset was taken from.
+
+    Of a stream only name, configuration and split are known beforehand.
+    """
+    if isinstance(images, ImageDataset):
+        fingerprint = images.fingerprint
+        whole = images.found.entries.digest
+    else:
+        info = images.stream.info
+        fingerprint = digest([images.name, str(info.config_name), str(images.stream.split)])
+        whole = fingerprint
+    return {"name": images.name, "fingerprint": fingerprint, "whole": whole}
+
+
+def store_manifest(
+    encoder: MimRefinerModel,
+    images: SetOrStream,
+    processor: Any,
+    columns: Sequence[str],
+    shard_size: int | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """The manifest of a new store."""
+    num_images = len(images) if isinstance(images, ImageDataset) else None
+    if shard_size is None:
+        # every process gets a shard
+        share = math.ceil(num_images / world_size()) if num_images else IMAGES_PER_SHARD
+        shard_size = min(IMAGES_PER_SHARD, share)
+
+    depth = encoder.config.num_hidden_layers
+    widths = {}
+    for column in columns:
+        side_by_side = max(1, len(blocks_of(column, depth)))
+        widths[column] = encoder.config.hidden_size * side_by_side
+    return {
+        "format": STORE_FORMAT,
+        "encoder": {
+            "name": encoder.config.name_or_path or "unnamed",
+            "fingerprint": weights_fingerprint(encoder),
+        },
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "preprocessing": json.loads(processor.to_json_string()),
+        "data": data_identity(images),
+        "num_images": num_images,
+        "class_names": images.class_names,
+        "columns": widths,
+        "own_columns": own_columns(encoder.config),
+        "shard_size": shard_size,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "command": command,
+    }
+
+
+def differences(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    compared: Sequence[str] = (),
+    data: str = "fingerprint",
+) -> list[str]:
+    """In words, what keeps the features of `new` from being those of `old`.
+
+    More columns than asked for do not.
+
+    Args:
+        compared: settings to compare beside dtype and preprocessing.
+        data: "fingerprint" for the same images, "whole" for some of the same data set.
+    """
+    settings = ["dtype", "preprocessing", *compared]
+    found = [f"{key} was {old[key]}, is {new[key]}" for key in settings if old[key] != new[key]]
+    identities = {"data": data}
+    # other weights go without saying in another dtype
+    if old["dtype"] == new["dtype"]:
+        identities["encoder"] = "fingerprint"
+    for part, key in identities.items():
+        was, now = (f"{side[part]['name']} ({side[part].get(key)})" for side in (old, new))
+        if old[part].get(key) != new[part].get(key):
+            found.append(f"{part} was {was}, is {now}")
+
+    missing = [column for column in new["columns"] if column not in old["columns"]]
+    if missing:
+        found.append(f"columns were {', '.join(old['columns'])}, now with {', '.join(missing)}")
+    return found
+
+
+__all__ = ["IMAGES_PER_SHARD", "differences", "store_manifest", "weights_fingerprint"]
