@@ -48,19 +48,17 @@ def old(
 def first_loss_of(old: RefineRecipe) -> float:
     """The loss that the old run's average, heads and queue give on the first batch of a refinement."""
     prepared = run_module.prepare(old)
-    assert prepared.encoder is not None and prepared.found is not None
-    statistics = (prepared.processor.image_mean, prepared.processor.image_std)
+    start = prepared.start
+    assert start.encoder is not None and prepared.resume is not None
     trainer = Trainer(
-        prepared.recipe,
-        Steps(0, 4),
+        dataclasses.replace(prepared.recipe, steps=Steps(0, 4)),
         Accelerator(),
-        prepared.images,
-        prepared.encoder,
-        *statistics,
-        0,
-        False,
-    )  # type: ignore[arg-type]
-    tensors = prepared.found.tensors
+        prepared.images.training,
+        start.encoder,
+        start.processor.image_mean,
+        start.processor.image_std,
+    )
+    tensors = prepared.resume.tensors
     for name, tensor in trainer.refiner.state_dict(keep_vars=True).items():
         source = (
             f"average.{name.removeprefix('encoder.')}"

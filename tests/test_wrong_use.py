@@ -531,7 +531,7 @@ def leave_a_run(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
     prepared = run_module.prepare(run_module.RefineRecipe(**vars(parse_recipe(words))))
     folder = Path(places["tmp"]) / "other_run"
     folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(vars(prepared.recipe)))
+    (folder / "recipe.json").write_text(json.dumps(prepared.recipe.as_written()))
     capsys.readouterr()
 
 
