@@ -1,7 +1,7 @@
 """ID heads: the projectors and predictors of all head blocks, as one stacked set of parameters.
 
-    heads = IdHeads(num_heads=8, dim=1024, projector_dim=2048, predictor_dim=4096, embedding_dim=256)
-    projected, predicted = heads(features)      # (8, views*batch, 1024) -> 2 x (8, views*batch, 256)
+    heads = IdHeads(8, dim=1024, projector_dim=2048, predictor_dim=4096, embedding_dim=256)
+    projected, predicted = heads(features)    # (8, views*batch, 1024) -> 2 x (8, views*batch, 256)
 
 Each head is, as in the paper's released code, a projector [Linear-BN-GELU] x 2, [Linear-BN] and a
 predictor [Linear-BN-GELU], [Linear-BN]; linear without bias, batch norm affine. Batch statistics

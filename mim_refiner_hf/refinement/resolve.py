@@ -15,11 +15,11 @@ one reason that the plan prints.
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..runtime.launch import workers_per_process
 from .loss import LossSchedule, Swap
 from .recipe import RefineRecipe
 
@@ -330,9 +330,7 @@ def choose_workers(num_workers: int | None, processes: int) -> Choice[int]:
     """Data-loading workers of a process."""
     if num_workers is not None:
         return Choice(num_workers)
-    return Choice(
-        min(16, (os.cpu_count() or 1) // processes), "one per core and process, at most 16"
-    )
+    return Choice(workers_per_process(processes), "one per core and process, at most 16")
 
 
 def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
