@@ -20,6 +20,7 @@ from small_runs import (
 )
 
 from mim_refiner_hf import RefineRecipe, cli
+from mim_refiner_hf.refinement.batches import view_batches
 from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_recipe
 from mim_refiner_hf.refinement.resolve import Steps
 from mim_refiner_hf.refinement.trainer import Trainer
@@ -66,7 +67,9 @@ def first_loss_of(old: RefineRecipe) -> float:
             else f"refiner.{name}"
         )
         tensor.data.copy_(tensors[source])
-    return trainer.update(0, next(iter(trainer._batches(0, 1)))).loss.item()
+    device = trainer.accelerator.device
+    batches = view_batches(trainer.recipe, trainer.images, 0, 1, device)
+    return trainer.update(0, next(iter(batches))).loss.item()
 
 
 def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Recipes) -> None:

@@ -5,7 +5,7 @@ Heavy rooms are imported when a command runs, so that `mim-refiner --help` is qu
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,16 +20,7 @@ from .flags import (
 )
 
 
-def run_evaluate(arguments: Sequence[str]) -> None:
-    """`mim-refiner evaluate`."""
-    from accelerate import Accelerator
-
-    from ..evaluation.tables import report_table
-    from ..publishing.model_card import CARD, update_card
-    from ..runs.evaluate import PROTOCOLS, evaluate
-    from ..runtime.launch import several_on_the_cpu
-    from ..runtime.lock import sole_run
-
+def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
     parser = command_parser(
         "evaluate",
         "How good an encoder is, and whether it got better than another: scores with errors, "
@@ -45,7 +36,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--against", help="the model to compare with, such as the starting weights")
     parser.add_argument(
-        "--protocols", nargs="+", default=[], choices=PROTOCOLS, help="slower protocols to add"
+        "--protocols", nargs="+", default=[], choices=protocols, help="slower protocols to add"
     )
     parser.add_argument(
         "--recipe",
@@ -72,6 +63,21 @@ def run_evaluate(arguments: Sequence[str]) -> None:
         default=Path("outputs/evaluation"),
         help="folder for numbers and pictures",
     )
+    return parser
+
+
+def run_evaluate(arguments: Sequence[str]) -> None:
+    """`mim-refiner evaluate`."""
+    from accelerate import Accelerator
+
+    from ..evaluation.tables import report_table
+    from ..publishing.model_card import CARD, update_card
+    from ..runs.comparison import PROTOCOLS
+    from ..runs.evaluate import evaluate
+    from ..runtime.launch import several_on_the_cpu
+    from ..runtime.lock import sole_run
+
+    parser = _evaluate_parser(PROTOCOLS)
     options = vars(parse_model_and_images(parser, arguments))
     model, dataset = options.pop("model"), options.pop("dataset")
 
@@ -96,20 +102,7 @@ def _block(word: str) -> int | Literal["output"]:
     return int(word)
 
 
-def run_embed(arguments: Sequence[str]) -> None:
-    """`mim-refiner embed`."""
-    from accelerate import Accelerator
-
-    from ..conversion.load import load_encoder
-    from ..data.broken import BROKEN
-    from ..data.images import open_images, open_stream
-    from ..evaluation.embed import PRECISIONS, embed_images
-    from ..evaluation.feature_store import read_manifest
-    from ..evaluation.features import feature_columns
-    from ..model.configuration_mim_refiner import Pooling
-    from ..runtime.device import warn_of_emulation
-    from ..runtime.launch import several_on_the_cpu, workers_per_process
-
+def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argparse.ArgumentParser:
     parser = command_parser(
         "embed",
         "Features of every image, once, as parquet shards: the same command resumes; under "
@@ -140,19 +133,37 @@ def run_embed(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--pooling",
         nargs="+",
-        choices=get_args(Pooling),
+        choices=poolings,
         default=[],
         help="default: what the model's configuration says",
     )
     parser.add_argument("--last4", action="store_true", help="also the last 4 blocks side by side")
     parser.add_argument(
-        "--dtype", choices=PRECISIONS, default="fp32", help="of the computation; float32 is stored"
+        "--dtype", choices=precisions, default="fp32", help="of the computation; float32 is stored"
     )
     add_batch_size(parser, 256)
     add_workers(parser, None)
     parser.add_argument(
         "--shard_size", type=int, help="images per file; default: 8192, or what the folder has"
     )
+    return parser
+
+
+def run_embed(arguments: Sequence[str]) -> None:
+    """`mim-refiner embed`."""
+    from accelerate import Accelerator
+
+    from ..conversion.load import load_encoder
+    from ..data.broken import BROKEN
+    from ..data.images import open_images, open_stream
+    from ..evaluation.embed import PRECISIONS, embed_images
+    from ..evaluation.feature_store import read_manifest
+    from ..evaluation.features import feature_columns
+    from ..model.configuration_mim_refiner import Pooling
+    from ..runtime.device import warn_of_emulation
+    from ..runtime.launch import several_on_the_cpu, workers_per_process
+
+    parser = _embed_parser(get_args(Pooling), PRECISIONS)
     options = parse_model_and_images(parser, arguments)
 
     # says so now if the folder is something else

@@ -1,6 +1,8 @@
 """One step of the refinement: views -> encoder -> heads <-> queue -> loss -> gradients.
 
-    refiner = Refiner(encoder, head_blocks, heads, queue, num_global=2, num_views=12, temperature=0.2)
+    refiner = Refiner(
+        encoder, head_blocks, heads, queue, num_global=2, num_views=12, temperature=0.2
+    )
     draw = neighbour_draw(seed, step, topk=20, heads=8, views=2, batch=64)
     result = refiner.backward([global_views, local_views], sample_index, labels, topk=20, draw=draw)
 

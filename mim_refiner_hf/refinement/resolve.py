@@ -184,7 +184,7 @@ def resolve(
     """
     _check_freezing(recipe.freeze_blocks, config.num_hidden_layers)
     pooling = choose_pooling(recipe.pooling, config)
-    blocks = choose_head_blocks(recipe, config.num_hidden_layers, pooling.value)
+    blocks = choose_blocks_with_heads(recipe, config.num_hidden_layers, pooling.value)
     sizes = choose_view_sizes(recipe.global_size, recipe.local_size, config)
     _check_batch(recipe, num_images, processes)
     temperature = choose_temperature(recipe.temperature, config.hidden_size)
@@ -252,7 +252,9 @@ def default_head_blocks(num_layers: int) -> list[int]:
     return list(range(num_layers - heads, num_layers))
 
 
-def choose_head_blocks(recipe: RefineRecipe, layers: int, pooling: Pooling) -> Choice[list[int]]:
+def choose_blocks_with_heads(
+    recipe: RefineRecipe, layers: int, pooling: Pooling
+) -> Choice[list[int]]:
     """The blocks with a head; for "auto", which measures before it chooses, the default ones."""
     default = Choice(default_head_blocks(layers), f"the last third of the {layers} blocks")
     count = recipe.num_heads

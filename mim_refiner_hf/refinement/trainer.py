@@ -11,7 +11,6 @@ newest checkpoint in the output folder; another recipe in that folder is refused
 """
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,16 +20,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.broken import BROKEN, BrokenImages
-from ..data.fast_views import VIEW_KINDS, FastMultiCrop, finished_views
+from ..data.fast_views import VIEW_KINDS, finished_views
 from ..data.images import ImageDataset, ImageStream
-from ..data.order import BatchSampler
-from ..data.views import MultiCrop, ViewDataset, normalise, view_specs
+from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.checkpoint import Checkpoint, check_tensors, save_checkpoint, size_of
-from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.distributed import average_gradients, progress_bar, world_size
 from ..runtime.files import in_bytes
 from ..runtime.optimisation import (
     encoder_groups,
@@ -43,28 +40,16 @@ from ..runtime.optimisation import (
     update_average,
 )
 from ..runtime.sharding import fsdp2_requested, gather_into, place, shard
-from ..runtime.signals import Interrupted, StopSignals, ignore_stop_signals
+from ..runtime.signals import Interrupted, StopSignals
+from .batches import view_batches
 from .failure import check_step
+from .head_log import HeadLog
 from .heads import GroupedLayer, IdHeads
 from .loss import head_weights
 from .memory import choose_micro_batch
 from .queue import NearestNeighbourQueue
 from .refiner import Refiner, StepResult, neighbour_draw
 from .resolve import Choice, ResolvedRecipe
-
-logger = logging.getLogger(__name__)
-
-# Spread of a head's projections below which a warning is due.
-_COLLAPSED = 0.1
-
-# What the log tells of every head: name there -> field of StepResult.
-_PER_HEAD = {
-    "loss": "head_losses",
-    "alignment": "alignment",
-    "neighbour_similarity": "neighbour_similarity",
-    "neighbour_age": "neighbour_age",
-    "neighbour_accuracy": "neighbour_accuracy",
-}
 
 
 def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
@@ -107,8 +92,7 @@ class Trainer:
     mean: list[float]
     std: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
-    # heads that were warned of, and stages whose checkpoints' size has been said
-    _collapsed: set[str] = field(default_factory=set, init=False)
+    # stages whose checkpoints' size has been said
     _sized: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -146,6 +130,7 @@ class Trainer:
             swap=recipe.swap,
             bf16=recipe.bf16,
         ).to(device)
+        self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
 
         if recipe.gradient_checkpointing:
             _recompute_blocks(self.encoder)
@@ -195,7 +180,9 @@ class Trainer:
         recipe = self.recipe
         fit_began = time.perf_counter()
         with self._progress(start_step, stop_step) as progress, StopSignals() as signals:
-            batches = self._batches(start_step, stop_step)
+            batches = view_batches(
+                recipe, self.images, start_step, stop_step, self.accelerator.device
+            )
             # the range comes first: at its end no further batch is asked for
             for step, batch in zip(range(start_step, stop_step), batches, strict=False):
                 began = time.perf_counter()
@@ -330,43 +317,6 @@ class Trainer:
             groups = [*encoder, *groups]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    def _batches(self, start_step: int, stop_step: int) -> DataLoader[dict[str, Tensor]]:
-        """This process's share of the views of every batch from `start_step` on."""
-        recipe = self.recipe
-        on_gpu = self.accelerator.device.type == "cuda"
-        specs = view_specs(
-            recipe.global_views,
-            recipe.local_views,
-            recipe.global_size,
-            recipe.local_size,
-            recipe.global_scale,
-            recipe.local_scale,
-            recipe.colour,
-            recipe.flip,
-        )
-        multicrop: MultiCrop | FastMultiCrop
-        if recipe.views == "exact":
-            multicrop = MultiCrop(specs)
-        else:
-            multicrop = FastMultiCrop(specs, hand_over=on_gpu)
-
-        sampler = BatchSampler(
-            self.images,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            steps=stop_step,
-            start_step=start_step,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        return DataLoader(
-            ViewDataset(self.images, multicrop, recipe.seed),
-            batch_sampler=sampler,
-            num_workers=recipe.num_workers,
-            pin_memory=on_gpu,
-            worker_init_fn=ignore_stop_signals,
-        )
-
     # ---- what it says
 
     def _progress(self, start_step: int, stop_step: int) -> Any:
@@ -377,8 +327,7 @@ class Trainer:
 
     def _log(self, step: int, result: StepResult, progress: Any, step_seconds: float) -> None:
         """One line in the log: the loss, what every head tells, the rate, and seconds to go."""
-        reduce = self.accelerator.reduce
-        loss = reduce(result.loss.detach(), "mean").item()
+        loss = self.accelerator.reduce(result.loss.detach(), "mean").item()
         values: dict[str, Any] = {
             "stage": self.stage(step),
             "loss": loss,
@@ -388,37 +337,10 @@ class Trainer:
             "seconds_left": (progress.total - step - 1) * step_seconds,
         }
 
-        # means over the processes, in one collective
-        per_head = [getattr(result, name).float() for name in _PER_HEAD.values()]
-        table = reduce(torch.stack(per_head), "mean").tolist()
-        for name, row in zip(_PER_HEAD, table, strict=True):
-            for head, value in zip(self.refiner.head_names, row, strict=True):
-                # not nan: without labels there is no neighbour accuracy
-                if value == value:
-                    values[f"{head}/{name}"] = value
-
-        spreads = self.refiner.queue.spread(self.recipe.batch_size).tolist()
-        for head, spread in zip(self.refiner.head_names, spreads, strict=True):
-            values[f"{head}/spread"] = spread
-            self._warn_of_collapse(step, head, spread)
-
+        values |= self.head_log.values(step, result)
         stage = "head warm-up" if step < self.steps.warmup else "refining"
         progress.set_description(f"{stage}, loss {loss:.3f}", refresh=False)
         self.accelerator.log(values, step=step + 1)
-
-    def _warn_of_collapse(self, step: int, head: str, spread: float) -> None:
-        """Warn, once per head, when its projections point nearly all in one direction."""
-        if spread >= _COLLAPSED or head in self._collapsed:
-            return
-        self._collapsed.add(head)
-        logger.warning(
-            "step %d: to head %s all images look nearly alike (spread %.3f, 1 is even): "
-            "the features may be collapsing; lower --learning_rate, or start from weights that "
-            "tell these images apart",
-            step,
-            head,
-            spread,
-        )
 
     # ---- what it keeps
 
