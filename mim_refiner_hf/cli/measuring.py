@@ -156,6 +156,7 @@ def run_embed(arguments: Sequence[str]) -> None:
     from ..conversion.load import load_encoder
     from ..data.broken import BROKEN
     from ..data.images import open_images, open_stream
+    from ..data.loading import Loading
     from ..evaluation.embed import PRECISIONS, embed_images
     from ..evaluation.feature_store import read_manifest
     from ..evaluation.features import feature_columns
@@ -190,8 +191,7 @@ def run_embed(arguments: Sequence[str]) -> None:
         encoder.image_processor,
         options.out,
         columns=columns,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        loading=Loading(options.batch_size, options.num_workers, accelerator.device),
         shard_size=options.shard_size,
         command=shlex.join(["mim-refiner", "embed", *arguments]),
     )

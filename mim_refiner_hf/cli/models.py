@@ -71,7 +71,7 @@ def run_convert(arguments: Sequence[str]) -> None:
 
 def run_export(arguments: Sequence[str]) -> None:
     """`mim-refiner export`."""
-    from ..publishing.export import FORMATS, export
+    from ..publishing.export import EXPORT_FORMATS, export
     from ..runtime.lock import sole_run
 
     parser = command_parser(

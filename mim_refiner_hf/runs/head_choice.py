@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.images import ImageDataset, evenly_spaced, hold_out
+from ..data.loading import Loading
 from ..evaluation.block_analysis import BlockProfile, block_profile, propose_head_blocks
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import ResolvedRecipe
@@ -77,7 +78,7 @@ def choose_head_blocks(
         measured,
         flip=recipe.flip,
         seed=recipe.seed,
-        num_workers=recipe.num_workers,
+        loading=Loading(num_workers=recipe.num_workers),
     )
     blocks, reason = propose_head_blocks(profile, frozen=recipe.freeze_blocks)
     return HeadChoice(blocks, reason, profile)

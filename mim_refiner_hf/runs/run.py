@@ -26,6 +26,7 @@ from accelerate.utils import ProjectConfiguration
 from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
 from ..data.images import Broken, ImageDataset, evenly_spaced
+from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.tables import comparison_table
@@ -218,7 +219,7 @@ def _evaluate(
         images.bank,
         images.evaluation,
         seed=prepared.recipe.seed,
-        num_workers=prepared.recipe.num_workers,
+        loading=Loading(num_workers=prepared.recipe.num_workers),
         per_block=per_block,
     )
 
