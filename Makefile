@@ -1,6 +1,6 @@
 # Everyday commands; `make` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install test lint quickstart cards ci
+.PHONY: help install test lint quickstart cards docs ci
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,6 +21,9 @@ quickstart:  ## pre-train and refine a small model on bundled digits, a few minu
 
 cards:  ## render the cards under model_cards/ from their results.yaml
 	python -m model_cards.render
+
+docs:  ## build the pages as a site (needs the extra docs)
+	mkdocs build --strict
 
 ci:  ## everything CI runs, in a fresh virtual environment
 	.ci/run

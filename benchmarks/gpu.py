@@ -51,7 +51,7 @@ from mim_refiner_hf.refinement import refiner as refiner_module
 from mim_refiner_hf.refinement import trainer as trainer_module
 from mim_refiner_hf.refinement.memory import head_parameters
 from mim_refiner_hf.refinement.refiner import StepResult
-from mim_refiner_hf.refinement.resolve import Steps, resolve
+from mim_refiner_hf.refinement.resolve import ResolvedRecipe, Steps, resolve
 from mim_refiner_hf.refinement.trainer import Trainer
 from mim_refiner_hf.runtime.device import available_memory, check_compile, uses_bf16
 
@@ -157,21 +157,15 @@ def cases(sizes: list[str]) -> list[Case]:
     return found
 
 
-def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[str, float]:
-    """Floating-point operations per image and stage, by the formula above.
-
-    `recipe` is a resolved one.
-    """
-    width = config.hidden_size
-    inner = config.intermediate_size
-    prefix = config.num_prefix_tokens
+def useful_operations(config: MimRefinerConfig, recipe: ResolvedRecipe) -> dict[str, float]:
+    """Floating-point operations per image and stage, by the formula above."""
+    width, inner, prefix = config.hidden_size, config.intermediate_size, config.num_prefix_tokens
     forward = patches_in = 0.0
 
     for views, size in (
         (recipe.global_views, recipe.global_size),
         (recipe.local_views, recipe.local_size),
     ):
-        assert size is not None
         patches = (size // config.patch_size) ** 2
         tokens = patches + prefix
         block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
@@ -184,8 +178,7 @@ def useful_operations(config: MimRefinerConfig, recipe: RefineRecipe) -> dict[st
             )
         forward += views * (block * (config.num_hidden_layers - 1) + last)
         patches_in += views * 2 * patches * config.num_channels * config.patch_size**2 * width
-
-    heads = 2.0 * head_parameters(recipe, config) * (recipe.global_views + recipe.local_views)
+    heads = 2.0 * head_parameters(recipe, config) * recipe.num_views
     return {
         "warmup": forward + patches_in + 3 * heads,
         "refine": 3 * forward + 2 * patches_in + 3 * heads,
@@ -222,18 +215,16 @@ def make_trainer(
         **quiet,
     )
     check_compile(recipe.compile)
-    # whether a GPU computes in bf16 is asked of the recipe as it was given
     bf16 = options.device == "cuda" and uses_bf16(recipe.mixed_precision)
-    recipe = resolve(recipe, config, len(images))
+    resolved = resolve(recipe, config, len(images), bf16=bf16)
+    steps = Steps(options.steps, options.steps)
+    resolved = dataclasses.replace(resolved, steps=steps, num_workers=options.num_workers)
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)
-    steps = Steps(options.steps, options.steps)
-    statistics = (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
-    trainer = Trainer(
-        recipe, steps, accelerator, images, encoder, *statistics, options.num_workers, bf16
-    )
-    if recipe.micro_batch_size == "auto":
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    trainer = Trainer(resolved, accelerator, images, encoder, mean, std)
+    if "micro_batch_size" in resolved.to_measure:
         trainer.choose_micro_batch(available_memory(options.device))
     return trainer
 

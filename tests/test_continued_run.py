@@ -139,9 +139,10 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
     for once in (whole, interrupted):  # the start is kept, and is what was measured
         folder, prepared = Path(once.output_dir), run_module.prepare(once)
         start = load_encoder(folder / "pretrained")
-        assert prepared.bank is not None and prepared.eval_images is not None
+        images = prepared.images
+        assert images.bank is not None and images.evaluation is not None
         measured = report.evaluate_encoder(
-            start, start.image_processor, prepared.bank, prepared.eval_images, seed=once.seed
+            start, start.image_processor, images.bank, images.evaluation, seed=once.seed
         )
         assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
 

@@ -328,10 +328,6 @@ WRONG = {
         ["{model}", "--dataset", "{photos}", "--pooling", "global_repr"],
         "the encoder has no predictor",
     ),
-    "batch": (
-        ["{model}", "--dataset", "{photos}", "--batch_size", "0"],
-        "batch_size is 0; it must be at least 1",
-    ),
     "shard": (
         ["{model}", "--dataset", "{photos}", "--shard_size", "-1"],
         "shard_size is -1; it must be at least 1",

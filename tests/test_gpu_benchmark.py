@@ -105,8 +105,7 @@ def test_products_are_counted_by_their_shapes() -> None:
 def test_useful_operations_are_those_that_are_counted(pooling: str) -> None:
     config = MimRefinerConfig(**gpu.TINY, pooling=pooling)  # type: ignore[arg-type]
     fields = {**gpu.TINY_RECIPE, "queue_size": 4, "batch_size": 4, "topk": 1}
-    recipe = resolve(RefineRecipe(model="a", **fields), config, None)  # type: ignore[arg-type]
-    assert isinstance(recipe.head_blocks, list) and recipe.global_size and recipe.local_size
+    recipe = resolve(RefineRecipe(model="a", **fields), config, 64)  # type: ignore[arg-type]
     heads = IdHeads(len(recipe.head_blocks), 48, 24, 32, 16)
     queue = NearestNeighbourQueue(len(recipe.head_blocks), 4, 16)
     encoder = MimRefinerModel(config)

@@ -17,8 +17,9 @@ from mim_refiner_hf.data.images import ImageDataset, ImageStream, open_stream
 from mim_refiner_hf.evaluation import BlockProfile, propose_head_blocks
 from mim_refiner_hf.evaluation.block_analysis import assemble
 from mim_refiner_hf.publishing.hub import save_model_folder
+from mim_refiner_hf.refinement.resolve import ResolvedRecipe
 from mim_refiner_hf.runs import run as run_module
-from mim_refiner_hf.runs.head_choice import check_measurable
+from mim_refiner_hf.runs.head_choice import HeadChoice, check_measurable
 from mim_refiner_hf.runs.run import run
 
 
@@ -163,9 +164,10 @@ def test_auto_reads_what_the_heads_read_and_leaves_frozen_blocks_alone(
     chosen: dict[str, Any] = {}
     choose = run_module.choose_head_blocks
 
-    def watched(recipe: RefineRecipe, encoder: MimRefinerModel, *arguments: Any) -> dict[str, Any]:
-        chosen.update(choose(recipe, encoder, *arguments), pooling=encoder.config.pooling)
-        return chosen
+    def watched(recipe: ResolvedRecipe, encoder: MimRefinerModel, *arguments: Any) -> HeadChoice:
+        choice = choose(recipe, encoder, *arguments)
+        chosen.update(blocks=choice.blocks, pooling=encoder.config.pooling)
+        return choice
 
     monkeypatch.setattr(run_module, "choose_head_blocks", watched)
     run(recipe(freeze_blocks=3, pooling="mean", max_steps=1))

@@ -20,6 +20,7 @@ from small_runs import (
 )
 
 from mim_refiner_hf import RefineRecipe, cli
+from mim_refiner_hf.refinement.batches import view_batches
 from mim_refiner_hf.refinement.recipe_files import parse_recipe, read_recipe
 from mim_refiner_hf.refinement.resolve import Steps
 from mim_refiner_hf.refinement.trainer import Trainer
@@ -48,19 +49,17 @@ def old(
 def first_loss_of(old: RefineRecipe) -> float:
     """The loss that the old run's average, heads and queue give on the first batch of a refinement."""
     prepared = run_module.prepare(old)
-    assert prepared.encoder is not None and prepared.found is not None
-    statistics = (prepared.processor.image_mean, prepared.processor.image_std)
+    start = prepared.start
+    assert start.encoder is not None and prepared.resume is not None
     trainer = Trainer(
-        prepared.recipe,
-        Steps(0, 4),
+        dataclasses.replace(prepared.recipe, steps=Steps(0, 4)),
         Accelerator(),
-        prepared.images,
-        prepared.encoder,
-        *statistics,
-        0,
-        False,
-    )  # type: ignore[arg-type]
-    tensors = prepared.found.tensors
+        prepared.images.training,
+        start.encoder,
+        start.processor.image_mean,
+        start.processor.image_std,
+    )
+    tensors = prepared.resume.tensors
     for name, tensor in trainer.refiner.state_dict(keep_vars=True).items():
         source = (
             f"average.{name.removeprefix('encoder.')}"
@@ -68,7 +67,9 @@ def first_loss_of(old: RefineRecipe) -> float:
             else f"refiner.{name}"
         )
         tensor.data.copy_(tensors[source])
-    return trainer.update(0, next(iter(trainer._batches(0, 1)))).loss.item()
+    device = trainer.accelerator.device
+    batches = view_batches(trainer.recipe, trainer.images, 0, 1, device)
+    return trainer.update(0, next(iter(batches))).loss.item()
 
 
 def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Recipes) -> None:

@@ -131,14 +131,14 @@ def exploding(recipe: Callable[..., RefineRecipe]) -> tuple[RefineRecipe, NotFin
 
 def test_a_failed_step_is_reported(exploding: tuple[RefineRecipe, NotFiniteError]) -> None:
     asked, error = exploding
-    step = error.report["step"]
+    step = error.report.step
     assert f"step {step} is not finite" in str(
         error
     ) and f"mim-refiner replay {asked.output_dir}" in str(error)
     (path,) = (Path(asked.output_dir) / "failures").iterdir()
     assert path.name == f"step-{step:08d}.json" and json.loads(path.read_text())["step"] == step
-    assert len(error.report["samples"]) == 32 and error.report["bad_gradients"] > 0
-    assert set(error.report["head_losses"]) == {"block1", "output"}
+    assert len(error.report.samples) == 32 and error.report.bad_gradients > 0
+    assert set(error.report.head_losses) == {"block1", "output"}
     assert all(line["step"] <= step for line in log_of(asked))
 
 
@@ -153,7 +153,7 @@ def test_a_failed_step_is_replayed(
     }
     assert cli.main(["replay", asked.output_dir]) == 0
     said = capsys.readouterr().out
-    assert f"step {error.report['step']} is not finite" in said
+    assert f"step {error.report.step} is not finite" in said
     assert re.search(
         r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most",
         said,

@@ -203,9 +203,10 @@ def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
     assert (recipe.epochs, recipe.batch_size, recipe.temperature) == (epochs, batch, temperature)
     assert recipe.head_blocks == list(range(first_head, shape["num_hidden_layers"]))
     assert (recipe.local_size, recipe.freeze_blocks) == (local_size, frozen)
-    assert {field: getattr(recipe, field) for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
+    written = recipe.as_written()
+    assert {field: written[field] for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
     updates = IMAGENET // batch  # the last partial batch of an epoch is dropped
-    assert count_steps(recipe, IMAGENET) == (20 * updates, epochs * updates)
+    assert recipe.steps == (20 * updates, epochs * updates)
 
 
 def test_without_colour_is_half_as_long() -> None:
@@ -299,16 +300,9 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     resolved = resolve(
         dataclasses.replace(asked, freeze_blocks=20), MimRefinerConfig(**L16), IMAGENET
     )
-    assert resolved.head_blocks == "auto"
-    facts = {
-        "num_images": IMAGENET,
-        "num_eval": 0,
-        "steps": count_steps(resolved, IMAGENET),
-        "processes": 1,
-    }
-    text = plan_text(
-        resolved, MimRefinerConfig(**L16), device="cuda", bf16=True, available=2**34, **facts
-    )
+    assert resolved.to_measure == {"head_blocks"}
+    assert resolved.as_written()["head_blocks"] == "auto"
+    text = plan_text(resolved, MimRefinerConfig(**L16), num_eval=0, device="cuda", available=2**34)
     assert "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20" in text
 
 
@@ -434,7 +428,8 @@ def test_what_is_not_given_is_derived_from_the_encoder(
     )
     layers = shape["num_hidden_layers"]
     assert recipe.head_blocks == list(range(layers - heads, layers))
-    assert resolve(recipe, config, IMAGENET) == recipe
+    again = resolve(RefineRecipe(**recipe.as_written()), config, IMAGENET)
+    assert again.as_written() == recipe.as_written()
     few = resolve(
         RefineRecipe(model="a", num_heads=3, temperature=0.5, local_size=112), config, IMAGENET
     )
@@ -456,14 +451,14 @@ def test_small_encoders_get_small_local_views() -> None:
 def test_batches_fit_processes_and_data() -> None:
     config = MimRefinerConfig(**L16)
     recipe = RefineRecipe(model="a", batch_size=96, micro_batch_size=32)
-    assert resolve(recipe, config, 96, world_size=3).batch_size == 96
+    assert resolve(recipe, config, 96, processes=3).batch_size == 96
     for num_images, processes, flag in (
         (95, 1, "--batch_size 96"),
         (96, 5, "--batch_size 96"),
         (96, 4, "--micro_batch_size 32"),
     ):
         with pytest.raises(ValueError, match=flag):
-            resolve(recipe, config, num_images, world_size=processes)
+            resolve(recipe, config, num_images, processes=processes)
 
 
 def test_steps_are_whole_batches_and_capped() -> None:

@@ -94,7 +94,7 @@ def test_bad_images_in_training_and_evaluation(fields: dict[str, Any], tmp_path:
     result = run(RefineRecipe(**fields))
     assert result is not None
     assert set(listed(tmp_path / "out")) == BAD and result.metrics["broken_images"] == 6
-    evaluated = prepare(RefineRecipe(**{**fields, "dry_run": True})).eval_images
+    evaluated = prepare(RefineRecipe(**{**fields, "dry_run": True})).images.evaluation
     assert evaluated is not None and len(evaluated) == 8
     assert result.metrics["dataset"]["eval_images"] == len(set(evaluated.indices.tolist()) - BAD)
     again = run(RefineRecipe(**{**fields, "output_dir": str(tmp_path / "again"), "num_workers": 2}))

@@ -247,8 +247,7 @@ def test_a_redirection_to_an_open_connection_is_refused(
 # --- dependencies -----------------------------------------------------------------------------------------------------------------
 
 FLOORS = {  # package: the first version without the vulnerability, and its name
-    "datasets": ("5.2.0", "CVE-2026-57845"),  # pickles read by its pandas builder
-    "filelock": ("4.2.1", "CVE-2026-112909"),  # truncates a file put in the place of a lock
+    "filelock": ("4.2.1", "CVE-2026-112914"),  # a soft lock follows a link put in its place
     "gradio": ("6.16.0", "CVE-2026-49119"),  # path traversal
     "jinja2": ("3.1.6", "CVE-2025-27516"),  # sandbox
     "onnx": ("1.21.0", "CVE-2026-27489"),  # path traversal by links
@@ -266,10 +265,8 @@ FLOORS = {  # package: the first version without the vulnerability, and its name
         "CVE-2026-24747",
     ),  # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
     "tqdm": ("4.66.3", "CVE-2024-34062"),  # code run by command-line arguments
-    "transformers": (
-        "5.3.0",
-        "CVE-2026-4372",
-    ),  # code run by a config in spite of trust_remote_code=False; 5.2.0 has CVE-2026-5241
+    # code run by a config in spite of trust_remote_code=False; 5.3 for CVE-2026-4372
+    "transformers": ("5.5.0", "CVE-2026-5241"),
 }
 
 

@@ -31,12 +31,12 @@ from mim_refiner_hf import (
     refine,
 )
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.refinement.failure import NotFiniteError, check_finite
+from mim_refiner_hf.refinement.failure import NotFiniteError, check_step
 from mim_refiner_hf.refinement.heads import GroupedLayer, IdHeads
 from mim_refiner_hf.refinement.memory import memory_estimate
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
-from mim_refiner_hf.refinement.resolve import Steps, resolve
+from mim_refiner_hf.refinement.resolve import resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
@@ -128,14 +128,14 @@ def check_that_one_bad_shard_stops_all(rank: int) -> None:
     refiner, told = refiner_after_a_step(
         rank, sharded=True, micro=None, bf16=False, recompute=False
     )
-    check_finite(refiner, told, step=1, sample_index=torch.arange(4))
+    check_step(refiner, told, step=1, sample_index=torch.arange(4))
     gradient = local(refiner.encoder.layers[1].mlp.fc1.weight.grad)
     gradient[0, 0] = float("nan") if rank == 1 else 0.0
     with pytest.raises(
         NotFiniteError,
         match=r"the gradient of step 1 is not finite.*1 of \d+ \(encoder\.layers\.1\.mlp\.fc1",
     ):
-        check_finite(refiner, told, step=1, sample_index=torch.arange(4))
+        check_step(refiner, told, step=1, sample_index=torch.arange(4))
 
 
 def check_that_one_full_disk_stops_all(rank: int, folder: Path) -> None:
@@ -458,19 +458,14 @@ def test_what_is_not_supported_is_refused_first(
 
 def test_the_plan_says_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MimRefinerConfig(**SHAPE)
-    recipe = resolve(RefineRecipe(model="m", dataset="d", batch_size=8, queue_size=64), config, 64)
-    before = memory_estimate(recipe, config, 4, bf16=False)
-    settings: dict[str, Any] = {
-        "num_images": 64,
-        "num_eval": 0,
-        "steps": Steps(1, 1),
-        "device": "cpu",
-        "bf16": False,
-    }
-    assert "FSDP2" not in plan_text(recipe, config, processes=4, available=2**30, **settings)
+    asked = RefineRecipe(model="m", dataset="d", batch_size=8, queue_size=64)
+    recipe = resolve(asked, config, 64, processes=4)
+    before = memory_estimate(recipe, config)
+    settings: dict[str, Any] = {"num_eval": 0, "device": "cpu", "available": 2**30}
+    assert "FSDP2" not in plan_text(recipe, config, **settings)
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
-    after = memory_estimate(recipe, config, 4, bf16=False)
+    after = memory_estimate(recipe, config)
     assert [
         before[part] / after[part]
         for part in ("encoder and EMA", "heads", "AdamW", "queue", "activations")
@@ -481,8 +476,7 @@ def test_the_plan_says_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         1,
         1,
     ]
-    text = plan_text(recipe, config, processes=4, available=2**30, **settings)
+    text = plan_text(recipe, config, **settings)
     assert "shards  FSDP2: each of 4 processes keeps 1/4 of encoder, moving average, heads" in text
-    assert "one process has nothing to share" in plan_text(
-        recipe, config, processes=1, available=2**30, **settings
-    )
+    alone = resolve(asked, config, 64)
+    assert "one process has nothing to share" in plan_text(alone, config, **settings)

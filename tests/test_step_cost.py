@@ -19,14 +19,14 @@ from mim_refiner_hf.model.last_block import prefix_tokens_only
 from mim_refiner_hf.refinement import memory
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.memory import (
+    bytes_needed,
     choose_micro_batch,
     largest_that_fits,
     memory_estimate,
-    needed,
 )
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner, keeps_a_graph, neighbour_draw
-from mim_refiner_hf.refinement.resolve import Steps, resolve
+from mim_refiner_hf.refinement.resolve import ResolvedRecipe, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups
 
@@ -250,8 +250,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
 
 
 def planned(
-    shape: dict[str, Any], changes: dict[str, Any]
-) -> tuple[RefineRecipe, MimRefinerConfig]:
+    shape: dict[str, Any], changes: dict[str, Any], bf16: bool
+) -> tuple[ResolvedRecipe, MimRefinerConfig]:
     config = MimRefinerConfig(**shape)
     fields = {
         "model": "a",
@@ -261,20 +261,16 @@ def planned(
         "projector_dim": 512,
         "predictor_dim": 1024,
     }
-    return resolve(RefineRecipe(**{**fields, **changes}), config, None), config
+    recipe = RefineRecipe(**{**fields, **changes})
+    return resolve(recipe, config, 1000, bf16=bf16), config
 
 
-def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) -> int:
+def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
     """Bytes of all tensors alive at the peak of a second step, weights, moments and views included; fake, so nothing is computed."""
     batch, blocks, widths = (
         recipe.batch_size,
         recipe.head_blocks,
         (recipe.projector_dim, recipe.predictor_dim),
-    )
-    assert (
-        isinstance(blocks, list)
-        and recipe.global_size is not None
-        and recipe.local_size is not None
     )
     with FakeTensorMode(), PeakMemory() as tracked:
         with no_init_weights():
@@ -288,7 +284,14 @@ def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) ->
         sizes = [(recipe.global_views, recipe.global_size), (recipe.local_views, recipe.local_size)]
         count = sum(number for number, _ in sizes)
         refiner = Refiner(
-            encoder, blocks, heads, queue, num_global=2, num_views=count, temperature=0.2, bf16=bf16
+            encoder,
+            blocks,
+            heads,
+            queue,
+            num_global=2,
+            num_views=count,
+            temperature=0.2,
+            bf16=recipe.bf16,
         ).train()
         optimizer = torch.optim.AdamW(
             encoder_groups(encoder, 0.65, 0.05) + head_groups(heads, 0.0), fused=True
@@ -302,7 +305,7 @@ def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) ->
         tracked.peak = tracked.live
         refiner.backward(
             views, index, index, topk=5, draw=draw, micro_batch_size=recipe.micro_batch_size
-        )  # type: ignore[arg-type]
+        )
         del average
         return tracked.peak
 
@@ -310,38 +313,28 @@ def measured_peak(recipe: RefineRecipe, config: MimRefinerConfig, bf16: bool) ->
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(("shape", "changes", "bf16"), CASES)
 def test_estimate_of_the_plan(shape: dict[str, Any], changes: dict[str, Any], bf16: bool) -> None:
-    recipe, config = planned(shape, changes)
-    measured = measured_peak(recipe, config, bf16)
-    parts = memory_estimate(recipe, config, 1, bf16)
+    recipe, config = planned(shape, changes, bf16)
+    measured = measured_peak(recipe, config)
+    parts = memory_estimate(recipe, config)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 
 
 def test_plan_says_what_to_change_when_it_does_not_fit() -> None:
-    recipe, config = planned(BASE, {"batch_size": 64})
+    recipe, config = planned(BASE, {"batch_size": 64}, bf16=True)
 
     def text(available: float, **changes: Any) -> str:
-        changed = dataclasses.replace(recipe, **changes)
-        facts = {
-            "num_images": 1000,
-            "num_eval": 0,
-            "steps": Steps(1, 1),
-            "processes": 1,
-            "device": "cuda",
-            "bf16": True,
-        }
-        return plan_text(changed, config, **facts, available=int(available))  # type: ignore[arg-type]
+        changed, _ = planned(BASE, {"batch_size": 64, **changes}, bf16=True)
+        return plan_text(changed, config, num_eval=0, device="cuda", available=int(available))
 
-    whole = needed(recipe, config, 1, True)
+    whole = bytes_needed(recipe, config)
     assert "does not fit" not in text(2 * whole) and "does not fit" in text(whole)
     said = text(whole)
     size = int(said.split("--micro_batch_size ")[1].split()[0])
     assert (
         size in (32, 64) and "the same gradients" in said and "--gradient_checkpointing" not in said
     )
-    assert (
-        needed(dataclasses.replace(recipe, micro_batch_size=size), config, 1, True) <= 0.85 * whole
-    )
-    least = needed(dataclasses.replace(recipe, micro_batch_size=1), config, 1, True)
+    assert bytes_needed(dataclasses.replace(recipe, micro_batch_size=size), config) <= 0.85 * whole
+    least = bytes_needed(dataclasses.replace(recipe, micro_batch_size=1), config)
     assert "lower --batch_size, --queue_size or --num_heads" in text(0.9 * least)
     assert "as many at a time through the encoder as fit" in text(whole, micro_batch_size="auto")
     assert "does not fit" not in text(whole, micro_batch_size="auto")
@@ -359,7 +352,7 @@ def test_largest_that_fits_is_found_by_doubling(most: int, expected: int) -> Non
     assert asked == [1, 2, 4, 8, 12][: len(asked)]
 
 
-def auto_recipe() -> tuple[RefineRecipe, Refiner]:
+def auto_recipe() -> tuple[ResolvedRecipe, Refiner]:
     refiner = small_refiner()
     fields = {
         "projector_dim": 24,
@@ -377,31 +370,24 @@ def auto_recipe() -> tuple[RefineRecipe, Refiner]:
         micro_batch_size="auto",
         **fields,
     )  # type: ignore[arg-type]
-    return resolve(recipe, refiner.encoder.config, None), refiner
+    return resolve(recipe, refiner.encoder.config, 100), refiner
 
 
 def test_auto_takes_what_the_estimate_allows() -> None:
     recipe, refiner = auto_recipe()
 
     def need(micro: int | None) -> float:
-        return (
-            needed(
-                dataclasses.replace(recipe, micro_batch_size=micro),
-                refiner.encoder.config,
-                1,
-                False,
-            )
-            / memory.HEADROOM
-        )
+        changed = dataclasses.replace(recipe, micro_batch_size=micro)
+        return bytes_needed(changed, refiner.encoder.config) / memory.HEADROOM
 
     for micro, free in ((None, need(None)), (4, need(4)), (4, 0.99 * need(8)), (1, need(1))):
-        chosen, reason = choose_micro_batch(recipe, refiner, 1, int(free) + 1)
-        assert chosen == micro
-        assert ("whole batch" in reason) == (micro is None) and "GiB" in reason
+        choice = choose_micro_batch(recipe, refiner, int(free) + 1)
+        assert choice.value == micro
+        assert ("whole batch" in choice.reason) == (micro is None) and "GiB" in choice.reason
     with pytest.raises(
         ValueError, match=r"--micro_batch_size auto: not even one image .* --gradient_checkpointing"
     ):
-        choose_micro_batch(recipe, refiner, 1, int(0.9 * need(1)))
+        choose_micro_batch(recipe, refiner, int(0.9 * need(1)))
 
 
 def test_trying_catches_what_runs_out_of_memory() -> None:
@@ -417,7 +403,7 @@ def test_trying_catches_what_runs_out_of_memory() -> None:
 
     refiner.encode = limited  # type: ignore[method-assign]
     tried = largest_that_fits(
-        lambda images: memory._passes(refiner, recipe, images, reserve=10), 12
+        lambda images: memory._passes_on_trial(refiner, recipe, images, reserve=10), 12
     )
     assert tried == 4 and seen == [(2 * images, 3, 32, 32) for images in (1, 2, 4, 8)]
     assert all(parameter.grad is None for parameter in refiner.parameters())

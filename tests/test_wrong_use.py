@@ -294,8 +294,8 @@ OTHER_COMMANDS = [
     ("pretrain --image_size 20 --patch_size 8", ["patch_size=8", "image_size=20"]),
     ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
     ("pretrain --num_channels 2", ["num_channels is 2", "3 (RGB) or 1"]),
-    ("pretrain --num_workers -1", ["--num_workers -1", "at least 0"]),
-    ("pretrain --max_bad_fraction 2", ["--max_bad_fraction 2", "between 0 and 1"]),
+    ("pretrain --num_workers -1", ["--num_workers", "-1", "at least 0"]),
+    ("pretrain --max_bad_fraction 2", ["--max_bad_fraction", "2:", "between 0 and 1"]),
     ("pretrain --recipe mea", ["--recipe mea", "pretrain-digits"]),
     ("pretrain --recipe pretrain-digits --batch_size 5000", ["batch_size 5000", "1297"]),
     ("pretrain --dataset ./gone", ["./gone"]),
@@ -303,6 +303,8 @@ OTHER_COMMANDS = [
     ("pretrain --output_dir {tmp}/photos", ["{tmp}/photos", "not a model folder"]),
     # ---- evaluate
     ("evaluate {model}", ["--dataset"]),
+    ("evaluate", ["--model", "--dataset"]),
+    ("evaluate --model {model} photos --dataset digits", ["photos", "name both already"]),
     ("evaluate {tmp}/gone.pth --dataset digits", ["{tmp}/gone.pth", "does not exist"]),
     ("evaluate {model} --dataset {tmp}/photo", ["{tmp}/photo", "did you mean {tmp}/photos"]),
     ("evaluate {model} --dataset digits --split trian", ["'trian'", "['test', 'train']"]),
@@ -357,10 +359,13 @@ OTHER_COMMANDS = [
     ),
     ("embed {model} --dataset digits --out out --last4", ["last4", "the encoder has 2"]),
     ("embed {model} --dataset digits --out out --dtype int8", ["--dtype", "'int8'", "'bf16'"]),
-    ("embed {model} --dataset digits --out out --batch_size 0", ["batch_size is 0", "at least 1"]),
+    (
+        "embed {model} --dataset digits --out out --batch_size 0",
+        ["--batch_size", "0", "at least 1"],
+    ),
     (
         "embed {model} --dataset digits --out out --num_workers -1",
-        ["num_workers is -1", "at least 0"],
+        ["--num_workers", "-1", "at least 0"],
     ),
     ("embed {model} --dataset digits --out out --shard_size 0", ["shard_size is 0", "at least 1"]),
     # ---- cluster
@@ -531,7 +536,7 @@ def leave_a_run(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> N
     prepared = run_module.prepare(run_module.RefineRecipe(**vars(parse_recipe(words))))
     folder = Path(places["tmp"]) / "other_run"
     folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(vars(prepared.recipe)))
+    (folder / "recipe.json").write_text(json.dumps(prepared.recipe.as_written()))
     capsys.readouterr()
 
 

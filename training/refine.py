@@ -1,12 +1,14 @@
 """Refine a masked-image model until its features group images by meaning.
 
-    accelerate launch training/refine.py                                                    # the quickstart: no model, no data needed
-    accelerate launch training/refine.py --model facebook/vit-mae-large --dataset my_images/ --output_dir out
+    accelerate launch training/refine.py                      # the quickstart: needs no data
+    accelerate launch training/refine.py --model facebook/vit-mae-large --dataset my_images/ \\
+        --output_dir out
     accelerate launch training/refine.py --recipe mae-l16 --dataset imagenet-1k --output_dir out
-    accelerate launch training/refine.py --help                                             # every setting, explained
+    accelerate launch training/refine.py --help               # every setting, explained
 
-It prints a plan, trains the heads on the frozen encoder, refines the encoder, and measures it before and after. In the output
-folder: model/ (an ordinary transformers model with its card), metrics.json, clusters.png, curves.png, log.jsonl. The loop is
+It prints a plan, trains the heads on the frozen encoder, refines the encoder, and measures it
+before and after. In the output folder: model/ (an ordinary transformers model with its card),
+metrics.json, clusters.png, curves.png, log.jsonl. The loop is
 `mim_refiner_hf/refinement/trainer.py`; the same command continues an interrupted run.
 """
 

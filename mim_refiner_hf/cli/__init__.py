@@ -1,4 +1,4 @@
-"""`mim-refiner`: the commands of the shell, one small file per group; `main` and `command` start them."""
+"""`mim-refiner`: the commands of the shell; `main` and `command` start them."""
 
 from .main import COMMANDS, command, main, refine_command
 

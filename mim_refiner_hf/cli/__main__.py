@@ -1,4 +1,4 @@
-"""`python -m mim_refiner_hf.cli`, and `accelerate launch -m mim_refiner_hf.cli refine`: the console command as a module."""
+"""The console command as a module: `accelerate launch -m mim_refiner_hf.cli refine ...`."""
 
 from .main import main
 

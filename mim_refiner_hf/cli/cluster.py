@@ -1,29 +1,33 @@
-"""The command that puts images into groups: cluster."""
+"""The command that puts images into groups: cluster.
 
-import argparse
+Heavy rooms are imported when the command runs, so that `mim-refiner --help` is quick.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..clustering.pipeline_image_clustering import METHODS
-from ..publishing.cluster_folder import cluster_images
-from ..runtime.lock import sole_run
-from .flags import at_least
+from .flags import (
+    add_batch_size,
+    add_model_and_images,
+    add_seed,
+    add_workers,
+    command_parser,
+    parse_model_and_images,
+)
 
 
 def run_cluster(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mim-refiner cluster",
-        description="A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links per group.",
-        allow_abbrev=False,
+    """`mim-refiner cluster`."""
+    from ..clustering.pipeline_image_clustering import METHODS
+    from ..publishing.cluster_folder import cluster_images
+    from ..runtime.lock import sole_run
+
+    parser = command_parser(
+        "cluster",
+        "A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links "
+        "per group.",
     )
-    parser.add_argument(
-        "images", help="folder, read at any depth; or parquet, Hub name, 'digits' (bundled)"
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="model folder, Hub name, original checkpoint, or a name of the zoo",
-    )
+    add_model_and_images(parser, "folder, read at any depth; or parquet, Hub name, 'digits'")
     parser.add_argument(
         "--num_clusters", type=int, help="number of groups; default: proposed from the images"
     )
@@ -36,18 +40,23 @@ def run_cluster(arguments: Sequence[str]) -> None:
         default=Path("groups"),
         help="folder to write; earlier groups there are replaced",
     )
-    parser.add_argument(
-        "--batch_size", type=at_least(1), default=32, help="images per forward pass"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=at_least(0),
-        default=0,
-        help="processes that decode images beside this one",
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
-    options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    with sole_run(out, "--out", beside=True):
-        summary = cluster_images(options.pop("images"), options.pop("model"), out, **options)
-    print(f"{summary['note']}\nThe page: {out / 'index.html'}")
+    add_batch_size(parser, 32)
+    add_workers(parser, 0)
+    add_seed(parser)
+    options = parse_model_and_images(parser, arguments)
+
+    with sole_run(options.out, "--out", beside=True):
+        summary = cluster_images(
+            options.dataset,
+            options.model,
+            options.out,
+            num_clusters=options.num_clusters,
+            method=options.method,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            num_workers=options.num_workers,
+        )
+    print(f"{summary['note']}\nThe page: {options.out / 'index.html'}")
+
+
+__all__ = ["run_cluster"]

@@ -1,11 +1,28 @@
-"""Flags that several commands have, and the types that turn their words into values."""
+"""The flags that several commands have, written once: images, model, loading, seed.
+
+parser = command_parser("embed", "Features of every image, once.")
+add_model_and_images(parser, "folder, parquet or Hub name")
+options = parse_model_and_images(parser, arguments)
+options.model, options.dataset
+"""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+
+
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of one command of `mim-refiner`; no flag may be abbreviated."""
+    return argparse.ArgumentParser(
+        prog=f"mim-refiner {name}", description=description, allow_abbrev=False
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """What argparse turns a word into: a whole number, `least` or more; argparse puts the flag's name before the message."""
+    """For argparse's `type`: turns a word into a whole number, `least` or more.
+
+    argparse puts the flag's name before the message of a refusal.
+    """
 
     def number(word: str) -> int:
         if not word.removeprefix("-").isdecimal() or int(word) < least:
@@ -13,3 +30,99 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(word)
 
     return number
+
+
+def share(word: str) -> float:
+    """For argparse's `type`: turns a word into a number between 0 and 1."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be between 0 and 1")
+    return number
+
+
+def add_model_and_images(parser: argparse.ArgumentParser, images: str) -> None:
+    """`IMAGES --model MODEL`, or the other way round: `MODEL --dataset IMAGES`.
+
+    Args:
+        images: what they can be and what they are for, for --help.
+    """
+    parser.add_argument(
+        "source", nargs="?", metavar="IMAGES", help=f"{images}; or, with --dataset, the model"
+    )
+    parser.add_argument(
+        "--model",
+        help="the encoder: model folder, Hub name, original checkpoint, or a name of the zoo "
+        "(model_cards/)",
+    )
+    parser.add_argument("--dataset", metavar="IMAGES", help="the images, where the model is first")
+
+
+def parse_model_and_images(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """The options with `model` and `dataset`, whichever of the two came first."""
+    # intermixed: a first word that may be left out is found behind the flags too
+    options = parser.parse_intermixed_args(list(arguments))
+    source = options.source
+    del options.source
+    if source is not None and options.model is None:
+        options.model = source
+    elif source is not None and options.dataset is None:
+        options.dataset = source
+    elif source is not None:
+        parser.error(f"{source}: --model and --dataset name both already")
+
+    missing = [flag for flag in ("model", "dataset") if getattr(options, flag) is None]
+    if missing == ["dataset"]:
+        parser.error("give IMAGES --model MODEL, or MODEL --dataset IMAGES; one of them is missing")
+    if missing:
+        parser.error(f"the following are required: {', '.join(f'--{flag}' for flag in missing)}")
+    return options
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    """Which part of a data set."""
+    parser.add_argument("--dataset_config", help="configuration of a Hub data set")
+    parser.add_argument("--split", help="split of the data set; default: train, or all of a folder")
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
+    """How many images at once."""
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=default,
+        help=f"images per forward pass and process; default: {default}",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """How many processes decode; None lets the command choose."""
+    shown = "one per core, at most 16" if default is None else default
+    parser.add_argument(
+        "--num_workers",
+        type=at_least(0),
+        default=default,
+        help=f"processes that decode images beside this one; default: {shown}",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser, of: str = "everything random") -> None:
+    """What the random choices are a function of."""
+    parser.add_argument("--seed", type=at_least(0), default=0, help=f"of {of}; default: 0")
+
+
+__all__ = [
+    "add_batch_size",
+    "add_model_and_images",
+    "add_seed",
+    "add_splits",
+    "add_workers",
+    "at_least",
+    "command_parser",
+    "parse_model_and_images",
+    "share",
+]

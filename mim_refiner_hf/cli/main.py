@@ -1,15 +1,20 @@
 """`mim-refiner`: the commands, and the job behind `accelerate launch training/refine.py`.
 
-    mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out     (or under `accelerate launch -m`)
+    mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out
     mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16
-    mim-refiner evaluate out/model --dataset my_images/ --against facebook/vit-mae-large
-    mim-refiner embed facebook/vit-mae-large --dataset photos/ --out features/ --blocks 11 23 --pooling cls mean
-    mim-refiner cluster photos/ --model out/model --out groups/                                  (then open groups/index.html)
+    mim-refiner evaluate my_images/ --model out/model --against facebook/vit-mae-large
+    mim-refiner embed photos/ --model facebook/vit-mae-large --out features/ --blocks 11 23
+    mim-refiner cluster photos/ --model out/model --out groups/    (then open groups/index.html)
     mim-refiner push out/model user/name
-    mim-refiner export out/model out/timm --to timm                                              (or vit, or onnx)
+    mim-refiner export out/model out/timm --to timm                (or vit, or onnx)
+    mim-refiner replay out                                         (a step that failed, again)
 
-Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else failed, 130 interrupted.
+On several processes: accelerate launch -m mim_refiner_hf.cli refine ... (or pretrain, evaluate,
+embed). `mim-refiner COMMAND --help` explains every setting.
+
+Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else
+failed, 130 interrupted.
 """
 
 import argparse
@@ -19,12 +24,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from ..publishing.export import ExportError
-from ..publishing.hub import PushError
-from ..runtime.checkpoint import SaveError
-from ..runtime.distributed import rank
-from ..runtime.launch import launch_processes, launched_short
-from ..runtime.signals import Ended, Interrupted, ended_by_signals
 from .cluster import run_cluster
 from .measuring import run_embed, run_evaluate
 from .models import run_convert, run_export, run_push
@@ -42,23 +41,44 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "replay": run_replay,
 }
 
-SHARED = ("refine", "pretrain", "evaluate", "embed")
-"""The commands that several processes do together."""
+# The commands that several processes do together.
+_SHARED = ("refine", "pretrain", "evaluate", "embed")
 
 
 def check_alone(name: str) -> None:
-    """ValueError for a command that one process does, in a job of several: each would do it all, and write the same files."""
-    if name not in SHARED and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    """Refuse a command that one process does in a job of several.
+
+    Each of them would do it all, and write the same files.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if name not in _SHARED and processes > 1:
         raise ValueError(
             f"{name}: runs in one process, not {processes}; start it without the launcher"
         )
 
 
 def command(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command and translate what it raises into an exit code and one line on stderr."""
+    """Run one command and translate what it raises into an exit code and one line on stderr.
+
+    Args:
+        arguments: its words; None for those of this process.
+    """
+    # now, not at the top: a mere `mim-refiner --help` needs none of it
+    from ..publishing.export import ExportError
+    from ..publishing.hub import PushError
+    from ..runtime.checkpoint import SaveError
+    from ..runtime.distributed import rank
+    from ..runtime.launch import launch_processes, launched_short
+    from ..runtime.signals import Ended, Interrupted, ended_by_signals
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if arguments is None and (processes := launched_short()):
-        return launch_processes(processes)
+    if arguments is None:
+        processes = launched_short()
+        if processes:
+            return launch_processes(processes)
     try:
         check_alone(name)
         with ended_by_signals():
@@ -70,19 +90,16 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         if rank() == 0:
             print(interruption, file=sys.stderr)
         return interruption.exit_code
-    except (
-        PushError,
-        ExportError,
-        FloatingPointError,
-        OSError,
-    ) as error:  # OSError: disk full, read-only, the network
+    # OSError: disk full, read-only, the network
+    except (PushError, ExportError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         print(
-            "interrupted; the same command starts again, from the last checkpoint where there is one",
+            "interrupted; the same command starts again, "
+            "from the last checkpoint where there is one",
             file=sys.stderr,
         )
         return 143 if isinstance(interruption, Ended) else 130
@@ -96,15 +113,15 @@ def refine_command() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command `mim-refiner`."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="mim-refiner",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
-    chosen = parser.parse_args(arguments[:1]).command
-    return command(chosen, arguments[1:])
+    chosen = parser.parse_args(words[:1]).command
+    return command(chosen, words[1:])
 
 
-__all__ = ["command", "main", "refine_command"]
+__all__ = ["COMMANDS", "command", "main", "refine_command"]

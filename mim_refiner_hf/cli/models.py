@@ -1,31 +1,41 @@
-"""The commands that carry models in and out: convert, export, push."""
+"""The commands that carry models in and out: convert, export, push.
+
+Heavy rooms are imported when a command runs, so that `mim-refiner --help` is quick.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..publishing.convert import DTYPES, convert
-from ..publishing.export import EXPORT_FORMATS, export
-from ..publishing.hub import check_repo_id, push_folder
-from ..runtime.lock import sole_run
+from .flags import command_parser
+
+
+def _add_private(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", help="for a new repository")
 
 
 def run_push(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mim-refiner push", description="Publish a model folder: weights first, the card last."
-    )
+    """`mim-refiner push`."""
+    from ..publishing.hub import push_folder
+
+    parser = command_parser("push", "Publish a model folder: weights first, the card last.")
     parser.add_argument("folder", type=Path, help="what a run left as <output_dir>/model")
     parser.add_argument("repository", help="user/name on the Hub")
-    parser.add_argument("--private", action="store_true", help="for a new repository")
+    _add_private(parser)
     options = parser.parse_args(arguments)
     print(f"Published: {push_folder(options.folder, options.repository, private=options.private)}")
 
 
 def run_convert(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mim-refiner convert",
-        description="Any masked-image-modeling checkpoint as a model folder for the Hub, verified by loading it back.",
-        allow_abbrev=False,
+    """`mim-refiner convert`."""
+    from ..publishing.convert import DTYPES, convert
+    from ..publishing.hub import check_repo_id, push_folder
+    from ..runtime.lock import sole_run
+
+    parser = command_parser(
+        "convert",
+        "Any masked-image-modeling checkpoint as a model folder for the Hub, verified by loading "
+        "it back.",
     )
     parser.add_argument(
         "source",
@@ -39,26 +49,34 @@ def run_convert(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
-    parser.add_argument("--private", action="store_true", help="for a new repository")
+    _add_private(parser)
     options = parser.parse_args(arguments)
+
     if options.push is not None:
         check_repo_id(options.push)
-    settings = {
-        name: getattr(options, name) for name in ("family", "dtype", "num_heads", "revision")
-    }
     with sole_run(options.destination, "DESTINATION", beside=True):
-        print(convert(options.source, options.destination, **settings), flush=True)
-    if options.push is not None:
-        print(
-            f"Published: {push_folder(options.destination, options.push, private=options.private)}"
+        summary = convert(
+            options.source,
+            options.destination,
+            family=options.family,
+            dtype=options.dtype,
+            num_heads=options.num_heads,
+            revision=options.revision,
         )
+        print(summary, flush=True)
+    if options.push is not None:
+        address = push_folder(options.destination, options.push, private=options.private)
+        print(f"Published: {address}")
 
 
 def run_export(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mim-refiner export",
-        description="An encoder in another library's format, compared with it after loading it back.",
-        allow_abbrev=False,
+    """`mim-refiner export`."""
+    from ..publishing.export import EXPORT_FORMATS, export
+    from ..runtime.lock import sole_run
+
+    parser = command_parser(
+        "export",
+        "An encoder in another library's format, compared with it after loading it back.",
     )
     parser.add_argument("source", help="model folder, Hub name, or an original checkpoint")
     parser.add_argument("destination", type=Path, help="new folder")
@@ -69,11 +87,14 @@ def run_export(arguments: Sequence[str]) -> None:
         help="timm, transformers' own classes, or ONNX",
     )
     options = parser.parse_args(arguments)
+
     with sole_run(options.destination, "DESTINATION", beside=True):
         differences = export(options.source, options.destination, options.to)
-    worst = ", ".join(
-        f"{difference:.1e} in its {output}" for output, difference in differences.items()
-    )
+    worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
     print(
-        f"{options.destination}: loaded back as {options.to}, it differs from {options.source} by at most {worst}"
+        f"{options.destination}: loaded back as {options.to}, it differs from {options.source} "
+        f"by at most {', '.join(worst)}"
     )
+
+
+__all__ = ["run_convert", "run_export", "run_push"]

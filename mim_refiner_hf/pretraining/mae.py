@@ -1,11 +1,13 @@
-"""Masked autoencoding (MAE, arXiv 2111.06377) on our own encoder: starting weights for a refinement, from pixels alone.
+"""Masked autoencoding (MAE, arXiv 2111.06377): starting weights for a refinement, from pixels.
 
     accelerate launch training/pretrain.py --recipe pretrain-digits --output_dir outputs/digits-mae
 
-    encoder = pretrain_mae(PretrainRecipe(image_size=32, patch_size=4, hidden_size=192), open_images("my_images/"))
+    recipe = PretrainRecipe(image_size=32, patch_size=4, hidden_size=192)
+    encoder = pretrain_mae(recipe, open_images("my_images/"))
 
-Three quarters of the patches are taken away, the encoder sees the rest, a small decoder that is thrown away afterwards predicts
-the normalised pixels of the missing ones; the loss is their mean squared error.
+Three quarters of the patches are taken away, our own encoder sees the rest, and a small decoder,
+which is thrown away afterwards, predicts the normalised pixels of the missing ones. The loss is
+their mean squared error.
 """
 
 import logging
@@ -50,7 +52,11 @@ MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ra
 
 @dataclass
 class PretrainRecipe:
-    """Shape of the encoder and of the training; the defaults are MAE's for a ViT-B/16. Raises ValueError as RefineRecipe does."""
+    """Shape of the encoder and of the training; the defaults are MAE's for a ViT-B/16.
+
+    Raises:
+        ValueError: at construction, in one line: which flag, which value, what is allowed.
+    """
 
     image_size: int = documented(224, "Side of the square input in pixels.")
     patch_size: int = documented(16, "Side of a patch; must divide image_size.")
@@ -83,7 +89,8 @@ class PretrainRecipe:
             )
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             raise ValueError(
-                f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of --decoder_attention_heads"
+                f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of "
+                "--decoder_attention_heads"
             )
         try:
             self.encoder_config()
@@ -104,13 +111,17 @@ class PretrainRecipe:
 
 
 class MaeDecoder(nn.Module):
-    """Visible tokens back to the pixels of every patch: linear, mask tokens at the gaps, a few blocks, linear."""
+    """Visible tokens back to the pixels of every patch.
+
+    Linear, mask tokens at the gaps, a few blocks, linear.
+    """
 
     positions: Tensor
 
     def __init__(self, recipe: PretrainRecipe) -> None:
         super().__init__()
-        encoder, dim = recipe.encoder_config(), recipe.decoder_size
+        encoder = recipe.encoder_config()
+        dim = recipe.decoder_size
         config = MimRefinerConfig(
             image_size=encoder.image_size,
             patch_size=encoder.patch_size,
@@ -120,6 +131,7 @@ class MaeDecoder(nn.Module):
             intermediate_size=4 * dim,
         )
         config._attn_implementation = "sdpa"
+
         self.embed = nn.Linear(encoder.hidden_size, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("positions", sincos_position_table(config.grid, dim), persistent=False)
@@ -128,15 +140,22 @@ class MaeDecoder(nn.Module):
         self.predict = nn.Linear(dim, encoder.patch_size**2 * encoder.num_channels)
 
     def forward(self, tokens: Tensor, restore: Tensor, prefix: int) -> Tensor:
-        """tokens (B, prefix + visible, D), restore (B, N): place of each patch among visible-then-masked -> pixels (B, N, p*p*C)."""
+        """The pixels of every patch (B, N, p*p*C).
+
+        Args:
+            tokens: CLS, registers and visible patches (B, prefix + visible, D).
+            restore: place of each patch among visible-then-masked (B, N).
+            prefix: how many tokens are no patches.
+        """
         tokens = self.embed(tokens)
         visible = tokens[:, prefix:]
-        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1).to(
-            visible.dtype
-        )
-        patches = torch.cat([visible, gaps], dim=1).gather(
-            1, restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-        )
+
+        # mask tokens behind the visible patches, then all back to their places in the image
+        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1)
+        patches = torch.cat([visible, gaps.to(visible.dtype)], dim=1)
+        places = restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
+        patches = patches.gather(1, places)
+
         tokens = torch.cat([tokens[:, :prefix], patches + self.positions], dim=1)
         for layer in self.layers:
             tokens = layer(tokens)
@@ -154,39 +173,48 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
 def visible_tokens(
     encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """What the encoder gets to see: CLS, registers and the patches with the smallest `noise`, embedded with their positions.
+    """What the encoder gets to see: CLS, registers and the patches with the smallest `noise`.
 
     Args:
         pixels: normalised images (B, C, H, W) of the native size.
         noise: uniform numbers (B, N), one per patch.
 
     Returns:
-        tokens (B, prefix + visible, D), and (B, N): the place of each patch among visible-then-masked.
+        tokens, embedded with their positions (B, prefix + visible, D), and the place of each
+        patch among visible-then-masked (B, N).
     """
     prefix = encoder.config.num_prefix_tokens
     order = noise.argsort(dim=1)
     keep = int(noise.shape[1] * (1 - mask_ratio))
+
     tokens = encoder.embeddings(pixels)
-    chosen = order[:, :keep, None].expand(-1, -1, tokens.shape[2])
-    return torch.cat(
-        [tokens[:, :prefix], tokens[:, prefix:].gather(1, chosen)], dim=1
-    ), order.argsort(dim=1)
+    places = order[:, :keep, None].expand(-1, -1, tokens.shape[2])
+    visible = tokens[:, prefix:].gather(1, places)
+    return torch.cat([tokens[:, :prefix], visible], dim=1), order.argsort(dim=1)
 
 
 def reconstruction_error(predicted: Tensor, pixels: Tensor, patch: int, masked: Tensor) -> Tensor:
-    """Mean squared error of `predicted` (B, N, p*p*C) on the patches `masked` (B, N), whose pixels are normalised per patch."""
+    """Mean squared error on the masked patches, whose pixels are normalised per patch.
+
+    Args:
+        predicted: (B, N, p*p*C).
+        pixels: normalised images (B, C, H, W).
+        masked: which patches count (B, N).
+    """
     target = patchify(pixels, patch)
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    error = (
-        (predicted.float() - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
-    )  # (B, N)
+    normalised = (target - mean) / (variance + 1e-6).sqrt()
+    error = (predicted.float() - normalised).square().mean(dim=-1)  # (B, N)
     return error[masked].mean()
 
 
 def mae_loss(
     encoder: MimRefinerModel, decoder: MaeDecoder, pixels: Tensor, noise: Tensor, mask_ratio: float
 ) -> Tensor:
-    """MAE's objective: `reconstruction_error` of what encoder and decoder make of the visible patches; see `visible_tokens`."""
+    """MAE's loss: the error of what encoder and decoder make of the visible patches.
+
+    Args: see `visible_tokens`.
+    """
     prefix = encoder.config.num_prefix_tokens
     tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
     masked = restore >= tokens.shape[1] - prefix
@@ -205,19 +233,20 @@ def xavier_uniform(module: nn.Module) -> None:
 
 
 def _fresh(recipe: PretrainRecipe) -> tuple[MimRefinerModel, MaeDecoder]:
-    """Encoder and decoder with MAE's Xavier-uniform weights, a pure function of the recipe."""
+    """Encoder and decoder with MAE's initial weights, a pure function of the recipe."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
+        encoder = MimRefinerModel(recipe.encoder_config())
+        decoder = MaeDecoder(recipe)
         xavier_uniform(encoder)
         xavier_uniform(decoder)
     return encoder, decoder
 
 
 def decoder_groups(decoder: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of one or several decoders; no weight decay on tensors of <= 1 dimension."""
-    matrices = [p for p in decoder.parameters() if p.ndim > 1]
-    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
+    """Parameter groups of decoders; no weight decay on tensors of at most one dimension."""
+    matrices = [parameter for parameter in decoder.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in decoder.parameters() if parameter.ndim <= 1]
     return [
         {"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay},
         {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
@@ -232,25 +261,25 @@ def mae_batches(
     num_workers: int,
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of every batch of a training: crops (b, C, S, S), normalised as `processor` does, and noise (b, N).
+    """This process's share of every batch of a training: crops (b, C, S, S) and noise (b, N).
+
+    The crops are normalised as `processor` does.
 
     Raises:
-        ValueError: for a batch larger than the data set.
+        ValueError: for a batch larger than the data set; at the call, not at the first batch.
     """
     steps = recipe.epochs * (len(images) // recipe.batch_size)
-    crop = MultiCrop(
-        view_specs(
-            1,
-            0,
-            recipe.image_size,
-            recipe.image_size,
-            (recipe.scale, 1.0),
-            (1.0, 1.0),
-            False,
-            recipe.flip,
-        )
+    specs = view_specs(
+        global_views=1,
+        local_views=0,
+        global_size=recipe.image_size,
+        local_size=recipe.image_size,
+        global_scale=(recipe.scale, 1.0),
+        local_scale=(1.0, 1.0),
+        colour=False,
+        flip=recipe.flip,
     )
-    batches = BatchSampler(
+    sampler = BatchSampler(
         images,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -259,32 +288,27 @@ def mae_batches(
         world_size=world_size(),
     )
     loader = DataLoader(
-        ViewDataset(images, crop, recipe.seed), batch_sampler=batches, num_workers=num_workers
+        ViewDataset(images, MultiCrop(specs), recipe.seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
     )
-    num_patches = math.prod(recipe.encoder_config().grid)
+    noise_shape = (recipe.batch_size, math.prod(recipe.encoder_config().grid))
+    mean, std = processor.image_mean, processor.image_std
 
-    def prepared() -> Iterator[
-        tuple[Tensor, Tensor]
-    ]:  # of its own, so that wrong input is refused at the call, not at the first batch
+    # a generator of its own: what stands above runs at the call
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         broken = BrokenImages(images, max_bad_fraction)
         for step, batch in enumerate(loader):
             broken.add(batch["broken"])
             if step % 50 == 0 or step == steps - 1:
                 broken.share()
-            noise = np.random.default_rng([recipe.seed, step]).random(
-                (recipe.batch_size, num_patches), dtype=np.float32
-            )
-            own = torch.from_numpy(noise).tensor_split(world_size())[rank()].to(device)
-            yield (
-                normalise(
-                    batch["global_views"][:, 0].to(device),
-                    processor.image_mean,
-                    processor.image_std,
-                ),
-                own,
-            )
+            # drawn for all processes and cut, so their number does not change it
+            generator = np.random.default_rng([recipe.seed, step])
+            noise = torch.from_numpy(generator.random(noise_shape, dtype=np.float32))
+            own = noise.tensor_split(world_size())[rank()].to(device)
+            yield normalise(batch["global_views"][:, 0].to(device), mean, std), own
 
-    return prepared()
+    return batches()
 
 
 def pretrain_mae(
@@ -294,32 +318,32 @@ def pretrain_mae(
     num_workers: int = 0,
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> MimRefinerModel:
-    """Train an encoder on `images` from nothing; returns it in eval mode, the same on every process.
+    """Train an encoder on `images` from nothing; in eval mode, the same on every process.
 
     Raises:
-        ValueError: for a batch larger than the data set, or more broken images than `max_bad_fraction` of all.
+        ValueError: for a batch larger than the data set, or more broken images than
+            `max_bad_fraction` of all.
     """
     accelerator = accelerator or Accelerator()
+    device = accelerator.device
     per_epoch = len(images) // recipe.batch_size
-    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
-    encoder, decoder = _fresh(recipe)
-    encoder.to(accelerator.device).train()
-    decoder.to(accelerator.device).train()
-    freeze(encoder, blocks=0)
-    groups = encoder_groups(encoder, 1.0, recipe.weight_decay) + decoder_groups(
-        decoder, recipe.weight_decay
-    )
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    processor = image_processor(
-        encoder.config, {}
-    )  # the preprocessing that the model is used with afterwards
+    steps = recipe.epochs * per_epoch
+    warmup = round(recipe.warmup_epochs * per_epoch)
     peak = recipe.learning_rate * recipe.batch_size / 256
-    batches = mae_batches(
-        recipe, images, processor, accelerator.device, num_workers, max_bad_fraction
-    )
-    progress = progress_bar(
-        batches, total=steps, desc="pre-training (MAE)", hidden=not accelerator.is_main_process
-    )
+
+    encoder, decoder = _fresh(recipe)
+    encoder.to(device).train()
+    decoder.to(device).train()
+    freeze(encoder, blocks=0)
+    groups = encoder_groups(encoder, 1.0, recipe.weight_decay)
+    groups += decoder_groups(decoder, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+    # the preprocessing that the model is used with afterwards
+    processor = image_processor(encoder.config, {})
+    batches = mae_batches(recipe, images, processor, device, num_workers, max_bad_fraction)
+    hidden = not accelerator.is_main_process
+    progress = progress_bar(batches, total=steps, desc="pre-training (MAE)", hidden=hidden)
     for step, (pixels, noise) in enumerate(progress):
         set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
         with accelerator.autocast():

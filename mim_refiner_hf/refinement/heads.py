@@ -1,12 +1,13 @@
 """ID heads: the projectors and predictors of all head blocks, as one stacked set of parameters.
 
-    heads = IdHeads(num_heads=8, dim=1024, projector_dim=2048, predictor_dim=4096, embedding_dim=256)
-    projected, predicted = heads(features)          # (8, views*batch, 1024) -> 2 x (8, views*batch, 256)
+    heads = IdHeads(8, dim=1024, projector_dim=2048, predictor_dim=4096, embedding_dim=256)
+    projected, predicted = heads(features)    # (8, views*batch, 1024) -> 2 x (8, views*batch, 256)
 
-Each head is, as in the paper's released code, a projector [Linear-BN-GELU] x 2, [Linear-BN] and a predictor [Linear-BN-GELU],
-[Linear-BN]; linear without bias, batch norm affine. Batch statistics run over ALL views of ALL processes in one pass. Inside, a
-feature is a column, (heads, dim, views*batch): then every layer is one batched matrix product and one batch norm over
-heads*dim channels, whatever the number of heads.
+Each head is, as in the paper's released code, a projector [Linear-BN-GELU] x 2, [Linear-BN] and a
+predictor [Linear-BN-GELU], [Linear-BN]; linear without bias, batch norm affine. Batch statistics
+run over ALL views of ALL processes in one pass. Inside, a feature is a column, (heads, dim,
+views*batch): then every layer is one batched matrix product and one batch norm over heads*dim
+channels, whatever the number of heads.
 """
 
 import math
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 
 from ..runtime.distributed import all_gather_with_gradient, world_size
 
+# Shapes below: H heads, C channels of a layer, N columns (views * images of this process),
+# P processes.
+
 
 class GroupedBatchNorm(nn.Module):
-    """Batch norm of (heads, channels, batch) with statistics over the batch of all processes; eps 1e-5, momentum 0.1."""
+    """Batch norm of (H, C, N), every head on its own, with statistics over all processes."""
 
-    eps, momentum = 1e-5, 0.1
+    eps = 1e-5
+    momentum = 0.1
     running_mean: Tensor
     running_var: Tensor
 
@@ -35,34 +40,44 @@ class GroupedBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and world_size() > 1:
             return self._synchronised(x)
-        columns = x.reshape(1, -1, x.shape[2])  # every (head, channel) is a channel of its own
-        state = (
+
+        # torch's batch norm knows no heads, so every (head, channel) is a channel of its own
+        normed = F.batch_norm(
+            x.reshape(1, -1, x.shape[2]),
             self.running_mean.view(-1),
             self.running_var.view(-1),
             self.weight.view(-1),
             self.bias.view(-1),
+            self.training,
+            self.momentum,
+            self.eps,
         )
-        return F.batch_norm(columns, *state, self.training, self.momentum, self.eps).view_as(x)
+        return normed.view_as(x)
 
     def _synchronised(self, x: Tensor) -> Tensor:
-        """One collective: gather (mean, variance) of every process and combine, var = E[var_r + (mean_r - mean)^2]."""
+        """The same over the columns of all processes, in one collective.
+
+        Every process has as many columns, so the variance of all is the mean of the processes'
+        variances plus the variance of their means: E[var_r + (mean_r - mean)^2].
+        """
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        local = torch.stack([full.mean(dim=2), full.var(dim=2, unbiased=False)])
-        means, variances = all_gather_with_gradient(local.unsqueeze(0)).unbind(
-            1
-        )  # (processes, heads, channels)
+        own = torch.stack([full.mean(dim=2), full.var(dim=2, unbiased=False)])
+        means, variances = all_gather_with_gradient(own.unsqueeze(0)).unbind(1)  # (P, H, C)
         mean = means.mean(dim=0)
         variance = (variances + (means - mean).square()).mean(dim=0)
+
+        # running statistics take the unbiased variance, as torch's batch norm does
         count = x.shape[2] * world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+
         scale = self.weight * (variance + self.eps).rsqrt()
         return ((full - mean[..., None]) * scale[..., None] + self.bias[..., None]).to(x.dtype)
 
 
 class GroupedLayer(nn.Module):
-    """[Linear-BN(-GELU)] of every head at once, (heads, dim_in, batch) -> (heads, dim_out, batch)."""
+    """[Linear-BN(-GELU)] of every head at once, (H, dim_in, N) -> (H, dim_out, N)."""
 
     def __init__(self, heads: int, dim_in: int, dim_out: int, activation: bool) -> None:
         super().__init__()
@@ -90,6 +105,12 @@ class IdHeads(nn.Module):
         projector_dim, predictor_dim: hidden widths (paper: 2048, 4096).
         embedding_dim: width E of projections and predictions (paper: 256).
         seed: the weights are a pure function of the shapes and this seed.
+
+    Example:
+        >>> heads = IdHeads(2, dim=8, projector_dim=16, predictor_dim=16, embedding_dim=4)
+        >>> projected, predicted = heads(torch.randn(2, 6, 8))
+        >>> predicted.shape
+        torch.Size([2, 6, 4])
     """
 
     def __init__(
@@ -111,13 +132,14 @@ class IdHeads(nn.Module):
             GroupedLayer(num_heads, embedding_dim, predictor_dim, activation=True),
             GroupedLayer(num_heads, predictor_dim, embedding_dim, activation=False),
         )
+
         generator = torch.Generator().manual_seed(seed)
         for layer in self.modules():
             if isinstance(layer, GroupedLayer):
                 layer.reset(generator)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features (H, N, D) -> projected (H, N, E), predicted (H, N, E); neither is L2-normalised."""
+        """features (H, N, D) -> projected, predicted (H, N, E); neither is L2-normalised."""
         projected = self.projector(features.transpose(1, 2))
         predicted = self.predictor(projected)
         return projected.transpose(1, 2), predicted.transpose(1, 2)

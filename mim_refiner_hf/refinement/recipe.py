@@ -1,10 +1,11 @@
 """The recipe: every setting of a refinement, typed, documented in place, validated before any work.
 
     recipe = RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out")
-    recipe = resolve(recipe, encoder.config, num_images=1281167)        # every None derived, everything checked
+    resolved = resolve(recipe, encoder.config, num_images=1281167)
 
-The same names in YAML, Python and on the command line (`recipe_files.py`). The defaults are the paper's for a ViT-L/16 (Table 10).
-A None is derived from the encoder by `resolve`, which also holds every check that needs the encoder or the data.
+The same names in YAML, Python and on the command line (`recipe_files.py`). The defaults are the
+paper's for a ViT-L/16 (Table 10). A None is derived from the encoder by `resolve`, which also holds
+every check that needs the encoder or the data.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,11 @@ RepositoryName = Annotated[str, Allowed("user/name", _is_repository_name)]
 
 @dataclass
 class RefineRecipe:
-    """All settings of a refinement. Raises ValueError at construction: which flag, which value, what is allowed."""
+    """All settings of a refinement; the help texts are the documentation.
+
+    Raises:
+        ValueError: at construction, in one line: which flag, which value, what is allowed.
+    """
 
     recipe: str | None = documented(
         None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults."
@@ -57,7 +62,8 @@ class RefineRecipe:
     # ---- data
     dataset: str = documented(
         "digits",
-        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' (bundled).",
+        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' "
+        "(bundled).",
     )
     dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
     split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
@@ -77,7 +83,8 @@ class RefineRecipe:
     )
     max_bad_fraction: Share = documented(
         MAX_BAD_FRACTION,
-        "Stop when more than this share of the images is broken; up to it they are replaced, counted, and listed in broken.json.",
+        "Stop when more than this share of the images is broken; up to it they are replaced, "
+        "counted, and listed in broken.json.",
     )
     # ---- model
     model: str | None = documented(
@@ -92,19 +99,22 @@ class RefineRecipe:
     )
     init_from: str | None = documented(
         None,
-        "Start a new run from the weights of another one: its checkpoint or output folder. Encoder average, heads and queues come "
-        "along; steps, optimiser and schedule start anew, without head warm-up. To go on with a run, give its own command again.",
+        "Start a new run from the weights of another one: its checkpoint or output folder. Encoder "
+        "average, heads and queues come along; steps, optimiser and schedule start anew, without "
+        "head warm-up. To go on with a run, give its own command again.",
     )
     pooling: Pooling | None = documented(
         None,
-        "What the heads read: cls, mean (of the patches), register (the first), or global_repr (CAPI's predictor, for the head "
-        "on the output; heads on earlier blocks read the mean). None: the model's.",
+        "What the heads read: cls, mean (of the patches), register (the first), or global_repr "
+        "(CAPI's predictor, for the head on the output; heads on earlier blocks read the mean). "
+        "None: the model's.",
     )
     # ---- heads
     head_blocks: BlockNumbers | Literal["auto"] | None = documented(
         None,
-        "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen by measuring the features of all "
-        "blocks on at most 2000 training images (k-NN accuracy; without labels, neighbour agreement). None: the last third.",
+        "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen "
+        "by measuring the features of all blocks on at most 2000 training images (k-NN accuracy; "
+        "without labels, neighbour agreement). None: the last third.",
     )
     num_heads: PositiveInt | None = documented(
         None, "Heads on the last so many blocks, instead of head_blocks."
@@ -118,7 +128,8 @@ class RefineRecipe:
     # ---- objective
     temperature: PositiveFloat | None = documented(
         None,
-        "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 (2B).",
+        "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 "
+        "(2B).",
     )
     topk: PositiveInt = documented(
         20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest."
@@ -149,12 +160,13 @@ class RefineRecipe:
     local_scale: AreaRange = documented([0.05, 0.25], "Range of the area that a local view covers.")
     colour: bool = documented(
         True,
-        "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, Table 7).",
+        "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, "
+        "Table 7).",
     )
     views: Literal["exact", "fast"] = documented(
         "exact",
-        "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same random choices on tensors (on a "
-        "GPU colour is done there), a grey level or so apart.",
+        "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same "
+        "random choices on tensors (on a GPU colour is done there), a grey level or so apart.",
     )
     flip: Share = documented(
         0.5,
@@ -191,8 +203,8 @@ class RefineRecipe:
     # ---- efficiency
     micro_batch_size: PositiveInt | Literal["auto"] | None = documented(
         None,
-        "Images of one process per pass through the encoder; exact, whatever the value, which need not divide the batch. auto: as "
-        "many as fit into memory. None: all.",
+        "Images of one process per pass through the encoder; exact, whatever the value, which need "
+        "not divide the batch. auto: as many as fit into memory. None: all.",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = documented(
         "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
@@ -236,44 +248,78 @@ class RefineRecipe:
     @property
     def loggers(self) -> list[str]:
         """The names in `report_to`."""
-        return [
-            name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")
-        ]
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in names if name not in ("", "none")]
 
 
 def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     """What is wrong between fields, one sentence each: flag, value, what is allowed."""
-    starts = [
-        f"--{name} {value}" for name in START_FIELDS if (value := getattr(recipe, name)) is not None
-    ]
-    if len(starts) > 1:
-        yield f"{' and '.join(starts)} exclude each other: give one of them"
-    if not starts:
-        yield "--model is missing: give a Hub name (facebook/vit-mae-large), a folder, or an original checkpoint file"
-    if recipe.init_from is not None and recipe.stage == "warmup":
-        yield f"--init_from {recipe.init_from} and --stage warmup exclude each other: the heads come along warm"
-    if recipe.init_from is not None and recipe.head_blocks == "auto":
-        yield f"--init_from {recipe.init_from} and --head_blocks auto exclude each other: the heads come along with their blocks"
+    yield from _wrong_starts(recipe)
+    yield from _wrong_heads(recipe)
+    yield from _wrong_schedule(recipe)
+
+    if recipe.global_views + recipe.local_views < 2:
+        views = f"--global_views {recipe.global_views} --local_views {recipe.local_views}"
+        yield f"{views}: at least two views are needed"
+    if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
+        allowed = "allowed are tensorboard, wandb, trackio (comma-separated), or none"
+        yield f"--report_to {recipe.report_to}: {allowed}"
+
+
+def _wrong_starts(recipe: RefineRecipe) -> Iterator[str]:
+    starts = {name: getattr(recipe, name) for name in START_FIELDS}
+    stated = [f"--{name} {value}" for name, value in starts.items() if value is not None]
+    if len(stated) > 1:
+        yield f"{' and '.join(stated)} exclude each other: give one of them"
+    if not stated:
+        yield (
+            "--model is missing: give a Hub name (facebook/vit-mae-large), a folder, "
+            "or an original checkpoint file"
+        )
+
+    if recipe.init_from is None:
+        return
+    start = f"--init_from {recipe.init_from}"
+    if recipe.stage == "warmup":
+        yield f"{start} and --stage warmup exclude each other: the heads come along warm"
+    if recipe.head_blocks == "auto":
+        yield (
+            f"{start} and --head_blocks auto exclude each other: "
+            "the heads come along with their blocks"
+        )
+
+
+def _wrong_heads(recipe: RefineRecipe) -> Iterator[str]:
     blocks = recipe.head_blocks
     if blocks is not None and recipe.num_heads is not None:
-        yield f"--head_blocks {spelt(blocks)} and --num_heads {recipe.num_heads} exclude each other: give one of them"
+        both = f"--head_blocks {spelt(blocks)} and --num_heads {recipe.num_heads}"
+        yield f"{both} exclude each other: give one of them"
     if isinstance(blocks, list) and (not blocks or sorted(set(blocks)) != blocks):
         yield f"--head_blocks {spelt(blocks)}: must be different blocks in ascending order"
+
     if recipe.queue_size < recipe.batch_size:
-        yield f"--queue_size {recipe.queue_size}: must be at least --batch_size {recipe.batch_size}, which is enqueued every step"
+        yield (
+            f"--queue_size {recipe.queue_size}: must be at least --batch_size "
+            f"{recipe.batch_size}, which is enqueued every step"
+        )
     if recipe.topk > recipe.queue_size:
         yield f"--topk {recipe.topk}: must be at most --queue_size {recipe.queue_size}"
-    if recipe.global_views + recipe.local_views < 2:
-        yield f"--global_views {recipe.global_views} --local_views {recipe.local_views}: at least two views are needed"
+
+
+def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
     if recipe.streaming and recipe.max_steps is None:
-        yield "--streaming: a stream has no length; say with --max_steps how many updates each stage has"
+        yield (
+            "--streaming: a stream has no length; "
+            "say with --max_steps how many updates each stage has"
+        )
     for flag, epochs in (("epochs", recipe.epochs), ("head_epochs", recipe.head_epochs)):
         if recipe.max_steps is None and recipe.warmup_epochs >= epochs:
             yield f"--warmup_epochs {recipe.warmup_epochs}: must be less than --{flag} {epochs}"
     if recipe.stage == "warmup" and recipe.save_every == 0:
-        yield "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; leave --save_every out"
-    if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
-        yield f"--report_to {recipe.report_to}: allowed are tensorboard, wandb, trackio (comma-separated), or none"
+        yield (
+            "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; "
+            "leave --save_every out"
+        )
 
 
 __all__ = ["START_FIELDS", "RefineRecipe"]

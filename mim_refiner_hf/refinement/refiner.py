@@ -1,26 +1,34 @@
-"""One step of the refinement: views -> encoder -> heads <-> queue -> objective -> gradients.
+"""One step of the refinement: views -> encoder -> heads <-> queue -> loss -> gradients.
 
-    refiner = Refiner(encoder, head_blocks=[16, ..., 23], heads=heads, queue=queue, num_global=2, num_views=12, temperature=0.2)
+    refiner = Refiner(
+        encoder, head_blocks, heads, queue, num_global=2, num_views=12, temperature=0.2
+    )
+    draw = neighbour_draw(seed, step, topk=20, heads=8, views=2, batch=64)
     result = refiner.backward([global_views, local_views], sample_index, labels, topk=20, draw=draw)
 
-The heads read the pooled tokens of their block, as the encoder's `config.pooling` says: raw block outputs, and for the last block
-the encoder's OUTPUT, final norm included. With "global_repr" the output's head reads CAPI's predictor, which was trained on the
-output and nothing else, and the heads on earlier blocks the mean of the patches. Targets are the same projector's output on the
-global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters and does nothing else to them.
+The heads read the pooled tokens of their block, as the encoder's `config.pooling` says: raw block
+outputs, and for the last block the encoder's OUTPUT, final norm included. With "global_repr" the
+output's head reads CAPI's predictor, which was trained on the output and nothing else, and the
+heads on earlier blocks the mean of the patches. Targets are the same projector's output on the
+global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters
+and does nothing else to them.
 
-The loss is computed from detached features; its gradient at the features then goes back through the encoder, one size of views
-after the other. A batch that does not fit does so in micro-batches, exactly: their features are made without a graph, heads, queue
-and loss see the whole batch once (batch norm and negatives included), and each micro-batch passes again for its gradient. The result
-is the gradient of the whole batch, at the activation memory of one micro-batch. Both passes see the same: nothing in the encoder is
-random (no dropout, no drop path). A last micro-batch that is smaller than the others changes nothing.
+The loss is computed from detached features; its gradient at the features then goes back through
+the encoder, one size of views after the other. A batch that does not fit does so in micro-batches,
+exactly: their features are made without a graph, heads, queue and loss see the whole batch once
+(batch norm and negatives included), and each micro-batch passes again for its gradient. The result
+is the gradient of the whole batch, at the activation memory of one micro-batch. Both passes see
+the same: nothing in the encoder is random (no dropout, no drop path). A last micro-batch that is
+smaller than the others changes nothing.
 
-A second forward beside forward (1) and backward (2) is at most 4/3 of the encoder's time. Of few micro-batches the largest is not
-computed twice: its graph waits for its gradient (`keeps_a_graph`). Measured: `python -m benchmarks micro-batches micro-batches-half`.
+A second forward beside forward (1) and backward (2) is at most 4/3 of the encoder's time. Of few
+micro-batches the largest is not computed twice: its graph waits for its gradient
+(`keeps_a_graph`). Measured: `python -m benchmarks micro-batches micro-batches-half`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,25 +42,38 @@ from .heads import IdHeads
 from .loss import Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
 
+# Shapes below: H heads, G global views, V views, b images of this process, N columns of views
+# and images, D width of the encoder, E width of a projection, C channels, S side of a view.
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells: the total loss (a scalar) and, per head, (heads,) tensors of what is worth watching."""
+    """What a step tells: its loss and, per head (H,), what is worth watching.
+
+    Attributes:
+        loss: the weighted sum over the heads, a scalar with a graph.
+        head_losses: the loss of every head.
+        alignment: the mean softmax probability of the positive.
+        neighbour_similarity: the mean cosine between a target and its neighbour.
+        neighbour_age: how many samples ago the neighbours were enqueued, on average.
+        neighbour_accuracy: the share of neighbours of the target's class; nan without labels.
+    """
 
     loss: Tensor
     head_losses: Tensor
     alignment: Tensor
     neighbour_similarity: Tensor
     neighbour_age: Tensor
-    neighbour_accuracy: Tensor  # nan where no sample and neighbour have labels
+    neighbour_accuracy: Tensor
 
 
 def neighbour_draw(
     seed: int, step: int, topk: int, heads: int, views: int, batch: int
 ) -> Tensor | None:
-    """Which of the topk neighbours each (head, view, sample of this process) takes; a pure function of seed and step.
+    """Which of its `topk` neighbours every target takes (H, G, b); None where it is the nearest.
 
-    `batch` is this process's share; the draw is made for all processes and sliced, so their number does not change it.
+    A pure function of seed and step. `batch` is this process's share; the draw is made for all
+    processes and cut, so their number does not change it.
     """
     if topk == 1:
         return None
@@ -63,23 +84,24 @@ def neighbour_draw(
 
 
 def view_major(views: Tensor) -> Tensor:
-    """(batch, views, C, S, S) -> (views * batch, C, S, S): all samples of view 0 first."""
+    """(b, V, C, S, S) -> (V * b, C, S, S): all samples of view 0 first."""
     return views.transpose(0, 1).flatten(0, 1)
 
 
-KEPT_OF = 4
-"""Up to so many micro-batches, one graph is kept: by count 3 % of the encoder's work at 4, not worth its memory beyond."""
+# Up to so many micro-batches, one graph is kept. It saves a forward pass of one of them: at 4,
+# counted, 3 % of the encoder's work; beyond that it is not worth its memory.
+_KEPT_OF = 4
 
 
 def keeps_a_graph(batch: int, micro: int) -> bool:
-    """Whether a step of `batch` images, `micro` at a time, keeps a micro-batch's graph while heads and loss are computed."""
-    return batch <= KEPT_OF * micro
+    """Whether a step of `batch` images, `micro` at a time, keeps one graph while heads compute."""
+    return batch <= _KEPT_OF * micro
 
 
 class _Pass(NamedTuple):
-    """Views of one size (images, views, C, S, S) that go through the encoder together: which views, and images, of the batch."""
+    """Views of one size that go through the encoder together: which views and images they are."""
 
-    group: Tensor
+    group: Tensor  # (images, views, C, S, S)
     views: slice
     images: slice
 
@@ -93,11 +115,12 @@ class Refiner(nn.Module):
 
     Args:
         encoder: the model to refine.
-        head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the encoder's output.
-        heads, queue: `IdHeads` and `NearestNeighbourQueue` with `len(head_blocks)` heads.
+        head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the
+            encoder's output.
+        heads, queue: with as many heads as there are head blocks.
         num_global, num_views: how many global views, and views in all, an image has.
-        temperature: tau of the objective.
-        swap: where the neighbour replaces the target, see `objective.nna_loss`.
+        temperature: of the loss.
+        swap: where the neighbour replaces the target, see `loss.nna_loss`.
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
     """
 
@@ -117,10 +140,15 @@ class Refiner(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.heads, self.queue = encoder, heads, queue
+        self.encoder = encoder
+        self.heads = heads
+        self.queue = queue
         self.head_blocks = list(head_blocks)
-        self.num_global, self.num_views = num_global, num_views
-        self.temperature, self.swap, self.bf16 = temperature, swap, bf16
+        self.num_global = num_global
+        self.num_views = num_views
+        self.temperature = temperature
+        self.swap = swap
+        self.bf16 = bf16
         self.register_buffer("weights", pair_weights(num_global, num_views), persistent=False)
 
     @property
@@ -130,25 +158,21 @@ class Refiner(nn.Module):
         return ["output" if block == last else f"block{block}" for block in self.head_blocks]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pooled features of every head block, (heads, N, D), of images (N, C, S, S) of any size the patch divides."""
+        """Pooled features of every head block (H, N, D), of images (N, C, S, S) of any size."""
         last = self.encoder.config.num_hidden_layers - 1
+        # hidden state 0 are the embeddings, so the output of block n is hidden state n + 1
         inner = [block + 1 for block in self.head_blocks if block != last]
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = self.encoder(
                 pixels, interpolate_pos_encoding=True, output_hidden_states=inner
             )
-        features = [
-            self.encoder.pool(outputs.hidden_states[block + 1])
-            for block in self.head_blocks
-            if block != last
-        ]
+
+        features = [self.encoder.pool(outputs.hidden_states[state]) for state in inner]
         if last in self.head_blocks:
-            reads_predictor = self.encoder.config.pooling == "global_repr"
-            features.append(
-                outputs.pooler_output
-                if reads_predictor
-                else self.encoder.pool(outputs.last_hidden_state)
-            )
+            if self.encoder.config.pooling == "global_repr":
+                features.append(outputs.pooler_output)
+            else:
+                features.append(self.encoder.pool(outputs.last_hidden_state))
         return torch.stack(features)
 
     def align(
@@ -161,40 +185,44 @@ class Refiner(nn.Module):
         draw: Tensor | None = None,
         head_weights: Sequence[float] | None = None,
     ) -> StepResult:
-        """Heads, neighbours, loss and enqueue for features (heads, views * batch, D) of this process's share of the batch."""
+        """Heads, neighbours, loss and enqueue, for features (H, V * b, D) of this process."""
         batch = len(sample_index)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             projected, predicted = self.heads(features)
         projected = projected.detach().unflatten(1, (self.num_views, batch))  # (H, V, b, E)
         predicted = predicted.unflatten(1, (self.num_views, batch))
+
+        # neighbours come from the queue as the steps before left it
         targets = projected[:, : self.num_global]
-        found = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
+        neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
         head_losses, alignment = nna_loss(
             targets,
-            found.rows,
+            neighbours.rows,
             all_gather_with_gradient(predicted, dim=2),
             self.weights,
             temperature=self.temperature,
             swap=self.swap,
             first_row=rank() * batch,
         )
-        weights = head_losses.new_tensor(
-            [1.0] * len(head_losses) if head_weights is None else list(head_weights)
-        )
-        neighbour_labels = self.queue.labels[found.positions]  # (H, G, b)
+        weights = torch.ones_like(head_losses)
+        if head_weights is not None:
+            weights = head_losses.new_tensor(list(head_weights))
+
+        # how many neighbours are of the target's class, where both have one
+        neighbour_labels = self.queue.labels[neighbours.positions]  # (H, G, b)
         known = (labels >= 0) & (neighbour_labels >= 0)
         same = (neighbour_labels == labels) & known
         result = StepResult(
             loss=(head_losses * weights).sum(),
             head_losses=head_losses.detach(),
             alignment=alignment,
-            neighbour_similarity=found.similarity.float().mean(dim=(1, 2)),
-            neighbour_age=self.queue.age[found.positions].float().mean(dim=(1, 2)),
+            neighbour_similarity=neighbours.similarity.float().mean(dim=(1, 2)),
+            neighbour_age=self.queue.age[neighbours.positions].float().mean(dim=(1, 2)),
             neighbour_accuracy=same.sum(dim=(1, 2)) / known.sum(dim=(1, 2)),
         )
-        self.queue.enqueue(
-            all_gather(projected[:, 0], dim=1), all_gather(sample_index), all_gather(labels)
-        )
+
+        first_views = all_gather(projected[:, 0], dim=1)
+        self.queue.enqueue(first_views, all_gather(sample_index), all_gather(labels))
         return result
 
     def backward(
@@ -209,67 +237,84 @@ class Refiner(nn.Module):
         train_encoder: bool = True,
         micro_batch_size: int | None = None,
     ) -> StepResult:
-        """One step's gradients, from groups of normalised views (batch, views, C, S, S), global views first.
+        """The gradients of one step, left in the parameters.
 
         Args:
-            sample_index, labels: data set index and label (-1: none) of each sample (batch,).
-            topk, draw, head_weights: see `NearestNeighbourQueue.lookup`, `objective.head_weights`.
+            views: groups of normalised views of one size (b, V, C, S, S), global views first.
+            sample_index, labels: place in the data set and label (-1: none) of each sample (b,).
+            topk, draw: see `NearestNeighbourQueue.lookup`.
+            head_weights: of the loss of every head, see `loss.head_weights`; None weighs all 1.
             train_encoder: False in the head warm-up, where the encoder runs without a graph.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
-        settings: dict[str, Any] = {"topk": topk, "draw": draw, "head_weights": head_weights}
         batch = len(sample_index)
-        passes = self._passes(views, micro_batch_size or batch)
-        keep = (
-            len(passes) if micro_batch_size is None else int(keeps_a_graph(batch, micro_batch_size))
-        )
+        passes = _passes(views, micro_batch_size or batch)
+        keep = 0
+        if train_encoder and micro_batch_size is None:
+            keep = len(passes)
+        elif train_encoder and keeps_a_graph(batch, micro_batch_size or batch):
+            keep = 1
+
         with prefix_tokens_only(self.encoder):
-            features, kept = self._features(passes, batch, keep * train_encoder)
+            # up to the features: heads and loss see the whole batch at once
+            features, kept = self._features(passes, batch, keep)
             result = self.align(
                 features.requires_grad_(train_encoder).flatten(1, 2),
                 sample_index,
                 labels,
-                **settings,
+                topk=topk,
+                draw=draw,
+                head_weights=head_weights,
             )
             result.loss.backward()
-            for number, each in enumerate(passes if train_encoder else []):
-                assert features.grad is not None
-                encoded = kept[number] if number < keep else self.encode(each.pixels)
-                # in micro-batches sharded gradients are added up whole, and reduced after the last one
-                synchronise(self.encoder, micro_batch_size is None or number == len(passes) - 1)
-                encoded.backward(features.grad[:, each.views, each.images].flatten(1, 2))
+            if not train_encoder:
+                return result
+
+            # from the features on: one pass after the other
+            assert features.grad is not None
+            for number, part in enumerate(passes):
+                encoded = kept[number] if number < keep else self.encode(part.pixels)
+                # in micro-batches sharded gradients are added up whole, and reduced at the end
+                last = number == len(passes) - 1
+                synchronise(self.encoder, micro_batch_size is None or last)
+                encoded.backward(features.grad[:, part.views, part.images].flatten(1, 2))
         return result
 
     def _features(
         self, passes: Sequence[_Pass], batch: int, keep: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Pooled features of every head block (heads, views, batch, D), detached, and those of the first `keep` passes with graph."""
+        """Detached features of every head block (H, V, b, D); those of the first `keep` passes
+        also with their graph."""
         shape = (len(self.head_blocks), self.num_views, batch, self.encoder.config.hidden_size)
         features = torch.empty(shape, dtype=self.encoder.dtype, device=passes[0].group.device)
-        with torch.no_grad():  # not inference mode: FSDP2 keeps the tensors that it gathers weights into for the backward pass
-            for each in passes[keep:]:
-                features[:, each.views, each.images] = self.encode(each.pixels).unflatten(
-                    1, (-1, len(each.group))
-                )
-        kept = [self.encode(each.pixels) for each in passes[:keep]]
-        for each, encoded in zip(passes, kept, strict=False):
-            features[:, each.views, each.images] = encoded.detach().unflatten(
-                1, (-1, len(each.group))
-            )
+
+        def store(part: _Pass, encoded: Tensor) -> None:
+            by_view = encoded.detach().unflatten(1, (-1, len(part.group)))
+            features[:, part.views, part.images] = by_view
+
+        # not inference mode: FSDP2 keeps what it gathers weights into for the backward pass
+        with torch.no_grad():
+            for part in passes[keep:]:
+                store(part, self.encode(part.pixels))
+
+        kept = [self.encode(part.pixels) for part in passes[:keep]]
+        for part, encoded in zip(passes, kept, strict=False):
+            store(part, encoded)
         return features, kept
 
-    @staticmethod
-    def _passes(views: Sequence[Tensor], micro: int) -> list[_Pass]:
-        """What goes through the encoder together, largest first: views of one size of at most `micro` images."""
-        passes, first = [], 0
-        for group in views:
-            which = slice(first, first := first + group.shape[1])
-            starts = range(0, len(group) if group.shape[1] else 0, micro)
-            passes += [
-                _Pass(group[start : start + micro], which, slice(start, start + micro))
-                for start in starts
-            ]
-        return sorted(passes, key=lambda each: each.group.numel(), reverse=True)
+
+def _passes(views: Sequence[Tensor], micro: int) -> list[_Pass]:
+    """What goes through the encoder together, largest first: at most `micro` images a pass."""
+    passes = []
+    first = 0
+    for group in views:
+        images, count = group.shape[:2]
+        if count:
+            for start in range(0, images, micro):
+                part = slice(start, start + micro)
+                passes.append(_Pass(group[part], slice(first, first + count), part))
+        first += count
+    return sorted(passes, key=lambda part: part.group.numel(), reverse=True)
 
 
 __all__ = ["Refiner", "StepResult", "keeps_a_graph", "neighbour_draw", "view_major"]

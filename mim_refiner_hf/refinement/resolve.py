@@ -1,106 +1,44 @@
-"""What a recipe leaves open, filled in once from encoder, data and processes: heads, sizes, temperature, updates per stage."""
+"""What a recipe leaves open, filled in once: from the encoder, the number of images, the machine.
+
+    resolved = resolve(recipe, encoder.config, num_images=1281167, processes=8, bf16=True)
+    resolved.head_blocks, resolved.reasons["head_blocks"]
+    # [16, 17, ..., 23], "the last third of the 24 blocks"
+
+Nothing after it asks for a default again. What can only be measured in the run (`--head_blocks
+auto`, `--micro_batch_size auto`) stands in `to_measure`, with an estimate in its place, until
+`measured` replaces it.
+
+Every setting that can be left open has one function here. It returns a `Choice`: the value, and
+one reason that the plan prints.
+"""
 
 import dataclasses
+import json
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
-from ..runtime.settings import spelt
+from ..runtime.launch import workers_per_process
+from .loss import LossSchedule, Swap
 from .recipe import RefineRecipe
 
-
-def default_head_blocks(num_layers: int) -> list[int]:
-    """The last third of the blocks, rounded up to an even number: 8 heads for 24 blocks, 12 for 32 (paper, Sec. 5.1)."""
-    heads = min(num_layers, 2 * math.ceil(num_layers / 6))
-    return list(range(num_layers - heads, num_layers))
+T = TypeVar("T")
 
 
-def _resolve_blocks(
-    recipe: RefineRecipe, layers: int, pooling: Pooling
-) -> list[int] | Literal["auto"]:
-    """The blocks with a head, checked against an encoder of `layers` blocks; "auto" stays: `head_choice.py` chooses within them."""
-    blocks = recipe.head_blocks
-    if isinstance(blocks, str):
-        return "auto"
-    if recipe.num_heads is not None and recipe.num_heads > layers:
-        raise ValueError(f"--num_heads {recipe.num_heads}: the encoder has only {layers} blocks")
-    if blocks is None:
-        blocks = (
-            default_head_blocks(layers)
-            if recipe.num_heads is None
-            else list(range(layers - recipe.num_heads, layers))
-        )
-    if blocks[0] < 0 or blocks[-1] >= layers:
-        raise ValueError(
-            f"--head_blocks {spelt(blocks)}: out of range; the encoder has blocks 0 to {layers - 1}"
-        )
-    if recipe.freeze_blocks > blocks[0]:
-        raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train nothing; freeze at most {blocks[0]}"
-        )
-    if pooling == "global_repr" and blocks[-1] != layers - 1:
-        raise ValueError(
-            f"--pooling global_repr: only the head on the encoder's output reads it; add block {layers - 1} to --head_blocks "
-            f"{spelt(blocks)}, or use mean"
-        )
-    return blocks
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """The value of a setting, and why; the reason is empty where the recipe names the value."""
+
+    value: T
+    reason: str = ""
 
 
-def resolve(
-    recipe: RefineRecipe, config: MimRefinerConfig, num_images: int | None, world_size: int = 1
-) -> RefineRecipe:
-    """The recipe with every None filled in from the encoder, checked against encoder, data and number of processes.
+class ViewSizes(NamedTuple):
+    """Sides of global and local views in pixels."""
 
-    Args:
-        num_images: training images; None for a stream.
-
-    Raises:
-        ValueError: naming flag, value and what is allowed.
-    """
-    layers, patch = config.num_hidden_layers, config.patch_size
-    if recipe.freeze_blocks >= layers:
-        raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the encoder has {layers} blocks, at least one must be trained"
-        )
-    pooling = recipe.pooling or config.pooling
-    assert pooling is not None  # the configuration fills it in
-    if missing := config.missing_for(pooling):
-        raise ValueError(f"--pooling {pooling}: the encoder has {missing}; use mean")
-    blocks = _resolve_blocks(recipe, layers, pooling)
-    global_size = recipe.global_size or config.image_hw[0]
-    local_size = recipe.local_size or max(1, round(config.grid[0] * 3 / 7)) * patch
-    for flag, size in (("global_size", global_size), ("local_size", local_size)):
-        if size % patch:
-            near = max(patch, round(size / patch) * patch)
-            raise ValueError(
-                f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}"
-            )
-    if num_images is not None and recipe.batch_size > num_images:
-        raise ValueError(
-            f"--batch_size {recipe.batch_size}: the data set has only {num_images} training images"
-        )
-    if recipe.batch_size % world_size:
-        raise ValueError(
-            f"--batch_size {recipe.batch_size}: must be a multiple of the {world_size} processes"
-        )
-    if (
-        isinstance(recipe.micro_batch_size, int)
-        and recipe.micro_batch_size > recipe.batch_size // world_size
-    ):
-        raise ValueError(
-            f"--micro_batch_size {recipe.micro_batch_size}: more than the {recipe.batch_size // world_size} images of one process"
-        )
-    width = config.hidden_size
-    return dataclasses.replace(
-        recipe,
-        head_blocks=blocks,
-        num_heads=None,
-        temperature=recipe.temperature
-        or (0.2 if width <= 1024 else 0.3 if width <= 1280 else 0.35),
-        pooling=pooling,
-        global_size=global_size,
-        local_size=local_size,
-    )
+    global_size: int
+    local_size: int
 
 
 class Steps(NamedTuple):
@@ -115,18 +53,344 @@ class Steps(NamedTuple):
         return self.warmup + self.refine
 
 
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """Every setting that a refinement computes with, none of them open.
+
+    A field that has the name of one of `RefineRecipe` means the same. Beside these:
+
+    Attributes:
+        asked: the recipe as it was written. Names of data, model and repository are read there.
+        num_images: images to train on; None for a stream.
+        processes: how many processes share a batch.
+        steps: updates of each stage.
+        bf16: whether encoder and heads are computed in bfloat16.
+        micro_batch_size: images of one process per pass; None for its whole share of the batch
+            in one pass, of which every graph is kept.
+        to_measure: fields whose value is an estimate until the run has measured.
+        reasons: why a field that was left open has its value, by its name.
+    """
+
+    asked: RefineRecipe
+    num_images: int | None
+    processes: int
+    max_bad_fraction: float
+    # heads
+    pooling: Pooling
+    head_blocks: list[int]
+    projector_dim: int
+    predictor_dim: int
+    embedding_dim: int
+    queue_size: int
+    # objective
+    temperature: float
+    topk: int
+    swap: Swap
+    loss_schedule: LossSchedule
+    freeze_blocks: int
+    # views
+    global_views: int
+    local_views: int
+    global_size: int
+    local_size: int
+    global_scale: tuple[float, float]
+    local_scale: tuple[float, float]
+    colour: bool
+    views: Literal["exact", "fast"]
+    flip: float
+    # schedule
+    steps: Steps
+    epochs: float
+    head_epochs: float
+    warmup_epochs: float
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    head_weight_decay: float
+    ema_decay: float
+    seed: int
+    # efficiency
+    micro_batch_size: int | None
+    bf16: bool
+    gradient_checkpointing: bool
+    compile: bool
+    num_workers: int
+    # output
+    eval_every: int
+    output_dir: str
+    save_every: int
+    keep: int
+    log_every: int
+    # how it was resolved
+    to_measure: frozenset[str]
+    reasons: dict[str, str]
+
+    @property
+    def num_views(self) -> int:
+        """Views of an image, global and local."""
+        return self.global_views + self.local_views
+
+    @property
+    def process_batch(self) -> int:
+        """Images of one process per update."""
+        return self.batch_size // self.processes
+
+    def measured(self, name: str, choice: Choice[Any]) -> "ResolvedRecipe":
+        """With what the run has measured in the place of an estimate."""
+        return dataclasses.replace(
+            self,
+            **{name: choice.value},
+            to_measure=self.to_measure - {name},
+            reasons={**self.reasons, name: choice.reason},
+        )
+
+    def as_written(self) -> dict[str, Any]:
+        """As JSON under RefineRecipe's names; `RefineRecipe(**it)` asks for the same again.
+
+        What is still to be measured is "auto". The number of workers stays as it was asked for:
+        it belongs to the machine.
+        """
+        own = dataclasses.asdict(self)
+        written = own.pop("asked")
+        for name in written.keys() & own.keys() - {"num_workers"}:
+            written[name] = own[name]
+        for name in self.to_measure:
+            written[name] = "auto"
+        # `head_blocks` says it
+        written["num_heads"] = None
+        values: dict[str, Any] = json.loads(json.dumps(written))
+        return values
+
+
+def resolve(
+    recipe: RefineRecipe,
+    config: MimRefinerConfig,
+    num_images: int | None,
+    processes: int = 1,
+    bf16: bool = False,
+) -> ResolvedRecipe:
+    """The recipe with all that it leaves open filled in, checked against encoder, data, processes.
+
+    Args:
+        config: of the encoder that is refined.
+        num_images: training images; None for a stream.
+        processes: how many share a batch.
+        bf16: whether the device computes in bfloat16, see `runtime.device.uses_bf16`.
+
+    Raises:
+        ValueError: naming flag, value and what is allowed.
+    """
+    _check_freezing(recipe.freeze_blocks, config.num_hidden_layers)
+    pooling = choose_pooling(recipe.pooling, config)
+    blocks = choose_blocks_with_heads(recipe, config.num_hidden_layers, pooling.value)
+    sizes = choose_view_sizes(recipe.global_size, recipe.local_size, config)
+    _check_batch(recipe, num_images, processes)
+    temperature = choose_temperature(recipe.temperature, config.hidden_size)
+    micro = choose_passes(recipe.micro_batch_size)
+    steps = choose_steps(recipe, num_images)
+    workers = choose_workers(recipe.num_workers, processes)
+
+    reasons = {
+        "pooling": pooling.reason,
+        "head_blocks": blocks.reason,
+        "global_size": sizes.reason,
+        "local_size": sizes.reason,
+        "temperature": temperature.reason,
+        "micro_batch_size": micro.reason,
+        "steps": steps.reason,
+        "num_workers": workers.reason,
+    }
+    resolved: dict[str, Any] = {
+        "asked": recipe,
+        "num_images": num_images,
+        "processes": processes,
+        "bf16": bf16,
+        "pooling": pooling.value,
+        "head_blocks": blocks.value,
+        "global_size": sizes.value.global_size,
+        "local_size": sizes.value.local_size,
+        "global_scale": tuple(recipe.global_scale),
+        "local_scale": tuple(recipe.local_scale),
+        "temperature": temperature.value,
+        "micro_batch_size": micro.value,
+        "steps": steps.value,
+        "num_workers": workers.value,
+        "to_measure": frozenset(
+            name for name in ("head_blocks", "micro_batch_size") if getattr(recipe, name) == "auto"
+        ),
+        "reasons": {name: reason for name, reason in reasons.items() if reason},
+    }
+
+    # everything else is what the recipe says
+    names = {field.name for field in dataclasses.fields(ResolvedRecipe)}
+    said = {name: getattr(recipe, name) for name in names - resolved.keys()}
+    return ResolvedRecipe(**resolved, **said)
+
+
+# ---- one setting, or one group of them, each
+
+
+def choose_pooling(pooling: Pooling | None, config: MimRefinerConfig) -> Choice[Pooling]:
+    """What the heads read, of what the encoder has."""
+    # the configuration fills its own in
+    chosen = pooling or config.pooling
+    assert chosen is not None
+    missing = config.missing_for(chosen)
+    if missing:
+        raise ValueError(f"--pooling {chosen}: the encoder has {missing}; use mean")
+    return Choice(chosen, "" if pooling else "what the model itself pools")
+
+
+def default_head_blocks(num_layers: int) -> list[int]:
+    """The last third of the blocks, rounded up to an even number (paper, Sec. 5.1).
+
+    8 heads for 24 blocks, 12 for 32.
+    """
+    heads = min(num_layers, 2 * math.ceil(num_layers / 6))
+    return list(range(num_layers - heads, num_layers))
+
+
+def choose_blocks_with_heads(
+    recipe: RefineRecipe, layers: int, pooling: Pooling
+) -> Choice[list[int]]:
+    """The blocks with a head; for "auto", which measures before it chooses, the default ones."""
+    default = Choice(default_head_blocks(layers), f"the last third of the {layers} blocks")
+    count = recipe.num_heads
+    if recipe.head_blocks == "auto":
+        return default
+    if count is not None and count > layers:
+        raise ValueError(f"--num_heads {count}: the encoder has only {layers} blocks")
+    if recipe.head_blocks is not None:
+        chosen = Choice(recipe.head_blocks)
+    elif count is not None:
+        chosen = Choice(list(range(layers - count, layers)))
+    else:
+        chosen = default
+
+    blocks = chosen.value
+    named = f"--head_blocks {' '.join(map(str, blocks))}"
+    if blocks[0] < 0 or blocks[-1] >= layers:
+        raise ValueError(f"{named}: out of range; the encoder has blocks 0 to {layers - 1}")
+    if recipe.freeze_blocks > blocks[0]:
+        raise ValueError(
+            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train "
+            f"nothing; freeze at most {blocks[0]}"
+        )
+    if pooling == "global_repr" and blocks[-1] != layers - 1:
+        raise ValueError(
+            "--pooling global_repr: only the head on the encoder's output reads it; "
+            f"add block {layers - 1} to {named}, or use mean"
+        )
+    return chosen
+
+
+def choose_view_sizes(
+    global_size: int | None, local_size: int | None, config: MimRefinerConfig
+) -> Choice[ViewSizes]:
+    """Sides of the views, in whole patches: the native one, and 3/7 of it as the paper has it."""
+    patch = config.patch_size
+    native = config.image_hw[0]
+    small = max(1, round(config.grid[0] * 3 / 7)) * patch
+    sizes = ViewSizes(global_size or native, local_size or small)
+    for flag, size in sizes._asdict().items():
+        if size % patch:
+            near = max(patch, round(size / patch) * patch)
+            raise ValueError(
+                f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}"
+            )
+
+    open_sizes = []
+    if global_size is None:
+        open_sizes.append("global views have the encoder's native size")
+    if local_size is None:
+        open_sizes.append("local views 3/7 of the native size, in whole patches")
+    return Choice(sizes, ", ".join(open_sizes))
+
+
+def choose_temperature(temperature: float | None, width: int) -> Choice[float]:
+    """The paper's temperature for an encoder of this width (Table 10)."""
+    if temperature is not None:
+        return Choice(temperature)
+    if width <= 1024:
+        return Choice(0.2, "the encoder's width is at most 1024")
+    if width <= 1280:
+        return Choice(0.3, "the encoder's width is above 1024, at most 1280")
+    return Choice(0.35, "the encoder's width is above 1280")
+
+
+def choose_passes(micro_batch_size: int | str | None) -> Choice[int | None]:
+    """Images per pass through the encoder; for "auto" the whole batch stands until measured."""
+    if micro_batch_size == "auto":
+        return Choice(None, "as many as fit, found out before the first step")
+    assert not isinstance(micro_batch_size, str)
+    return Choice(micro_batch_size)
+
+
+def choose_workers(num_workers: int | None, processes: int) -> Choice[int]:
+    """Data-loading workers of a process."""
+    if num_workers is not None:
+        return Choice(num_workers)
+    return Choice(workers_per_process(processes), "one per core and process, at most 16")
+
+
 def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
-    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`; heads that come along are warm."""
+    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`."""
     if num_images is None:
         assert recipe.max_steps is not None
-        stages = [recipe.max_steps, recipe.max_steps]
+        warmup = refine = recipe.max_steps
     else:
-        stages = [
-            round(epochs * (num_images // recipe.batch_size))
-            for epochs in (recipe.head_epochs, recipe.epochs)
-        ]
-    warmup, refine = (min(steps, recipe.max_steps or steps) for steps in stages)
-    return Steps(0 if recipe.init_from is not None else warmup, refine)
+        per_epoch = num_images // recipe.batch_size
+        warmup = round(recipe.head_epochs * per_epoch)
+        refine = round(recipe.epochs * per_epoch)
+    if recipe.max_steps is not None:
+        warmup = min(warmup, recipe.max_steps)
+        refine = min(refine, recipe.max_steps)
+
+    # heads that come along from another run are warm
+    if recipe.init_from is not None:
+        warmup = 0
+    return Steps(warmup, refine)
 
 
-__all__ = ["Steps", "count_steps", "default_head_blocks", "resolve"]
+def choose_steps(recipe: RefineRecipe, num_images: int | None) -> Choice[Steps]:
+    """Updates per stage, and of what they are made."""
+    steps = count_steps(recipe, num_images)
+    if num_images is None:
+        return Choice(steps, "a stream has no length, so --max_steps in each stage")
+    per_epoch = num_images // recipe.batch_size
+    reason = f"{recipe.head_epochs:g} and {recipe.epochs:g} epochs of {per_epoch} whole batches"
+    if recipe.max_steps is not None:
+        reason += f", at most --max_steps {recipe.max_steps} in each stage"
+    return Choice(steps, reason)
+
+
+# ---- what cannot work
+
+
+def _check_freezing(freeze_blocks: int, layers: int) -> None:
+    if freeze_blocks >= layers:
+        raise ValueError(
+            f"--freeze_blocks {freeze_blocks}: the encoder has {layers} blocks, "
+            "at least one must be trained"
+        )
+
+
+def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -> None:
+    """Whether a batch can be filled by the data and divided among the processes."""
+    batch = recipe.batch_size
+    if num_images is not None and batch > num_images:
+        raise ValueError(
+            f"--batch_size {batch}: the data set has only {num_images} training images"
+        )
+    if batch % processes:
+        raise ValueError(f"--batch_size {batch}: must be a multiple of the {processes} processes")
+    micro = recipe.micro_batch_size
+    if isinstance(micro, int) and micro > batch // processes:
+        raise ValueError(
+            f"--micro_batch_size {micro}: more than the {batch // processes} images of one process"
+        )
+
+
+__all__ = ["Choice", "ResolvedRecipe", "Steps", "count_steps", "default_head_blocks", "resolve"]

@@ -1,34 +1,33 @@
 """The training loop: head warm-up on the frozen encoder, then refinement of both.
 
-    accelerate launch -m mim_refiner_hf.cli refine --recipe mae-l16 --dataset my_images/ --output_dir out
+    trainer = Trainer(recipe, accelerator, images, encoder, mean=[0.5] * 3, std=[0.25] * 3)
+    trainer.fit(0, recipe.steps.total, extra_state={}, evaluate=dict)
+    encoder = trainer.averaged()
 
-Both stages are one sequence of steps: step s takes batch s of the data order, and everything random in it (order, views, neighbour
-draws) is a pure function of the seed and s. So a checkpoint is the weights, the optimiser and the number s. Running the same
-command again continues from the newest checkpoint in the output folder; another recipe in that folder is refused.
+Both stages are one sequence of steps: step s takes batch s of the data order, and everything
+random in it (order, views, neighbour draws) is a pure function of the seed and s. So a checkpoint
+is the weights, the optimiser and the number s. Running the same command again continues from the
+newest checkpoint in the output folder; another recipe in that folder is refused.
 """
 
 import copy
-import dataclasses
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.broken import BROKEN, BrokenImages
-from ..data.fast_views import VIEW_KINDS, FastMultiCrop, finished_views
+from ..data.fast_views import VIEW_KINDS, finished_views
 from ..data.images import ImageDataset, ImageStream
-from ..data.order import BatchSampler
-from ..data.views import MultiCrop, ViewDataset, normalise, view_specs
+from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.checkpoint import Checkpoint, check_tensors, save_checkpoint, size_of
-from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.distributed import average_gradients, progress_bar, world_size
 from ..runtime.files import in_bytes
 from ..runtime.optimisation import (
     encoder_groups,
@@ -41,29 +40,36 @@ from ..runtime.optimisation import (
     update_average,
 )
 from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
-from ..runtime.signals import Interrupted, StopSignals, ignore_stop_signals
-from .failure import check_finite
+from ..runtime.signals import Interrupted, StopSignals
+from .batches import view_batches
+from .failure import check_step
+from .head_log import HeadLog
 from .heads import GroupedLayer, IdHeads
 from .loss import head_weights
 from .memory import choose_micro_batch
 from .queue import NearestNeighbourQueue
-from .recipe import RefineRecipe
 from .refiner import Refiner, StepResult, neighbour_draw
-from .resolve import Steps
-
-logger = logging.getLogger(__name__)
-
-COLLAPSED = 0.1  # spread of a head's projections below which a warning is due
+from .resolve import Choice, ResolvedRecipe
 
 
 def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
-    """torch.compile every block of an encoder, in place; the first passes of each size and stage take longer.
+    """torch.compile every block, in place; the first passes of each size and stage take longer.
 
     Args:
-        backend: of torch.compile. "aot_eager" makes no kernels and runs anywhere; the tests compare its gradients.
+        backend: of torch.compile. "aot_eager" makes no kernels and runs anywhere; the tests
+            compare its gradients.
     """
     for layer in encoder.layers:
         layer.compile(backend=backend)
+
+
+def _recompute_blocks(encoder: MimRefinerModel) -> None:
+    """Recompute every block in the backward pass."""
+    # transformers 5.23 has a new name for it
+    if hasattr(encoder, "activation_checkpointing_enable"):
+        encoder.activation_checkpointing_enable()
+    else:
+        encoder.gradient_checkpointing_enable()
 
 
 @dataclass
@@ -71,51 +77,47 @@ class Trainer:
     """Encoder, heads, queue, moving average and optimiser of one run, and the loop over its steps.
 
     Args:
-        recipe: a resolved recipe.
-        steps: updates of each stage.
+        recipe: all its settings.
         accelerator: with its trackers started.
         images: what is trained on.
         encoder: the starting weights; trained in place.
         mean, std: per channel, of pixels in [0, 1].
-        num_workers: data-loading workers of this process.
-        bf16: autocast to bfloat16.
+        seconds: that each stage has taken so far.
     """
 
-    recipe: RefineRecipe
-    steps: Steps
+    recipe: ResolvedRecipe
     accelerator: Accelerator
     images: ImageDataset | ImageStream
     encoder: MimRefinerModel
     mean: list[float]
     std: list[float]
-    num_workers: int
-    bf16: bool
     seconds: dict[str, float] = field(default_factory=dict)
-    collapsed: set[str] = field(default_factory=set)  # heads that were warned of
-    sized: set[str] = field(default_factory=set)  # stages whose checkpoints' size has been said
+    # stages whose checkpoints' size has been said
+    _sized: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        recipe, config = self.recipe, self.encoder.config
-        assert isinstance(recipe.head_blocks, list) and recipe.temperature is not None
-        config.pooling = recipe.pooling
-        if (
-            config.pooling != "global_repr"
-        ):  # not trained along, it would be left with an encoder that it was not trained on
+        recipe = self.recipe
+        device = self.accelerator.device
+        self.steps = recipe.steps
+        self.encoder.config.pooling = recipe.pooling
+        if recipe.pooling != "global_repr":
+            # it would be left, untrained, with an encoder that it was not trained on
             self.encoder.drop_predictor()
+        freeze(self.encoder, recipe.freeze_blocks)
+        average = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+        self.average = average.to(device)
+
         count = len(recipe.head_blocks)
-        dims = (
-            config.hidden_size,
+        heads = IdHeads(
+            count,
+            self.encoder.config.hidden_size,
             recipe.projector_dim,
             recipe.predictor_dim,
             recipe.embedding_dim,
+            seed=recipe.seed,
         )
-        heads = IdHeads(count, *dims, seed=recipe.seed)
         queue = NearestNeighbourQueue(
             count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed
-        )
-        freeze(self.encoder, recipe.freeze_blocks)
-        self.average = (
-            copy.deepcopy(self.encoder).requires_grad_(False).eval().to(self.accelerator.device)
         )
         self.refiner = Refiner(
             self.encoder,
@@ -123,19 +125,15 @@ class Trainer:
             heads,
             queue,
             num_global=recipe.global_views,
-            num_views=recipe.global_views + recipe.local_views,
+            num_views=recipe.num_views,
             temperature=recipe.temperature,
             swap=recipe.swap,
-            bf16=self.bf16,
-        ).to(self.accelerator.device)
+            bf16=recipe.bf16,
+        ).to(device)
+        self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
+
         if recipe.gradient_checkpointing:
-            renamed = hasattr(
-                self.encoder, "activation_checkpointing_enable"
-            )  # in transformers 5.23
-            getattr(
-                self.encoder,
-                "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable",
-            )()
+            _recompute_blocks(self.encoder)
         if recipe.compile:
             compile_blocks(self.encoder)
         self.sharded = fsdp2_requested() and world_size() > 1
@@ -143,28 +141,21 @@ class Trainer:
             shard(self.encoder, self.encoder.layers)
             shard(self.average, self.average.layers)
             shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
+
         self.optimizer = self._optimizer(0)
-        self.broken = BrokenImages(
-            self.images, recipe.max_bad_fraction, Path(recipe.output_dir) / BROKEN
-        )
+        listed = Path(recipe.output_dir) / BROKEN
+        self.broken = BrokenImages(self.images, recipe.max_bad_fraction, listed)
 
-    def choose_micro_batch(
-        self, available: int, kept: int | Literal["auto"] | None = "auto"
-    ) -> None:
-        """Put a number, or None, in the place of micro_batch_size "auto", and say which and why.
+    def choose_micro_batch(self, available: int) -> None:
+        """Measure for --micro_batch_size auto how many images fit, with `available` free bytes."""
+        self.refiner.train()
+        self.settle_micro_batch(choose_micro_batch(self.recipe, self.refiner, available))
 
-        Args:
-            available: bytes that are free for this process.
-            kept: what a resumed run had chosen; "auto" where nothing was chosen yet.
-        """
-        chosen, reason = kept, "as this run began"
-        if chosen == "auto":
-            self.refiner.train()
-            chosen, reason = choose_micro_batch(
-                self.recipe, self.refiner, self.accelerator.num_processes, available
-            )
-        self.recipe = dataclasses.replace(self.recipe, micro_batch_size=chosen)
-        self.accelerator.print(f"--micro_batch_size {chosen or 'left out'}: {reason}", flush=True)
+    def settle_micro_batch(self, choice: Choice[int | None]) -> None:
+        """Put what was measured in the place of micro_batch_size "auto", and say it."""
+        self.recipe = self.recipe.measured("micro_batch_size", choice)
+        shown = choice.value or "left out"
+        self.accelerator.print(f"--micro_batch_size {shown}: {choice.reason}", flush=True)
 
     # ---- the loop
 
@@ -172,82 +163,80 @@ class Trainer:
         self,
         start_step: int,
         stop_step: int,
-        extra_state: dict[str, Any],
+        extra_state: Mapping[str, Any],
         evaluate: Callable[[], dict[str, Any]],
     ) -> None:
         """Run the steps from `start_step` to `stop_step`; both stages, one sequence.
 
         Args:
             extra_state: JSON that goes into every checkpoint.
-            evaluate: called without arguments after every `eval_every`-th epoch of the refinement; returns metrics to log.
+            evaluate: called after every `eval_every`-th epoch of the refinement; returns metrics
+                to log.
 
         Raises:
             Interrupted: after a checkpoint, when a signal asked the run to stop.
             NotFiniteError: before the update of the step whose loss or gradient is not finite.
         """
-        recipe, progress, fit_began = (
-            self.recipe,
-            self._progress(start_step, stop_step),
-            time.perf_counter(),
-        )
-        per_epoch = (
-            len(self.images) // recipe.batch_size if isinstance(self.images, ImageDataset) else None
-        )
-        with progress, StopSignals() as signals:
-            for step, batch in zip(
-                range(start_step, stop_step), self._batches(start_step, stop_step), strict=False
-            ):
+        recipe = self.recipe
+        fit_began = time.perf_counter()
+        with self._progress(start_step, stop_step) as progress, StopSignals() as signals:
+            batches = view_batches(
+                recipe, self.images, start_step, stop_step, self.accelerator.device
+            )
+            # the range comes first: at its end no further batch is asked for
+            for step, batch in zip(range(start_step, stop_step), batches, strict=False):
                 began = time.perf_counter()
                 if step == self.steps.warmup:
                     self.optimizer = self._optimizer(step)
                 result = self.update(step, batch)
                 self.broken.add(batch["broken"])
-                done, stage = step + 1, self.stage(step)
-                received = signals.agreed(self.accelerator.device) if done < stop_step else 0
-                logs = done % recipe.log_every == 0 or done == stop_step
-                saves = received or (
-                    recipe.save_every and (done % recipe.save_every == 0 or done == stop_step)
-                )
+
+                # all processes agree on what is due after this step
+                done = step + 1
+                ends = done == stop_step
+                received = 0 if ends else signals.agreed(self.accelerator.device)
+                logs = ends or done % recipe.log_every == 0
+                saves = bool(received) or self._saves_after(done, ends)
                 if logs or saves:
                     self.broken.share(images_read=done * recipe.batch_size)
+                stage = self.stage(step)
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
                 progress.update()
+
                 if logs:
-                    self._log(
-                        step,
-                        result,
-                        progress,
-                        (time.perf_counter() - fit_began) / (done - start_step),
-                    )
-                epoch_ended = (
-                    per_epoch is not None
-                    and (done - self.steps.warmup) % (per_epoch * max(recipe.eval_every, 1)) == 0
-                )
-                if (
-                    recipe.eval_every
-                    and step >= self.steps.warmup
-                    and epoch_ended
-                    and done < stop_step
-                ):
+                    step_seconds = (time.perf_counter() - fit_began) / (done - start_step)
+                    self._log(step, result, progress, step_seconds)
+                if self._evaluates_after(done) and not ends:
                     self.accelerator.log(evaluate(), step=done)
                 if saves:
                     self.save(done, extra_state)
                 if received:
                     raise Interrupted(
                         received,
-                        f"stopped after step {done} of {stop_step}; the same command goes on from the checkpoint there",
+                        f"stopped after step {done} of {stop_step}; "
+                        "the same command goes on from the checkpoint there",
                     )
+
+    def _saves_after(self, done: int, ends: bool) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        every = self.recipe.save_every
+        return every > 0 and (ends or done % every == 0)
+
+    def _evaluates_after(self, done: int) -> bool:
+        """Whether `done` steps end an epoch of the refinement after which it is measured."""
+        every = self.recipe.eval_every
+        refined = done - self.steps.warmup
+        if not every or refined < 1 or not isinstance(self.images, ImageDataset):
+            return False
+        per_epoch = len(self.images) // self.recipe.batch_size
+        return refined % (per_epoch * every) == 0
 
     def averaged(self) -> MimRefinerModel:
         """The moving average of the encoder as an ordinary model, whole in every process."""
         if not self.sharded:
             return self.average
-        encoder = (
-            MimRefinerModel(self.average.config)
-            .to(self.accelerator.device)
-            .requires_grad_(False)
-            .eval()
-        )
+        encoder = MimRefinerModel(self.average.config).to(self.accelerator.device)
+        encoder.requires_grad_(False).eval()
         gather_into(encoder, self.average)
         return encoder
 
@@ -256,99 +245,77 @@ class Trainer:
         return "warmup" if step < self.steps.warmup else "refine"
 
     def update(self, step: int, batch: dict[str, Tensor]) -> StepResult:
-        """One optimiser step on one batch of views; raises NotFiniteError before it if loss or gradient is not finite."""
-        recipe, device = self.recipe, self.accelerator.device
+        """One optimiser step on one batch of views.
+
+        Raises:
+            NotFiniteError: before the update, if loss or gradient is not finite.
+        """
+        recipe = self.recipe
+        device = self.accelerator.device
         refining = step >= self.steps.warmup
+        count = len(recipe.head_blocks)
         self.refiner.train(True)
         self.encoder.train(refining)
-        views = [
-            normalise(finished_views(batch, kind, device), self.mean, self.std)
-            for kind in VIEW_KINDS
-        ]
+
+        views = []
+        for kind in VIEW_KINDS:
+            views.append(normalise(finished_views(batch, kind, device), self.mean, self.std))
         index = batch["index"].to(device)
-        topk = recipe.topk if refining else 1
-        draw = neighbour_draw(
-            recipe.seed, step, topk, len(self.refiner.head_blocks), recipe.global_views, len(index)
-        )
-        progress = (step - self.steps.warmup) / self.steps.refine
-        weights = (
-            head_weights(recipe.loss_schedule, len(self.refiner.head_blocks), progress)
-            if refining
-            else None
-        )
+        labels = batch["label"].to(device)
+
+        # the head warm-up takes the nearest neighbour, and weighs all heads alike
+        topk = 1
+        weights = None
+        if refining:
+            topk = recipe.topk
+            progress = (step - self.steps.warmup) / self.steps.refine
+            weights = head_weights(recipe.loss_schedule, count, progress)
+        draw = neighbour_draw(recipe.seed, step, topk, count, recipe.global_views, len(index))
+
         set_learning_rate(self.optimizer, self._learning_rate(step))
         self.optimizer.zero_grad()
         result = self.refiner.backward(
             views,
             index,
-            batch["label"].to(device),
+            labels,
             topk=topk,
             draw=None if draw is None else draw.to(device),
             head_weights=weights,
             train_encoder=refining,
-            micro_batch_size=recipe.micro_batch_size,  # type: ignore[arg-type]  # "auto" is a number by now
+            micro_batch_size=recipe.micro_batch_size,
         )
         average_gradients(self.refiner.parameters())
-        check_finite(self.refiner, result, step=step, sample_index=index)
+        check_step(self.refiner, result, step=step, sample_index=index)
+
         self.optimizer.step()
         if refining:
             update_average(self.average, self.encoder, recipe.ema_decay)
         return result
 
     def _learning_rate(self, step: int) -> float:
-        recipe, refining = self.recipe, step >= self.steps.warmup
-        total = self.steps.refine if refining else self.steps.warmup
-        epochs = recipe.epochs if refining else recipe.head_epochs
-        base = recipe.learning_rate if refining else recipe.head_learning_rate
+        """Of this step: a linear warm-up and a cosine in each stage, scaled with the batch."""
+        recipe = self.recipe
+        if step < self.steps.warmup:
+            first = 0
+            total = self.steps.warmup
+            epochs = recipe.head_epochs
+            base = recipe.head_learning_rate
+        else:
+            first = self.steps.warmup
+            total = self.steps.refine
+            epochs = recipe.epochs
+            base = recipe.learning_rate
         warmup = min(round(total * recipe.warmup_epochs / epochs), total - 1)
-        return learning_rate(
-            step - self.steps.warmup * refining, warmup, total, base * recipe.batch_size / 256
-        )
+        return learning_rate(step - first, warmup, total, base * recipe.batch_size / 256)
 
     def _optimizer(self, step: int) -> torch.optim.AdamW:
         """AdamW for the stage that `step` belongs to: heads alone, or encoder and heads."""
-        groups = head_groups(self.refiner.heads, self.recipe.head_weight_decay)
-        if step >= self.steps.warmup:
-            groups = (
-                encoder_groups(self.encoder, self.recipe.layer_decay, self.recipe.weight_decay)
-                + groups
-            )
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-    def _batches(self, start_step: int, stop_step: int) -> DataLoader[dict[str, Tensor]]:
         recipe = self.recipe
-        assert recipe.global_size is not None and recipe.local_size is not None
-        specs = view_specs(
-            recipe.global_views,
-            recipe.local_views,
-            recipe.global_size,
-            recipe.local_size,
-            (recipe.global_scale[0], recipe.global_scale[1]),
-            (recipe.local_scale[0], recipe.local_scale[1]),
-            recipe.colour,
-            recipe.flip,
-        )
-        sampler = BatchSampler(
-            self.images,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            steps=stop_step,
-            start_step=start_step,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        pin = self.accelerator.device.type == "cuda"
-        multicrop = (
-            MultiCrop(specs) if recipe.views == "exact" else FastMultiCrop(specs, hand_over=pin)
-        )
-        dataset = ViewDataset(self.images, multicrop, recipe.seed)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=pin,
-            worker_init_fn=ignore_stop_signals,
-        )
+        groups = head_groups(self.refiner.heads, recipe.head_weight_decay)
+        if step >= self.steps.warmup:
+            encoder = encoder_groups(self.encoder, recipe.layer_decay, recipe.weight_decay)
+            groups = [*encoder, *groups]
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     # ---- what it says
 
@@ -359,17 +326,7 @@ class Trainer:
         )
 
     def _log(self, step: int, result: StepResult, progress: Any, step_seconds: float) -> None:
-        """One line in the log: mean over processes of the loss and of what every head tells, rate, and seconds still to go."""
-        columns = (
-            "head_losses",
-            "alignment",
-            "neighbour_similarity",
-            "neighbour_age",
-            "neighbour_accuracy",
-        )
-        table = self.accelerator.reduce(
-            torch.stack([getattr(result, name).float() for name in columns]), "mean"
-        ).tolist()
+        """One line in the log: the loss, what every head tells, the rate, and seconds to go."""
         loss = self.accelerator.reduce(result.loss.detach(), "mean").item()
         values: dict[str, Any] = {
             "stage": self.stage(step),
@@ -379,70 +336,72 @@ class Trainer:
             "broken_images": len(self.broken),
             "seconds_left": (progress.total - step - 1) * step_seconds,
         }
-        short = ("loss", "alignment", "neighbour_similarity", "neighbour_age", "neighbour_accuracy")
-        for key, row in zip(short, table, strict=True):
-            for head, value in zip(self.refiner.head_names, row, strict=True):
-                if value == value:  # not nan: without labels there is no neighbour accuracy
-                    values[f"{head}/{key}"] = value
-        for head, spread in zip(
-            self.refiner.head_names,
-            self.refiner.queue.spread(self.recipe.batch_size).tolist(),
-            strict=True,
-        ):
-            values[f"{head}/spread"] = spread
-            if spread < COLLAPSED and head not in self.collapsed:
-                self.collapsed.add(head)
-                logger.warning(
-                    "step %d: to head %s all images look nearly alike (spread %.3f, 1 is even): the features may be collapsing; "
-                    "lower --learning_rate, or start from weights that tell these images apart", step, head, spread,
-                )  # fmt: skip
-        progress.set_description(
-            f"{'head warm-up' if values['stage'] == 'warmup' else 'refining'}, loss {loss:.3f}",
-            refresh=False,
-        )
+
+        values |= self.head_log.values(step, result)
+        stage = "head warm-up" if step < self.steps.warmup else "refining"
+        progress.set_description(f"{stage}, loss {loss:.3f}", refresh=False)
         self.accelerator.log(values, step=step + 1)
 
     # ---- what it keeps
 
-    def save(self, done: int, extra_state: dict[str, Any]) -> None:
-        """Write a checkpoint after `done` steps; SaveError on every process if that cannot be done."""
+    def save(self, done: int, extra_state: Mapping[str, Any]) -> None:
+        """Write a checkpoint after `done` steps; SaveError on every process if that fails."""
+        state = {
+            **extra_state,
+            "seconds": self.seconds,
+            "recipe": self.recipe.as_written(),
+            "broken": self.broken.entries,
+        }
         tensors = self.tensors() | optimizer_tensors(self.optimizer)
-        state = {**extra_state, "seconds": self.seconds, "recipe": dataclasses.asdict(self.recipe)}
-        state["broken"] = self.broken.entries
-        folder, keep = Path(self.recipe.output_dir) / "checkpoints", self.recipe.keep
+        folder = Path(self.recipe.output_dir) / "checkpoints"
+        keep = self.recipe.keep
         path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
-        if (stage := self.stage(done - 1)) not in self.sized and self.accelerator.is_main_process:
-            self.sized.add(stage)
-            print(
-                f"checkpoints ({stage}): {in_bytes(size_of(path))} each in {folder}, {keep} kept",
-                flush=True,
-            )
+
+        stage = self.stage(done - 1)
+        if stage not in self._sized and self.accelerator.is_main_process:
+            self._sized.add(stage)
+            size = in_bytes(size_of(path))
+            print(f"checkpoints ({stage}): {size} each in {folder}, {keep} kept", flush=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the optimiser: encoder, heads, queue, and the moving average."""
-        parts = {"refiner": self.refiner, "average": self.average}
-        return {
-            f"{part}.{name}": tensor
-            for part, module in parts.items()
-            for name, tensor in module.state_dict().items()
-        }
+        """What a checkpoint holds beside the optimiser: encoder, heads, queue, moving average."""
+        tensors = {}
+        for part, module in (("refiner", self.refiner), ("average", self.average)):
+            for name, tensor in module.state_dict().items():
+                tensors[f"{part}.{name}"] = tensor
+        return tensors
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where the checkpoint was written, or raise a CheckpointError that names file and tensor, and change nothing."""
+        """Go on where the checkpoint was written.
+
+        Raises:
+            CheckpointError: naming file and tensor; then nothing has been changed.
+        """
         check_tensors(checkpoint, self.tensors())
-        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser; the refinement starts a new one
+
+        # a checkpoint at the very end of the warm-up holds the warm-up's optimiser;
+        # the refinement starts a new one
         if checkpoint.step != self.steps.warmup:
             optimizer = self._optimizer(checkpoint.step)
             restore_optimizer(optimizer, checkpoint)
             self.optimizer = optimizer
-        for prefix, module in (("refiner.", self.refiner), ("average.", self.average)):
-            own = module.state_dict()
-            module.load_state_dict(
-                {name: shard_like(checkpoint.tensors[prefix + name], own[name]) for name in own}
-            )
+
+        place_tensors(self.refiner, checkpoint, "refiner.")
+        place_tensors(self.average, checkpoint, "average.")
         self.seconds = dict(checkpoint.state["seconds"])
         self.broken.add(checkpoint.state.get("broken", []))
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
 
 
-__all__ = ["Trainer", "compile_blocks"]
+def place_tensors(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    """Put the checkpoint's tensors of a name that begins with `prefix` into a module."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {
+            name: shard_like(checkpoint.tensors[prefix + name], tensor)
+            for name, tensor in own.items()
+        }
+    )
+
+
+__all__ = ["Trainer", "compile_blocks", "place_tensors"]

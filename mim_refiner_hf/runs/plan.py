@@ -1,7 +1,7 @@
-"""What a run will do, said before it does it: blocks with heads, what is frozen, batch, memory, steps.
+"""What a run will do, said before it does it: start, data, heads, views, batch, memory, disk.
 
-print(plan_text(recipe, config, num_images=1281167, num_eval=50000, steps=Steps(25020, 37530), processes=1, device="cuda",
-                bf16=True, available=available_memory("cuda")))
+available = available_memory("cuda")
+print(plan_text(recipe, config, num_eval=50000, device="cuda", available=available))
 """
 
 import dataclasses
@@ -12,172 +12,220 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..refinement.memory import (
     GIGA,
     HEADROOM,
+    bytes_needed,
     encoder_parameters,
     fitting_micro_batch,
-    head_blocks_of,
     head_parameters,
     memory_estimate,
-    needed,
 )
-from ..refinement.recipe import RefineRecipe
-from ..refinement.resolve import Steps
+from ..refinement.resolve import ResolvedRecipe
 from ..runtime.device import emulates_bf16
 from ..runtime.files import in_bytes
 from ..runtime.sharding import fsdp2_requested
 
-READS = {
+# What the heads read, in words, for each `pooling`.
+_READS = {
     "cls": "the CLS token",
     "mean": "the mean patch",
     "register": "the first register token",
     "global_repr": "the predictor on the output, the mean patch on earlier blocks",
 }
-"""What the heads read, in words, for each `pooling`."""
-
-
-def checkpoint_bytes(recipe: RefineRecipe, config: MimRefinerConfig) -> float:
-    """Estimated bytes of a checkpoint in the refinement: weights, their average and AdamW's moments of both, heads, queue."""
-    weights, trained = encoder_parameters(config, recipe.freeze_blocks)
-    rows = (
-        4 * len(head_blocks_of(recipe, config)) * (recipe.embedding_dim + 1) + 24
-    )  # rows, norms; index, label, age
-    return (
-        8 * weights + 8 * trained + 12 * head_parameters(recipe, config) + recipe.queue_size * rows
-    )
-
-
-def disk_text(recipe: RefineRecipe, config: MimRefinerConfig) -> str:
-    """What the checkpoints take, while the next one is written beside those that are kept, and what is free."""
-    each, folder = checkpoint_bytes(recipe, config), Path(recipe.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    needed, free = (recipe.keep + 1) * each, shutil.disk_usage(existing).free
-    text = f"checkpoints of about {in_bytes(each)}, {recipe.keep} kept: {in_bytes(needed)} at most; {in_bytes(free)} free"
-    return text + (", TOO LITTLE: make room, or lower --keep" if free < needed else "")
-
-
-def _memory_lines(
-    recipe: RefineRecipe, config: MimRefinerConfig, processes: int, bf16: bool, available: int
-) -> list[str]:
-    """What a step needs and what there is, in words; a second line says what to change where it does not fit."""
-    auto = recipe.micro_batch_size == "auto"
-    fitting = fitting_micro_batch(recipe, config, processes, bf16, available)
-    if auto:
-        recipe = dataclasses.replace(
-            recipe, micro_batch_size=fitting or (None if fitting is None else 1)
-        )
-    parts = memory_estimate(recipe, config, processes, bf16)
-    total, largest = sum(parts.values()), max(parts, key=lambda part: parts[part])
-    lines = [
-        f"about {total / GIGA:.2f} GiB per process of {available / GIGA:.2f} that are free, most of it {largest} "
-        f"({parts[largest] / GIGA:.2f})"
-    ]
-    if total <= HEADROOM * available:
-        return lines
-    for checkpointing in dict.fromkeys((recipe.gradient_checkpointing, True)):
-        changed = dataclasses.replace(recipe, gradient_checkpointing=checkpointing)
-        size = fitting_micro_batch(changed, config, processes, bf16, available)
-        if size == 0:
-            continue
-        flags = ([] if size is None or auto else [f"--micro_batch_size {size}"]) + [
-            "--gradient_checkpointing true"
-        ] * checkpointing
-        need = (
-            needed(dataclasses.replace(changed, micro_batch_size=size), config, processes, bf16)
-            / GIGA
-        )
-        return [
-            *lines,
-            f"it does not fit: {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients",
-        ]
-    return [
-        *lines,
-        "it does not fit, whatever the micro-batch: lower --batch_size, --queue_size or --num_heads",
-    ]
-
-
-def _shards_text(processes: int) -> str:
-    """What FSDP2 does to a run, in words."""
-    if processes == 1:
-        return "FSDP2 is on, but one process has nothing to share"
-    return (
-        f"FSDP2: each of {processes} processes keeps 1/{processes} of encoder, moving average, heads, gradients and AdamW's moments; "
-        "a block is whole while it is used, the queue always"
-    )
 
 
 def plan_text(
-    recipe: RefineRecipe,
+    recipe: ResolvedRecipe,
     config: MimRefinerConfig,
     *,
-    num_images: int | None,
     num_eval: int,
-    steps: Steps,
-    processes: int,
     device: str,
-    bf16: bool,
     available: int,
 ) -> str:
-    """The plan as lines for a terminal. `recipe` is a resolved one; `available` are the free bytes of one process."""
-    assert recipe.pooling is not None
-    last = config.num_hidden_layers - 1
-    heads = ", ".join(
-        "output" if block == last else str(block) for block in head_blocks_of(recipe, config)
-    )
-    if recipe.head_blocks == "auto":
-        heads = f"what measuring all blocks proposes (auto; by default {heads})"
-    rows, columns = config.grid
-    parameters = encoder_parameters(config)[0] / 1e6
-    frozen = (
-        f"embeddings and blocks 0-{recipe.freeze_blocks - 1}"
-        if recipe.freeze_blocks
-        else "nothing (position tables are never trained)"
-    )
-    start = recipe.model or recipe.init_from or f"pre-trained first by {recipe.pretrain}"
-    images = "a stream" if num_images is None else f"{num_images} images"
-    micro = (
-        ""
-        if recipe.micro_batch_size is None
-        else f", {recipe.micro_batch_size} at a time through the encoder (exact)"
-    )
-    if recipe.micro_batch_size == "auto":
-        micro = ", as many at a time through the encoder as fit (auto; exact)"
-    precision = (
-        ("bf16, emulated and slower than fp32 on this CPU" if emulates_bf16(device) else "bf16")
-        if bf16
-        else "fp32"
-    )
-    warmup = f"{steps.warmup} of head warm-up (encoder frozen)"
-    if recipe.init_from is not None:
-        warmup = "no head warm-up (heads and queues come along)"
-    colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
+    """The plan as lines for a terminal.
+
+    Args:
+        config: of the encoder that is refined.
+        num_eval: images to evaluate on.
+        device: "cuda" or "cpu".
+        available: free bytes of one process.
+    """
+    asked = recipe.asked
+    images = "a stream" if recipe.num_images is None else f"{recipe.num_images} images"
     lines = [
-        (
-            "start",
-            f"{start}: {parameters:.1f} M parameters, {last + 1} blocks of width {config.hidden_size}, {rows}x{columns} patches",
-        ),
-        ("data", f"{recipe.dataset}: {images} to refine on, {num_eval} to evaluate on"),
-        (
-            "heads",
-            f"on {heads} (0-based blocks); they read {READS[recipe.pooling]}; "
-            f"temperature {recipe.temperature:g}; queue {recipe.queue_size}",
-        ),
-        ("frozen", frozen),
-        (
-            "views",
-            f"{recipe.global_views} of {recipe.global_size} px, {recipe.local_views} of {recipe.local_size} px, {colour}",
-        ),
-        (
-            "batch",
-            f"{recipe.batch_size} images over {processes} process(es) on {device}, {precision}{micro}",
-        ),
-        *([("shards", _shards_text(processes))] if fsdp2_requested() else []),
-        ("steps", f"{warmup} + {steps.refine} of refinement; stage: {recipe.stage}"),
-        *zip(
-            ("memory", ""), _memory_lines(recipe, config, processes, bf16, available), strict=False
-        ),
-        ("disk", disk_text(recipe, config) if recipe.save_every else "no checkpoints"),
-        ("result", f"{recipe.output_dir}/model, metrics.json, clusters.png, curves.png, log.jsonl"),
+        ("start", _start_text(recipe, config)),
+        ("data", f"{asked.dataset}: {images} to refine on, {num_eval} to evaluate on"),
+        ("heads", _heads_text(recipe, config.num_hidden_layers - 1)),
+        ("frozen", _frozen_text(recipe.freeze_blocks)),
+        ("views", _views_text(recipe)),
+        ("batch", _batch_text(recipe, device)),
     ]
+    if fsdp2_requested():
+        lines.append(("shards", _shards_text(recipe.processes)))
+    lines.append(("steps", _steps_text(recipe)))
+    lines += _named("memory", _memory_lines(recipe, config, available))
+    disk = disk_text(recipe, config) if recipe.save_every else "no checkpoints"
+    files = "metrics.json, clusters.png, curves.png, log.jsonl"
+    lines += [("disk", disk), ("result", f"{recipe.output_dir}/model, {files}")]
+    lines += _named("chosen", chosen_lines(recipe))
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
 
 
-__all__ = ["checkpoint_bytes", "plan_text"]
+def chosen_lines(recipe: ResolvedRecipe) -> list[str]:
+    """What the recipe left open: flags with the values that they got, and the reason."""
+    flags: dict[str, list[str]] = {}
+    for name, reason in recipe.reasons.items():
+        flags.setdefault(reason, []).append(f"{name} {_shown(recipe, name)}")
+    return [f"{', '.join(fields)}: {reason}" for reason, fields in flags.items()]
+
+
+def _shown(recipe: ResolvedRecipe, name: str) -> str:
+    if name in recipe.to_measure:
+        return "auto"
+    value = getattr(recipe, name)
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value}"
+
+
+def _named(name: str, texts: list[str]) -> list[tuple[str, str]]:
+    """Lines of the plan under one name, which only the first one shows."""
+    return [("" if number else name, text) for number, text in enumerate(texts)]
+
+
+def _start_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
+    asked = recipe.asked
+    start = asked.model or asked.init_from or f"pre-trained first by {asked.pretrain}"
+    parameters = encoder_parameters(config).total / 1e6
+    rows, columns = config.grid
+    return (
+        f"{start}: {parameters:.1f} M parameters, {config.num_hidden_layers} blocks of width "
+        f"{config.hidden_size}, {rows}x{columns} patches"
+    )
+
+
+def _heads_text(recipe: ResolvedRecipe, last: int) -> str:
+    """Which blocks have a head; `last` is the encoder's last block."""
+    names = ["output" if block == last else str(block) for block in recipe.head_blocks]
+    heads = ", ".join(names)
+    if "head_blocks" in recipe.to_measure:
+        heads = f"what measuring all blocks proposes (auto; by default {heads})"
+    return (
+        f"on {heads} (0-based blocks); they read {_READS[recipe.pooling]}; "
+        f"temperature {recipe.temperature:g}; queue {recipe.queue_size}"
+    )
+
+
+def _frozen_text(freeze_blocks: int) -> str:
+    if freeze_blocks:
+        return f"embeddings and blocks 0-{freeze_blocks - 1}"
+    return "nothing (position tables are never trained)"
+
+
+def _views_text(recipe: ResolvedRecipe) -> str:
+    colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
+    return (
+        f"{recipe.global_views} of {recipe.global_size} px, "
+        f"{recipe.local_views} of {recipe.local_size} px, {colour}"
+    )
+
+
+def _batch_text(recipe: ResolvedRecipe, device: str) -> str:
+    precision = "fp32"
+    if recipe.bf16:
+        emulated = ", emulated and slower than fp32 on this CPU" if emulates_bf16(device) else ""
+        precision = f"bf16{emulated}"
+    passes = ""
+    if "micro_batch_size" in recipe.to_measure:
+        passes = ", as many at a time through the encoder as fit (auto; exact)"
+    elif recipe.micro_batch_size is not None:
+        passes = f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+    return (
+        f"{recipe.batch_size} images over {recipe.processes} process(es) on {device}, "
+        f"{precision}{passes}"
+    )
+
+
+def _shards_text(processes: int) -> str:
+    """What FSDP2 does to a run."""
+    if processes == 1:
+        return "FSDP2 is on, but one process has nothing to share"
+    return (
+        f"FSDP2: each of {processes} processes keeps 1/{processes} of encoder, moving average, "
+        "heads, gradients and AdamW's moments; a block is whole while it is used, the queue always"
+    )
+
+
+def _steps_text(recipe: ResolvedRecipe) -> str:
+    warmup = f"{recipe.steps.warmup} of head warm-up (encoder frozen)"
+    if recipe.asked.init_from is not None:
+        warmup = "no head warm-up (heads and queues come along)"
+    return f"{warmup} + {recipe.steps.refine} of refinement; stage: {recipe.asked.stage}"
+
+
+def _memory_lines(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int) -> list[str]:
+    """What a step needs and what there is; where it does not fit, a second line says what to do."""
+    auto = "micro_batch_size" in recipe.to_measure
+    if auto:
+        fitting = fitting_micro_batch(recipe, config, available)
+        # where nothing fits, what one image at a time would need
+        recipe = dataclasses.replace(recipe, micro_batch_size=1 if fitting == 0 else fitting)
+
+    parts = memory_estimate(recipe, config)
+    total = sum(parts.values())
+    largest = max(parts, key=lambda part: parts[part])
+    needs = (
+        f"about {total / GIGA:.2f} GiB per process of {available / GIGA:.2f} that are free, "
+        f"most of it {largest} ({parts[largest] / GIGA:.2f})"
+    )
+    if total <= HEADROOM * available:
+        return [needs]
+    return [needs, f"it does not fit{_remedy(recipe, config, available, auto)}"]
+
+
+def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, auto: bool) -> str:
+    """What to change where a step does not fit; with `auto` the micro-batch chooses itself."""
+    ways = [recipe]
+    if not recipe.gradient_checkpointing:
+        ways.append(dataclasses.replace(recipe, gradient_checkpointing=True))
+    for way in ways:
+        size = fitting_micro_batch(way, config, available)
+        if size == 0:
+            continue
+        flags = []
+        if size is not None and not auto:
+            flags.append(f"--micro_batch_size {size}")
+        if way.gradient_checkpointing:
+            flags.append("--gradient_checkpointing true")
+        need = bytes_needed(dataclasses.replace(way, micro_batch_size=size), config) / GIGA
+        return f": {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients"
+    return ", whatever the micro-batch: lower --batch_size, --queue_size or --num_heads"
+
+
+def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
+    """Estimated bytes of a checkpoint in the refinement.
+
+    Weights, their average and AdamW's moments of both, heads, queue.
+    """
+    weights = encoder_parameters(config, recipe.freeze_blocks)
+    # of each head rows and norms; of all together index, label and age
+    row = 4 * len(recipe.head_blocks) * (recipe.embedding_dim + 1) + 24
+    of_heads = 12 * head_parameters(recipe, config)
+    return 8 * weights.total + 8 * weights.trained + of_heads + recipe.queue_size * row
+
+
+def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
+    """What the checkpoints take, the next one beside those that are kept, and what is free."""
+    size = checkpoint_bytes(recipe, config)
+    most = (recipe.keep + 1) * size
+    folder = Path(recipe.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    text = (
+        f"checkpoints of about {in_bytes(size)}, {recipe.keep} kept: {in_bytes(most)} at most; "
+        f"{in_bytes(free)} free"
+    )
+    if free < most:
+        text += ", TOO LITTLE: make room, or lower --keep"
+    return text
+
+
+__all__ = ["checkpoint_bytes", "chosen_lines", "disk_text", "plan_text"]

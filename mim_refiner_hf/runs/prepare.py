@@ -1,12 +1,12 @@
-"""Everything that a run needs, opened and checked before any work: data, weights, recipe, device, output folder.
+"""Everything that a run needs, opened and checked before any work: data, weights, settings, folder.
 
-    prepared = prepare(RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out"))
-    prepared.recipe, prepared.steps, prepared.found            # filled in; updates per stage; the checkpoint to go on from
+    recipe = RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out")
+    prepared = prepare(recipe)
+    prepared.recipe, prepared.resume      # all settings; the checkpoint to go on from
 
 Whatever is wrong is a ValueError or FileNotFoundError that names the setting and what is allowed.
 """
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe
 from ..refinement.recipe import RefineRecipe
-from ..refinement.resolve import Steps, count_steps, resolve
+from ..refinement.resolve import ResolvedRecipe, resolve
 from ..runtime.checkpoint import Checkpoint, load_latest
 from ..runtime.device import check_compile, uses_bf16
 from ..runtime.files import check_folder
@@ -29,10 +29,11 @@ from ..runtime.lock import check_writable
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
 from .head_choice import check_measurable
-from .init_from import check_heads, encoder_of, open_start, with_its_blocks
+from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
-# Fields that may differ when a run is continued: they say where and how it runs, not what is computed.
-FREE_FIELDS = frozenset(
+# Fields that may differ when a run is continued: they say where and how it runs, not what is
+# computed.
+_FREE_FIELDS = frozenset(
     [
         "recipe",
         "max_bad_fraction",
@@ -50,160 +51,231 @@ FREE_FIELDS = frozenset(
         "dry_run",
     ]
 )
-PRETRAINED = "pretrained"  # folder of the encoder that a run with `--pretrain` starts from
+# Folder of the encoder that a run with `--pretrain` starts from.
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run.
+
+    Attributes:
+        training: what is refined on.
+        evaluation: what is measured on, never trained on; None for no evaluation.
+        bank: for k-NN, and to choose head blocks on; None for a stream without evaluation.
+    """
+
+    training: ImageDataset | ImageStream
+    evaluation: ImageDataset | None
+    bank: ImageDataset | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        config, processor: of the encoder.
+        encoder: None where it is still to be pre-trained.
+        pretraining: how it is pre-trained, if it is.
+        checkpoint: of another run, whose heads and queues come along (`init_from.py`).
+    """
+
+    config: MimRefinerConfig
+    processor: Any
+    encoder: MimRefinerModel | None = None
+    pretraining: PretrainRecipe | None = None
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked; `encoder` is None where it is still to be pre-trained, `bank` is for k-NN, `found` is
-    the checkpoint to go on from, `start` another run's to begin with (`init_from.py`)."""
+    """Everything that a run needs, checked; `resume` is the checkpoint to go on from."""
 
-    recipe: RefineRecipe
-    config: MimRefinerConfig
-    encoder: MimRefinerModel | None
-    pretraining: PretrainRecipe | None
-    processor: Any
-    images: ImageDataset | ImageStream
-    eval_images: ImageDataset | None
-    bank: ImageDataset | None
-    steps: Steps
-    found: Checkpoint | None
-    start: Checkpoint | None = None
+    recipe: ResolvedRecipe
+    start: Start
+    images: RunImages
+    resume: Checkpoint | None
 
     @property
-    def num_images(self) -> int | None:
-        """Images to train on; None for a stream."""
-        return len(self.images) if isinstance(self.images, ImageDataset) else None
+    def start_step(self) -> int:
+        """The first step that is still to be done."""
+        return 0 if self.resume is None else self.resume.step
 
 
 def prepare(recipe: RefineRecipe) -> Prepared:
-    """Open data and weights, fill in the recipe, and check it against both, the device and the output folder."""
+    """Open data and weights, fill in the recipe, and check it against machine and folder."""
+    # what the machine cannot do is said before anything is downloaded
     fsdp2_requested()
-    uses_bf16(recipe.mixed_precision)
+    bf16 = uses_bf16(recipe.mixed_precision)
     check_compile(recipe.compile)
-    images, eval_images = open_data(recipe, num_channels=3)
-    found = None if recipe.dry_run else load_latest(Path(recipe.output_dir) / "checkpoints")
-    pretraining = encoder = start = None
-    processor: Any
+
+    output = Path(recipe.output_dir)
+    training, evaluation = open_run_images(recipe, num_channels=3)
+    resume = None if recipe.dry_run else load_latest(output / "checkpoints")
+    start = open_starting_weights(recipe, resume)
+    if start.checkpoint is not None:
+        recipe = with_its_blocks(recipe, start.checkpoint)
+    if start.config.num_channels != 3:
+        training, evaluation = open_run_images(recipe, num_channels=start.config.num_channels)
+    images = _with_bank(training, evaluation, recipe.seed)
+
+    num_images = len(training) if isinstance(training, ImageDataset) else None
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    resolved = resolve(recipe, start.config, num_images, processes, bf16)
+    if "head_blocks" in resolved.to_measure:
+        check_measurable(images.bank)
+    if start.pretraining is not None:
+        _check_pretraining(recipe.pretrain, start.pretraining.batch_size, num_images)
+
+    # the output folder, and a run that it may hold
+    check_run_folder(output, resolved)
+    if start.pretraining is not None:
+        check_start_folder(output / PRETRAINED)
+    if start.checkpoint is not None and resume is None:
+        check_heads_fit(resolved, start.checkpoint)
+    if recipe.stage == "refine" and not recipe.dry_run and start.checkpoint is None:
+        _check_warm_heads(recipe.output_dir, resume, resolved.steps.warmup)
+    record = output / RECORD
+    if resume is not None and isinstance(training, ImageDataset) and record.exists():
+        check_data_record(record, training)
+    return Prepared(resolved, start, images, resume)
+
+
+def open_starting_weights(recipe: RefineRecipe, resume: Checkpoint | None) -> Start:
+    """The encoder that the recipe names by --model, --init_from or --pretrain."""
     if recipe.pretrain is not None:
-        pretraining = PretrainRecipe(
-            **{**read_fields(recipe.pretrain, PretrainRecipe, "pretrain"), "seed": recipe.seed}
-        )
+        fields = read_fields(recipe.pretrain, PretrainRecipe, "pretrain")
+        pretraining = PretrainRecipe(**{**fields, "seed": recipe.seed})
         config = pretraining.encoder_config()
-        processor = image_processor(config, {})
-    elif recipe.init_from is not None:
-        start = found or open_start(
-            recipe.init_from
-        )  # once begun, a run needs the other one no more
-        encoder, recipe = encoder_of(start), with_its_blocks(recipe, start)
-        config, processor = encoder.config, encoder.image_processor
+        return Start(config, image_processor(config, {}), pretraining=pretraining)
+
+    checkpoint = None
+    if recipe.init_from is not None:
+        # once begun, a run needs the other one no more
+        checkpoint = resume or open_start(recipe.init_from)
+        encoder = encoder_of(checkpoint)
     else:
         assert recipe.model is not None
         encoder = load_encoder(recipe.model, family=recipe.family)
-        config, processor = encoder.config, encoder.image_processor
-    if config.num_channels != 3:
-        images, eval_images = open_data(recipe, num_channels=config.num_channels)
-    bank = images if isinstance(images, ImageDataset) else None
-    if (
-        bank is None and eval_images is not None
-    ):  # a stream is gone once read: half of the evaluation images are the bank
-        bank, eval_images = hold_out(eval_images, 0.5, recipe.seed)
-    num_images = len(images) if isinstance(images, ImageDataset) else None
-    recipe = resolve(recipe, config, num_images, int(os.environ.get("WORLD_SIZE", "1")))
-    if recipe.head_blocks == "auto":
-        check_measurable(bank)
-    steps = count_steps(recipe, num_images)
-    if pretraining is not None and num_images is None:
-        raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
-    if pretraining is not None and num_images is not None and pretraining.batch_size > num_images:
-        raise ValueError(
-            f"--pretrain {recipe.pretrain}: its batch_size {pretraining.batch_size} exceeds the {num_images} images"
-        )
-    check_output(Path(recipe.output_dir), recipe)
-    if pretraining is not None:
-        check_start(Path(recipe.output_dir) / PRETRAINED)
-    if start is not None and found is None:
-        check_heads(recipe, start)
-    done = None if found is None else found.step
-    if (
-        recipe.stage == "refine"
-        and not recipe.dry_run
-        and start is None
-        and (done is None or done < steps.warmup)
-    ):
-        raise ValueError(
-            f"--stage refine: {recipe.output_dir} has no warmed-up heads; run --stage warmup first, or --stage both"
-        )
-    record = Path(recipe.output_dir) / RECORD
-    if found is not None and isinstance(images, ImageDataset) and record.exists():
-        check_data_record(record, images)
-    return Prepared(
-        recipe,
-        config,
-        encoder,
-        pretraining,
-        processor,
-        images,
-        eval_images,
-        bank,
-        steps,
-        found,
-        start,
-    )
+    return Start(encoder.config, encoder.image_processor, encoder, checkpoint=checkpoint)
 
 
-def open_data(
+def open_run_images(
     recipe: RefineRecipe, num_channels: int
 ) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
-    where = {"config": recipe.dataset_config, "num_channels": num_channels}
-    evaluate = None
+    config = recipe.dataset_config
+    evaluation = None
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
-        same = recipe.eval_dataset in (None, recipe.dataset)
-        eval_where = where if same else {"num_channels": num_channels}
-        evaluate = open_images(
-            recipe.eval_dataset or recipe.dataset, split=recipe.eval_split, **eval_where
+        name = recipe.eval_dataset or recipe.dataset
+        # a configuration belongs to its own data set
+        evaluation = open_images(
+            name,
+            config=config if name == recipe.dataset else None,
+            split=recipe.eval_split,
+            num_channels=num_channels,
         )
     if recipe.streaming:
-        return open_stream(recipe.dataset, split=recipe.split, **where), evaluate  # type: ignore[arg-type]
-    images = open_images(recipe.dataset, split=recipe.split, **where)  # type: ignore[arg-type]
+        stream = open_stream(
+            recipe.dataset, config=config, split=recipe.split, num_channels=num_channels
+        )
+        return stream, evaluation
+
+    images = open_images(
+        recipe.dataset, config=config, split=recipe.split, num_channels=num_channels
+    )
     if len(images) < 2:
         raise ValueError(
-            f"--dataset {recipe.dataset}: {len(images)} image(s) found; contrastive refinement needs at least 2"
+            f"--dataset {recipe.dataset}: {len(images)} image(s) found; "
+            "contrastive refinement needs at least 2"
         )
-    if evaluate is not None and evaluate.fingerprint == images.fingerprint:
+    if evaluation is not None and evaluation.fingerprint == images.fingerprint:
         raise ValueError(
-            f"--eval_dataset {evaluate.name}: these are the images to train on; name others, another --eval_split, or leave both "
-            "out to hold some back"
+            f"--eval_dataset {evaluation.name}: these are the images to train on; name others, "
+            "another --eval_split, or leave both out to hold some back"
         )
-    if evaluate is None and recipe.eval_fraction > 0:
+    if evaluation is None and recipe.eval_fraction > 0:
         return hold_out(images, recipe.eval_fraction, recipe.seed)
-    return images, evaluate
+    return images, evaluation
 
 
-def check_output(output: Path, recipe: RefineRecipe) -> None:
-    """Refuse an output folder that belongs to another recipe, naming the fields that differ, or that cannot be one."""
+def _with_bank(
+    training: ImageDataset | ImageStream, evaluation: ImageDataset | None, seed: int
+) -> RunImages:
+    """The images with a k-NN bank: the training images, or of a stream half of the others."""
+    if isinstance(training, ImageDataset):
+        return RunImages(training, evaluation, bank=training)
+    if evaluation is None:
+        return RunImages(training, None, bank=None)
+    # a stream is gone once read
+    bank, evaluation = hold_out(evaluation, 0.5, seed)
+    return RunImages(training, evaluation, bank)
+
+
+def _check_pretraining(name: str | None, batch_size: int, num_images: int | None) -> None:
+    if num_images is None:
+        raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
+    if batch_size > num_images:
+        raise ValueError(
+            f"--pretrain {name}: its batch_size {batch_size} exceeds the {num_images} images"
+        )
+
+
+def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -> None:
+    """Whether the folder of a `--stage refine` holds heads that are warm."""
+    if resume is None or resume.step < warmup:
+        raise ValueError(
+            f"--stage refine: {output_dir} has no warmed-up heads; "
+            "run --stage warmup first, or --stage both"
+        )
+
+
+def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
+    """Refuse an output folder that belongs to another recipe, or that cannot be one.
+
+    Raises:
+        ValueError: naming the fields that differ.
+    """
     check_writable(output, "--output_dir")
     saved = output / "recipe.json"
     if not saved.is_file():
         return
     try:
-        old, new = dict(json.loads(saved.read_text())), dataclasses.asdict(recipe)
+        old = dict(json.loads(saved.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"--output_dir {output}: its recipe.json cannot be read ({error}); name another folder or remove it"
+            f"--output_dir {output}: its recipe.json cannot be read ({error}); "
+            "name another folder or remove it"
         ) from error
-    differing = [key for key in new if key not in FREE_FIELDS and old.get(key) != new[key]]
-    if differing:
-        changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in differing)
+
+    changes = []
+    for name, value in recipe.as_written().items():
+        if name not in _FREE_FIELDS and old.get(name) != value:
+            changes.append(f"{name} was {old.get(name)}, is {value}")
+    if changes:
         raise ValueError(
-            f"--output_dir {output}: holds a run of another recipe ({changes}); choose another folder or remove it"
+            f"--output_dir {output}: holds a run of another recipe ({'; '.join(changes)}); "
+            "choose another folder or remove it"
         )
 
 
-def check_start(folder: Path) -> Path:
-    """`folder`, resolved, if the pre-trained encoder can be written there: it is absent, empty or holds a model."""
+def check_start_folder(folder: Path) -> Path:
+    """`folder`, resolved, if the pre-trained encoder can be written there.
+
+    It is absent, empty or holds a model.
+    """
     return check_folder(folder, "config.json", "model")
 
 
-__all__ = ["PRETRAINED", "Prepared", "check_output", "check_start", "open_data", "prepare"]
+__all__ = [
+    "PRETRAINED",
+    "Prepared",
+    "RunImages",
+    "Start",
+    "check_run_folder",
+    "check_start_folder",
+    "open_run_images",
+    "open_starting_weights",
+    "prepare",
+]

@@ -1,21 +1,19 @@
-"""A run from recipe to evidence: check everything, say the plan, start weights, before, train, after, `metrics.json`.
+"""A run from recipe to evidence: prepare, plan, start, measure, train, measure again, write.
 
-    result = run(RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out"))
+    recipe = RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out")
+    result = run(recipe)
     result.encoder, result.metrics["after"]["knn_accuracy"]
 
-All that can be wrong with recipe, data, weights or output folder is said before anything is trained. The output folder holds
-`recipe.json` and `data.json` (what the data consist of) from the start, `checkpoints/` on the way, `metrics.json`, `clusters.png`,
-`curves.png` and `log.jsonl` at the end; with `--pretrain` also `pretrained/`, the encoder that is refined, with `--head_blocks auto`
-`blocks.png`, the measurement behind the choice, and `broken.json` where images could not be read.
+All that can be wrong with recipe, data, weights or output folder is said before anything is
+trained. The output folder holds `recipe.json` and `data.json` (what the data consist of) from the
+start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at
+the end; with `--pretrain` also `pretrained/`, the encoder that is refined, with `--head_blocks
+auto` `blocks.png`, the measurement behind the choice, and `broken.json` where images could not be
+read.
 """
 
 import dataclasses
-import importlib.metadata
 import logging
-import os
-import platform
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,6 @@ from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
 from ..data.images import Broken, ImageDataset, evenly_spaced
 from ..data.loading import Loading
-from ..evaluation.block_analysis import BlockProfile
 from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.tables import comparison_table
@@ -37,29 +34,31 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
+from ..refinement.resolve import Choice
 from ..refinement.trainer import Trainer
-from ..runtime.device import available_memory, uses_bf16, warn_of_emulation
+from ..runtime.device import available_memory, warn_of_emulation
 from ..runtime.files import staged_folder, write_json
 from ..runtime.launch import several_on_the_cpu
-from ..runtime.sharding import fsdp2_requested
 from ..runtime.tracking import trackers
-from .head_choice import choose_head_blocks
+from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import PRETRAINED, Prepared, check_start, prepare
+from .prepare import PRETRAINED, Prepared, check_start_folder, prepare
+from .run_record import BeforeAfter, run_record
 
 logger = logging.getLogger(__name__)
-
-PROTOCOL = {
-    "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
-    "knn": "k=10, temperature 0.07, features standardised by the training images, cosine similarity",
-    "clustering": "mini-batch k-means on L2-normalised features, 100 runs, the one with the lowest loss; k = number of classes",
-}
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `run` leaves in memory: the refined encoder (EMA) in eval mode, its image processor, and what metrics.json says."""
+    """What `run` leaves in memory.
+
+    Attributes:
+        encoder: the refined encoder (the moving average), in eval mode.
+        processor: its image processor.
+        metrics: what metrics.json says.
+        output_dir: the run's folder.
+    """
 
     encoder: MimRefinerModel
     processor: Any
@@ -71,343 +70,302 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     """Refine as the recipe says; None after a dry run, or a head warm-up alone.
 
     Raises:
-        ValueError, FileNotFoundError: for a recipe that does not fit data, weights or output folder; before any work.
-        FloatingPointError: for a loss that is not finite; before the optimiser step.
+        ValueError, FileNotFoundError: for a recipe that does not fit data, weights or output
+            folder; before any work.
+        NotFiniteError: for a loss that is not finite; before the optimiser step.
     """
+    # denormal numbers slow the CPU down and mean nothing here
     torch.set_flush_denormal(True)
     prepared = prepare(recipe)
-    recipe, output = prepared.recipe, Path(recipe.output_dir)
-    bf16 = uses_bf16(recipe.mixed_precision)
-    start_step = 0 if prepared.found is None else prepared.found.step
-    accelerator = Accelerator(
-        cpu=several_on_the_cpu(),
-        mixed_precision="bf16" if bf16 else "no",
-        log_with=trackers(output, recipe.loggers, start_step),
-        project_config=ProjectConfiguration(
-            project_dir=str(output), logging_dir=str(output / "tensorboard")
-        ),
-    )
+    accelerator = _accelerator(prepared)
     if accelerator.is_main_process:
-        if bf16:
-            warn_of_emulation(
-                f"--mixed_precision {recipe.mixed_precision}", accelerator.device.type
-            )
-        print(_plan(prepared, accelerator, bf16), flush=True)
+        print(_plan(prepared, accelerator), flush=True)
     if recipe.dry_run:
         return None
+
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "recipe.json", dataclasses.asdict(recipe))
-        if isinstance(prepared.images, ImageDataset):
-            write_data_record(output / RECORD, prepared.images)
+        _begin_folder(prepared)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("mim-refiner")
     try:
-        result = _train_and_measure(prepared, accelerator, bf16)
+        result = _refine_and_measure(prepared, accelerator)
     except NotFiniteError as error:
-        path = output / FAILURES / f"step-{error.report['step']:08d}.json"
-        if accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, error.report)
-        raise NotFiniteError(
-            f"{error}. The report: {path}; `mim-refiner replay {output}` runs the step again",
-            error.report,
-        ) from error
+        raise _with_report(error, Path(recipe.output_dir), accelerator.is_main_process) from error
     accelerator.end_training()
     return result
 
 
-def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
-    """Keep the encoder of `--pretrain`, which is nowhere else, to compare with: weights, configuration and preprocessing."""
-    with staged_folder(folder, check_start) as new:
-        encoder.save_pretrained(new)
-        processor.save_pretrained(new)
+# ---- before
 
 
-def _plan(prepared: Prepared, accelerator: Accelerator, bf16: bool) -> str:
+def _accelerator(prepared: Prepared) -> Accelerator:
+    """The processes of the run and its loggers; warns of bf16 where it is slow."""
+    recipe = prepared.recipe
+    output = Path(recipe.output_dir)
+    accelerator = Accelerator(
+        cpu=several_on_the_cpu(),
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        log_with=trackers(output, recipe.asked.loggers, prepared.start_step),
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / "tensorboard")
+        ),
+    )
+    if recipe.bf16 and accelerator.is_main_process:
+        flag = f"--mixed_precision {recipe.asked.mixed_precision}"
+        warn_of_emulation(flag, accelerator.device.type)
+    return accelerator
+
+
+def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
+    device = accelerator.device.type
+    evaluation = prepared.images.evaluation
     text = plan_text(
         prepared.recipe,
-        prepared.config,
-        num_images=prepared.num_images,
-        num_eval=0 if prepared.eval_images is None else len(prepared.eval_images),
-        steps=prepared.steps,
-        processes=accelerator.num_processes,
-        device=accelerator.device.type,
-        bf16=bf16,
-        available=available_memory(accelerator.device.type, accelerator.num_processes),
+        prepared.start.config,
+        num_eval=0 if evaluation is None else len(evaluation),
+        device=device,
+        available=available_memory(device, accelerator.num_processes),
     )
-    if prepared.encoder is not None:
-        text += f"\n  weights {prepared.encoder.load_report}"
-    if prepared.found is not None:
-        text += f"\n  resume  after step {prepared.found.step}"
+    if prepared.start.encoder is not None:
+        text += f"\n  weights {prepared.start.encoder.load_report}"
+    if prepared.resume is not None:
+        text += f"\n  resume  after step {prepared.start_step}"
     return text
 
 
-def _train_and_measure(
-    prepared: Prepared, accelerator: Accelerator, bf16: bool
-) -> RunResult | None:
-    """The run itself, on every process; files are written by the main one."""
-    recipe, steps, found = prepared.recipe, prepared.steps, prepared.found
-    workers = _num_workers(recipe, accelerator)
-    seconds: dict[str, float] = {} if found is None else dict(found.state["seconds"])
+def _begin_folder(prepared: Prepared) -> None:
+    """What the output folder holds from the start: the recipe, and what the data consist of."""
+    output = Path(prepared.recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "recipe.json", prepared.recipe.as_written())
+    if isinstance(prepared.images.training, ImageDataset):
+        write_data_record(output / RECORD, prepared.images.training)
+
+
+def _with_report(error: NotFiniteError, output: Path, writes: bool) -> NotFiniteError:
+    """The error, with where its report lies; the main process `writes` it."""
+    path = output / FAILURES / f"step-{error.report.step:08d}.json"
+    if writes:
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, dataclasses.asdict(error.report))
+    hint = f". The report: {path}; `mim-refiner replay {output}` runs the step again"
+    return NotFiniteError(error.report, hint)
+
+
+# ---- the run itself, on every process; files are written by the main one
+
+
+def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResult | None:
+    recipe = prepared.recipe
+    resume = prepared.resume
+    seconds: dict[str, float] = {}
+    if resume is not None:
+        seconds |= resume.state["seconds"]
+
+    # start: weights, and images that can all be read
     encoder = starting_encoder(prepared, accelerator, seconds)
-    prepared, unreadable = _readable_only(prepared, workers)
-
-    def evaluate(model: MimRefinerModel, per_block: bool = True) -> Evaluation | None:
-        if prepared.eval_images is None or prepared.bank is None:
-            return None
-        return evaluate_encoder(
-            model,
-            prepared.processor,
-            prepared.bank,
-            prepared.eval_images,
-            seed=recipe.seed,
-            loading=Loading(num_workers=workers),
-            per_block=per_block,
-        )
-
-    start = None if found is not None else evaluate(encoder)
-    before = (
-        found.state["before"]
-        if found is not None
-        else (start.metrics if start is not None else None)
-    )
+    prepared, unreadable = _readable_only(prepared)
+    before = resume.state["before"] if resume else _metrics(_evaluate(prepared, encoder))
     choice = choose_blocks(prepared, accelerator, encoder)
-    trainer = make_trainer(prepared, accelerator, bf16, encoder, choice, seconds)
+
+    # train
+    trainer = make_trainer(prepared, accelerator, encoder, choice, seconds)
     trainer.broken.add(unreadable)
     trainer.broken.share()
-    stop = steps.warmup if recipe.stage == "warmup" else steps.total
-    trainer.fit(
-        0 if found is None else found.step,
-        stop,
-        extra_state={
-            "before": before,
-            "head_choice": choice,
-            "micro_batch": trainer.recipe.micro_batch_size,
-            **start_state(encoder, prepared.processor, prepared.images, steps.warmup),
-        },
-        evaluate=lambda: (
-            {} if (e := evaluate(trainer.averaged(), per_block=False)) is None else e.metrics
+    state = {
+        "before": before,
+        "head_choice": None if choice is None else dataclasses.asdict(choice),
+        "micro_batch": trainer.recipe.micro_batch_size,
+        **start_state(
+            encoder, prepared.start.processor, prepared.images.training, recipe.steps.warmup
         ),
-    )
-    if recipe.stage == "warmup":
+    }
+
+    def evaluate_average() -> dict[str, Any]:
+        return _metrics(_evaluate(prepared, trainer.averaged(), per_block=False)) or {}
+
+    warms_up_only = recipe.asked.stage == "warmup"
+    stop = recipe.steps.warmup if warms_up_only else recipe.steps.total
+    trainer.fit(prepared.start_step, stop, state, evaluate_average)
+    if warms_up_only:
         accelerator.print(
             f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine."
         )
         return None
+
+    # after
     refined = trainer.averaged()
-    measured = evaluate(refined)
-    after = None if measured is None else measured.metrics
-    metrics = describe(prepared, accelerator, before, after, trainer.seconds)
+    after = _evaluate(prepared, refined)
+    measured = BeforeAfter(before, _metrics(after))
+    metrics = run_record(prepared, accelerator, measured, trainer.seconds)
     metrics["broken_images"] = len(trainer.broken)
     if choice is not None:
-        metrics["head_choice"] = choice
+        metrics["head_choice"] = dataclasses.asdict(choice)
     if accelerator.is_main_process:
-        write_json(Path(recipe.output_dir) / "metrics.json", metrics)
-        if measured is not None and prepared.eval_images is not None:
-            draw_clusters(prepared.eval_images, measured, Path(recipe.output_dir) / "clusters.png")
-        draw_curves(
-            Path(recipe.output_dir) / "log.jsonl",
-            before,
-            after,
-            Path(recipe.output_dir) / "curves.png",
-        )
-        if before is not None and after is not None:
-            print(f"\n{comparison_table(before, after)}\n", flush=True)
-    return RunResult(refined, prepared.processor, metrics, Path(recipe.output_dir))
+        _write_evidence(prepared, metrics, measured, after)
+    return RunResult(refined, prepared.start.processor, metrics, Path(recipe.output_dir))
 
 
-def _readable_only(prepared: Prepared, workers: int) -> tuple[Prepared, list[Broken]]:
-    """Without the evaluation images and those of the k-NN bank that cannot be read, and what these are: every score is over the
-    same images, before and after. Of the bank, the 10 000 images that are used are decoded to find out."""
-    if prepared.eval_images is None or prepared.bank is None:
+def _evaluate(
+    prepared: Prepared, model: MimRefinerModel, per_block: bool = True
+) -> Evaluation | None:
+    """The scores of an encoder; None for a run without evaluation images."""
+    images = prepared.images
+    if images.evaluation is None or images.bank is None:
+        return None
+    return evaluate_encoder(
+        model,
+        prepared.start.processor,
+        images.bank,
+        images.evaluation,
+        seed=prepared.recipe.seed,
+        loading=Loading(num_workers=prepared.recipe.num_workers),
+        per_block=per_block,
+    )
+
+
+def _metrics(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    return None if evaluation is None else evaluation.metrics
+
+
+def _write_evidence(
+    prepared: Prepared, metrics: dict[str, Any], measured: BeforeAfter, after: Evaluation | None
+) -> None:
+    """metrics.json, the pictures, and the table of before and after."""
+    output = Path(prepared.recipe.output_dir)
+    write_json(output / "metrics.json", metrics)
+    if after is not None and prepared.images.evaluation is not None:
+        draw_clusters(prepared.images.evaluation, after, output / "clusters.png")
+    draw_curves(output / "log.jsonl", measured.before, measured.after, output / "curves.png")
+    if measured.before is not None and measured.after is not None:
+        print(f"\n{comparison_table(measured.before, measured.after)}\n", flush=True)
+
+
+def _readable_only(prepared: Prepared) -> tuple[Prepared, list[Broken]]:
+    """Without the evaluation images, and those of the k-NN bank, that cannot be read.
+
+    So every score is over the same images, before and after. Of the bank, the 10 000 images that
+    are used are decoded to find out. Returned are also the broken ones of the data set that is
+    trained on: the run's list is one of places there.
+    """
+    images = prepared.images
+    if images.evaluation is None or images.bank is None:
         return prepared, []
-    kept, own = [], []
-    for images in (prepared.eval_images, evenly_spaced(prepared.bank, BANK_SIZE)):
-        left, broken = readable(images, workers)
-        kept.append(left)
-        if images.found is getattr(
-            prepared.images, "found", None
-        ):  # the run's list is one of places in the data set trained on
-            own += broken
+
+    workers = prepared.recipe.num_workers
+    evaluation, broken = readable(images.evaluation, workers)
+    bank, broken_in_bank = readable(evenly_spaced(images.bank, BANK_SIZE), workers)
+    unreadable = []
+    for source, entries in ((images.evaluation, broken), (images.bank, broken_in_bank)):
+        if source.found is getattr(images.training, "found", None):
+            unreadable += entries
             continue
-        for entry in broken:
+        for entry in entries:
             logger.warning("broken evaluation image, left out: %s", entry["reason"])
-    return dataclasses.replace(prepared, eval_images=kept[0], bank=kept[1]), own
+    images = dataclasses.replace(images, evaluation=evaluation, bank=bank)
+    return dataclasses.replace(prepared, images=images), unreadable
+
+
+# ---- its parts, which `replay` uses too
 
 
 def starting_encoder(
     prepared: Prepared, accelerator: Accelerator, seconds: dict[str, float]
 ) -> MimRefinerModel:
-    """The encoder that the run starts from, in fp32 on the device: loaded, or pre-trained, with its time put into `seconds`."""
-    encoder, began = prepared.encoder, time.perf_counter()
-    if encoder is None and prepared.found is None:
-        assert prepared.pretraining is not None and isinstance(prepared.images, ImageDataset)
-        workers = _num_workers(prepared.recipe, accelerator)
+    """The encoder that the run starts from, in fp32 on the device: loaded, or pre-trained.
+
+    `seconds` gets the time of the pre-training.
+    """
+    start = prepared.start
+    encoder = start.encoder
+    if encoder is None and prepared.resume is not None:
+        # the checkpoint fills it
+        encoder = MimRefinerModel(start.config)
+    elif encoder is None:
+        images = prepared.images.training
+        assert start.pretraining is not None and isinstance(images, ImageDataset)
+        began = time.perf_counter()
         encoder = pretrain_mae(
-            prepared.pretraining,
-            prepared.images,
+            start.pretraining,
+            images,
             accelerator,
-            workers,
+            prepared.recipe.num_workers,
             prepared.recipe.max_bad_fraction,
         )
         seconds["pretrain"] = time.perf_counter() - began
         if accelerator.is_main_process:
-            save_start(Path(prepared.recipe.output_dir) / PRETRAINED, encoder, prepared.processor)
-    elif encoder is None:
-        encoder = MimRefinerModel(prepared.config)  # the checkpoint fills it
+            folder = Path(prepared.recipe.output_dir) / PRETRAINED
+            save_start(folder, encoder, start.processor)
     return encoder.float().to(accelerator.device)
+
+
+def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
+    """Keep the encoder of `--pretrain`, which is nowhere else, to compare with."""
+    with staged_folder(folder, check_start_folder) as new:
+        encoder.save_pretrained(new)
+        processor.save_pretrained(new)
+
+
+def choose_blocks(
+    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel
+) -> HeadChoice | None:
+    """What `--head_blocks auto` chooses, said and drawn; None where blocks were named.
+
+    A resumed run goes on with the choice of the first one.
+    """
+    recipe = prepared.recipe
+    if "head_blocks" not in recipe.to_measure:
+        return None
+    if prepared.resume is not None:
+        return HeadChoice.from_json(prepared.resume.state["head_choice"])
+
+    bank = prepared.images.bank
+    assert bank is not None  # or check_measurable would have refused
+    choice = choose_head_blocks(recipe, encoder, prepared.start.processor, bank)
+    blocks = ", ".join(map(str, choice.blocks))
+    accelerator.print(f"Heads on blocks {blocks}: {choice.reason}", flush=True)
+    if accelerator.is_main_process:
+        picture = Path(recipe.output_dir) / "blocks.png"
+        draw_block_profile(choice.profile, picture, choice.blocks)
+    return choice
 
 
 def make_trainer(
     prepared: Prepared,
     accelerator: Accelerator,
-    bf16: bool,
     encoder: MimRefinerModel,
-    choice: dict[str, Any] | None,
+    choice: HeadChoice | None,
     seconds: dict[str, float],
 ) -> Trainer:
-    """The trainer of the run, standing where its checkpoint was written if there is one; `choice` as `choose_blocks` gives it."""
-    recipe, processor = prepared.recipe, prepared.processor
+    """The trainer of the run, standing where its checkpoint was written if there is one."""
+    recipe = prepared.recipe
+    resume = prepared.resume
     if choice is not None:
-        recipe = dataclasses.replace(recipe, head_blocks=choice["blocks"])
-    workers, statistics = (
-        _num_workers(recipe, accelerator),
-        (processor.image_mean, processor.image_std),
-    )
+        recipe = recipe.measured("head_blocks", Choice(choice.blocks, choice.reason))
+    training = prepared.images.training
+    processor = prepared.start.processor
     trainer = Trainer(
-        recipe,
-        prepared.steps,
-        accelerator,
-        prepared.images,
-        encoder,
-        *statistics,
-        workers,
-        bf16,
-        seconds,
+        recipe, accelerator, training, encoder, processor.image_mean, processor.image_std, seconds
     )
-    if prepared.found is not None:
-        trainer.restore(prepared.found)
-    elif prepared.start is not None:
-        own, its = data_digest(prepared.images), prepared.start.state["data"]
-        same_data = own is not None and own == its
-        place_heads(
-            prepared.start,
-            trainer.tensors(),
-            trainer.refiner.heads,
-            trainer.refiner.queue,
-            same_data,
-        )
-    if recipe.micro_batch_size == "auto":
-        kept: Any = (
-            "auto" if prepared.found is None else prepared.found.state.get("micro_batch", "auto")
-        )  # the same bits as before
-        trainer.choose_micro_batch(
-            available_memory(accelerator.device.type, accelerator.num_processes), kept
-        )
+
+    # where it stands: in the middle of this run, at the heads of another one, or at the start
+    other = prepared.start.checkpoint
+    if resume is not None:
+        trainer.restore(resume)
+    elif other is not None:
+        own = data_digest(training)
+        same_data = own is not None and own == other.state["data"]
+        refiner = trainer.refiner
+        place_heads(other, trainer.tensors(), refiner.heads, refiner.queue, same_data)
+
+    if "micro_batch_size" in recipe.to_measure:
+        # the same bits as before: a resumed run goes on with what the first one had chosen
+        if resume is not None and "micro_batch" in resume.state:
+            trainer.settle_micro_batch(Choice(resume.state["micro_batch"], "as this run began"))
+        else:
+            device = accelerator.device.type
+            trainer.choose_micro_batch(available_memory(device, accelerator.num_processes))
     return trainer
 
 
-def choose_blocks(
-    prepared: Prepared, accelerator: Accelerator, encoder: MimRefinerModel
-) -> dict[str, Any] | None:
-    """What `--head_blocks auto` chooses, said and drawn; the first run's choice when resumed; None where blocks were named."""
-    if prepared.recipe.head_blocks != "auto":
-        return None
-    if prepared.found is not None:
-        kept: dict[str, Any] = prepared.found.state["head_choice"]
-        return kept
-    assert prepared.bank is not None  # or check_measurable would have refused
-    choice = choose_head_blocks(
-        prepared.recipe,
-        encoder,
-        prepared.processor,
-        prepared.bank,
-        _num_workers(prepared.recipe, accelerator),
-    )
-    accelerator.print(
-        f"Heads on blocks {', '.join(map(str, choice['blocks']))}: {choice['reason']}", flush=True
-    )
-    if accelerator.is_main_process:
-        profile = [BlockProfile(**block) for block in choice["profile"]]
-        draw_block_profile(
-            profile, Path(prepared.recipe.output_dir) / "blocks.png", choice["blocks"]
-        )
-    return choice
-
-
-def _num_workers(recipe: RefineRecipe, accelerator: Accelerator) -> int:
-    if recipe.num_workers is not None:
-        return recipe.num_workers
-    return min(16, (os.cpu_count() or 1) // accelerator.num_processes)
-
-
-def describe(
-    prepared: Prepared, accelerator: Accelerator, before: Any, after: Any, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """The contents of metrics.json: what was measured, and everything needed to get it again."""
-    recipe, evaluated = prepared.recipe, prepared.eval_images
-    packages = (
-        "mim_refiner_hf",
-        "torch",
-        "torchvision",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "pillow",
-        "scikit-learn",
-    )
-    device = (
-        torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    )
-    launched = (
-        "accelerate launch"
-        if any(name.startswith("ACCELERATE_") for name in os.environ)
-        else "python"
-    )
-    if accelerator.num_processes > 1:
-        how = (
-            " --use_fsdp --fsdp_version 2"
-            if fsdp2_requested()
-            else " --cpu"
-            if accelerator.device.type == "cpu"
-            else ""
-        )
-        launched += f"{how} --num_processes {accelerator.num_processes}"
-    begun = (
-        "a MAE pre-trained in this run"
-        if recipe.init_from is None
-        else f"the weights of the run {recipe.init_from}"
-    )
-    return {
-        "before": before,
-        "after": after,
-        "seed": recipe.seed,
-        "command": f"{launched} {shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}",
-        "seconds": round(sum(seconds.values()), 1),
-        "stage_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": f"{accelerator.num_processes} x {device}"
-        if accelerator.num_processes > 1
-        else device,
-        "starting_model": recipe.model or begun,
-        "dataset": {
-            "name": recipe.dataset,
-            "config": recipe.dataset_config,
-            "split": recipe.split,
-            "images": prepared.num_images,
-            "fingerprint": getattr(prepared.images, "fingerprint", None),
-            "eval_name": None
-            if evaluated is None
-            else f"{evaluated.name} ({recipe.eval_split or 'held out'})",
-            "eval_images": None if evaluated is None else len(evaluated),
-            "num_classes": 0 if evaluated is None else evaluated.num_classes,
-        },
-        "protocol": PROTOCOL,
-        "recipe": dataclasses.asdict(recipe),
-    }
-
-
-__all__ = ["RunResult", "choose_blocks", "describe", "make_trainer", "run", "starting_encoder"]
+__all__ = ["RunResult", "choose_blocks", "make_trainer", "run", "starting_encoder"]

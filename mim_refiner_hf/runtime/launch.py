@@ -71,4 +71,9 @@ def launch_processes(count: int) -> int:
     return 0
 
 
-__all__ = ["launch_processes", "launched_short", "several_on_the_cpu"]
+def workers_per_process(processes: int) -> int:
+    """How many data-loading workers a process has by default: one per core, at most 16."""
+    return min(16, (os.cpu_count() or 1) // processes)
+
+
+__all__ = ["launch_processes", "launched_short", "several_on_the_cpu", "workers_per_process"]

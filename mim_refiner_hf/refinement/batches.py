@@ -1,0 +1,63 @@
+"""The views of every batch of a run, in the order of its steps."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.fast_views import FastMultiCrop
+from ..data.images import ImageDataset, ImageStream
+from ..data.order import BatchSampler
+from ..data.views import MultiCrop, ViewDataset, view_specs
+from ..runtime.distributed import rank, world_size
+from ..runtime.signals import ignore_stop_signals
+from .resolve import ResolvedRecipe
+
+
+def view_batches(
+    recipe: ResolvedRecipe,
+    images: ImageDataset | ImageStream,
+    start_step: int,
+    stop_step: int,
+    device: torch.device,
+) -> DataLoader[dict[str, Tensor]]:
+    """This process's share of the views of every batch from `start_step` to `stop_step`.
+
+    Args:
+        device: where the views will be used; a GPU finishes fast views itself.
+    """
+    specs = view_specs(
+        recipe.global_views,
+        recipe.local_views,
+        recipe.global_size,
+        recipe.local_size,
+        recipe.global_scale,
+        recipe.local_scale,
+        recipe.colour,
+        recipe.flip,
+    )
+    on_gpu = device.type == "cuda"
+    multicrop: MultiCrop | FastMultiCrop
+    if recipe.views == "exact":
+        multicrop = MultiCrop(specs)
+    else:
+        multicrop = FastMultiCrop(specs, hand_over=on_gpu)
+
+    sampler = BatchSampler(
+        images,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        steps=stop_step,
+        start_step=start_step,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return DataLoader(
+        ViewDataset(images, multicrop, recipe.seed),
+        batch_sampler=sampler,
+        num_workers=recipe.num_workers,
+        pin_memory=on_gpu,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+__all__ = ["view_batches"]

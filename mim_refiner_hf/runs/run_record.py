@@ -1,0 +1,119 @@
+"""What `metrics.json` says of a run: the scores before and after, and all that is needed to get
+them again."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..runtime.sharding import fsdp2_requested
+from .prepare import Prepared
+
+# How the scores are made, for the reader of metrics.json.
+_PROTOCOL = {
+    "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
+    "knn": "k=10, temperature 0.07, features standardised by the training images, "
+    "cosine similarity",
+    "clustering": "mini-batch k-means on L2-normalised features, 100 runs, "
+    "the one with the lowest loss; k = number of classes",
+}
+# Packages whose versions decide the numbers.
+_VERSIONED = (
+    "mim_refiner_hf",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "pillow",
+    "scikit-learn",
+)
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Scores by name, as `evaluate_encoder` gives them; None where nothing was measured."""
+
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+def run_record(
+    prepared: Prepared, accelerator: Accelerator, measured: BeforeAfter, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The contents of metrics.json, as JSON.
+
+    Args:
+        seconds: that each stage took.
+    """
+    asked = prepared.recipe.asked
+    begun = "a MAE pre-trained in this run"
+    if asked.init_from is not None:
+        begun = f"the weights of the run {asked.init_from}"
+    words = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return {
+        "before": measured.before,
+        "after": measured.after,
+        "seed": asked.seed,
+        "command": f"{_launcher(accelerator)} {words}",
+        "seconds": round(sum(seconds.values()), 1),
+        "stage_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        "hardware": _hardware(accelerator),
+        "starting_model": asked.model or begun,
+        "dataset": _dataset(prepared),
+        "protocol": _PROTOCOL,
+        "recipe": prepared.recipe.as_written(),
+    }
+
+
+def _launcher(accelerator: Accelerator) -> str:
+    """How the processes of this run are started."""
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    words = ["accelerate launch" if launched else "python"]
+    if accelerator.num_processes > 1:
+        if fsdp2_requested():
+            words.append("--use_fsdp --fsdp_version 2")
+        elif accelerator.device.type == "cpu":
+            words.append("--cpu")
+        words.append(f"--num_processes {accelerator.num_processes}")
+    return " ".join(words)
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    count = accelerator.num_processes
+    return f"{count} x {device}" if count > 1 else device
+
+
+def _dataset(prepared: Prepared) -> dict[str, Any]:
+    """What was trained and measured on."""
+    asked = prepared.recipe.asked
+    evaluated = prepared.images.evaluation
+    facts = {
+        "name": asked.dataset,
+        "config": asked.dataset_config,
+        "split": asked.split,
+        "images": prepared.recipe.num_images,
+        "fingerprint": getattr(prepared.images.training, "fingerprint", None),
+        "eval_name": None,
+        "eval_images": None,
+        "num_classes": 0,
+    }
+    if evaluated is not None:
+        facts["eval_name"] = f"{evaluated.name} ({asked.eval_split or 'held out'})"
+        facts["eval_images"] = len(evaluated)
+        facts["num_classes"] = evaluated.num_classes
+    return facts
+
+
+__all__ = ["BeforeAfter", "run_record"]
