@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import contents, dropped_names, encoder_tensors, facts
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from tiny_capi import TINY, TOLERANCE, tiny
@@ -54,9 +55,9 @@ def test_equals_the_authors_model(
     encoder.config.pooling = "global_repr"
     with torch.no_grad():
         output = encoder(inputs[pixels], output_hidden_states=True)
-    registers, patches = output.last_hidden_state.split(
-        [8, output.last_hidden_state.shape[1] - 8], dim=1
-    )
+    count = facts("capi")["n_registers"]
+    registers = output.last_hidden_state[:, :count]
+    patches = output.last_hidden_state[:, count:]
     found = {
         "embeddings": output.hidden_states[0],
         "blocks": torch.stack(output.hidden_states[1:]),
@@ -76,21 +77,25 @@ def test_equals_the_authors_model(
 
 def test_report_names_what_is_left_behind(capi: Path) -> None:
     report = load_encoder(capi / "checkpoint_perturbed_rope.pth").load_report
-    assert (
-        str(report)
-        == "capi: 49 of 49 placed; predictor after its first block: 9 dropped; clustering head: 2 dropped"
-    )
-    assert all(".blocks.1." in name for name in report.dropped["predictor after its first block"])
+    state = contents("capi", "checkpoint_perturbed_rope.pth")
+    count = encoder_tensors(state, "capi")
+    assert str(report).startswith(f"capi: {count} of {count} placed")
+    left = {reason: set(names) for reason, names in report.dropped.items()}
+    assert left == dropped_names(state, "capi")
+    assert "clustering head" in left
 
 
 def test_configuration_is_read_off_the_file(capi: Path) -> None:
     config = load_encoder(capi / "checkpoint.pth").config
-    assert (config.num_attention_heads, config.num_register_tokens, config.predictor_layers) == (
-        3,
-        8,
-        1,
-    )
-    assert (config.layer_norm_eps, config.bias, config.pooling) == (1e-5, "none", "mean")
+    stated = facts("capi")
+    assert config.hidden_size == stated["dim"]
+    assert config.num_hidden_layers == stated["depth"]
+    assert config.num_attention_heads == stated["num_heads"]
+    assert config.num_register_tokens == stated["n_registers"]
+    assert config.layer_norm_eps == stated["eps"]
+    # the authors read the image's vector off the predictor's first block
+    assert config.predictor_layers == 1
+    assert (config.bias, config.pooling) == ("none", "mean")
 
 
 def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
@@ -128,13 +133,13 @@ def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
 
 def test_start_values_equal_the_authors(capi: Path) -> None:
     expected = load_file(capi / "outputs.safetensors")
-    torch.testing.assert_close(
-        rotary_frequencies(12), expected["rope_freqs_default"], rtol=1e-6, atol=0
-    )
-    assert torch.equal(border_coordinates(8, CPU), expected["edge_register_coords"][0])
-    model = MimRefinerModel(
-        MimRefinerConfig(**TINY)
-    )  # and they are what an encoder starts with, after `_init_weights`
+    frequencies = expected["rope_freqs_default"]
+    width = frequencies.shape[-1]
+    torch.testing.assert_close(rotary_frequencies(width), frequencies, rtol=1e-6, atol=0)
+    (border,) = expected["edge_register_coords"]
+    assert torch.equal(border_coordinates(len(border), CPU), border)
+    # and they are what an encoder starts with, after `_init_weights`
+    model = MimRefinerModel(MimRefinerConfig(**TINY))
     assert torch.equal(model.layers[2].attention.rope.frequencies, rotary_frequencies(16))
 
 

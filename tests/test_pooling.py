@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import facts
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_capi import TINY, TOLERANCE, tiny
@@ -149,21 +150,24 @@ def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> None:
-    """Both stages from the authors' file; the predictor goes on where it is read and trained, and only there."""
+    """Both stages from the authors' file; the predictor goes on only where it is read and trained."""
+    depth = facts("capi")["depth"]
+    size = facts("capi")["image_size"]
+    patch = facts("capi")["patch_size"]
     recipe = RefineRecipe(
         model=str(capi / "checkpoint_perturbed_rope.pth"),
         dataset="digits",
         eval_fraction=0.0,
         pooling=pooling,
-        head_blocks=[2, 3],
+        head_blocks=[depth - 2, depth - 1],
         projector_dim=16,
         predictor_dim=16,
         embedding_dim=8,
         queue_size=32,
         topk=2,
         local_views=1,
-        global_size=32,
-        local_size=16,
+        global_size=size,
+        local_size=size // patch // 2 * patch,
         batch_size=8,
         micro_batch_size=4,
         max_steps=2,
