@@ -1,14 +1,17 @@
-"""A run that is killed, over and over: whatever happens to it, the same command ends with the very weights it would have had.
+"""A run that is killed, over and over.
 
-    python -m tests.chaos                                  # 50 kills, 20 polite signals; about 10 minutes on one core
+Whatever happens to it, the same command ends with the very weights it would have had.
+
+    python -m tests.chaos  # 50 kills, 20 polite signals; about 10 minutes on one core
     python -m tests.chaos --kills 3 --signals 2 --json chaos.json
-    python -m tests.chaos --kills 0 --signals 0 --lost_worker      # torchrun with two processes, one of which is killed
+    python -m tests.chaos --kills 0 --signals 0 --lost_worker  # torchrun with two processes, one of which is killed
 
-A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once undisturbed. Then, for every case, it is
-started anew in a process of its own, hit in a random step, and the same command is given again until it is through. Every second
-SIGKILL waits for the next checkpoint that is being written, every tenth comes before the first step. A case is good when weights
-and log are those of the undisturbed run, bit by bit, and a polite signal ended the process with 143 or 130. Exits with 1 if any
-case is not.
+A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once
+undisturbed. Then, for every case, it is started anew in a process of its own, hit in a random step,
+and the same command is given again until it is through. Every second SIGKILL waits for the next
+checkpoint that is being written, every tenth comes before the first step. A case is good when
+weights and log are those of the undisturbed run, bit by bit, and a polite signal ended the process
+with 143 or 130. Exits with 1 if any case is not.
 """
 
 import argparse
@@ -42,7 +45,9 @@ POLITE = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGUSR2: 143, signal.
 
 @dataclass
 class Case:
-    """One run that was hit: by what, when (seconds), what the disk and the process looked like then, and how it ended.
+    """One run that was hit.
+
+    By what, when (seconds), what the disk and the process looked like then, and how it ended.
 
     Attributes:
         while_writing: a half-written checkpoint was left behind.
@@ -148,7 +153,8 @@ def hit(
     aimed: bool,
     workers: int,
 ) -> Case:
-    """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is being written next), run it through.
+    """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is
+    being written next), run it through.
 
     `identical` is open.
     """
@@ -213,7 +219,9 @@ def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int
 
 
 def lost_worker(folder: Path) -> bool:
-    """Whether two processes, one of them killed and started again by torchrun, end with the weights of two undisturbed ones."""
+    """Whether two processes, one of them killed and started again by torchrun, end with the weights
+    of two undisturbed ones.
+    """
     save_start(folder / "start")
     launcher = [
         sys.executable,

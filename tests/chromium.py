@@ -1,4 +1,6 @@
-"""A headless Chromium for tests, steered through chromedriver in the W3C's WebDriver protocol: JSON over HTTP, no further library.
+"""A headless Chromium for tests, steered through chromedriver in the W3C's WebDriver protocol.
+
+JSON over HTTP, no further library.
 
 apt-get install chromium chromium-driver
 """

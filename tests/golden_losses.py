@@ -1,14 +1,17 @@
-"""The losses of a small refinement, kept step by step: a change that alters them, however little, has to say so.
+"""The losses of a small refinement, kept step by step.
 
-    python -m tests.golden_losses                          # this run beside the kept one: the largest difference
-    python -m tests.golden_losses --write                  # keep this machine's losses; they belong into the commit that changes them
+A change that alters them, however little, has to say so.
 
-15 steps of head warm-up and 35 of refinement, in fp32 on one thread, of a tiny encoder with random weights on the bundled digits.
-`golden_losses.json` holds every loss as a hexadecimal float, bit by bit, per kind of machine: the last bits depend on the kernels
-that torch and its libraries choose for a processor. On a kind of machine that is listed the losses are compared bit by bit, on another
-one up to `TOLERANCE`: with ATEN_CPU_CAPABILITY=default, MKL_ENABLE_INSTRUCTIONS=SSE4_2 and DNNL_MAX_CPU_ISA=SSE41, in place of
-AVX-512, they differ by 2e-6. What would amplify such differences is kept small: few steps, few rows to be nearest, small learning
-rates.
+    python -m tests.golden_losses  # this run beside the kept one: the largest difference
+    python -m tests.golden_losses --write  # keep this machine's losses; they belong into the commit that changes them
+
+15 steps of head warm-up and 35 of refinement, in fp32 on one thread, of a tiny encoder with random
+weights on the bundled digits. `golden_losses.json` holds every loss as a hexadecimal float, bit by
+bit, per kind of machine: the last bits depend on the kernels that torch and its libraries choose
+for a processor. On a kind of machine that is listed the losses are compared bit by bit, on another
+one up to `TOLERANCE`: with ATEN_CPU_CAPABILITY=default, MKL_ENABLE_INSTRUCTIONS=SSE4_2 and
+DNNL_MAX_CPU_ISA=SSE41, in place of AVX-512, they differ by 2e-6. What would amplify such
+differences is kept small: few steps, few rows to be nearest, small learning rates.
 """
 
 import argparse
@@ -36,7 +39,10 @@ TOLERANCE = 1e-5
 
 
 def machine() -> str:
-    """What decides the last bits: versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs."""
+    """What decides the last bits.
+
+    Versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs.
+    """
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pillow", "numpy")
     )

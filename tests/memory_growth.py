@@ -1,11 +1,13 @@
-"""Does a run keep more and more? Memory, tensors and Python objects of a small refinement, early on and at its end.
+"""Does a run keep more and more? Memory, tensors and Python objects of a small refinement, early on
+and at its end.
 
     python -m tests.memory_growth                          # 2 000 steps
     python -m tests.memory_growth --steps 300
 
-A refinement of a tiny encoder on the bundled digits writes a line of log every step, a checkpoint every 50 and evaluates by k-NN
-after every epoch. After 200 steps (two thirds of a shorter run) and at the end its resident memory is read and what is alive is counted.
-Exits with 1 if the resident memory grew by 1 % or more, or the tensors that are alive by any.
+A refinement of a tiny encoder on the bundled digits writes a line of log every step, a checkpoint
+every 50 and evaluates by k-NN after every epoch. After 200 steps (two thirds of a shorter run) and
+at the end its resident memory is read and what is alive is counted. Exits with 1 if the resident
+memory grew by 1 % or more, or the tensors that are alive by any.
 """
 
 import argparse
@@ -36,7 +38,9 @@ GROWTH = 0.01
 
 @dataclass(frozen=True)
 class Alive:
-    """After `step` steps: resident bytes, tensors that are alive and their bytes, Python objects that the collector tracks."""
+    """After `step` steps: resident bytes, tensors that are alive and their bytes, Python objects
+    that the collector tracks.
+    """
 
     step: int
     resident: int
@@ -57,7 +61,9 @@ def look(step: int) -> Alive:
 
 
 def growth(folder: Path, steps: int) -> tuple[Alive, Alive]:
-    """What is alive after 200 steps (two thirds of a shorter run), and after all but one of `steps`, of a run in `folder`."""
+    """What is alive after 200 steps (two thirds of a shorter run), and after all but one of
+    `steps`, of a run in `folder`.
+    """
     save_start(folder / "start")
     recipe = RefineRecipe(
         model=str(folder / "start"), output_dir=str(folder / "out"), dataset="digits", eval_fraction=0.2, num_heads=2,

@@ -1,6 +1,9 @@
-"""What the package may not do, found in its syntax trees: `findings(source)` lists (line, what) of every forbidden import and call.
+"""What the package may not do, found in its syntax trees.
 
-It is a guard against slips, not against an author who hides what he does (`getattr(builtins, "ev" + "al")`).
+`findings(source)` lists (line, what) of every forbidden import and call.
+
+It is a guard against slips, not against an author who hides what he does (`getattr(builtins, "ev" +
+"al")`).
 """
 
 import ast
@@ -33,7 +36,8 @@ CALLS = frozenset(
         "accelerate.load_checkpoint_in_model", "accelerate.load_checkpoint_and_dispatch",
     ]
 )  # fmt: skip
-# methods, whatever they are called on: unpacking archives, and accelerate's checkpoints, which are pickles
+# methods, whatever they are called on: unpacking archives, and accelerate's checkpoints, which are
+# pickles
 METHODS = frozenset(["extractall", "extract_all", "load_state", "read_pickle"])
 # keyword -> the only value it may have
 KEYWORDS = {

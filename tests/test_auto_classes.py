@@ -1,4 +1,6 @@
-"""After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is lost on disk."""
+"""After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is
+lost on disk.
+"""
 
 import subprocess
 import sys
@@ -118,7 +120,7 @@ def test_dict_and_tuple_outputs() -> None:
     assert all(torch.equal(by_name[index], value) for index, value in enumerate(as_tuple))
 
 
-# --- classification -----------------------------------------------------------------------------------------------------------
+# --- classification -------------------------------------------------------------------------------
 
 
 def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_classification_loss_and_gradients() -> None:
     assert isinstance(model(pixels, labels=labels, return_dict=False), tuple)
 
 
-# --- backbone -----------------------------------------------------------------------------------------------------------------
+# --- backbone -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(settings) or "mae")
@@ -205,7 +207,7 @@ def test_backbone_loads_an_encoder(tmp_path: Path) -> None:
         assert torch.equal(feature_map.flatten(2).mT, encoder(pixels).last_hidden_state[:, 1:])
 
 
-# --- image processor ----------------------------------------------------------------------------------------------------------
+# --- image processor ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -266,7 +268,7 @@ def test_processor_feeds_the_model(photo: Image.Image) -> None:
         ).pooler_output.shape == (2, 32)
 
 
-# --- what transformers promises of every model --------------------------------------------------------------------------------
+# --- what transformers promises of every model ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,9 @@ def test_fields_of_a_wrong_type_raise(settings: dict[str, Any]) -> None:
 
 
 def test_attention_is_dispatched_through_the_interface() -> None:
-    """A kernel that a user registers under a name of their own is called once per block, with what it needs to know."""
+    """A kernel that a user registers under a name of their own is called once per block, with what
+    it needs to know.
+    """
     calls = []
 
     def kernel(
@@ -331,7 +335,10 @@ def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> Non
 
 
 def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path: Path) -> None:
-    """Meta device, bf16, device_map; blocks that do not fit come from disk one at a time, with the same result."""
+    """Meta device, bf16, device_map.
+
+    Blocks that do not fit come from disk one at a time, with the same result.
+    """
     model = tiny(
         MimRefinerModel,
         position_encoding="absolute+shared_relative",
@@ -369,7 +376,9 @@ def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path
 
 
 def test_pipelines_know_the_model(tmp_path: Path, photo: Image.Image) -> None:
-    """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no prompt."""
+    """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no
+    prompt.
+    """
     labels = {
         "id2label": {0: "cat", 1: "dog", 2: "newt"},
         "label2id": {"cat": 0, "dog": 1, "newt": 2},

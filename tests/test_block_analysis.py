@@ -108,7 +108,10 @@ def test_relative_improvements(values: list[float], expected: list[float | None]
 
 
 def test_attention_distance_of_uniform_attention_is_the_mean_distance() -> None:
-    """Without queries every token attends to all; 3 x 2 patches of 4 px, one CLS that has no place."""
+    """Without queries every token attends to all.
+
+    3 x 2 patches of 4 px, one CLS that has no place.
+    """
     encoder = make_encoder(image_size=[12, 8], num_register_tokens=2)
     for layer in encoder.layers[:2]:
         nn.init.zeros_(layer.attention.q_proj.weight)
@@ -316,7 +319,10 @@ def test_table_is_markdown() -> None:
 
 
 def test_a_real_small_mae_has_the_profile_in_its_readme(shared: Path) -> None:
-    """Its k-NN per block rises over the first four blocks and stays; 10 000 + 2000 images there, 250 + 100 here."""
+    """Its k-NN per block rises over the first four blocks and stays.
+
+    10 000 + 2000 images there, 250 + 100 here.
+    """
     encoder = load_encoder(shared / "models/mae-tiny-cifar10")
     data = shared / "data/cifar10"
     train = open_images(str(data / "train.parquet")).subset(range(0, 20000, 80))

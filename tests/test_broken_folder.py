@@ -1,4 +1,7 @@
-"""5 000 images, 500 of them broken in ten ways: a run goes on without them and lists every one, or stops when that is too many."""
+"""5 000 images, 500 of them broken in ten ways.
+
+A run goes on without them and lists every one, or stops when that is too many.
+"""
 
 import json
 import os
@@ -61,7 +64,9 @@ BAD: dict[
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 500 good images, 50 of every bad kind with the kind in the name, and folders that are called like images."""
+    """4 500 good images, 50 of every bad kind with the kind in the name, and folders that are
+    called like images.
+    """
     root = tmp_path_factory.mktemp("pile")
     for i in range(4500):
         (root / f"{i:04d}.png").write_bytes(
@@ -102,7 +107,8 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
     assert not [i for i in indices if "-" in Path(images.describe(i)).name]
     reported = [json.loads(entry) for batch in one for entry in batch["broken"] if entry]
     assert 100 < len(reported) < 200
-    # nothing stands in twice in silence: without those that replace a reported image, every image is there once
+    # nothing stands in twice in silence: without those that replace a reported image, every image
+    # is there once
     own = [
         i
         for batch in one
@@ -115,7 +121,10 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
 def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the default of 5 % it stops, with a sentence; with 20 % the same command ends, and all 500 are listed, once each."""
+    """With the default of 5 % it stops, with a sentence.
+
+    With 20 % the same command ends, and all 500 are listed, once each.
+    """
     shape = {
         "image_size": 8,
         "patch_size": 4,

@@ -1,4 +1,6 @@
-"""Broken images: what counts as one and why, what stands in for it, who hears of it, and when there are too many."""
+"""Broken images: what counts as one and why, what stands in for it, who hears of it, and when there
+are too many.
+"""
 
 import io
 import json
@@ -51,7 +53,7 @@ def bit_flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-# --- what is broken, and why --------------------------------------------------------------------------------------------------
+# --- what is broken, and why ----------------------------------------------------------------------
 
 KNOWN = "it is no image of a known format \\("
 BAD: dict[str, tuple[bytes, str]] = {
@@ -128,7 +130,9 @@ def test_our_own_limit_whatever_pillows_is(
 
 
 def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FIFO does not hang, a device is not read, links that lead nowhere have a reason, links in a circle come to an end."""
+    """A FIFO does not hang, a device is not read, links that lead nowhere have a reason, links in a
+    circle come to an end.
+    """
     root = tmp_path / "photos"
     (root / "a").mkdir(parents=True)
     (root / "a" / "1.png").write_bytes(encoded())
@@ -197,7 +201,7 @@ def test_an_unreadable_file_is_a_broken_image(
         open_images(str(tmp_path))[0]
 
 
-# --- what stands in for it ----------------------------------------------------------------------------------------------------
+# --- what stands in for it ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +361,7 @@ def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_pa
         assert pixels(1, world_size, start=7) == parts[1][7:]
 
 
-# --- who hears of it ----------------------------------------------------------------------------------------------------------
+# --- who hears of it ------------------------------------------------------------------------------
 
 
 def test_too_many_stop_and_the_list_is_there(

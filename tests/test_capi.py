@@ -1,4 +1,7 @@
-"""CAPI: rotary positions, RMSNorm, registers on the border, the predictor's read-out; against the authors' code and slow formulas."""
+"""CAPI: rotary positions, RMSNorm, registers on the border, the predictor's read-out.
+
+Against the authors' code and slow formulas.
+"""
 
 import math
 from pathlib import Path
@@ -30,7 +33,7 @@ def capi(goldens: Path) -> Path:
     return goldens / "capi"
 
 
-# --- the authors' encoder -----------------------------------------------------------------------------------------------------
+# --- the authors' encoder -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -45,7 +48,9 @@ def capi(goldens: Path) -> Path:
 def test_equals_the_authors_model(
     capi: Path, file: str, case: str, pixels: str, attention: str
 ) -> None:
-    """No tensor of the encoder and of the read-out is off by more than 1e-5, at sizes that no flag has to allow."""
+    """No tensor of the encoder and of the read-out is off by more than 1e-5, at sizes that no flag
+    has to allow.
+    """
     inputs, expected = (
         load_file(capi / "inputs.safetensors"),
         load_file(capi / "outputs.safetensors"),
@@ -128,7 +133,7 @@ def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
         load_encoder(tmp_path / "no_rope.pth")
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_start_values_equal_the_authors(capi: Path) -> None:
@@ -162,7 +167,10 @@ def test_rotation_is_the_formula_written_out() -> None:
 
 
 def test_registers_sit_on_the_box_of_the_patches() -> None:
-    """The whole image: corners and mid-edges; one row of patches: on that row; a part of the image: on its own box."""
+    """The whole image: corners and mid-edges; one row of patches: on that row.
+
+    A part of the image: on its own box.
+    """
     whole = token_coordinates(patch_coordinates((4, 3), CPU), registers=8)
     assert whole[:8].tolist() == [
         [0, 0],
@@ -192,7 +200,7 @@ def test_registers_sit_on_the_box_of_the_patches() -> None:
     assert corners[1].tolist() == [[0, 0], [0.5, 0], [0.5, 0.25], [0, 0.25]]
 
 
-# --- a model as transformers wants it -----------------------------------------------------------------------------------------
+# --- a model as transformers wants it -------------------------------------------------------------
 
 
 def test_save_load_save_is_bit_equal(capi: Path, tmp_path: Path) -> None:
@@ -210,7 +218,10 @@ def test_save_load_save_is_bit_equal(capi: Path, tmp_path: Path) -> None:
 
 
 def test_recordings_are_of_the_encoder_alone() -> None:
-    """`hidden_states` and `attentions` count the encoder's blocks; the predictor has the same classes inside."""
+    """`hidden_states` and `attentions` count the encoder's blocks.
+
+    The predictor has the same classes inside.
+    """
     model = tiny(pooling="global_repr", predictor_layers=2)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -263,7 +274,10 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
 
 
 def test_bf16_keeps_the_angles_in_fp32() -> None:
-    """bf16 weights, and autocast on fp32 weights: the frequencies go up to 44 radians, where bf16 is off by 0.1."""
+    """bf16 weights, and autocast on fp32 weights.
+
+    The frequencies go up to 44 radians, where bf16 is off by 0.1.
+    """
     model = tiny(pooling="global_repr")
     with torch.no_grad():
         for layer in model.layers:

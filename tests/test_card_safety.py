@@ -1,6 +1,9 @@
-"""Text of strangers in cards and reports: whatever it is, the metadata and the structure of the page stay the same.
+"""Text of strangers in cards and reports.
 
-The cards are read by two others: huggingface_hub (metadata) and markdown-it (structure, HTML allowed, as on the Hub).
+Whatever it is, the metadata and the structure of the page stay the same.
+
+The cards are read by two others: huggingface_hub (metadata) and markdown-it (structure, HTML
+allowed, as on the Hub).
 """
 
 from pathlib import Path

@@ -1,7 +1,10 @@
-"""A save that fails, or is killed, at each of its operations in turn: the newest valid checkpoint stays, and the next save is clean.
+"""A save that fails, or is killed, at each of its operations in turn.
 
-The operations are those that change the disk. Each one is, on its n-th call, refused with an error of the operating system, or the
-last thing that its process did: the process is a fork that ends there, with no chance to tidy up.
+The newest valid checkpoint stays, and the next save is clean.
+
+The operations are those that change the disk. Each one is, on its n-th call, refused with an error
+of the operating system, or the last thing that its process did: the process is a fork that ends
+there, with no chance to tidy up.
 """
 
 import errno
@@ -47,7 +50,10 @@ def save(folder: Path, step: int) -> Path:
 
 @contextmanager
 def fault(operation: str, call: int, happens: Callable[[], None]) -> Iterator[list[str]]:
-    """`happens` instead of the n-th call of an operation; what is written to a file gets half way. The list tells whether it did."""
+    """`happens` instead of the n-th call of an operation.
+
+    What is written to a file gets half way. The list tells whether it did.
+    """
     owner, name = OPERATIONS[operation]
     original, calls, struck = getattr(owner, name), [0], []
 
@@ -92,7 +98,10 @@ def prepared(folder: Path, before: tuple[int, ...]) -> int | None:
 
 
 def assert_goes_on(folder: Path, newest: int | None) -> None:
-    """The newest valid checkpoint is the one before, or the new one; the next save leaves itself and nothing else."""
+    """The newest valid checkpoint is the one before, or the new one.
+
+    The next save leaves itself and nothing else.
+    """
     found = load_latest(folder)
     assert (found and found.step) in ({newest, 30} if newest else {None, 30})
     if found is not None:

@@ -1,6 +1,8 @@
-"""The groups' page in a real headless Chromium: 5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
+"""The groups' page in a real headless Chromium.
 
-    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py       # keeps the pictures, prints the times
+5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
+
+    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py  # keeps the pictures, prints the times
 
 The browser is `chromium.py`'s, which says what to install.
 """

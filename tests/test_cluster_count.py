@@ -1,4 +1,7 @@
-"""The proposed number of groups: planted ones found, no answer where there is none, the measures against scikit-learn's."""
+"""The proposed number of groups.
+
+Planted ones found, no answer where there is none, the measures against scikit-learn's.
+"""
 
 import math
 import sys

@@ -1,4 +1,7 @@
-"""`mim-refiner cluster`: the files it leaves, what the page holds, hostile names, and what is refused without a trace."""
+"""`mim-refiner cluster`.
+
+The files it leaves, what the page holds, hostile names, and what is refused without a trace.
+"""
 
 import base64
 import csv
@@ -141,7 +144,10 @@ def read_page(html: str) -> tuple[Structure, dict[str, Any]]:
 def test_near_duplicates_are_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sets of equal files among noise; none are looked for where there are too many images to compare."""
+    """Two sets of equal files among noise.
+
+    None are looked for where there are too many images to compare.
+    """
     random = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for i in range(8):
@@ -268,7 +274,10 @@ def test_the_page_holds_everything_and_loads_nothing(made: Path) -> None:
 
 
 def test_names_stay_text(made: Path) -> None:
-    """No name becomes markup, however it is written: the same tags as in a page with harmless names."""
+    """No name becomes markup, however it is written.
+
+    The same tags as in a page with harmless names.
+    """
     hostile, data = read_page((made / "index.html").read_text(encoding="utf-8"))
     tile = Tile("a.png", 0, 1.0, jpeg_thumbnail(Image.new("RGB", (4, 4))), "group-00/a.png")
     harmless = Structure(render_page("photos", "one", [tile] * 3, torch.randn(3, 8), [3]))
@@ -284,7 +293,9 @@ def test_names_stay_text(made: Path) -> None:
 
 
 def test_links_of_the_page_lead_to_the_files(made: Path) -> None:
-    """Whatever a name holds ("%41", "#", "?", "javascript:"), the address is a path in the folder and nothing else."""
+    """Whatever a name holds ("%41", "#", "?", "javascript:"), the address is a path in the folder
+    and nothing else.
+    """
     _, data = read_page((made / "index.html").read_text(encoding="utf-8"))
     for name, link in zip(data["name"], data["link"], strict=True):
         address = urlsplit(urljoin("https://host/groups/index.html", link))

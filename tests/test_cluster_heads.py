@@ -1,4 +1,7 @@
-"""Cluster heads against slow loops, scikit-learn and SciPy; the consensus; saving, merging, assigning; pipeline and command."""
+"""Cluster heads against slow loops, scikit-learn and SciPy; the consensus.
+
+Saving, merging, assigning; pipeline and command.
+"""
 
 import csv
 import json
@@ -113,7 +116,10 @@ def test_the_best_match_is_scipys(size: int) -> None:
 
 
 def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
-    """Permuted copies with a little noise: the consensus finds the permutations, and is the grouping of each."""
+    """Permuted copies with a little noise.
+
+    The consensus finds the permutations, and is the grouping of each.
+    """
     rows, _ = blobs()
     rows = F.normalize(rows, dim=1)
     torch.manual_seed(0)
@@ -143,7 +149,9 @@ def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
 
 
 def test_planted_groups_are_found_and_where_one_channel_drowns_the_rest_k_means_fails() -> None:
-    """Four groups in twelve channels that differ little, and one channel that differs much and says nothing."""
+    """Four groups in twelve channels that differ little, and one channel that differs much and says
+    nothing.
+    """
     rows, labels = blobs()
     assert cluster_accuracy(labels, train_heads(rows, 5, **FEW).assignments) > 0.99
     generator = torch.Generator().manual_seed(0)

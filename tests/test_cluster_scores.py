@@ -1,4 +1,6 @@
-"""Clustering scores against clustpy and scikit-learn, k-means against scikit-learn's, RankMe against its definition."""
+"""Clustering scores against clustpy and scikit-learn, k-means against scikit-learn's, RankMe
+against its definition.
+"""
 
 import itertools
 import time

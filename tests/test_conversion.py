@@ -1,4 +1,7 @@
-"""Foreign checkpoints into our encoder: the outputs of the authors' own code, transformers' folders, our own."""
+"""Foreign checkpoints into our encoder.
+
+The outputs of the authors' own code, transformers' folders, our own.
+"""
 
 import logging
 from pathlib import Path
@@ -63,7 +66,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-# --- the authors' own outputs -------------------------------------------------------------------------------------------------
+# --- the authors' own outputs ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("goldens")
@@ -182,7 +185,10 @@ def test_the_report_says_what_told_the_family(goldens: Path) -> None:
 def test_position_of_the_cls_token_is_folded_not_dropped(
     goldens: Path, mae_state: dict[str, torch.Tensor], mae_heads: int
 ) -> None:
-    """The golden's `pos_embed[:, 0]` is far from zero; only CrossMAE's own encoder never adds it."""
+    """The golden's `pos_embed[:, 0]` is far from zero.
+
+    Only CrossMAE's own encoder never adds it.
+    """
     encoder = load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=mae_heads)
     folded = mae_state["cls_token"] + mae_state["pos_embed"][:, :1]
     torch.testing.assert_close(encoder.embeddings.cls_token, folded)
@@ -260,7 +266,7 @@ def test_an_explicit_family_needs_no_signature(goldens: Path) -> None:
     assert str(encoder.load_report) == f"dbot: {count} of {count} placed"
 
 
-# --- transformers' folders ----------------------------------------------------------------------------------------------------
+# --- transformers' folders ------------------------------------------------------------------------
 
 
 def transformers_models() -> dict[str, Any]:
@@ -418,7 +424,10 @@ def test_own_folder_round_trip(tmp_path: Path) -> None:
 def test_hub_names_fetch_weights_and_json_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """A stand-in Hub that delivers what was asked for: safetensors where there are any, else pytorch_model.bin."""
+    """A stand-in Hub that delivers what was asked for.
+
+    The safetensors where there are any, else pytorch_model.bin.
+    """
     hub, cache = tmp_path / "hub", tmp_path / "cache"
     model = randomise(transformers_models()["vit_mae-pretraining"]())
     model.save_pretrained(hub)
@@ -443,7 +452,7 @@ def test_hub_names_fetch_weights_and_json_only(
     assert {path.name for path in cache.iterdir()} == {"config.json", file}
 
 
-# --- the table -----------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (2560, 32)])

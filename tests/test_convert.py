@@ -1,4 +1,7 @@
-"""`mim-refiner convert`: verified before it is kept, in shards, in any dtype, one copy of the weights in memory."""
+"""`mim-refiner convert`.
+
+Verified before it is kept, in shards, in any dtype, one copy of the weights in memory.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Data: every kind of source and image mode, the order of training, and a clear sentence for everything that is not there."""
+"""Data: every kind of source and image mode, the order of training, and a clear sentence for
+everything that is not there.
+"""
 
 import io
 import shutil
@@ -322,7 +324,8 @@ def test_batches_are_the_epoch_orders_cut_in_pieces() -> None:
     images = open_images("digits").subset(range(100, 123))
     sampler = BatchSampler(images, batch_size=6, seed=4, steps=8)
     orders = [epoch_order(23, 4, epoch).tolist() for epoch in range(3)]
-    # each with those that may stand in for it: one batch later in the order, and the eight after that
+    # each with those that may stand in for it: one batch later in the order, and the eight after
+    # that
     expected = [
         (epoch, order[place], *(order[(place + 6 + more) % 23] for more in range(9)))
         for epoch, order in enumerate(orders)
@@ -351,7 +354,8 @@ def test_stream_batches_go_through_epochs_and_start_anywhere(tmp_path: Path) -> 
     epochs = [
         list(stream.iterate(1, epoch)) for epoch in range(5)
     ]  # 11 examples: 2 batches of 4, and 3 more
-    # those that may stand in for an example: the next batch; where the stream ends in it, what is left and this batch
+    # those that may stand in for an example: the next batch; where the stream ends in it, what is
+    # left and this batch
     pools = [pool for examples in epochs for pool in (examples[4:8], examples[8:] + examples[4:8])]
     expected = [
         (step // 2, example, *(pools[step][(place + more) % len(pools[step])] for more in range(9)))

@@ -1,4 +1,7 @@
-"""Two processes with half the batch each, or four with a quarter, are one with all of it: loss, gradients, queue, whole runs."""
+"""Two processes with half the batch each, or four with a quarter, are one with all of it.
+
+Loss, gradients, queue, whole runs.
+"""
 
 import io
 import json
@@ -47,7 +50,10 @@ def free_port() -> int:
 
 
 def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor]:
-    """A few steps of a small refiner in double precision on this process's share; all that it leaves behind, by name."""
+    """A few steps of a small refiner in double precision on this process's share.
+
+    All that it leaves behind, by name.
+    """
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     freeze(encoder, blocks=0)
@@ -157,7 +163,8 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "epochs": 1,
         "head_epochs": 1,
         "warmup_epochs": 0,
-        "learning_rate": 4e-5,  # AdamW's first steps are the sign of the gradient, which makes much of rounding
+        # AdamW's first steps are the sign of the gradient, which makes much of rounding
+        "learning_rate": 4e-5,
         "head_learning_rate": 2e-5,
         "projector_dim": 16,
         "predictor_dim": 24,
@@ -172,7 +179,8 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    # accelerate itself starts only one process then; ours are started by `distributed.launch_processes`
+    # accelerate itself starts only one process then; ours are started by
+    # `distributed.launch_processes`
     launch = [
         sys.executable,
         "-m",

@@ -1,4 +1,7 @@
-"""`mim-refiner evaluate`: the same numbers as the protocols, errors and verdicts, a card that is updated and not piled up."""
+"""`mim-refiner evaluate`.
+
+The same numbers as the protocols, errors and verdicts, a card that is updated and not piled up.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""Errors and verdicts: bootstrap against the textbook's formulas, and verdicts that keep their promise on planted effects."""
+"""Errors and verdicts.
+
+Bootstrap against the textbook's formulas, and verdicts that keep their promise on planted effects.
+"""
 
 import numpy as np
 import pytest

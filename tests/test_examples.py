@@ -1,4 +1,7 @@
-"""The examples as a reader runs them: in a folder of their own, from the refinement of a folder of images to its features."""
+"""The examples as a reader runs them.
+
+In a folder of their own, from the refinement of a folder of images to its features.
+"""
 
 import json
 import os
@@ -14,7 +17,8 @@ from safetensors import safe_open
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-# passive: on a machine that is busy otherwise, threads that wait by spinning slow each other down several times
+# passive: on a machine that is busy otherwise, threads that wait by spinning slow each other down
+# several times
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

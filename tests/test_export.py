@@ -1,4 +1,7 @@
-"""Twins in timm, transformers' own classes and ONNX: loaded by those libraries alone, they compute what the encoder computes."""
+"""Twins in timm, transformers' own classes and ONNX.
+
+Loaded by those libraries alone, they compute what the encoder computes.
+"""
 
 import json
 import math
@@ -124,7 +127,7 @@ def assert_equal(first: MimRefinerModel, second: MimRefinerModel) -> None:
     }  # a start value is no property of trained weights
 
 
-# --- timm ---------------------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TIMM)
@@ -209,7 +212,7 @@ def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> No
     assert normalise.std.tolist() == pytest.approx([0.2] * 3)
 
 
-# --- transformers' own classes ------------------------------------------------------------------------------------------------
+# --- transformers' own classes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -315,7 +318,7 @@ def test_the_native_folder_needs_neither_the_package_nor_remote_code(tmp_path: P
     assert result.stdout.split("\n")[:2] == ["loaded ViTModel", "loaded BeitModel"]
 
 
-# --- ONNX ---------------------------------------------------------------------------------------------------------------------
+# --- ONNX -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [CAPI, EVERYTHING_ELSE], ids=["capi", "everything-else"])
@@ -355,7 +358,7 @@ def test_onnx_without_its_extra_says_what_to_install(
     assert files(tmp_path) == {"model"}
 
 
-# --- refusals, failures, the command ------------------------------------------------------------------------------------------
+# --- refusals, failures, the command --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Fast views: every operation against Pillow and torchvision, whole views against the exact ones, the same in any arrangement."""
+"""Fast views: every operation against Pillow and torchvision, whole views against the exact ones,
+the same in any arrangement.
+"""
 
 import json
 from pathlib import Path
@@ -247,7 +249,10 @@ def test_unknown_views_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_refinement_with_fast_views(tmp_path: Path) -> None:
-    """Two short runs on digits: the same order, draws and weights, so losses apart by what a grey level makes."""
+    """Two short runs on digits.
+
+    The same order, draws and weights, so losses apart by what a grey level makes.
+    """
     config = ViTMAEConfig(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
     )

@@ -1,4 +1,7 @@
-"""Features by image out of a folder of stores: each encoded once, whatever sets it belongs to, and nothing of something else."""
+"""Features by image out of a folder of stores.
+
+Each encoded once, whatever sets it belongs to, and nothing of something else.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""The flat map of features: PCA against scikit-learn's, UMAP where umap-learn is installed, and who falls back on what."""
+"""The flat map of features.
+
+PCA against scikit-learn's, UMAP where umap-learn is installed, and who falls back on what.
+"""
 
 import sys
 import types

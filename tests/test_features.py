@@ -1,4 +1,6 @@
-"""Frozen features against hooks on the blocks, and the evaluation of an encoder that is built on them."""
+"""Frozen features against hooks on the blocks, and the evaluation of an encoder that is built on
+them.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple

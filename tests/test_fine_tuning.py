@@ -1,4 +1,6 @@
-"""Fine-tuning against a plain loop under torch's AdamW, its augmentations as pure functions, and digits learnt from few labels."""
+"""Fine-tuning against a plain loop under torch's AdamW, its augmentations as pure functions, and
+digits learnt from few labels.
+"""
 
 import random
 import re

@@ -1,4 +1,7 @@
-"""Which blocks get a head: the proposal from a profile, and `--head_blocks auto` in a run and in the example."""
+"""Which blocks get a head.
+
+The proposal from a profile, and `--head_blocks auto` in a run and in the example.
+"""
 
 import dataclasses
 import json
@@ -29,7 +32,10 @@ def digits() -> ImageDataset:
 
 
 def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]:
-    """A profile whose k-NN accuracy, or without labels agreement, is `scores`; the other one says the opposite."""
+    """A profile whose k-NN accuracy, or without labels agreement, is `scores`.
+
+    The other one says the opposite.
+    """
     others = [1 - score for score in scores]
     accuracies, agreements = (scores, others) if labelled else (None, scores)
     return assemble(

@@ -1,4 +1,6 @@
-"""The house: what a file may import is where it stands (docs/architecture.md), read from the syntax trees, nothing imported."""
+"""The house: what a file may import is where it stands (docs/architecture.md), read from the syntax
+trees, nothing imported.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -70,7 +72,9 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, also inside functions and under TYPE_CHECKING."""
+    """The modules of the package that a file imports, also inside functions and under
+    TYPE_CHECKING.
+    """
     folder = [PACKAGE, *path.relative_to(ROOT / PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -191,7 +195,9 @@ def test_files_that_published_models_name() -> None:
 
 @pytest.mark.parametrize("name", TRAVELLING)
 def test_what_travels_imports_only_flat_neighbours(name: str) -> None:
-    """transformers copies a file and what it imports as `from .name import x` into one flat folder; nothing else is found there."""
+    """transformers copies a file and what it imports as `from .name import x` into one flat folder;
+    nothing else is found there.
+    """
     waiting, seen = [ROOT / PACKAGE / name], set()
     while waiting:
         path = waiting.pop()

@@ -1,4 +1,7 @@
-"""Model folders and the Hub: loading with and without the package, pushing, and a Hub that fails."""
+"""Model folders and the Hub.
+
+Loading with and without the package, pushing, and a Hub that fails.
+"""
 
 import json
 import os
@@ -113,7 +116,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run_script(
     script: str, source: str, tiny: dict[str, Path], home: Path, **environment: str
 ) -> str:
-    """Run `script` in a fresh process whose input is closed, so that any prompt is an error; returns what it printed."""
+    """Run `script` in a fresh process whose input is closed, so that any prompt is an error.
+
+    Returns what it printed.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     home.mkdir(exist_ok=True)
     result = subprocess.run(

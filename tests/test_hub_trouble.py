@@ -1,6 +1,8 @@
-"""A Hub in trouble: rate limits, server errors, broken connections and kills, while loading and while pushing.
+"""A Hub in trouble: rate limits, server errors, broken connections and kills, while loading and
+while pushing.
 
-`Trouble` stands between us and the Hub of `stub_hub` and spoils chosen requests; all else it passes on.
+`Trouble` stands between us and the Hub of `stub_hub` and spoils chosen requests; all else it passes
+on.
 """
 
 import http.client
@@ -38,8 +40,12 @@ REPOSITORY = "tester/tiny"
 
 
 class Trouble:
-    """`spoil(pattern, how, times)`: so many requests whose "METHOD /path" matches are answered with a status (429 asks to wait
-    0 s), "reset" (the connection breaks), "hang", or "pass" (it is let through, and no later rule sees it); `seen` holds what came."""
+    """`spoil(pattern, how, times)`.
+
+    So many requests whose "METHOD /path" matches are answered with a status (429 asks to wait 0 s),
+    "reset" (the connection breaks), "hang", or "pass" (it is let through, and no later rule sees
+    it); `seen` holds what came.
+    """
 
     def __init__(self, hub_url: str) -> None:
         self.rules: list[list[Any]] = []
@@ -219,7 +225,10 @@ def test_a_refusal_is_not_repeated(trouble: Trouble, model: Path) -> None:
 def test_a_killed_push_is_continued_without_sending_files_twice(
     trouble: Trouble, stub_hub: Any, model: Path
 ) -> None:
-    """kill -9 while the last of several files of weights is on its way: what has arrived stays, only the rest is sent."""
+    """kill -9 while the last of several files of weights is on its way.
+
+    What has arrived stays, only the rest is sent.
+    """
     shards = len(list(model.glob("*.safetensors")))
     trouble.spoil("POST .*/commit/", "hang", times=1)
     process = os.fork()
@@ -253,7 +262,10 @@ KILLED_AT = {
 def test_a_killed_push_never_shows_half_a_model(
     place: str, trouble: Trouble, stub_hub: Any, model: Path
 ) -> None:
-    """kill -9 somewhere on the way: the repository holds nothing or all of the model; the same command completes it."""
+    """kill -9 somewhere on the way: the repository holds nothing or all of the model.
+
+    The same command completes it.
+    """
     pattern, weights_are_there = KILLED_AT[place]
     before, whole = contents(model), set(contents(model))
     if place != "the commit":
@@ -380,7 +392,10 @@ def test_a_cached_model_needs_no_hub(trouble: Trouble, model: Path) -> None:
 def test_how_long_is_waited(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As long as the server asks, within bounds; else longer each time; and not at all for what will not pass."""
+    """As long as the server asks, within bounds; else longer each time.
+
+    And not at all for what will not pass.
+    """
 
     class Refused(Exception):
         def __init__(self, status: int, **headers: str) -> None:

@@ -1,4 +1,7 @@
-"""`--init_from`: a new run from another run's weights, heads and queues; not a continuation of it."""
+"""`--init_from`: a new run from another run's weights, heads and queues.
+
+Not a continuation of it.
+"""
 
 import dataclasses
 import shutil
@@ -119,7 +122,10 @@ def test_another_data_set_knows_none_of_the_queued_images(
 def test_an_interrupted_new_run_goes_on_without_the_old_one(
     recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Warm heads for two refinements: one is stopped, the warm run removed, and the same command ends with the same bits."""
+    """Warm heads for two refinements.
+
+    One is stopped, the warm run removed, and the same command ends with the same bits.
+    """
     warm = recipe("warm", stage="warmup", pooling="mean")
     run(warm)
     settings = {"model": None, "init_from": warm.output_dir, "temperature": 0.3, "pooling": None}

@@ -1,4 +1,7 @@
-"""k-means against scikit-learn's, one process against two, memory against disk; merging, near-duplicates, saving, assigning."""
+"""k-means against scikit-learn's, one process against two, memory against disk.
+
+Merging, near-duplicates, saving, assigning.
+"""
 
 import math
 import socket
@@ -219,7 +222,10 @@ def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool)
 
 
 def test_half_precision_files_are_read_in_batches(digits: Tensor, tmp_path: Path) -> None:
-    """float16 through numpy, bfloat16, which numpy has not, through torch; digits are exact in both."""
+    """float16 through numpy, bfloat16, which numpy has not, through torch.
+
+    Digits are exact in both.
+    """
     digits.half().numpy().tofile(tmp_path / "rows.f16")
     digits.bfloat16().view(torch.int16).numpy().tofile(tmp_path / "rows.bf16")
     float16 = np.memmap(tmp_path / "rows.f16", np.float16, "r", shape=tuple(digits.shape))
@@ -249,7 +255,10 @@ CASES = {
 
 
 def cluster_share(rank: int, processes: int, case: str) -> Clustering:
-    """Clusters this process's part of the digits; the parts differ in size. One process takes them one after the other."""
+    """Clusters this process's part of the digits; the parts differ in size.
+
+    One process takes them one after the other.
+    """
     rows = torch.tensor(load_digits().data, dtype=torch.float32)
     parts = (rows[0::2], rows[1::2]) if case == "every second row" else (rows[:1000], rows[1000:])
     share = ArrayBatches(torch.cat(parts) if processes == 1 else parts[rank], rows_per_batch=300)

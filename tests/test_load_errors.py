@@ -1,4 +1,7 @@
-"""Sources that cannot become an encoder: each is refused in one sentence that says what was found and what to do."""
+"""Sources that cannot become an encoder.
+
+Each is refused in one sentence that says what was found and what to do.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""The preprocessing that `load_encoder` hands out: the source's own, the family's, else ImageNet's at the native size."""
+"""The preprocessing that `load_encoder` hands out.
+
+The source's own, the family's, else ImageNet's at the native size.
+"""
 
 import json
 from argparse import Namespace

@@ -1,4 +1,7 @@
-"""Nothing in a checkpoint is executed, and no damaged tensor passes: planted pickles, and every tensor damaged in every way."""
+"""Nothing in a checkpoint is executed, and no damaged tensor passes.
+
+Planted pickles, and every tensor damaged in every way.
+"""
 
 import hashlib
 import json
@@ -23,7 +26,7 @@ from mim_refiner_hf.conversion.layouts import LAYOUTS
 from mim_refiner_hf.model.image_processing_mim_refiner import MimRefinerImageProcessor
 from mim_refiner_hf.publishing import save_model_folder
 
-# --- nothing is executed ------------------------------------------------------------------------------------------------------
+# --- nothing is executed --------------------------------------------------------------------------
 
 
 class Malicious:
@@ -92,7 +95,10 @@ def test_a_malicious_weight_file_of_a_folder_is_refused(tmp_path: Path, canary: 
 
 
 def test_malicious_extra_files_are_not_touched(tmp_path: Path, canary: Path) -> None:
-    """Beside good weights: pickles under every usual name, and code that `config.json` asks to run."""
+    """Beside good weights.
+
+    Pickles under every usual name, and code that `config.json` asks to run.
+    """
     folder, encoder = tmp_path / "model", tiny_encoder()
     save_model_folder(folder, encoder, MimRefinerImageProcessor())
     names = (
@@ -112,7 +118,7 @@ def test_malicious_extra_files_are_not_touched(tmp_path: Path, canary: Path) -> 
     assert all(torch.equal(loaded[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
-# --- every tensor, damaged in every way ---------------------------------------------------------------------------------------
+# --- every tensor, damaged in every way -----------------------------------------------------------
 
 
 FAMILIES = [  # golden, file, key of its state dict
@@ -177,7 +183,7 @@ def test_damage_to_any_tensor_of_a_file_is_named(
     assert not missed, f"{len(missed)} of {cases}: " + "\n".join(missed)
 
 
-# --- our own folders: digests -------------------------------------------------------------------------------------------------
+# --- our own folders: digests ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +211,10 @@ def one_bit_flipped(state: State, name: str) -> State:
 
 
 def test_any_change_to_any_tensor_of_our_folder_is_named(own_folder: Path, tmp_path: Path) -> None:
-    """Also what no shape tells: two tensors of one shape exchanged, a square matrix transposed, one bit."""
+    """Also what no shape tells.
+
+    Two tensors of one shape exchanged, a square matrix transposed, one bit.
+    """
     state = load_file(own_folder / "model.safetensors")
     for file in ("config.json", "preprocessor_config.json", DIGESTS):
         (tmp_path / file).write_bytes((own_folder / file).read_bytes())
@@ -260,7 +269,10 @@ def copied(folder: Path, to: Path) -> Path:
 def test_a_model_saved_into_its_own_folder_is_still_the_same_model(
     own_folder: Path, tmp_path: Path
 ) -> None:
-    """By transformers, by ourselves, by another version of transformers, in another order; the bytes of the files change."""
+    """By transformers, by ourselves, by another version of transformers, in another order.
+
+    The bytes of the files change.
+    """
     expected = load_encoder(own_folder)
     for save in (lambda: AutoModel.from_pretrained(tmp_path), lambda: load_encoder(tmp_path)):
         copied(own_folder, tmp_path)
@@ -319,7 +331,10 @@ def test_digests_of_the_bytes_as_earlier_versions_wrote_them(
 
 
 def test_digests_follow_the_folder_they_describe(own_folder: Path, tmp_path: Path) -> None:
-    """A folder without digests loads; other weights saved over ours are refused until the stale digests are gone."""
+    """A folder without digests loads.
+
+    Other weights saved over ours are refused until the stale digests are gone.
+    """
     encoder = load_encoder(own_folder)
     with torch.no_grad():
         encoder.norm.weight += 1

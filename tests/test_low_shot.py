@@ -1,4 +1,7 @@
-"""Low-shot logistic regression against scikit-learn and cyanure's objective written out; splits; the whole protocol."""
+"""Low-shot logistic regression against scikit-learn and cyanure's objective written out; splits.
+
+The whole protocol.
+"""
 
 import math
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A run of 200 steps, with an evaluation, checkpoints and a log, keeps no more at its end than before: `python -m tests.memory_growth`."""
+"""A run of 200 steps, with an evaluation, checkpoints and a log, keeps no more at its end than
+before: `python -m tests.memory_growth`.
+"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -8,7 +10,10 @@ from memory_growth import growth
 
 
 def test_nothing_is_kept_from_step_to_step(tmp_path: Path) -> None:
-    """No tensor, and less than one Python object per step; resident memory is given the room of an allocator's arena."""
+    """No tensor, and less than one Python object per step.
+
+    Resident memory is given the room of an allocator's arena.
+    """
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn")
     ) as fresh:  # nothing is left there of other tests

@@ -1,4 +1,7 @@
-"""The modules for `evaluate`: each loads by its path without a network, and agrees with an independent implementation."""
+"""The modules for `evaluate`.
+
+Each loads by its path without a network, and agrees with an independent implementation.
+"""
 
 import configparser
 import doctest

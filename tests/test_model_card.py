@@ -1,4 +1,6 @@
-"""The model card: metadata that huggingface_hub reads back, both measurements, warnings, and text that cannot break out."""
+"""The model card: metadata that huggingface_hub reads back, both measurements, warnings, and text
+that cannot break out.
+"""
 
 import json
 import re
@@ -42,7 +44,9 @@ RUN: dict[str, Any] = {
 def card_of(
     tmp_path: Path, dataset: dict[str, Any] | None = None, **changes: Any
 ) -> tuple[ModelCard, str]:
-    """The card of RUN with changes, as read back by huggingface_hub, and its text below the metadata."""
+    """The card of RUN with changes, as read back by huggingface_hub, and its text below the
+    metadata.
+    """
     run = tmp_path / "quickstart"
     (run / "model").mkdir(parents=True)
     content = {**RUN, "dataset": {**RUN["dataset"], **(dataset or {})}, **changes}

@@ -1,7 +1,8 @@
-"""The encoder equals transformers' and timm's models from the same weights, and keeps what transformers promises of a model.
+"""The encoder equals transformers' and timm's models from the same weights, and keeps what
+transformers promises of a model.
 
-Every parity test draws random values for every tensor (position and bias tables, layer scales and tokens included), so that a
-tensor that is ignored, swapped or transposed shows.
+Every parity test draws random values for every tensor (position and bias tables, layer scales and
+tokens included), so that a tensor that is ignored, swapped or transposed shows.
 """
 
 from pathlib import Path
@@ -36,7 +37,10 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def randomise(model: Any) -> Any:
-    """Random values in every parameter; norms and layer scales around 0.7, so that the tokens stay of order one."""
+    """Random values in every parameter.
+
+    Norms and layer scales around 0.7, so that the tokens stay of order one.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
@@ -64,7 +68,7 @@ def assert_same_tokens(ours: MimRefinerModel, pixels: torch.Tensor, expected: An
         torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=f"hidden state {block}")
 
 
-# --- parity -------------------------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -144,7 +148,9 @@ def test_equals_timm(
 
 
 def test_post_norm_blocks_equal_the_slow_version() -> None:
-    """data2vec 2.0: `x = norm1(x + attn(x)); x = norm2(x + mlp(x))`, after an embedding norm (METHOD.md, Encoders)."""
+    """data2vec 2.0: `x = norm1(x + attn(x)); x = norm2(x + mlp(x))`, after an embedding norm
+    (METHOD.md, Encoders).
+    """
     model = tiny(norm_placement="post", embedding_norm=True, final_norm=False)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -168,7 +174,10 @@ def test_post_norm_blocks_equal_the_slow_version() -> None:
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
 def test_fresh_positions_are_sine_cosine(grid: tuple[int, int]) -> None:
-    """As transformers' ViTMAE computes them, but with MAE's order of the halves: width first (transformers: height first)."""
+    """As transformers' ViTMAE computes them, but with MAE's order of the halves.
+
+    Width first (transformers: height first).
+    """
     expected = (
         build_2d_sinusoidal_position_embedding(*grid, embed_dim=32).roll(16, dims=1).unsqueeze(0)
     )
@@ -192,7 +201,9 @@ def test_fresh_positions_equal_a_trained_mae(shared: Path) -> None:
 )
 @pytest.mark.parametrize("width", [32, 30])
 def test_no_fresh_table_is_constant(positions: str, width: int) -> None:
-    """A constant position table cannot be told apart by training (transformers' ViTMAE from a config has one)."""
+    """A constant position table cannot be told apart by training (transformers' ViTMAE from a
+    config has one).
+    """
     model = MimRefinerModel(
         MimRefinerConfig(
             **{**TINY, "hidden_size": width}, position_encoding=positions, num_register_tokens=2
@@ -213,7 +224,10 @@ def test_no_fresh_table_is_constant(positions: str, width: int) -> None:
 
 
 def test_relative_position_index_tells_offsets_apart() -> None:
-    """Two patch pairs share a bias exactly when they have the same offset; CLS has three entries of its own."""
+    """Two patch pairs share a bias exactly when they have the same offset.
+
+    CLS has three entries of its own.
+    """
     index = relative_position_index((2, 3), torch.device("cpu"))
     place = [(row, column) for row in range(2) for column in range(3)]
     offsets: dict[tuple[int, int], set[int]] = {}
@@ -231,7 +245,7 @@ def test_relative_position_index_tells_offsets_apart() -> None:
     )
 
 
-# --- attention kernels, recording, compiling ----------------------------------------------------------------------------------
+# --- attention kernels, recording, compiling ------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared_relative"])
@@ -306,7 +320,10 @@ def test_bf16_weights_take_fp32_pixels() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    """`fullgraph=True` on the longest path, both kinds of positions at another size; without the slow code generator."""
+    """`fullgraph=True` on the longest path, both kinds of positions at another size.
+
+    Without the slow code generator.
+    """
     model = tiny(num_hidden_layers=2, position_encoding="absolute+relative")
     pixels = torch.randn(2, 3, 16, 32)
     with torch.no_grad():
@@ -320,7 +337,10 @@ def test_compiles_without_graph_breaks() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_sdpa() -> None:
-    """Through flex attention's own reference path: generating its kernel takes 12 s here and tests torch, not us."""
+    """Through flex attention's own reference path.
+
+    Generating its kernel takes 12 s here and tests torch, not us.
+    """
     model = tiny(num_register_tokens=2)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -340,7 +360,7 @@ def test_exports_with_a_dynamic_batch() -> None:
         )
 
 
-# --- pooling, sizes, configuration --------------------------------------------------------------------------------------------
+# --- pooling, sizes, configuration ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", ["output", "last_block"])

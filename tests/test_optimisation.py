@@ -1,4 +1,6 @@
-"""Learning rates, weight decay, freezing and the moving average, against the authors' code and a formula written out."""
+"""Learning rates, weight decay, freezing and the moving average, against the authors' code and a
+formula written out.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,10 @@ def encoder(golden: dict[str, Any]) -> MimRefinerModel:
 
 
 def authors_name(name: str) -> str:
-    """`layers.3.attention.k_proj.bias` -> `blocks.3.attn.qkv.bias`: what the authors' code calls a parameter of ours."""
+    """`layers.3.attention.k_proj.bias` -> `blocks.3.attn.qkv.bias`.
+
+    What the authors' code calls a parameter of ours.
+    """
     if name == "embeddings.cls_token":
         return "cls_tokens.tokens"
     for ours, theirs in (
@@ -128,7 +133,10 @@ def test_final_norm_is_not_decayed() -> None:
 
 
 def test_freezing_as_the_2b_model_does() -> None:
-    """Patch embedding, CLS and the first 6 blocks; position tables, absolute and relative, are frozen in any case."""
+    """Patch embedding, CLS and the first 6 blocks.
+
+    Position tables, absolute and relative, are frozen in any case.
+    """
     shape = {
         "hidden_size": 8,
         "num_hidden_layers": 8,

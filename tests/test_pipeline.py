@@ -1,4 +1,7 @@
-"""pipeline("image-clustering"): every kind of input, the features, the number of groups, what can go wrong, saving."""
+"""pipeline("image-clustering").
+
+Every kind of input, the features, the number of groups, what can go wrong, saving.
+"""
 
 import os
 import subprocess
@@ -342,7 +345,9 @@ def test_saved_models_offer_the_pipeline(
     photos: Path,
     tmp_path: Path,
 ) -> None:
-    """By name and without a flag for users of the package, with `trust_remote_code` and without the package for all others."""
+    """By name and without a flag for users of the package, with `trust_remote_code` and without the
+    package for all others.
+    """
     expected = groups_of(pipe(photos, num_clusters=3))
     save_model_folder(tmp_path / "model", encoder, processor)
     pipe.save(tmp_path / "pipe")

@@ -1,4 +1,7 @@
-"""What heads and evaluation read where there is no CLS: mean patch, register, CAPI's read-out; and refinement from it."""
+"""What heads and evaluation read where there is no CLS: mean patch, register, CAPI's read-out.
+
+And refinement from it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +41,14 @@ def capi(goldens: Path) -> Path:
     return goldens / "capi"
 
 
-# --- pooling ------------------------------------------------------------------------------------------------------------------
+# --- pooling --------------------------------------------------------------------------------------
 
 
 def read_out(model: MimRefinerModel, output: Tensor, grid: tuple[int, int]) -> Tensor:
-    """CAPI's `global_repr` of an encoder output, step by step: mask tokens, cross-attention, MLP, RMS, mean."""
+    """CAPI's `global_repr` of an encoder output, step by step.
+
+    Mask tokens, cross-attention, MLP, RMS, mean.
+    """
 
     def rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + model.config.layer_norm_eps).sqrt() * weight
@@ -63,7 +69,10 @@ def read_out(model: MimRefinerModel, output: Tensor, grid: tuple[int, int]) -> T
 
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_heads_and_features_read_what_the_pooling_says(pooling: str) -> None:
-    """Heads: raw blocks and the encoder's output. Evaluation: raw blocks, but `global_repr` needs the output."""
+    """Heads read raw blocks and the encoder's output.
+
+    Evaluation reads raw blocks, but `global_repr` needs the output.
+    """
     model = tiny(pooling=pooling)
     pixels = torch.randn(2, 3, 16, 32)
     pool: Callable[[Tensor], Tensor] = (
@@ -124,7 +133,7 @@ def test_register_comes_after_cls() -> None:
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 1])
 
 
-# --- refinement ---------------------------------------------------------------------------------------------------------------
+# --- refinement -----------------------------------------------------------------------------------
 
 
 def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
@@ -150,7 +159,10 @@ def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> None:
-    """Both stages from the authors' file; the predictor goes on only where it is read and trained."""
+    """Both stages from the authors' file.
+
+    The predictor goes on only where it is read and trained.
+    """
     depth = facts("capi")["depth"]
     size = facts("capi")["image_size"]
     patch = facts("capi")["patch_size"]

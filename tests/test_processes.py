@@ -1,4 +1,7 @@
-"""Several processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports."""
+"""Several processes give what one gives.
+
+Features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports.
+"""
 
 import json
 import multiprocessing
@@ -44,7 +47,10 @@ def separated_rows() -> tuple[Tensor, Tensor]:
 
 
 def answers() -> dict[str, Tensor]:
-    """k-NN of noisy rows in a bank where every row stands twice, with two classes: nothing but the order settles these ties."""
+    """k-NN of noisy rows in a bank where every row stands twice, with two classes.
+
+    Nothing but the order settles these ties.
+    """
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)

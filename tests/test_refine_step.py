@@ -1,4 +1,7 @@
-"""One whole step against the authors' code: heads, queue, objective, every gradient, and the exact micro-batches."""
+"""One whole step against the authors' code.
+
+Heads, queue, objective, every gradient, and the exact micro-batches.
+"""
 
 import re
 from collections.abc import Callable
@@ -239,7 +242,10 @@ def assert_nearest(
     outputs: dict[str, torch.Tensor],
     call: str,
 ) -> None:
-    """The nearest row of every target: which, its values, its cosine, its age; also in evaluation."""
+    """The nearest row of every target: which, its values, its cosine, its age.
+
+    Also in evaluation.
+    """
     found = queue.lookup(targets, index)
     places = found.positions.flatten()
     assert torch.equal(places, outputs[f"{call}.nn_queue_index"])
@@ -418,7 +424,10 @@ def test_neighbour_draw_is_a_function_of_seed_and_step() -> None:
 
 
 def test_loss_schedules_match_the_released_recipes() -> None:
-    """20 epochs, 8 heads: staggered turns end at epochs 4, 6, ..., 16; the uniform decay starts at epoch 4."""
+    """20 epochs, 8 heads: staggered turns end at epochs 4, 6, ..., 16.
+
+    The uniform decay starts at epoch 4.
+    """
     for step in range(101):
         progress = step / 100
         for schedule in (

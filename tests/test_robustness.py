@@ -1,4 +1,6 @@
-"""Corruptions against NumPy, SciPy and Pillow written out, and the k-NN accuracy under each of them."""
+"""Corruptions against NumPy, SciPy and Pillow written out, and the k-NN accuracy under each of
+them.
+"""
 
 import io
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What SECURITY.md promises of the code as a whole: nothing dangerous in it, no remote code, safe floors, encrypted addresses."""
+"""What SECURITY.md promises of the code as a whole.
+
+Nothing dangerous in it, no remote code, safe floors, encrypted addresses.
+"""
 
 import configparser
 import importlib.metadata
@@ -28,7 +31,7 @@ from mim_refiner_hf.publishing import save_model_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
-# --- the syntax trees -----------------------------------------------------------------------------------------------------------
+# --- the syntax trees -----------------------------------------------------------------------------
 
 FORBIDDEN = [
     "import pickle", "import cPickle as p", "from pickle import loads", "import dill", "import joblib", "import marshal", "import shelve",
@@ -83,12 +86,14 @@ def test_nothing_forbidden_is_in_the_code() -> None:
     assert found == []
 
 
-# --- code that comes with a model or a data set -----------------------------------------------------------------------------------
+# --- code that comes with a model or a data set ---------------------------------------------------
 
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> Any:
-    """Makes a model folder whose every file asks to run `evil.py`, which would leave the file `mark`."""
+    """Makes a model folder whose every file asks to run `evil.py`, which would leave the file
+    `mark`.
+    """
 
     def make(model_type: str) -> Path:
         folder = tmp_path / f"stranger-{model_type}"
@@ -183,7 +188,10 @@ def test_no_command_runs_a_models_own_code(
 def test_transformers_asks_before_it_runs_a_models_own_code(
     stranger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the package imported, our kind of model needs no code from the folder; another kind is not loaded without a word."""
+    """With the package imported, our kind of model needs no code from the folder.
+
+    Another kind is not loaded without a word.
+    """
     monkeypatch.setattr(sys, "stdin", None)
     assert type(AutoModel.from_pretrained(stranger("mim_refiner"))) is MimRefinerModel
     evil = str(stranger("evil"))
@@ -209,7 +217,7 @@ def test_a_data_sets_script_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-# --- downloads --------------------------------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_every_address_of_the_zoo_is_encrypted() -> None:
@@ -244,7 +252,7 @@ def test_a_redirection_to_an_open_connection_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- dependencies -----------------------------------------------------------------------------------------------------------------
+# --- dependencies ---------------------------------------------------------------------------------
 
 FLOORS = {  # package: the first version without the vulnerability, and its name
     "datasets": ("5.2.0", "CVE-2026-57845"),  # pickles read by its pandas builder
@@ -320,7 +328,10 @@ def test_the_floors_are_read() -> None:
 
 
 def test_a_weight_file_is_read_within_its_folder(tmp_path: Path) -> None:
-    """An index that names shards elsewhere (path traversal by `weight_map`) is not followed: shards are found by their names here."""
+    """An index that names shards elsewhere (path traversal by `weight_map`) is not followed.
+
+    Shards are found by their names here.
+    """
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
@@ -331,7 +342,7 @@ def test_a_weight_file_is_read_within_its_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# --- the document -----------------------------------------------------------------------------------------------------------------
+# --- the document ---------------------------------------------------------------------------------
 
 
 def test_every_claim_names_code_and_tests_that_exist() -> None:

@@ -1,4 +1,6 @@
-"""The segmentation probe against one linear layer under torch's SGD, mIoU against sets of pixels, and CamVid."""
+"""The segmentation probe against one linear layer under torch's SGD, mIoU against sets of pixels,
+and CamVid.
+"""
 
 import json
 import math
@@ -57,7 +59,10 @@ def make_table(folder: Path, masks: list[np.ndarray], names: list[str] | None) -
 
 
 def slow_miou(pairs: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> float:
-    """Mean over classes of intersection over union, as sets of pixels; void (-1) in the truth is left out."""
+    """Mean over classes of intersection over union, as sets of pixels.
+
+    Void (-1) in the truth is left out.
+    """
     values = []
     for label in range(num_classes):
         truth, answer = set(), set()

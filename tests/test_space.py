@@ -1,10 +1,12 @@
-"""The Space in examples/space: its functions, its HTTP API on a server of its own, and its page in a real headless Chromium.
+"""The Space in examples/space.
+
+Its functions, its HTTP API on a server of its own, and its page in a real headless Chromium.
 
     pip install -e ".[space]"
     SCREENSHOTS=/tmp/shots python -m pytest -n 0 tests/test_space.py       # keeps the pictures
 
-The two models are tiny and random: what is tested is that the page shows what the package computes, and what it does with
-wrong input. The browser is `chromium.py`'s, which says what to install.
+The two models are tiny and random: what is tested is that the page shows what the package computes,
+and what it does with wrong input. The browser is `chromium.py`'s, which says what to install.
 """
 
 import configparser
@@ -73,7 +75,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """24 images of three colours, eight each, in several formats, one with a name that hurts; and a text file called .png."""
+    """24 images of three colours, eight each, in several formats, one with a name that hurts.
+
+    And a text file called .png.
+    """
     folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     names = [
         HOSTILE,
@@ -185,7 +190,10 @@ def table(shown: dict[str, Any]) -> list[dict[str, str]]:
 
 
 class Page(HTMLParser):
-    """What a browser makes of the HTML: the tags, and per column and group the titles of the tiles."""
+    """What a browser makes of the HTML.
+
+    The tags, and per column and group the titles of the tiles.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()

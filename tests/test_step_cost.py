@@ -1,4 +1,6 @@
-"""What a step costs: launched operations, no waiting, memory that does not grow with the batch, and the plan's estimate of it."""
+"""What a step costs: launched operations, no waiting, memory that does not grow with the batch, and
+the plan's estimate of it.
+"""
 
 import copy
 import dataclasses
@@ -114,7 +116,10 @@ def test_micro_batches_with_recomputed_blocks_and_in_bf16() -> None:
 
 
 def test_activation_memory_does_not_grow_with_the_batch() -> None:
-    """Bytes that autograd keeps at once for the encoder, over the whole step: one micro-batch's, whether its graph waits or not."""
+    """Bytes that autograd keeps at once for the encoder, over the whole step.
+
+    One micro-batch's, whether its graph waits or not.
+    """
 
     class Saved:
         def __init__(self, tensor: Tensor) -> None:
@@ -154,7 +159,10 @@ def test_activation_memory_does_not_grow_with_the_batch() -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads", [4, 8, 12])
 def test_a_step_launches_few_operations(heads: int, bf16: bool) -> None:
-    """Heads, queue, loss and what is told for the log, forward and backward, at 12 views; the number of heads is no factor."""
+    """Heads, queue, loss and what is told for the log, forward and backward, at 12 views.
+
+    The number of heads is no factor.
+    """
     refiner = small_refiner(heads=heads, views=12, bf16=bf16)
     features = torch.randn(heads, 12 * 6, 48, requires_grad=True)
     index, draw = torch.arange(6), neighbour_draw(0, 0, 5, heads, 2, 6)

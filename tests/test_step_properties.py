@@ -1,4 +1,6 @@
-"""Loss, queue and heads against ten slow, plain lines each, on shapes, fill states and settings that hypothesis makes up."""
+"""Loss, queue and heads against ten slow, plain lines each, on shapes, fill states and settings
+that hypothesis makes up.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,10 @@ def slow_loss(
     swap: str,
     first: int,
 ) -> Tensor:
-    """The mean over ordered pairs of views of one head, (G, b, E), (G, b, E), (V, B, E): eq. 1 pair by pair."""
+    """The mean over ordered pairs of views of one head, (G, b, E), (G, b, E), (V, B, E).
+
+    Equation 1, pair by pair.
+    """
     targets, neighbours, predictions = (
         x / x.norm(dim=-1, keepdim=True) for x in (targets, neighbours, predictions)
     )
@@ -137,7 +142,10 @@ class SlowQueue:
 def test_queue_over_several_steps(
     heads: int, views: int, batch: int, spare: int, dim: int, data: st.DataObject, seed: int
 ) -> None:
-    """Empty, half full, wrapped around: who is nearest, what is drawn, who is left out, and all that is remembered."""
+    """Empty, half full, wrapped around.
+
+    Who is nearest, what is drawn, who is left out, and all that is remembered.
+    """
     size = batch + spare
     topk, exclude = data.draw(st.integers(1, size)), data.draw(st.booleans())
     queue = NearestNeighbourQueue(heads, size, dim, seed=seed % 1000).double()

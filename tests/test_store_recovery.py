@@ -1,4 +1,7 @@
-"""A feature store outlives what happens to it: kills, damage, several processes, images that cannot be read."""
+"""A feature store outlives what happens to it.
+
+Kills, damage, several processes, images that cannot be read.
+"""
 
 import json
 import os

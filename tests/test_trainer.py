@@ -1,4 +1,7 @@
-"""Whole runs in miniature: from foreign weights and real images to a saved model, and its settings."""
+"""Whole runs in miniature.
+
+From foreign weights and real images to a saved model, and its settings.
+"""
 
 import json
 from collections.abc import Callable
@@ -203,7 +206,10 @@ def test_the_average_ships_and_frozen_blocks_stay(
 def test_stream_is_evaluated_without_finding_itself(
     recipe: Callable[..., RefineRecipe], cifar: str
 ) -> None:
-    """Half of the evaluation images are the k-NN bank; were all of them, every image would be its own neighbour."""
+    """Half of the evaluation images are the k-NN bank.
+
+    Were all of them, every image would be its own neighbour.
+    """
     result = run(recipe(streaming=True, eval_dataset=cifar, max_steps=1))
     assert result is not None
     assert result.metrics["dataset"]["eval_images"] == 100
@@ -228,7 +234,10 @@ def test_loss_schedules_weigh_the_heads(schedule: Any, recipe: Callable[..., Ref
 
 
 def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
-    """Each is another objective; InfoNCE, which uses no neighbour, does not depend on how many there are to draw from."""
+    """Each is another objective.
+
+    InfoNCE, which uses no neighbour, does not depend on how many there are to draw from.
+    """
     seen = {}
     for swap in ("positive", "all", "none"):
         asked = recipe(swap, swap=swap)

@@ -1,4 +1,6 @@
-"""Views: operations against goldens of the authors' code, draws against torchvision, the same bits in any arrangement."""
+"""Views: operations against goldens of the authors' code, draws against torchvision, the same bits
+in any arrangement.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""Wrong use: exit code 2 and one line that names flag, value and what is allowed, before any work and before any file."""
+"""Wrong use: exit code 2 and one line that names flag, value and what is allowed, before any work
+and before any file.
+"""
 
 import json
 import shutil

@@ -25,7 +25,10 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def tiny(**settings: Any) -> MimRefinerModel:
-    """Random values in every parameter, frequencies included; norms around 0.7, so that the tokens stay of order one."""
+    """Random values in every parameter, frequencies included.
+
+    Norms around 0.7, so that the tokens stay of order one.
+    """
     model = MimRefinerModel(MimRefinerConfig(**{**TINY, **settings}))
     with torch.no_grad():
         for parameter in model.parameters():
