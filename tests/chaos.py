@@ -4,7 +4,8 @@ Whatever happens to it, the same command ends with the very weights it would hav
 
     python -m tests.chaos  # 50 kills, 20 polite signals; about 10 minutes on one core
     python -m tests.chaos --kills 3 --signals 2 --json chaos.json
-    python -m tests.chaos --kills 0 --signals 0 --lost_worker  # torchrun with two processes, one of which is killed
+    # torchrun with two processes, one of which is killed
+    python -m tests.chaos --kills 0 --signals 0 --lost_worker
 
 A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once
 undisturbed. Then, for every case, it is started anew in a process of its own, hit in a random step,
@@ -36,8 +37,10 @@ from mim_refiner_hf.publishing.hub import save_model_folder
 
 STEPS, SAVE_EVERY = 60, 5
 ARGUMENTS = (
-    "--dataset digits --eval_fraction 0 --head_blocks 1 2 --projector_dim 64 --predictor_dim 64 --embedding_dim 32 --queue_size 128 "
-    "--topk 3 --local_views 2 --colour false --batch_size 64 --head_epochs 1 --epochs 2 --warmup_epochs 0.1 --ema_decay 0.9 "
+    "--dataset digits --eval_fraction 0 --head_blocks 1 2 --projector_dim 64 --predictor_dim 64 "
+    "--embedding_dim 32 --queue_size 128 "
+    "--topk 3 --local_views 2 --colour false --batch_size 64 --head_epochs 1 --epochs 2 "
+    "--warmup_epochs 0.1 --ema_decay 0.9 "
     f"--save_every {SAVE_EVERY} --log_every 1 --report_to none"
 ).split()
 POLITE = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGUSR2: 143, signal.SIGINT: 130}
@@ -186,7 +189,8 @@ def hit(
     )
     while (code := wait(start(model, output, workers))) != 0:
         raise RuntimeError(
-            f"the same command did not go on, exit code {code}: {output.with_suffix('.txt').read_text()[-2000:]}"
+            f"the same command did not go on, exit code {code}: "
+            f"{output.with_suffix('.txt').read_text()[-2000:]}"
         )
     return case
 
@@ -293,7 +297,8 @@ def main() -> int:
     good = sum(case.good for case in cases)
     written = sum(case.while_writing for case in cases)
     print(
-        f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a checkpoint was being written"
+        f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a "
+        f"checkpoint was being written"
     )
     if options.lost_worker:
         print(f"a lost worker: {'the same bits' if restarted else 'NOT the same bits'}")

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1500,950"
 )
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for a reference
@@ -116,7 +117,7 @@ class Chromium:
         self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
     def photograph(self, name: str, folder: Path) -> None:
-        """The window as `name`.png in `folder`, or in the one that the variable SCREENSHOTS names."""
+        """The window as `name`.png in `folder`, or in the one that SCREENSHOTS names."""
         folder = Path(os.environ.get("SCREENSHOTS", folder))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.png").write_bytes(base64.b64decode(self.call("/screenshot")))

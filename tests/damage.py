@@ -2,7 +2,9 @@
 
 One typed line that names file and remedy, or the same result as before. Nothing else.
 
-    python -m tests.damage --cases 1000 --json damage.json  # the table that it prints is in benchmarks/results/damage.md
+    python -m tests.damage --cases 1000 --json damage.json
+
+The table that it prints is in benchmarks/results/damage.md.
 
 Every target is a small folder written by this package, with the reader that a user would meet: a
 training checkpoint, the same with a manifest that vouches for wrong tensors, a model folder, a
@@ -45,7 +47,10 @@ from mim_refiner_hf.runtime.checkpoint import (
 from mim_refiner_hf.runtime.files import CheckpointError
 
 State = dict[str, Tensor]
-REMEDY = r"\b(get .* again|remove it|remove its|replace or remove|delete its|name another|Put it back|start the run anew|give the file)"
+REMEDY = (
+    r"\b(get .* again|remove it|remove its|replace or remove|delete its|name another|"
+    r"Put it back|start the run anew|give the file)"
+)
 
 # --- damage to tensors ----------------------------------------------------------------------------
 
@@ -391,7 +396,8 @@ def table(found: list[Case]) -> str:
     wrong = Counter(case.wrong for case in found if case.wrong)
     lines += [
         "",
-        f"{len(found)} cases, {len(found) - wrong.total()} typed lines that name file and remedy, {wrong.total()} wrong.",
+        f"{len(found)} cases, {len(found) - wrong.total()} typed lines that name file and remedy, "
+        f"{wrong.total()} wrong.",
     ]
     return "\n".join([*lines, *(f"- {reason}: {count}" for reason, count in wrong.items())])
 

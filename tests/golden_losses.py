@@ -3,7 +3,8 @@
 A change that alters them, however little, has to say so.
 
     python -m tests.golden_losses  # this run beside the kept one: the largest difference
-    python -m tests.golden_losses --write  # keep this machine's losses; they belong into the commit that changes them
+    # keep this machine's losses; they belong into the commit that changes them
+    python -m tests.golden_losses --write
 
 15 steps of head warm-up and 35 of refinement, in fp32 on one thread, of a tiny encoder with random
 weights on the bundled digits. `golden_losses.json` holds every loss as a hexadecimal float, bit by
@@ -66,11 +67,28 @@ def golden_recipe(folder: Path) -> RefineRecipe:
     """15 + 35 steps of 16 images; every part of the method is in it, colour included."""
     save_start(folder / "start")
     return RefineRecipe(
-        model=str(folder / "start"), output_dir=str(folder / "out"), dataset="digits", eval_fraction=0.0, head_blocks=[1, 2],
-        projector_dim=64, predictor_dim=64, embedding_dim=32, queue_size=64, topk=2, local_views=1, batch_size=16,
-        head_epochs=0.185, epochs=0.432, warmup_epochs=0.1, ema_decay=0.9, save_every=0, log_every=1, num_workers=0, report_to="none",
+        model=str(folder / "start"),
+        output_dir=str(folder / "out"),
+        dataset="digits",
+        eval_fraction=0.0,
+        head_blocks=[1, 2],
+        projector_dim=64,
+        predictor_dim=64,
+        embedding_dim=32,
+        queue_size=64,
+        topk=2,
+        local_views=1,
+        batch_size=16,
+        head_epochs=0.185,
+        epochs=0.432,
+        warmup_epochs=0.1,
+        ema_decay=0.9,
+        save_every=0,
+        log_every=1,
+        num_workers=0,
+        report_to="none",
         seed=3,
-    )  # fmt: skip
+    )
 
 
 def measured(folder: Path) -> list[float]:

@@ -66,11 +66,29 @@ def growth(folder: Path, steps: int) -> tuple[Alive, Alive]:
     """
     save_start(folder / "start")
     recipe = RefineRecipe(
-        model=str(folder / "start"), output_dir=str(folder / "out"), dataset="digits", eval_fraction=0.2, num_heads=2,
-        projector_dim=32, predictor_dim=32, embedding_dim=16, queue_size=64, topk=2, local_views=1, colour=False, batch_size=8,
-        head_epochs=0.25, epochs=10**6, max_steps=steps - 10, warmup_epochs=0, eval_every=1, save_every=50, log_every=1,
-        num_workers=0, report_to="none",
-    )  # fmt: skip
+        model=str(folder / "start"),
+        output_dir=str(folder / "out"),
+        dataset="digits",
+        eval_fraction=0.2,
+        num_heads=2,
+        projector_dim=32,
+        predictor_dim=32,
+        embedding_dim=16,
+        queue_size=64,
+        topk=2,
+        local_views=1,
+        colour=False,
+        batch_size=8,
+        head_epochs=0.25,
+        epochs=10**6,
+        max_steps=steps - 10,
+        warmup_epochs=0,
+        eval_every=1,
+        save_every=50,
+        log_every=1,
+        num_workers=0,
+        report_to="none",
+    )
     seen: list[Alive] = []
     update = Trainer.update
 
@@ -98,7 +116,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         early, late = growth(Path(folder), options.steps)
     print(
-        "| | after step | resident, MiB | tensors | their MiB | Python objects |\n|---|---:|---:|---:|---:|---:|"
+        "| | after step | resident, MiB | tensors | their MiB | Python objects "
+        "|\n|---|---:|---:|---:|---:|---:|"
     )
     for name, alive in (("early", early), ("late", late)):
         sizes = f"{alive.resident / 2**20:.1f} | {alive.tensors} | {alive.tensor_bytes / 2**20:.2f}"

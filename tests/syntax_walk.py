@@ -27,15 +27,35 @@ MODULES = frozenset(
 HARMLESS = frozenset(["pickle.UnpicklingError"])
 CALLS = frozenset(
     [
-        "eval", "exec", "compile", "__import__",
-        "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
-        "tempfile.mktemp", "shutil.unpack_archive", "ssl._create_unverified_context",
-        "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all",
-        "pandas.read_pickle", "torch.jit.load", "torch.export.load", "torch.hub.load", "torch.distributed.checkpoint.load",
-        "torch.serialization.add_safe_globals", "evaluate.load", "onnx.hub.load",
-        "accelerate.load_checkpoint_in_model", "accelerate.load_checkpoint_and_dispatch",
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "os.system",
+        "os.popen",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "asyncio.create_subprocess_shell",
+        "tempfile.mktemp",
+        "shutil.unpack_archive",
+        "ssl._create_unverified_context",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.load_all",
+        "yaml.unsafe_load_all",
+        "yaml.full_load_all",
+        "pandas.read_pickle",
+        "torch.jit.load",
+        "torch.export.load",
+        "torch.hub.load",
+        "torch.distributed.checkpoint.load",
+        "torch.serialization.add_safe_globals",
+        "evaluate.load",
+        "onnx.hub.load",
+        "accelerate.load_checkpoint_in_model",
+        "accelerate.load_checkpoint_and_dispatch",
     ]
-)  # fmt: skip
+)
 # methods, whatever they are called on: unpacking archives, and accelerate's checkpoints, which are
 # pickles
 METHODS = frozenset(["extractall", "extract_all", "load_state", "read_pickle"])

@@ -141,7 +141,7 @@ def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path:
 
 
 def test_missing_encoder_weights_are_initialised(tmp_path: Path) -> None:
-    """A token or a table missing in the file is drawn afresh, never left as uninitialised memory."""
+    """A token or table missing in the file is drawn afresh, never left as uninitialised memory."""
     settings = {
         "position_encoding": "absolute+shared_relative",
         "layer_scale_init": 0.1,

@@ -137,20 +137,24 @@ def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
         tmp_path / "start", encoder, MimRefinerImageProcessor(size={"height": 8, "width": 8})
     )
     words = (
-        f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out --eval_fraction 0 --num_heads 1 "
-        "--projector_dim 8 --predictor_dim 8 --embedding_dim 8 --queue_size 500 --topk 1 --global_views 1 --local_views 1 "
-        "--colour false --batch_size 500 --head_epochs 0.1 --epochs 1 --warmup_epochs 0 --save_every 2 --log_every 1 "
+        f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out "
+        f"--eval_fraction 0 --num_heads 1 "
+        "--projector_dim 8 --predictor_dim 8 --embedding_dim 8 --queue_size 500 --topk 1 "
+        "--global_views 1 --local_views 1 "
+        "--colour false --batch_size 500 --head_epochs 0.1 --epochs 1 --warmup_epochs 0 "
+        "--save_every 2 --log_every 1 "
         "--num_workers 0 --report_to none"
     ).split()
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction allows, first: ",
+        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction "
+        r"allows, first: ",
         error,
     )
     assert (
-        f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go on"
-        in error
+        f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go "
+        f"on" in error
     )
     assert not (tmp_path / "out/model").exists()
 

@@ -251,7 +251,7 @@ def joined(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
-    """One epoch: the rule, the same for any number of workers and processes, and a complete list."""
+    """One epoch: the rule, equal for any number of workers and processes, and a complete list."""
     path, bad = table
     images = open_images(str(path))
     whole = epoch_of(images, workers=0)

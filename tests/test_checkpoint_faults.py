@@ -139,7 +139,8 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
     def refuse() -> None:
         if operation == "write tensors":  # as safetensors 0.8 says it
             raise SafetensorError(
-                f"Error while serializing: I/O error: {os.strerror(ERRORS[error])} (os error {ERRORS[error]})"
+                f"Error while serializing: I/O error: {os.strerror(ERRORS[error])} (os error "
+                f"{ERRORS[error]})"
             )
         raise OSError(ERRORS[error], os.strerror(ERRORS[error]))
 
@@ -154,7 +155,9 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
                 assert os.strerror(ERRORS[error]) in str(raised) and "\n" not in str(raised)
                 assert f"after step 30 could not be written to {folder}" in str(raised)
                 assert "step-000000" in str(raised) and "run the same command again" in str(raised)
-            else:  # the folder was there already, or all is written and an old checkpoint could not be removed
+            else:
+                # the folder was there already, or all is written and an old checkpoint could not
+                # be removed
                 assert (
                     not struck or operation in ("mkdir", "rename") or operation.startswith("remove")
                 )
@@ -178,7 +181,8 @@ def test_no_space_is_noticed_before_it_is_needed(
     )
     with pytest.raises(
         SaveError,
-        match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make room",
+        match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make "
+        r"room",
     ):
         save(tmp_path, 20)
     found = load_latest(tmp_path)

@@ -2,7 +2,8 @@
 
 5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
 
-    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py  # keeps the pictures, prints the times
+    # keeps the pictures, prints the times
+    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py
 
 The browser is `chromium.py`'s, which says what to install.
 """
@@ -88,7 +89,8 @@ def test_five_thousand_images_open_fast_and_stay_usable(
     assert browser.run("location.hash") == "#group=1"
     size = browser.run("data.sizes[1]")
     assert browser.run(
-        "[...document.querySelectorAll('.tile')].every(tile => data.group[tile.dataset.image] === 1)"
+        "[...document.querySelectorAll('.tile')].every(tile => data.group[tile.dataset.image] === "
+        "1)"
     )
     browser.press(RIGHT + RIGHT + DOWN)  # into the sheet and on
     first = browser.run("Number(document.activeElement.dataset.image)")
@@ -136,14 +138,16 @@ def test_five_thousand_images_open_fast_and_stay_usable(
     browser.press("+")
     assert browser.run("view.zoom") == 1.25
     slowest = browser.run(
-        "Math.max(...starts.map((_, g) => { const t = performance.now(); location.hash = `#group=${g}`; route(); "
+        "Math.max(...starts.map((_, g) => { const t = performance.now(); location.hash = "
+        "`#group=${g}`; route(); "
         "sheet.offsetHeight; return performance.now() - t; }))"
     )
     print(f"slowest group shown after {slowest:.0f} ms")
     assert slowest < 1000
     assert (
         browser.run(
-            "performance.getEntriesByType('resource').filter(one => !one.name.startsWith('data:')).length"
+            "performance.getEntriesByType('resource').filter(one => "
+            "!one.name.startsWith('data:')).length"
         )
         == 0
     )

@@ -37,9 +37,18 @@ HOSTILE = (
     "script><script>alert(1)<.png",
 )  # a folder and a file: together "</script><script>..."
 NAMES = [
-    "plain.png", 'a,"b".png', "<img src=x onerror=alert(1)>.png", "{{ 7*7 }} & 'q'.jpg", "été 猫.png", "same.png",
-    "100%41 #1?a=b&c.png", "javascript:alert(1).png", "a\u2028b\u202egnp.png", "-->`'\\.png", "🐈" * 62 + ".png",
-]  # fmt: skip
+    "plain.png",
+    'a,"b".png',
+    "<img src=x onerror=alert(1)>.png",
+    "{{ 7*7 }} & 'q'.jpg",
+    "été 猫.png",
+    "same.png",
+    "100%41 #1?a=b&c.png",
+    "javascript:alert(1).png",
+    "a\u2028b\u202egnp.png",
+    "-->`'\\.png",
+    "🐈" * 62 + ".png",
+]
 
 
 @pytest.fixture(scope="module")

@@ -372,7 +372,8 @@ def test_beit_without_layer_scale_and_with_a_lost_bias_table(tmp_path: Path) -> 
     )
     with pytest.raises(
         CheckpointError,
-        match=r"2 of 36 beit tensors are missing: layers\.0\.attention\.relative_position_bias\.table",
+        match=r"2 of 36 beit tensors are missing: "
+        r"layers\.0\.attention\.relative_position_bias\.table",
     ):
         load_encoder(tmp_path)
 

@@ -210,9 +210,21 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
     }
     flags = ["--num_heads", "2", "--push", "tester/converted"]
     run = subprocess.run(
-        [sys.executable, "-m", "mim_refiner_hf.cli", "convert", str(source), str(tmp_path / "model"), *flags],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mim_refiner_hf.cli",
+            "convert",
+            str(source),
+            str(tmp_path / "model"),
+            *flags,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     pushed = stub_hub.repos["tester/converted"]["files"]
     assert pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()

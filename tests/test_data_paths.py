@@ -79,10 +79,20 @@ def table(file: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
 def hostile(data: Path, address: str) -> list[str]:
     secret = data.parent / "secret.png"
     return [
-        "../secret.png", "pictures/../../secret.png", str(secret), secret.as_uri(), f"local://{secret}", f"{address}/x.png",
-        "s3://bucket/x.png", "hf://datasets/someone/else@main/x.png", f"zip://x.png::{address}/x.zip", f"zip://x.png::{secret}",
-        f"simplecache::{secret.as_uri()}", f"zip://secret.png::dir://..::{secret}", "../mine_too/x.png",
-    ]  # fmt: skip
+        "../secret.png",
+        "pictures/../../secret.png",
+        str(secret),
+        secret.as_uri(),
+        f"local://{secret}",
+        f"{address}/x.png",
+        "s3://bucket/x.png",
+        "hf://datasets/someone/else@main/x.png",
+        f"zip://x.png::{address}/x.zip",
+        f"zip://x.png::{secret}",
+        f"simplecache::{secret.as_uri()}",
+        f"zip://secret.png::dir://..::{secret}",
+        "../mine_too/x.png",
+    ]
 
 
 def test_a_row_opens_nothing_outside_its_data_set(

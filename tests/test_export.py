@@ -282,7 +282,8 @@ for kind, features in expected.items():
     with torch.no_grad():
         found = model(**processor(image, return_tensors="pt")).pooler_output
     assert (found - features).abs().max() < 1e-5, kind
-    piped = pipeline("image-feature-extraction", model=folder)(image, pool=True, return_tensors=True)
+    extract = pipeline("image-feature-extraction", model=folder)
+    piped = extract(image, pool=True, return_tensors=True)
     assert (piped - features).abs().max() < 1e-5, kind
     print("loaded", type(model).__name__)
 """
@@ -367,7 +368,8 @@ def test_onnx_without_its_extra_says_what_to_install(
         (
             "timm",
             KINDS["data2vec2"],
-            r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first block",
+            r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first "
+            r"block",
         ),
         ("timm", {"features": "last_block"}, "no pooling before the final norm"),
         (

@@ -184,7 +184,7 @@ def test_without_local_views_and_with_mixed_sizes() -> None:
 
 
 def test_draws_are_those_of_the_exact_way() -> None:
-    """Exact views are made from `draw_view`, so equal generators have to be left in equal states."""
+    """Exact views are made from `draw_view`, so equal generators are left in equal states."""
     image = Image.new("RGB", (50, 40), "teal")
     exact, quick = V.view_rng(4, 5, 6), V.view_rng(4, 5, 6)
     V.MultiCrop(SPECS)(image, exact)

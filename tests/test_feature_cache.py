@@ -227,7 +227,8 @@ def test_a_store_that_cannot_serve_says_why(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls and mean",
+        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls "
+        r"and mean",
     ):
         read(encoder, digits(), tmp_path / "few", ("block0.cls", COLUMN, "block1.mean"))
     with pytest.raises(ValueError, match="other features: encoder was unnamed"):
@@ -251,7 +252,8 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, None):
         with pytest.raises(
             ValueError,
-            match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check the model",
+            match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check "
+            r"the model",
         ):
             read(encoder, digits(), folder).column(COLUMN)
 

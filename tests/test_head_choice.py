@@ -76,12 +76,14 @@ def test_proposal(scores: list[float], frozen: int, first: int, labelled: bool) 
 def test_proposal_tells_its_evidence() -> None:
     _, reason = propose_head_blocks(profile_of([0.1, 0.2, 0.3, 0.6, 0.5, 0.4]))
     assert reason == (
-        "k-NN accuracy is best in block 3 (60.0 %) and falls to 40.0 % in block 5, before the last third of the blocks: heads from "
+        "k-NN accuracy is best in block 3 (60.0 %) and falls to 40.0 % in block 5, before the last "
+        "third of the blocks: heads from "
         "there on"
     )
     _, reason = propose_head_blocks(profile_of([0.1, 0.2, 0.3, 0.6, 0.7, 0.65]))
     assert reason == (
-        "k-NN accuracy is best in block 4 (70.0 %) and falls to 65.0 % in block 5: the last third of the blocks, 4 to 5, includes it"
+        "k-NN accuracy is best in block 4 (70.0 %) and falls to 65.0 % in block 5: the last third "
+        "of the blocks, 4 to 5, includes it"
     )
     with pytest.raises(ValueError, match=r"frozen=6 of 6 blocks"):
         propose_head_blocks(profile_of([0.1] * 6), frozen=6)

@@ -119,7 +119,7 @@ def top_level_names(path: Path) -> Iterator[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Every set of two or more nodes that reach each other (Tarjan would say: strongly connected)."""
+    """Every set of two or more nodes that reach each other (strongly connected)."""
     reach = {node: set(after) for node, after in arrows.items()}
     for middle in arrows:
         for node in arrows:

@@ -120,10 +120,15 @@ def trouble(stub_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """The Hub that this process talks to, without waiting in vain."""
     between = Trouble(stub_hub.url)
     stub_hub.url = between.url  # also for the addresses that it gives for uploads
-    for name, value in {
-        "HF_HUB_OFFLINE": False, "ENDPOINT": between.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{between.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-    }.items():  # fmt: skip
+    template = f"{between.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    changed = {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": between.url,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+    }
+    for name, value in changed.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", between.url)
@@ -207,7 +212,8 @@ def test_lasting_trouble_ends_with_the_command_to_continue(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"error: the Hub did not take {REPOSITORY} (")
     assert line.endswith(
-        f"the local result is intact at {model}, continue with: mim-refiner push {model} {REPOSITORY}"
+        f"the local result is intact at {model}, continue with: mim-refiner push {model} "
+        f"{REPOSITORY}"
     )
     assert contents(model) == before
     assert len(trouble.seen) < 150  # bounded
@@ -409,9 +415,14 @@ def test_how_long_is_waited(
         patience, "time", SimpleNamespace(sleep=lambda seconds: waited.update([seconds]))
     )
     for error, expected in [
-        (Refused(429, Retry_After="7"), [7.0] * 4), (Refused(429, Retry_After="86400"), [60.0] * 4), (Refused(500), [2.0, 4.0, 8.0, 16.0]),
-        (ConnectionResetError(), [2.0, 4.0, 8.0, 16.0]), (Refused(404), []), (Refused(401), []), (ValueError("x"), []),
-    ]:  # fmt: skip
+        (Refused(429, Retry_After="7"), [7.0] * 4),
+        (Refused(429, Retry_After="86400"), [60.0] * 4),
+        (Refused(500), [2.0, 4.0, 8.0, 16.0]),
+        (ConnectionResetError(), [2.0, 4.0, 8.0, 16.0]),
+        (Refused(404), []),
+        (Refused(401), []),
+        (ValueError("x"), []),
+    ]:
         waited.clear()
 
         def call(error: Exception = error) -> None:

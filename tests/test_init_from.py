@@ -50,7 +50,7 @@ def old(
 
 
 def first_loss_of(old: RefineRecipe) -> float:
-    """The loss that the old run's average, heads and queue give on the first batch of a refinement."""
+    """The loss that the old run's average, heads and queue give on a refinement's first batch."""
     prepared = run_module.prepare(old)
     start = prepared.start
     assert start.encoder is not None and prepared.resume is not None

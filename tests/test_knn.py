@@ -145,8 +145,13 @@ def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Gold
     found = knn_predict(
         inputs["train_x"], inputs["train_y"], inputs["test_x"], temperature=(0.01,)
     )[10, 0.01]
-    slow = slow_knn(*(inputs[name].double().numpy() for name in ("train_x",)), inputs["train_y"].numpy(),
-                    inputs["test_x"].double().numpy(), 10, 0.01)  # fmt: skip
+    slow = slow_knn(
+        *(inputs[name].double().numpy() for name in ("train_x",)),
+        inputs["train_y"].numpy(),
+        inputs["test_x"].double().numpy(),
+        10,
+        0.01,
+    )
     assert found.tolist() == slow
 
 

@@ -36,7 +36,8 @@ def test_unknown_files(tmp_path: Path) -> None:
     )
     with pytest.raises(
         CheckpointError,
-        match=r"no known family; top-level keys: state_dict, epoch; tensors: state_dict\.conv1\.weight",
+        match=r"no known family; top-level keys: state_dict, epoch; tensors: "
+        r"state_dict\.conv1\.weight",
     ):
         load_encoder(tmp_path / "resnet.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")

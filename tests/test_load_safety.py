@@ -307,7 +307,8 @@ def test_every_changed_field_is_refused(file: str, own_folder: Path, tmp_path: P
             (tmp_path / file).write_text(json.dumps(changed))
             with pytest.raises(
                 CheckpointError,
-                match=rf"{file} has not the fields that .* describes; .* remove its line from {DIGESTS}",
+                match=rf"{file} has not the fields that .* describes; .* remove its line from "
+                rf"{DIGESTS}",
             ):
                 load_encoder(tmp_path)
     (tmp_path / file).write_text(json.dumps({**fields, "rope_theta": 1}))
@@ -342,7 +343,8 @@ def test_digests_follow_the_folder_they_describe(own_folder: Path, tmp_path: Pat
     encoder.save_pretrained(tmp_path)
     with pytest.raises(
         CheckpointError,
-        match=rf"1 of {len(encoder.state_dict())} tensors .*: norm\.weight; .* delete its {DIGESTS}",
+        match=rf"1 of {len(encoder.state_dict())} tensors .*: norm\.weight; .* delete its "
+        rf"{DIGESTS}",
     ):
         load_encoder(tmp_path)
     (tmp_path / DIGESTS).unlink()

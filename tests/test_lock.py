@@ -70,7 +70,8 @@ def test_the_second_is_told_who_is_there(tmp_path: Path) -> None:
     with sole_run(tmp_path, "--out"):
         with pytest.raises(
             ValueError,
-            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ since 20",
+            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ "
+            rf"since 20",
         ):
             sole_run(tmp_path, "--out").__enter__()
         with sole_run(tmp_path / "other", "--out"):
@@ -158,10 +159,25 @@ def test_a_killed_run_is_continued_by_the_same_command(
     live.
     """
     flags = {
-        "model": model, "dataset": "digits", "output_dir": tmp_path / "out", "batch_size": 16, "queue_size": 32, "topk": 4,
-        "projector_dim": 8, "predictor_dim": 8, "embedding_dim": 8, "local_views": 0, "head_epochs": 1, "epochs": 1,
-        "warmup_epochs": 0, "max_steps": 60, "save_every": 5, "num_workers": 2, "eval_fraction": 0, "report_to": "none",
-    }  # fmt: skip
+        "model": model,
+        "dataset": "digits",
+        "output_dir": tmp_path / "out",
+        "batch_size": 16,
+        "queue_size": 32,
+        "topk": 4,
+        "projector_dim": 8,
+        "predictor_dim": 8,
+        "embedding_dim": 8,
+        "local_views": 0,
+        "head_epochs": 1,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "max_steps": 60,
+        "save_every": 5,
+        "num_workers": 2,
+        "eval_fraction": 0,
+        "report_to": "none",
+    }
     words = [
         "refine",
         *(word for name, value in flags.items() for word in (f"--{name}", str(value))),

@@ -388,7 +388,8 @@ def test_wrong_pixels_raise() -> None:
     model = tiny()
     with pytest.raises(
         ValueError,
-        match=r"16x16 but the model's native size is 32x32; resize .* interpolate_pos_encoding=True",
+        match=r"16x16 but the model's native size is 32x32; resize .* "
+        r"interpolate_pos_encoding=True",
     ):
         model(torch.randn(1, 3, 16, 16))
     with pytest.raises(

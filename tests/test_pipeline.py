@@ -332,7 +332,8 @@ for folder in folders:
     assert type(pipe).__module__.startswith("transformers_modules.")
     found.append([entry["cluster"] for entry in pipe(photos, num_clusters=3)])
 pipe.save_pretrained(folders[-1] + "-again")
-pipe = pipeline("image-clustering", model=folders[-1] + "-again", trust_remote_code=True, device="cpu")
+again = folders[-1] + "-again"
+pipe = pipeline("image-clustering", model=again, trust_remote_code=True, device="cpu")
 found.append([entry["cluster"] for entry in pipe(photos, num_clusters=3)])
 print(json.dumps(found))
 """

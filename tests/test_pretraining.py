@@ -156,8 +156,8 @@ def test_loss_looks_at_masked_patches_only() -> None:
         first, second = (mae_loss(encoder, decoder, x, noise, 0.75) for x in (pixels, changed))
     targets = [patchify(x, 4)[0, 15] for x in (pixels, changed)]
     normalised = [(t - t.mean()) / (t.var() + 1e-6).sqrt() for t in targets]
-    # both losses share the predictions, p of patch 15 among them: 12 (l2 - l1) = mean((p - t2)^2) -
-    # mean((p - t1)^2)
+    # both losses share the predictions, p of patch 15 among them, so that 12 (l2 - l1) is the
+    # difference of the means of (p - t2)^2 and (p - t1)^2
     with torch.no_grad():
         prediction = _prediction_of_last_patch(encoder, decoder, pixels)
     change = (prediction - normalised[1]).square().mean() - (

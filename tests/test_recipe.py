@@ -190,8 +190,8 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     assert resolved.as_written()["head_blocks"] == "auto"
     text = plan_text(resolved, MimRefinerConfig(**L16), num_eval=0, device="cuda", available=2**34)
     assert (
-        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)"
-        in text
+        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, "
+        "output)" in text
     )
 
 

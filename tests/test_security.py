@@ -34,29 +34,63 @@ REPOSITORY = Path(__file__).parents[1]
 # --- the syntax trees -----------------------------------------------------------------------------
 
 FORBIDDEN = [
-    "import pickle", "import cPickle as p", "from pickle import loads", "import dill", "import joblib", "import marshal", "import shelve",
-    "eval('1')", "exec('x = 1')", "compile(text, 'f', 'exec')", "__import__(name)",
-    "import os\nos.system('ls')", "from os import popen as p\np('ls')", "import subprocess as s\ns.run('ls', shell=True)",
-    "import subprocess\nsubprocess.Popen(x, shell=flag)", "import subprocess\nsubprocess.getoutput('ls')",
-    "import tempfile\ntempfile.mktemp()", "import shutil\nshutil.unpack_archive('a.zip')", "import tarfile\ntarfile.open(x).extractall()",
-    "import yaml\nyaml.load(text)", "import yaml\nyaml.load(text, yaml.Loader)", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
-    "import yaml\nclass L(yaml.Loader): ...\nyaml.load(text, L)", "import yaml\nyaml.unsafe_load(text)",
-    "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)", "from torch import load\nload(f, weights_only=safe)",
-    "import torch\ntorch.jit.load(f)", "import torch\ntorch.hub.load('a/b', 'c')",
-    "import numpy as np\nnp.load(f, allow_pickle=True)", "import pandas as pd\npd.read_pickle(f)", "accelerator.load_state(folder)",
-    "AutoModel.from_pretrained(name, trust_remote_code=True)", "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
-    "def load(name, trust_remote_code=True): ...", "def load(name, *, trust_remote_code=True): ...",
-    "requests.get(url, verify=False)", "import ssl\nssl._create_unverified_context()", "model.load_state_dict(state, strict=False)",
-]  # fmt: skip
+    "import pickle",
+    "import cPickle as p",
+    "from pickle import loads",
+    "import dill",
+    "import joblib",
+    "import marshal",
+    "import shelve",
+    "eval('1')",
+    "exec('x = 1')",
+    "compile(text, 'f', 'exec')",
+    "__import__(name)",
+    "import os\nos.system('ls')",
+    "from os import popen as p\np('ls')",
+    "import subprocess as s\ns.run('ls', shell=True)",
+    "import subprocess\nsubprocess.Popen(x, shell=flag)",
+    "import subprocess\nsubprocess.getoutput('ls')",
+    "import tempfile\ntempfile.mktemp()",
+    "import shutil\nshutil.unpack_archive('a.zip')",
+    "import tarfile\ntarfile.open(x).extractall()",
+    "import yaml\nyaml.load(text)",
+    "import yaml\nyaml.load(text, yaml.Loader)",
+    "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
+    "import yaml\nclass L(yaml.Loader): ...\nyaml.load(text, L)",
+    "import yaml\nyaml.unsafe_load(text)",
+    "import torch\ntorch.load(f)",
+    "import torch\ntorch.load(f, weights_only=False)",
+    "from torch import load\nload(f, weights_only=safe)",
+    "import torch\ntorch.jit.load(f)",
+    "import torch\ntorch.hub.load('a/b', 'c')",
+    "import numpy as np\nnp.load(f, allow_pickle=True)",
+    "import pandas as pd\npd.read_pickle(f)",
+    "accelerator.load_state(folder)",
+    "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
+    "def load(name, trust_remote_code=True): ...",
+    "def load(name, *, trust_remote_code=True): ...",
+    "requests.get(url, verify=False)",
+    "import ssl\nssl._create_unverified_context()",
+    "model.load_state_dict(state, strict=False)",
+]
 ALLOWED = [
     "zip(a, b, strict=False)",
-    "from pickle import UnpicklingError", "import re\nre.compile('a')", "layer.compile()", "model.eval()",
+    "from pickle import UnpicklingError",
+    "import re\nre.compile('a')",
+    "layer.compile()",
+    "model.eval()",
     "import torch\ntorch.load(f, weights_only=True)",
-    "import subprocess\nsubprocess.run(['ls'])", "import yaml\nyaml.safe_load(text)",
+    "import subprocess\nsubprocess.run(['ls'])",
+    "import yaml\nyaml.safe_load(text)",
     "import yaml\nyaml.load(text, Loader=yaml.SafeLoader)",
-    "import yaml\nclass L(yaml.SafeLoader): ...\nyaml.load(text, L)", "import numpy as np\nnp.load(f)", "zip(a, b, strict=True)",
-    "AutoModel.from_pretrained(name)", "from .pickle import jar", "def load(name, trust_remote_code=False): ...",
-]  # fmt: skip
+    "import yaml\nclass L(yaml.SafeLoader): ...\nyaml.load(text, L)",
+    "import numpy as np\nnp.load(f)",
+    "zip(a, b, strict=True)",
+    "AutoModel.from_pretrained(name)",
+    "from .pickle import jar",
+    "def load(name, trust_remote_code=False): ...",
+]
 
 
 @pytest.mark.parametrize("source", FORBIDDEN)
@@ -346,7 +380,7 @@ def test_a_weight_file_is_read_within_its_folder(tmp_path: Path) -> None:
 
 
 def test_every_claim_names_code_and_tests_that_exist() -> None:
-    """Each row of the threat model ends with the files that hold it and the tests that would fail."""
+    """Each row of the threat model ends with the files that hold it and the tests that fail."""
     rows = [
         line.split("|")[1:-1]
         for line in (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8").splitlines()

@@ -210,7 +210,7 @@ def process(
 
 
 def copy_run(source: RefineRecipe, target: RefineRecipe, *, without: int | None = None) -> None:
-    """The output folder of a run under another name, perhaps without the checkpoint after a step."""
+    """The output folder of a run under another name, perhaps without the checkpoint of a step."""
     shutil.copytree(source.output_dir, target.output_dir)
     if without is not None:
         shutil.rmtree(Path(target.output_dir) / f"checkpoints/step-{without:08}")

@@ -164,7 +164,8 @@ def test_a_failed_step_is_replayed(
     said = capsys.readouterr().out
     assert f"step {error.report.step} is not finite" in said
     assert re.search(
-        r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most",
+        r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs "
+        r"of at most",
         said,
     )
     assert {

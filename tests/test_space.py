@@ -303,7 +303,8 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
         (
             [-1, -1],
             None,
-            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: it is no image of a known format",
+            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: it is no "
+            "image of a known format",
         ),
     ],
 )
@@ -447,13 +448,15 @@ def test_the_page_in_a_browser(
     browser.wait("document.querySelectorAll('.group').length === 20")
     assert browser.run("document.querySelectorAll('.side').length") == 2
     assert browser.run(
-        "[...document.querySelectorAll('#sides img')].every(one => one.complete && one.naturalWidth > 0)"
+        "[...document.querySelectorAll('#sides img')].every(one => one.complete && "
+        "one.naturalWidth > 0)"
     )
     browser.wait("document.querySelectorAll('#scores td').length > 4")
     browser.photograph("space-sample", tmp_path)
 
     browser.run(
-        "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your images').click()"
+        "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your "
+        "images').click()"
     )
     browser.wait("document.querySelector('input[type=file]') !== null")
     browser.type("input[type=file]", "\n".join(map(str, photos)))

@@ -350,7 +350,8 @@ def test_a_full_disk_is_noticed_before_the_first_byte(
     )  # type: ignore[attr-defined]
     with pytest.raises(
         CheckpointError,
-        match=r"102400 bytes are still to come and only 3 are free; free space there or set HF_HOME",
+        match=r"102400 bytes are still to come and only 3 are free; free space there or set "
+        r"HF_HOME",
     ):
         fetch(entry(server), tmp_path)
     assert not list(tmp_path.glob("*.th*.part"))

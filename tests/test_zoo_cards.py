@@ -19,13 +19,19 @@ CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 MODELS = sorted(path.parent.name for path in CARDS.glob("*/results.yaml"))
 IN_THE_PAPER = [name for name in MODELS if not re.match("dbot|crossmae", name)]
 MEASURED = {
-    "protocol": "knn", "setting": "last block", "dataset": "imagenet-1k", "metric": "accuracy", "value": 81.4,
-    "command": "mim-refiner evaluate x | tee <log>", "date": "2025-01-31", "seed": 0,
-}  # fmt: skip
+    "protocol": "knn",
+    "setting": "last block",
+    "dataset": "imagenet-1k",
+    "metric": "accuracy",
+    "value": 81.4,
+    "command": "mim-refiner evaluate x | tee <log>",
+    "date": "2025-01-31",
+    "seed": 0,
+}
 
 
 def copy_of(tmp_path: Path, models: list[str]) -> Path:
-    """The results.yaml of some models in a folder of their own, without anything that was rendered."""
+    """The results.yaml of some models in a folder of their own, without anything rendered."""
     for name in models:
         (tmp_path / name).mkdir()
         shutil.copyfile(CARDS / name / "results.yaml", tmp_path / name / "results.yaml")
