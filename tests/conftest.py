@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socketserver
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from mim_refiner_hf import RefineRecipe
 
 # tiny models: waiting for each other costs threads more than they bring
 torch.set_num_threads(1)
+# a server of a test, the stand-in Hub too, ends within 20 ms instead of half a second
+socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
 
 @pytest.fixture(autouse=True)

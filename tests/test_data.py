@@ -257,6 +257,7 @@ def test_an_empty_cell_is_named_by_its_row(tmp_path: Path) -> None:
 # Streams
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_stream_is_a_shuffle_of_the_table(shared: Path, tmp_path: Path, kind: str) -> None:
     path = shared / "data/gtsrb/test.parquet"

@@ -95,6 +95,7 @@ def hostile(data: Path, address: str) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_row_opens_nothing_outside_its_data_set(
     data: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_row_opens_nothing_outside_its_data_set(
     assert asked[1:] == []
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
     own = data / "pictures" / "own.png"
     rows = [
@@ -145,6 +147,7 @@ def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
     assert image.getpixel((0, 0)) == (0, 0, 255)
 
 
+@pytest.mark.usefixtures("quick")
 def test_other_columns_are_not_decoded(data: Path, asked: list[str]) -> None:
     """A second column of images with an address, in passing: nothing asks for it."""
     features = datasets.Features(

@@ -109,7 +109,7 @@ def process(rank: int, processes: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
     torch.multiprocessing.spawn(process, (processes, free_port(), str(tmp_path)), nprocs=processes)
     for micro in MICRO_BATCHES[processes]:
@@ -152,6 +152,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_what_one_process_trains(
     start: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     folder, printed = refined
     assert len(list((folder / "outputs/example-images").glob("[0-9]/*.png"))) == 400
@@ -62,6 +63,7 @@ def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path) -> None:
     images, model = refined[0] / "outputs/example-images", refined[0] / "outputs/example/model"
     done = run(

@@ -6,9 +6,11 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pytest
 from memory_growth import growth
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_from_step_to_step(tmp_path: Path) -> None:
     """No tensor, and less than one Python object per step.
 

@@ -105,6 +105,7 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     """The short form of `python -m tests.chaos`, with data-loading workers.
 
