@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from random_weights import randomise
 from transformers import (
     AttentionInterface,
     AutoBackbone,
@@ -68,11 +69,7 @@ VARIANTS = [
 
 def tiny(model_class: Any, **settings: Any) -> Any:
     """A small model with random values in every parameter."""
-    model = model_class(MimRefinerConfig(**{**TINY, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
-    return model.eval()
+    return randomise(model_class(MimRefinerConfig(**{**TINY, **settings})))
 
 
 def test_the_package_registers_its_classes() -> None:

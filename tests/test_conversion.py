@@ -20,6 +20,7 @@ from golden_cases import (
     heads_to_pass,
     tensors,
 )
+from random_weights import randomise
 from safetensors.torch import load_file, save_file
 from small_checkpoints import TINY, save_mae
 
@@ -56,14 +57,6 @@ ASKED_FOR = [  # family, case, file, prefix of its outputs: formats that carry n
     ("dbot", "dbot", "checkpoint_encoder.pth", "zero_cls_pos."),
     ("maect", "mimrefiner-prenorm", "checkpoint.th", ""),
 ]
-
-
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values in every parameter, so that no tensor can be swapped or lost unnoticed."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
-    return model.eval()
 
 
 # --- the authors' own outputs ---------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from random_weights import randomise
 from small_checkpoints import TINY
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor, AutoModel
@@ -93,10 +94,7 @@ def processor_for(config: MimRefinerConfig, shortest_edge: int) -> MimRefinerIma
 
 def saved(folder: Path, shortest_edge: int = 37, **settings: Any) -> MimRefinerModel:
     """A tiny encoder with random values in every tensor, saved as a model folder."""
-    encoder = MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+    encoder = randomise(MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})))
     save_model_folder(folder, encoder, processor_for(encoder.config, shortest_edge))
     return encoder
 

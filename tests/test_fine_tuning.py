@@ -74,10 +74,10 @@ def test_training_equals_a_plain_loop() -> None:
     groups = []
     for name, parameter in model.named_parameters():
         block = re.match(r"encoder\.layers\.(\d)", name)
-        depth = (
-            2 if block is None else 1 + 1 - int(block[1])
-        )  # decays: embeddings 3, block 0 2, block 1 1, the rest 0
-        depth = 3 if ".embeddings." in name else depth if block else 0
+        # decays: embeddings 3, block 0 2, block 1 1, the rest 0
+        depth = 2 - int(block[1]) if block else 0
+        if ".embeddings." in name:
+            depth = 3
         decay = 0.0 if parameter.ndim <= 1 or name.endswith("cls_token") else 0.05
         groups.append({"params": [parameter], "weight_decay": decay, "scale": 0.75**depth})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))

@@ -213,4 +213,5 @@ def test_what_travels_imports_only_flat_neighbours(name: str) -> None:
                     )
                     neighbour = path.with_name(f"{node.module}.py")
                     assert neighbour.is_file()
-                    waiting += [neighbour] * (neighbour not in seen)
+                    if neighbour not in seen:
+                        waiting.append(neighbour)

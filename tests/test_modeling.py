@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from random_weights import randomise
 from timm.layers import resample_abs_pos_embed
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
@@ -34,17 +35,6 @@ TINY: dict[str, Any] = {
 }
 SIZES = [(32, 32), (16, 16), (24, 48)]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
-
-
-def randomise(model: Any) -> Any:
-    """Random values in every parameter.
-
-    Norms and layer scales around 0.7, so that the tokens stay of order one.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
-    return model.eval()
 
 
 def tiny(**settings: Any) -> MimRefinerModel:

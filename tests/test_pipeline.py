@@ -272,13 +272,10 @@ def test_wrong_input_is_refused(
     settings: dict[str, int],
     says: str,
 ) -> None:
-    given = (
-        paths_of(photos)[:3]
-        if given == "three"
-        else given.format(tmp=tmp_path)
-        if isinstance(given, str)
-        else given
-    )
+    if given == "three":
+        given = paths_of(photos)[:3]
+    elif isinstance(given, str):
+        given = given.format(tmp=tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         pipe(given, **settings)
 

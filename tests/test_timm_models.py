@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from random_weights import randomise
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -48,11 +49,8 @@ def tiny(architecture: str, **settings: Any) -> Any:
     """A tiny timm model with random values in every parameter."""
     model = timm.create_model(
         architecture, pretrained=False, **{**TINY, "num_classes": 0, **settings}
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
-    return model
+    )
+    return randomise(model, vectors=0.5)
 
 
 def save(model: Any, path: Path, form: str) -> Path:
