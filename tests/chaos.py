@@ -98,7 +98,8 @@ def start(model: Path, output: Path, workers: int) -> int:
         return child
     code = 99
     try:
-        os.setsid()  # a group of its own: data-loading workers die with it
+        # a group of its own: data-loading workers die with it
+        os.setsid()
         log = os.open(output.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -198,7 +199,8 @@ def hit(
 def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int = 0) -> list[Case]:
     """All cases; the moments are drawn by `seed`."""
     draw = random.Random(seed)
-    torch.set_num_threads(1)  # threads do not survive a fork
+    # threads do not survive a fork
+    torch.set_num_threads(1)
     save_start(folder / "start")
     code = wait(start(folder / "start", folder / "undisturbed", workers))
     assert code == 0, (folder / "undisturbed.txt").read_text()

@@ -24,7 +24,8 @@ FLAGS = (
     "--disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1500,950"
 )
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for a reference
+# the protocol's key for a reference
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 ESCAPE, END, RIGHT, DOWN, ENTER = "\ue00c", "\ue010", "\ue014", "\ue015", "\ue007"
 
 needs_chromium = pytest.mark.skipif(

@@ -320,7 +320,8 @@ def judge(target: Target, folder: Path, before: str, file: str) -> tuple[str, st
     """
     try:
         return None if target.read(folder) == before else ("", "silent: something else was read")
-    except Exception as error:  # the point: which errors there are
+    # all of them: which errors there are is the point
+    except Exception as error:
         message = str(error)
         last = error.__traceback__
         while last is not None and last.tb_next is not None:

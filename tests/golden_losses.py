@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-if __package__:  # as a command; pytest puts this folder on the path
+# as a command; pytest puts this folder on the path
+if __package__:
     sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos import save_start
@@ -53,12 +54,13 @@ def machine() -> str:
     facts = dict(
         line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line
     )  # of the first processor
+    # virtual machines give the same name to several kinds
     names = (
         "model name",
         "cpu family",
         "model",
         "stepping",
-    )  # virtual machines give the same name to several kinds
+    )
     processor = " ".join(facts[name] for name in names if name in facts) or platform.machine()
     return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {processor}, 1 thread"
 

@@ -23,7 +23,8 @@ import psutil
 import pytest
 import torch
 
-if __package__:  # as a command; pytest puts this folder on the path
+# as a command; pytest puts this folder on the path
+if __package__:
     sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos import save_start
@@ -54,7 +55,8 @@ def look(step: int) -> Alive:
     gc.collect()
     objects = gc.get_objects()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # asking some lazy modules for their class warns
+        # asking some lazy modules for their class warns
+        warnings.simplefilter("ignore")
         tensors = [each for each in objects if isinstance(each, torch.Tensor)]
     held = sum(tensor.nbytes for tensor in tensors)
     return Alive(step, psutil.Process().memory_info().rss, len(tensors), held, len(objects))

@@ -19,13 +19,14 @@ FREE = {
     "promote_types",
     "lift_fresh",
 }  # nothing is launched
+# the host has to know the result
 WAITS = {
     "_local_scalar_dense",
     "nonzero",
     "is_nonzero",
     "equal",
     "masked_select",
-}  # the host has to know the result
+}
 
 
 class Launches(TorchDispatchMode):

@@ -128,9 +128,8 @@ def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path:
     )
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
     assert not info["unexpected_keys"]
-    assert (
-        0 < model.classifier.weight.std() < 0.05
-    )  # normal of initializer_range, not whatever was in memory
+    # normal of initializer_range, not whatever was in memory
+    assert 0 < model.classifier.weight.std() < 0.05
     assert torch.equal(model.classifier.bias, torch.zeros(5))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -235,9 +234,8 @@ def test_processor_backends_agree(tmp_path: Path, photo: Image.Image) -> None:
         processor([photo, photo], return_tensors="pt").pixel_values for processor in processors
     )
     assert batched.shape == single.shape == (2, 3, 32, 32)
-    assert (
-        (batched - single).abs().mean() < 0.01
-    )  # of values with standard deviation 1; the two resize slightly differently
+    # of values with standard deviation 1; the two resize slightly differently
+    assert (batched - single).abs().mean() < 0.01
     assert (batched - single).abs().max() < 0.2
 
 
@@ -318,7 +316,8 @@ def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> Non
             for state, index in zip(recorded, (1, 3), strict=True)
         )
         maps = backbone(pixels)
-        assert maps.hidden_states is None  # recorded for the maps, returned only when asked for
+        # recorded for the maps, returned only when asked for
+        assert maps.hidden_states is None
         as_tuple = backbone(pixels, return_dict=False)
         assert isinstance(as_tuple, tuple)
         assert all(

@@ -91,10 +91,11 @@ def test_neighbour_agreement_is_one_for_equal_views_and_chance_for_unrelated_one
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        # paper, App. C.2: divided by the largest change
         (
             [0.2, 0.5, 0.6, 0.45],
             [None, 1, 1 / 3, -0.5],
-        ),  # paper, App. C.2: divided by the largest change
+        ),
         ([-0.9, -0.5, -0.4, -0.2], [None, 1, 0.25, 0.5]),  # a loss that falls
         ([0.8, 0.6, 0.5], [None, -1, -0.5]),  # nothing improves
         ([0.5, 0.5], [None, 0]),
@@ -185,7 +186,8 @@ def test_the_last_block_reconstructs_as_a_mae_with_a_plain_norm() -> None:
         errors[-1], mae_loss(encoder, decoders[-1], pixels, noise, 0.75), atol=1e-4, rtol=0
     )
     shorter = make_encoder()
-    shorter.layers = shorter.layers[:2]  # an encoder that ends after block 1
+    # an encoder that ends after block 1
+    shorter.layers = shorter.layers[:2]
     nn.init.ones_(shorter.norm.weight)
     nn.init.zeros_(shorter.norm.bias)
     torch.testing.assert_close(
@@ -295,7 +297,8 @@ def test_profile_without_labels(digits: ImageDataset, tmp_path: Path) -> None:
     assert "k-NN" not in table and "reconstruction" not in table and "neighbour agreement" in table
     draw_block_profile(profile, tmp_path / "blocks.png", [2, 3])
     with Image.open(tmp_path / "blocks.png") as picture:
-        assert picture.size == (3 * 396, 352)  # three panels: features, attention, variance
+        # three panels: features, attention, variance
+        assert picture.size == (3 * 396, 352)
     with pytest.raises(ValueError, match=r"eval_images has 10 images"):
         block_profile(make_encoder(), make_processor(), images, images.subset(range(10)))
 

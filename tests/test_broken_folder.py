@@ -43,9 +43,8 @@ def without_chunk(content: bytes, name: bytes) -> bytes:
     )
 
 
-BAD: dict[
-    str, tuple[bytes | None, str]
-] = {  # what is in the file (None: it is made otherwise), and the reason that is listed
+# what is in the file (None: it is made otherwise), and the reason that is listed
+BAD: dict[str, tuple[bytes | None, str]] = {
     "truncated": (PICTURE[:-200], "runcated|broken PNG"),
     "empty": (b"", "it is empty"),
     "text": (b"this was never an image", "no image of a known format"),

@@ -85,9 +85,8 @@ def test_bad_files_and_their_reasons(case: str, tmp_path: Path) -> None:
         ) as raised:
             decode_image(source, name=name)
         said.append(str(raised.value))
-    assert (
-        said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]
-    )  # no addresses: the list is the same everywhere
+    # no addresses: the list is the same everywhere
+    assert said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]
 
 
 def cmyk_with_a_broken_profile() -> bytes:
@@ -261,9 +260,8 @@ def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
 
     order = epoch_order(5000, 3, 0).tolist()
     expected = []
-    for place, index in enumerate(
-        order
-    ):  # the rule, in slow and plain words: one batch later, and on until one is readable
+    # the rule, in slow and plain words: one batch later, and on until one is readable
+    for place, index in enumerate(order):
         later = place + 500
         while index in bad:
             index, later = order[later % 5000], later + 1
@@ -310,9 +308,8 @@ def test_a_substitute_has_its_own_index_and_views_of_its_own(tmp_path: Path) -> 
     crop = MultiCrop(view_specs(2, 0, 8, 8, (0.3, 1.0), (0.1, 0.5), colour=True))
     views = ViewDataset(images, crop, seed=0)
     other, own = views[0, 3, 5, 6], views[0, 5, 6, 7]
-    assert (
-        other["index"] == own["index"] == 5
-    )  # the queue keeps an image from finding itself by this index
+    # the queue keeps an image from finding itself by this index
+    assert other["index"] == own["index"] == 5
     assert not torch.equal(other["global_views"], own["global_views"])
     assert own["broken"] == "" and [entry["index"] for entry in json.loads(other["broken"])] == [3]
     with pytest.raises(
@@ -344,10 +341,11 @@ def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_pa
         ]
 
     whole = pixels(0, 1)
+    # 6 batches an epoch; two images are left over
     first, second = (
         [*chain(*whole[:6])],
         [*chain(*whole[6:])],
-    )  # 6 batches an epoch; two images are left over
+    )
     assert len(set(first)) == 48 and len(set(second)) == 24
     for world_size in (2, 4):
         parts = [pixels(rank, world_size) for rank in range(world_size)]

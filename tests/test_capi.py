@@ -182,19 +182,19 @@ def test_registers_sit_on_the_box_of_the_patches() -> None:
         [0, 1],
         [0, 0.5],
     ]
+    # the second patch of the first row
     assert whole.shape == (20, 2) and whole[9].tolist() == [
         0,
         0.5,
-    ]  # the second patch of the first row
+    ]
     assert token_coordinates(patch_coordinates((1, 3), CPU), registers=4)[:4].tolist() == [
         [0, 0],
         [0, 0],
         [0, 1],
         [0, 1],
     ]
-    part = torch.tensor(
-        [[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]]
-    )  # two images, two visible patches each
+    # two images, two visible patches each
+    part = torch.tensor([[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]])
     corners = token_coordinates(part, registers=4)[:, :4]
     assert corners[0].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.75, 1.0], [0.25, 1.0]]
     assert corners[1].tolist() == [[0, 0], [0.5, 0], [0.5, 0.25], [0, 0.25]]

@@ -63,7 +63,8 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_newest_is_taken_and_keep_is_respected(tmp_path: Path) -> None:
-    for step in (5, 90, 100, 1000):  # as text, 90 would come after 1000
+    # as text, 90 would come after 1000
+    for step in (5, 90, 100, 1000):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
     found = load_latest(tmp_path)

@@ -32,7 +32,8 @@ from mim_refiner_hf.runtime.files import write_json
 OPERATIONS: dict[str, tuple[Any, str]] = {
     "mkdir": (os, "mkdir"),
     "write tensors": (checkpointing, "save_file"),
-    "open": (io, "open"),  # for writing: pathlib's `write_text`
+    # for writing: pathlib's `write_text`
+    "open": (io, "open"),
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "remove a file": (os, "unlink"),
@@ -163,7 +164,8 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
                 )
         if not struck:
             break
-        assert not list(folder.glob(".tmp-step*"))  # its bytes may be what fills the disk
+        # its bytes may be what fills the disk
+        assert not list(folder.glob(".tmp-step*"))
         assert_goes_on(folder, newest)
         calls += 1
     assert calls >= 1

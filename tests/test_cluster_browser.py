@@ -97,7 +97,8 @@ def test_five_thousand_images_open_fast_and_stay_usable(
     assert browser.run("starts[1]") < first and browser.run(
         "document.querySelector('#detail p').textContent"
     ).startswith("photos/")
-    browser.press(END)  # everything there is gets built
+    # everything there is gets built
+    browser.press(END)
     assert browser.run("document.querySelectorAll('.tile').length") == size
     assert (
         browser.run("Number(document.activeElement.dataset.image)")

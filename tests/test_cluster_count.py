@@ -23,7 +23,8 @@ from mim_refiner_hf.clustering.cluster_count import (
     silhouette,
 )
 
-pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
+# it takes half a minute to import
+pytestmark = pytest.mark.usefixtures("without_umap")
 
 
 def planted(groups: int, width: int = 24, apart: float = 9.0, rows: int = 600) -> Tensor:

@@ -32,10 +32,11 @@ from mim_refiner_hf.publishing.cluster_page import (
 )
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
+# a folder and a file: together "</script><script>..."
 HOSTILE = (
     "<",
     "script><script>alert(1)<.png",
-)  # a folder and a file: together "</script><script>..."
+)
 NAMES = [
     "plain.png",
     'a,"b".png',
@@ -69,7 +70,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model_folder(root / "model", encoder, processor)
     with torch.no_grad():
         for layer in (encoder.layers[1].mlp.fc1, encoder.layers[1].mlp.fc2):
-            layer.weight.normal_(std=5e37)  # finite, but what it computes is not
+            # finite, but what it computes is not
+            layer.weight.normal_(std=5e37)
     save_model_folder(root / "nan", encoder, processor)
     return root / "model"
 
@@ -241,7 +243,8 @@ def test_the_summary_says_what_was_done(made: Path, photos: Path) -> None:
         and summary["sizes"] == [7, 7, 7]
     )
     assert summary["broken"] == [str(photos / "cut.jpg")]
-    alike = sum(map(len, summary["near_duplicates"]))  # to random weights images of one colour are
+    # to random weights images of one colour are
+    alike = sum(map(len, summary["near_duplicates"]))
     told = f"; {alike} are nearly the same as another (near-duplicates.csv)" if alike else ""
     assert summary["note"] == f"21 images in 3 groups (as asked for); 1 could not be read{told}"
     assert all(Path(path).is_file() for group in summary["exemplars"] for path in group)
@@ -369,7 +372,8 @@ def test_very_many_images_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch
     )
     shown = choose_shown(order)
     assert [sum(groups[place] == group for place in shown) for group in range(3)] == [18, 2, 1]
-    assert shown[0] == 89 and shown[17] == 0  # the most and the least confident of group 0
+    # the most and the least confident of group 0
+    assert shown[0] == 89 and shown[17] == 0
     monkeypatch.setattr(cluster_page, "MAX_TILES", 100)
     assert choose_shown(order) == [place for members in order for place in members]
 

@@ -98,9 +98,8 @@ def test_loss_and_gradients_are_those_of_separate_heads() -> None:
 
 def test_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = F.normalize(torch.randn(90, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    monkeypatch.setattr(
-        cluster_heads, "SIMILARITIES", 90 * 16
-    )  # blocks of 16 rows, the last one smaller
+    # blocks of 16 rows, the last one smaller
+    monkeypatch.setattr(cluster_heads, "SIMILARITIES", 90 * 16)
     expected = (
         NearestNeighbors(n_neighbors=6, metric="cosine")
         .fit(rows.numpy())
@@ -134,7 +133,8 @@ def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
         torch.tensor([2.0, 1, 3, 4]),
     )
     found = heads.aligned(rows, 0.1)
-    assert torch.equal(found.groups[1], torch.arange(5))  # the best head's numbers are kept
+    # the best head's numbers are kept
+    assert torch.equal(found.groups[1], torch.arange(5))
     assert torch.equal(
         torch.stack([orders[h].argsort()[orders[1]] for h in range(4)]), found.groups.argsort(1)
     )

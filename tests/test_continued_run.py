@@ -55,7 +55,8 @@ def test_interrupted_run_ends_with_the_same_bits(
             with pytest.raises(Stopped):
                 run(asked)
         with (Path(asked.output_dir) / "log.jsonl").open("a") as log:
-            log.write('{"step": ')  # what a full disk leaves of a line
+            # what a full disk leaves of a line
+            log.write('{"step": ')
     run(asked)
     assert_identical(asked, uninterrupted)
 
@@ -142,7 +143,8 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
         )
         run(interrupted)
     assert_identical(interrupted, whole)
-    for once in (whole, interrupted):  # the start is kept, and is what was measured
+    # the start is kept, and is what was measured
+    for once in (whole, interrupted):
         folder, prepared = Path(once.output_dir), run_module.prepare(once)
         start = load_encoder(folder / "pretrained")
         images = prepared.images

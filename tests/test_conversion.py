@@ -29,7 +29,8 @@ from mim_refiner_hf.conversion.layouts import LAYOUTS
 from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 
-CASES = [  # case, file, prefix of its outputs, family
+# case, file, prefix of its outputs, family
+CASES = [
     ("mimrefiner-prenorm", "checkpoint.th", "", "mim_refiner_prenorm"),
     ("mimrefiner-postnorm", "checkpoint.th", "", "mim_refiner_postnorm"),
     ("mimrefiner-training-prenorm", "checkpoint.th", "raw.", "mim_refiner_prenorm"),
@@ -52,7 +53,8 @@ CASES = [  # case, file, prefix of its outputs, family
     ("conmim-abs", "checkpoint.pth", "", "conmim"),
     ("conmim-perblock-noscale", "checkpoint.pth", "", "conmim"),
 ]
-ASKED_FOR = [  # family, case, file, prefix of its outputs: formats that carry no sign of their own
+# family, case, file, prefix of its outputs: formats that carry no sign of their own
+ASKED_FOR = [
     ("conmim_ema", "conmim", "checkpoint_with_ema.pth", "ema."),
     ("dbot", "dbot", "checkpoint_encoder.pth", "zero_cls_pos."),
     ("maect", "mimrefiner-prenorm", "checkpoint.th", ""),
@@ -313,9 +315,8 @@ REPORTS = {
 def reference_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """What transformers itself computes, with no patch masked."""
     kwargs = {}
-    if (
-        "ViTMAE" in type(model).__name__
-    ):  # ViTMAE shuffles by noise even at ratio 0: increasing noise keeps the order
+    # ViTMAE shuffles by noise even at ratio 0: increasing noise keeps the order
+    if "ViTMAE" in type(model).__name__:
         kwargs["noise"] = torch.arange(16.0).expand(len(pixels), -1)
     inner = getattr(model, model.base_model_prefix, model)
     with torch.no_grad():
@@ -328,7 +329,8 @@ def reference_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 def test_transformers_folders(tmp_path: Path, name: str, spelling: str) -> None:
     model = randomise(transformers_models()[name]())
     model.save_pretrained(tmp_path)
-    if spelling == "in_memory":  # transformers 5 names its modules differently from its files
+    # transformers 5 names its modules differently from its files
+    if spelling == "in_memory":
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     encoder = load_encoder(tmp_path)
@@ -409,7 +411,8 @@ def test_own_folder_round_trip(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(encoder(pixels).pooler_output, model(pixels).pooler_output)
     before = encoder.state_dict()
-    encoder.save_pretrained(tmp_path)  # over the very file it came from
+    # over the very file it came from
+    encoder.save_pretrained(tmp_path)
     again = load_encoder(tmp_path).state_dict()
     assert all(torch.equal(before[name], again[name]) for name in before)
 

@@ -107,10 +107,11 @@ def test_a_row_opens_nothing_outside_its_data_set(
     monkeypatch.setenv("HOME", str(data.parent))
     (data.parent / "mine_too").mkdir()
     (data.parent / "mine_too/x.png").write_bytes(png("red"))
+    # those would lie below the folder
     outside, absent = (
         hostile(data, asked[0]),
         ["secret.png", "~/secret.png"],
-    )  # those would lie below the folder
+    )
     paths = [*outside, *absent]
     rows = [{"bytes": None, "path": path} for path in paths]
     masks = pa.array([{"bytes": png("black"), "path": None}] * len(rows), STRUCT)

@@ -39,8 +39,10 @@ SHAPE = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
-BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20  # the queue wraps around in the third step
-MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}  # by the number of processes: images at a time
+# the queue wraps around in the third step
+BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20
+# by the number of processes: images at a time
+MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}
 
 
 def free_port() -> int:
@@ -120,12 +122,13 @@ def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
         assert all(expected.keys() == found.keys() for found in (first, *others))
         assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
         for name, tensor in expected.items():
-            assert all(torch.equal(first[name], found[name]) for found in others), (
-                name
-            )  # the processes never drift apart
+            # the processes never drift apart
+            assert all(torch.equal(first[name], found[name]) for found in others), name
             if not tensor.is_floating_point():
-                assert torch.equal(first[name], tensor), name  # the queue's indices, labels, ages
-            else:  # what is told for the log is in single precision
+                # the queue's indices, labels, ages
+                assert torch.equal(first[name], tensor), name
+            else:
+                # what is told for the log is in single precision
                 tolerance = 1e-6 if name.startswith("told.") else 1e-9
                 assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, (
                     f"{name}, micro-batch {micro}"

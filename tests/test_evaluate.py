@@ -68,7 +68,8 @@ def test_matched_items_are_those_that_accuracy_counts() -> None:
         labels, assignments = rng.integers(0, 5, 200) * 7, rng.integers(0, groups, 200) - 4
         own = matched(labels, assignments)
         assert own.mean() == cluster_accuracy(labels, assignments)
-        for group in np.unique(assignments[own]):  # one class per group, one group per class
+        # one class per group, one group per class
+        for group in np.unique(assignments[own]):
             assert len(np.unique(labels[own & (assignments == group)])) == 1
         assert len(np.unique(labels[own])) == len(np.unique(assignments[own]))
 
@@ -173,7 +174,8 @@ def test_card_is_updated_and_not_piled_up(models: tuple[Path, Path], tmp_path: P
     names = [result.metric_name for result in ModelCard(once).data.eval_results]
     assert len(names) == len(set(names)) >= 5
     assert thrice.data.license == "apache-2.0" and "# A card" in thrice.text
-    assert thrice.text.count("## Evaluation on") <= 2  # another seed holds out other images
+    # another seed holds out other images
+    assert thrice.text.count("## Evaluation on") <= 2
 
 
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -207,9 +209,8 @@ def test_features_that_are_kept_are_never_computed_again(
     ]
     command += ["--against", str(models[1]), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--protocols", "linear_probe_fast", "low_shot"]) == 0
-    assert (
-        sum(passes) == 2 * 1797
-    )  # both models, every image once; without --features nothing stays
+    # both models, every image once; without --features nothing stays
+    assert sum(passes) == 2 * 1797
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
     kept = [*command, "--features", str(tmp_path / "features")]
@@ -299,9 +300,8 @@ def test_without_labels_what_needs_none_is_measured(
         "neighbour_agreement_standard_error",
         "silhouette_standard_error",
     }
-    assert set(report["changes"]) == {
-        "neighbour_agreement"
-    }  # a silhouette is of each model's own space
+    # a silhouette is of each model's own space
+    assert set(report["changes"]) == {"neighbour_agreement"}
     assert (
         0 <= report["after"]["neighbour_agreement"] <= 1
         and "not judged" in (tmp_path / "out" / "report.md").read_text()
@@ -420,9 +420,8 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
         ]
         <= 1
     )
-    assert re.search(
-        r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text()
-    )  # a tenth of the 1038 that are not held out
+    # a tenth of the 1038 that are not held out
+    assert re.search(r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text())
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path)
     assert names == [str(path) for path in paths]
     assert features.shape == (400, 64)
 
-    from mim_refiner_hf import load_encoder  # another way to the same model
+    # another way to the same model
+    from mim_refiner_hf import load_encoder
 
     encoder = load_encoder(model)
     pixels = encoder.image_processor(

@@ -66,7 +66,8 @@ EVERYTHING_ELSE = {
     "image_size": [16, 32],
     "num_channels": 1,
 }
-CLASSES = {  # transformers' own class for each kind that has one
+# transformers' own class for each kind that has one
+CLASSES = {
     "mae": "ViTModel",
     "transformers-eps": "ViTModel",
     "odd-mlp": "ViTModel",
@@ -118,11 +119,12 @@ def assert_equal(first: MimRefinerModel, second: MimRefinerModel) -> None:
     )
     ours, theirs = (encoder.config.to_diff_dict() for encoder in (first, second))
     different = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    # a start value is no property of trained weights
     assert different <= {
         "architectures",
         "dtype",
         "layer_scale_init",
-    }  # a start value is no property of trained weights
+    }
 
 
 # --- timm -----------------------------------------------------------------------------------------
@@ -143,9 +145,8 @@ def test_timm_computes_the_same(tmp_path: Path, kind: str) -> None:
         timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True),
     ):
         twin.eval()
-        tolerance = (
-            {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE
-        )  # timm's epsilon is always 1e-6
+        # timm's epsilon is always 1e-6
+        tolerance = {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE
         with torch.no_grad():
             expected = encoder(pixels)
             torch.testing.assert_close(
@@ -194,7 +195,8 @@ def test_published_shapes_have_timms_own_names(name: str, shape: tuple[int, int,
     }
 
 
-@pytest.mark.parametrize("shortest_edge", [32, 37, 93])  # 32 / (32 / 93), rounded down, is 92
+# 32 / (32 / 93), rounded down, is 92
+@pytest.mark.parametrize("shortest_edge", [32, 37, 93])
 def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> None:
     assert math.floor(32 / (32 / 93)) == 92
     saved(tmp_path / "model", shortest_edge)
@@ -224,7 +226,8 @@ def test_native_classes_compute_the_same(tmp_path: Path, kind: str) -> None:
     }
     native, info = AutoModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
     assert type(native).__name__ == CLASSES[kind]
-    assert not any(info.values())  # also the pooler: nothing is drawn at random
+    # also the pooler: nothing is drawn at random
+    assert not any(info.values())
     pixels = images(encoder, 2)
     with torch.no_grad():
         expected, found = encoder(pixels), native(pixels)
@@ -434,9 +437,8 @@ def test_the_destination_is_neither_the_source_nor_someone_elses_folder(tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             export(tmp_path / "photos/model", destination, "timm")
-    (tmp_path / "photos/config.json").write_text(
-        "{}"
-    )  # now it looks like a model, and still holds the source
+    # now it looks like a model, and still holds the source
+    (tmp_path / "photos/config.json").write_text("{}")
     with pytest.raises(ValueError, match="would overwrite the source"):
         export(tmp_path / "photos/model", tmp_path / "photos", "timm")
     with pytest.raises(ValueError, match="to='tf' is not a format; allowed: timm, vit, onnx"):

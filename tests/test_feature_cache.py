@@ -179,9 +179,8 @@ def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> No
         )
         assert set(kept.scores) == set(memory.scores)
         if protocol is linear_probe:
-            assert kept.metrics == pytest.approx(
-                memory.metrics, abs=0.08
-            )  # two of 28 images: batches differ in rounding
+            # two of 28 images: batches differ in rounding
+            assert kept.metrics == pytest.approx(memory.metrics, abs=0.08)
     with pytest.raises(ValueError, match=r"none of the 2 images of .*photos can be read"):
         read(encoder, images.subset(bad), tmp_path / "features")
 
@@ -197,9 +196,8 @@ def test_protocols_say_the_same_with_and_without_a_store(tmp_path: Path) -> None
     for protocol, more in ((low_shot, {}), (linear_probe, {"augment": False, "epochs": 5})):
         memory = protocol(**settings, **more)  # type: ignore[operator]
         kept = protocol(**settings, **more, features=tmp_path)  # type: ignore[operator]
-        assert kept.metrics == pytest.approx(
-            memory.metrics, abs=0.011
-        )  # one or two images of 200: batches differ in rounding
+        # one or two images of 200: batches differ in rounding
+        assert kept.metrics == pytest.approx(memory.metrics, abs=0.011)
 
 
 def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:

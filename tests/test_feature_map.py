@@ -34,9 +34,8 @@ class StandIn:
         StandIn.settings = settings
 
     def fit_transform(self, points: np.ndarray) -> np.ndarray:
-        assert np.allclose(
-            np.linalg.norm(points, axis=1), 1, atol=1e-5
-        )  # Euclidean distances follow the cosine
+        # Euclidean distances follow the cosine
+        assert np.allclose(np.linalg.norm(points, axis=1), 1, atol=1e-5)
         return points[:, :2].astype(np.float64)
 
 

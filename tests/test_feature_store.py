@@ -222,7 +222,8 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
         )
         start, most = start + len(batch), max(most, pa.total_allocated_bytes() - before)
     assert start == shards * rows
-    assert most < 10e6  # a row group, decoded and not, is 2 MB; pyarrow takes 5 MB once
+    # a row group, decoded and not, is 2 MB; pyarrow takes 5 MB once
+    assert most < 10e6
     assert torch.equal(store.features("block0.cls"), torch.from_numpy(values))
 
 

@@ -47,12 +47,14 @@ def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]
 @pytest.mark.parametrize(
     ("scores", "frozen", "first"),
     [
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 4),  # the last is best: the last third
+        # the last is best: the last third
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 4),
+        # the best lies before the last third: from there on
         (
             [0.1, 0.2, 0.3, 0.6, 0.5, 0.4],
             0,
             3,
-        ),  # the best lies before the last third: from there on
+        ),
         ([0.1, 0.2, 0.3, 0.605, 0.5, 0.6], 0, 4),  # not by more than noise
         ([0.9, 0.2, 0.3, 0.4, 0.5, 0.4], 0, 3),  # far too early: the last half
         ([0.1, 0.2, 0.3, 0.6, 0.5, 0.4], 4, 4),  # frozen blocks carry none
@@ -161,7 +163,8 @@ def test_auto_measures_chooses_says_why_and_is_kept(
 
     named = recipe("named", head_blocks=choice["blocks"])
     run(named)
-    assert losses(named) == losses(asked)  # the same run, to the last bit
+    # the same run, to the last bit
+    assert losses(named) == losses(asked)
     with pytest.raises(ValueError, match=r"another recipe \(head_blocks was auto, is \[2, 3\]"):
         run(dataclasses.replace(asked, head_blocks=[2, 3]))
 

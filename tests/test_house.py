@@ -51,10 +51,12 @@ TRAVELLING = (
 # Names with one meaning that several files give because each is a variant of the same thing.
 SAME_MEANING = {
     "logger",  # of each module
-    "refusal",  # the three functions of every export format
+    # the three functions of every export format
+    "refusal",
     "write",
     "load",
-    "CITATION",  # what `evaluate` asks of every metric module
+    # what `evaluate` asks of every metric module
+    "CITATION",
     "DESCRIPTION",
     "INPUTS",
 }

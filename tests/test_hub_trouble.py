@@ -102,7 +102,8 @@ class Trouble:
             def handle(self) -> None:
                 try:
                     super().handle()
-                except OSError:  # reset on purpose, or the client was killed
+                # reset on purpose, or the client was killed
+                except OSError:
                     self.close_connection = True
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -119,7 +120,8 @@ class Trouble:
 def trouble(stub_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     """The Hub that this process talks to, without waiting in vain."""
     between = Trouble(stub_hub.url)
-    stub_hub.url = between.url  # also for the addresses that it gives for uploads
+    # also for the addresses that it gives for uploads
+    stub_hub.url = between.url
     template = f"{between.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     changed = {
         "HF_HUB_OFFLINE": False,
@@ -246,14 +248,16 @@ def test_a_killed_push_is_continued_without_sending_files_twice(
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     assert len(stub_hub.lfs) == shards and on_the_hub(stub_hub) == set()
-    lost, _ = stub_hub.lfs.popitem()  # as if this one had not been through
+    # as if this one had not been through
+    lost, _ = stub_hub.lfs.popitem()
     sent = len(trouble.seen)
     push_folder(model, REPOSITORY)
     again = [request for request in trouble.seen[sent:] if request.startswith("PUT")]
     assert again == [f"PUT /_lfs/{lost}"]
     assert on_the_hub(stub_hub) - {".gitattributes"} == set(contents(model))
     sent = len(trouble.seen)
-    push_folder(model, REPOSITORY)  # complete: nothing is sent at all
+    # complete: nothing is sent at all
+    push_folder(model, REPOSITORY)
     assert not [request for request in trouble.seen[sent:] if request.startswith("PUT")]
 
 

@@ -83,12 +83,10 @@ def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Re
     assert [line["step"] for line in log] == [1, 2, 3, 4] and {line["stage"] for line in log} == {
         "refine"
     }
-    assert all(
-        "output/neighbour_accuracy" in line for line in log
-    )  # the queue came with its labels
-    assert (
-        log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]
-    )  # as the refinement of the old run began
+    # the queue came with its labels
+    assert all("output/neighbour_accuracy" in line for line in log)
+    # as the refinement of the old run began
+    assert log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]
     by_checkpoint = recipe(
         "by-checkpoint", model=None, init_from=f"{old.output_dir}/checkpoints/step-00000008"
     )

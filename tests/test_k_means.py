@@ -46,9 +46,8 @@ def as_one_partition(first: Tensor, second: Tensor) -> bool:
 def test_from_the_same_start_scikit_learn_gets_the_same(
     digits: Tensor, num_clusters: int, iterations: int
 ) -> None:
-    digits = digits + 0.1 * torch.randn(
-        digits.shape
-    )  # whole numbers lie just as far from two centroids
+    # whole numbers lie just as far from two centroids
+    digits = digits + 0.1 * torch.randn(digits.shape)
     initial = digits[torch.randperm(len(digits))[:num_clusters]]
     theirs = KMeans(
         num_clusters, init=initial.numpy(), n_init=1, max_iter=iterations, algorithm="lloyd"
@@ -66,9 +65,8 @@ def test_empty_groups_get_the_farthest_rows_as_in_scikit_learn(digits: Tensor) -
     theirs = KMeans(8, init=initial.numpy(), n_init=1).fit(digits.numpy())
     ours = kmeans(digits, 8, initial=initial, spherical=False)
     assert ours.counts.min() > 0
-    assert as_one_partition(
-        ours.assignments, torch.tensor(theirs.labels_)
-    )  # which empty group gets which row is free
+    # which empty group gets which row is free
+    assert as_one_partition(ours.assignments, torch.tensor(theirs.labels_))
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
 
 
@@ -367,7 +365,8 @@ def slow_duplicates(rows: Tensor, threshold: float) -> list[list[int]]:
 
 @pytest.mark.parametrize("block", [7, 64, 2048])
 def test_near_duplicates_are_a_slow_loops(block: int) -> None:
-    rows = torch.randn(120, 4)  # few dimensions: chains of neighbours, over several blocks
+    # few dimensions: chains of neighbours, over several blocks
+    rows = torch.randn(120, 4)
     rows[100:] = rows[:20] * 3
     expected = slow_duplicates(rows, 0.97)
     assert len(expected) > 5 and any(len(group) > 2 for group in expected)

@@ -98,7 +98,8 @@ def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
     )
 
 
-@pytest.mark.parametrize("k", [1, 7, 90])  # the last more than a tile holds
+# the last more than a tile holds
+@pytest.mark.parametrize("k", [1, 7, 90])
 @pytest.mark.parametrize("order", ["random", "nearer and nearer", "farther and farther", "ties"])
 def test_the_search_over_tiles_is_a_sort(
     monkeypatch: pytest.MonkeyPatch, order: str, k: int

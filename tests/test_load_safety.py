@@ -67,9 +67,8 @@ def test_no_pickle_is_executed(tmp_path: Path, canary: Path, suffix: str, form: 
         CheckpointError, match="unreadable" if suffix == ".safetensors" else REFUSED
     ) as error:
         load_encoder(path)
-    assert "likely succeed" not in str(
-        error.value
-    )  # torch's own message advises weights_only=False
+    # torch's own message advises weights_only=False
+    assert "likely succeed" not in str(error.value)
 
 
 @pytest.mark.usefixtures("goldens")
@@ -121,7 +120,8 @@ def test_malicious_extra_files_are_not_touched(tmp_path: Path, canary: Path) -> 
 # --- every tensor, damaged in every way -----------------------------------------------------------
 
 
-FAMILIES = [  # golden, file, key of its state dict
+# golden, file, key of its state dict
+FAMILIES = [
     ("mae", "checkpoint_encoder.pth", "model"),
     ("dino", "checkpoint.pth", ""),
     ("ijepa", "checkpoint.pth.tar", "target_encoder"),

@@ -197,7 +197,8 @@ def test_a_killed_run_is_continued_by_the_same_command(
         ):
             assert run.poll() is None
             time.sleep(0.05)
-        os.kill(run.pid, signal.SIGSTOP)  # so that it cannot end before it is killed
+        # so that it cannot end before it is killed
+        os.kill(run.pid, signal.SIGSTOP)
         assert cli.main(words) == 2
         assert f"another run writes there (process {run.pid} on " in capsys.readouterr().err
     finally:

@@ -16,9 +16,8 @@ def test_nothing_is_kept_from_step_to_step(tmp_path: Path) -> None:
 
     Resident memory is given the room of an allocator's arena.
     """
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as fresh:  # nothing is left there of other tests
+    # nothing is left there of other tests
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         early, late = fresh.submit(growth, tmp_path, 200).result()
     assert (early.step, late.step) == (133, 199)
     assert late.tensors <= early.tensors and late.tensor_bytes <= early.tensor_bytes

@@ -74,9 +74,8 @@ def test_equals_transformers_vit(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_equals_transformers_vit_mae_unmasked(tmp_path: Path, size: tuple[int, int]) -> None:
     model = randomise(transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, mask_ratio=0.0)))
     pixels = torch.randn(2, 3, *size)
-    order = (
-        torch.arange(size[0] * size[1] // 64).float().expand(2, -1)
-    )  # increasing noise: ViTMAE shuffles nothing
+    # increasing noise: ViTMAE shuffles nothing
+    order = torch.arange(size[0] * size[1] // 64).float().expand(2, -1)
     with torch.no_grad():
         expected = model(
             pixels, noise=order, interpolate_pos_encoding=True, output_hidden_states=True
@@ -95,7 +94,8 @@ def test_equals_transformers_beit_and_data2vec_vision(
         use_absolute_position_embeddings="absolute" in bias,
         use_relative_position_bias=bias.endswith("relative") and "shared" not in bias,
         use_shared_relative_position_bias="shared" in bias,
-        use_mean_pooling=bias == "relative",  # without a final norm, and with one
+        # without a final norm, and with one
+        use_mean_pooling=bias == "relative",
     )
     model = randomise(getattr(transformers, f"{kind}Model")(config))
     ours = converted(model, tmp_path)
@@ -124,9 +124,8 @@ def test_equals_timm(
     )
 
     def without_antialias(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return resample_abs_pos_embed(
-            *args, **kwargs, antialias=False
-        )  # MIM-Refiner resizes without, timm with
+        # MIM-Refiner resizes without, timm with
+        return resample_abs_pos_embed(*args, **kwargs, antialias=False)
 
     monkeypatch.setattr("timm.models.vision_transformer.resample_abs_pos_embed", without_antialias)
     torch.save(model.state_dict(), tmp_path / "timm.pth")
@@ -292,9 +291,8 @@ def test_recording_chosen_hidden_states() -> None:
     assert all(
         torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True)
     )
-    torch.testing.assert_close(
-        model.norm(everything[-1]), model(pixels).last_hidden_state
-    )  # entries are before the final norm
+    # entries are before the final norm
+    torch.testing.assert_close(model.norm(everything[-1]), model(pixels).last_hidden_state)
 
 
 def test_bf16_weights_take_fp32_pixels() -> None:

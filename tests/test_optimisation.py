@@ -184,9 +184,8 @@ def test_moving_average_is_the_formula_and_leaves_frozen_weights() -> None:
     for step in range(20):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
-            model.bias.add_(
-                1.0
-            )  # does not happen to a frozen weight; here it shows that the average skips it
+            # does not happen to a frozen weight; here it shows that the average skips it
+            model.bias.add_(1.0)
         update_average(average, model, decay=0.9)
         expected = 0.9 * expected + 0.1 * model.weight.detach().double()
     torch.testing.assert_close(average.weight.double(), expected, atol=1e-6, rtol=1e-6)

@@ -205,9 +205,8 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
         name for name in start if pooling == "global_repr" or not name.startswith("predictor.")
     }
     same = {name for name, tensor in after.items() if torch.equal(tensor, start[name])}
-    assert same == {
-        name for name in after if "rope" in name
-    }  # every trained tensor has moved, every frequency has not
+    # every trained tensor has moved, every frequency has not
+    assert same == {name for name in after if "rope" in name}
     pixels = load_file(capi / "inputs.safetensors")["pixel_values"]
     with torch.no_grad():
         loaded = AutoModel.from_pretrained(tmp_path / "out/model")(pixels).pooler_output

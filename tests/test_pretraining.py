@@ -151,7 +151,8 @@ def test_loss_looks_at_masked_patches_only() -> None:
         torch.linspace(0, 1, 16).unsqueeze(0),
     )  # patches 0-3 stay visible
     changed = pixels.clone()
-    changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)  # patch 15, masked: a target and nothing else
+    # patch 15, masked: a target and nothing else
+    changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)
     with torch.no_grad():
         first, second = (mae_loss(encoder, decoder, x, noise, 0.75) for x in (pixels, changed))
     targets = [patchify(x, 4)[0, 15] for x in (pixels, changed)]
@@ -226,9 +227,8 @@ def test_loss_falls_and_the_result_is_ready_to_use(
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     fresh, _ = mae._fresh(tiny_recipe())
     for (name, before), after in zip(fresh.named_parameters(), encoder.parameters(), strict=True):
-        assert torch.equal(before, after) == ("position" in name), (
-            name
-        )  # all but the fixed positions was trained
+        # all but the fixed positions was trained
+        assert torch.equal(before, after) == ("position" in name), name
 
 
 def test_no_position_table_is_constant() -> None:
@@ -236,12 +236,14 @@ def test_no_position_table_is_constant() -> None:
     encoder, decoder = mae._fresh(tiny_recipe())
     for table in (encoder.embeddings.position_embeddings, decoder.positions):
         distances = torch.cdist(table[0], table[0]) + 10 * torch.eye(16)
-        assert distances.min() > 0.5  # every place has a vector of its own
+        # every place has a vector of its own
+        assert distances.min() > 0.5
 
 
 def test_same_seed_same_weights(digits: ImageDataset) -> None:
     def weights(seed: int) -> Tensor:
-        torch.manual_seed(np.random.default_rng().integers(1000))  # the global generator has no say
+        # the global generator has no say
+        torch.manual_seed(np.random.default_rng().integers(1000))
         encoder = pretrain_mae(tiny_recipe(epochs=2, seed=seed), digits)
         return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
 

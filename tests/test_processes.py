@@ -35,7 +35,8 @@ from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_featur
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder
 
-GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
+# the rows divide by neither number of processes
+GROUPS, ROWS = 6, 331
 
 
 def separated_rows() -> tuple[Tensor, Tensor]:
@@ -139,9 +140,8 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     assignments = torch.empty(len(rows), dtype=torch.int64)
     for rank, found in enumerate(told):
         assignments[rank::processes] = found["assignments"]
-        assert torch.equal(
-            found["centroids"], told[0]["centroids"]
-        )  # the processes agree to the last bit
+        # the processes agree to the last bit
+        assert torch.equal(found["centroids"], told[0]["centroids"])
     order = [int(assignments[groups == group][0]) for group in range(GROUPS)]
     assert (
         torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS
@@ -198,17 +198,15 @@ def test_a_report_of_two_processes_is_that_of_one(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = int(probe.getsockname()[1])
-    multiprocessing.set_forkserver_preload(
-        ["mim_refiner_hf.cli"]
-    )  # a fork of this very process could not use its threads
+    # a fork of this very process could not use its threads
+    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])
     arguments = (port, [*words, "--output_dir", str(tmp_path / "two")], tmp_path / "said")
     torch.multiprocessing.start_processes(
         report_process, arguments, nprocs=2, start_method="forkserver"
     )
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
-    assert (
-        "The report:" in first and "The card:" in first and second == ""
-    )  # one of them speaks and writes
+    # one of them speaks and writes
+    assert "The report:" in first and "The card:" in first and second == ""
     assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
     two, one = (
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one")

@@ -93,7 +93,8 @@ def test_blur_is_a_gaussian_of_imagenet_cs_width(
 ) -> None:
     values = np.asarray(CORRUPTIONS["blur"](photo, severity, 0), dtype=float)
     expected = gaussian_filter(np.asarray(photo, dtype=float), (sigma, sigma, 0), mode="nearest")
-    assert np.abs(values - expected).mean() < 1.0  # Pillow's is three box blurs, in 8 bits
+    # Pillow's is three box blurs, in 8 bits
+    assert np.abs(values - expected).mean() < 1.0
 
 
 def test_blur_shrinks_with_the_image(photo: Image.Image) -> None:

@@ -146,7 +146,8 @@ def stranger(tmp_path: Path) -> Any:
             MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)),
             processor,
         )
-        (folder / "weights_digests.json").unlink()  # a stranger's folder has none, or its own
+        # a stranger's folder has none, or its own
+        (folder / "weights_digests.json").unlink()
         code = f"open({str(tmp_path / 'mark')!r}, 'w')\n"
         for name in ("evil.py", *(file.name for file in folder.glob("*.py"))):
             (folder / name).write_text(code)
@@ -288,30 +289,38 @@ def test_a_redirection_to_an_open_connection_is_refused(
 
 # --- dependencies ---------------------------------------------------------------------------------
 
-FLOORS = {  # package: the first version without the vulnerability, and its name
-    "datasets": ("5.2.0", "CVE-2026-57845"),  # pickles read by its pandas builder
-    "filelock": ("4.2.1", "CVE-2026-112909"),  # truncates a file put in the place of a lock
+# package: the first version without the vulnerability, and its name
+FLOORS = {
+    # pickles read by its pandas builder
+    "datasets": ("5.2.0", "CVE-2026-57845"),
+    # truncates a file put in the place of a lock
+    "filelock": ("4.2.1", "CVE-2026-112909"),
     "gradio": ("6.16.0", "CVE-2026-49119"),  # path traversal
     "jinja2": ("3.1.6", "CVE-2025-27516"),  # sandbox
     "onnx": ("1.21.0", "CVE-2026-27489"),  # path traversal by links
     "pillow": ("12.3.0", "CVE-2026-59199"),  # writes out of bounds
     "psutil": ("5.6.6", "CVE-2019-18874"),  # double free
+    # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
     "pyarrow": (
         "23.0.1",
         "CVE-2026-25087",
-    ),  # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
+    ),
     "pyyaml": ("5.4", "CVE-2020-14343"),  # code run by full_load
-    "scikit-learn": ("1.5.0", "CVE-2024-5206"),  # training data kept in a vectoriser
+    # training data kept in a vectoriser
+    "scikit-learn": ("1.5.0", "CVE-2024-5206"),
     "setuptools": ("78.1.1", "CVE-2025-47273"),  # path traversal
+    # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
     "torch": (
         "2.10.0",
         "CVE-2026-24747",
-    ),  # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
-    "tqdm": ("4.66.3", "CVE-2024-34062"),  # code run by command-line arguments
+    ),
+    # code run by command-line arguments
+    "tqdm": ("4.66.3", "CVE-2024-34062"),
+    # code run by a config in spite of trust_remote_code=False; 5.2.0 has CVE-2026-5241
     "transformers": (
         "5.3.0",
         "CVE-2026-4372",
-    ),  # code run by a config in spite of trust_remote_code=False; 5.2.0 has CVE-2026-5241
+    ),
 }
 
 

@@ -118,7 +118,8 @@ def test_image_and_mask_are_cropped_alike(tmp_path: Path) -> None:
     for pixels, targets in kinds:
         assert (pixels.shape, pixels.dtype, targets.shape) == ((3, 32, 32), torch.uint8, (32, 32))
         shown = (pixels[0].float() / 40).round().long()
-        assert (shown == targets).float().mean() > 0.85  # but for the borders between squares
+        # but for the borders between squares
+        assert (shown == targets).float().mean() > 0.85
     assert len({targets.numpy().tobytes() for _, targets in kinds}) == 9
     again, _ = Crops(images, make_encoder().config, seed=0)[3, 0]
     assert torch.equal(again, kinds[3][0])

@@ -61,7 +61,8 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 48,
 }
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-LAST = 8  # steps of a run; there is a checkpoint after every second one
+# steps of a run; there is a checkpoint after every second one
+LAST = 8
 
 
 # --- two processes
@@ -240,9 +241,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RefineRecipe]:
     recipes["grown"] = changed("grown", **settings, micro_batch_size=3)
     run(recipes["plain"])
     copy_run(recipes["plain"], recipes["grown"], without=LAST)
-    multiprocessing.set_forkserver_preload(
-        ["mim_refiner_hf.cli"]
-    )  # what takes longest is done once
+    # what takes longest is done once
+    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])
     arguments = (
         [free_port() for _ in range(3)],
         recipes["fresh"],
@@ -290,9 +290,8 @@ def test_all_that_a_checkpoint_holds_is_the_same(runs: dict[str, RefineRecipe]) 
     )
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
-        assert tensor.is_floating_point() or torch.equal(found[name], tensor), (
-            name
-        )  # the queue's indices, labels, ages
+        # the queue's indices, labels, ages
+        assert tensor.is_floating_point() or torch.equal(found[name], tensor), name
     zeros = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     for part in (
         "refiner.encoder.",
@@ -320,9 +319,8 @@ def test_the_model_is_an_ordinary_one(runs: dict[str, RefineRecipe]) -> None:
     }
     start, found = load_file(f"{runs['plain'].model}/model.safetensors"), load_file(model)
     assert found.keys() == expected.keys() == start.keys()
-    assert distance(found, expected, expected) < 0.03 * distance(
-        start, expected, expected
-    )  # of how far the refinement went
+    # of how far the refinement went
+    assert distance(found, expected, expected) < 0.03 * distance(start, expected, expected)
 
 
 # --- files, at any number of processes

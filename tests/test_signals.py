@@ -65,7 +65,8 @@ def test_a_signal_ends_the_run_after_a_checkpoint(
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     found = load_latest(Path(asked.output_dir) / "checkpoints")
     assert found is not None and found.step == 5
-    run(recipe("stopped"))  # how often it saves is free to change
+    # how often it saves is free to change
+    run(recipe("stopped"))
     whole = recipe("whole")
     run(whole)
     assert_identical(recipe("stopped"), whole)

@@ -273,11 +273,12 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
     ]  # gradio_client drops < and >
     groups = [int(row["cluster_after"]) for row in rows]
     assert all(len(set(groups[colour::3])) == 1 for colour in range(3)) and len(set(groups)) == 3
+    # nothing that would take labels
     assert set(numbers["after"]) == {
         "rankme",
         "neighbour_agreement",
         "sizes",
-    }  # nothing that would take labels
+    }
     assert 0 <= numbers["after"]["neighbour_agreement"] <= 1
     page = Page(shown["sides"])
     assert page.tags["img"] == 2 * (24 + 1) and page.tags["script"] == 0

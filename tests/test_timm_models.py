@@ -144,7 +144,8 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
         [0.5] * 3,
         3,
     )
-    assert dict(processor.size) == {"shortest_edge": 35}  # 32 / crop_pct, and crop_pct is 0.9
+    # 32 / crop_pct, and crop_pct is 0.9
+    assert dict(processor.size) == {"shortest_edge": 35}
     assert dict(processor.crop_size) == {"height": 32, "width": 32}
     config = json.loads((source / "config.json").read_text())
     config["pretrained_cfg"] |= {

@@ -148,9 +148,8 @@ def printed(paper: str, table: int, name: str) -> list[float]:
     )
     found, group = [], ""
     for first, *rest in rows:
-        group = (
-            first if re.fullmatch(r"\w+/\d+", first) else group
-        )  # tables 2, 3 and 9 print the size once for several rows
+        # tables 2, 3 and 9 print the size once for several rows
+        group = first if re.fullmatch(r"\w+/\d+", first) else group
         cells = [cell for cell in rest if re.fullmatch(r"-?\d+\.\d", cell)]
         if table == 5 and first in methods:
             found += {"L/16": cells[:2], "H/14": cells[2:]}.get(arch, [])
