@@ -45,7 +45,8 @@ def test_without_umap_it_is_scikit_learns_pca(rows: int) -> None:
     features = planted(rows).bfloat16()
     expected = PCA(5).fit_transform(F.normalize(features.float(), dim=1).double().numpy())
     ours = cosine_components(features, 5).numpy()
-    assert np.allclose(np.abs(ours), np.abs(expected), atol=1e-4)  # the sign of a direction is free
+    # the sign of a direction is free
+    assert np.allclose(np.abs(ours), np.abs(expected), atol=1e-4)
     points, method = flat_map(features)
     assert method == "PCA" and np.allclose(points, ours[:, :2], atol=1e-6)
 

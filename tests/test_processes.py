@@ -154,7 +154,9 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
 
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
+    monkeypatch.setattr(
+        "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5)
+    )
 
 
 def report_process(rank: int, port: int, words: list[str], said: Path) -> None:
