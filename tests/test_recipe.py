@@ -88,7 +88,8 @@ def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
     assert (recipe.local_size, recipe.freeze_blocks) == (local_size, frozen)
     written = recipe.as_written()
     assert {field: written[field] for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
-    updates = IMAGENET // batch  # the last partial batch of an epoch is dropped
+    # the last partial batch of an epoch is dropped
+    updates = IMAGENET // batch
     assert recipe.steps == (20 * updates, epochs * updates)
 
 

@@ -277,7 +277,9 @@ def planned(
 
 
 def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
-    """Bytes of all tensors alive at the peak of a second step, weights, moments and views included; fake, so nothing is computed."""
+    """Bytes of all tensors alive at the peak of a second step, weights, moments and views included;
+    fake, so nothing is computed.
+    """
     batch, blocks, widths = (
         recipe.batch_size,
         recipe.head_blocks,
