@@ -1,4 +1,6 @@
-"""Recipes: the paper's numbers, one recipe from YAML, Python and the command line, and what is derived from the encoder."""
+"""Recipes: the paper's numbers, one recipe from YAML, Python and the command line, and what is
+derived from the encoder.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +25,8 @@ L16 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, 
 H14 = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
 TWOB14 = {"hidden_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 32, "patch_size": 14}
 
-# What the released models were refined with (paper, Table 10; METHOD "Two stages"): encoder, epochs, batch, temperature,
+# What the released models were refined with (paper, Table 10; METHOD "Two stages"): encoder,
+# epochs, batch, temperature,
 # first block with a head (all later ones have one), side of a local view, frozen blocks.
 RELEASED = {
     "mae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
@@ -85,7 +88,8 @@ def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
     assert (recipe.local_size, recipe.freeze_blocks) == (local_size, frozen)
     written = recipe.as_written()
     assert {field: written[field] for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
-    updates = IMAGENET // batch  # the last partial batch of an epoch is dropped
+    # the last partial batch of an epoch is dropped
+    updates = IMAGENET // batch
     assert recipe.steps == (20 * updates, epochs * updates)
 
 
@@ -161,7 +165,10 @@ def test_yaml_python_and_command_line_give_the_same_recipe(tmp_path: Path) -> No
 
 
 def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
-    """One word in place of numbers, in YAML, Python and flags alike; what it stands for is found out in the run."""
+    """One word in place of numbers, in YAML, Python and flags alike.
+
+    What it stands for is found out in the run.
+    """
     path = tmp_path / "mine.yaml"
     path.write_text("model: a\nhead_blocks: auto\n")
     asked = RefineRecipe(model="a", head_blocks="auto")
@@ -184,8 +191,8 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     assert resolved.as_written()["head_blocks"] == "auto"
     text = plan_text(resolved, MimRefinerConfig(**L16), num_eval=0, device="cuda", available=2**34)
     assert (
-        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, output)"
-        in text
+        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, "
+        "output)" in text
     )
 
 
