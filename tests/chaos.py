@@ -1,14 +1,18 @@
-"""A run that is killed, over and over: whatever happens to it, the same command ends with the very weights it would have had.
+"""A run that is killed, over and over.
 
-    python -m tests.chaos                                  # 50 kills, 20 polite signals; about 10 minutes on one core
+Whatever happens to it, the same command ends with the very weights it would have had.
+
+    python -m tests.chaos  # 50 kills, 20 polite signals; about 10 minutes on one core
     python -m tests.chaos --kills 3 --signals 2 --json chaos.json
-    python -m tests.chaos --kills 0 --signals 0 --lost_worker      # torchrun with two processes, one of which is killed
+    # torchrun with two processes, one of which is killed
+    python -m tests.chaos --kills 0 --signals 0 --lost_worker
 
-A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once undisturbed. Then, for every case, it is
-started anew in a process of its own, hit in a random step, and the same command is given again until it is through. Every second
-SIGKILL waits for the next checkpoint that is being written, every tenth comes before the first step. A case is good when weights
-and log are those of the undisturbed run, bit by bit, and a polite signal ended the process with 143 or 130. Exits with 1 if any
-case is not.
+A refinement of 60 steps (20 of them head warm-up) with a checkpoint every 5 is run once
+undisturbed. Then, for every case, it is started anew in a process of its own, hit in a random step,
+and the same command is given again until it is through. Every second SIGKILL waits for the next
+checkpoint that is being written, every tenth comes before the first step. A case is good when
+weights and log are those of the undisturbed run, bit by bit, and a polite signal ended the process
+with 143 or 130. Exits with 1 if any case is not.
 """
 
 import argparse
@@ -33,8 +37,10 @@ from mim_refiner_hf.publishing.hub import save_model_folder
 
 STEPS, SAVE_EVERY = 60, 5
 ARGUMENTS = (
-    "--dataset digits --eval_fraction 0 --head_blocks 1 2 --projector_dim 64 --predictor_dim 64 --embedding_dim 32 --queue_size 128 "
-    "--topk 3 --local_views 2 --colour false --batch_size 64 --head_epochs 1 --epochs 2 --warmup_epochs 0.1 --ema_decay 0.9 "
+    "--dataset digits --eval_fraction 0 --head_blocks 1 2 --projector_dim 64 --predictor_dim 64 "
+    "--embedding_dim 32 --queue_size 128 "
+    "--topk 3 --local_views 2 --colour false --batch_size 64 --head_epochs 1 --epochs 2 "
+    "--warmup_epochs 0.1 --ema_decay 0.9 "
     f"--save_every {SAVE_EVERY} --log_every 1 --report_to none"
 ).split()
 POLITE = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGUSR2: 143, signal.SIGINT: 130}
@@ -42,7 +48,9 @@ POLITE = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGUSR2: 143, signal.
 
 @dataclass
 class Case:
-    """One run that was hit: by what, when (seconds), what the disk and the process looked like then, and how it ended.
+    """One run that was hit.
+
+    By what, when (seconds), what the disk and the process looked like then, and how it ended.
 
     Attributes:
         while_writing: a half-written checkpoint was left behind.
@@ -90,7 +98,8 @@ def start(model: Path, output: Path, workers: int) -> int:
         return child
     code = 99
     try:
-        os.setsid()  # a group of its own: data-loading workers die with it
+        # a group of its own: data-loading workers die with it
+        os.setsid()
         log = os.open(output.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -148,7 +157,8 @@ def hit(
     aimed: bool,
     workers: int,
 ) -> Case:
-    """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is being written next), run it through.
+    """Start the run, hit it `after` seconds after its `step` (if `aimed`: when a checkpoint is
+    being written next), run it through.
 
     `identical` is open.
     """
@@ -180,7 +190,8 @@ def hit(
     )
     while (code := wait(start(model, output, workers))) != 0:
         raise RuntimeError(
-            f"the same command did not go on, exit code {code}: {output.with_suffix('.txt').read_text()[-2000:]}"
+            f"the same command did not go on, exit code {code}: "
+            f"{output.with_suffix('.txt').read_text()[-2000:]}"
         )
     return case
 
@@ -188,7 +199,8 @@ def hit(
 def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int = 0) -> list[Case]:
     """All cases; the moments are drawn by `seed`."""
     draw = random.Random(seed)
-    torch.set_num_threads(1)  # threads do not survive a fork
+    # threads do not survive a fork
+    torch.set_num_threads(1)
     save_start(folder / "start")
     code = wait(start(folder / "start", folder / "undisturbed", workers))
     assert code == 0, (folder / "undisturbed.txt").read_text()
@@ -213,7 +225,9 @@ def chaos(folder: Path, kills: int, signals: int, *, workers: int = 0, seed: int
 
 
 def lost_worker(folder: Path) -> bool:
-    """Whether two processes, one of them killed and started again by torchrun, end with the weights of two undisturbed ones."""
+    """Whether two processes, one of them killed and started again by torchrun, end with the weights
+    of two undisturbed ones.
+    """
     save_start(folder / "start")
     launcher = [
         sys.executable,
@@ -285,7 +299,8 @@ def main() -> int:
     good = sum(case.good for case in cases)
     written = sum(case.while_writing for case in cases)
     print(
-        f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a checkpoint was being written"
+        f"{good} of {len(cases)} runs ended with the same bits; {written} were hit while a "
+        f"checkpoint was being written"
     )
     if options.lost_worker:
         print(f"a lost worker: {'the same bits' if restarted else 'NOT the same bits'}")

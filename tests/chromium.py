@@ -1,4 +1,6 @@
-"""A headless Chromium for tests, steered through chromedriver in the W3C's WebDriver protocol: JSON over HTTP, no further library.
+"""A headless Chromium for tests, steered through chromedriver in the W3C's WebDriver protocol.
+
+JSON over HTTP, no further library.
 
 apt-get install chromium chromium-driver
 """
@@ -18,10 +20,12 @@ from typing import Any
 import pytest
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1500,950"
 )
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's key for a reference
+# the protocol's key for a reference
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 ESCAPE, END, RIGHT, DOWN, ENTER = "\ue00c", "\ue010", "\ue014", "\ue015", "\ue007"
 
 needs_chromium = pytest.mark.skipif(
@@ -114,7 +118,7 @@ class Chromium:
         self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
     def photograph(self, name: str, folder: Path) -> None:
-        """The window as `name`.png in `folder`, or in the one that the variable SCREENSHOTS names."""
+        """The window as `name`.png in `folder`, or in the one that SCREENSHOTS names."""
         folder = Path(os.environ.get("SCREENSHOTS", folder))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.png").write_bytes(base64.b64decode(self.call("/screenshot")))

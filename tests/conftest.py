@@ -1,7 +1,8 @@
-"""Fixtures for all tests: the shared material beside the repository, and a quiet, offline, two-thread machine."""
+"""Fixtures for all tests: the shared material, and a quiet, offline, one-thread machine."""
 
 import importlib.util
 import os
+import socketserver
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from golden_cases import GOLDENS, SHARED, contents, facts
 from small_runs import shorten, small_recipes, write_cifar, write_models
 
 from mim_refiner_hf import RefineRecipe
 
-torch.set_num_threads(1)  # tiny models: waiting for each other costs threads more than they bring
-
-SHARED = Path(os.environ.get("MIM_REFINER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+# tiny models: waiting for each other costs threads more than they bring
+torch.set_num_threads(1)
+# a server of a test, the stand-in Hub too, ends within 20 ms instead of half a second
+socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,10 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """`../shared`: goldens of the authors' code, small real data, a small real MAE. Tests that need it skip without it."""
+    """`../shared`: goldens of the authors' code, small real data, a small real MAE.
+
+    Tests that need it skip without it.
+    """
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared fixtures and data, not found at {SHARED}")
     return SHARED
@@ -38,13 +44,19 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def goldens(shared: Path) -> Path:
     """The folder of goldens computed with the authors' code; its README states the tolerances."""
-    return shared / "fixtures"
+    return GOLDENS
 
 
 @pytest.fixture
 def mae_state(goldens: Path) -> dict[str, torch.Tensor]:
     """The state dict of the official MAE golden, to be damaged."""
-    return dict(torch.load(goldens / "mae/checkpoint_full.pth", weights_only=True)["model"])
+    return dict(contents("mae", "checkpoint_full.pth")["model"])
+
+
+@pytest.fixture
+def mae_heads(goldens: Path) -> int:
+    """The number of heads of the official MAE golden, which its file does not state."""
+    return int(facts("mae")["num_heads"])
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +91,7 @@ def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stub_hub(shared: Path) -> Iterator[Any]:
-    """A Hub in memory: `url`, `repos`, and `env()` for the environment of a subprocess that is to talk to it."""
+    """A Hub in memory: `url`, `repos`, and `env()` for a process that is to talk to it."""
     spec = importlib.util.spec_from_file_location("hub_stub", shared / "tools" / "hub_stub.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,10 +1,15 @@
-"""Damage to files, and what reading them says: one typed line that names file and remedy, or the same result as before. Nothing else.
+"""Damage to files, and what reading them says.
 
-    python -m tests.damage --cases 1000 --json damage.json        # the table that it prints is in benchmarks/results/damage.md
+One typed line that names file and remedy, or the same result as before. Nothing else.
 
-Every target is a small folder written by this package, with the reader that a user would meet: a training checkpoint, the same with a
-manifest that vouches for wrong tensors, a model folder, a run's data record, images. A case damages one file, drawn from a seed, and
-reads. Damage that changes nothing, as bytes behind the end of an image, is drawn again.
+    python -m tests.damage --cases 1000 --json damage.json
+
+The table that it prints is in benchmarks/results/damage.md.
+
+Every target is a small folder written by this package, with the reader that a user would meet: a
+training checkpoint, the same with a manifest that vouches for wrong tensors, a model folder, a
+run's data record, images. A case damages one file, drawn from a seed, and reads. Damage that
+changes nothing, as bytes behind the end of an image, is drawn again.
 """
 
 import argparse
@@ -42,9 +47,12 @@ from mim_refiner_hf.runtime.checkpoint import (
 from mim_refiner_hf.runtime.files import CheckpointError
 
 State = dict[str, Tensor]
-REMEDY = r"\b(get .* again|remove it|remove its|replace or remove|delete its|name another|Put it back|start the run anew|give the file)"
+REMEDY = (
+    r"\b(get .* again|remove it|remove its|replace or remove|delete its|name another|"
+    r"Put it back|start the run anew|give the file)"
+)
 
-# --- damage to tensors --------------------------------------------------------------------------------------------------------
+# --- damage to tensors ----------------------------------------------------------------------------
 
 
 def dropped(state: State, name: str) -> State:
@@ -95,7 +103,7 @@ TENSOR_DAMAGES: list[Callable[[State, str], State | None]] = [
     swapped,
 ]
 
-# --- damage to bytes ----------------------------------------------------------------------------------------------------------
+# --- damage to bytes ------------------------------------------------------------------------------
 
 Bytes = Callable[[bytes, np.random.Generator], bytes | None]
 PAGE = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>\n"
@@ -140,15 +148,21 @@ BYTE_DAMAGES: dict[str, Bytes] = {
     "gone": lambda content, rng: None,
 }
 LOST = tuple(name for name in BYTE_DAMAGES if "flipped" not in name and "block" not in name)
-"""What can be told of an image without a checksum: JPEG, GIF, TIFF and WebP decode flipped bits to other pixels."""
+"""What can be told of an image without a checksum.
 
-# --- targets ------------------------------------------------------------------------------------------------------------------
+JPEG, GIF, TIFF and WebP decode flipped bits to other pixels.
+"""
+
+# --- targets --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Target:
-    """A folder and its reader: `read` gives a digest of all that it read. `files` may be damaged in the ways that `damages` names;
-    `rewrite` damages tensors behind a manifest that vouches for them."""
+    """A folder and its reader: `read` gives a digest of all that it read.
+
+    `files` may be damaged in the ways that `damages` names; `rewrite` damages tensors behind a
+    manifest that vouches for them.
+    """
 
     name: str
     write: Callable[[Path], None]
@@ -285,7 +299,7 @@ TARGETS = [
     *(image_target(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")),
 ]
 
-# --- cases --------------------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -300,10 +314,14 @@ class Case:
 
 
 def judge(target: Target, folder: Path, before: str, file: str) -> tuple[str, str] | None:
-    """(message, what is wrong with it) of reading damaged files; None where the damage changed nothing."""
+    """(message, what is wrong with it) of reading damaged files.
+
+    None where the damage changed nothing.
+    """
     try:
         return None if target.read(folder) == before else ("", "silent: something else was read")
-    except Exception as error:  # the point: which errors there are
+    # all of them: which errors there are is the point
+    except Exception as error:
         message = str(error)
         last = error.__traceback__
         while last is not None and last.tb_next is not None:
@@ -379,7 +397,8 @@ def table(found: list[Case]) -> str:
     wrong = Counter(case.wrong for case in found if case.wrong)
     lines += [
         "",
-        f"{len(found)} cases, {len(found) - wrong.total()} typed lines that name file and remedy, {wrong.total()} wrong.",
+        f"{len(found)} cases, {len(found) - wrong.total()} typed lines that name file and remedy, "
+        f"{wrong.total()} wrong.",
     ]
     return "\n".join([*lines, *(f"- {reason}: {count}" for reason, count in wrong.items())])
 

@@ -1,14 +1,18 @@
-"""The losses of a small refinement, kept step by step: a change that alters them, however little, has to say so.
+"""The losses of a small refinement, kept step by step.
 
-    python -m tests.golden_losses                          # this run beside the kept one: the largest difference
-    python -m tests.golden_losses --write                  # keep this machine's losses; they belong into the commit that changes them
+A change that alters them, however little, has to say so.
 
-15 steps of head warm-up and 35 of refinement, in fp32 on one thread, of a tiny encoder with random weights on the bundled digits.
-`golden_losses.json` holds every loss as a hexadecimal float, bit by bit, per kind of machine: the last bits depend on the kernels
-that torch and its libraries choose for a processor. On a kind of machine that is listed the losses are compared bit by bit, on another
-one up to `TOLERANCE`: with ATEN_CPU_CAPABILITY=default, MKL_ENABLE_INSTRUCTIONS=SSE4_2 and DNNL_MAX_CPU_ISA=SSE41, in place of
-AVX-512, they differ by 2e-6. What would amplify such differences is kept small: few steps, few rows to be nearest, small learning
-rates.
+    python -m tests.golden_losses  # this run beside the kept one: the largest difference
+    # keep this machine's losses; they belong into the commit that changes them
+    python -m tests.golden_losses --write
+
+15 steps of head warm-up and 35 of refinement, in fp32 on one thread, of a tiny encoder with random
+weights on the bundled digits. `golden_losses.json` holds every loss as a hexadecimal float, bit by
+bit, per kind of machine: the last bits depend on the kernels that torch and its libraries choose
+for a processor. On a kind of machine that is listed the losses are compared bit by bit, on another
+one up to `TOLERANCE`: with ATEN_CPU_CAPABILITY=default, MKL_ENABLE_INSTRUCTIONS=SSE4_2 and
+DNNL_MAX_CPU_ISA=SSE41, in place of AVX-512, they differ by 2e-6. What would amplify such
+differences is kept small: few steps, few rows to be nearest, small learning rates.
 """
 
 import argparse
@@ -21,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-if __package__:  # as a command; pytest puts this folder on the path
+# as a command; pytest puts this folder on the path
+if __package__:
     sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos import save_start
@@ -36,7 +41,10 @@ TOLERANCE = 1e-5
 
 
 def machine() -> str:
-    """What decides the last bits: versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs."""
+    """What decides the last bits.
+
+    Versions, torch's instruction set, and the processor, by which MKL and oneDNN choose theirs.
+    """
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "pillow", "numpy")
     )
@@ -46,12 +54,13 @@ def machine() -> str:
     facts = dict(
         line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line
     )  # of the first processor
+    # virtual machines give the same name to several kinds
     names = (
         "model name",
         "cpu family",
         "model",
         "stepping",
-    )  # virtual machines give the same name to several kinds
+    )
     processor = " ".join(facts[name] for name in names if name in facts) or platform.machine()
     return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {processor}, 1 thread"
 
@@ -60,11 +69,28 @@ def golden_recipe(folder: Path) -> RefineRecipe:
     """15 + 35 steps of 16 images; every part of the method is in it, colour included."""
     save_start(folder / "start")
     return RefineRecipe(
-        model=str(folder / "start"), output_dir=str(folder / "out"), dataset="digits", eval_fraction=0.0, head_blocks=[1, 2],
-        projector_dim=64, predictor_dim=64, embedding_dim=32, queue_size=64, topk=2, local_views=1, batch_size=16,
-        head_epochs=0.185, epochs=0.432, warmup_epochs=0.1, ema_decay=0.9, save_every=0, log_every=1, num_workers=0, report_to="none",
+        model=str(folder / "start"),
+        output_dir=str(folder / "out"),
+        dataset="digits",
+        eval_fraction=0.0,
+        head_blocks=[1, 2],
+        projector_dim=64,
+        predictor_dim=64,
+        embedding_dim=32,
+        queue_size=64,
+        topk=2,
+        local_views=1,
+        batch_size=16,
+        head_epochs=0.185,
+        epochs=0.432,
+        warmup_epochs=0.1,
+        ema_decay=0.9,
+        save_every=0,
+        log_every=1,
+        num_workers=0,
+        report_to="none",
         seed=3,
-    )  # fmt: skip
+    )
 
 
 def measured(folder: Path) -> list[float]:

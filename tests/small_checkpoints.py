@@ -1,4 +1,7 @@
-"""What the tests of loading share: the shape of a tiny encoder, and a file in the original layout of MAE."""
+"""What the tests of loading share.
+
+The shape of a tiny encoder, and a file in the original layout of MAE.
+"""
 
 from pathlib import Path
 from typing import Any

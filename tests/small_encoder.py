@@ -1,4 +1,7 @@
-"""A small encoder with random values everywhere, its processor, and digits: for the tests that measure blocks."""
+"""A small encoder with random values everywhere, its processor, and digits.
+
+For the tests that measure blocks.
+"""
 
 from typing import Any
 

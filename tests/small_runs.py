@@ -1,4 +1,5 @@
-"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave behind.
+"""Refinements of a few steps on few images, for the tests of whole runs, and what they leave
+behind.
 
 `tests/conftest.py` makes fixtures of it: `quick`, `cifar`, `models` and `recipe`.
 """
@@ -33,7 +34,9 @@ SHAPE = {
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each parquet stream."""
+    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each
+    parquet stream.
+    """
     monkeypatch.setattr(
         report,
         "kmeans_runs",
@@ -52,7 +55,10 @@ def write_cifar(shared: Path, folder: Path) -> str:
 
 
 def write_models(folder: Path) -> dict[str, str]:
-    """Encoders as transformers itself saves them; random weights, positions included (5.23 would leave those at zero)."""
+    """Encoders as transformers itself saves them.
+
+    Random weights, positions included (5.23 would leave those at zero).
+    """
     torch.manual_seed(0)
     folders = {}
     relative = {"use_shared_relative_position_bias": True, "use_mean_pooling": False}
@@ -72,7 +78,9 @@ def write_models(folder: Path) -> dict[str, str]:
 
 
 def small_recipes(model: str, dataset: str, folder: Path) -> Callable[..., RefineRecipe]:
-    """Gives recipes of 4 + 4 steps without evaluation, each with some fields changed, writing into `folder`."""
+    """Gives recipes of 4 + 4 steps without evaluation, each with some fields changed, writing into
+    `folder`.
+    """
 
     def changed(output: str = "out", **changes: Any) -> RefineRecipe:
         fields: dict[str, Any] = {
@@ -135,7 +143,10 @@ def losses(recipe: RefineRecipe) -> list[float]:
 
 
 def final_state(recipe: RefineRecipe) -> Mapping[str, Tensor]:
-    """Everything the last checkpoint holds: encoder, heads, batch statistics, queue, average, optimiser."""
+    """Everything the last checkpoint holds.
+
+    Encoder, heads, batch statistics, queue, average, optimiser.
+    """
     found = load_latest(Path(recipe.output_dir) / "checkpoints")
     assert found is not None
     return found.tensors

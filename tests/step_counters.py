@@ -1,4 +1,7 @@
-"""What a step costs, counted as it runs: launched operations, waits for the device, and the peak of live tensor bytes."""
+"""What a step costs, counted as it runs.
+
+Launched operations, waits for the device, and the peak of live tensor bytes.
+"""
 
 import weakref
 from collections import Counter
@@ -16,13 +19,14 @@ FREE = {
     "promote_types",
     "lift_fresh",
 }  # nothing is launched
+# the host has to know the result
 WAITS = {
     "_local_scalar_dense",
     "nonzero",
     "is_nonzero",
     "equal",
     "masked_select",
-}  # the host has to know the result
+}
 
 
 class Launches(TorchDispatchMode):
@@ -53,7 +57,10 @@ class NoWaiting(TorchDispatchMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors made within, now and at most; exact, and with fake tensors without any memory."""
+    """Bytes of all tensors made within, now and at most.
+
+    Exact, and with fake tensors without any memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()

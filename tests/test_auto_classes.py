@@ -1,4 +1,6 @@
-"""After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is lost on disk."""
+"""After `import mim_refiner_hf` every Auto class of transformers knows the model, and nothing is
+lost on disk.
+"""
 
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from random_weights import randomise
 from transformers import (
     AttentionInterface,
     AutoBackbone,
@@ -66,11 +69,7 @@ VARIANTS = [
 
 def tiny(model_class: Any, **settings: Any) -> Any:
     """A small model with random values in every parameter."""
-    model = model_class(MimRefinerConfig(**{**TINY, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
-    return model.eval()
+    return randomise(model_class(MimRefinerConfig(**{**TINY, **settings})))
 
 
 def test_the_package_registers_its_classes() -> None:
@@ -118,7 +117,7 @@ def test_dict_and_tuple_outputs() -> None:
     assert all(torch.equal(by_name[index], value) for index, value in enumerate(as_tuple))
 
 
-# --- classification -----------------------------------------------------------------------------------------------------------
+# --- classification -------------------------------------------------------------------------------
 
 
 def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path: Path) -> None:
@@ -129,9 +128,8 @@ def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path:
     )
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
     assert not info["unexpected_keys"]
-    assert (
-        0 < model.classifier.weight.std() < 0.05
-    )  # normal of initializer_range, not whatever was in memory
+    # normal of initializer_range, not whatever was in memory
+    assert 0 < model.classifier.weight.std() < 0.05
     assert torch.equal(model.classifier.bias, torch.zeros(5))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -139,7 +137,7 @@ def test_classification_from_an_encoder_starts_with_a_fresh_classifier(tmp_path:
 
 
 def test_missing_encoder_weights_are_initialised(tmp_path: Path) -> None:
-    """A token or a table missing in the file is drawn afresh, never left as uninitialised memory."""
+    """A token or table missing in the file is drawn afresh, never left as uninitialised memory."""
     settings = {
         "position_encoding": "absolute+shared_relative",
         "layer_scale_init": 0.1,
@@ -169,7 +167,7 @@ def test_classification_loss_and_gradients() -> None:
     assert isinstance(model(pixels, labels=labels, return_dict=False), tuple)
 
 
-# --- backbone -----------------------------------------------------------------------------------------------------------------
+# --- backbone -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(settings) or "mae")
@@ -205,7 +203,7 @@ def test_backbone_loads_an_encoder(tmp_path: Path) -> None:
         assert torch.equal(feature_map.flatten(2).mT, encoder(pixels).last_hidden_state[:, 1:])
 
 
-# --- image processor ----------------------------------------------------------------------------------------------------------
+# --- image processor ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -236,9 +234,8 @@ def test_processor_backends_agree(tmp_path: Path, photo: Image.Image) -> None:
         processor([photo, photo], return_tensors="pt").pixel_values for processor in processors
     )
     assert batched.shape == single.shape == (2, 3, 32, 32)
-    assert (
-        (batched - single).abs().mean() < 0.01
-    )  # of values with standard deviation 1; the two resize slightly differently
+    # of values with standard deviation 1; the two resize slightly differently
+    assert (batched - single).abs().mean() < 0.01
     assert (batched - single).abs().max() < 0.2
 
 
@@ -266,7 +263,7 @@ def test_processor_feeds_the_model(photo: Image.Image) -> None:
         ).pooler_output.shape == (2, 32)
 
 
-# --- what transformers promises of every model --------------------------------------------------------------------------------
+# --- what transformers promises of every model ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +276,9 @@ def test_fields_of_a_wrong_type_raise(settings: dict[str, Any]) -> None:
 
 
 def test_attention_is_dispatched_through_the_interface() -> None:
-    """A kernel that a user registers under a name of their own is called once per block, with what it needs to know."""
+    """A kernel that a user registers under a name of their own is called once per block, with what
+    it needs to know.
+    """
     calls = []
 
     def kernel(
@@ -317,7 +316,8 @@ def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> Non
             for state, index in zip(recorded, (1, 3), strict=True)
         )
         maps = backbone(pixels)
-        assert maps.hidden_states is None  # recorded for the maps, returned only when asked for
+        # recorded for the maps, returned only when asked for
+        assert maps.hidden_states is None
         as_tuple = backbone(pixels, return_dict=False)
         assert isinstance(as_tuple, tuple)
         assert all(
@@ -331,7 +331,10 @@ def test_outputs_of_the_heads_are_recorded_and_follow_the_configuration() -> Non
 
 
 def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path: Path) -> None:
-    """Meta device, bf16, device_map; blocks that do not fit come from disk one at a time, with the same result."""
+    """Meta device, bf16, device_map.
+
+    Blocks that do not fit come from disk one at a time, with the same result.
+    """
     model = tiny(
         MimRefinerModel,
         position_encoding="absolute+shared_relative",
@@ -369,7 +372,9 @@ def test_models_are_built_without_memory_and_loaded_where_they_are_sent(tmp_path
 
 
 def test_pipelines_know_the_model(tmp_path: Path, photo: Image.Image) -> None:
-    """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no prompt."""
+    """`image-feature-extraction` and `image-classification` by the folder's name alone, no flag, no
+    prompt.
+    """
     labels = {
         "id2label": {0: "cat", 1: "dog", 2: "newt"},
         "label2id": {"cat": 0, "dog": 1, "newt": 2},

@@ -97,7 +97,10 @@ def test_exponents_and_their_verdict() -> None:
 
 
 def test_verdicts_on_the_quality_of_views() -> None:
-    """A difference of 2 points on every seed, give or take 0.1, is one; of 2 on one seed only it is none."""
+    """A difference of 2 points on every seed, give or take 0.1, is one.
+
+    Of 2 on one seed only it is none.
+    """
     for apart, verdict in (
         ((0.02, 0.021, 0.019), "better"),
         ((-0.02, -0.021, -0.019), "worse"),

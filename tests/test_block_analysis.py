@@ -91,10 +91,11 @@ def test_neighbour_agreement_is_one_for_equal_views_and_chance_for_unrelated_one
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        # paper, App. C.2: divided by the largest change
         (
             [0.2, 0.5, 0.6, 0.45],
             [None, 1, 1 / 3, -0.5],
-        ),  # paper, App. C.2: divided by the largest change
+        ),
         ([-0.9, -0.5, -0.4, -0.2], [None, 1, 0.25, 0.5]),  # a loss that falls
         ([0.8, 0.6, 0.5], [None, -1, -0.5]),  # nothing improves
         ([0.5, 0.5], [None, 0]),
@@ -108,7 +109,10 @@ def test_relative_improvements(values: list[float], expected: list[float | None]
 
 
 def test_attention_distance_of_uniform_attention_is_the_mean_distance() -> None:
-    """Without queries every token attends to all; 3 x 2 patches of 4 px, one CLS that has no place."""
+    """Without queries every token attends to all.
+
+    3 x 2 patches of 4 px, one CLS that has no place.
+    """
     encoder = make_encoder(image_size=[12, 8], num_register_tokens=2)
     for layer in encoder.layers[:2]:
         nn.init.zeros_(layer.attention.q_proj.weight)
@@ -182,7 +186,8 @@ def test_the_last_block_reconstructs_as_a_mae_with_a_plain_norm() -> None:
         errors[-1], mae_loss(encoder, decoders[-1], pixels, noise, 0.75), atol=1e-4, rtol=0
     )
     shorter = make_encoder()
-    shorter.layers = shorter.layers[:2]  # an encoder that ends after block 1
+    # an encoder that ends after block 1
+    shorter.layers = shorter.layers[:2]
     nn.init.ones_(shorter.norm.weight)
     nn.init.zeros_(shorter.norm.bias)
     torch.testing.assert_close(
@@ -292,7 +297,8 @@ def test_profile_without_labels(digits: ImageDataset, tmp_path: Path) -> None:
     assert "k-NN" not in table and "reconstruction" not in table and "neighbour agreement" in table
     draw_block_profile(profile, tmp_path / "blocks.png", [2, 3])
     with Image.open(tmp_path / "blocks.png") as picture:
-        assert picture.size == (3 * 396, 352)  # three panels: features, attention, variance
+        # three panels: features, attention, variance
+        assert picture.size == (3 * 396, 352)
     with pytest.raises(ValueError, match=r"eval_images has 10 images"):
         block_profile(make_encoder(), make_processor(), images, images.subset(range(10)))
 
@@ -316,7 +322,10 @@ def test_table_is_markdown() -> None:
 
 
 def test_a_real_small_mae_has_the_profile_in_its_readme(shared: Path) -> None:
-    """Its k-NN per block rises over the first four blocks and stays; 10 000 + 2000 images there, 250 + 100 here."""
+    """Its k-NN per block rises over the first four blocks and stays.
+
+    10 000 + 2000 images there, 250 + 100 here.
+    """
     encoder = load_encoder(shared / "models/mae-tiny-cifar10")
     data = shared / "data/cifar10"
     train = open_images(str(data / "train.parquet")).subset(range(0, 20000, 80))

@@ -1,4 +1,7 @@
-"""5 000 images, 500 of them broken in ten ways: a run goes on without them and lists every one, or stops when that is too many."""
+"""5 000 images, 500 of them broken in ten ways.
+
+A run goes on without them and lists every one, or stops when that is too many.
+"""
 
 import json
 import os
@@ -40,9 +43,8 @@ def without_chunk(content: bytes, name: bytes) -> bytes:
     )
 
 
-BAD: dict[
-    str, tuple[bytes | None, str]
-] = {  # what is in the file (None: it is made otherwise), and the reason that is listed
+# what is in the file (None: it is made otherwise), and the reason that is listed
+BAD: dict[str, tuple[bytes | None, str]] = {
     "truncated": (PICTURE[:-200], "runcated|broken PNG"),
     "empty": (b"", "it is empty"),
     "text": (b"this was never an image", "no image of a known format"),
@@ -61,7 +63,9 @@ BAD: dict[
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 500 good images, 50 of every bad kind with the kind in the name, and folders that are called like images."""
+    """4 500 good images, 50 of every bad kind with the kind in the name, and folders that are
+    called like images.
+    """
     root = tmp_path_factory.mktemp("pile")
     for i in range(4500):
         (root / f"{i:04d}.png").write_bytes(
@@ -102,7 +106,8 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
     assert not [i for i in indices if "-" in Path(images.describe(i)).name]
     reported = [json.loads(entry) for batch in one for entry in batch["broken"] if entry]
     assert 100 < len(reported) < 200
-    # nothing stands in twice in silence: without those that replace a reported image, every image is there once
+    # nothing stands in twice in silence: without those that replace a reported image, every image
+    # is there once
     own = [
         i
         for batch in one
@@ -115,7 +120,10 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
 def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the default of 5 % it stops, with a sentence; with 20 % the same command ends, and all 500 are listed, once each."""
+    """With the default of 5 % it stops, with a sentence.
+
+    With 20 % the same command ends, and all 500 are listed, once each.
+    """
     shape = {
         "image_size": 8,
         "patch_size": 4,
@@ -128,20 +136,24 @@ def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
         tmp_path / "start", encoder, MimRefinerImageProcessor(size={"height": 8, "width": 8})
     )
     words = (
-        f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out --eval_fraction 0 --num_heads 1 "
-        "--projector_dim 8 --predictor_dim 8 --embedding_dim 8 --queue_size 500 --topk 1 --global_views 1 --local_views 1 "
-        "--colour false --batch_size 500 --head_epochs 0.1 --epochs 1 --warmup_epochs 0 --save_every 2 --log_every 1 "
+        f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out "
+        f"--eval_fraction 0 --num_heads 1 "
+        "--projector_dim 8 --predictor_dim 8 --embedding_dim 8 --queue_size 500 --topk 1 "
+        "--global_views 1 --local_views 1 "
+        "--colour false --batch_size 500 --head_epochs 0.1 --epochs 1 --warmup_epochs 0 "
+        "--save_every 2 --log_every 1 "
         "--num_workers 0 --report_to none"
     ).split()
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction allows, first: ",
+        r"2\d\d of 5000 images of .* are broken, more than the 5\.0% that --max_bad_fraction "
+        r"allows, first: ",
         error,
     )
     assert (
-        f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go on"
-        in error
+        f"all are listed in {tmp_path}/out/{BROKEN}. Raise it and run the same command again to go "
+        f"on" in error
     )
     assert not (tmp_path / "out/model").exists()
 

@@ -1,4 +1,6 @@
-"""Broken images: what counts as one and why, what stands in for it, who hears of it, and when there are too many."""
+"""Broken images: what counts as one and why, what stands in for it, who hears of it, and when there
+are too many.
+"""
 
 import io
 import json
@@ -51,7 +53,7 @@ def bit_flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-# --- what is broken, and why --------------------------------------------------------------------------------------------------
+# --- what is broken, and why ----------------------------------------------------------------------
 
 KNOWN = "it is no image of a known format \\("
 BAD: dict[str, tuple[bytes, str]] = {
@@ -83,9 +85,8 @@ def test_bad_files_and_their_reasons(case: str, tmp_path: Path) -> None:
         ) as raised:
             decode_image(source, name=name)
         said.append(str(raised.value))
-    assert (
-        said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]
-    )  # no addresses: the list is the same everywhere
+    # no addresses: the list is the same everywhere
+    assert said[0] == said[1] and "0x" not in said[0] and "\n" not in said[0]
 
 
 def cmyk_with_a_broken_profile() -> bytes:
@@ -128,7 +129,9 @@ def test_our_own_limit_whatever_pillows_is(
 
 
 def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FIFO does not hang, a device is not read, links that lead nowhere have a reason, links in a circle come to an end."""
+    """A FIFO does not hang, a device is not read, links that lead nowhere have a reason, links in a
+    circle come to an end.
+    """
     root = tmp_path / "photos"
     (root / "a").mkdir(parents=True)
     (root / "a" / "1.png").write_bytes(encoded())
@@ -197,7 +200,7 @@ def test_an_unreadable_file_is_a_broken_image(
         open_images(str(tmp_path))[0]
 
 
-# --- what stands in for it ----------------------------------------------------------------------------------------------------
+# --- what stands in for it ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +250,7 @@ def joined(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
-    """One epoch: the rule, the same for any number of workers and processes, and a complete list."""
+    """One epoch: the rule, equal for any number of workers and processes, and a complete list."""
     path, bad = table
     images = open_images(str(path))
     whole = epoch_of(images, workers=0)
@@ -257,9 +260,8 @@ def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
 
     order = epoch_order(5000, 3, 0).tolist()
     expected = []
-    for place, index in enumerate(
-        order
-    ):  # the rule, in slow and plain words: one batch later, and on until one is readable
+    # the rule, in slow and plain words: one batch later, and on until one is readable
+    for place, index in enumerate(order):
         later = place + 500
         while index in bad:
             index, later = order[later % 5000], later + 1
@@ -290,13 +292,10 @@ def test_a_stream_follows_the_same_rule(table: tuple[Path, set[int]]) -> None:
     assert_same(whole, joined([epoch_of(stream, 0, rank, 4, steps=3) for rank in range(4)]))
     indices = torch.cat([batch["index"] for batch in whole]).tolist()
     for place, index in enumerate(indices[:4500]):
+        # the good image at that place, or the next good one at its place in the batch after
         later = place // 500 * 500 + 500
-        wanted = (
-            place
-            if place not in bad
-            else next(p for k in range(500) if (p := later + (place + k) % 500) not in bad)
-        )
-        assert index == wanted
+        places = [later + (place + k) % 500 for k in range(500)]
+        assert index == next(p for p in (place, *places) if p not in bad)
 
 
 def test_a_substitute_has_its_own_index_and_views_of_its_own(tmp_path: Path) -> None:
@@ -309,9 +308,8 @@ def test_a_substitute_has_its_own_index_and_views_of_its_own(tmp_path: Path) -> 
     crop = MultiCrop(view_specs(2, 0, 8, 8, (0.3, 1.0), (0.1, 0.5), colour=True))
     views = ViewDataset(images, crop, seed=0)
     other, own = views[0, 3, 5, 6], views[0, 5, 6, 7]
-    assert (
-        other["index"] == own["index"] == 5
-    )  # the queue keeps an image from finding itself by this index
+    # the queue keeps an image from finding itself by this index
+    assert other["index"] == own["index"] == 5
     assert not torch.equal(other["global_views"], own["global_views"])
     assert own["broken"] == "" and [entry["index"] for entry in json.loads(other["broken"])] == [3]
     with pytest.raises(
@@ -343,10 +341,11 @@ def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_pa
         ]
 
     whole = pixels(0, 1)
+    # 6 batches an epoch; two images are left over
     first, second = (
         [*chain(*whole[:6])],
         [*chain(*whole[6:])],
-    )  # 6 batches an epoch; two images are left over
+    )
     assert len(set(first)) == 48 and len(set(second)) == 24
     for world_size in (2, 4):
         parts = [pixels(rank, world_size) for rank in range(world_size)]
@@ -357,7 +356,7 @@ def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_pa
         assert pixels(1, world_size, start=7) == parts[1][7:]
 
 
-# --- who hears of it ----------------------------------------------------------------------------------------------------------
+# --- who hears of it ------------------------------------------------------------------------------
 
 
 def test_too_many_stop_and_the_list_is_there(

@@ -1,4 +1,7 @@
-"""CAPI: rotary positions, RMSNorm, registers on the border, the predictor's read-out; against the authors' code and slow formulas."""
+"""CAPI: rotary positions, RMSNorm, registers on the border, the predictor's read-out.
+
+Against the authors' code and slow formulas.
+"""
 
 import math
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import contents, dropped_names, encoder_tensors, facts
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from tiny_capi import TINY, TOLERANCE, tiny
@@ -29,7 +33,7 @@ def capi(goldens: Path) -> Path:
     return goldens / "capi"
 
 
-# --- the authors' encoder -----------------------------------------------------------------------------------------------------
+# --- the authors' encoder -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -44,7 +48,9 @@ def capi(goldens: Path) -> Path:
 def test_equals_the_authors_model(
     capi: Path, file: str, case: str, pixels: str, attention: str
 ) -> None:
-    """No tensor of the encoder and of the read-out is off by more than 1e-5, at sizes that no flag has to allow."""
+    """No tensor of the encoder and of the read-out is off by more than 1e-5, at sizes that no flag
+    has to allow.
+    """
     inputs, expected = (
         load_file(capi / "inputs.safetensors"),
         load_file(capi / "outputs.safetensors"),
@@ -54,9 +60,9 @@ def test_equals_the_authors_model(
     encoder.config.pooling = "global_repr"
     with torch.no_grad():
         output = encoder(inputs[pixels], output_hidden_states=True)
-    registers, patches = output.last_hidden_state.split(
-        [8, output.last_hidden_state.shape[1] - 8], dim=1
-    )
+    count = facts("capi")["n_registers"]
+    registers = output.last_hidden_state[:, :count]
+    patches = output.last_hidden_state[:, count:]
     found = {
         "embeddings": output.hidden_states[0],
         "blocks": torch.stack(output.hidden_states[1:]),
@@ -76,21 +82,25 @@ def test_equals_the_authors_model(
 
 def test_report_names_what_is_left_behind(capi: Path) -> None:
     report = load_encoder(capi / "checkpoint_perturbed_rope.pth").load_report
-    assert (
-        str(report)
-        == "capi: 49 of 49 placed; predictor after its first block: 9 dropped; clustering head: 2 dropped"
-    )
-    assert all(".blocks.1." in name for name in report.dropped["predictor after its first block"])
+    state = contents("capi", "checkpoint_perturbed_rope.pth")
+    count = encoder_tensors(state, "capi")
+    assert str(report).startswith(f"capi: {count} of {count} placed")
+    left = {reason: set(names) for reason, names in report.dropped.items()}
+    assert left == dropped_names(state, "capi")
+    assert "clustering head" in left
 
 
 def test_configuration_is_read_off_the_file(capi: Path) -> None:
     config = load_encoder(capi / "checkpoint.pth").config
-    assert (config.num_attention_heads, config.num_register_tokens, config.predictor_layers) == (
-        3,
-        8,
-        1,
-    )
-    assert (config.layer_norm_eps, config.bias, config.pooling) == (1e-5, "none", "mean")
+    stated = facts("capi")
+    assert config.hidden_size == stated["dim"]
+    assert config.num_hidden_layers == stated["depth"]
+    assert config.num_attention_heads == stated["num_heads"]
+    assert config.num_register_tokens == stated["n_registers"]
+    assert config.layer_norm_eps == stated["eps"]
+    # the authors read the image's vector off the predictor's first block
+    assert config.predictor_layers == 1
+    assert (config.bias, config.pooling) == ("none", "mean")
 
 
 def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
@@ -123,18 +133,18 @@ def test_a_file_without_the_predictor_is_an_encoder_that_cannot_read_it(
         load_encoder(tmp_path / "no_rope.pth")
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_start_values_equal_the_authors(capi: Path) -> None:
     expected = load_file(capi / "outputs.safetensors")
-    torch.testing.assert_close(
-        rotary_frequencies(12), expected["rope_freqs_default"], rtol=1e-6, atol=0
-    )
-    assert torch.equal(border_coordinates(8, CPU), expected["edge_register_coords"][0])
-    model = MimRefinerModel(
-        MimRefinerConfig(**TINY)
-    )  # and they are what an encoder starts with, after `_init_weights`
+    frequencies = expected["rope_freqs_default"]
+    width = frequencies.shape[-1]
+    torch.testing.assert_close(rotary_frequencies(width), frequencies, rtol=1e-6, atol=0)
+    (border,) = expected["edge_register_coords"]
+    assert torch.equal(border_coordinates(len(border), CPU), border)
+    # and they are what an encoder starts with, after `_init_weights`
+    model = MimRefinerModel(MimRefinerConfig(**TINY))
     assert torch.equal(model.layers[2].attention.rope.frequencies, rotary_frequencies(16))
 
 
@@ -157,7 +167,10 @@ def test_rotation_is_the_formula_written_out() -> None:
 
 
 def test_registers_sit_on_the_box_of_the_patches() -> None:
-    """The whole image: corners and mid-edges; one row of patches: on that row; a part of the image: on its own box."""
+    """The whole image: corners and mid-edges; one row of patches: on that row.
+
+    A part of the image: on its own box.
+    """
     whole = token_coordinates(patch_coordinates((4, 3), CPU), registers=8)
     assert whole[:8].tolist() == [
         [0, 0],
@@ -169,25 +182,25 @@ def test_registers_sit_on_the_box_of_the_patches() -> None:
         [0, 1],
         [0, 0.5],
     ]
+    # the second patch of the first row
     assert whole.shape == (20, 2) and whole[9].tolist() == [
         0,
         0.5,
-    ]  # the second patch of the first row
+    ]
     assert token_coordinates(patch_coordinates((1, 3), CPU), registers=4)[:4].tolist() == [
         [0, 0],
         [0, 0],
         [0, 1],
         [0, 1],
     ]
-    part = torch.tensor(
-        [[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]]
-    )  # two images, two visible patches each
+    # two images, two visible patches each
+    part = torch.tensor([[[0.25, 0.5], [0.75, 1.0]], [[0.0, 0.0], [0.5, 0.25]]])
     corners = token_coordinates(part, registers=4)[:, :4]
     assert corners[0].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.75, 1.0], [0.25, 1.0]]
     assert corners[1].tolist() == [[0, 0], [0.5, 0], [0.5, 0.25], [0, 0.25]]
 
 
-# --- a model as transformers wants it -----------------------------------------------------------------------------------------
+# --- a model as transformers wants it -------------------------------------------------------------
 
 
 def test_save_load_save_is_bit_equal(capi: Path, tmp_path: Path) -> None:
@@ -205,7 +218,10 @@ def test_save_load_save_is_bit_equal(capi: Path, tmp_path: Path) -> None:
 
 
 def test_recordings_are_of_the_encoder_alone() -> None:
-    """`hidden_states` and `attentions` count the encoder's blocks; the predictor has the same classes inside."""
+    """`hidden_states` and `attentions` count the encoder's blocks.
+
+    The predictor has the same classes inside.
+    """
     model = tiny(pooling="global_repr", predictor_layers=2)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -258,7 +274,10 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
 
 
 def test_bf16_keeps_the_angles_in_fp32() -> None:
-    """bf16 weights, and autocast on fp32 weights: the frequencies go up to 44 radians, where bf16 is off by 0.1."""
+    """bf16 weights, and autocast on fp32 weights.
+
+    The frequencies go up to 44 radians, where bf16 is off by 0.1.
+    """
     model = tiny(pooling="global_repr")
     with torch.no_grad():
         for layer in model.layers:

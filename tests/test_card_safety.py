@@ -1,6 +1,9 @@
-"""Text of strangers in cards and reports: whatever it is, the metadata and the structure of the page stay the same.
+"""Text of strangers in cards and reports.
 
-The cards are read by two others: huggingface_hub (metadata) and markdown-it (structure, HTML allowed, as on the Hub).
+Whatever it is, the metadata and the structure of the page stay the same.
+
+The cards are read by two others: huggingface_hub (metadata) and markdown-it (structure, HTML
+allowed, as on the Hub).
 """
 
 from pathlib import Path
@@ -19,14 +22,26 @@ from mim_refiner_hf.runs.report_folder import write_report
 from mim_refiner_hf.runtime.text import UNSEEN, fenced, one_line, plain
 
 NASTY = [
-    "a\n---\nlicense: evil\n---\n# b", "---", "`a` ``b`` ```\n<script>x</script>\n```", "<script>alert(1)</script><img src=x onerror=y>",
-    "{{ 7*7 }} {% for x in y %} {# z #} ${1}", "a | b | c\n|---|---|", "[a](javascript:alert(1)) ![i](https://e.vil/x.png)",
-    "https://e.vil www.e.vil mailto:a@e.vil <https://e.vil>", "**b** _i_ ~~s~~ # h\n- l\n> q\n1. n\n    code",
+    "a\n---\nlicense: evil\n---\n# b",
+    "---",
+    "`a` ``b`` ```\n<script>x</script>\n```",
+    "<script>alert(1)</script><img src=x onerror=y>",
+    "{{ 7*7 }} {% for x in y %} {# z #} ${1}",
+    "a | b | c\n|---|---|",
+    "[a](javascript:alert(1)) ![i](https://e.vil/x.png)",
+    "https://e.vil www.e.vil mailto:a@e.vil <https://e.vil>",
+    "**b** _i_ ~~s~~ # h\n- l\n> q\n1. n\n    code",
     "x" * 5000 + " " + "y " * 900,
-    "photo\u202egnp.exe \u2066iso\u2069 \u200bzero \ufeffmark", "a\u2028b\u2029c\x85d\x0be\x1b[31mred", "bad \udcff byte",
-    "key: [1, 2]\n? x : !!python/object/apply:os.system ['id']", "null", "1e3", "'\"\\",
-    "-->\n<!-- end of evaluation -->", "&#60;b&#62; &lt;b&gt;",
-]  # fmt: skip
+    "photo\u202egnp.exe \u2066iso\u2069 \u200bzero \ufeffmark",
+    "a\u2028b\u2029c\x85d\x0be\x1b[31mred",
+    "bad \udcff byte",
+    "key: [1, 2]\n? x : !!python/object/apply:os.system ['id']",
+    "null",
+    "1e3",
+    "'\"\\",
+    "-->\n<!-- end of evaluation -->",
+    "&#60;b&#62; &lt;b&gt;",
+]
 HARMLESS = "word"
 METRICS = {"knn_accuracy": 0.9, "cluster_accuracy": 0.8, "nmi": 0.7, "rankme": 20.0}
 
@@ -35,10 +50,20 @@ def run_card(text: str) -> str:
     """The card of a run in which every name is `text`."""
     names = dict.fromkeys(("name", "eval_name", "config", "split", "fingerprint"), text)
     return CardData(
-        model_name=one_line(text), before=METRICS, after=METRICS, starting_model=text, dataset={**names, "images": 9},
-        protocol={text: text}, seed=0, command=text, seconds=1.0, stage_seconds={text: 1.0}, versions={text: text}, hardware=text,
+        model_name=one_line(text),
+        before=METRICS,
+        after=METRICS,
+        starting_model=text,
+        dataset={**names, "images": 9},
+        protocol={text: text},
+        seed=0,
+        command=text,
+        seconds=1.0,
+        stage_seconds={text: 1.0},
+        versions={text: text},
+        hardware=text,
         recipe={"dataset": text},
-    ).render()  # fmt: skip
+    ).render()
 
 
 def converted_card(text: str) -> str:
@@ -59,9 +84,18 @@ def report(text: str) -> dict[str, Any]:
         "broken": [],
     }
     return {
-        "model": text, "against": text, **measured, "transfer": {text: measured}, "seed": 0, "command": text, "seconds": 1.0,
-        "protocol": {"knn": text}, "versions": {"torch": text}, "fingerprints": {text: text}, "hardware": text,
-    }  # fmt: skip
+        "model": text,
+        "against": text,
+        **measured,
+        "transfer": {text: measured},
+        "seed": 0,
+        "command": text,
+        "seconds": 1.0,
+        "protocol": {"knn": text},
+        "versions": {"torch": text},
+        "fingerprints": {text: text},
+        "hardware": text,
+    }
 
 
 def evaluated_card(text: str, folder: Path) -> str:

@@ -1,7 +1,10 @@
-"""A save that fails, or is killed, at each of its operations in turn: the newest valid checkpoint stays, and the next save is clean.
+"""A save that fails, or is killed, at each of its operations in turn.
 
-The operations are those that change the disk. Each one is, on its n-th call, refused with an error of the operating system, or the
-last thing that its process did: the process is a fork that ends there, with no chance to tidy up.
+The newest valid checkpoint stays, and the next save is clean.
+
+The operations are those that change the disk. Each one is, on its n-th call, refused with an error
+of the operating system, or the last thing that its process did: the process is a fork that ends
+there, with no chance to tidy up.
 """
 
 import errno
@@ -29,7 +32,8 @@ from mim_refiner_hf.runtime.files import write_json
 OPERATIONS: dict[str, tuple[Any, str]] = {
     "mkdir": (os, "mkdir"),
     "write tensors": (checkpointing, "save_file"),
-    "open": (io, "open"),  # for writing: pathlib's `write_text`
+    # for writing: pathlib's `write_text`
+    "open": (io, "open"),
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
     "remove a file": (os, "unlink"),
@@ -47,7 +51,10 @@ def save(folder: Path, step: int) -> Path:
 
 @contextmanager
 def fault(operation: str, call: int, happens: Callable[[], None]) -> Iterator[list[str]]:
-    """`happens` instead of the n-th call of an operation; what is written to a file gets half way. The list tells whether it did."""
+    """`happens` instead of the n-th call of an operation.
+
+    What is written to a file gets half way. The list tells whether it did.
+    """
     owner, name = OPERATIONS[operation]
     original, calls, struck = getattr(owner, name), [0], []
 
@@ -92,7 +99,10 @@ def prepared(folder: Path, before: tuple[int, ...]) -> int | None:
 
 
 def assert_goes_on(folder: Path, newest: int | None) -> None:
-    """The newest valid checkpoint is the one before, or the new one; the next save leaves itself and nothing else."""
+    """The newest valid checkpoint is the one before, or the new one.
+
+    The next save leaves itself and nothing else.
+    """
     found = load_latest(folder)
     assert (found and found.step) in ({newest, 30} if newest else {None, 30})
     if found is not None:
@@ -130,7 +140,8 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
     def refuse() -> None:
         if operation == "write tensors":  # as safetensors 0.8 says it
             raise SafetensorError(
-                f"Error while serializing: I/O error: {os.strerror(ERRORS[error])} (os error {ERRORS[error]})"
+                f"Error while serializing: I/O error: {os.strerror(ERRORS[error])} (os error "
+                f"{ERRORS[error]})"
             )
         raise OSError(ERRORS[error], os.strerror(ERRORS[error]))
 
@@ -145,13 +156,16 @@ def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) ->
                 assert os.strerror(ERRORS[error]) in str(raised) and "\n" not in str(raised)
                 assert f"after step 30 could not be written to {folder}" in str(raised)
                 assert "step-000000" in str(raised) and "run the same command again" in str(raised)
-            else:  # the folder was there already, or all is written and an old checkpoint could not be removed
+            else:
+                # the folder was there already, or all is written and an old checkpoint could not
+                # be removed
                 assert (
                     not struck or operation in ("mkdir", "rename") or operation.startswith("remove")
                 )
         if not struck:
             break
-        assert not list(folder.glob(".tmp-step*"))  # its bytes may be what fills the disk
+        # its bytes may be what fills the disk
+        assert not list(folder.glob(".tmp-step*"))
         assert_goes_on(folder, newest)
         calls += 1
     assert calls >= 1
@@ -169,7 +183,8 @@ def test_no_space_is_noticed_before_it_is_needed(
     )
     with pytest.raises(
         SaveError,
-        match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make room",
+        match=r"takes 1\.0 MiB and 512\.0 KiB are free: .* short.*step-00000010 is intact; make "
+        r"room",
     ):
         save(tmp_path, 20)
     found = load_latest(tmp_path)

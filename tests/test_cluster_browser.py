@@ -1,6 +1,9 @@
-"""The groups' page in a real headless Chromium: 5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
+"""The groups' page in a real headless Chromium.
 
-    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py       # keeps the pictures, prints the times
+5 000 CIFAR images, opened, clicked, searched, steered by keys, photographed.
+
+    # keeps the pictures, prints the times
+    SCREENSHOTS=/tmp/shots python -m pytest -s tests/test_cluster_browser.py
 
 The browser is `chromium.py`'s, which says what to install.
 """
@@ -86,14 +89,16 @@ def test_five_thousand_images_open_fast_and_stay_usable(
     assert browser.run("location.hash") == "#group=1"
     size = browser.run("data.sizes[1]")
     assert browser.run(
-        "[...document.querySelectorAll('.tile')].every(tile => data.group[tile.dataset.image] === 1)"
+        "[...document.querySelectorAll('.tile')].every(tile => data.group[tile.dataset.image] === "
+        "1)"
     )
     browser.press(RIGHT + RIGHT + DOWN)  # into the sheet and on
     first = browser.run("Number(document.activeElement.dataset.image)")
     assert browser.run("starts[1]") < first and browser.run(
         "document.querySelector('#detail p').textContent"
     ).startswith("photos/")
-    browser.press(END)  # everything there is gets built
+    # everything there is gets built
+    browser.press(END)
     assert browser.run("document.querySelectorAll('.tile').length") == size
     assert (
         browser.run("Number(document.activeElement.dataset.image)")
@@ -134,14 +139,16 @@ def test_five_thousand_images_open_fast_and_stay_usable(
     browser.press("+")
     assert browser.run("view.zoom") == 1.25
     slowest = browser.run(
-        "Math.max(...starts.map((_, g) => { const t = performance.now(); location.hash = `#group=${g}`; route(); "
+        "Math.max(...starts.map((_, g) => { const t = performance.now(); location.hash = "
+        "`#group=${g}`; route(); "
         "sheet.offsetHeight; return performance.now() - t; }))"
     )
     print(f"slowest group shown after {slowest:.0f} ms")
     assert slowest < 1000
     assert (
         browser.run(
-            "performance.getEntriesByType('resource').filter(one => !one.name.startsWith('data:')).length"
+            "performance.getEntriesByType('resource').filter(one => "
+            "!one.name.startsWith('data:')).length"
         )
         == 0
     )

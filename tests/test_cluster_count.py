@@ -1,4 +1,7 @@
-"""The proposed number of groups: planted ones found, no answer where there is none, the measures against scikit-learn's."""
+"""The proposed number of groups.
+
+Planted ones found, no answer where there is none, the measures against scikit-learn's.
+"""
 
 import math
 import sys
@@ -20,7 +23,8 @@ from mim_refiner_hf.clustering.cluster_count import (
     silhouette,
 )
 
-pytestmark = pytest.mark.usefixtures("without_umap")  # it takes half a minute to import
+# it takes half a minute to import
+pytestmark = pytest.mark.usefixtures("without_umap")
 
 
 def planted(groups: int, width: int = 24, apart: float = 9.0, rows: int = 600) -> Tensor:

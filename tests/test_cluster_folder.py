@@ -1,4 +1,7 @@
-"""`mim-refiner cluster`: the files it leaves, what the page holds, hostile names, and what is refused without a trace."""
+"""`mim-refiner cluster`.
+
+The files it leaves, what the page holds, hostile names, and what is refused without a trace.
+"""
 
 import base64
 import csv
@@ -29,14 +32,24 @@ from mim_refiner_hf.publishing.cluster_page import (
 )
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
+# a folder and a file: together "</script><script>..."
 HOSTILE = (
     "<",
     "script><script>alert(1)<.png",
-)  # a folder and a file: together "</script><script>..."
+)
 NAMES = [
-    "plain.png", 'a,"b".png', "<img src=x onerror=alert(1)>.png", "{{ 7*7 }} & 'q'.jpg", "été 猫.png", "same.png",
-    "100%41 #1?a=b&c.png", "javascript:alert(1).png", "a\u2028b\u202egnp.png", "-->`'\\.png", "🐈" * 62 + ".png",
-]  # fmt: skip
+    "plain.png",
+    'a,"b".png',
+    "<img src=x onerror=alert(1)>.png",
+    "{{ 7*7 }} & 'q'.jpg",
+    "été 猫.png",
+    "same.png",
+    "100%41 #1?a=b&c.png",
+    "javascript:alert(1).png",
+    "a\u2028b\u202egnp.png",
+    "-->`'\\.png",
+    "🐈" * 62 + ".png",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +70,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model_folder(root / "model", encoder, processor)
     with torch.no_grad():
         for layer in (encoder.layers[1].mlp.fc1, encoder.layers[1].mlp.fc2):
-            layer.weight.normal_(std=5e37)  # finite, but what it computes is not
+            # finite, but what it computes is not
+            layer.weight.normal_(std=5e37)
     save_model_folder(root / "nan", encoder, processor)
     return root / "model"
 
@@ -141,7 +155,10 @@ def read_page(html: str) -> tuple[Structure, dict[str, Any]]:
 def test_near_duplicates_are_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sets of equal files among noise; none are looked for where there are too many images to compare."""
+    """Two sets of equal files among noise.
+
+    None are looked for where there are too many images to compare.
+    """
     random = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for i in range(8):
@@ -226,7 +243,8 @@ def test_the_summary_says_what_was_done(made: Path, photos: Path) -> None:
         and summary["sizes"] == [7, 7, 7]
     )
     assert summary["broken"] == [str(photos / "cut.jpg")]
-    alike = sum(map(len, summary["near_duplicates"]))  # to random weights images of one colour are
+    # to random weights images of one colour are
+    alike = sum(map(len, summary["near_duplicates"]))
     told = f"; {alike} are nearly the same as another (near-duplicates.csv)" if alike else ""
     assert summary["note"] == f"21 images in 3 groups (as asked for); 1 could not be read{told}"
     assert all(Path(path).is_file() for group in summary["exemplars"] for path in group)
@@ -268,7 +286,10 @@ def test_the_page_holds_everything_and_loads_nothing(made: Path) -> None:
 
 
 def test_names_stay_text(made: Path) -> None:
-    """No name becomes markup, however it is written: the same tags as in a page with harmless names."""
+    """No name becomes markup, however it is written.
+
+    The same tags as in a page with harmless names.
+    """
     hostile, data = read_page((made / "index.html").read_text(encoding="utf-8"))
     tile = Tile("a.png", 0, 1.0, jpeg_thumbnail(Image.new("RGB", (4, 4))), "group-00/a.png")
     harmless = Structure(render_page("photos", "one", [tile] * 3, torch.randn(3, 8), [3]))
@@ -284,7 +305,9 @@ def test_names_stay_text(made: Path) -> None:
 
 
 def test_links_of_the_page_lead_to_the_files(made: Path) -> None:
-    """Whatever a name holds ("%41", "#", "?", "javascript:"), the address is a path in the folder and nothing else."""
+    """Whatever a name holds ("%41", "#", "?", "javascript:"), the address is a path in the folder
+    and nothing else.
+    """
     _, data = read_page((made / "index.html").read_text(encoding="utf-8"))
     for name, link in zip(data["name"], data["link"], strict=True):
         address = urlsplit(urljoin("https://host/groups/index.html", link))
@@ -349,7 +372,8 @@ def test_very_many_images_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch
     )
     shown = choose_shown(order)
     assert [sum(groups[place] == group for place in shown) for group in range(3)] == [18, 2, 1]
-    assert shown[0] == 89 and shown[17] == 0  # the most and the least confident of group 0
+    # the most and the least confident of group 0
+    assert shown[0] == 89 and shown[17] == 0
     monkeypatch.setattr(cluster_page, "MAX_TILES", 100)
     assert choose_shown(order) == [place for members in order for place in members]
 

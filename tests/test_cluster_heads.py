@@ -1,4 +1,7 @@
-"""Cluster heads against slow loops, scikit-learn and SciPy; the consensus; saving, merging, assigning; pipeline and command."""
+"""Cluster heads against slow loops, scikit-learn and SciPy; the consensus.
+
+Saving, merging, assigning; pipeline and command.
+"""
 
 import csv
 import json
@@ -95,9 +98,8 @@ def test_loss_and_gradients_are_those_of_separate_heads() -> None:
 
 def test_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = F.normalize(torch.randn(90, 7, generator=torch.Generator().manual_seed(0)), dim=1)
-    monkeypatch.setattr(
-        cluster_heads, "SIMILARITIES", 90 * 16
-    )  # blocks of 16 rows, the last one smaller
+    # blocks of 16 rows, the last one smaller
+    monkeypatch.setattr(cluster_heads, "SIMILARITIES", 90 * 16)
     expected = (
         NearestNeighbors(n_neighbors=6, metric="cosine")
         .fit(rows.numpy())
@@ -113,7 +115,10 @@ def test_the_best_match_is_scipys(size: int) -> None:
 
 
 def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
-    """Permuted copies with a little noise: the consensus finds the permutations, and is the grouping of each."""
+    """Permuted copies with a little noise.
+
+    The consensus finds the permutations, and is the grouping of each.
+    """
     rows, _ = blobs()
     rows = F.normalize(rows, dim=1)
     torch.manual_seed(0)
@@ -128,7 +133,8 @@ def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
         torch.tensor([2.0, 1, 3, 4]),
     )
     found = heads.aligned(rows, 0.1)
-    assert torch.equal(found.groups[1], torch.arange(5))  # the best head's numbers are kept
+    # the best head's numbers are kept
+    assert torch.equal(found.groups[1], torch.arange(5))
     assert torch.equal(
         torch.stack([orders[h].argsort()[orders[1]] for h in range(4)]), found.groups.argsort(1)
     )
@@ -143,7 +149,9 @@ def test_heads_that_only_number_their_classes_otherwise_agree() -> None:
 
 
 def test_planted_groups_are_found_and_where_one_channel_drowns_the_rest_k_means_fails() -> None:
-    """Four groups in twelve channels that differ little, and one channel that differs much and says nothing."""
+    """Four groups in twelve channels that differ little, and one channel that differs much and says
+    nothing.
+    """
     rows, labels = blobs()
     assert cluster_accuracy(labels, train_heads(rows, 5, **FEW).assignments) > 0.99
     generator = torch.Generator().manual_seed(0)

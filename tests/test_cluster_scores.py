@@ -1,13 +1,16 @@
-"""Clustering scores against clustpy and scikit-learn, k-means against scikit-learn's, RankMe against its definition."""
+"""Clustering scores against clustpy and scikit-learn, k-means against scikit-learn's, RankMe
+against its definition.
+"""
 
 import itertools
-import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import facts
 from safetensors.numpy import load_file
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
@@ -21,14 +24,11 @@ def digits() -> Tensor:
     return torch.tensor(load_digits().data[:500], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-def test_scores_equal_clustpy_and_scikit_learn(goldens: Path, case: int) -> None:
-    expected = json.loads((goldens / "cluster-metrics" / "expected.json").read_text())["cases"][
-        case
-    ]
+@pytest.mark.parametrize("case", facts("cluster-metrics", "expected.json").get("cases", []))
+def test_scores_equal_clustpy_and_scikit_learn(goldens: Path, case: dict[str, Any]) -> None:
     inputs = load_file(goldens / "cluster-metrics" / "inputs.safetensors")
     labels, groups, embeddings = (
-        inputs[f"case{case}.{name}"] for name in ("labels", "pred", "embeddings")
+        inputs[f"{case['name']}.{name}"] for name in ("labels", "pred", "embeddings")
     )
     found = cluster_scores(labels, groups, embeddings)
     names = {
@@ -38,7 +38,7 @@ def test_scores_equal_clustpy_and_scikit_learn(goldens: Path, case: int) -> None
     }
     assert set(found) == {"accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"}
     for name, value in found.items():
-        assert value == pytest.approx(expected[names.get(name, name)], abs=1e-6), name
+        assert value == pytest.approx(case[names.get(name, name)], abs=1e-6), name
 
 
 @pytest.mark.parametrize("num_groups", [2, 4, 6])

@@ -1,4 +1,7 @@
-"""What does not change a run: interruptions, stages apart, micro-batches, workers, a stream; and what must not be continued."""
+"""What does not change a run: interruptions, stages apart, micro-batches, workers, a stream.
+
+And what must not be continued.
+"""
 
 import dataclasses
 import json
@@ -41,7 +44,10 @@ def uninterrupted(recipe: Callable[..., RefineRecipe]) -> RefineRecipe:
 def test_interrupted_run_ends_with_the_same_bits(
     steps: tuple[int, ...], recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
-    """Killed before the first checkpoint, between two, and at the change of the stages; the command is always the same."""
+    """Killed before the first checkpoint, between two, and at the change of the stages.
+
+    The command is always the same.
+    """
     asked = recipe("interrupted")
     for step in steps:
         with pytest.MonkeyPatch.context() as patched:
@@ -49,7 +55,8 @@ def test_interrupted_run_ends_with_the_same_bits(
             with pytest.raises(Stopped):
                 run(asked)
         with (Path(asked.output_dir) / "log.jsonl").open("a") as log:
-            log.write('{"step": ')  # what a full disk leaves of a line
+            # what a full disk leaves of a line
+            log.write('{"step": ')
     run(asked)
     assert_identical(asked, uninterrupted)
 
@@ -136,7 +143,8 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
         )
         run(interrupted)
     assert_identical(interrupted, whole)
-    for once in (whole, interrupted):  # the start is kept, and is what was measured
+    # the start is kept, and is what was measured
+    for once in (whole, interrupted):
         folder, prepared = Path(once.output_dir), run_module.prepare(once)
         start = load_encoder(folder / "pretrained")
         images = prepared.images
@@ -148,7 +156,9 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
 
 
 def test_stream(recipe: Callable[..., RefineRecipe], cifar: str) -> None:
-    """Read in passing, over an epoch's end (6 batches of 32 in 200 images), interrupted in the middle."""
+    """Read in passing, over an epoch's end (6 batches of 32 in 200 images), interrupted in the
+    middle.
+    """
     settings = {"streaming": True, "max_steps": 4}
     whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
     result = run(whole)

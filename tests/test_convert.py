@@ -1,4 +1,7 @@
-"""`mim-refiner convert`: verified before it is kept, in shards, in any dtype, one copy of the weights in memory."""
+"""`mim-refiner convert`.
+
+Verified before it is kept, in shards, in any dtype, one copy of the weights in memory.
+"""
 
 import json
 import os
@@ -207,9 +210,21 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
     }
     flags = ["--num_heads", "2", "--push", "tester/converted"]
     run = subprocess.run(
-        [sys.executable, "-m", "mim_refiner_hf.cli", "convert", str(source), str(tmp_path / "model"), *flags],
-        env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "mim_refiner_hf.cli",
+            "convert",
+            str(source),
+            str(tmp_path / "model"),
+            *flags,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     pushed = stub_hub.repos["tester/converted"]["files"]
     assert pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()

@@ -1,4 +1,7 @@
-"""A hundred of the damages of `tests/damage.py`: what cannot be read says so in one line, and nothing else is ever read."""
+"""A hundred of the damages of `tests/damage.py`.
+
+What cannot be read says so in one line, and nothing else is ever read.
+"""
 
 from pathlib import Path
 
@@ -20,7 +23,10 @@ def test_damage_is_named_in_one_line(target: Target, tmp_path: Path) -> None:
 
 
 def test_the_judge_condemns(tmp_path: Path) -> None:
-    """What it is there to find, it finds: a silent change, a foreign error, a line without remedy."""
+    """What it is there to find, it finds.
+
+    A silent change, a foreign error, a line without remedy.
+    """
     target = TARGETS[0]
     target.write(tmp_path)
 

@@ -1,4 +1,6 @@
-"""Data: every kind of source and image mode, the order of training, and a clear sentence for everything that is not there."""
+"""Data: every kind of source and image mode, the order of training, and a clear sentence for
+everything that is not there.
+"""
 
 import io
 import shutil
@@ -66,7 +68,8 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
     rgba = np.zeros((2, 3, 4), dtype=np.uint8)
     rgba[:, 0] = (255, 0, 0, 255)
-    rgba[:, 1] = (9, 9, 9, 0)  # garbage under full transparency
+    # garbage under full transparency
+    rgba[:, 1] = (9, 9, 9, 0)
     rgba[:, 2] = (0, 0, 0, 51)
     expected = [(255, 0, 0), (255, 255, 255), (204, 204, 204)]
     assert [
@@ -94,7 +97,8 @@ def test_first_frame_cmyk_and_exif_rotation(tmp_path: Path) -> None:
     cmyk = decode_image(save(tmp_path / "b.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))))
     assert np.abs(np.array(cmyk)[0, 0].astype(int) - (255, 0, 0)).max() <= 3
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored rotated: turn 90 degrees clockwise to view
+    # stored rotated: turn 90 degrees clockwise to view
+    exif[0x0112] = 6
     turned = decode_image(save(tmp_path / "c.jpg", exif=exif, quality=100), 1)
     assert (
         turned.size == (16, 32)
@@ -187,7 +191,8 @@ def test_folder_with_splits(tmp_path: Path) -> None:
         ValueError, match=r"no split \(sub-folder\) 'test'; it has \['train', 'val'\]"
     ):
         open_images(str(tmp_path), split="test")
-    save(tmp_path / "bus/4.png")  # now "train" is a kind of vehicle
+    # now "train" is a kind of vehicle
+    save(tmp_path / "bus/4.png")
     assert open_images(str(tmp_path)).class_names == ["bus", "train", "val"]
 
 
@@ -255,6 +260,7 @@ def test_an_empty_cell_is_named_by_its_row(tmp_path: Path) -> None:
 # Streams
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_stream_is_a_shuffle_of_the_table(shared: Path, tmp_path: Path, kind: str) -> None:
     path = shared / "data/gtsrb/test.parquet"
@@ -275,7 +281,8 @@ def test_stream_is_a_shuffle_of_the_table(shared: Path, tmp_path: Path, kind: st
         np.array_equal(np.array(image), np.array(images[place].image))
         and label == images.labels[place]
     )
-    if kind == "saved":  # more passes: over parquet each ends with a wait of 5 s inside `datasets`
+    # more passes: over parquet each ends with a wait of 5 s inside `datasets`
+    if kind == "saved":
         assert all(
             [example["image"]["bytes"] for _, example in stream.iterate(*other)] != cells
             for other in ((0, 1), (1, 0))
@@ -319,7 +326,8 @@ def test_batches_are_the_epoch_orders_cut_in_pieces() -> None:
     images = open_images("digits").subset(range(100, 123))
     sampler = BatchSampler(images, batch_size=6, seed=4, steps=8)
     orders = [epoch_order(23, 4, epoch).tolist() for epoch in range(3)]
-    # each with those that may stand in for it: one batch later in the order, and the eight after that
+    # each with those that may stand in for it: one batch later in the order, and the eight after
+    # that
     expected = [
         (epoch, order[place], *(order[(place + 6 + more) % 23] for more in range(9)))
         for epoch, order in enumerate(orders)
@@ -345,10 +353,10 @@ def test_stream_batches_go_through_epochs_and_start_anywhere(tmp_path: Path) -> 
     stream = open_stream(str(tmp_path))
     options = {"batch_size": 4, "seed": 1, "steps": 9}
     batches = list(BatchSampler(stream, **options))
-    epochs = [
-        list(stream.iterate(1, epoch)) for epoch in range(5)
-    ]  # 11 examples: 2 batches of 4, and 3 more
-    # those that may stand in for an example: the next batch; where the stream ends in it, what is left and this batch
+    # 11 examples: 2 batches of 4, and 3 more
+    epochs = [list(stream.iterate(1, epoch)) for epoch in range(5)]
+    # those that may stand in for an example: the next batch; where the stream ends in it, what is
+    # left and this batch
     pools = [pool for examples in epochs for pool in (examples[4:8], examples[8:] + examples[4:8])]
     expected = [
         (step // 2, example, *(pools[step][(place + more) % len(pools[step])] for more in range(9)))

@@ -1,4 +1,6 @@
-"""A data set that changed between two runs of one command is noticed, and the first difference is named."""
+"""A data set that changed between two runs of one command is noticed, and the first difference is
+named.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""No row opens a file outside its data set: tables, streams, masks and tar shards with hostile paths; links in image folders."""
+"""No row opens a file outside its data set.
+
+Tables, streams, masks and tar shards with hostile paths; links in image folders.
+"""
 
 import io
 import os
@@ -58,7 +61,10 @@ def asked() -> Iterator[list[str]]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder `mine/` for a data set, with one image below it; beside it an image that is nobody's business."""
+    """A folder `mine/` for a data set, with one image below it.
+
+    Beside it an image that is nobody's business.
+    """
     (tmp_path / "mine" / "pictures").mkdir(parents=True)
     (tmp_path / "mine" / "pictures" / "own.png").write_bytes(png("blue"))
     (tmp_path / "secret.png").write_bytes(png("red"))
@@ -73,24 +79,39 @@ def table(file: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
 def hostile(data: Path, address: str) -> list[str]:
     secret = data.parent / "secret.png"
     return [
-        "../secret.png", "pictures/../../secret.png", str(secret), secret.as_uri(), f"local://{secret}", f"{address}/x.png",
-        "s3://bucket/x.png", "hf://datasets/someone/else@main/x.png", f"zip://x.png::{address}/x.zip", f"zip://x.png::{secret}",
-        f"simplecache::{secret.as_uri()}", f"zip://secret.png::dir://..::{secret}", "../mine_too/x.png",
-    ]  # fmt: skip
+        "../secret.png",
+        "pictures/../../secret.png",
+        str(secret),
+        secret.as_uri(),
+        f"local://{secret}",
+        f"{address}/x.png",
+        "s3://bucket/x.png",
+        "hf://datasets/someone/else@main/x.png",
+        f"zip://x.png::{address}/x.zip",
+        f"zip://x.png::{secret}",
+        f"simplecache::{secret.as_uri()}",
+        f"zip://secret.png::dir://..::{secret}",
+        "../mine_too/x.png",
+    ]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_row_opens_nothing_outside_its_data_set(
     data: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random access, streaming and masks; also from a folder in which the path would count from the current directory."""
+    """Random access, streaming and masks.
+
+    Also from a folder in which the path would count from the current directory.
+    """
     monkeypatch.chdir(data.parent)
     monkeypatch.setenv("HOME", str(data.parent))
     (data.parent / "mine_too").mkdir()
     (data.parent / "mine_too/x.png").write_bytes(png("red"))
+    # those would lie below the folder
     outside, absent = (
         hostile(data, asked[0]),
         ["secret.png", "~/secret.png"],
-    )  # those would lie below the folder
+    )
     paths = [*outside, *absent]
     rows = [{"bytes": None, "path": path} for path in paths]
     masks = pa.array([{"bytes": png("black"), "path": None}] * len(rows), STRUCT)
@@ -113,6 +134,7 @@ def test_a_row_opens_nothing_outside_its_data_set(
     assert asked[1:] == []
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
     own = data / "pictures" / "own.png"
     rows = [
@@ -126,6 +148,7 @@ def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
     assert image.getpixel((0, 0)) == (0, 0, 255)
 
 
+@pytest.mark.usefixtures("quick")
 def test_other_columns_are_not_decoded(data: Path, asked: list[str]) -> None:
     """A second column of images with an address, in passing: nothing asks for it."""
     features = datasets.Features(
@@ -183,7 +206,10 @@ def test_names_without_an_owner_have_one_by_now() -> None:
 
 
 def test_tar_shards_are_read_in_place(data: Path) -> None:
-    """Names that would escape, and a link to a file outside: nothing is unpacked, nothing followed."""
+    """Names that would escape, and a link to a file outside.
+
+    Nothing is unpacked, nothing followed.
+    """
     with tarfile.open(data / "shard.tar", "w") as tar:
         for name in ("../../escaped.png", "/tmp/escaped.png", "a/b.png"):
             member = tarfile.TarInfo(name)
@@ -200,7 +226,10 @@ def test_tar_shards_are_read_in_place(data: Path) -> None:
 
 
 def test_links_are_followed_and_loops_end(data: Path) -> None:
-    """Who puts a link into a folder of images wants what it leads to; only a row of a table may not."""
+    """Who puts a link into a folder of images wants what it leads to.
+
+    Only a row of a table may not.
+    """
     (data / "linked.png").symlink_to(data.parent / "secret.png")
     (data / "pictures" / "loop").symlink_to(data)
     (data / "pictures" / "up").symlink_to(data.parent)

@@ -1,4 +1,8 @@
-"""What the device can do: bf16 that would be slower is warned of, --compile is refused where it cannot be, and computes the same."""
+"""What the device can do.
+
+Where bf16 would be slower there is a warning; --compile is refused where it cannot be, and
+computes the same.
+"""
 
 import importlib.util
 import shutil
@@ -78,7 +82,10 @@ def test_compile_is_refused_where_it_would_not_work(
 
 
 def test_compiled_blocks_give_the_same_gradients() -> None:
-    """Without and with a graph, both sizes, a smaller last micro-batch; no block falls back for having too many shapes."""
+    """Without and with a graph, both sizes, a smaller last micro-batch.
+
+    No block falls back for having too many shapes.
+    """
     compiled = small_refiner()
     compile_blocks(compiled.encoder, backend="aot_eager")
     torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""Two processes with half the batch each, or four with a quarter, are one with all of it: loss, gradients, queue, whole runs."""
+"""Two processes with half the batch each, or four with a quarter, are one with all of it.
+
+Loss, gradients, queue, whole runs.
+"""
 
 import io
 import json
@@ -36,8 +39,10 @@ SHAPE = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
-BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20  # the queue wraps around in the third step
-MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}  # by the number of processes: images at a time
+# the queue wraps around in the third step
+BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20
+# by the number of processes: images at a time
+MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}
 
 
 def free_port() -> int:
@@ -47,7 +52,10 @@ def free_port() -> int:
 
 
 def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor]:
-    """A few steps of a small refiner in double precision on this process's share; all that it leaves behind, by name."""
+    """A few steps of a small refiner in double precision on this process's share.
+
+    All that it leaves behind, by name.
+    """
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     freeze(encoder, blocks=0)
@@ -103,7 +111,7 @@ def process(rank: int, processes: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
     torch.multiprocessing.spawn(process, (processes, free_port(), str(tmp_path)), nprocs=processes)
     for micro in MICRO_BATCHES[processes]:
@@ -114,12 +122,13 @@ def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
         assert all(expected.keys() == found.keys() for found in (first, *others))
         assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
         for name, tensor in expected.items():
-            assert all(torch.equal(first[name], found[name]) for found in others), (
-                name
-            )  # the processes never drift apart
+            # the processes never drift apart
+            assert all(torch.equal(first[name], found[name]) for found in others), name
             if not tensor.is_floating_point():
-                assert torch.equal(first[name], tensor), name  # the queue's indices, labels, ages
-            else:  # what is told for the log is in single precision
+                # the queue's indices, labels, ages
+                assert torch.equal(first[name], tensor), name
+            else:
+                # what is told for the log is in single precision
                 tolerance = 1e-6 if name.startswith("told.") else 1e-9
                 assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, (
                     f"{name}, micro-batch {micro}"
@@ -146,6 +155,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_what_one_process_trains(
     start: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +167,8 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "epochs": 1,
         "head_epochs": 1,
         "warmup_epochs": 0,
-        "learning_rate": 4e-5,  # AdamW's first steps are the sign of the gradient, which makes much of rounding
+        # AdamW's first steps are the sign of the gradient, which makes much of rounding
+        "learning_rate": 4e-5,
         "head_learning_rate": 2e-5,
         "projector_dim": 16,
         "predictor_dim": 24,
@@ -172,7 +183,8 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "report_to": "none",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    # accelerate itself starts only one process then; ours are started by `distributed.launch_processes`
+    # accelerate itself starts only one process then; ours are started by
+    # `distributed.launch_processes`
     launch = [
         sys.executable,
         "-m",

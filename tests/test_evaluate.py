@@ -1,4 +1,7 @@
-"""`mim-refiner evaluate`: the same numbers as the protocols, errors and verdicts, a card that is updated and not piled up."""
+"""`mim-refiner evaluate`.
+
+The same numbers as the protocols, errors and verdicts, a card that is updated and not piled up.
+"""
 
 import json
 import re
@@ -56,7 +59,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
+    monkeypatch.setattr(
+        "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5)
+    )
 
 
 def test_matched_items_are_those_that_accuracy_counts() -> None:
@@ -65,7 +70,8 @@ def test_matched_items_are_those_that_accuracy_counts() -> None:
         labels, assignments = rng.integers(0, 5, 200) * 7, rng.integers(0, groups, 200) - 4
         own = matched(labels, assignments)
         assert own.mean() == cluster_accuracy(labels, assignments)
-        for group in np.unique(assignments[own]):  # one class per group, one group per class
+        # one class per group, one group per class
+        for group in np.unique(assignments[own]):
             assert len(np.unique(labels[own & (assignments == group)])) == 1
         assert len(np.unique(labels[own])) == len(np.unique(assignments[own]))
 
@@ -170,7 +176,8 @@ def test_card_is_updated_and_not_piled_up(models: tuple[Path, Path], tmp_path: P
     names = [result.metric_name for result in ModelCard(once).data.eval_results]
     assert len(names) == len(set(names)) >= 5
     assert thrice.data.license == "apache-2.0" and "# A card" in thrice.text
-    assert thrice.text.count("## Evaluation on") <= 2  # another seed holds out other images
+    # another seed holds out other images
+    assert thrice.text.count("## Evaluation on") <= 2
 
 
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -204,9 +211,8 @@ def test_features_that_are_kept_are_never_computed_again(
     ]
     command += ["--against", str(models[1]), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--protocols", "linear_probe_fast", "low_shot"]) == 0
-    assert (
-        sum(passes) == 2 * 1797
-    )  # both models, every image once; without --features nothing stays
+    # both models, every image once; without --features nothing stays
+    assert sum(passes) == 2 * 1797
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
     kept = [*command, "--features", str(tmp_path / "features")]
@@ -296,9 +302,8 @@ def test_without_labels_what_needs_none_is_measured(
         "neighbour_agreement_standard_error",
         "silhouette_standard_error",
     }
-    assert set(report["changes"]) == {
-        "neighbour_agreement"
-    }  # a silhouette is of each model's own space
+    # a silhouette is of each model's own space
+    assert set(report["changes"]) == {"neighbour_agreement"}
     assert (
         0 <= report["after"]["neighbour_agreement"] <= 1
         and "not judged" in (tmp_path / "out" / "report.md").read_text()
@@ -417,9 +422,8 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
         ]
         <= 1
     )
-    assert re.search(
-        r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text()
-    )  # a tenth of the 1038 that are not held out
+    # a tenth of the 1038 that are not held out
+    assert re.search(r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text())
 
 
 @pytest.mark.parametrize(

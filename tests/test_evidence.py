@@ -1,4 +1,7 @@
-"""Errors and verdicts: bootstrap against the textbook's formulas, and verdicts that keep their promise on planted effects."""
+"""Errors and verdicts.
+
+Bootstrap against the textbook's formulas, and verdicts that keep their promise on planted effects.
+"""
 
 import numpy as np
 import pytest
@@ -26,14 +29,14 @@ def test_error_of_a_share_is_the_binomial_one() -> None:
 def test_a_paired_change_has_the_error_of_the_differences() -> None:
     rng = np.random.default_rng(1)
     before = rng.random(3000) < 0.6
-    after = before ^ (rng.random(3000) < 0.05)  # the same images, few of them changed
+    # the same images, few of them changed
+    after = before ^ (rng.random(3000) < 0.05)
     change = change_between(accuracy(before), accuracy(after))
     differences = after.astype(float) - before
     assert change.difference == pytest.approx(differences.mean())
     assert change.error == pytest.approx(differences.std(ddof=1) / np.sqrt(3000), rel=0.1)
-    assert (
-        change.error < 0.5 * accuracy(before).standard_error
-    )  # unpaired, it would be more than the error of one side
+    # unpaired, it would be more than the error of one side
+    assert change.error < 0.5 * accuracy(before).standard_error
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.08, "better"), (-0.08, "worse")])

@@ -1,4 +1,7 @@
-"""The examples as a reader runs them: in a folder of their own, from the refinement of a folder of images to its features."""
+"""The examples as a reader runs them.
+
+In a folder of their own, from the refinement of a folder of images to its features.
+"""
 
 import json
 import os
@@ -14,7 +17,8 @@ from safetensors import safe_open
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-# passive: on a machine that is busy otherwise, threads that wait by spinning slow each other down several times
+# passive: on a machine that is busy otherwise, threads that wait by spinning slow each other down
+# several times
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -35,6 +39,7 @@ def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     folder, printed = refined
     assert len(list((folder / "outputs/example-images").glob("[0-9]/*.png"))) == 400
@@ -58,6 +63,7 @@ def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path) -> None:
     images, model = refined[0] / "outputs/example-images", refined[0] / "outputs/example/model"
     done = run(
@@ -77,7 +83,8 @@ def test_extract_features_of_a_folder(refined: tuple[Path, str], tmp_path: Path)
     assert names == [str(path) for path in paths]
     assert features.shape == (400, 64)
 
-    from mim_refiner_hf import load_encoder  # another way to the same model
+    # another way to the same model
+    from mim_refiner_hf import load_encoder
 
     encoder = load_encoder(model)
     pixels = encoder.image_processor(

@@ -1,4 +1,7 @@
-"""Twins in timm, transformers' own classes and ONNX: loaded by those libraries alone, they compute what the encoder computes."""
+"""Twins in timm, transformers' own classes and ONNX.
+
+Loaded by those libraries alone, they compute what the encoder computes.
+"""
 
 import json
 import math
@@ -14,6 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from random_weights import randomise
 from small_checkpoints import TINY
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor, AutoModel
@@ -62,7 +66,8 @@ EVERYTHING_ELSE = {
     "image_size": [16, 32],
     "num_channels": 1,
 }
-CLASSES = {  # transformers' own class for each kind that has one
+# transformers' own class for each kind that has one
+CLASSES = {
     "mae": "ViTModel",
     "transformers-eps": "ViTModel",
     "odd-mlp": "ViTModel",
@@ -90,10 +95,7 @@ def processor_for(config: MimRefinerConfig, shortest_edge: int) -> MimRefinerIma
 
 def saved(folder: Path, shortest_edge: int = 37, **settings: Any) -> MimRefinerModel:
     """A tiny encoder with random values in every tensor, saved as a model folder."""
-    encoder = MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
+    encoder = randomise(MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})))
     save_model_folder(folder, encoder, processor_for(encoder.config, shortest_edge))
     return encoder
 
@@ -117,14 +119,15 @@ def assert_equal(first: MimRefinerModel, second: MimRefinerModel) -> None:
     )
     ours, theirs = (encoder.config.to_diff_dict() for encoder in (first, second))
     different = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    # a start value is no property of trained weights
     assert different <= {
         "architectures",
         "dtype",
         "layer_scale_init",
-    }  # a start value is no property of trained weights
+    }
 
 
-# --- timm ---------------------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TIMM)
@@ -142,9 +145,8 @@ def test_timm_computes_the_same(tmp_path: Path, kind: str) -> None:
         timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True),
     ):
         twin.eval()
-        tolerance = (
-            {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE
-        )  # timm's epsilon is always 1e-6
+        # timm's epsilon is always 1e-6
+        tolerance = {"atol": 1e-4, "rtol": 0} if kind == "transformers-eps" else TOLERANCE
         with torch.no_grad():
             expected = encoder(pixels)
             torch.testing.assert_close(
@@ -193,7 +195,8 @@ def test_published_shapes_have_timms_own_names(name: str, shape: tuple[int, int,
     }
 
 
-@pytest.mark.parametrize("shortest_edge", [32, 37, 93])  # 32 / (32 / 93), rounded down, is 92
+# 32 / (32 / 93), rounded down, is 92
+@pytest.mark.parametrize("shortest_edge", [32, 37, 93])
 def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> None:
     assert math.floor(32 / (32 / 93)) == 92
     saved(tmp_path / "model", shortest_edge)
@@ -209,7 +212,7 @@ def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> No
     assert normalise.std.tolist() == pytest.approx([0.2] * 3)
 
 
-# --- transformers' own classes ------------------------------------------------------------------------------------------------
+# --- transformers' own classes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -223,7 +226,8 @@ def test_native_classes_compute_the_same(tmp_path: Path, kind: str) -> None:
     }
     native, info = AutoModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
     assert type(native).__name__ == CLASSES[kind]
-    assert not any(info.values())  # also the pooler: nothing is drawn at random
+    # also the pooler: nothing is drawn at random
+    assert not any(info.values())
     pixels = images(encoder, 2)
     with torch.no_grad():
         expected, found = encoder(pixels), native(pixels)
@@ -279,7 +283,8 @@ for kind, features in expected.items():
     with torch.no_grad():
         found = model(**processor(image, return_tensors="pt")).pooler_output
     assert (found - features).abs().max() < 1e-5, kind
-    piped = pipeline("image-feature-extraction", model=folder)(image, pool=True, return_tensors=True)
+    extract = pipeline("image-feature-extraction", model=folder)
+    piped = extract(image, pool=True, return_tensors=True)
     assert (piped - features).abs().max() < 1e-5, kind
     print("loaded", type(model).__name__)
 """
@@ -315,7 +320,7 @@ def test_the_native_folder_needs_neither_the_package_nor_remote_code(tmp_path: P
     assert result.stdout.split("\n")[:2] == ["loaded ViTModel", "loaded BeitModel"]
 
 
-# --- ONNX ---------------------------------------------------------------------------------------------------------------------
+# --- ONNX -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [CAPI, EVERYTHING_ELSE], ids=["capi", "everything-else"])
@@ -355,7 +360,7 @@ def test_onnx_without_its_extra_says_what_to_install(
     assert files(tmp_path) == {"model"}
 
 
-# --- refusals, failures, the command ------------------------------------------------------------------------------------------
+# --- refusals, failures, the command --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,7 +369,8 @@ def test_onnx_without_its_extra_says_what_to_install(
         (
             "timm",
             KINDS["data2vec2"],
-            r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first block",
+            r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first "
+            r"block",
         ),
         ("timm", {"features": "last_block"}, "no pooling before the final norm"),
         (
@@ -431,9 +437,8 @@ def test_the_destination_is_neither_the_source_nor_someone_elses_folder(tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             export(tmp_path / "photos/model", destination, "timm")
-    (tmp_path / "photos/config.json").write_text(
-        "{}"
-    )  # now it looks like a model, and still holds the source
+    # now it looks like a model, and still holds the source
+    (tmp_path / "photos/config.json").write_text("{}")
     with pytest.raises(ValueError, match="would overwrite the source"):
         export(tmp_path / "photos/model", tmp_path / "photos", "timm")
     with pytest.raises(ValueError, match="to='tf' is not a format; allowed: timm, vit, onnx"):

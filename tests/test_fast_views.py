@@ -1,4 +1,6 @@
-"""Fast views: every operation against Pillow and torchvision, whole views against the exact ones, the same in any arrangement."""
+"""Fast views: every operation against Pillow and torchvision, whole views against the exact ones,
+the same in any arrangement.
+"""
 
 import json
 from pathlib import Path
@@ -70,18 +72,16 @@ def test_hue_is_torchvisions_on_tensors(photo: Image.Image, turn: float) -> None
         tv.adjust_hue(chw(photo).float() / 255, int(turn * 255) / 255) * 255
     )  # no 8-bit HSV in between
     assert difference(actual, real).max() <= 2 and difference(actual, real).mean() <= 0.3
-    pillow = chw(
-        V.adjust_hue(photo, turn)
-    )  # whose hue and saturation are cut to 8 bits: itself up to 11 levels off `real`
+    # whose hue and saturation are cut to 8 bits: itself up to 11 levels off `real`
+    pillow = chw(V.adjust_hue(photo, turn))
     assert difference(actual, pillow).max() <= 11 and difference(actual, pillow).mean() <= 0.9
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.41, 1.42, 2.0])
 def test_blur_is_pillows(photo: Image.Image, sigma: float) -> None:
     apart = difference(fast(photo, sigma=sigma), chw(V.gaussian_blur(photo, sigma)))
-    assert (
-        apart.max() <= 2 and apart.mean() <= 0.7
-    )  # Pillow rounds after each of six passes, we once
+    # Pillow rounds after each of six passes, we once
+    assert apart.max() <= 2 and apart.mean() <= 0.7
 
 
 def test_blur_taps_have_sum_one_and_pillows_variance() -> None:
@@ -122,9 +122,8 @@ def test_a_batch_gets_what_each_view_gets(photo: Image.Image) -> None:
     together = views.to(torch.int16)
     C.colour_batch_(together, C.operations(table, 3))
     apart = difference(together, alone)
-    assert (
-        apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
-    )  # a sum in another order may round the other way
+    # a sum in another order may round the other way
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
     assert torch.equal(views, before) and not torch.equal(alone, views)
 
 
@@ -182,7 +181,7 @@ def test_without_local_views_and_with_mixed_sizes() -> None:
 
 
 def test_draws_are_those_of_the_exact_way() -> None:
-    """Exact views are made from `draw_view`, so equal generators have to be left in equal states."""
+    """Exact views are made from `draw_view`, so equal generators are left in equal states."""
     image = Image.new("RGB", (50, 40), "teal")
     exact, quick = V.view_rng(4, 5, 6), V.view_rng(4, 5, 6)
     V.MultiCrop(SPECS)(image, exact)
@@ -247,7 +246,10 @@ def test_unknown_views_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_refinement_with_fast_views(tmp_path: Path) -> None:
-    """Two short runs on digits: the same order, draws and weights, so losses apart by what a grey level makes."""
+    """Two short runs on digits.
+
+    The same order, draws and weights, so losses apart by what a grey level makes.
+    """
     config = ViTMAEConfig(
         image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
     )

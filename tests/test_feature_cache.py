@@ -1,4 +1,7 @@
-"""Features by image out of a folder of stores: each encoded once, whatever sets it belongs to, and nothing of something else."""
+"""Features by image out of a folder of stores.
+
+Each encoded once, whatever sets it belongs to, and nothing of something else.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -176,9 +179,8 @@ def test_broken_images_have_no_row_and_are_not_tried_again(tmp_path: Path) -> No
         )
         assert set(kept.scores) == set(memory.scores)
         if protocol is linear_probe:
-            assert kept.metrics == pytest.approx(
-                memory.metrics, abs=0.08
-            )  # two of 28 images: batches differ in rounding
+            # two of 28 images: batches differ in rounding
+            assert kept.metrics == pytest.approx(memory.metrics, abs=0.08)
     with pytest.raises(ValueError, match=r"none of the 2 images of .*photos can be read"):
         read(encoder, images.subset(bad), tmp_path / "features")
 
@@ -194,9 +196,8 @@ def test_protocols_say_the_same_with_and_without_a_store(tmp_path: Path) -> None
     for protocol, more in ((low_shot, {}), (linear_probe, {"augment": False, "epochs": 5})):
         memory = protocol(**settings, **more)  # type: ignore[operator]
         kept = protocol(**settings, **more, features=tmp_path)  # type: ignore[operator]
-        assert kept.metrics == pytest.approx(
-            memory.metrics, abs=0.011
-        )  # one or two images of 200: batches differ in rounding
+        # one or two images of 200: batches differ in rounding
+        assert kept.metrics == pytest.approx(memory.metrics, abs=0.011)
 
 
 def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:
@@ -224,7 +225,8 @@ def test_a_store_that_cannot_serve_says_why(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls and mean",
+        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls "
+        r"and mean",
     ):
         read(encoder, digits(), tmp_path / "few", ("block0.cls", COLUMN, "block1.mean"))
     with pytest.raises(ValueError, match="other features: encoder was unnamed"):
@@ -248,7 +250,8 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, None):
         with pytest.raises(
             ValueError,
-            match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check the model",
+            match=r"features block1.cls of 60 of 60 images are not finite.*row 0 of digits; check "
+            r"the model",
         ):
             read(encoder, digits(), folder).column(COLUMN)
 

@@ -1,4 +1,7 @@
-"""The flat map of features: PCA against scikit-learn's, UMAP where umap-learn is installed, and who falls back on what."""
+"""The flat map of features.
+
+PCA against scikit-learn's, UMAP where umap-learn is installed, and who falls back on what.
+"""
 
 import sys
 import types
@@ -31,9 +34,8 @@ class StandIn:
         StandIn.settings = settings
 
     def fit_transform(self, points: np.ndarray) -> np.ndarray:
-        assert np.allclose(
-            np.linalg.norm(points, axis=1), 1, atol=1e-5
-        )  # Euclidean distances follow the cosine
+        # Euclidean distances follow the cosine
+        assert np.allclose(np.linalg.norm(points, axis=1), 1, atol=1e-5)
         return points[:, :2].astype(np.float64)
 
 
@@ -43,7 +45,8 @@ def test_without_umap_it_is_scikit_learns_pca(rows: int) -> None:
     features = planted(rows).bfloat16()
     expected = PCA(5).fit_transform(F.normalize(features.float(), dim=1).double().numpy())
     ours = cosine_components(features, 5).numpy()
-    assert np.allclose(np.abs(ours), np.abs(expected), atol=1e-4)  # the sign of a direction is free
+    # the sign of a direction is free
+    assert np.allclose(np.abs(ours), np.abs(expected), atol=1e-4)
     points, method = flat_map(features)
     assert method == "PCA" and np.allclose(points, ours[:, :2], atol=1e-6)
 

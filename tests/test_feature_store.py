@@ -1,4 +1,6 @@
-"""The feature store: what is in it, from a table or a stream, the command that writes it, and wrong use."""
+"""The feature store: what is in it, from a table or a stream, the command that writes it, and wrong
+use.
+"""
 
 import json
 from pathlib import Path
@@ -48,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-# --- what is in it ------------------------------------------------------------------------------------------------------------
+# --- what is in it --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -153,7 +155,7 @@ def test_names_of_columns() -> None:
     assert feature_columns(capi, [1], last4=True) == ["block1.mean", "last4.mean"]
 
 
-# --- streams and memory -----------------------------------------------------------------------------------------------------
+# --- streams and memory ---------------------------------------------------------------------------
 
 
 def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> None:
@@ -220,11 +222,12 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
         )
         start, most = start + len(batch), max(most, pa.total_allocated_bytes() - before)
     assert start == shards * rows
-    assert most < 10e6  # a row group, decoded and not, is 2 MB; pyarrow takes 5 MB once
+    # a row group, decoded and not, is 2 MB; pyarrow takes 5 MB once
+    assert most < 10e6
     assert torch.equal(store.features("block0.cls"), torch.from_numpy(values))
 
 
-# --- wrong use ----------------------------------------------------------------------------------------------------------------
+# --- wrong use ------------------------------------------------------------------------------------
 
 
 def test_a_store_of_something_else_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Frozen features against hooks on the blocks, and the evaluation of an encoder that is built on them."""
+"""Frozen features against hooks on the blocks, and the evaluation of an encoder that is built on
+them.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,9 +255,8 @@ def test_the_picture_shows_each_group_from_its_centre_outwards(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     images = Images(range(9))
-    angles = torch.tensor(
-        [0.5, 0.1, 0.3, 1.5, 1.4, 1.2, 0.2, 1.6, 0.0]
-    )  # of unit vectors around two centres
+    # of unit vectors around two centres
+    angles = torch.tensor([0.5, 0.1, 0.3, 1.5, 1.4, 1.2, 0.2, 1.6, 0.0])
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     centroids = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
     assignments = (angles > 1).numpy().astype(np.int64)

@@ -1,4 +1,6 @@
-"""Fine-tuning against a plain loop under torch's AdamW, its augmentations as pure functions, and digits learnt from few labels."""
+"""Fine-tuning against a plain loop under torch's AdamW, its augmentations as pure functions, and
+digits learnt from few labels.
+"""
 
 import random
 import re
@@ -72,14 +74,15 @@ def test_training_equals_a_plain_loop() -> None:
     groups = []
     for name, parameter in model.named_parameters():
         block = re.match(r"encoder\.layers\.(\d)", name)
-        depth = (
-            2 if block is None else 1 + 1 - int(block[1])
-        )  # decays: embeddings 3, block 0 2, block 1 1, the rest 0
-        depth = 3 if ".embeddings." in name else depth if block else 0
+        # decays: embeddings 3, block 0 2, block 1 1, the rest 0
+        depth = 2 - int(block[1]) if block else 0
+        if ".embeddings." in name:
+            depth = 3
         decay = 0.0 if parameter.ndim <= 1 or name.endswith("cls_token") else 0.05
         groups.append({"params": [parameter], "weight_decay": decay, "scale": 0.75**depth})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
-    for step in range(6):  # 3 batches of 32 in each epoch of 100 images
+    # 3 batches of 32 in each epoch of 100 images
+    for step in range(6):
         epoch, batch = divmod(step, 3)
         order = epoch_order(100, 3, epoch)[32 * batch : 32 * batch + 32]
         pixels, labels = zip(*(augmented[epoch, int(i)] for i in order), strict=True)
@@ -160,7 +163,8 @@ def test_augmentations_are_pure_functions_of_seed_epoch_and_image() -> None:
     np.random.seed(99)
     assert torch.equal(AugmentedImages(digits(), recipe, 16, processor)[2, 5][0], first)
     subset = AugmentedImages(digits().subset([9, 5]), recipe, 16, processor)
-    assert torch.equal(subset[2, 1][0], first)  # the image counts, not its place
+    # the image counts, not its place
+    assert torch.equal(subset[2, 1][0], first)
     assert not torch.equal(images[3, 5][0], first)
     plain = AugmentedImages(digits(), FineTuneRecipe(seed=1), 16, processor)
     assert (plain[2, 5][0] - first).abs().max() > 0.5
@@ -210,7 +214,8 @@ def test_digits_are_learnt() -> None:
         recipe=recipe,
     )
     accuracy = result.metrics["fine_tuning_accuracy"]
-    assert accuracy > 0.2  # twice chance, from random weights in 128 updates
+    # twice chance, from random weights in 128 updates
+    assert accuracy > 0.2
     assert result.metrics["fine_tuning_accuracy_standard_error"] == pytest.approx(
         (accuracy * (1 - accuracy) / 500) ** 0.5
     )

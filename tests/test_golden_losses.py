@@ -1,4 +1,6 @@
-"""50 steps of a small refinement tell the losses that were kept, bit by bit where this kind of machine is listed."""
+"""50 steps of a small refinement tell the losses that were kept, bit by bit where this kind of
+machine is listed.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.gpu` at a tiny size on the CPU: every case of the page, and the formula behind MFU."""
+"""`python -m benchmarks.gpu` at a tiny size on the CPU.
+
+Every case of the page, and the formula behind MFU.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Which blocks get a head: the proposal from a profile, and `--head_blocks auto` in a run and in the example."""
+"""Which blocks get a head.
+
+The proposal from a profile, and `--head_blocks auto` in a run and in the example.
+"""
 
 import dataclasses
 import json
@@ -29,7 +32,10 @@ def digits() -> ImageDataset:
 
 
 def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]:
-    """A profile whose k-NN accuracy, or without labels agreement, is `scores`; the other one says the opposite."""
+    """A profile whose k-NN accuracy, or without labels agreement, is `scores`.
+
+    The other one says the opposite.
+    """
     others = [1 - score for score in scores]
     accuracies, agreements = (scores, others) if labelled else (None, scores)
     return assemble(
@@ -41,12 +47,14 @@ def profile_of(scores: list[float], labelled: bool = True) -> list[BlockProfile]
 @pytest.mark.parametrize(
     ("scores", "frozen", "first"),
     [
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 4),  # the last is best: the last third
+        # the last is best: the last third
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 4),
+        # the best lies before the last third: from there on
         (
             [0.1, 0.2, 0.3, 0.6, 0.5, 0.4],
             0,
             3,
-        ),  # the best lies before the last third: from there on
+        ),
         ([0.1, 0.2, 0.3, 0.605, 0.5, 0.6], 0, 4),  # not by more than noise
         ([0.9, 0.2, 0.3, 0.4, 0.5, 0.4], 0, 3),  # far too early: the last half
         ([0.1, 0.2, 0.3, 0.6, 0.5, 0.4], 4, 4),  # frozen blocks carry none
@@ -70,12 +78,14 @@ def test_proposal(scores: list[float], frozen: int, first: int, labelled: bool) 
 def test_proposal_tells_its_evidence() -> None:
     _, reason = propose_head_blocks(profile_of([0.1, 0.2, 0.3, 0.6, 0.5, 0.4]))
     assert reason == (
-        "k-NN accuracy is best in block 3 (60.0 %) and falls to 40.0 % in block 5, before the last third of the blocks: heads from "
+        "k-NN accuracy is best in block 3 (60.0 %) and falls to 40.0 % in block 5, before the last "
+        "third of the blocks: heads from "
         "there on"
     )
     _, reason = propose_head_blocks(profile_of([0.1, 0.2, 0.3, 0.6, 0.7, 0.65]))
     assert reason == (
-        "k-NN accuracy is best in block 4 (70.0 %) and falls to 65.0 % in block 5: the last third of the blocks, 4 to 5, includes it"
+        "k-NN accuracy is best in block 4 (70.0 %) and falls to 65.0 % in block 5: the last third "
+        "of the blocks, 4 to 5, includes it"
     )
     with pytest.raises(ValueError, match=r"frozen=6 of 6 blocks"):
         propose_head_blocks(profile_of([0.1] * 6), frozen=6)
@@ -153,7 +163,8 @@ def test_auto_measures_chooses_says_why_and_is_kept(
 
     named = recipe("named", head_blocks=choice["blocks"])
     run(named)
-    assert losses(named) == losses(asked)  # the same run, to the last bit
+    # the same run, to the last bit
+    assert losses(named) == losses(asked)
     with pytest.raises(ValueError, match=r"another recipe \(head_blocks was auto, is \[2, 3\]"):
         run(dataclasses.replace(asked, head_blocks=[2, 3]))
 

@@ -1,4 +1,6 @@
-"""The house: what a file may import is where it stands (docs/architecture.md), read from the syntax trees, nothing imported."""
+"""The house: what a file may import is where it stands (docs/architecture.md), read from the syntax
+trees, nothing imported.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -49,10 +51,12 @@ TRAVELLING = (
 # Names with one meaning that several files give because each is a variant of the same thing.
 SAME_MEANING = {
     "logger",  # of each module
-    "refusal",  # the three functions of every export format
+    # the three functions of every export format
+    "refusal",
     "write",
     "load",
-    "CITATION",  # what `evaluate` asks of every metric module
+    # what `evaluate` asks of every metric module
+    "CITATION",
     "DESCRIPTION",
     "INPUTS",
 }
@@ -70,7 +74,9 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, also inside functions and under TYPE_CHECKING."""
+    """The modules of the package that a file imports, also inside functions and under
+    TYPE_CHECKING.
+    """
     folder = [PACKAGE, *path.relative_to(ROOT / PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -115,7 +121,7 @@ def top_level_names(path: Path) -> Iterator[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Every set of two or more nodes that reach each other (Tarjan would say: strongly connected)."""
+    """Every set of two or more nodes that reach each other (strongly connected)."""
     reach = {node: set(after) for node, after in arrows.items()}
     for middle in arrows:
         for node in arrows:
@@ -191,7 +197,9 @@ def test_files_that_published_models_name() -> None:
 
 @pytest.mark.parametrize("name", TRAVELLING)
 def test_what_travels_imports_only_flat_neighbours(name: str) -> None:
-    """transformers copies a file and what it imports as `from .name import x` into one flat folder; nothing else is found there."""
+    """transformers copies a file and what it imports as `from .name import x` into one flat folder;
+    nothing else is found there.
+    """
     waiting, seen = [ROOT / PACKAGE / name], set()
     while waiting:
         path = waiting.pop()
@@ -207,4 +215,5 @@ def test_what_travels_imports_only_flat_neighbours(name: str) -> None:
                     )
                     neighbour = path.with_name(f"{node.module}.py")
                     assert neighbour.is_file()
-                    waiting += [neighbour] * (neighbour not in seen)
+                    if neighbour not in seen:
+                        waiting.append(neighbour)

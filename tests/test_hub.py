@@ -1,4 +1,7 @@
-"""Model folders and the Hub: loading with and without the package, pushing, and a Hub that fails."""
+"""Model folders and the Hub.
+
+Loading with and without the package, pushing, and a Hub that fails.
+"""
 
 import json
 import os
@@ -27,7 +30,8 @@ import sys
 sys.modules["mim_refiner_hf"] = None  # as if it were not installed, also where it is
 import torch
 from PIL import Image
-from transformers import AutoBackbone, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel, pipeline
+from transformers import AutoModelForImageClassification
 image, expected = Image.open(sys.argv[2]), torch.load(sys.argv[3], weights_only=True)
 remote = {"trust_remote_code": True}
 for source in sys.argv[1].split(","):
@@ -39,17 +43,19 @@ for source in sys.argv[1].split(","):
         with torch.no_grad():
             found = model(**processor(image, return_tensors="pt")).pooler_output
         assert (found - expected).abs().max() < tolerance, (backend, (found - expected).abs().max())
-    extract = pipeline("image-feature-extraction", model=source, pool=True, return_tensors=True, **remote)
-    assert (extract(image) - expected).abs().max() < 1e-6
+    extract = pipeline("image-feature-extraction", model=source, **remote)
+    assert (extract(image, pool=True, return_tensors=True) - expected).abs().max() < 1e-6
     groups = pipeline("image-clustering", model=source, **remote)([image, image], num_clusters=1)
     assert [entry["cluster"] for entry in groups] == [0, 0]
     classifier = AutoModelForImageClassification.from_pretrained(source, num_labels=3, **remote)
     assert torch.equal(classifier.encoder.layers[1].mlp.fc2.weight, model.layers[1].mlp.fc2.weight)
-    if source.count("/") == 1:  # AutoBackbone of transformers 5.23 takes no local folder, of any model
+    # AutoBackbone of transformers 5.23 takes no local folder, of any model
+    if source.count("/") == 1:
         backbone = AutoBackbone.from_pretrained(source, out_indices=[1, 2], **remote)
         with torch.no_grad():
             maps = backbone(**processor(image, return_tensors="pt")).feature_maps
-        assert [tuple(each.shape) for each in maps] == [(1, 32, 4, 4)] * 2 and backbone.channels == [32, 32]
+        assert [tuple(each.shape) for each in maps] == [(1, 32, 4, 4)] * 2
+        assert backbone.channels == [32, 32]
     print("loaded", source)
 """
 
@@ -60,17 +66,21 @@ from PIL import Image
 from transformers import AutoBackbone, AutoImageProcessor, AutoModel, pipeline
 import mim_refiner_hf
 from mim_refiner_hf.publishing import push_folder
-source, image, expected = sys.argv[1], Image.open(sys.argv[2]), torch.load(sys.argv[3], weights_only=True)
+source, image = sys.argv[1], Image.open(sys.argv[2])
+expected = torch.load(sys.argv[3], weights_only=True)
 model, processor = AutoModel.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
-assert type(model) is mim_refiner_hf.MimRefinerModel and type(processor) is mim_refiner_hf.MimRefinerImageProcessor
+assert type(model) is mim_refiner_hf.MimRefinerModel
+assert type(processor) is mim_refiner_hf.MimRefinerImageProcessor
 with torch.no_grad():
-    assert (model(**processor(image, return_tensors="pt")).pooler_output - expected).abs().max() < 1e-6
+    found = model(**processor(image, return_tensors="pt")).pooler_output
+assert (found - expected).abs().max() < 1e-6
 extract = pipeline("image-feature-extraction", model=source, pool=True, return_tensors=True)
 assert type(extract.model) is mim_refiner_hf.MimRefinerModel
 assert (extract(image) - expected).abs().max() < 1e-6
 print("pushed", push_folder(source, "tester/tiny"))
 backbone = AutoBackbone.from_pretrained("tester/tiny", out_indices=[1, 2])
-assert type(backbone) is mim_refiner_hf.MimRefinerBackbone and backbone.out_features == ["stage1", "stage2"]
+assert type(backbone) is mim_refiner_hf.MimRefinerBackbone
+assert backbone.out_features == ["stage1", "stage2"]
 assert torch.equal(backbone.encoder.layers[1].mlp.fc2.weight, model.layers[1].mlp.fc2.weight)
 """
 
@@ -113,7 +123,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run_script(
     script: str, source: str, tiny: dict[str, Path], home: Path, **environment: str
 ) -> str:
-    """Run `script` in a fresh process whose input is closed, so that any prompt is an error; returns what it printed."""
+    """Run `script` in a fresh process whose input is closed, so that any prompt is an error.
+
+    Returns what it printed.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     home.mkdir(exist_ok=True)
     result = subprocess.run(
@@ -282,7 +295,8 @@ def test_a_failing_hub_leaves_the_result_and_the_command_to_continue(
         and "\n" not in message
     )
     assert message.endswith(
-        f"intact at {tiny['model']}, continue with: mim-refiner push {tiny['model']} tester/tiny --private"
+        f"intact at {tiny['model']}, continue with: mim-refiner push {tiny['model']} tester/tiny "
+        f"--private"
     )
     assert contents(tiny["model"]) == before
 

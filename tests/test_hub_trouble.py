@@ -1,6 +1,8 @@
-"""A Hub in trouble: rate limits, server errors, broken connections and kills, while loading and while pushing.
+"""A Hub in trouble: rate limits, server errors, broken connections and kills, while loading and
+while pushing.
 
-`Trouble` stands between us and the Hub of `stub_hub` and spoils chosen requests; all else it passes on.
+`Trouble` stands between us and the Hub of `stub_hub` and spoils chosen requests; all else it passes
+on.
 """
 
 import http.client
@@ -38,8 +40,12 @@ REPOSITORY = "tester/tiny"
 
 
 class Trouble:
-    """`spoil(pattern, how, times)`: so many requests whose "METHOD /path" matches are answered with a status (429 asks to wait
-    0 s), "reset" (the connection breaks), "hang", or "pass" (it is let through, and no later rule sees it); `seen` holds what came."""
+    """`spoil(pattern, how, times)`.
+
+    So many requests whose "METHOD /path" matches are answered with a status (429 asks to wait 0 s),
+    "reset" (the connection breaks), "hang", or "pass" (it is let through, and no later rule sees
+    it); `seen` holds what came.
+    """
 
     def __init__(self, hub_url: str) -> None:
         self.rules: list[list[Any]] = []
@@ -96,7 +102,8 @@ class Trouble:
             def handle(self) -> None:
                 try:
                     super().handle()
-                except OSError:  # reset on purpose, or the client was killed
+                # reset on purpose, or the client was killed
+                except OSError:
                     self.close_connection = True
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -113,11 +120,17 @@ class Trouble:
 def trouble(stub_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
     """The Hub that this process talks to, without waiting in vain."""
     between = Trouble(stub_hub.url)
-    stub_hub.url = between.url  # also for the addresses that it gives for uploads
-    for name, value in {
-        "HF_HUB_OFFLINE": False, "ENDPOINT": between.url, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{between.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-    }.items():  # fmt: skip
+    # also for the addresses that it gives for uploads
+    stub_hub.url = between.url
+    template = f"{between.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    changed = {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": between.url,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+    }
+    for name, value in changed.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", between.url)
@@ -201,7 +214,8 @@ def test_lasting_trouble_ends_with_the_command_to_continue(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"error: the Hub did not take {REPOSITORY} (")
     assert line.endswith(
-        f"the local result is intact at {model}, continue with: mim-refiner push {model} {REPOSITORY}"
+        f"the local result is intact at {model}, continue with: mim-refiner push {model} "
+        f"{REPOSITORY}"
     )
     assert contents(model) == before
     assert len(trouble.seen) < 150  # bounded
@@ -219,7 +233,10 @@ def test_a_refusal_is_not_repeated(trouble: Trouble, model: Path) -> None:
 def test_a_killed_push_is_continued_without_sending_files_twice(
     trouble: Trouble, stub_hub: Any, model: Path
 ) -> None:
-    """kill -9 while the last of several files of weights is on its way: what has arrived stays, only the rest is sent."""
+    """kill -9 while the last of several files of weights is on its way.
+
+    What has arrived stays, only the rest is sent.
+    """
     shards = len(list(model.glob("*.safetensors")))
     trouble.spoil("POST .*/commit/", "hang", times=1)
     process = os.fork()
@@ -231,14 +248,16 @@ def test_a_killed_push_is_continued_without_sending_files_twice(
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     assert len(stub_hub.lfs) == shards and on_the_hub(stub_hub) == set()
-    lost, _ = stub_hub.lfs.popitem()  # as if this one had not been through
+    # as if this one had not been through
+    lost, _ = stub_hub.lfs.popitem()
     sent = len(trouble.seen)
     push_folder(model, REPOSITORY)
     again = [request for request in trouble.seen[sent:] if request.startswith("PUT")]
     assert again == [f"PUT /_lfs/{lost}"]
     assert on_the_hub(stub_hub) - {".gitattributes"} == set(contents(model))
     sent = len(trouble.seen)
-    push_folder(model, REPOSITORY)  # complete: nothing is sent at all
+    # complete: nothing is sent at all
+    push_folder(model, REPOSITORY)
     assert not [request for request in trouble.seen[sent:] if request.startswith("PUT")]
 
 
@@ -253,7 +272,10 @@ KILLED_AT = {
 def test_a_killed_push_never_shows_half_a_model(
     place: str, trouble: Trouble, stub_hub: Any, model: Path
 ) -> None:
-    """kill -9 somewhere on the way: the repository holds nothing or all of the model; the same command completes it."""
+    """kill -9 somewhere on the way: the repository holds nothing or all of the model.
+
+    The same command completes it.
+    """
     pattern, weights_are_there = KILLED_AT[place]
     before, whole = contents(model), set(contents(model))
     if place != "the commit":
@@ -380,7 +402,10 @@ def test_a_cached_model_needs_no_hub(trouble: Trouble, model: Path) -> None:
 def test_how_long_is_waited(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As long as the server asks, within bounds; else longer each time; and not at all for what will not pass."""
+    """As long as the server asks, within bounds; else longer each time.
+
+    And not at all for what will not pass.
+    """
 
     class Refused(Exception):
         def __init__(self, status: int, **headers: str) -> None:
@@ -394,9 +419,14 @@ def test_how_long_is_waited(
         patience, "time", SimpleNamespace(sleep=lambda seconds: waited.update([seconds]))
     )
     for error, expected in [
-        (Refused(429, Retry_After="7"), [7.0] * 4), (Refused(429, Retry_After="86400"), [60.0] * 4), (Refused(500), [2.0, 4.0, 8.0, 16.0]),
-        (ConnectionResetError(), [2.0, 4.0, 8.0, 16.0]), (Refused(404), []), (Refused(401), []), (ValueError("x"), []),
-    ]:  # fmt: skip
+        (Refused(429, Retry_After="7"), [7.0] * 4),
+        (Refused(429, Retry_After="86400"), [60.0] * 4),
+        (Refused(500), [2.0, 4.0, 8.0, 16.0]),
+        (ConnectionResetError(), [2.0, 4.0, 8.0, 16.0]),
+        (Refused(404), []),
+        (Refused(401), []),
+        (ValueError("x"), []),
+    ]:
         waited.clear()
 
         def call(error: Exception = error) -> None:

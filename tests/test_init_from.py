@@ -1,4 +1,7 @@
-"""`--init_from`: a new run from another run's weights, heads and queues; not a continuation of it."""
+"""`--init_from`: a new run from another run's weights, heads and queues.
+
+Not a continuation of it.
+"""
 
 import dataclasses
 import shutil
@@ -47,7 +50,7 @@ def old(
 
 
 def first_loss_of(old: RefineRecipe) -> float:
-    """The loss that the old run's average, heads and queue give on the first batch of a refinement."""
+    """The loss that the old run's average, heads and queue give on a refinement's first batch."""
     prepared = run_module.prepare(old)
     start = prepared.start
     assert start.encoder is not None and prepared.resume is not None
@@ -80,12 +83,10 @@ def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Re
     assert [line["step"] for line in log] == [1, 2, 3, 4] and {line["stage"] for line in log} == {
         "refine"
     }
-    assert all(
-        "output/neighbour_accuracy" in line for line in log
-    )  # the queue came with its labels
-    assert (
-        log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]
-    )  # as the refinement of the old run began
+    # the queue came with its labels
+    assert all("output/neighbour_accuracy" in line for line in log)
+    # as the refinement of the old run began
+    assert log[0]["learning_rate"] == log_of(old)[4]["learning_rate"]
     by_checkpoint = recipe(
         "by-checkpoint", model=None, init_from=f"{old.output_dir}/checkpoints/step-00000008"
     )
@@ -119,7 +120,10 @@ def test_another_data_set_knows_none_of_the_queued_images(
 def test_an_interrupted_new_run_goes_on_without_the_old_one(
     recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Warm heads for two refinements: one is stopped, the warm run removed, and the same command ends with the same bits."""
+    """Warm heads for two refinements.
+
+    One is stopped, the warm run removed, and the same command ends with the same bits.
+    """
     warm = recipe("warm", stage="warmup", pooling="mean")
     run(warm)
     settings = {"model": None, "init_from": warm.output_dir, "temperature": 0.3, "pooling": None}

@@ -1,4 +1,7 @@
-"""The grid of linear classifiers against a loop of single ones under torch's SGD; the linear probe on digits and CIFAR-10."""
+"""The grid of linear classifiers against a loop of single ones under torch's SGD.
+
+The linear probe on digits and CIFAR-10.
+"""
 
 import math
 from pathlib import Path
@@ -127,7 +130,10 @@ def test_features_are_raw_block_outputs_and_the_last_mean_patch() -> None:
 def slow_probe(
     encoder: MimRefinerModel, epochs: int, rates: tuple[float, ...], seed: int
 ) -> dict[tuple[str, float], float]:
-    """Every classifier of the grid on its own, from features standardised by hand; the starts are drawn in the same order."""
+    """Every classifier of the grid on its own, from features standardised by hand.
+
+    The starts are drawn in the same order.
+    """
     train, test = digits("train"), digits("test")
     kinds = feature_kinds(encoder.config)
     columns = list(dict.fromkeys(name for names in kinds.values() for name in names))

@@ -1,10 +1,14 @@
-"""Sources that cannot become an encoder: each is refused in one sentence that says what was found and what to do."""
+"""Sources that cannot become an encoder.
+
+Each is refused in one sentence that says what was found and what to do.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from golden_cases import encoder_tensors, facts
 from safetensors.torch import load_file, save_file
 from small_checkpoints import TINY, save_mae
 
@@ -32,7 +36,8 @@ def test_unknown_files(tmp_path: Path) -> None:
     )
     with pytest.raises(
         CheckpointError,
-        match=r"no known family; top-level keys: state_dict, epoch; tensors: state_dict\.conv1\.weight",
+        match=r"no known family; top-level keys: state_dict, epoch; tensors: "
+        r"state_dict\.conv1\.weight",
     ):
         load_encoder(tmp_path / "resnet.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
@@ -87,9 +92,10 @@ def test_fine_tuned_classifiers_are_refused(
 ) -> None:
     path = tmp_path
     if kind == "mae":
+        width = facts("mae")["dim"]
         extra = {
-            "fc_norm.weight": torch.ones(48),
-            "head.weight": torch.zeros(10, 48),
+            "fc_norm.weight": torch.ones(width),
+            "head.weight": torch.zeros(10, width),
             "head.bias": torch.zeros(10),
         }
         path = save_mae(tmp_path, mae_state | extra)
@@ -115,60 +121,74 @@ def test_fine_tuned_classifiers_are_refused(
 
 
 def test_missing_tensors_are_counted_and_named(
-    tmp_path: Path, mae_state: dict[str, torch.Tensor]
+    tmp_path: Path, mae_state: dict[str, torch.Tensor], mae_heads: int
 ) -> None:
+    count = encoder_tensors(mae_state, "mae")
     del mae_state["blocks.1.attn.qkv.bias"]
-    wanted = r"3 of 70 mae tensors are missing: layers\.1\.attention\.q_proj\.bias, layers\.1\.attention\.k_proj\.bias"
-    with pytest.raises(CheckpointError, match=wanted):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
+    names = r"layers\.1\.attention\.q_proj\.bias, layers\.1\.attention\.k_proj\.bias"
+    with pytest.raises(CheckpointError, match=rf"3 of {count} mae tensors are missing: {names}"):
+        load_encoder(save_mae(tmp_path, mae_state), num_heads=mae_heads)
 
 
 def test_every_source_tensor_must_have_a_place(
-    tmp_path: Path, mae_state: dict[str, torch.Tensor]
+    tmp_path: Path, mae_state: dict[str, torch.Tensor], mae_heads: int
 ) -> None:
     mae_state["blocks.0.attn.q_norm.weight"] = torch.ones(16)
     with pytest.raises(
         CheckpointError, match=r"1 tensors have no place in MAE .*: blocks\.0\.attn\.q_norm\.weight"
     ):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
+        load_encoder(save_mae(tmp_path, mae_state), num_heads=mae_heads)
 
 
-def test_wrong_shapes(tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    damaged = mae_state | {"blocks.2.mlp.fc1.weight": torch.zeros(100, 48)}
-    with pytest.raises(
-        CheckpointError, match=r"layers\.2\.mlp\.fc1\.weight is \[100, 48\], expected \[192, 48\]"
-    ):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
-    damaged = mae_state | {"pos_embed": torch.zeros(1, 18, 48)}  # 17 patches are no square
-    with pytest.raises(
-        CheckpointError, match=r"position_embeddings is \[1, 17, 48\], expected \[1, 16, 48\]"
-    ):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
-    damaged = mae_state | {"pos_embed": torch.zeros(48)}
-    with pytest.raises(CheckpointError, match=r"pos_embed has the unexpected shape \[48\]"):
-        load_encoder(save_mae(tmp_path, damaged), num_heads=3)
+def test_wrong_shapes(tmp_path: Path, mae_state: dict[str, torch.Tensor], mae_heads: int) -> None:
+    width = facts("mae")["dim"]
+    hidden = width * facts("mae")["mlp_ratio"]
+    patches = mae_state["pos_embed"].shape[1] - 1
+    cases = [
+        (
+            {"blocks.1.mlp.fc1.weight": torch.zeros(hidden + 1, width)},
+            rf"layers\.1\.mlp\.fc1\.weight is \[{hidden + 1}, {width}\], "
+            rf"expected \[{hidden}, {width}\]",
+        ),
+        # one patch more than a square
+        (
+            {"pos_embed": torch.zeros(1, patches + 2, width)},
+            rf"position_embeddings is \[1, {patches + 1}, {width}\], "
+            rf"expected \[1, {patches}, {width}\]",
+        ),
+        (
+            {"pos_embed": torch.zeros(width)},
+            rf"pos_embed has the unexpected shape \[{width}\]",
+        ),
+    ]
+    for damage, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            load_encoder(save_mae(tmp_path, mae_state | damage), num_heads=mae_heads)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_weights(
-    tmp_path: Path, mae_state: dict[str, torch.Tensor], value: float
+    tmp_path: Path, mae_state: dict[str, torch.Tensor], mae_heads: int, value: float
 ) -> None:
-    mae_state["blocks.3.norm2.weight"][5] = value
-    with pytest.raises(
-        CheckpointError,
-        match=r"1 tensors hold NaN, infinite or integer values: layers\.3\.norm2\.weight",
-    ):
-        load_encoder(save_mae(tmp_path, mae_state), num_heads=3)
+    last = facts("mae")["depth"] - 1
+    mae_state[f"blocks.{last}.norm2.weight"][5] = value
+    message = "1 tensors hold NaN, infinite or integer values"
+    with pytest.raises(CheckpointError, match=rf"{message}: layers\.{last}\.norm2\.weight"):
+        load_encoder(save_mae(tmp_path, mae_state), num_heads=mae_heads)
 
 
-def test_number_of_heads(goldens: Path, tmp_path: Path, mae_state: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"width 48 is none of the published ones .*; pass num_heads="
-    ):
-        load_encoder(goldens / "mae/checkpoint_full.pth")
-    with pytest.raises(
-        CheckpointError, match="cannot be built: num_attention_heads=5 must divide hidden_size=48"
-    ):
-        load_encoder(goldens / "mae/checkpoint_full.pth", num_heads=5)
-    with pytest.raises(CheckpointError, match=r"num_heads=4, but .* states 3"):
-        load_encoder(goldens / "data2vec2/checkpoint.pt", num_heads=4)
+def test_number_of_heads(goldens: Path) -> None:
+    source = goldens / "mae/checkpoint_full.pth"
+    width = facts("mae")["dim"]
+    message = rf"width {width} is none of the published ones .*; pass num_heads="
+    with pytest.raises(CheckpointError, match=message):
+        load_encoder(source)
+
+    uneven = next(heads for heads in range(2, width) if width % heads)
+    message = f"cannot be built: num_attention_heads={uneven} must divide hidden_size={width}"
+    with pytest.raises(CheckpointError, match=message):
+        load_encoder(source, num_heads=uneven)
+
+    stated = facts("data2vec2")["num_heads"]
+    with pytest.raises(CheckpointError, match=rf"num_heads={stated + 1}, but .* states {stated}"):
+        load_encoder(goldens / "data2vec2/checkpoint.pt", num_heads=stated + 1)

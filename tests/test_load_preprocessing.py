@@ -1,4 +1,7 @@
-"""The preprocessing that `load_encoder` hands out: the source's own, the family's, else ImageNet's at the native size."""
+"""The preprocessing that `load_encoder` hands out.
+
+The source's own, the family's, else ImageNet's at the native size.
+"""
 
 import json
 from argparse import Namespace
@@ -7,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import facts
 from small_checkpoints import TINY
 
 from mim_refiner_hf.conversion import load_encoder
@@ -47,13 +51,15 @@ def test_processor_is_the_sources_own(
     assert (dict(processor.size), dict(processor.crop_size)) == ({"shortest_edge": size}, crop)
 
 
-def test_processor_defaults_to_imagenet_at_native_size(goldens: Path, tmp_path: Path) -> None:
-    processor = load_encoder(goldens / "mae/checkpoint_encoder.pth", num_heads=3).image_processor
+def test_processor_defaults_to_imagenet_at_native_size(
+    goldens: Path, tmp_path: Path, mae_heads: int
+) -> None:
+    source = goldens / "mae/checkpoint_encoder.pth"
+    processor = load_encoder(source, num_heads=mae_heads).image_processor
+    size = facts("mae")["image_size"]
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
-    assert (dict(processor.size), dict(processor.crop_size)) == (
-        {"shortest_edge": 32},
-        {"height": 32, "width": 32},
-    )
+    assert dict(processor.size) == {"shortest_edge": size}
+    assert dict(processor.crop_size) == {"height": size, "width": size}
     assert processor.do_convert_rgb
     MimRefinerModel(
         MimRefinerConfig(**{**TINY, "image_size": [16, 32]}, num_channels=1)

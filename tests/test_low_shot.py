@@ -1,4 +1,7 @@
-"""Low-shot logistic regression against scikit-learn and cyanure's objective written out; splits; the whole protocol."""
+"""Low-shot logistic regression against scikit-learn and cyanure's objective written out; splits.
+
+The whole protocol.
+"""
 
 import math
 from pathlib import Path
@@ -93,10 +96,11 @@ def test_the_optimum_is_that_of_cyanures_objective(num_classes: int, penalty: fl
 def test_the_optimum_is_not_that_of_another_penalty() -> None:
     rows, labels = make_rows(3, per_class=4)
     weak, strong = (fit_logistic(rows, labels, penalty=penalty) for penalty in (0.1, 0.2))
+    # stationary: sum of x (p - y) = -penalty W
     for weights, penalty in (
         (weak, 0.1),
         (strong, 0.2),
-    ):  # stationary: sum of x (p - y) = -penalty W
+    ):
         slope = rows.T @ ((rows @ weights).softmax(dim=1) - F.one_hot(labels, 3))
         torch.testing.assert_close(slope, -penalty * weights, atol=1e-5, rtol=0)
     assert weak.norm() > 1.1 * strong.norm()
@@ -138,9 +142,8 @@ def test_splits_hold_so_many_of_every_class_and_differ() -> None:
         assert len(np.unique(chosen)) == 12
     assert not np.array_equal(splits[0], splits[1]) and not np.array_equal(splits[1], splits[2])
     assert np.array_equal(draw_split(labels, 4, seed=0, split=1), splits[1])
-    assert np.array_equal(
-        draw_split(labels, 2, seed=0, split=1), splits[1][:, :2]
-    )  # fewer shots: the first of them
+    # fewer shots: the first of them
+    assert np.array_equal(draw_split(labels, 2, seed=0, split=1), splits[1][:, :2])
     assert not np.array_equal(draw_split(labels, 4, seed=1, split=1), splits[1])
     with pytest.raises(ValueError, match="shots=13, but class 3 has only 12 images; lower shots"):
         draw_split(labels, 13, seed=0, split=0)
@@ -176,9 +179,8 @@ def test_the_protocol_is_the_mean_of_three_regressions() -> None:
             model.fit(centred_rows(bank.features[chosen]), bank.labels[chosen])
             accuracies.append(model.score(centred_rows(found.features), found.labels))
         name = f"low_shot_{shots}_accuracy"
-        assert result.metrics[name] == pytest.approx(
-            np.mean(accuracies), abs=1.5 / 500
-        )  # at most an image or two on the border
+        # at most an image or two on the border
+        assert result.metrics[name] == pytest.approx(np.mean(accuracies), abs=1.5 / 500)
         assert result.metrics[f"{name}_standard_error"] == pytest.approx(
             np.std(accuracies, ddof=1) / 3**0.5, abs=2 / 500
         )

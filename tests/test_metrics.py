@@ -1,4 +1,7 @@
-"""The modules for `evaluate`: each loads by its path without a network, and agrees with an independent implementation."""
+"""The modules for `evaluate`.
+
+Each loads by its path without a network, and agrees with an independent implementation.
+"""
 
 import configparser
 import doctest
@@ -128,7 +131,8 @@ def test_examples_in_the_documentation_are_true(
     load: Callable[[str], Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(ROOT)  # the paths in the examples are relative to the checkout
+    # the paths in the examples are relative to the checkout
+    monkeypatch.chdir(ROOT)
     readme = (METRICS / name / "README.md").read_text().replace("```", "")
     described = load(name).inputs_description
     for text in (readme, described):

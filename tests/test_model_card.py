@@ -1,4 +1,6 @@
-"""The model card: metadata that huggingface_hub reads back, both measurements, warnings, and text that cannot break out."""
+"""The model card: metadata that huggingface_hub reads back, both measurements, warnings, and text
+that cannot break out.
+"""
 
 import json
 import re
@@ -13,13 +15,27 @@ from mim_refiner_hf.publishing.model_card import duration, is_hub_name
 from mim_refiner_hf.runtime.text import fenced, plain
 
 BEFORE = {
-    "knn_accuracy": 0.956, "cluster_accuracy": 0.793, "nmi": 0.77, "ami": 0.76, "ari": 0.7, "cluster_accuracy_mean": 0.75,
-    "nmi_mean": 0.74, "rankme": 30.14, "knn_per_block": [0.8, 0.956],
-}  # fmt: skip
+    "knn_accuracy": 0.956,
+    "cluster_accuracy": 0.793,
+    "nmi": 0.77,
+    "ami": 0.76,
+    "ari": 0.7,
+    "cluster_accuracy_mean": 0.75,
+    "nmi_mean": 0.74,
+    "rankme": 30.14,
+    "knn_per_block": [0.8, 0.956],
+}
 AFTER = {
-    "knn_accuracy": 0.992, "cluster_accuracy": 0.825, "nmi": 0.839, "ami": 0.83, "ari": 0.78, "cluster_accuracy_mean": 0.81,
-    "nmi_mean": 0.82, "rankme": 21.0, "knn_per_block": [0.81, 0.992],
-}  # fmt: skip
+    "knn_accuracy": 0.992,
+    "cluster_accuracy": 0.825,
+    "nmi": 0.839,
+    "ami": 0.83,
+    "ari": 0.78,
+    "cluster_accuracy_mean": 0.81,
+    "nmi_mean": 0.82,
+    "rankme": 21.0,
+    "knn_per_block": [0.81, 0.992],
+}
 RUN: dict[str, Any] = {
     "before": BEFORE,
     "after": AFTER,
@@ -31,18 +47,26 @@ RUN: dict[str, Any] = {
     "hardware": "2 CPU cores (x86_64)",
     "starting_model": "a MAE pre-trained in this run",
     "dataset": {
-        "name": "digits", "config": None, "split": "train", "images": 1297, "fingerprint": "abc123", "eval_name": "digits",
-        "eval_images": 500, "num_classes": 10,
+        "name": "digits",
+        "config": None,
+        "split": "train",
+        "images": 1297,
+        "fingerprint": "abc123",
+        "eval_name": "digits",
+        "eval_images": 500,
+        "num_classes": 10,
     },
     "protocol": {"knn": "k = 10, temperature 0.07, last block", "clustering": "k-means, 100 runs"},
     "recipe": {"epochs": 40, "head_blocks": None},
-}  # fmt: skip
+}
 
 
 def card_of(
     tmp_path: Path, dataset: dict[str, Any] | None = None, **changes: Any
 ) -> tuple[ModelCard, str]:
-    """The card of RUN with changes, as read back by huggingface_hub, and its text below the metadata."""
+    """The card of RUN with changes, as read back by huggingface_hub, and its text below the
+    metadata.
+    """
     run = tmp_path / "quickstart"
     (run / "model").mkdir(parents=True)
     content = {**RUN, "dataset": {**RUN["dataset"], **(dataset or {})}, **changes}

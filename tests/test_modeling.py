@@ -1,7 +1,8 @@
-"""The encoder equals transformers' and timm's models from the same weights, and keeps what transformers promises of a model.
+"""The encoder equals transformers' and timm's models from the same weights, and keeps what
+transformers promises of a model.
 
-Every parity test draws random values for every tensor (position and bias tables, layer scales and tokens included), so that a
-tensor that is ignored, swapped or transposed shows.
+Every parity test draws random values for every tensor (position and bias tables, layer scales and
+tokens included), so that a tensor that is ignored, swapped or transposed shows.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ import timm
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from random_weights import randomise
 from timm.layers import resample_abs_pos_embed
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
@@ -35,14 +37,6 @@ SIZES = [(32, 32), (16, 16), (24, 48)]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
-def randomise(model: Any) -> Any:
-    """Random values in every parameter; norms and layer scales around 0.7, so that the tokens stay of order one."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
-    return model.eval()
-
-
 def tiny(**settings: Any) -> MimRefinerModel:
     return randomise(MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})))
 
@@ -64,7 +58,7 @@ def assert_same_tokens(ours: MimRefinerModel, pixels: torch.Tensor, expected: An
         torch.testing.assert_close(mine, theirs, **TOLERANCE, msg=f"hidden state {block}")
 
 
-# --- parity -------------------------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -80,9 +74,8 @@ def test_equals_transformers_vit(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_equals_transformers_vit_mae_unmasked(tmp_path: Path, size: tuple[int, int]) -> None:
     model = randomise(transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, mask_ratio=0.0)))
     pixels = torch.randn(2, 3, *size)
-    order = (
-        torch.arange(size[0] * size[1] // 64).float().expand(2, -1)
-    )  # increasing noise: ViTMAE shuffles nothing
+    # increasing noise: ViTMAE shuffles nothing
+    order = torch.arange(size[0] * size[1] // 64).float().expand(2, -1)
     with torch.no_grad():
         expected = model(
             pixels, noise=order, interpolate_pos_encoding=True, output_hidden_states=True
@@ -101,7 +94,8 @@ def test_equals_transformers_beit_and_data2vec_vision(
         use_absolute_position_embeddings="absolute" in bias,
         use_relative_position_bias=bias.endswith("relative") and "shared" not in bias,
         use_shared_relative_position_bias="shared" in bias,
-        use_mean_pooling=bias == "relative",  # without a final norm, and with one
+        # without a final norm, and with one
+        use_mean_pooling=bias == "relative",
     )
     model = randomise(getattr(transformers, f"{kind}Model")(config))
     ours = converted(model, tmp_path)
@@ -130,9 +124,8 @@ def test_equals_timm(
     )
 
     def without_antialias(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return resample_abs_pos_embed(
-            *args, **kwargs, antialias=False
-        )  # MIM-Refiner resizes without, timm with
+        # MIM-Refiner resizes without, timm with
+        return resample_abs_pos_embed(*args, **kwargs, antialias=False)
 
     monkeypatch.setattr("timm.models.vision_transformer.resample_abs_pos_embed", without_antialias)
     torch.save(model.state_dict(), tmp_path / "timm.pth")
@@ -144,7 +137,9 @@ def test_equals_timm(
 
 
 def test_post_norm_blocks_equal_the_slow_version() -> None:
-    """data2vec 2.0: `x = norm1(x + attn(x)); x = norm2(x + mlp(x))`, after an embedding norm (METHOD.md, Encoders)."""
+    """data2vec 2.0: `x = norm1(x + attn(x)); x = norm2(x + mlp(x))`, after an embedding norm
+    (METHOD.md, Encoders).
+    """
     model = tiny(norm_placement="post", embedding_norm=True, final_norm=False)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -168,7 +163,10 @@ def test_post_norm_blocks_equal_the_slow_version() -> None:
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
 def test_fresh_positions_are_sine_cosine(grid: tuple[int, int]) -> None:
-    """As transformers' ViTMAE computes them, but with MAE's order of the halves: width first (transformers: height first)."""
+    """As transformers' ViTMAE computes them, but with MAE's order of the halves.
+
+    Width first (transformers: height first).
+    """
     expected = (
         build_2d_sinusoidal_position_embedding(*grid, embed_dim=32).roll(16, dims=1).unsqueeze(0)
     )
@@ -192,7 +190,9 @@ def test_fresh_positions_equal_a_trained_mae(shared: Path) -> None:
 )
 @pytest.mark.parametrize("width", [32, 30])
 def test_no_fresh_table_is_constant(positions: str, width: int) -> None:
-    """A constant position table cannot be told apart by training (transformers' ViTMAE from a config has one)."""
+    """A constant position table cannot be told apart by training (transformers' ViTMAE from a
+    config has one).
+    """
     model = MimRefinerModel(
         MimRefinerConfig(
             **{**TINY, "hidden_size": width}, position_encoding=positions, num_register_tokens=2
@@ -213,7 +213,10 @@ def test_no_fresh_table_is_constant(positions: str, width: int) -> None:
 
 
 def test_relative_position_index_tells_offsets_apart() -> None:
-    """Two patch pairs share a bias exactly when they have the same offset; CLS has three entries of its own."""
+    """Two patch pairs share a bias exactly when they have the same offset.
+
+    CLS has three entries of its own.
+    """
     index = relative_position_index((2, 3), torch.device("cpu"))
     place = [(row, column) for row in range(2) for column in range(3)]
     offsets: dict[tuple[int, int], set[int]] = {}
@@ -231,7 +234,7 @@ def test_relative_position_index_tells_offsets_apart() -> None:
     )
 
 
-# --- attention kernels, recording, compiling ----------------------------------------------------------------------------------
+# --- attention kernels, recording, compiling ------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative", "shared_relative"])
@@ -288,9 +291,8 @@ def test_recording_chosen_hidden_states() -> None:
     assert all(
         torch.equal(state, everything[index]) for state, index in zip(recorded, (1, 3), strict=True)
     )
-    torch.testing.assert_close(
-        model.norm(everything[-1]), model(pixels).last_hidden_state
-    )  # entries are before the final norm
+    # entries are before the final norm
+    torch.testing.assert_close(model.norm(everything[-1]), model(pixels).last_hidden_state)
 
 
 def test_bf16_weights_take_fp32_pixels() -> None:
@@ -306,7 +308,10 @@ def test_bf16_weights_take_fp32_pixels() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    """`fullgraph=True` on the longest path, both kinds of positions at another size; without the slow code generator."""
+    """`fullgraph=True` on the longest path, both kinds of positions at another size.
+
+    Without the slow code generator.
+    """
     model = tiny(num_hidden_layers=2, position_encoding="absolute+relative")
     pixels = torch.randn(2, 3, 16, 32)
     with torch.no_grad():
@@ -320,7 +325,10 @@ def test_compiles_without_graph_breaks() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_sdpa() -> None:
-    """Through flex attention's own reference path: generating its kernel takes 12 s here and tests torch, not us."""
+    """Through flex attention's own reference path.
+
+    Generating its kernel takes 12 s here and tests torch, not us.
+    """
     model = tiny(num_register_tokens=2)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -340,7 +348,7 @@ def test_exports_with_a_dynamic_batch() -> None:
         )
 
 
-# --- pooling, sizes, configuration --------------------------------------------------------------------------------------------
+# --- pooling, sizes, configuration ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", ["output", "last_block"])
@@ -368,7 +376,8 @@ def test_wrong_pixels_raise() -> None:
     model = tiny()
     with pytest.raises(
         ValueError,
-        match=r"16x16 but the model's native size is 32x32; resize .* interpolate_pos_encoding=True",
+        match=r"16x16 but the model's native size is 32x32; resize .* "
+        r"interpolate_pos_encoding=True",
     ):
         model(torch.randn(1, 3, 16, 16))
     with pytest.raises(

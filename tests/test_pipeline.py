@@ -1,4 +1,7 @@
-"""pipeline("image-clustering"): every kind of input, the features, the number of groups, what can go wrong, saving."""
+"""pipeline("image-clustering").
+
+Every kind of input, the features, the number of groups, what can go wrong, saving.
+"""
 
 import os
 import subprocess
@@ -269,13 +272,10 @@ def test_wrong_input_is_refused(
     settings: dict[str, int],
     says: str,
 ) -> None:
-    given = (
-        paths_of(photos)[:3]
-        if given == "three"
-        else given.format(tmp=tmp_path)
-        if isinstance(given, str)
-        else given
-    )
+    if given == "three":
+        given = paths_of(photos)[:3]
+    elif isinstance(given, str):
+        given = given.format(tmp=tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         pipe(given, **settings)
 
@@ -329,7 +329,8 @@ for folder in folders:
     assert type(pipe).__module__.startswith("transformers_modules.")
     found.append([entry["cluster"] for entry in pipe(photos, num_clusters=3)])
 pipe.save_pretrained(folders[-1] + "-again")
-pipe = pipeline("image-clustering", model=folders[-1] + "-again", trust_remote_code=True, device="cpu")
+again = folders[-1] + "-again"
+pipe = pipeline("image-clustering", model=again, trust_remote_code=True, device="cpu")
 found.append([entry["cluster"] for entry in pipe(photos, num_clusters=3)])
 print(json.dumps(found))
 """
@@ -342,7 +343,9 @@ def test_saved_models_offer_the_pipeline(
     photos: Path,
     tmp_path: Path,
 ) -> None:
-    """By name and without a flag for users of the package, with `trust_remote_code` and without the package for all others."""
+    """By name and without a flag for users of the package, with `trust_remote_code` and without the
+    package for all others.
+    """
     expected = groups_of(pipe(photos, num_clusters=3))
     save_model_folder(tmp_path / "model", encoder, processor)
     pipe.save(tmp_path / "pipe")

@@ -1,4 +1,7 @@
-"""What heads and evaluation read where there is no CLS: mean patch, register, CAPI's read-out; and refinement from it."""
+"""What heads and evaluation read where there is no CLS: mean patch, register, CAPI's read-out.
+
+And refinement from it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import facts
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_capi import TINY, TOLERANCE, tiny
@@ -37,11 +41,14 @@ def capi(goldens: Path) -> Path:
     return goldens / "capi"
 
 
-# --- pooling ------------------------------------------------------------------------------------------------------------------
+# --- pooling --------------------------------------------------------------------------------------
 
 
 def read_out(model: MimRefinerModel, output: Tensor, grid: tuple[int, int]) -> Tensor:
-    """CAPI's `global_repr` of an encoder output, step by step: mask tokens, cross-attention, MLP, RMS, mean."""
+    """CAPI's `global_repr` of an encoder output, step by step.
+
+    Mask tokens, cross-attention, MLP, RMS, mean.
+    """
 
     def rms(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + model.config.layer_norm_eps).sqrt() * weight
@@ -62,7 +69,10 @@ def read_out(model: MimRefinerModel, output: Tensor, grid: tuple[int, int]) -> T
 
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_heads_and_features_read_what_the_pooling_says(pooling: str) -> None:
-    """Heads: raw blocks and the encoder's output. Evaluation: raw blocks, but `global_repr` needs the output."""
+    """Heads read raw blocks and the encoder's output.
+
+    Evaluation reads raw blocks, but `global_repr` needs the output.
+    """
     model = tiny(pooling=pooling)
     pixels = torch.randn(2, 3, 16, 32)
     pool: Callable[[Tensor], Tensor] = (
@@ -123,7 +133,7 @@ def test_register_comes_after_cls() -> None:
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 1])
 
 
-# --- refinement ---------------------------------------------------------------------------------------------------------------
+# --- refinement -----------------------------------------------------------------------------------
 
 
 def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
@@ -149,21 +159,27 @@ def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> None:
-    """Both stages from the authors' file; the predictor goes on where it is read and trained, and only there."""
+    """Both stages from the authors' file.
+
+    The predictor goes on only where it is read and trained.
+    """
+    depth = facts("capi")["depth"]
+    size = facts("capi")["image_size"]
+    patch = facts("capi")["patch_size"]
     recipe = RefineRecipe(
         model=str(capi / "checkpoint_perturbed_rope.pth"),
         dataset="digits",
         eval_fraction=0.0,
         pooling=pooling,
-        head_blocks=[2, 3],
+        head_blocks=[depth - 2, depth - 1],
         projector_dim=16,
         predictor_dim=16,
         embedding_dim=8,
         queue_size=32,
         topk=2,
         local_views=1,
-        global_size=32,
-        local_size=16,
+        global_size=size,
+        local_size=size // patch // 2 * patch,
         batch_size=8,
         micro_batch_size=4,
         max_steps=2,
@@ -189,9 +205,8 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
         name for name in start if pooling == "global_repr" or not name.startswith("predictor.")
     }
     same = {name for name, tensor in after.items() if torch.equal(tensor, start[name])}
-    assert same == {
-        name for name in after if "rope" in name
-    }  # every trained tensor has moved, every frequency has not
+    # every trained tensor has moved, every frequency has not
+    assert same == {name for name in after if "rope" in name}
     pixels = load_file(capi / "inputs.safetensors")["pixel_values"]
     with torch.no_grad():
         loaded = AutoModel.from_pretrained(tmp_path / "out/model")(pixels).pooler_output

@@ -1,4 +1,6 @@
-"""MAE pre-training: the loss of transformers' ViTMAE from the same weights, and a training that learns and repeats itself."""
+"""MAE pre-training: the loss of transformers' ViTMAE from the same weights, and a training that
+learns and repeats itself.
+"""
 
 import math
 from typing import Any
@@ -25,7 +27,10 @@ DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2
 
 
 def sincos_table(side: int, dim: int) -> Tensor:
-    """The positions of the original MAE, written out: zero for CLS; sine and cosine of the column, then of the row."""
+    """The positions of the original MAE, written out: zero for CLS.
+
+    Sine and cosine of the column, then of the row.
+    """
     table, quarter = torch.zeros(1, 1 + side**2, dim), dim // 4
     for place in range(side**2):
         row, column = divmod(place, side)
@@ -37,7 +42,10 @@ def sincos_table(side: int, dim: int) -> Tensor:
 
 
 def their_names(encoder: MimRefinerModel, decoder: MaeDecoder) -> dict[str, Tensor]:
-    """Our weights under ViTMAE's names; our tables have no place for CLS, theirs begin with a zero for it."""
+    """Our weights under ViTMAE's names.
+
+    Our tables have no place for CLS, theirs begin with a zero for it.
+    """
     renamed = (
         ("embeddings.patch_embeddings.", "embeddings.patch_embeddings.projection."),
         ("norm1.", "layernorm_before."),
@@ -75,7 +83,9 @@ def their_names(encoder: MimRefinerModel, decoder: MaeDecoder) -> dict[str, Tens
 def build(
     mask_ratio: float, seed: int = 0
 ) -> tuple[MimRefinerModel, MaeDecoder, ViTMAEForPreTraining]:
-    """Encoder, decoder, and transformers' model with their weights, all of them random, biases and norms included."""
+    """Encoder, decoder, and transformers' model with their weights, all of them random, biases and
+    norms included.
+    """
     torch.manual_seed(seed)
     recipe = PretrainRecipe(image_size=16, **SMALL, **DECODER, mask_ratio=mask_ratio)
     encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
@@ -141,12 +151,14 @@ def test_loss_looks_at_masked_patches_only() -> None:
         torch.linspace(0, 1, 16).unsqueeze(0),
     )  # patches 0-3 stay visible
     changed = pixels.clone()
-    changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)  # patch 15, masked: a target and nothing else
+    # patch 15, masked: a target and nothing else
+    changed[:, :, 12:, 12:] = torch.randn(1, 3, 4, 4)
     with torch.no_grad():
         first, second = (mae_loss(encoder, decoder, x, noise, 0.75) for x in (pixels, changed))
     targets = [patchify(x, 4)[0, 15] for x in (pixels, changed)]
     normalised = [(t - t.mean()) / (t.var() + 1e-6).sqrt() for t in targets]
-    # both losses share the predictions, p of patch 15 among them: 12 (l2 - l1) = mean((p - t2)^2) - mean((p - t1)^2)
+    # both losses share the predictions, p of patch 15 among them, so that 12 (l2 - l1) is the
+    # difference of the means of (p - t2)^2 and (p - t1)^2
     with torch.no_grad():
         prediction = _prediction_of_last_patch(encoder, decoder, pixels)
     change = (prediction - normalised[1]).square().mean() - (
@@ -215,9 +227,8 @@ def test_loss_falls_and_the_result_is_ready_to_use(
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     fresh, _ = mae._fresh(tiny_recipe())
     for (name, before), after in zip(fresh.named_parameters(), encoder.parameters(), strict=True):
-        assert torch.equal(before, after) == ("position" in name), (
-            name
-        )  # all but the fixed positions was trained
+        # all but the fixed positions was trained
+        assert torch.equal(before, after) == ("position" in name), name
 
 
 def test_no_position_table_is_constant() -> None:
@@ -225,12 +236,14 @@ def test_no_position_table_is_constant() -> None:
     encoder, decoder = mae._fresh(tiny_recipe())
     for table in (encoder.embeddings.position_embeddings, decoder.positions):
         distances = torch.cdist(table[0], table[0]) + 10 * torch.eye(16)
-        assert distances.min() > 0.5  # every place has a vector of its own
+        # every place has a vector of its own
+        assert distances.min() > 0.5
 
 
 def test_same_seed_same_weights(digits: ImageDataset) -> None:
     def weights(seed: int) -> Tensor:
-        torch.manual_seed(np.random.default_rng().integers(1000))  # the global generator has no say
+        # the global generator has no say
+        torch.manual_seed(np.random.default_rng().integers(1000))
         encoder = pretrain_mae(tiny_recipe(epochs=2, seed=seed), digits)
         return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
 

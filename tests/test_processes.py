@@ -1,4 +1,7 @@
-"""Several processes give what one gives: features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports."""
+"""Several processes give what one gives.
+
+Features in memory and on disk, from a table and a stream, k-NN, k-means, whole reports.
+"""
 
 import json
 import multiprocessing
@@ -32,7 +35,8 @@ from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_featur
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder
 
-GROUPS, ROWS = 6, 331  # the rows divide by neither number of processes
+# the rows divide by neither number of processes
+GROUPS, ROWS = 6, 331
 
 
 def separated_rows() -> tuple[Tensor, Tensor]:
@@ -44,7 +48,10 @@ def separated_rows() -> tuple[Tensor, Tensor]:
 
 
 def answers() -> dict[str, Tensor]:
-    """k-NN of noisy rows in a bank where every row stands twice, with two classes: nothing but the order settles these ties."""
+    """k-NN of noisy rows in a bank where every row stands twice, with two classes.
+
+    Nothing but the order settles these ties.
+    """
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)
@@ -133,9 +140,8 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
     assignments = torch.empty(len(rows), dtype=torch.int64)
     for rank, found in enumerate(told):
         assignments[rank::processes] = found["assignments"]
-        assert torch.equal(
-            found["centroids"], told[0]["centroids"]
-        )  # the processes agree to the last bit
+        # the processes agree to the last bit
+        assert torch.equal(found["centroids"], told[0]["centroids"])
     order = [int(assignments[groups == group][0]) for group in range(GROUPS)]
     assert (
         torch.equal(assignments, torch.tensor(order)[groups]) and len(set(order)) == GROUPS
@@ -148,7 +154,9 @@ def test_processes_are_one(photos: Path, tmp_path: Path, processes: int) -> None
 
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
-    monkeypatch.setattr("mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5))
+    monkeypatch.setattr(
+        "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5)
+    )
 
 
 def report_process(rank: int, port: int, words: list[str], said: Path) -> None:
@@ -192,17 +200,15 @@ def test_a_report_of_two_processes_is_that_of_one(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = int(probe.getsockname()[1])
-    multiprocessing.set_forkserver_preload(
-        ["mim_refiner_hf.cli"]
-    )  # a fork of this very process could not use its threads
+    # a fork of this very process could not use its threads
+    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])
     arguments = (port, [*words, "--output_dir", str(tmp_path / "two")], tmp_path / "said")
     torch.multiprocessing.start_processes(
         report_process, arguments, nprocs=2, start_method="forkserver"
     )
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
-    assert (
-        "The report:" in first and "The card:" in first and second == ""
-    )  # one of them speaks and writes
+    # one of them speaks and writes
+    assert "The report:" in first and "The card:" in first and second == ""
     assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
     two, one = (
         json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one")

@@ -1,4 +1,6 @@
-"""Recipes: the numbers of the paper, YAML, Python, command line, and what the encoder decides."""
+"""Recipes: the paper's numbers, one recipe from YAML, Python and the command line, and what is
+derived from the encoder.
+"""
 
 import dataclasses
 import io
@@ -44,7 +46,8 @@ SHAPES = {
     "tiny": {"num_hidden_layers": 12, "patch_size": 4, "image_size": 32},
 }
 
-# What the released models were refined with (paper, Table 10): encoder, epochs, batch, temperature,
+# What the released models were refined with (paper, Table 10; METHOD "Two stages"): encoder,
+# epochs, batch, temperature,
 # first block with a head (all later ones have one), side of a local view, frozen blocks.
 RELEASED = {
     "mae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
@@ -205,7 +208,8 @@ def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
     assert (recipe.local_size, recipe.freeze_blocks) == (local_size, frozen)
     written = recipe.as_written()
     assert {field: written[field] for field in IN_ALL_OF_THEM} == IN_ALL_OF_THEM
-    updates = IMAGENET // batch  # the last partial batch of an epoch is dropped
+    # the last partial batch of an epoch is dropped
+    updates = IMAGENET // batch
     assert recipe.steps == (20 * updates, epochs * updates)
 
 
@@ -281,7 +285,10 @@ def test_yaml_python_and_command_line_give_the_same_recipe(tmp_path: Path) -> No
 
 
 def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
-    """One word in place of numbers, in YAML, Python and flags; the run finds out what it means."""
+    """One word in place of numbers, in YAML, Python and flags alike.
+
+    What it stands for is found out in the run.
+    """
     path = tmp_path / "mine.yaml"
     path.write_text("model: a\nhead_blocks: auto\n")
     asked = RefineRecipe(model="a", head_blocks="auto")
@@ -303,7 +310,10 @@ def test_head_blocks_may_be_auto(tmp_path: Path) -> None:
     assert resolved.to_measure == {"head_blocks"}
     assert resolved.as_written()["head_blocks"] == "auto"
     text = plan_text(resolved, MimRefinerConfig(**L16), num_eval=0, device="cuda", available=2**34)
-    assert "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20" in text
+    assert (
+        "on what measuring all blocks proposes (auto; by default 16, 17, 18, 19, 20, 21, 22, "
+        "output)" in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Whole small runs over bad data and on a failing disk: what is trained, what is listed, what is said, and that they can go on."""
+"""Whole small runs over bad data and on a failing disk.
+
+What is trained, what is listed, what is said, and that they can go on.
+"""
 
 import errno
 import json
@@ -90,7 +93,10 @@ def listed(output: Path) -> list[int]:
 
 
 def test_bad_images_in_training_and_evaluation(fields: dict[str, Any], tmp_path: Path) -> None:
-    """All six are listed once, whichever part of the data they fell into; no score has been taken of them."""
+    """All six are listed once, whichever part of the data they fell into.
+
+    No score has been taken of them.
+    """
     result = run(RefineRecipe(**fields))
     assert result is not None
     assert set(listed(tmp_path / "out")) == BAD and result.metrics["broken_images"] == 6
@@ -154,7 +160,9 @@ def test_a_changed_data_set_is_not_resumed(fields: dict[str, Any], tmp_path: Pat
 def test_a_full_disk_in_the_middle_of_a_run(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops with the sentence, the checkpoint before is intact, and the same command ends as if nothing had been."""
+    """It stops with the sentence, the checkpoint before is intact, and the same command ends as if
+    nothing had been.
+    """
     recipe = RefineRecipe(**{**fields, "eval_fraction": 0.0})
     whole = run(
         RefineRecipe(**{**fields, "eval_fraction": 0.0, "output_dir": str(tmp_path / "whole")})

@@ -1,4 +1,6 @@
-"""Corruptions against NumPy, SciPy and Pillow written out, and the k-NN accuracy under each of them."""
+"""Corruptions against NumPy, SciPy and Pillow written out, and the k-NN accuracy under each of
+them.
+"""
 
 import io
 from pathlib import Path
@@ -78,8 +80,10 @@ def test_noise_has_imagenet_cs_strength(severity: int, std: float) -> None:
 
 def test_noise_depends_on_seed_and_image(photo: Image.Image) -> None:
     other = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    noise = [np.asarray(CORRUPTIONS["noise"](image, 1, seed), dtype=int) - np.asarray(image, dtype=int)
-             for image, seed in ((photo, 0), (photo, 1), (other, 0))]  # fmt: skip
+    noise = [
+        np.asarray(CORRUPTIONS["noise"](image, 1, seed), dtype=int) - np.asarray(image, dtype=int)
+        for image, seed in ((photo, 0), (photo, 1), (other, 0))
+    ]
     assert all(abs(np.corrcoef(noise[0].ravel(), each.ravel())[0, 1]) < 0.1 for each in noise[1:])
 
 
@@ -89,7 +93,8 @@ def test_blur_is_a_gaussian_of_imagenet_cs_width(
 ) -> None:
     values = np.asarray(CORRUPTIONS["blur"](photo, severity, 0), dtype=float)
     expected = gaussian_filter(np.asarray(photo, dtype=float), (sigma, sigma, 0), mode="nearest")
-    assert np.abs(values - expected).mean() < 1.0  # Pillow's is three box blurs, in 8 bits
+    # Pillow's is three box blurs, in 8 bits
+    assert np.abs(values - expected).mean() < 1.0
 
 
 def test_blur_shrinks_with_the_image(photo: Image.Image) -> None:
@@ -130,8 +135,12 @@ def test_a_corruption_that_does_nothing_changes_nothing(
     config = make_encoder(num_channels).config
     processor = image_processor(config, {})
     if backend == "pil":
-        processor = MimRefinerImageProcessorPil(**{key: getattr(processor, key) for key in
-                                                   ("size", "crop_size", "image_mean", "image_std", "do_convert_rgb")})  # fmt: skip
+        processor = MimRefinerImageProcessorPil(
+            **{
+                key: getattr(processor, key)
+                for key in ("size", "crop_size", "image_mean", "image_std", "do_convert_rgb")
+            }
+        )
     images = [
         photo.convert("L" if num_channels == 1 else "RGB").resize(size)
         for size in ((20, 31), (16, 16))

@@ -1,4 +1,7 @@
-"""What SECURITY.md promises of the code as a whole: nothing dangerous in it, no remote code, safe floors, encrypted addresses."""
+"""What SECURITY.md promises of the code as a whole.
+
+Nothing dangerous in it, no remote code, safe floors, encrypted addresses.
+"""
 
 import configparser
 import importlib.metadata
@@ -28,32 +31,67 @@ from mim_refiner_hf.publishing import save_model_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
-# --- the syntax trees -----------------------------------------------------------------------------------------------------------
+# --- the syntax trees -----------------------------------------------------------------------------
 
 FORBIDDEN = [
-    "import pickle", "import cPickle as p", "from pickle import loads", "import dill", "import joblib", "import marshal", "import shelve",
-    "eval('1')", "exec('x = 1')", "compile(text, 'f', 'exec')", "__import__(name)",
-    "import os\nos.system('ls')", "from os import popen as p\np('ls')", "import subprocess as s\ns.run('ls', shell=True)",
-    "import subprocess\nsubprocess.Popen(x, shell=flag)", "import subprocess\nsubprocess.getoutput('ls')",
-    "import tempfile\ntempfile.mktemp()", "import shutil\nshutil.unpack_archive('a.zip')", "import tarfile\ntarfile.open(x).extractall()",
-    "import yaml\nyaml.load(text)", "import yaml\nyaml.load(text, yaml.Loader)", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
-    "import yaml\nclass L(yaml.Loader): ...\nyaml.load(text, L)", "import yaml\nyaml.unsafe_load(text)",
-    "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)", "from torch import load\nload(f, weights_only=safe)",
-    "import torch\ntorch.jit.load(f)", "import torch\ntorch.hub.load('a/b', 'c')",
-    "import numpy as np\nnp.load(f, allow_pickle=True)", "import pandas as pd\npd.read_pickle(f)", "accelerator.load_state(folder)",
-    "AutoModel.from_pretrained(name, trust_remote_code=True)", "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
-    "def load(name, trust_remote_code=True): ...", "def load(name, *, trust_remote_code=True): ...",
-    "requests.get(url, verify=False)", "import ssl\nssl._create_unverified_context()", "model.load_state_dict(state, strict=False)",
-]  # fmt: skip
+    "import pickle",
+    "import cPickle as p",
+    "from pickle import loads",
+    "import dill",
+    "import joblib",
+    "import marshal",
+    "import shelve",
+    "eval('1')",
+    "exec('x = 1')",
+    "compile(text, 'f', 'exec')",
+    "__import__(name)",
+    "import os\nos.system('ls')",
+    "from os import popen as p\np('ls')",
+    "import subprocess as s\ns.run('ls', shell=True)",
+    "import subprocess\nsubprocess.Popen(x, shell=flag)",
+    "import subprocess\nsubprocess.getoutput('ls')",
+    "import tempfile\ntempfile.mktemp()",
+    "import shutil\nshutil.unpack_archive('a.zip')",
+    "import tarfile\ntarfile.open(x).extractall()",
+    "import yaml\nyaml.load(text)",
+    "import yaml\nyaml.load(text, yaml.Loader)",
+    "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
+    "import yaml\nclass L(yaml.Loader): ...\nyaml.load(text, L)",
+    "import yaml\nyaml.unsafe_load(text)",
+    "import torch\ntorch.load(f)",
+    "import torch\ntorch.load(f, weights_only=False)",
+    "from torch import load\nload(f, weights_only=safe)",
+    "import torch\ntorch.jit.load(f)",
+    "import torch\ntorch.hub.load('a/b', 'c')",
+    "import numpy as np\nnp.load(f, allow_pickle=True)",
+    "import pandas as pd\npd.read_pickle(f)",
+    "accelerator.load_state(folder)",
+    "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
+    "def load(name, trust_remote_code=True): ...",
+    "def load(name, *, trust_remote_code=True): ...",
+    "requests.get(url, verify=False)",
+    "import ssl\nssl._create_unverified_context()",
+    "model.load_state_dict(state, strict=False)",
+]
 ALLOWED = [
     "zip(a, b, strict=False)",
-    "from pickle import UnpicklingError", "import re\nre.compile('a')", "layer.compile()", "model.eval()",
+    "from pickle import UnpicklingError",
+    "import re\nre.compile('a')",
+    "layer.compile()",
+    "model.eval()",
     "import torch\ntorch.load(f, weights_only=True)",
-    "import subprocess\nsubprocess.run(['ls'])", "import yaml\nyaml.safe_load(text)",
+    "import subprocess\nsubprocess.run(['ls'])",
+    "import yaml\nyaml.safe_load(text)",
     "import yaml\nyaml.load(text, Loader=yaml.SafeLoader)",
-    "import yaml\nclass L(yaml.SafeLoader): ...\nyaml.load(text, L)", "import numpy as np\nnp.load(f)", "zip(a, b, strict=True)",
-    "AutoModel.from_pretrained(name)", "from .pickle import jar", "def load(name, trust_remote_code=False): ...",
-]  # fmt: skip
+    "import yaml\nclass L(yaml.SafeLoader): ...\nyaml.load(text, L)",
+    "import numpy as np\nnp.load(f)",
+    "zip(a, b, strict=True)",
+    "zip(a, b,\n    strict=False)",
+    "AutoModel.from_pretrained(name)",
+    "from .pickle import jar",
+    "def load(name, trust_remote_code=False): ...",
+]
 
 
 @pytest.mark.parametrize("source", FORBIDDEN)
@@ -76,19 +114,20 @@ def test_nothing_forbidden_is_in_the_code() -> None:
     assert len(files) > 80
     found = []
     for file in files:
-        found += [
-            f"{file.relative_to(REPOSITORY)}:{line}: {what}"
-            for line, what in findings(file.read_text(encoding="utf-8"))
-        ]
+        place = file.relative_to(REPOSITORY)
+        source = file.read_text(encoding="utf-8")
+        found += [f"{place}:{line}: {what}" for line, what in findings(source)]
     assert found == []
 
 
-# --- code that comes with a model or a data set -----------------------------------------------------------------------------------
+# --- code that comes with a model or a data set ---------------------------------------------------
 
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> Any:
-    """Makes a model folder whose every file asks to run `evil.py`, which would leave the file `mark`."""
+    """Makes a model folder whose every file asks to run `evil.py`, which would leave the file
+    `mark`.
+    """
 
     def make(model_type: str) -> Path:
         folder = tmp_path / f"stranger-{model_type}"
@@ -107,7 +146,8 @@ def stranger(tmp_path: Path) -> Any:
             MimRefinerModel(MimRefinerConfig(**shape, image_size=16, patch_size=8)),
             processor,
         )
-        (folder / "weights_digests.json").unlink()  # a stranger's folder has none, or its own
+        # a stranger's folder has none, or its own
+        (folder / "weights_digests.json").unlink()
         code = f"open({str(tmp_path / 'mark')!r}, 'w')\n"
         for name in ("evil.py", *(file.name for file in folder.glob("*.py"))):
             (folder / name).write_text(code)
@@ -183,7 +223,10 @@ def test_no_command_runs_a_models_own_code(
 def test_transformers_asks_before_it_runs_a_models_own_code(
     stranger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the package imported, our kind of model needs no code from the folder; another kind is not loaded without a word."""
+    """With the package imported, our kind of model needs no code from the folder.
+
+    Another kind is not loaded without a word.
+    """
     monkeypatch.setattr(sys, "stdin", None)
     assert type(AutoModel.from_pretrained(stranger("mim_refiner"))) is MimRefinerModel
     evil = str(stranger("evil"))
@@ -209,7 +252,7 @@ def test_a_data_sets_script_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
-# --- downloads --------------------------------------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_every_address_of_the_zoo_is_encrypted() -> None:
@@ -244,27 +287,33 @@ def test_a_redirection_to_an_open_connection_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- dependencies -----------------------------------------------------------------------------------------------------------------
+# --- dependencies ---------------------------------------------------------------------------------
 
-FLOORS = {  # package: the first version without the vulnerability, and its name
-    "filelock": ("4.2.1", "CVE-2026-112914"),  # a soft lock follows a link put in its place
+# package: the first version without the vulnerability, and its name
+FLOORS = {
+    # a soft lock follows a link put in its place
+    "filelock": ("4.2.1", "CVE-2026-112914"),
     "gradio": ("6.16.0", "CVE-2026-49119"),  # path traversal
     "jinja2": ("3.1.6", "CVE-2025-27516"),  # sandbox
     "onnx": ("1.21.0", "CVE-2026-27489"),  # path traversal by links
     "pillow": ("12.3.0", "CVE-2026-59199"),  # writes out of bounds
     "psutil": ("5.6.6", "CVE-2019-18874"),  # double free
+    # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
     "pyarrow": (
         "23.0.1",
         "CVE-2026-25087",
-    ),  # use after free; 14.0.1 for CVE-2023-47248, code run while reading parquet
+    ),
     "pyyaml": ("5.4", "CVE-2020-14343"),  # code run by full_load
-    "scikit-learn": ("1.5.0", "CVE-2024-5206"),  # training data kept in a vectoriser
+    # training data kept in a vectoriser
+    "scikit-learn": ("1.5.0", "CVE-2024-5206"),
     "setuptools": ("78.1.1", "CVE-2025-47273"),  # path traversal
+    # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
     "torch": (
         "2.10.0",
         "CVE-2026-24747",
-    ),  # memory corruption in spite of weights_only; 2.6 for CVE-2025-32434
-    "tqdm": ("4.66.3", "CVE-2024-34062"),  # code run by command-line arguments
+    ),
+    # code run by command-line arguments
+    "tqdm": ("4.66.3", "CVE-2024-34062"),
     # code run by a config in spite of trust_remote_code=False; 5.3 for CVE-2026-4372
     "transformers": ("5.5.0", "CVE-2026-5241"),
 }
@@ -317,7 +366,10 @@ def test_the_floors_are_read() -> None:
 
 
 def test_a_weight_file_is_read_within_its_folder(tmp_path: Path) -> None:
-    """An index that names shards elsewhere (path traversal by `weight_map`) is not followed: shards are found by their names here."""
+    """An index that names shards elsewhere (path traversal by `weight_map`) is not followed.
+
+    Shards are found by their names here.
+    """
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
@@ -328,11 +380,11 @@ def test_a_weight_file_is_read_within_its_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# --- the document -----------------------------------------------------------------------------------------------------------------
+# --- the document ---------------------------------------------------------------------------------
 
 
 def test_every_claim_names_code_and_tests_that_exist() -> None:
-    """Each row of the threat model ends with the files that hold it and the tests that would fail."""
+    """Each row of the threat model ends with the files that hold it and the tests that fail."""
     rows = [
         line.split("|")[1:-1]
         for line in (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8").splitlines()

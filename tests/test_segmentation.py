@@ -1,4 +1,6 @@
-"""The segmentation probe against one linear layer under torch's SGD, mIoU against sets of pixels, and CamVid."""
+"""The segmentation probe against one linear layer under torch's SGD, mIoU against sets of pixels,
+and CamVid.
+"""
 
 import json
 import math
@@ -57,7 +59,10 @@ def make_table(folder: Path, masks: list[np.ndarray], names: list[str] | None) -
 
 
 def slow_miou(pairs: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> float:
-    """Mean over classes of intersection over union, as sets of pixels; void (-1) in the truth is left out."""
+    """Mean over classes of intersection over union, as sets of pixels.
+
+    Void (-1) in the truth is left out.
+    """
     values = []
     for label in range(num_classes):
         truth, answer = set(), set()
@@ -113,7 +118,8 @@ def test_image_and_mask_are_cropped_alike(tmp_path: Path) -> None:
     for pixels, targets in kinds:
         assert (pixels.shape, pixels.dtype, targets.shape) == ((3, 32, 32), torch.uint8, (32, 32))
         shown = (pixels[0].float() / 40).round().long()
-        assert (shown == targets).float().mean() > 0.85  # but for the borders between squares
+        # but for the borders between squares
+        assert (shown == targets).float().mean() > 0.85
     assert len({targets.numpy().tobytes() for _, targets in kinds}) == 9
     again, _ = Crops(images, make_encoder().config, seed=0)[3, 0]
     assert torch.equal(again, kinds[3][0])

@@ -1,4 +1,8 @@
-"""Refinement under FSDP2: two processes that share the weights do what one does, and any number goes on from their checkpoints."""
+"""Refinement under FSDP2.
+
+Two processes that share the weights do what one does, and any number goes on from their
+checkpoints.
+"""
 
 import errno
 import json
@@ -57,7 +61,8 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 48,
 }
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-LAST = 8  # steps of a run; there is a checkpoint after every second one
+# steps of a run; there is a checkpoint after every second one
+LAST = 8
 
 
 # --- two processes
@@ -66,7 +71,9 @@ LAST = 8  # steps of a run; there is a checkpoint after every second one
 def refiner_after_a_step(
     rank: int, *, sharded: bool, micro: int | None, bf16: bool, recompute: bool
 ) -> tuple[Refiner, Any]:
-    """A small refiner with the gradients of a batch of 8, half of it from each process, and what the step told."""
+    """A small refiner with the gradients of a batch of 8, half of it from each process, and what
+    the step told.
+    """
     torch.manual_seed(0)
     encoder, heads = MimRefinerModel(MimRefinerConfig(**SHAPE)), IdHeads(2, 32, 16, 20, 8)
     freeze(encoder, blocks=0)
@@ -108,7 +115,10 @@ def whole_gradients(refiner: Refiner) -> dict[str, Tensor]:
 
 
 def check_gradients(rank: int) -> None:
-    """Sharded or not, the gradients are the same: at once, in micro-batches, recomputed, in bf16."""
+    """Sharded or not, the gradients are the same.
+
+    At once, in micro-batches, recomputed, in bf16.
+    """
     for micro, bf16, recompute in ((None, False, False), (3, False, True), (3, True, False)):
         case: dict[str, Any] = {"micro": micro, "bf16": bf16, "recompute": recompute}
         plain, sharded = (
@@ -139,7 +149,9 @@ def check_that_one_bad_shard_stops_all(rank: int) -> None:
 
 
 def check_that_one_full_disk_stops_all(rank: int, folder: Path) -> None:
-    """The second of two checkpoints, whose part one process cannot write, is absent in both, and the first one stays."""
+    """The second of two checkpoints, whose part one process cannot write, is absent in both, and
+    the first one stays.
+    """
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -170,7 +182,10 @@ def job(rank: int, port: int) -> Iterator[None]:
 def process(
     rank: int, ports: list[int], fresh: RefineRecipe, grown: RefineRecipe, lost: RefineRecipe
 ) -> None:
-    """One of two processes: a run from the start, one from a checkpoint of one process, one after the loss of a file."""
+    """One of two processes.
+
+    A run from the start, one from a checkpoint of one process, one after the loss of a file.
+    """
     torch.set_num_threads(1)
     os.environ |= {
         **FSDP2,
@@ -196,7 +211,7 @@ def process(
 
 
 def copy_run(source: RefineRecipe, target: RefineRecipe, *, without: int | None = None) -> None:
-    """The output folder of a run under another name, perhaps without the checkpoint after a step."""
+    """The output folder of a run under another name, perhaps without the checkpoint of a step."""
     shutil.copytree(source.output_dir, target.output_dir)
     if without is not None:
         shutil.rmtree(Path(target.output_dir) / f"checkpoints/step-{without:08}")
@@ -226,9 +241,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RefineRecipe]:
     recipes["grown"] = changed("grown", **settings, micro_batch_size=3)
     run(recipes["plain"])
     copy_run(recipes["plain"], recipes["grown"], without=LAST)
-    multiprocessing.set_forkserver_preload(
-        ["mim_refiner_hf.cli"]
-    )  # what takes longest is done once
+    # what takes longest is done once
+    multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])
     arguments = (
         [free_port() for _ in range(3)],
         recipes["fresh"],
@@ -257,7 +271,8 @@ def distance(
 ) -> float:
     """How far apart tensors of two states are, all of `names` as one vector.
 
-    One by one they would not do: softmax does not see the bias of the keys, so that its gradient is rounding, and AdamW's step its sign.
+    One by one they would not do: softmax does not see the bias of the keys, so that its gradient is
+    rounding, and AdamW's step its sign.
     """
     return float(
         torch.cat(
@@ -275,9 +290,8 @@ def test_all_that_a_checkpoint_holds_is_the_same(runs: dict[str, RefineRecipe]) 
     )
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
-        assert tensor.is_floating_point() or torch.equal(found[name], tensor), (
-            name
-        )  # the queue's indices, labels, ages
+        # the queue's indices, labels, ages
+        assert tensor.is_floating_point() or torch.equal(found[name], tensor), name
     zeros = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     for part in (
         "refiner.encoder.",
@@ -305,9 +319,8 @@ def test_the_model_is_an_ordinary_one(runs: dict[str, RefineRecipe]) -> None:
     }
     start, found = load_file(f"{runs['plain'].model}/model.safetensors"), load_file(model)
     assert found.keys() == expected.keys() == start.keys()
-    assert distance(found, expected, expected) < 0.03 * distance(
-        start, expected, expected
-    )  # of how far the refinement went
+    # of how far the refinement went
+    assert distance(found, expected, expected) < 0.03 * distance(start, expected, expected)
 
 
 # --- files, at any number of processes
@@ -324,7 +337,9 @@ def as_process(rank: int, count: int) -> Iterator[None]:
 
 
 def small_modules() -> nn.Sequential:
-    """Tensors that 2, 3 and 4 divide evenly, unevenly, along the second dimension, and so that some processes have nothing."""
+    """Tensors that 2, 3 and 4 divide evenly, unevenly, along the second dimension, and so that some
+    processes have nothing.
+    """
     torch.manual_seed(1)
     modules = nn.Sequential(
         nn.Linear(12, 24), nn.Linear(5, 7), nn.Linear(1, 1), IdHeads(2, 8, 12, 9, 5)

@@ -1,10 +1,12 @@
-"""The Space in examples/space: its functions, its HTTP API on a server of its own, and its page in a real headless Chromium.
+"""The Space in examples/space.
+
+Its functions, its HTTP API on a server of its own, and its page in a real headless Chromium.
 
     pip install -e ".[space]"
     SCREENSHOTS=/tmp/shots python -m pytest -n 0 tests/test_space.py       # keeps the pictures
 
-The two models are tiny and random: what is tested is that the page shows what the package computes, and what it does with
-wrong input. The browser is `chromium.py`'s, which says what to install.
+The two models are tiny and random: what is tested is that the page shows what the package computes,
+and what it does with wrong input. The browser is `chromium.py`'s, which says what to install.
 """
 
 import configparser
@@ -73,7 +75,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """24 images of three colours, eight each, in several formats, one with a name that hurts; and a text file called .png."""
+    """24 images of three colours, eight each, in several formats, one with a name that hurts.
+
+    And a text file called .png.
+    """
     folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     names = [
         HOSTILE,
@@ -185,7 +190,10 @@ def table(shown: dict[str, Any]) -> list[dict[str, str]]:
 
 
 class Page(HTMLParser):
-    """What a browser makes of the HTML: the tags, and per column and group the titles of the tiles."""
+    """What a browser makes of the HTML.
+
+    The tags, and per column and group the titles of the tiles.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -265,11 +273,12 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
     ]  # gradio_client drops < and >
     groups = [int(row["cluster_after"]) for row in rows]
     assert all(len(set(groups[colour::3])) == 1 for colour in range(3)) and len(set(groups)) == 3
+    # nothing that would take labels
     assert set(numbers["after"]) == {
         "rankme",
         "neighbour_agreement",
         "sizes",
-    }  # nothing that would take labels
+    }
     assert 0 <= numbers["after"]["neighbour_agreement"] <= 1
     page = Page(shown["sides"])
     assert page.tags["img"] == 2 * (24 + 1) and page.tags["script"] == 0
@@ -295,7 +304,8 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
         (
             [-1, -1],
             None,
-            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: it is no image of a known format",
+            "None of the 2 images can be read; the first, 0: Cannot decode letter.png: it is no "
+            "image of a known format",
         ),
     ],
 )
@@ -439,13 +449,15 @@ def test_the_page_in_a_browser(
     browser.wait("document.querySelectorAll('.group').length === 20")
     assert browser.run("document.querySelectorAll('.side').length") == 2
     assert browser.run(
-        "[...document.querySelectorAll('#sides img')].every(one => one.complete && one.naturalWidth > 0)"
+        "[...document.querySelectorAll('#sides img')].every(one => one.complete && "
+        "one.naturalWidth > 0)"
     )
     browser.wait("document.querySelectorAll('#scores td').length > 4")
     browser.photograph("space-sample", tmp_path)
 
     browser.run(
-        "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your images').click()"
+        "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your "
+        "images').click()"
     )
     browser.wait("document.querySelector('input[type=file]') !== null")
     browser.type("input[type=file]", "\n".join(map(str, photos)))

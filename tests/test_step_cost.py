@@ -1,4 +1,6 @@
-"""What a step costs: launched operations, no waiting, memory that does not grow with the batch, and the plan's estimate of it."""
+"""What a step costs: launched operations, no waiting, memory that does not grow with the batch, and
+the plan's estimate of it.
+"""
 
 import copy
 import dataclasses
@@ -49,9 +51,8 @@ CAPI_LIKE = {
 def small_refiner(heads: int = 4, views: int = 5, bf16: bool = False, **changes: Any) -> Refiner:
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**{**SHAPE, "intermediate_size": 96, **changes}))
-    with (
-        torch.no_grad()
-    ):  # as in the goldens: fresh weights would give all images nearly the same features
+    # as in the goldens: fresh weights would give all images nearly the same features
+    with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     freeze(encoder, 0)
@@ -85,14 +86,16 @@ def gradients(refiner: Refiner, batch: int = 6, **settings: Any) -> Tensor:
 @pytest.mark.parametrize(
     "changes", [{}, POST, CAPI_LIKE, {"pooling": "mean"}], ids=["mae", "d2v2", "registers", "mean"]
 )
-@pytest.mark.parametrize("micro", [1, 2, 4, 6])  # 4 does not divide the 6 images
+# 4 does not divide the 6 images
+@pytest.mark.parametrize("micro", [1, 2, 4, 6])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(
     micro: int, changes: dict[str, Any]
 ) -> None:
+    # fp32: its rounding, seen 2e-7 to 1e-6
     for dtype, tolerance in (
         (torch.float32, 2e-6),
         (torch.float64, 1e-12),
-    ):  # fp32: its rounding, seen 2e-7 to 1e-6
+    ):
         whole = gradients(small_refiner(**changes).to(dtype))
         split = gradients(small_refiner(**changes).to(dtype), micro_batch_size=micro)
         assert (whole - split).norm() <= tolerance * whole.norm()
@@ -107,14 +110,16 @@ def test_micro_batches_with_recomputed_blocks_and_in_bf16() -> None:
         gradients(small_refiner(bf16=True)),
         gradients(small_refiner(bf16=True), micro_batch_size=2),
     )
-    assert (
-        rounded - split
-    ).norm() <= 0.01 * rounded.norm()  # bf16 rounding: weights' gradients are summed in fp32
+    # bf16 rounding: weights' gradients are summed in fp32
+    assert (rounded - split).norm() <= 0.01 * rounded.norm()
     assert (rounded - whole).norm() > 1e-3 * whole.norm()  # it was bf16
 
 
 def test_activation_memory_does_not_grow_with_the_batch() -> None:
-    """Bytes that autograd keeps at once for the encoder, over the whole step: one micro-batch's, whether its graph waits or not."""
+    """Bytes that autograd keeps at once for the encoder, over the whole step.
+
+    One micro-batch's, whether its graph waits or not.
+    """
 
     class Saved:
         def __init__(self, tensor: Tensor) -> None:
@@ -142,7 +147,8 @@ def test_activation_memory_does_not_grow_with_the_batch() -> None:
         assert not any(holders.values())  # all of it has gone
         return most
 
-    weights = kept(2, 2) - (kept(4, 4) - kept(2, 2))  # what does not depend on the number of images
+    # what does not depend on the number of images
+    weights = kept(2, 2) - (kept(4, 4) - kept(2, 2))
     assert keeps_a_graph(8, 2) and not keeps_a_graph(12, 2)
     assert kept(12, 2) == kept(8, 2) == kept(2, 2) < kept(4, 4)
     assert kept(8, None) - weights > 3.5 * (kept(2, 2) - weights)
@@ -154,7 +160,10 @@ def test_activation_memory_does_not_grow_with_the_batch() -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads", [4, 8, 12])
 def test_a_step_launches_few_operations(heads: int, bf16: bool) -> None:
-    """Heads, queue, loss and what is told for the log, forward and backward, at 12 views; the number of heads is no factor."""
+    """Heads, queue, loss and what is told for the log, forward and backward, at 12 views.
+
+    The number of heads is no factor.
+    """
     refiner = small_refiner(heads=heads, views=12, bf16=bf16)
     features = torch.randn(heads, 12 * 6, 48, requires_grad=True)
     index, draw = torch.arange(6), neighbour_draw(0, 0, 5, heads, 2, 6)
@@ -212,7 +221,8 @@ def test_last_block_for_the_tokens_that_are_read(changes: dict[str, Any], recomp
     assert (found[1][1] - found[0][1]).norm() <= 1e-6 * found[0][1].norm()
     config = encoder.config
     if config.pooling == "mean" or config.relative_positions != "none":
-        assert found[1][2:] == found[0][2:]  # the patches are needed, nothing is left out
+        # the patches are needed, nothing is left out
+        assert found[1][2:] == found[0][2:]
     else:
         assert found[1][3] == config.num_prefix_tokens
         assert found[1][2] < 0.90 * found[0][2]
@@ -239,11 +249,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
     (TINY, {"micro_batch_size": 8, "gradient_checkpointing": True}, True),
     (TINY, {"freeze_blocks": 1, "num_heads": 2}, True),
     (TINY, {"micro_batch_size": 3}, False),  # no graph waits
+    # nor here, and the heads' moment is the larger
     (
         TINY,
         {"batch_size": 80, "micro_batch_size": 16, "queue_size": 65536},
         True,
-    ),  # nor here, and the heads' moment is the larger
+    ),
     (BASE, {"gradient_checkpointing": True}, False),
     (BASE, {"micro_batch_size": 8}, True),
 ]
@@ -266,7 +277,9 @@ def planned(
 
 
 def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
-    """Bytes of all tensors alive at the peak of a second step, weights, moments and views included; fake, so nothing is computed."""
+    """Bytes of all tensors alive at the peak of a second step, weights, moments and views included;
+    fake, so nothing is computed.
+    """
     batch, blocks, widths = (
         recipe.batch_size,
         recipe.head_blocks,

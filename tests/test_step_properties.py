@@ -1,4 +1,6 @@
-"""Loss, queue and heads against ten slow, plain lines each, on shapes, fill states and settings that hypothesis makes up."""
+"""Loss, queue and heads against ten slow, plain lines each, on shapes, fill states and settings
+that hypothesis makes up.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,10 @@ def slow_loss(
     swap: str,
     first: int,
 ) -> Tensor:
-    """The mean over ordered pairs of views of one head, (G, b, E), (G, b, E), (V, B, E): eq. 1 pair by pair."""
+    """The mean over ordered pairs of views of one head, (G, b, E), (G, b, E), (V, B, E).
+
+    Equation 1, pair by pair.
+    """
     targets, neighbours, predictions = (
         x / x.norm(dim=-1, keepdim=True) for x in (targets, neighbours, predictions)
     )
@@ -96,9 +101,8 @@ def test_loss_and_its_gradient(
     torch.testing.assert_close(loss, slow, atol=1e-6, rtol=1e-6)  # the pair weights are fp32
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
     assert ((alignment > 0) & (alignment <= 1 + 1e-6)).all()
-    assert (
-        alignment >= torch.exp(-slow) - 1e-6
-    ).all()  # Jensen: the mean probability is at least e^-loss
+    # Jensen: the mean probability is at least e^-loss
+    assert (alignment >= torch.exp(-slow) - 1e-6).all()
 
 
 class SlowQueue:
@@ -137,7 +141,10 @@ class SlowQueue:
 def test_queue_over_several_steps(
     heads: int, views: int, batch: int, spare: int, dim: int, data: st.DataObject, seed: int
 ) -> None:
-    """Empty, half full, wrapped around: who is nearest, what is drawn, who is left out, and all that is remembered."""
+    """Empty, half full, wrapped around.
+
+    Who is nearest, what is drawn, who is left out, and all that is remembered.
+    """
     size = batch + spare
     topk, exclude = data.draw(st.integers(1, size)), data.draw(st.booleans())
     queue = NearestNeighbourQueue(heads, size, dim, seed=seed % 1000).double()
@@ -159,7 +166,8 @@ def test_queue_over_several_steps(
                         int(draw[h, v, k])
                     ]
                     assert abs(float(found.similarity[h, v, k]) - cosine) < 1e-6
-                    if cosine > -1:  # rows that are out are all equal
+                    # rows that are out are all equal
+                    if cosine > -1:
                         assert int(found.positions[h, v, k]) == place
                         row = slow[h].rows[place][0]
                         torch.testing.assert_close(
@@ -224,7 +232,8 @@ def test_stacked_heads_are_modules_one_by_one(
 
 def test_spread_is_that_of_the_last_projections_around_the_end_of_the_queue() -> None:
     queue = NearestNeighbourQueue(num_heads=2, size=300, dim=16)
-    for start in range(0, 800, 200):  # the last 200 lie at both ends
+    # the last 200 lie at both ends
+    for start in range(0, 800, 200):
         last = normal(start, 2, 200, 16).float()
         last[1] = last[1, :1] + 1e-3 * last[1]  # collapsed
         queue.enqueue(last, torch.arange(200), torch.full((200,), -1))

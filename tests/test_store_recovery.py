@@ -1,4 +1,7 @@
-"""A feature store outlives what happens to it: kills, damage, several processes, images that cannot be read."""
+"""A feature store outlives what happens to it.
+
+Kills, damage, several processes, images that cannot be read.
+"""
 
 import json
 import os
@@ -58,9 +61,8 @@ def test_killed_and_resumed_is_the_same(photos: Path, tmp_path: Path, streaming:
     encoder.norm.register_forward_hook(
         lambda *_: os.kill(os.getpid(), signal.SIGKILL) if len(passes) == 6 else None
     )
-    assert (
-        in_a_fork(lambda: write(out, encoder)) == signal.SIGKILL
-    )  # in the second batch of the third shard
+    # in the second batch of the third shard
+    assert in_a_fork(lambda: write(out, encoder)) == signal.SIGKILL
     assert sorted(path.name for path in (out / "records").iterdir()) == ["00000.json", "00001.json"]
     with pytest.raises(ValueError, match="not complete, 2 of "):
         FeatureStore(out)
@@ -146,12 +148,13 @@ def test_broken_images_are_listed_and_stop_nothing(photos: Path, tmp_path: Path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     whole = embed(photos, tmp_path / "whole").features("block3.cls")
+    # the second batch of a shard, a whole shard, the last image
     broken = [
         3,
         4,
         *range(10, 15),
         22,
-    ]  # the second batch of a shard, a whole shard, the last image
+    ]
     files = sorted((tmp_path / "photos").rglob("*.png"))
     for i in broken:
         files[i].write_bytes(files[i].read_bytes()[:100] if i != 3 else b"no picture")

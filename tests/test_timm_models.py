@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from random_weights import randomise
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -48,11 +49,8 @@ def tiny(architecture: str, **settings: Any) -> Any:
     """A tiny timm model with random values in every parameter."""
     model = timm.create_model(
         architecture, pretrained=False, **{**TINY, "num_classes": 0, **settings}
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
-    return model
+    )
+    return randomise(model, vectors=0.5)
 
 
 def save(model: Any, path: Path, form: str) -> Path:
@@ -91,7 +89,10 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
 def test_names_of_create_model_are_hub_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`vit_base_patch16_224.mae` is `timm/vit_base_patch16_224.mae`; without a tag it is timm's default for the architecture."""
+    """`vit_base_patch16_224.mae` is `timm/vit_base_patch16_224.mae`.
+
+    Without a tag it is timm's default for the architecture.
+    """
     save(tiny(VIT), tmp_path, "folder")
     asked = []
 
@@ -115,7 +116,10 @@ def test_names_of_create_model_are_hub_names(
 
 
 def test_what_only_the_architecture_tells(tmp_path: Path) -> None:
-    """Activation, a grid that is not square, and a lost tensor that no other one points to: `config.json` says them."""
+    """Activation, a grid that is not square, and a lost tensor that no other one points to.
+
+    `config.json` says them.
+    """
     model = tiny(VIT, act_layer="gelu_tanh", img_size=(16, 64), reg_tokens=1, no_embed_class=True)
     encoder = load_encoder(save(model, tmp_path, "folder"))
     assert (encoder.config.hidden_act, encoder.config.image_size) == ("gelu_pytorch_tanh", [16, 64])
@@ -140,7 +144,8 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
         [0.5] * 3,
         3,
     )
-    assert dict(processor.size) == {"shortest_edge": 35}  # 32 / crop_pct, and crop_pct is 0.9
+    # 32 / crop_pct, and crop_pct is 0.9
+    assert dict(processor.size) == {"shortest_edge": 35}
     assert dict(processor.crop_size) == {"height": 32, "width": 32}
     config = json.loads((source / "config.json").read_text())
     config["pretrained_cfg"] |= {
@@ -184,7 +189,10 @@ def test_what_we_cannot_express_is_named(
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    """EVA's rotary positions are in no tensor: only the architecture tells that its file is no plain ViT."""
+    """EVA's rotary positions are in no tensor.
+
+    Only the architecture tells that its file is no plain ViT.
+    """
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     for architecture, message in (
         ("vit_small_patch16_rope_ape_224", "model_type='timm.Eva', not a plain ViT known here"),

@@ -1,4 +1,7 @@
-"""Whole runs in miniature: from foreign weights and real images to a saved model, and its settings."""
+"""Whole runs in miniature.
+
+From foreign weights and real images to a saved model, and its settings.
+"""
 
 import json
 from collections.abc import Callable
@@ -64,9 +67,8 @@ def test_refine_transformers_weights(
             model(pixels).pooler_output, result.encoder(pixels).pooler_output, atol=1e-6, rtol=0
         )
     saved = load_file(folder / "model/model.safetensors")
-    assert (
-        saved.keys() == start.state_dict().keys()
-    )  # an encoder and nothing else: no head, no queue, no decoder
+    # an encoder and nothing else: no head, no queue, no decoder
+    assert saved.keys() == start.state_dict().keys()
     changed = {
         name for name, tensor in saved.items() if not torch.equal(tensor, start.state_dict()[name])
     }
@@ -76,9 +78,8 @@ def test_refine_transformers_weights(
     assert not (folder / "checkpoints").exists()
 
     log = log_of(asked)
-    assert [line["step"] for line in log] == list(
-        range(1, 31)
-    )  # 160 images in batches of 32, 3 + 3 epochs
+    # 160 images in batches of 32, 3 + 3 epochs
+    assert [line["step"] for line in log] == list(range(1, 31))
     for stage in (log[:15], log[15:]):
         assert np.mean([line["loss"] for line in stage[-4:]]) < np.mean(
             [line["loss"] for line in stage[:4]]
@@ -125,7 +126,8 @@ def test_log_tells_every_head(recipe: Callable[..., RefineRecipe]) -> None:
             and line["images_per_second"] > 0
             and line["seconds_left"] >= 0
         )
-    assert not any("neighbour_accuracy" in key for key in log[0])  # the queue holds no labels yet
+    # the queue holds no labels yet
+    assert not any("neighbour_accuracy" in key for key in log[0])
     accuracies = [line["output/neighbour_accuracy"] for line in log[1:]]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies) and max(accuracies) > 0
 
@@ -151,9 +153,8 @@ def test_unlabelled_folder_needs_no_labels(
     for i in range(40):
         pixels = np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
         (tmp_path / f"photos/{i % 3}").mkdir(parents=True, exist_ok=True)
-        name = (
-            f"photos/{i % 3}/{i}.png" if i else "photos/loose.png"
-        )  # one outside the sub-folders: they are no labels then
+        # one outside the sub-folders: they are no labels then
+        name = f"photos/{i % 3}/{i}.png" if i else "photos/loose.png"
         Image.fromarray(pixels).save(tmp_path / name)
     asked = recipe(dataset=str(tmp_path / "photos"), eval_fraction=0.25, batch_size=16, max_steps=2)
     result = refine(asked)
@@ -177,10 +178,11 @@ def test_evaluation_can_be_left_out_or_repeated(recipe: Callable[..., RefineReci
     )
     run(often)
     measured = [line for line in log_of(often) if "knn_accuracy" in line]
+    # after each epoch of 5 steps but the last, which ends the run
     assert [line["step"] for line in measured] == [
         10,
         15,
-    ]  # after each epoch of 5 steps but the last, which ends the run
+    ]
 
 
 def test_the_average_ships_and_frozen_blocks_stay(
@@ -203,7 +205,10 @@ def test_the_average_ships_and_frozen_blocks_stay(
 def test_stream_is_evaluated_without_finding_itself(
     recipe: Callable[..., RefineRecipe], cifar: str
 ) -> None:
-    """Half of the evaluation images are the k-NN bank; were all of them, every image would be its own neighbour."""
+    """Half of the evaluation images are the k-NN bank.
+
+    Were all of them, every image would be its own neighbour.
+    """
     result = run(recipe(streaming=True, eval_dataset=cifar, max_steps=1))
     assert result is not None
     assert result.metrics["dataset"]["eval_images"] == 100
@@ -228,7 +233,10 @@ def test_loss_schedules_weigh_the_heads(schedule: Any, recipe: Callable[..., Ref
 
 
 def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
-    """Each is another objective; InfoNCE, which uses no neighbour, does not depend on how many there are to draw from."""
+    """Each is another objective.
+
+    InfoNCE, which uses no neighbour, does not depend on how many there are to draw from.
+    """
     seen = {}
     for swap in ("positive", "all", "none"):
         asked = recipe(swap, swap=swap)

@@ -1,14 +1,16 @@
-"""Views: operations against goldens of the authors' code, draws against torchvision, the same bits in any arrangement."""
+"""Views: operations against goldens of the authors' code, draws against torchvision, the same bits
+in any arrangement.
+"""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from golden_cases import facts, tensors
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
@@ -21,16 +23,14 @@ from mim_refiner_hf.data.order import BatchSampler
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+Golden = tuple[Image.Image, dict[str, Tensor], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def golden(goldens: Path) -> tuple[Image.Image, dict[str, Tensor], dict]:
-    folder = goldens / "byol-aug"
-    pixels = load_file(folder / "inputs.safetensors")["image_uint8_chw"]
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return (
-        image,
-        load_file(folder / "outputs.safetensors"),
-        json.loads((folder / "deterministic.json").read_text()),
-    )
+def golden(goldens: Path) -> Golden:
+    inputs, outputs = tensors("byol-aug")
+    image = Image.fromarray(inputs["image_uint8_chw"].permute(1, 2, 0).numpy())
+    return image, outputs, facts("byol-aug", "deterministic.json")
 
 
 def chw(image: Image.Image) -> Tensor:
@@ -42,16 +42,15 @@ def small_crop(colour: bool = False) -> V.MultiCrop:
     return V.MultiCrop(V.view_specs(2, 3, 16, 8, (0.25, 1.0), (0.05, 0.25), colour))
 
 
-def test_operations_equal_the_goldens(golden: tuple[Image.Image, dict[str, Tensor], dict]) -> None:
+def test_operations_equal_the_goldens(golden: Golden) -> None:
     image, expected, parameters = golden
     box = tuple(parameters["resized_crop_top_left_h_w"])
-    actual = {f"resized_crop_{size}": V.resized_crop(image, box, size) for size in (96, 112)}
-    actual |= {"grayscale": V.greyscale(image), "solarize128": V.solarise(image)}
-    actual |= {
-        name: V.gaussian_blur(image, float(name.removeprefix("blur_sigma")))
-        for name in expected
-        if "blur" in name
-    }
+    actual = {"grayscale": V.greyscale(image), "solarize128": V.solarise(image)}
+    for name in expected:
+        if name.startswith("resized_crop_"):
+            actual[name] = V.resized_crop(image, box, int(name.removeprefix("resized_crop_")))
+        if name.startswith("blur_sigma"):
+            actual[name] = V.gaussian_blur(image, float(name.removeprefix("blur_sigma")))
     jittered = image
     for name, factor in parameters["color_jitter_sequence"]:
         jittered = getattr(V, f"adjust_{name}")(jittered, factor)
@@ -63,9 +62,7 @@ def test_operations_equal_the_goldens(golden: tuple[Image.Image, dict[str, Tenso
 
 
 @pytest.mark.parametrize("turn", [-0.1, -0.03, 0.0, 0.001, 0.07, 0.1, 0.5])
-def test_hue_equals_torchvision(
-    golden: tuple[Image.Image, dict[str, Tensor], dict], turn: float
-) -> None:
+def test_hue_equals_torchvision(golden: Golden, turn: float) -> None:
     assert np.array_equal(
         np.array(V.adjust_hue(golden[0], turn)), np.array(tv.adjust_hue(golden[0], turn))
     )
@@ -105,31 +102,41 @@ def test_crops_are_distributed_as_torchvisions(
 
 
 def test_specs_are_those_of_the_authors(goldens: Path) -> None:
-    stated = json.loads((goldens / "byol-aug" / "byol_aug.json").read_text())["views"]
-    specs = V.view_specs(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25), colour=True)
-    assert [spec.local for spec in specs] == [False] * 2 + [True] * 10
-    for view, spec in zip(stated, [specs[0], specs[1], specs[-1]], strict=True):
-        steps = {
+    stated = facts("byol-aug", "byol_aug.json")["views"]
+    by_view = [
+        {
             step["kind"].removeprefix("kd_").removeprefix("random_"): step
             for step in view["transform"]
         }
-        assert (spec.size, list(spec.scale)) == (
-            steps["resized_crop"]["size"],
-            steps["resized_crop"]["scale"],
-        )
-        assert (
-            spec.blur_p == steps["gaussian_blur_pil"].get("p", 1.0)
-            and spec.solarize_p == steps.get("solarize", {"p": 0})["p"]
-        )
-        jitter = steps["color_jitter"]
-        stated_jitter = [
-            jitter[name] for name in ("p", "brightness", "contrast", "saturation", "hue")
-        ]
-        assert stated_jitter == [V.JITTER_P, *V.JITTER_STRENGTHS]
-        assert (
-            steps["grayscale"]["p"] == V.GREYSCALE_P
-            and tuple(steps["gaussian_blur_pil"]["sigma"]) == V.BLUR_SIGMAS
-        )
+        for view in stated
+        for _ in range(view["n_views"])
+    ]
+    crops = [steps["resized_crop"] for steps in by_view]
+    num_local = sum(view["n_views"] for view in stated if view["name"] == "local")
+    num_global = len(by_view) - num_local
+
+    specs = V.view_specs(
+        num_global,
+        num_local,
+        crops[0]["size"],
+        crops[-1]["size"],
+        tuple(crops[0]["scale"]),
+        tuple(crops[-1]["scale"]),
+        colour=True,
+    )
+    assert [spec.local for spec in specs] == [False] * num_global + [True] * num_local
+    for steps, spec in zip(by_view, specs, strict=True):
+        assert spec.size == steps["resized_crop"]["size"]
+        assert list(spec.scale) == steps["resized_crop"]["scale"]
+        blur = steps["gaussian_blur_pil"]
+        assert spec.blur_p == blur.get("p", 1.0)
+        assert tuple(blur["sigma"]) == V.BLUR_SIGMAS
+        assert spec.solarize_p == steps.get("solarize", {"p": 0})["p"]
+        assert steps["grayscale"]["p"] == V.GREYSCALE_P
+
+        names = ("p", "brightness", "contrast", "saturation", "hue")
+        jitter = [steps["color_jitter"][name] for name in names]
+        assert jitter == [V.JITTER_P, *V.JITTER_STRENGTHS]
 
 
 def test_views_are_drawn_in_the_stated_order_and_frequency(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Wrong use: exit code 2 and one line that names flag, value and what is allowed, before any work and before any file."""
+"""Wrong use: exit code 2 and one line that names flag, value and what is allowed, before any work
+and before any file.
+"""
 
 import json
 import shutil
@@ -422,7 +424,7 @@ OTHER_COMMANDS = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny model, one without CLS, and a folder {tmp} of things that are not what they should be."""
+    """A tiny model, one without CLS, and a folder {tmp} of things that are not what they seem."""
     root = tmp_path_factory.mktemp("wrong")
     shape = {
         "image_size": 16,

@@ -1,4 +1,6 @@
-"""The zoo: the table of official names, and downloads from a local server that cuts, changes, refuses and misstates its file."""
+"""The zoo: the table of official names, and downloads from a local server that cuts, changes,
+refuses and misstates its file.
+"""
 
 import hashlib
 import json
@@ -32,11 +34,16 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = CONTENT
-        self.cuts: list[int] = []  # bytes after which the connection of the next GETs breaks
-        self.heads: list[int] = []  # status codes of the next HEADs; 0 answers as usual
-        self.gets: list[int] = []  # status codes of the next GETs
-        self.then: bytes | None = None  # the content after the next GET
-        self.headers: dict[str, str] = {}  # overrides; an empty value leaves the header out
+        # bytes after which the connection of the next GETs breaks
+        self.cuts: list[int] = []
+        # status codes of the next HEADs; 0 answers as usual
+        self.heads: list[int] = []
+        # status codes of the next GETs
+        self.gets: list[int] = []
+        # the content after the next GET
+        self.then: bytes | None = None
+        # overrides; an empty value leaves the header out
+        self.headers: dict[str, str] = {}
         self.ranges = True  # whether it can continue
         self.if_range = True  # whether it looks at If-Range
         self.requests: list[str] = []  # the Range header of each GET
@@ -108,7 +115,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(retry, "PAUSE", 0.0)
-    # `http_get` loses the chunk in which a connection breaks, and waits a second before it continues
+    # `http_get` loses the chunk in which a connection breaks, and waits a second before the next
+    # attempt
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 200)
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     with Server() as running:
@@ -129,11 +137,13 @@ def state(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_names_and_addresses_are_those_of_the_method(shared: Path) -> None:
-    """Every name of the last table of METHOD.md with the address that its row spells out, and beyond them only `maect_*`."""
+    """Every name of the last table of METHOD.md with the address that its row spells out, and
+    beyond them only `maect_*`.
+    """
     stated: dict[str, str] = {}
     for line in (
         (shared / "METHOD.md").read_text().partition("## Where the weights live")[2].splitlines()
@@ -168,7 +178,7 @@ def test_entries_state_what_the_package_can_use() -> None:
         )
 
 
-# --- one file, once -----------------------------------------------------------------------------------------------------------
+# --- one file, once -------------------------------------------------------------------------------
 
 
 def test_a_file_is_downloaded_once_and_recorded(server: Server) -> None:
@@ -227,7 +237,10 @@ def test_a_crash_before_the_renaming_costs_no_download(server: Server, tmp_path:
 def test_a_file_changed_on_the_server_starts_over(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: bytes, if_range: bool
 ) -> None:
-    """Also by a server that continues blindly: its ETag, its size, or a range that is not there any more tell."""
+    """Also by a server that continues blindly.
+
+    Its ETag, its size, or a range that is not there any more tell.
+    """
     server.cuts, server.then, server.if_range = [1000], changed, if_range
     assert fetch(entry(server), tmp_path).read_bytes() == changed
     assert "changed on the server" in caplog.text and "first" not in caplog.text
@@ -241,7 +254,7 @@ def test_a_file_changed_on_the_server_starts_over(
 def test_a_server_that_cannot_continue_starts_over(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, headers: dict[str, str]
 ) -> None:
-    """It ignores ranges, or gives no strong mark of the version, so that nothing can be continued."""
+    """It ignores ranges, or gives no strong mark of the version: nothing can be continued."""
     server.cuts, server.headers, server.ranges = [1000], headers, bool(headers)
     assert fetch(entry(server), tmp_path).read_bytes() == CONTENT
     assert server.requests[0] == server.requests[-1] == "" and "starts over" in caplog.text
@@ -342,7 +355,8 @@ def test_a_full_disk_is_noticed_before_the_first_byte(
     )  # type: ignore[attr-defined]
     with pytest.raises(
         CheckpointError,
-        match=r"102400 bytes are still to come and only 3 are free; free space there or set HF_HOME",
+        match=r"102400 bytes are still to come and only 3 are free; free space there or set "
+        r"HF_HOME",
     ):
         fetch(entry(server), tmp_path)
     assert not list(tmp_path.glob("*.th*.part"))
@@ -392,13 +406,16 @@ def test_a_file_of_the_hub_is_checked_too(
     ] == "longlian/CrossMAE"
 
 
-# --- as a source --------------------------------------------------------------------------------------------------------------
+# --- as a source ----------------------------------------------------------------------------------
 
 
 def test_a_name_is_a_source_like_any_other(
     server: Server, goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name of the zoo gives the weights and the family of its file; a local file of that name comes first."""
+    """The name of the zoo gives the weights and the family of its file.
+
+    A local file of that name comes first.
+    """
     case = goldens / "mimrefiner-prenorm"
     server.content = (case / "checkpoint.th").read_bytes()
     monkeypatch.setitem(read.ZOO, "mae_refined_l16", entry(server))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""The zoo's cards: rendered from results.yaml byte for byte, true to the paper's tables, strict, and clear about who found what."""
+"""The zoo's cards: rendered from results.yaml byte for byte, true to the paper's tables, strict,
+and clear about who found what.
+"""
 
 import re
 import shutil
@@ -17,13 +19,19 @@ CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 MODELS = sorted(path.parent.name for path in CARDS.glob("*/results.yaml"))
 IN_THE_PAPER = [name for name in MODELS if not re.match("dbot|crossmae", name)]
 MEASURED = {
-    "protocol": "knn", "setting": "last block", "dataset": "imagenet-1k", "metric": "accuracy", "value": 81.4,
-    "command": "mim-refiner evaluate x | tee <log>", "date": "2025-01-31", "seed": 0,
-}  # fmt: skip
+    "protocol": "knn",
+    "setting": "last block",
+    "dataset": "imagenet-1k",
+    "metric": "accuracy",
+    "value": 81.4,
+    "command": "mim-refiner evaluate x | tee <log>",
+    "date": "2025-01-31",
+    "seed": 0,
+}
 
 
 def copy_of(tmp_path: Path, models: list[str]) -> Path:
-    """The results.yaml of some models in a folder of their own, without anything that was rendered."""
+    """The results.yaml of some models in a folder of their own, without anything rendered."""
     for name in models:
         (tmp_path / name).mkdir()
         shutil.copyfile(CARDS / name / "results.yaml", tmp_path / name / "results.yaml")
@@ -60,7 +68,9 @@ def test_every_card_is_what_its_numbers_render_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_metadata_read_back(name: str) -> None:
-    """huggingface_hub finds every number in the model-index, with its source, and the same ones of known data sets in .eval_results."""
+    """huggingface_hub finds every number in the model-index, with its source, and the same ones of
+    known data sets in .eval_results.
+    """
     results = read_results(CARDS / name / "results.yaml")
     data = ModelCard.load(CARDS / name / "README.md").data
     assert (data.library_name, data.pipeline_tag, data.license) == (
@@ -112,11 +122,13 @@ def test_a_card_names_what_exists(name: str) -> None:
         assert (CARDS / name / link).is_file(), link
 
 
-# --- true to the paper --------------------------------------------------------------------------------------------------------
+# --- true to the paper ----------------------------------------------------------------------------
 
 
 def printed(paper: str, table: int, name: str) -> list[float]:
-    """The numbers that a table prints for a model, in its rows as the text shows them (Table 13 without its column of differences)."""
+    """The numbers that a table prints for a model, in its rows as the text shows them (Table 13
+    without its column of differences).
+    """
     lines = paper.splitlines()
     end = next(
         number for number, line in enumerate(lines) if line.startswith(f"**Table {table}:**")
@@ -136,9 +148,8 @@ def printed(paper: str, table: int, name: str) -> list[float]:
     )
     found, group = [], ""
     for first, *rest in rows:
-        group = (
-            first if re.fullmatch(r"\w+/\d+", first) else group
-        )  # tables 2, 3 and 9 print the size once for several rows
+        # tables 2, 3 and 9 print the size once for several rows
+        group = first if re.fullmatch(r"\w+/\d+", first) else group
         cells = [cell for cell in rest if re.fullmatch(r"-?\d+\.\d", cell)]
         if table == 5 and first in methods:
             found += {"L/16": cells[:2], "H/14": cells[2:]}.get(arch, [])
@@ -172,11 +183,14 @@ def test_the_papers_two_numbers_for_one_score() -> None:
     assert "prints 64.7" in (CARDS / "d2v2-refined-h14" / "README.md").read_text()
 
 
-# --- reported and measured ----------------------------------------------------------------------------------------------------
+# --- reported and measured ------------------------------------------------------------------------
 
 
 def test_the_two_kinds_never_mix(tmp_path: Path) -> None:
-    """The same score by the paper and by us: two tables, two entries of the model-index, two sources; nothing runs together."""
+    """The same score by the paper and by us.
+
+    Two tables, two entries of the model-index, two sources; nothing runs together.
+    """
     folder = copy_of(tmp_path, ["mae-l16", "mae-refined-l16"])
     edit(folder / "mae-refined-l16" / "results.yaml", measured=[MEASURED])
     write_cards(folder)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from random_weights import randomise
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 
@@ -25,9 +25,8 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def tiny(**settings: Any) -> MimRefinerModel:
-    """Random values in every parameter, frequencies included; norms around 0.7, so that the tokens stay of order one."""
-    model = MimRefinerModel(MimRefinerConfig(**{**TINY, **settings}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
-    return model.eval()
+    """Random values in every parameter, frequencies included.
+
+    Norms around 0.7, so that the tokens stay of order one.
+    """
+    return randomise(MimRefinerModel(MimRefinerConfig(**{**TINY, **settings})))

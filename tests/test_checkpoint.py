@@ -1,4 +1,7 @@
-"""Checkpoints are complete or absent: what a broken disk, a kill and a flipped bit leave behind is never resumed from."""
+"""Checkpoints are complete or absent.
+
+What a broken disk, a kill and a flipped bit leave behind is never resumed from.
+"""
 
 import json
 import logging
@@ -60,7 +63,8 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_newest_is_taken_and_keep_is_respected(tmp_path: Path) -> None:
-    for step in (5, 90, 100, 1000):  # as text, 90 would come after 1000
+    # as text, 90 would come after 1000
+    for step in (5, 90, 100, 1000):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00001000"]
     found = load_latest(tmp_path)
@@ -153,7 +157,10 @@ def test_all_broken(tmp_path: Path) -> None:
 
 
 def test_a_broken_newer_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
-    """The run went on from step 20; its next checkpoint, 25, is the newest good one although 30 sorts behind it."""
+    """The run went on from step 20.
+
+    Its next checkpoint, 25, is the newest good one although 30 sorts behind it.
+    """
     save(tmp_path, 20)
     flip_bit(save(tmp_path, 30))
     save(tmp_path, 25, keep=1)

@@ -1,4 +1,7 @@
-"""Runs that are told to stop, killed, or go wrong: the same command ends with the same bits, and a failed step can be seen again."""
+"""Runs that are told to stop, killed, or go wrong.
+
+The same command ends with the same bits, and a failed step can be seen again.
+"""
 
 import json
 import os
@@ -46,7 +49,10 @@ def signal_in(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_ends_the_run_after_a_checkpoint(
     number: int, recipe: Callable[..., RefineRecipe], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In a step that saves nothing by itself; what the handlers were before, they are afterwards."""
+    """In a step that saves nothing by itself.
+
+    What the handlers were before, they are afterwards.
+    """
     asked, handlers = recipe("stopped", save_every=0), [signal.getsignal(each) for each in SIGNALS]
     with pytest.MonkeyPatch.context() as patched:
         signal_in(4, number, patched)
@@ -59,7 +65,8 @@ def test_a_signal_ends_the_run_after_a_checkpoint(
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     found = load_latest(Path(asked.output_dir) / "checkpoints")
     assert found is not None and found.step == 5
-    run(recipe("stopped"))  # how often it saves is free to change
+    # how often it saves is free to change
+    run(recipe("stopped"))
     whole = recipe("whole")
     run(whole)
     assert_identical(recipe("stopped"), whole)
@@ -99,8 +106,12 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments() -> None:
-    """The short form of `python -m tests.chaos`, with data-loading workers; in a process that has not used threads, as it forks."""
+    """The short form of `python -m tests.chaos`, with data-loading workers.
+
+    In a process that has not used threads, as it forks.
+    """
     command = [
         sys.executable,
         "-m",
@@ -155,7 +166,8 @@ def test_a_failed_step_is_replayed(
     said = capsys.readouterr().out
     assert f"step {error.report.step} is not finite" in said
     assert re.search(
-        r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs of at most",
+        r"first part with an output that is not finite: heads\S* \(\w+\): (nan|inf), from inputs "
+        r"of at most",
         said,
     )
     assert {

@@ -1,11 +1,13 @@
-"""Learning rates, weight decay, freezing and the moving average, against the authors' code and a formula written out."""
+"""Learning rates, weight decay, freezing and the moving average, against the authors' code and a
+formula written out.
+"""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import facts
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.refinement.heads import IdHeads
@@ -18,30 +20,37 @@ from mim_refiner_hf.runtime.optimisation import (
     update_average,
 )
 
+RUNS = facts("lr-groups", "lr_groups.json").get("runs", [])
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: run["name"])
+def golden(goldens: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A released recipe: its rates, layer decay, weight decay, and what came of them."""
+    return dict(request.param)
+
 
 @pytest.fixture(scope="module")
-def golden(goldens: Path) -> dict[str, Any]:
-    """The D2V2 L/16 recipe: layer decay 0.65, weight decay 0.05, base rate 4e-4, batch 1024, 20 epochs of 1251 updates."""
-    (run,) = json.loads((goldens / "lr-groups/lr_groups.json").read_text())["runs"]
-    return dict(run)
-
-
-@pytest.fixture(scope="module")
-def d2v2_l16() -> MimRefinerModel:
-    shape = {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    }
+def encoder(golden: dict[str, Any]) -> MimRefinerModel:
+    """The encoder of the recipe by its names alone: its widths play no part, and it is narrow."""
+    names = golden["params"]
+    config = MimRefinerConfig(
+        hidden_size=8,
+        num_hidden_layers=golden["depth"],
+        num_attention_heads=1,
+        intermediate_size=8,
+        norm_placement="post" if "embed_norm.weight" in names else "pre",
+        embedding_norm="embed_norm.weight" in names,
+        final_norm="norm.weight" in names,
+    )
     with torch.device("meta"):
-        return MimRefinerModel(
-            MimRefinerConfig(**shape, norm_placement="post", embedding_norm=True, final_norm=False)
-        )
+        return MimRefinerModel(config)
 
 
 def authors_name(name: str) -> str:
-    """`layers.3.attention.k_proj.bias` -> `blocks.3.attn.qkv.bias`: what the authors' code calls a parameter of ours."""
+    """`layers.3.attention.k_proj.bias` -> `blocks.3.attn.qkv.bias`.
+
+    What the authors' code calls a parameter of ours.
+    """
     if name == "embeddings.cls_token":
         return "cls_tokens.tokens"
     for ours, theirs in (
@@ -67,16 +76,15 @@ def settings_by_name(groups: list[dict[str, Any]]) -> dict[str, tuple[float, flo
 
 
 def test_every_parameter_has_the_authors_scale_and_decay(
-    golden: dict[str, Any], d2v2_l16: MimRefinerModel
+    golden: dict[str, Any], encoder: MimRefinerModel
 ) -> None:
-    freeze(d2v2_l16, blocks=0)
+    freeze(encoder, blocks=0)
     found = settings_by_name(
-        encoder_groups(d2v2_l16, golden["decay"], golden["optimizer"]["weight_decay"])
+        encoder_groups(encoder, golden["decay"], golden["optimizer"]["weight_decay"])
     )
     assert {authors_name(name) for name in found} == set(golden["params"])
-    assert (
-        len(found) == len(golden["params"]) + 2 * 2 * 24
-    )  # q, k and v, weight and bias, in place of one qkv
+    # q, k and v, weight and bias, in place of one qkv
+    assert len(found) == len(golden["params"]) + 2 * 2 * golden["depth"]
     for name, (scale, decay) in found.items():
         expected = golden["params"][authors_name(name)]
         assert scale == pytest.approx(expected["lr_scale"], rel=1e-9), name
@@ -86,20 +94,19 @@ def test_every_parameter_has_the_authors_scale_and_decay(
 
 def test_schedule(golden: dict[str, Any]) -> None:
     warmup, total, peak = golden["warmup_updates"], golden["total_updates"], golden["scaled_lr"]
-    assert golden["lr"] * golden["effective_batch_size"] / 256 == peak
+    assert golden["lr"] * golden["effective_batch_size"] / 256 == pytest.approx(peak, rel=1e-9)
     for step, expected in golden["schedule"]:
         assert learning_rate(step, warmup, total, peak) == pytest.approx(expected, rel=1e-9), step
 
 
 def test_learning_rate_of_every_parameter_at_one_step(
-    golden: dict[str, Any], d2v2_l16: MimRefinerModel
+    golden: dict[str, Any], encoder: MimRefinerModel
 ) -> None:
-    freeze(d2v2_l16, blocks=0)
-    optimizer = torch.optim.AdamW(encoder_groups(d2v2_l16, golden["decay"], 0.05), lr=0.0)
-    step, expected = (
-        golden["lr_after_schedule_step"]["step"],
-        golden["lr_after_schedule_step"]["lr"],
-    )
+    freeze(encoder, blocks=0)
+    groups = encoder_groups(encoder, golden["decay"], golden["optimizer"]["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    step = golden["lr_after_schedule_step"]["step"]
+    expected = golden["lr_after_schedule_step"]["lr"]
     rate = learning_rate(
         step, golden["warmup_updates"], golden["total_updates"], golden["scaled_lr"]
     )
@@ -126,7 +133,10 @@ def test_final_norm_is_not_decayed() -> None:
 
 
 def test_freezing_as_the_2b_model_does() -> None:
-    """Patch embedding, CLS and the first 6 blocks; position tables, absolute and relative, are frozen in any case."""
+    """Patch embedding, CLS and the first 6 blocks.
+
+    Position tables, absolute and relative, are frozen in any case.
+    """
     shape = {
         "hidden_size": 8,
         "num_hidden_layers": 8,
@@ -174,9 +184,8 @@ def test_moving_average_is_the_formula_and_leaves_frozen_weights() -> None:
     for step in range(20):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
-            model.bias.add_(
-                1.0
-            )  # does not happen to a frozen weight; here it shows that the average skips it
+            # does not happen to a frozen weight; here it shows that the average skips it
+            model.bias.add_(1.0)
         update_average(average, model, decay=0.9)
         expected = 0.9 * expected + 0.1 * model.weight.detach().double()
     torch.testing.assert_close(average.weight.double(), expected, atol=1e-6, rtol=1e-6)

@@ -1,4 +1,7 @@
-"""k-means against scikit-learn's, one process against two, memory against disk; merging, near-duplicates, saving, assigning."""
+"""k-means against scikit-learn's, one process against two, memory against disk.
+
+Merging, near-duplicates, saving, assigning.
+"""
 
 import math
 import socket
@@ -43,9 +46,8 @@ def as_one_partition(first: Tensor, second: Tensor) -> bool:
 def test_from_the_same_start_scikit_learn_gets_the_same(
     digits: Tensor, num_clusters: int, iterations: int
 ) -> None:
-    digits = digits + 0.1 * torch.randn(
-        digits.shape
-    )  # whole numbers lie just as far from two centroids
+    # whole numbers lie just as far from two centroids
+    digits = digits + 0.1 * torch.randn(digits.shape)
     initial = digits[torch.randperm(len(digits))[:num_clusters]]
     theirs = KMeans(
         num_clusters, init=initial.numpy(), n_init=1, max_iter=iterations, algorithm="lloyd"
@@ -63,9 +65,8 @@ def test_empty_groups_get_the_farthest_rows_as_in_scikit_learn(digits: Tensor) -
     theirs = KMeans(8, init=initial.numpy(), n_init=1).fit(digits.numpy())
     ours = kmeans(digits, 8, initial=initial, spherical=False)
     assert ours.counts.min() > 0
-    assert as_one_partition(
-        ours.assignments, torch.tensor(theirs.labels_)
-    )  # which empty group gets which row is free
+    # which empty group gets which row is free
+    assert as_one_partition(ours.assignments, torch.tensor(theirs.labels_))
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
 
 
@@ -219,7 +220,10 @@ def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool)
 
 
 def test_half_precision_files_are_read_in_batches(digits: Tensor, tmp_path: Path) -> None:
-    """float16 through numpy, bfloat16, which numpy has not, through torch; digits are exact in both."""
+    """float16 through numpy, bfloat16, which numpy has not, through torch.
+
+    Digits are exact in both.
+    """
     digits.half().numpy().tofile(tmp_path / "rows.f16")
     digits.bfloat16().view(torch.int16).numpy().tofile(tmp_path / "rows.bf16")
     float16 = np.memmap(tmp_path / "rows.f16", np.float16, "r", shape=tuple(digits.shape))
@@ -249,7 +253,10 @@ CASES = {
 
 
 def cluster_share(rank: int, processes: int, case: str) -> Clustering:
-    """Clusters this process's part of the digits; the parts differ in size. One process takes them one after the other."""
+    """Clusters this process's part of the digits; the parts differ in size.
+
+    One process takes them one after the other.
+    """
     rows = torch.tensor(load_digits().data, dtype=torch.float32)
     parts = (rows[0::2], rows[1::2]) if case == "every second row" else (rows[:1000], rows[1000:])
     share = ArrayBatches(torch.cat(parts) if processes == 1 else parts[rank], rows_per_batch=300)
@@ -358,7 +365,8 @@ def slow_duplicates(rows: Tensor, threshold: float) -> list[list[int]]:
 
 @pytest.mark.parametrize("block", [7, 64, 2048])
 def test_near_duplicates_are_a_slow_loops(block: int) -> None:
-    rows = torch.randn(120, 4)  # few dimensions: chains of neighbours, over several blocks
+    # few dimensions: chains of neighbours, over several blocks
+    rows = torch.randn(120, 4)
     rows[100:] = rows[:20] * 3
     expected = slow_duplicates(rows, 0.97)
     assert len(expected) > 5 and any(len(group) > 2 for group in expected)

@@ -1,4 +1,7 @@
-"""One run per output folder: the second is refused with exit 2, and a killed one, with or without workers, blocks nobody."""
+"""One run per output folder.
+
+The second is refused with exit 2, and a killed one, with or without workers, blocks nobody.
+"""
 
 import os
 import signal
@@ -23,7 +26,9 @@ REPOSITORY = Path(__file__).parents[1]
 def another_run(
     folder: Path, *, beside: bool = False, fork: bool = False
 ) -> Iterator[tuple[int, int]]:
-    """The ids of a process that holds `folder` and, with `fork`, of a child that outlives it, as a data-loading worker may."""
+    """The ids of a process that holds `folder` and, with `fork`, of a child that outlives it, as a
+    data-loading worker may.
+    """
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -65,7 +70,8 @@ def test_the_second_is_told_who_is_there(tmp_path: Path) -> None:
     with sole_run(tmp_path, "--out"):
         with pytest.raises(
             ValueError,
-            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ since 20",
+            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ "
+            rf"since 20",
         ):
             sole_run(tmp_path, "--out").__enter__()
         with sole_run(tmp_path / "other", "--out"):
@@ -149,12 +155,29 @@ def test_commands_refuse_a_folder_in_use(
 def test_a_killed_run_is_continued_by_the_same_command(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A real run in its own process, killed between two checkpoints while its data-loading workers live."""
+    """A real run in its own process, killed between two checkpoints while its data-loading workers
+    live.
+    """
     flags = {
-        "model": model, "dataset": "digits", "output_dir": tmp_path / "out", "batch_size": 16, "queue_size": 32, "topk": 4,
-        "projector_dim": 8, "predictor_dim": 8, "embedding_dim": 8, "local_views": 0, "head_epochs": 1, "epochs": 1,
-        "warmup_epochs": 0, "max_steps": 60, "save_every": 5, "num_workers": 2, "eval_fraction": 0, "report_to": "none",
-    }  # fmt: skip
+        "model": model,
+        "dataset": "digits",
+        "output_dir": tmp_path / "out",
+        "batch_size": 16,
+        "queue_size": 32,
+        "topk": 4,
+        "projector_dim": 8,
+        "predictor_dim": 8,
+        "embedding_dim": 8,
+        "local_views": 0,
+        "head_epochs": 1,
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "max_steps": 60,
+        "save_every": 5,
+        "num_workers": 2,
+        "eval_fraction": 0,
+        "report_to": "none",
+    }
     words = [
         "refine",
         *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
@@ -174,7 +197,8 @@ def test_a_killed_run_is_continued_by_the_same_command(
         ):
             assert run.poll() is None
             time.sleep(0.05)
-        os.kill(run.pid, signal.SIGSTOP)  # so that it cannot end before it is killed
+        # so that it cannot end before it is killed
+        os.kill(run.pid, signal.SIGSTOP)
         assert cli.main(words) == 2
         assert f"another run writes there (process {run.pid} on " in capsys.readouterr().err
     finally:
