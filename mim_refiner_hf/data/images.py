@@ -26,16 +26,8 @@ from torch.utils.data import Dataset
 
 from ..clustering.decoding import decode_image, mode_of
 from ..runtime.seeding import random_generator
-from .sources import (
-    Entries,
-    FoundImages,
-    digest,
-    find_columns,
-    find_images,
-    load_table,
-    stored,
-    undecoded,
-)
+from .columns import find_columns, stored, undecoded
+from .sources import Entries, FoundImages, digest, find_images, load_table
 
 MAX_HELD_OUT = 5000
 MAX_BROKEN_IN_A_ROW = 10

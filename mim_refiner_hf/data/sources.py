@@ -5,7 +5,7 @@
     found.sources[0], found.labels            # bytes or a path, not decoded; int64 (N,) or None
 
 `open_images` is the public door, and its docstring says what each kind of source means. This file
-holds the rules for names, splits, columns and labels, and the sentences for what goes wrong.
+holds the rules for names and splits, and the sentences for what goes wrong.
 """
 
 import difflib
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..clustering.decoding import ImageSource
 from ..runtime.retry import patiently
-from .paths import own_file
+from .columns import TableColumn, find_columns, numbered, table_labels
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -42,10 +41,6 @@ _SPLITS = {
     "valid": "validation",
     "dev": "validation",
 }
-# preferred in this order where several columns hold images
-_IMAGE_COLUMNS = ("image", "img")
-# `cls` is WebDataset's name
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 class Entries(NamedTuple):
@@ -99,8 +94,8 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
     image_column, label_column = find_columns(table.features, dataset)
     labels = class_names = None
     if label_column is not None:
-        labels, class_names = _table_labels(table, label_column)
-    sources = _Column(table, image_column, dataset)
+        labels, class_names = table_labels(table, label_column)
+    sources = TableColumn(table, image_column, dataset)
     return FoundImages(sources, labels, class_names, dataset, _table_entries(path, split, table))
 
 
@@ -111,12 +106,6 @@ def digest(parts: Iterable[str | bytes]) -> str:
         line = part.encode() if isinstance(part, str) else part
         total.update(line + b"\n")
     return total.hexdigest()[:16]
-
-
-def _numbered(names: Sequence[str | None], class_names: list[str]) -> np.ndarray:
-    """The place of every name among the class names; -1 for None."""
-    number: dict[str | None, int] = {name: i for i, name in enumerate(class_names)}
-    return np.array([number.get(name, -1) for name in names], dtype=np.int64)
 
 
 # --- image folders
@@ -135,7 +124,7 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     if all(len(part) > 1 for part in parts):
         first_level = [part[0] for part in parts]
         class_names = sorted(set(first_level))
-        labels = _numbered(first_level, class_names)
+        labels = numbered(first_level, class_names)
 
     about = (f"{'/'.join(part)} {_size(path)}" for part, path in zip(parts, paths, strict=True))
     return FoundImages(paths, labels, class_names, str(folder), Entries.of(paths, about))
@@ -352,105 +341,3 @@ def _table_entries(path: Path, split: str | None, table: Any) -> Entries:
     names = [file.name if file == path else str(file.relative_to(path)) for file in files]
     lines = [f"{name} {_size(file)}" for name, file in zip(names, files, strict=True)]
     return Entries.of([*names, f"its split {split}"], [*lines, f"{split} {len(table)}"])
-
-
-# --- columns
-
-
-class _Column(Sequence[ImageSource]):
-    """One column of a `datasets.Dataset` as undecoded images."""
-
-    def __init__(self, table: Any, column: str, dataset: str) -> None:
-        self.table = undecoded(table.select_columns([column]), column, table.features)
-        self.column = column
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, i: Any) -> Any:
-        return stored(self.table[i][self.column], self.dataset)
-
-
-def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
-    """The same table or stream, giving the stored form of `column` instead of a decoded image."""
-    import datasets
-
-    if isinstance(features[column], datasets.Image):
-        return table.cast_column(column, datasets.Image(decode=False))
-    return table
-
-
-def stored(cell: Any, dataset: str) -> ImageSource:
-    """What a cell holds: raw bytes, or {"bytes", "path"} with one of them None.
-
-    An empty cell gives b"", which is undecodable. ValueError for a path not of this data set.
-    """
-    if not isinstance(cell, dict):
-        return cell or b""
-    path = cell.get("path")
-    if cell.get("bytes") is not None or path is None:
-        return cell.get("bytes") or b""
-    file = own_file(path, dataset)
-    if isinstance(file, Path):
-        return file
-
-    # in the data set's repository, or in a zip
-    import datasets
-
-    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": file})
-    return image
-
-
-def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | None]:
-    """The image column and the label column (or None), by type and name.
-
-    Raises:
-        ValueError: listing the columns, if none holds images.
-    """
-    images = [column for column, feature in features.items() if _holds_images(feature)]
-    if not images:
-        raise ValueError(
-            f"No image column in {name}: its columns are {list(features)}; "
-            "one must hold images or encoded bytes."
-        )
-    labels = [column for column, feature in features.items() if _holds_labels(column, feature)]
-
-    image = next((column for column in _IMAGE_COLUMNS if column in images), images[0])
-    by_name = [column for column in _LABEL_COLUMNS if column in labels]
-    return image, next(iter(by_name + labels), None)
-
-
-def _holds_images(feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, dict):
-        return "bytes" in feature
-    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return is_binary or isinstance(feature, datasets.Image)
-
-
-def _holds_labels(column: str, feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    dtype = str(getattr(feature, "dtype", ""))
-    return column in _LABEL_COLUMNS and bool(re.match("u?int|string|large_string", dtype))
-
-
-def _table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels of all rows, without decoding an image, and the names of the classes.
-
-    Texts are numbered in sorted order; all null or -1 counts as unlabelled.
-    """
-    values = table.select_columns([column])[:][column]
-    class_names = getattr(table.features[column], "names", None)
-    if any(isinstance(value, str) for value in values):
-        class_names = sorted({value for value in values if value is not None})
-        labels = _numbered(values, class_names)
-    else:
-        labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
-    if not (labels >= 0).any():
-        return None, None
-    return labels, class_names

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..clustering.decoding import ImageSource, decode_image
-from ..data.sources import find_columns, load_table, stored, undecoded
+from ..data.columns import find_columns, stored, undecoded
+from ..data.sources import load_table
 from ..data.views import draw_crop, flip_horizontally, resized_crop
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..runtime.seeding import random_generator

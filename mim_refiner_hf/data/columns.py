@@ -1,0 +1,129 @@
+"""The columns of a table: which hold images and labels, and what a cell holds.
+
+image_column, label_column = find_columns(table.features, "photos.parquet")
+images = TableColumn(table, image_column, "photos.parquet")       # bytes or paths, not decoded
+labels, class_names = table_labels(table, label_column)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..clustering.decoding import ImageSource
+from .paths import own_file
+
+# `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
+
+# preferred in this order where several columns hold images
+_IMAGE_COLUMNS = ("image", "img")
+# `cls` is WebDataset's name
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+
+
+class TableColumn(Sequence[ImageSource]):
+    """One column of a `datasets.Dataset` as undecoded images."""
+
+    def __init__(self, table: Any, column: str, dataset: str) -> None:
+        self.table = undecoded(table.select_columns([column]), column, table.features)
+        self.column = column
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        return stored(self.table[i][self.column], self.dataset)
+
+
+def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
+    """The same table or stream, giving the stored form of `column` instead of a decoded image."""
+    import datasets
+
+    if isinstance(features[column], datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def stored(cell: Any, dataset: str) -> ImageSource:
+    """What a cell holds: raw bytes, or {"bytes", "path"} with one of them None.
+
+    An empty cell gives b"", which is undecodable. ValueError for a path not of this data set.
+    """
+    if not isinstance(cell, dict):
+        return cell or b""
+    path = cell.get("path")
+    if cell.get("bytes") is not None or path is None:
+        return cell.get("bytes") or b""
+    file = own_file(path, dataset)
+    if isinstance(file, Path):
+        return file
+
+    # in the data set's repository, or in a zip
+    import datasets
+
+    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": file})
+    return image
+
+
+def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+    """The image column and the label column (or None), by type and name.
+
+    Raises:
+        ValueError: listing the columns, if none holds images.
+    """
+    images = [column for column, feature in features.items() if _holds_images(feature)]
+    if not images:
+        raise ValueError(
+            f"No image column in {name}: its columns are {list(features)}; "
+            "one must hold images or encoded bytes."
+        )
+    labels = [column for column, feature in features.items() if _holds_labels(column, feature)]
+
+    image = next((column for column in _IMAGE_COLUMNS if column in images), images[0])
+    by_name = [column for column in _LABEL_COLUMNS if column in labels]
+    return image, next(iter(by_name + labels), None)
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return is_binary or isinstance(feature, datasets.Image)
+
+
+def _holds_labels(column: str, feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    dtype = str(getattr(feature, "dtype", ""))
+    return column in _LABEL_COLUMNS and bool(re.match("u?int|string|large_string", dtype))
+
+
+def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels of all rows, without decoding an image, and the names of the classes.
+
+    Texts are numbered in sorted order; all null or -1 counts as unlabelled.
+    """
+    values = table.select_columns([column])[:][column]
+    class_names = getattr(table.features[column], "names", None)
+    if any(isinstance(value, str) for value in values):
+        class_names = sorted({value for value in values if value is not None})
+        labels = numbered(values, class_names)
+    else:
+        labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    if not (labels >= 0).any():
+        return None, None
+    return labels, class_names
+
+
+def numbered(names: Sequence[str | None], class_names: list[str]) -> np.ndarray:
+    """The place of every name among the class names; -1 for None."""
+    number: dict[str | None, int] = {name: i for i, name in enumerate(class_names)}
+    return np.array([number.get(name, -1) for name in names], dtype=np.int64)
