@@ -1,6 +1,6 @@
-"""MIM-Refiner for Hugging Face: refine a pre-trained masked-image model until its features group images by meaning.
+"""MIM-Refiner for Hugging Face: refine an image encoder until its features group by meaning.
 
-import mim_refiner_hf                                        # registers the Auto classes and the pipeline
+import mim_refiner_hf                       # registers the Auto classes and the pipeline
 from transformers import AutoModel, pipeline
 model = AutoModel.from_pretrained("outputs/quickstart/model")
 pipe = pipeline("image-clustering", model="outputs/quickstart/model")
@@ -59,7 +59,8 @@ PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image"
 )
 
-# Loaded on first use: whoever only wants features need not import accelerate, datasets, matplotlib and scikit-learn.
+# Loaded on first use: whoever only wants features need not import accelerate, datasets,
+# matplotlib and scikit-learn.
 _LAZY = {
     "CheckpointError": ".conversion",
     "LoadReport": ".conversion",

@@ -5,7 +5,7 @@
 - no ternary within a ternary;
 - no truth value times a list, a string or a number: `["x"] * flag`;
 - no walrus within a comprehension;
-- no function over 60 lines, its docstring included;
+- no function over 60 lines without its docstring;
 - no line over 100 columns, no file over 450 lines, unless its docstring says "long because";
 - no comment behind code, unless it begins with a shape, `# (heads, views, batch)`, or is as short
   as one.
@@ -68,6 +68,8 @@ def of_size(tree: ast.Module, source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                length -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if length > FUNCTION_LINES:
                 yield node.lineno, f"a function of {length} lines: {node.name}"
 

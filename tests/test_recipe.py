@@ -28,7 +28,6 @@ from mim_refiner_hf.pretraining.mae import PretrainRecipe
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
 from mim_refiner_hf.runs.plan import plan_text
-from mim_refiner_hf.runtime import files
 from mim_refiner_hf.runtime.settings import check_fields, read_fields, recipe_file
 
 RECIPES = Path(__file__).parents[1] / "training/recipes"
@@ -175,27 +174,6 @@ def test_bases_that_lead_nowhere_are_refused(tmp_path: Path, text: str, says: st
         read_recipe(str(path))
     assert str(refused.value).startswith(f"--recipe {path}: ")
     assert "\n" not in str(refused.value)
-
-
-def test_recipes_are_found_where_they_are_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As wheels lay them out: share/ under the prefix, the list of files beside the package."""
-    site = tmp_path / "lib/python/site-packages"
-    recipes = tmp_path / "share/mim_refiner_hf/recipes"
-    about = site / "mim_refiner_hf-0.0.dist-info"
-    for folder in (recipes, about):
-        folder.mkdir(parents=True)
-    (recipes / "mine.yaml").write_text("model: a\n")
-    (about / "METADATA").write_text("Name: mim_refiner_hf\nVersion: 0.0\n")
-    (about / "RECORD").write_text(
-        "mim_refiner_hf/__init__.py,,\n../../../share/mim_refiner_hf/recipes/mine.yaml,,\n"
-    )
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(files, "REPOSITORY", site)
-    assert recipe_file("mine") == recipes / "mine.yaml"
-    with pytest.raises(FileNotFoundError, match="there are mine; or"):
-        recipe_file("yours")
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -6,8 +6,12 @@ Heavy rooms are imported when a command runs, so that `mim-refiner --help` is qu
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .flags import add_splits, add_workers, command_parser, share
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 
 def run_refine(arguments: Sequence[str]) -> None:
@@ -18,19 +22,12 @@ def run_refine(arguments: Sequence[str]) -> None:
     refine(parse_recipe(arguments))
 
 
-def run_pretrain(arguments: Sequence[str]) -> None:
-    """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
-    from accelerate import Accelerator
+def _pretrain_parser() -> "HfArgumentParser":
+    """The fields of PretrainRecipe, and where images and model are."""
     from transformers import HfArgumentParser
 
-    from ..conversion.load import image_processor
     from ..data.broken import MAX_BAD_FRACTION
-    from ..data.images import open_images
-    from ..pretraining.mae import PretrainRecipe, pretrain_mae
-    from ..publishing.hub import check_model_folder, save_model_folder
-    from ..runtime.launch import several_on_the_cpu
-    from ..runtime.lock import sole_run
-    from ..runtime.settings import read_fields
+    from ..pretraining.mae import PretrainRecipe
 
     parser = HfArgumentParser(
         PretrainRecipe,  # type: ignore[arg-type]
@@ -55,7 +52,22 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         default=MAX_BAD_FRACTION,
         help=f"stop when more than this share of the images is broken; default: {MAX_BAD_FRACTION}",
     )
+    return parser
 
+
+def run_pretrain(arguments: Sequence[str]) -> None:
+    """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
+    from accelerate import Accelerator
+
+    from ..conversion.load import image_processor
+    from ..data.images import open_images
+    from ..pretraining.mae import PretrainRecipe, pretrain_mae
+    from ..publishing.hub import check_model_folder, save_model_folder
+    from ..runtime.launch import several_on_the_cpu
+    from ..runtime.lock import sole_run
+    from ..runtime.settings import read_fields
+
+    parser = _pretrain_parser()
     # which defaults hold is known only when --recipe has been read
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")

@@ -241,7 +241,8 @@ def fill_store(
         lambda shard: is_own_shard(shard) and shard not in intact,
     )
     write_shards(folder, manifest["columns"], encoder, sampler, processor, loading, total=total)
-    assert sampler.num_images is not None  # the loader came to the end of the stream
+    # the loader came to the end of the stream
+    assert sampler.num_images is not None
     return sampler.num_images
 
 

@@ -121,7 +121,8 @@ def read_rows(
     folder = features / store_name(wanted)
     store = open_growing_store(folder, columns)
     missing = missing_places(images, store)
-    wait_for_everyone()  # all have looked, before one of them adds to the folder
+    # all have looked, before one of them adds to the folder
+    wait_for_everyone()
     if len(missing):
         rest = images.subset(missing)
         grow_store(folder, wanted, encoder, rest, processor, loading)
@@ -223,7 +224,8 @@ def finite(values: Tensor, column: str, images: ImageDataset) -> Tensor:
 
 def gather_rows(images: ImageDataset, store: FeatureStore | None) -> ImageRows:
     """The rows of `images`, wherever they are in the store."""
-    assert store is not None  # it was there, or has just been made
+    # it was there, or has just been made
+    assert store is not None
     # place in the data set -> row of the store
     row_of = np.full(len(images.found.sources), -1, dtype=np.int64)
     row_of[store.indices] = np.arange(len(store))

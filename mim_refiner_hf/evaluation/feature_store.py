@@ -110,7 +110,8 @@ def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(record_file(folder, shard).read_text())
         size = shard_file(folder, shard).stat().st_size
-    except (FileNotFoundError, ValueError):  # ValueError: cut off when the machine went down
+    # ValueError: cut off when the machine went down
+    except (FileNotFoundError, ValueError):
         return None
     return record if size == record["size"] else None
 

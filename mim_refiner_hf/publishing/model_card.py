@@ -6,8 +6,8 @@
 
 The words of the first two are in `model_card.md.jinja`. The metadata block on top goes through
 huggingface_hub; its `model-index` holds every score. Text that came from a data set or a user is
-escaped (runtime/text.py): a name cannot become a link or HTML. One file, though a long one, as the
-three write the same metadata, scores and marks.
+escaped (runtime/text.py): a name cannot become a link or HTML. The file is
+long because the three write the same metadata, scores and marks.
 """
 
 import json

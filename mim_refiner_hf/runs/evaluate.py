@@ -248,7 +248,8 @@ def without_broken(
     if not isinstance(data.train, ImageDataset):
         return data
     evaluated, broken = readable_images(encoders, data.evaluated, features, loading)
-    if not data.labelled:  # nothing is learnt from, or compared with, other images
+    # without labels nothing is learnt from, or compared with, other images
+    if not data.labelled:
         return replace(data, evaluated=evaluated, broken=broken)
 
     _, more = readable_images(encoders, data.bank, features, loading)

@@ -320,7 +320,8 @@ def choose_blocks(
         return HeadChoice.from_json(prepared.resume.state["head_choice"])
 
     bank = prepared.images.bank
-    assert bank is not None  # or check_measurable would have refused
+    # or check_measurable would have refused
+    assert bank is not None
     choice = choose_head_blocks(recipe, encoder, prepared.start.processor, bank)
     blocks = ", ".join(map(str, choice.blocks))
     accelerator.print(f"Heads on blocks {blocks}: {choice.reason}", flush=True)

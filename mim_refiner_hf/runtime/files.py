@@ -15,9 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import files as installed_files
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,21 +160,13 @@ def shipped_folder(name: str, in_repository: str) -> Path:
     """A folder of data files, in a checkout of the repository or where it is installed.
 
     Args:
-        name: what it is called when installed: `<prefix>/share/mim_refiner_hf/<name>`, or a folder
-            of the package.
-        in_repository: where a checkout of the repository has it; that one is taken if it exists.
+        name: the folder of the package that holds them when it is installed.
+        in_repository: where a checkout of the repository has them; that one is taken if it exists.
     """
     folder = REPOSITORY / in_repository
     # of an installed package, the folder above is site-packages, where that name is anybody's
     if (REPOSITORY / "pyproject.toml").is_file() and folder.is_dir():
         return folder
-
-    inside = f"share/{PACKAGE}/{name}/"
-    with suppress(PackageNotFoundError):
-        for file in installed_files(PACKAGE) or []:
-            before, found, _ = Path(str(file.locate())).as_posix().partition(inside)
-            if found:
-                return Path(before, inside).resolve()
     return Path(__file__).parents[1] / name
 
 
