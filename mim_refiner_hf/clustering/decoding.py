@@ -24,7 +24,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 ImageSource = bytes | Path | Image.Image
@@ -86,7 +86,7 @@ def decode_image(
             )
 
         # loaded before the tag is read: the TIFF reader turns the pixels itself, and drops the tag
-        image.load()
+        _load(image)
         turn = _turn(image)
         image = _on_white(_in_eight_bits(image))
         image = image if image.mode == mode else image.convert(mode)
@@ -192,6 +192,19 @@ def _read(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise ValueError(f"it has {status.st_size} bytes, more than {MAX_BYTES}")
         return file.read()
+
+
+def _load(image: Image.Image) -> None:
+    """Read the pixels. Memory mapping, of named files, mistakes the sides of a turned TIFF."""
+    if not isinstance(image, ImageFile.ImageFile):
+        image.load()
+        return
+    filename = image.filename
+    image.filename = ""
+    try:
+        image.load()
+    finally:
+        image.filename = filename
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
