@@ -1,4 +1,4 @@
-"""Models that were saved load: those of earlier versions here, those of today without the package."""
+"""Saved models load: those of earlier versions, and those of today without the package."""
 
 import json
 import os
