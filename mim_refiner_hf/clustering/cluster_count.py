@@ -261,6 +261,25 @@ def _fall(one: Entry, two: Entry) -> float:
     return falls / math.log(two["k"] / one["k"])
 
 
+def silhouette_spaces(rows: Tensor, points: Tensor, seed: int) -> dict[str, Tensor]:
+    """Where silhouettes are measured: all features, a few components, and UMAP if installed."""
+    spaces = {"silhouette": rows, "silhouette_pca": points[:, :_FEW_COMPONENTS]}
+    few = points[:_SILHOUETTE_ROWS]
+    embedded = umap_space(few, _UMAP_DIMENSIONS, neighbours=30, min_dist=0.0, seed=seed)
+    if embedded is not None:
+        spaces["silhouette_umap"] = embedded
+    return spaces
+
+
+def add_cloud(best: Entry, points: Tensor, most: int, seed: int) -> None:
+    """Set `cloud_*`: the same on a normal cloud of the same variances, which has no groups."""
+    cloud = torch.randn(points.shape, generator=torch.Generator().manual_seed(seed)) * points.std(0)
+    spaces = {"silhouette_pca": cloud[:, :_FEW_COMPONENTS]}
+    alike = Measures(cloud, spaces, most, seed)(int(best["k"]))
+    best["cloud_stability"] = alike["stability"]
+    best["cloud_silhouette_pca"] = alike["silhouette_pca"]
+
+
 def judge(evidence: list[Entry], best: Entry) -> tuple[tuple[int, int], str]:
     """The interval, and what speaks against the best guess ("" for nothing)."""
     near = [int(entry["k"]) for entry in evidence if entry["score"] >= _NEAR * best["score"]]
@@ -314,24 +333,13 @@ def propose_num_clusters(
     points = principal_components(rows, _COMPONENTS)
     if float(points.square().mean()) < 1e-12:
         return Proposal(None, None, False, "all rows are equal", [])
-    spaces = {"silhouette": rows, "silhouette_pca": points[:, :_FEW_COMPONENTS]}
-    few = points[:_SILHOUETTE_ROWS]
-    embedded = umap_space(few, _UMAP_DIMENSIONS, neighbours=30, min_dist=0.0, seed=seed)
-    if embedded is not None:
-        spaces["silhouette_umap"] = embedded
 
-    measure = Measures(points, spaces, numbers[-1], seed)
+    measure = Measures(points, silhouette_spaces(rows, points, seed), numbers[-1], seed)
     evidence = search(measure, numbers, refine=candidates is None)
     add_elbows(evidence)
     best = max(evidence, key=lambda entry: entry["score"])
     num_clusters = int(best["k"])
-
-    # the same on one normal cloud of the same variances, which has no groups
-    cloud = torch.randn(points.shape, generator=torch.Generator().manual_seed(seed)) * points.std(0)
-    spaces = {"silhouette_pca": cloud[:, :_FEW_COMPONENTS]}
-    alike = Measures(cloud, spaces, numbers[-1], seed)(num_clusters)
-    best["cloud_stability"] = alike["stability"]
-    best["cloud_silhouette_pca"] = alike["silhouette_pca"]
+    add_cloud(best, points, numbers[-1], seed)
 
     interval, against = judge(evidence, best)
     if best["score"] <= 0:

@@ -25,8 +25,8 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import is_scipy_available
 from transformers.utils import logging as bars
+from transformers.utils.import_utils import is_scipy_available
 
 from .k_means import Clustering, kmeans
 from .lloyd import bad_rows, own_distances, prepared, products, refuse_bad
@@ -146,7 +146,7 @@ def train_prototypes(
     return teacher, last
 
 
-def check_heads(count: int, num_clusters: int, **settings: int) -> None:
+def check_training(count: int, num_clusters: int, **settings: int) -> None:
     """A ValueError unless heads can tell that many groups apart among `count` rows.
 
     Every setting has to be at least 1; ImportError where SciPy is missing.
@@ -199,19 +199,14 @@ def train_heads(
     """
     begin = time.perf_counter()
     rows = prepared(features, spherical=True).float()
-    check_heads(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
+    check_training(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
     refuse_bad(bad_rows(rows), len(rows))
 
     mean = rows.mean(0)
     scale = rows.std(0) + 1e-6
     points = standardised(rows, mean, scale)
-    starts = []
-    for head in range(heads):
-        own_seed = heads * seed + head
-        start = kmeans(points, num_clusters, runs=1, iterations=_START_PASSES, seed=own_seed)
-        starts.append(start.centroids)
+    starts = [_start(points, num_clusters, heads * seed + head) for head in range(heads)]
     prototypes = torch.stack(starts).to(points)
-
     half_a_group = max(1, len(rows) // (2 * num_clusters))
     nearby = nearest_neighbours(rows, min(neighbours, half_a_group))
     generator = torch.Generator().manual_seed(seed)
@@ -221,18 +216,28 @@ def train_heads(
     agreed = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
     groups = grouped(rows, agreed, num_clusters)
 
-    seconds = time.perf_counter() - begin
-    facts = (heads, len(rows), num_clusters, seconds)
+    facts = (heads, len(rows), num_clusters, time.perf_counter() - begin)
     logger.info("%d cluster heads on %d rows, %d groups: %.1f s", *facts)
-    empty = int((groups.counts == 0).sum())
+    _warn_of_empty(groups.counts)
+    return groups
+
+
+def _warn_of_empty(counts: Tensor) -> None:
+    """Tell how many groups have no row, where some have none."""
+    empty = int((counts == 0).sum())
     if empty:
         logger.warning(
             "%d of %d groups are empty: the heads found no more in %d rows; ask for fewer",
             empty,
-            num_clusters,
-            len(rows),
+            len(counts),
+            int(counts.sum()),
         )
-    return groups
+
+
+def _start(points: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """The centroids of a short k-means, from which one head starts (C, D)."""
+    groups = kmeans(points, num_clusters, runs=1, iterations=_START_PASSES, seed=seed)
+    return groups.centroids
 
 
 def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clustering:

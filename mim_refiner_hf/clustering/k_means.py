@@ -276,26 +276,34 @@ def kmeans(
     rows = Rows(features, spherical)
     sample, variance = survey(rows, num_clusters, seed)
     limit = tolerance * variance
-    shape = (num_clusters, sample.shape[1])
-    if initial is None:
+    if initial is not None:
+        start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
+        start = prepared(start, spherical)
+    else:
         starts = greedy_starts(sample, num_clusters, runs, torch.Generator().manual_seed(seed))
         passes = min(iterations, SAMPLE_PASSES)
         start = best_centroids(Rows(sample, spherical), starts, passes, limit)
-    elif initial.shape == shape and bool(initial.isfinite().all()):
-        start = prepared(initial.to(sample), spherical)
-    else:
-        raise ValueError(
-            f"initial has shape {tuple(initial.shape)}, "
-            f"but must hold finite centroids {shape}, one row per group"
-        )
     centroids = best_centroids(rows, start[None], iterations, limit)
-    temperature = variance_between(sample, centroids)
+    return _grouped(rows, centroids, variance_between(sample, centroids))
 
+
+def _checked(initial: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Centroids to start from; ValueError for another shape or values that are not finite."""
+    if initial.shape == shape and bool(initial.isfinite().all()):
+        return initial
+    raise ValueError(
+        f"initial has shape {tuple(initial.shape)}, "
+        f"but must hold finite centroids {shape}, one row per group"
+    )
+
+
+def _grouped(rows: Rows, centroids: Tensor, temperature: float) -> Clustering:
+    """The last pass: every row in the group of its nearest centroid."""
     # filled in place: small tensors kept from every batch would pin the memory of the large ones
     # that came between them
     labels = torch.empty(len(rows.batches), dtype=torch.int64)
     confidence = torch.empty(len(rows.batches))
-    inertia = torch.zeros((), dtype=torch.float64, device=sample.device)
+    inertia = torch.zeros((), dtype=torch.float64, device=centroids.device)
     seen = 0
     for batch in rows:
         here = slice(seen, seen + len(batch))
@@ -304,7 +312,7 @@ def kmeans(
         seen += len(batch)
 
     total = float(rows.over_processes(inertia))
-    return Clustering(labels, centroids.cpu(), confidence, total, spherical, temperature)
+    return Clustering(labels, centroids.cpu(), confidence, total, rows.spherical, temperature)
 
 
 # --- fewer groups --------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def check_num_clusters(num_clusters: int | None, num_images: int, method: str = 
         )
 
 
-def check_finite(features: Tensor, names: Sequence[Any]) -> None:
+def check_features(features: Tensor, names: Sequence[Any]) -> None:
     """A ValueError that names the first image whose features (N, D) are not finite, or too large.
 
     Too large are those whose length overflows.
@@ -231,7 +231,9 @@ class ImageClusteringPipeline(Pipeline):
             )
         return {"features": features.flatten(1), "error": error}
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> tuple[Tensor, str]:  # type: ignore[override]
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any]
+    ) -> tuple[Tensor, str]:
         """Features (1, D) and the error of one image."""
         return model_outputs["features"].float(), model_outputs["error"]
 
@@ -309,7 +311,7 @@ class ImageClusteringPipeline(Pipeline):
         batch_size = batch_size or self._batch_size or _BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
         names = [self.name_of(items, index) for index in kept]
-        check_finite(features, names)
+        check_features(features, names)
 
         if clustering is None:
             check_num_clusters(num_clusters, len(kept), method)
@@ -319,15 +321,7 @@ class ImageClusteringPipeline(Pipeline):
             clustering = replace(clustering, assignments=assignments, confidence=confidence)
             why = Proposal(len(clustering.centroids), None, True, "as given", [])
 
-        self.features = features
-        self.clustering = clustering
-        self.summary = {
-            "num_images": len(kept),
-            "sizes": clustering.counts.tolist(),
-            "exemplars": clustering.exemplars(features),
-            "broken": broken,
-            **vars(why),
-        }
+        self._keep(features, clustering, broken, why)
         groups = clustering.assignments.tolist()
         scores = clustering.confidence.tolist()
         return [
@@ -335,7 +329,27 @@ class ImageClusteringPipeline(Pipeline):
             for name, index, group, score in zip(names, kept, groups, scores, strict=True)
         ]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def _keep(
+        self,
+        features: Tensor,
+        clustering: Clustering,
+        broken: list[dict[str, Any]],
+        why: Proposal,
+    ) -> None:
+        """Set what the caller may ask for after a call."""
+        self.features = features
+        self.clustering = clustering
+        self.summary = {
+            "num_images": len(features),
+            "sizes": clustering.counts.tolist(),
+            "exemplars": clustering.exemplars(features),
+            "broken": broken,
+            **vars(why),
+        }
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
         """Write model, preprocessing and code: the folder loads with and without the package.
 
         `kwargs` are those of the model's own `save_pretrained`.
