@@ -110,7 +110,7 @@ def check_num_clusters(num_clusters: int | None, num_images: int, method: str = 
         )
 
 
-def check_features(features: Tensor, names: Sequence[Any]) -> None:
+def refuse_infinite(features: Tensor, names: Sequence[Any]) -> None:
     """A ValueError that names the first image whose features (N, D) are not finite, or too large.
 
     Too large are those whose length overflows.
@@ -311,7 +311,7 @@ class ImageClusteringPipeline(Pipeline):
         batch_size = batch_size or self._batch_size or _BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
         names = [self.name_of(items, index) for index in kept]
-        check_features(features, names)
+        refuse_infinite(features, names)
 
         if clustering is None:
             check_num_clusters(num_clusters, len(kept), method)
