@@ -46,7 +46,7 @@ from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
-from mim_refiner_hf.model.last_block import can_leave_patches_out
+from mim_refiner_hf.model.modeling_mim_refiner import can_leave_patches_out
 from mim_refiner_hf.refinement import refiner as refiner_module
 from mim_refiner_hf.refinement import trainer as trainer_module
 from mim_refiner_hf.refinement.memory import head_parameters

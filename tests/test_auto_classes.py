@@ -252,6 +252,26 @@ def test_processor_equals_the_steps_by_hand(photo: Image.Image) -> None:
     np.testing.assert_allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [MimRefinerImageProcessor, MimRefinerImageProcessorPil])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_thin_image_shows_its_middle(kind: Any, turned: bool) -> None:
+    """Resized to 32 pixels, 9 x 3000 would be 32 x 10666; only what the crop shows is resized."""
+    rows, columns = np.mgrid[:9, :3000]
+    strip = np.stack([rows * 28, columns * 7 % 256, (rows + columns) % 200], axis=-1)
+    strip = strip.astype(np.uint8)
+    whole = Image.fromarray(strip).resize((10666, 32), Image.Resampling.BICUBIC)
+    middle = np.asarray(whole, dtype=np.float32)[:, 5317:5349] / 255
+    if turned:
+        strip, middle = strip.swapaxes(0, 1), middle.swapaxes(0, 1)
+
+    processor = kind(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
+    )
+    image = Image.fromarray(np.ascontiguousarray(strip))
+    pixels = processor(image, return_tensors="pt").pixel_values[0]
+    assert np.abs(pixels.numpy() - middle.transpose(2, 0, 1)).mean() < 0.01
+
+
 def test_processor_feeds_the_model(photo: Image.Image) -> None:
     processor = MimRefinerImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}

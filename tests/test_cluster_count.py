@@ -6,19 +6,16 @@ Planted ones found, no answer where there is none, the measures against scikit-l
 import math
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from torch import Tensor
 
 from mim_refiner_hf.clustering.cluster_count import (
     adjusted_rand,
-    draw_proposal,
     propose_num_clusters,
     silhouette,
 )
@@ -128,10 +125,3 @@ def test_measures_equal_scikit_learns() -> None:
     )
     assert adjusted_rand(one, two) == pytest.approx(adjusted_rand_score(one, two))
     assert adjusted_rand(one, one) == 1 == adjusted_rand(one * 0, one * 0)
-
-
-def test_the_evidence_is_drawn(tmp_path: Path) -> None:
-    draw_proposal(propose_num_clusters(planted(3, rows=120)), tmp_path / "new" / "count.png")
-    with Image.open(tmp_path / "new" / "count.png") as picture:
-        assert picture.format == "PNG" and picture.width > 500
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["count.png"]

@@ -182,6 +182,8 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     }
     code |= {
         "pipeline_image_clustering.py",
+        "decoding.py",
+        "image_items.py",
         "k_means.py",
         "cluster_count.py",
         "lloyd.py",

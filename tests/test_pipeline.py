@@ -28,6 +28,7 @@ from mim_refiner_hf import (
     MimRefinerModel,
 )
 from mim_refiner_hf.clustering.cluster_count import Proposal
+from mim_refiner_hf.clustering.image_items import Images
 from mim_refiner_hf.clustering.k_means import Clustering
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation import extract_features
@@ -240,6 +241,9 @@ def test_broken_images_are_named_and_left_out(
 
 
 def test_pixels_are_upright_opaque_and_scaled(tmp_path: Path) -> None:
+    def read(name: str, num_channels: int) -> Image.Image | str:
+        return Images([str(tmp_path / name)], num_channels)[0]
+
     see_through = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     see_through.save(tmp_path / "see_through.png")
     Image.fromarray(np.full((4, 4), 257 * 90, dtype=np.uint16)).save(tmp_path / "deep.png")
@@ -247,16 +251,16 @@ def test_pixels_are_upright_opaque_and_scaled(tmp_path: Path) -> None:
     exif = lying.getexif()
     exif[0x0112] = 6
     lying.save(tmp_path / "lying.jpg", exif=exif)
-    assert module.to_image(tmp_path / "see_through.png", "RGB").getpixel((0, 0)) == (255, 255, 255)
-    assert module.to_image(tmp_path / "deep.png", "L").getpixel((0, 0)) == 90
-    assert module.to_image(tmp_path / "lying.jpg", "RGB").size == (4, 8)
+    assert read("see_through.png", 3).getpixel((0, 0)) == (255, 255, 255)
+    assert read("deep.png", 1).getpixel((0, 0)) == 90
+    assert read("lying.jpg", 3).size == (4, 8)
 
 
 @pytest.mark.parametrize(
     ("given", "settings", "says"),
     [
         ("{tmp}/gone", {}, r"No file or folder '.*gone'; give a folder"),
-        ("{tmp}", {}, r"No images in .*: looked at every depth for \.bmp"),
+        ("{tmp}", {}, r"No images in .*: looked at every depth for .*\.bmp"),
         ([], {}, "There are no images"),
         (3, {}, "not as int"),
         ({"train": [], "test": []}, {}, "2 sets of images: train, test; choose one"),

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
-from mim_refiner_hf.model.last_block import prefix_tokens_only
+from mim_refiner_hf.model.modeling_mim_refiner import prefix_tokens_only
 from mim_refiner_hf.refinement import memory
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.memory import (

@@ -1,7 +1,7 @@
 """Groups of features; this folder travels with every saved model, so it imports only itself.
 
-k-means in memory or from disk (`kmeans`), cluster heads (`train_heads`), the number of groups (`propose_num_clusters`), images
-decoded, and `pipeline("image-clustering")` over all of them.
+k-means in memory or from disk (`kmeans`), cluster heads (`train_heads`), the number of groups
+(`propose_num_clusters`), the decoder of images, and `pipeline("image-clustering")` over them all.
 """
 
 from .cluster_count import propose_num_clusters

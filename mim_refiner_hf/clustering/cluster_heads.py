@@ -1,20 +1,22 @@
-"""Groups of features by cluster heads: prototypes trained by self-distillation between nearest neighbours.
+"""Groups of features by cluster heads: prototypes trained by self-distillation between neighbours.
 
     from mim_refiner_hf.clustering import train_heads
-    groups = train_heads(features, num_clusters=10)                   # features (N, D), a `Clustering` like `kmeans` gives
+    groups = train_heads(features, num_clusters=10)         # a `Clustering`, as `kmeans` gives
     groups.save(Path("groups.safetensors"))
-    assignments, confidence = Clustering.load(Path("groups.safetensors")).assign(new_features)
+    labels, confidence = Clustering.load(Path("groups.safetensors")).assign(new_features)
 
-Two neighbours in feature space are mostly of one kind. So each head learns to give a row the class that an averaged copy of
-itself, the teacher, gives to one of its neighbours, while the objective, a pointwise mutual information, keeps all classes in
-use (TEMI, Adaloglou et al. 2023, arXiv 2303.17896). Several heads are trained at once and agree on one grouping. Where it is
-better than k-means and where not: benchmarks/results/cluster-heads.md of the package.
+Two neighbours in feature space are mostly of one kind. So each head learns to give a row the class
+that an averaged copy of itself, the teacher, gives to one of its neighbours, while the objective, a
+pointwise mutual information, keeps all classes in use (TEMI, Adaloglou et al. 2023, arXiv
+2303.17896). Several heads are trained at once and agree on one grouping. Where it is better than
+k-means and where not: benchmarks/results/cluster-heads.md of the package.
 
-Objective, weights of pairs, temperature and exponent are those of the authors' code (HHU-MMBS/TEMI-official-BMVC2023 @ c02631b).
-Other than there, a head is one layer of prototypes on standardised features and starts from k-means, not two layers from random
-weights, so that some hundred steps do in place of 100 epochs; and the teacher follows faster.
+Objective, weights of pairs, temperature and exponent are those of the authors' code
+(HHU-MMBS/TEMI-official-BMVC2023 @ c02631b). Other than there, a head is one layer of prototypes on
+standardised features and starts from k-means, not two layers from random weights, so that some
+hundred steps do in place of 100 epochs; and the teacher follows faster.
 
-This file travels with saved models: it needs torch and transformers, and its flat neighbours.
+This file travels with saved models: it imports only torch, transformers and its flat neighbours.
 """
 
 import logging
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging as bars
+from transformers.utils.import_utils import is_scipy_available
 
 from .k_means import Clustering, kmeans
 from .lloyd import bad_rows, own_distances, prepared, products, refuse_bad
@@ -31,22 +34,35 @@ from .prototype_heads import PrototypeHeads, class_logits, standardised
 
 logger = logging.getLogger(__name__)
 
-TEMPERATURE = 0.1  # of student and teacher (TEMI, main_args.py)
-BETA = 0.6  # exponent of the joint probability (TEMI, README.md)
-PRIOR_DECAY = 0.9  # of the average class probabilities (TEMI, losses/multihead_losses.py)
-TEACHER_DECAY = 0.95  # TEMI's 0.996 would follow too slowly for so few steps
-LEARNING_RATE, WARMUP = (
-    2e-2,
-    0.1,
-)  # AdamW, linear warm-up over a tenth of the steps, then a cosine to 0
-WEIGHT_DECAY = 1e-4  # (TEMI, main_args.py)
-BATCH = 512  # pairs
-START_PASSES = 10  # of k-means, for each head's start
-SIMILARITIES = 2**24  # similarities held at once: 64 MB
+TEMPERATURE = 0.1
+"""Of student and teacher (TEMI, main_args.py)."""
+
+BETA = 0.6
+"""Exponent of the joint probability (TEMI, README.md)."""
+
+SIMILARITIES = 2**24
+"""Similarities held at once in the search for neighbours: 64 MB."""
+
+# of the average class probabilities (TEMI, losses/multihead_losses.py)
+_PRIOR_DECAY = 0.9
+# TEMI's 0.996 would follow too slowly for so few steps
+_TEACHER_DECAY = 0.95
+# AdamW; a linear warm-up over a tenth of the steps, then a cosine to 0 (decay: TEMI, main_args.py)
+_LEARNING_RATE = 2e-2
+_WARMUP = 0.1
+_WEIGHT_DECAY = 1e-4
+_PAIRS_PER_STEP = 512
+# passes of k-means for each head's start
+_START_PASSES = 10
+
+# Shapes below: N rows, D their width, H heads, C classes of each.
 
 
 def nearest_neighbours(rows: Tensor, count: int) -> Tensor:
-    """(N, count) int64: of each row (N, D) of length 1 the rows of highest cosine, itself left out, best first."""
+    """The rows of highest cosine of each row (N, D) of length 1: (N, count) int64, best first.
+
+    A row is not its own neighbour.
+    """
     found = []
     block = max(1, SIMILARITIES // len(rows))
     for start in bars.tqdm(range(0, len(rows), block), desc="neighbours", unit="block"):
@@ -59,14 +75,19 @@ def nearest_neighbours(rows: Tensor, count: int) -> Tensor:
 
 
 def pair_losses(student: Tensor, teacher: Tensor, prior: Tensor) -> Tensor:
-    """Loss of each head (H,): the weighted pointwise mutual information of pairs, negative (TEMI, losses/multihead_losses.py).
+    """The loss of each head (H,): the negative weighted pointwise mutual information of pairs.
 
-    With the probabilities q of the student, p of the teacher, and the prior class probabilities r, a pair (x, x') costs
-    -w(x, x') / 2 * (log sum_c (q_c(x) p_c(x'))^beta / r_c + the same with x and x' exchanged), and weighs
-    w(x, x') = sum_c p_c(x) p_c(x'), the mean over all heads: how likely the teachers hold the two for one kind.
+    With the probabilities q of the student, p of the teacher, and the prior class probabilities r,
+    a pair (x, x') costs
+
+        -w(x, x') / 2 * (log sum_c (q_c(x) p_c(x'))^beta / r_c + the same with x and x' exchanged)
+
+    and weighs w(x, x') = sum_c p_c(x) p_c(x'), the mean over all heads: how likely the teachers
+    hold the two for one kind (TEMI, losses/multihead_losses.py).
 
     Args:
-        student, teacher: log probabilities (H, 2 n, C) of n rows followed by their n partners; the teacher's without gradient.
+        student, teacher: log probabilities (H, 2 n, C) of n rows followed by their n partners; the
+            teacher's without gradient.
         prior: (H, 1, C).
     """
     first, second = teacher.chunk(2, dim=1)
@@ -79,43 +100,57 @@ def pair_losses(student: Tensor, teacher: Tensor, prior: Tensor) -> Tensor:
 def train_prototypes(
     points: Tensor, neighbours: Tensor, starts: Tensor, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's prototypes (H, C, D) after `steps` steps from `starts` (H, C, D), and the heads' last losses (H,).
+    """The teacher's prototypes (H, C, D) after training, and the heads' last losses (H,).
 
     Args:
         points: standardised rows of length 1 (N, D).
-        neighbours: (N, k) of each.
+        neighbours: of each row (N, k).
+        starts: the prototypes to start from (H, C, D).
+        steps: of `_PAIRS_PER_STEP` pairs.
     """
     student = starts.clone().requires_grad_()
     teacher = starts.clone()
     prior = points.new_full((len(starts), 1, starts.shape[1]), 1 / starts.shape[1])
-    optimiser = torch.optim.AdamW([student], LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    warm = max(1, round(WARMUP * steps))
+
+    optimiser = torch.optim.AdamW([student], _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    warm = max(1, round(_WARMUP * steps))
     rise = torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm, total_iters=warm)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+
     last = points.new_zeros(len(starts))
     tail = max(1, steps // 10)
     for step in bars.tqdm(range(steps), desc="cluster heads", unit="step"):
-        rows = torch.randint(len(points), (BATCH,), generator=generator)
-        ranks = torch.randint(neighbours.shape[1], (BATCH,), generator=generator)
-        rows, ranks = rows.to(points.device), ranks.to(points.device)
-        pair = points[torch.cat([rows, neighbours[rows, ranks]])]
+        # rows, and one of the neighbours of each
+        rows = torch.randint(len(points), (_PAIRS_PER_STEP,), generator=generator)
+        ranks = torch.randint(neighbours.shape[1], (_PAIRS_PER_STEP,), generator=generator)
+        rows = rows.to(points.device)
+        partners = neighbours[rows, ranks.to(points.device)]
+        pair = points[torch.cat([rows, partners])]
+
         with torch.no_grad():
             theirs = class_logits(pair, teacher, TEMPERATURE).log_softmax(2)
-            prior.lerp_(theirs.exp().mean(1, keepdim=True), 1 - PRIOR_DECAY)
+            prior.lerp_(theirs.exp().mean(1, keepdim=True), 1 - _PRIOR_DECAY)
         losses = pair_losses(class_logits(pair, student, TEMPERATURE).log_softmax(2), theirs, prior)
+
+        # the heads share no parameter: each gets its own loss's gradient
         optimiser.zero_grad()
-        losses.sum().backward()  # the heads share no parameter: each gets its own loss's gradient
+        losses.sum().backward()
         optimiser.step()
         rise.step()
         fall.step()
+
         with torch.no_grad():
-            teacher.lerp_(student, 1 - TEACHER_DECAY)
-            last += losses.detach() / tail if step >= steps - tail else 0
+            teacher.lerp_(student, 1 - _TEACHER_DECAY)
+            if step >= steps - tail:
+                last += losses.detach() / tail
     return teacher, last
 
 
-def check_heads(count: int, num_clusters: int, **settings: int) -> None:
-    """A ValueError unless heads can tell that many groups apart among `count` rows, and every setting is at least 1."""
+def check_training(count: int, num_clusters: int, **settings: int) -> None:
+    """A ValueError unless heads can tell that many groups apart among `count` rows.
+
+    Every setting has to be at least 1; ImportError where SciPy is missing.
+    """
     for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -124,6 +159,8 @@ def check_heads(count: int, num_clusters: int, **settings: int) -> None:
             f"num_clusters={num_clusters} must lie between 2 and the {count} rows to cluster: "
             "cluster heads tell groups apart; for one group take k-means"
         )
+    if not is_scipy_available():
+        raise ImportError("cluster heads need SciPy to agree on one grouping: pip install scipy")
 
 
 def train_heads(
@@ -137,65 +174,77 @@ def train_heads(
 ) -> Clustering:
     """Train cluster heads on features and group the rows by their consensus.
 
-    The search for neighbours takes 2 N^2 D operations; 10^5 rows of width 384 took under 4 minutes of one core, most of it that
-    search. Time and memory of the rest grow with `heads`, K and `steps`. On a CPU the result is a pure function of the arguments.
+    The search for neighbours takes 2 N^2 D operations; 10^5 rows of width 384 took under 4 minutes
+    of one core, most of it that search. Time and memory of the rest grow with `heads`, K and
+    `steps`. On a CPU the result is a pure function of the arguments.
 
     Args:
         features: (N, D), clustered where it is; L2-normalised first, as for `kmeans`.
         num_clusters: K, from 2 to N.
         heads: trained at once, each from a k-means start of its own.
-        neighbours: of each row, from among which its partner is drawn at each step; at most half an average group's rows.
-        steps: of `BATCH` pairs.
+        neighbours: of each row, from among which its partner is drawn at each step; at most half
+            an average group's rows.
+        steps: of `_PAIRS_PER_STEP` pairs.
         seed: all random choices.
 
     Returns:
-        A `Clustering` with `heads`: its confidence is the consensus' probability, its centroids are the directions of the mean
-        row of each group, zero for an empty one. A warning tells how many groups are empty, where some are.
+        A `Clustering` with `heads`: its confidence is the consensus' probability, its centroids
+        are the directions of the mean row of each group, zero for an empty one. A warning tells
+        how many groups are empty, where some are.
 
     Raises:
-        ValueError: when K is not between 2 and N, a row holds NaN or infinity, or another argument is impossible.
+        ValueError: when K is not between 2 and N, a row holds NaN or infinity, or another argument
+            is impossible.
+        ImportError: where SciPy is missing.
     """
     begin = time.perf_counter()
     rows = prepared(features, spherical=True).float()
-    check_heads(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
+    check_training(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
     refuse_bad(bad_rows(rows), len(rows))
-    mean, scale = rows.mean(0), rows.std(0) + 1e-6
+
+    mean = rows.mean(0)
+    scale = rows.std(0) + 1e-6
     points = standardised(rows, mean, scale)
-    starts = [
-        kmeans(points, num_clusters, runs=1, iterations=START_PASSES, seed=heads * seed + head)
-        for head in range(heads)
-    ]
-    prototypes = torch.stack([start.centroids for start in starts]).to(points)
-    nearby = nearest_neighbours(rows, min(neighbours, max(1, len(rows) // (2 * num_clusters))))
-    trained, losses = train_prototypes(
-        points, nearby, prototypes, steps, torch.Generator().manual_seed(seed)
-    )
+    starts = [_start(points, num_clusters, heads * seed + head) for head in range(heads)]
+    prototypes = torch.stack(starts).to(points)
+    half_a_group = max(1, len(rows) // (2 * num_clusters))
+    nearby = nearest_neighbours(rows, min(neighbours, half_a_group))
+    generator = torch.Generator().manual_seed(seed)
+    trained, losses = train_prototypes(points, nearby, prototypes, steps, generator)
+
     own = torch.arange(num_clusters, device=rows.device).repeat(heads, 1)
-    found = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
-    groups = grouped(rows, found, num_clusters)
-    logger.info(
-        "%d cluster heads on %d rows, %d groups: %.1f s",
-        heads,
-        len(rows),
-        num_clusters,
-        time.perf_counter() - begin,
-    )
-    if empty := int((groups.counts == 0).sum()):
+    agreed = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
+    groups = grouped(rows, agreed, num_clusters)
+
+    facts = (heads, len(rows), num_clusters, time.perf_counter() - begin)
+    logger.info("%d cluster heads on %d rows, %d groups: %.1f s", *facts)
+    _warn_of_empty(groups.counts)
+    return groups
+
+
+def _warn_of_empty(counts: Tensor) -> None:
+    """Tell how many groups have no row, where some have none."""
+    empty = int((counts == 0).sum())
+    if empty:
         logger.warning(
             "%d of %d groups are empty: the heads found no more in %d rows; ask for fewer",
             empty,
-            num_clusters,
-            len(rows),
+            len(counts),
+            int(counts.sum()),
         )
-    return groups
+
+
+def _start(points: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """The centroids of a short k-means, from which one head starts (C, D)."""
+    groups = kmeans(points, num_clusters, runs=1, iterations=_START_PASSES, seed=seed)
+    return groups.centroids
 
 
 def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clustering:
     """The `Clustering` of rows (N, D) of length 1 by aligned heads."""
     labels, confidence = heads.assign(rows, TEMPERATURE)
-    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64).index_add_(
-        0, labels, rows.double()
-    )
+    sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64)
+    sums.index_add_(0, labels, rows.double())
     centroids = F.normalize(sums, dim=1).float()
     inertia = float(own_distances(rows, centroids, labels).sum(dtype=torch.float64))
     return Clustering(
@@ -203,9 +252,9 @@ def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clusterin
         centroids.cpu(),
         confidence.cpu(),
         inertia,
-        True,
-        TEMPERATURE,
-        heads.to(torch.device("cpu")),
+        spherical=True,
+        temperature=TEMPERATURE,
+        heads=heads.to(torch.device("cpu")),
     )
 
 

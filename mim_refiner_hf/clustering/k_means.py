@@ -1,19 +1,20 @@
-"""Groups of features: k-means in memory or from disk, merging, near-duplicates, and groups for new images.
+"""Groups of features: k-means in memory or from disk, merging, near-duplicates, new images.
 
-    from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
-    groups = kmeans(features, num_clusters=100)                       # features (N, D), fp32 or bf16, CPU or GPU
+    from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged
+    groups = kmeans(features, num_clusters=100)             # (N, D), fp32 or bf16, CPU or GPU
     groups.save(Path("groups.safetensors"))
-    assignments, confidence = Clustering.load(Path("groups.safetensors")).assign(new_features)
-    coarse = merged(groups, num_clusters=10)                          # the most similar groups joined
+    labels, confidence = Clustering.load(Path("groups.safetensors")).assign(new_features)
+    coarse = merged(groups, num_clusters=10)                # the most similar groups joined
 
-    rows = np.load("features.npy", mmap_mode="r")                     # 10^7 x 768 stay on the disk
-    rows = load_dataset("parquet", data_files="*.parquet", split="train").with_format("torch")["features"]    # or in parquet
-    rows = torch.from_file("rows.bf16", size=10**7 * 768, dtype=torch.bfloat16).view(-1, 768)    # or in bare bfloat16
-    groups = kmeans(ArrayBatches(rows[rank::world_size]), num_clusters=1000)    # under a launcher: each process its own share
+    rows = np.load("features.npy", mmap_mode="r")           # 10^7 x 768 stay on the disk
+    rows = parquet_dataset.with_format("torch")["features"]
+    rows = torch.from_file("rows.bf16", size=10**7 * 768, dtype=torch.bfloat16).view(-1, 768)
+    share = rows[rank::world_size]                          # of each process under a launcher
+    groups = kmeans(ArrayBatches(share), num_clusters=1000)
 
-Every row is assigned and has a confidence; there is no bin for outliers. `cluster_heads.train_heads` gives a `Clustering` too,
-by another method. This file travels with saved models: it needs torch and safetensors only, and `lloyd.py` and
-`prototype_heads.py` beside it.
+Every row is assigned and has a confidence; there is no bin for outliers. A `Clustering` also comes,
+by another method, from `cluster_heads.train_heads`. This file travels with saved models: it imports
+only torch, safetensors and its flat neighbours.
 """
 
 from dataclasses import dataclass, replace
@@ -42,11 +43,12 @@ from .lloyd import (
 )
 from .prototype_heads import PrototypeHeads
 
-FORMAT, HEADS_FORMAT = (
-    "mim_refiner_hf.clustering.1",
-    "mim_refiner_hf.clustering.2",
-)  # of k-means; with cluster heads
-HEADS = "heads."  # before the names of their tensors in a file
+# of a file with k-means, and of one with cluster heads; before the names of the heads' tensors
+_FORMAT = "mim_refiner_hf.clustering.1"
+_HEADS_FORMAT = "mim_refiner_hf.clustering.2"
+_HEADS = "heads."
+
+# Shapes below: N rows, D their width, K groups.
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +56,20 @@ class Clustering:
     """K groups of N rows, and how to assign new ones. All tensors are on the CPU.
 
     Attributes:
-        assignments: group of each row (N,) int64; in a job of several processes, of this process's rows.
+        assignments: group of each row (N,) int64; in a job of several processes, of this process's
+            rows.
         centroids: (K, D) fp32; of length 1 when `spherical`.
-        confidence: (N,) in (0, 1], probability of the own group: softmax over `-||x - c_k||^2 / 2 / temperature`, which for
-            rows and centroids of length 1 is cosine / temperature. It is the posterior of K round normal distributions of
-            equal weight and of variance `temperature`.
+        confidence: (N,) in (0, 1], probability of the own group: softmax over
+            `-||x - c_k||^2 / 2 / temperature`, which for rows and centroids of length 1 is cosine /
+            temperature. It is the posterior of K round normal distributions of equal weight and of
+            variance `temperature`.
         inertia: sum of the squared distances of all rows (of all processes) to their centroids.
         spherical: rows are L2-normalised before anything else.
-        temperature: `kmeans` measures it: the variance of the rows around their own centroids, per direction, within the
-            space that the centroids span; only what happens there can move a row from one group to another.
-        heads: cluster heads, which then assign the rows and tell the confidence in place of the centroids, at `temperature`.
+        temperature: `kmeans` measures it: the variance of the rows around their own centroids, per
+            direction, within the space that the centroids span; only what happens there can move a
+            row from one group to another.
+        heads: cluster heads, which then assign the rows and tell the confidence in place of the
+            centroids, at `temperature`.
     """
 
     assignments: Tensor
@@ -76,7 +82,10 @@ class Clustering:
 
     @property
     def counts(self) -> Tensor:
-        """Rows in each group (K,) int64. k-means leaves one empty only where fewer than K rows differ from each other."""
+        """Rows in each group (K,) int64.
+
+        k-means leaves a group empty only where fewer than K rows differ from each other.
+        """
         return self.assignments.bincount(minlength=len(self.centroids))
 
     def assign(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,79 +98,85 @@ class Clustering:
         if self.heads is not None:
             labels, confidence = self.heads.to(rows.device).assign(rows, self.temperature)
         else:
-            labels, confidence, _ = membership(
-                rows, self.centroids.to(rows.device), self.temperature
-            )
+            centroids = self.centroids.to(rows.device)
+            labels, confidence, _ = membership(rows, centroids, self.temperature)
         return labels.cpu(), confidence.cpu()
 
     def exemplars(self, features: Tensor, per_group: int = 9) -> list[list[int]]:
-        """For every group the numbers of up to `per_group` of its rows, nearest to the centroid first.
+        """For every group the numbers of its rows nearest to the centroid, nearest first.
 
         Args:
             features: the N rows that were clustered, in the same order.
+            per_group: how many of them, at most.
 
         Raises:
             ValueError: when these are not N rows of width D.
         """
         if len(features) != len(self.assignments):
             raise ValueError(
-                f"features has {len(features)} rows, but {len(self.assignments)} were clustered; pass the same ones"
+                f"features has {len(features)} rows, "
+                f"but {len(self.assignments)} were clustered; pass the same ones"
             )
         rows = self._rows(features)
-        distances = own_distances(
-            rows, self.centroids.to(rows.device), self.assignments.to(rows.device)
-        ).cpu()
+        centroids = self.centroids.to(rows.device)
+        distances = own_distances(rows, centroids, self.assignments.to(rows.device)).cpu()
+
+        # by group, then by distance
         order = distances.argsort(stable=True)
-        order = order[self.assignments[order].argsort(stable=True)]  # by group, then by distance
+        order = order[self.assignments[order].argsort(stable=True)]
         return [members[:per_group].tolist() for members in order.split(self.counts.tolist())]
 
     def joined(self, groups: Tensor) -> "Clustering":
-        """The same rows when group g is called `groups[g]` (K,) int64 from now on; equal numbers join groups.
+        """The same rows when group g is called `groups[g]` from now on; equal numbers join groups.
+
+        The confidence stays: it is a lower bound, as groups that are now one counted as rivals.
+        The inertia is exact, and an upper bound when `spherical`. Centroids of joined groups are
+        the means over their rows, so that `assign` may move a row at a border; cluster heads add
+        the probabilities.
 
         Args:
-            groups: numbers from 0 on; -1 leaves out a group that has no rows.
-
-        The confidence stays: it is a lower bound, as groups that are now one counted as rivals. The inertia is exact, and an
-        upper bound when `spherical`. Centroids of joined groups are the means over their rows, so that `assign` may move a row
-        at a border; cluster heads add the probabilities.
+            groups: (K,) int64, numbers from 0 on; -1 leaves out a group that has no rows.
         """
         number = int(groups.max()) + 1
-        share = (
-            F.one_hot(groups + 1, number + 1)[:, 1:].double().T * self.counts.double()
-        )  # (new, old)
-        centroids = (
-            share @ self.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)
-        ).float()
-        centroids = F.normalize(centroids, dim=1) if self.spherical else centroids
-        added = self.counts.double() @ (self.centroids - centroids[groups]).double().square().sum(1)
+        member = F.one_hot(groups + 1, number + 1)[:, 1:].double().T  # (new, old)
+        share = member * self.counts.double()
+        means = share @ self.centroids.double() / share.sum(1, keepdim=True).clamp_min(1)
+        centroids = means.float()
+        if self.spherical:
+            centroids = F.normalize(centroids, dim=1)
+
+        moved = (self.centroids - centroids[groups]).double().square().sum(1)
+        added = float(self.counts.double() @ moved)
         return replace(
             self,
             assignments=groups[self.assignments],
             centroids=centroids,
-            inertia=self.inertia + float(added),
+            inertia=self.inertia + added,
             heads=self.heads and self.heads.joined(groups),
         )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {
-            name: getattr(self, name).contiguous()
-            for name in ("assignments", "centroids", "confidence")
+            "assignments": self.assignments,
+            "centroids": self.centroids,
+            "confidence": self.confidence,
         }
+        format = _FORMAT
         if self.heads is not None:
-            tensors |= {
-                HEADS + name: tensor.contiguous() for name, tensor in vars(self.heads).items()
-            }
-        numbers = {
-            name: repr(getattr(self, name)) for name in ("inertia", "temperature", "spherical")
+            tensors |= {_HEADS + name: tensor for name, tensor in vars(self.heads).items()}
+            format = _HEADS_FORMAT
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {
+            "format": format,
+            "inertia": repr(self.inertia),
+            "temperature": repr(self.temperature),
+            "spherical": repr(self.spherical),
         }
+
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
-        save_file(
-            tensors,
-            temporary,
-            metadata={"format": HEADS_FORMAT if self.heads else FORMAT, **numbers},
-        )
+        save_file(contiguous, temporary, metadata=metadata)
         temporary.replace(path)
 
     @classmethod
@@ -177,36 +192,40 @@ class Clustering:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         except SafetensorError as error:
             raise ValueError(
-                f"{path} cannot be read as safetensors ({error}); give a file that Clustering.save wrote"
+                f"{path} cannot be read as safetensors ({error}); "
+                "give a file that Clustering.save wrote"
             ) from error
-        if metadata.get("format") not in (FORMAT, HEADS_FORMAT):
+        if metadata.get("format") not in (_FORMAT, _HEADS_FORMAT):
             raise ValueError(
-                f"{path} holds no clustering (format {metadata.get('format')}); give one that Clustering.save wrote"
+                f"{path} holds no clustering (format {metadata.get('format')}); "
+                "give one that Clustering.save wrote"
             )
-        inertia, temperature = float(metadata["inertia"]), float(metadata["temperature"])
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
-        learnt = {
-            name.removeprefix(HEADS): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(HEADS)
-        }
-        heads = PrototypeHeads(**learnt) if learnt else None
+
+        own = {}
+        learnt = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_HEADS):
+                learnt[name.removeprefix(_HEADS)] = tensor
+            else:
+                own[name] = tensor
         return cls(
             **own,
-            inertia=inertia,
+            inertia=float(metadata["inertia"]),
             spherical=metadata["spherical"] == "True",
-            temperature=temperature,
-            heads=heads,
+            temperature=float(metadata["temperature"]),
+            heads=PrototypeHeads(**learnt) if learnt else None,
         )
 
     def _rows(self, features: Tensor) -> Tensor:
+        """New rows as they were clustered, after all checks."""
         rows = prepared(features, self.spherical)
-        if rows.shape[1] != self.centroids.shape[1]:
+        width = self.centroids.shape[1]
+        if rows.shape[1] != width:
             raise ValueError(
-                f"features has width {rows.shape[1]}, but the groups were made of width {self.centroids.shape[1]}"
+                f"features has width {rows.shape[1]}, but the groups were made of width {width}"
             )
         refuse_bad(bad_rows(rows), len(rows))
         return rows
@@ -223,104 +242,134 @@ def kmeans(
     spherical: bool = True,
     initial: Tensor | None = None,
 ) -> Clustering:
-    """k-means: greedy k-means++ and Lloyd passes for all restarts at once on a sample, then full passes for the best of them.
+    """k-means: many restarts on a sample, all at once, then full passes for the best of them.
 
-    The sample is 4096 rows, or 4 per group if that is more; after every second pass over it the half of the restarts with the
-    higher inertia is dropped. The last one goes on over all rows until it has converged. From the same `initial` and without
-    `spherical`, the result is scikit-learn's (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair:
-    empty groups get the rows farthest from their own centroids.
+    The sample is 4096 rows, or 4 per group if that is more; the restarts begin with greedy
+    k-means++, and after every second pass over the sample the half of them with the higher inertia
+    is dropped. The last one goes on over all rows until it has converged. From the same `initial`
+    and without `spherical`, the result is scikit-learn's (`KMeans(algorithm="lloyd", n_init=1)`):
+    its rule for stopping, and its repair: empty groups get the rows farthest from their own
+    centroids.
 
     Args:
-        features: (N, D), clustered where it is, by this process alone; or `Batches`, read once per pass: then a job of several
-            processes clusters the rows of all together (all-reduce of sums, counts and inertia), and each gets its own
-            rows' assignments. bf16 rows are multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
+        features: (N, D), clustered where it is, by this process alone; or `Batches`, read once per
+            pass: then a job of several processes clusters the rows of all together (all-reduce of
+            sums, counts and inertia), and each gets its own rows' assignments. bf16 rows are
+            multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
         num_clusters: K.
         runs: restarts.
         iterations: most passes.
-        tolerance: stop when the squared shift of all centroids is at most this times the mean variance of a feature.
+        tolerance: stop when the squared shift of all centroids is at most this times the mean
+            variance of a feature.
         seed: all random choices; they do not depend on the number of processes.
         spherical: rows and centroids of length 1, similarity is the cosine (Dhillon & Modha 2001).
         initial: centroids (K, D) to start from, in place of `runs` starts.
 
     Raises:
-        ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument is impossible.
+        ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument
+            is impossible.
     """
     for name, value in (("runs", runs), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
     rows = Rows(features, spherical)
     sample, variance = survey(rows, num_clusters, seed)
-    shape = (num_clusters, sample.shape[1])
-    if initial is None:
+    limit = tolerance * variance
+    if initial is not None:
+        start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
+        start = prepared(start, spherical)
+    else:
         starts = greedy_starts(sample, num_clusters, runs, torch.Generator().manual_seed(seed))
         passes = min(iterations, SAMPLE_PASSES)
-        starts = best_centroids(Rows(sample, spherical), starts, passes, tolerance * variance)[None]
-    elif initial.shape == shape and bool(initial.isfinite().all()):
-        starts = prepared(initial.to(sample), spherical)[None]
-    else:
-        raise ValueError(
-            f"initial has shape {tuple(initial.shape)}, but must hold finite centroids {shape}, one row per group"
-        )
-    centroids = best_centroids(rows, starts, iterations, tolerance * variance)
-    temperature = variance_between(sample, centroids)
-    # filled in place: small tensors kept from every batch would pin the memory of the large ones that came between them
-    labels, confidence = (
-        torch.empty(len(rows.batches), dtype=torch.int64),
-        torch.empty(len(rows.batches)),
+        start = best_centroids(Rows(sample, spherical), starts, passes, limit)
+    centroids = best_centroids(rows, start[None], iterations, limit)
+    return _grouped(rows, centroids, variance_between(sample, centroids))
+
+
+def _checked(initial: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Centroids to start from; ValueError for another shape or values that are not finite."""
+    if initial.shape == shape and bool(initial.isfinite().all()):
+        return initial
+    raise ValueError(
+        f"initial has shape {tuple(initial.shape)}, "
+        f"but must hold finite centroids {shape}, one row per group"
     )
-    inertia, seen = torch.zeros((), dtype=torch.float64, device=sample.device), 0
+
+
+def _grouped(rows: Rows, centroids: Tensor, temperature: float) -> Clustering:
+    """The last pass: every row in the group of its nearest centroid."""
+    # filled in place: small tensors kept from every batch would pin the memory of the large ones
+    # that came between them
+    labels = torch.empty(len(rows.batches), dtype=torch.int64)
+    confidence = torch.empty(len(rows.batches))
+    inertia = torch.zeros((), dtype=torch.float64, device=centroids.device)
+    seen = 0
     for batch in rows:
-        here = slice(seen, seen := seen + len(batch))
+        here = slice(seen, seen + len(batch))
         labels[here], confidence[here], distances = membership(batch, centroids, temperature)
         inertia += distances.sum(dtype=torch.float64)
+        seen += len(batch)
+
     total = float(rows.over_processes(inertia))
-    return Clustering(labels, centroids.cpu(), confidence, total, spherical, temperature)
+    return Clustering(labels, centroids.cpu(), confidence, total, rows.spherical, temperature)
+
+
+# --- fewer groups --------------------------------------------------------------------------------
 
 
 def merge_tree(clustering: Clustering) -> Tensor:
-    """Ward's tree over the K groups, weighted by their counts: (K - 1, 4) fp64, as `scipy.cluster.hierarchy` draws it.
+    """Ward's tree over the K groups, weighted by their counts: (K - 1, 4) fp64.
 
-    Each line joins the two groups whose union adds least to the inertia: their numbers (K + i for the union made by line i),
-    the distance sqrt(2 * added inertia), the number of rows in the union (Ward 1963).
+    Each line joins the two groups whose union adds least to the inertia: their numbers (K + i for
+    the union made by line i), the distance sqrt(2 * added inertia), the number of rows in the union
+    (Ward 1963). `scipy.cluster.hierarchy` draws such trees.
     """
-    centroids, sizes = clustering.centroids.double(), clustering.counts.double()
+    centroids = clustering.centroids.double()
+    sizes = clustering.counts.double()
     total = len(centroids)
     numbers = torch.arange(total)
-    squares = torch.cdist(
-        centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()
+
+    # what the union of two groups would add to the inertia
+    exact = "donot_use_mm_for_euclid_dist"
+    squares = torch.cdist(centroids, centroids, compute_mode=exact).square()
     added = squares * sizes * sizes[:, None] / (sizes + sizes[:, None]).clamp_min(1)
     added.fill_diagonal_(torch.inf)
+
     tree = torch.empty(total - 1, 4, dtype=torch.float64)
     for line in range(total - 1):
-        kept, gone = divmod(
-            int(added.argmin()), total
-        )  # kept < gone: the first of two equal entries
+        # kept < gone: the first of two equal entries
+        kept, gone = divmod(int(added.argmin()), total)
         size = sizes[kept] + sizes[gone]
+        distance = (2 * float(added[kept, gone])) ** 0.5
         pair = sorted(numbers[[kept, gone]].tolist())
-        tree[line] = torch.tensor(
-            [*pair, (2 * float(added[kept, gone])) ** 0.5, float(size)], dtype=torch.float64
-        )
-        centroids[kept] = (
-            sizes[kept] * centroids[kept] + sizes[gone] * centroids[gone]
-        ) / size.clamp_min(1)
-        sizes[kept], numbers[kept] = size, total + line
-        grown = (
-            (centroids - centroids[kept]).square().sum(1)
-            * sizes
-            * size
-            / (sizes + size).clamp_min(1)
-        )
-        grown[added[kept].isinf()] = torch.inf  # itself, and groups joined before
-        added[kept], added[:, kept] = grown, grown
-        added[gone], added[:, gone] = torch.inf, torch.inf
+        tree[line] = torch.tensor([*pair, distance, float(size)], dtype=torch.float64)
+
+        # the union takes the place of the first
+        weighted = sizes[kept] * centroids[kept] + sizes[gone] * centroids[gone]
+        centroids[kept] = weighted / size.clamp_min(1)
+        sizes[kept] = size
+        numbers[kept] = total + line
+
+        apart = (centroids - centroids[kept]).square().sum(1)
+        grown = apart * sizes * size / (sizes + size).clamp_min(1)
+        # itself, and groups joined before
+        grown[added[kept].isinf()] = torch.inf
+        added[kept] = grown
+        added[:, kept] = grown
+        added[gone] = torch.inf
+        added[:, gone] = torch.inf
     return tree
 
 
 def cut_tree(tree: Tensor, num_clusters: int) -> Tensor:
-    """For each old group of a `merge_tree` its new one (K,) int64, numbered in the order of their first old group."""
+    """For each old group of a `merge_tree` its new one (K,) int64.
+
+    They are numbered in the order of their first old group.
+    """
     total = len(tree) + 1
-    owner = list(range(total))  # of each old group: the number of the union that it is in
+    # of each old group: the number of the union that it is in
+    owner = list(range(total))
     for line, (left, right, *_) in enumerate(tree[: total - num_clusters].tolist()):
         owner = [total + line if number in (left, right) else number for number in owner]
     places = {number: place for place, number in enumerate(dict.fromkeys(owner))}
@@ -328,9 +377,10 @@ def cut_tree(tree: Tensor, num_clusters: int) -> Tensor:
 
 
 def merged(clustering: Clustering, num_clusters: int) -> Clustering:
-    """The same rows in fewer groups: the most similar ones joined as in `merge_tree`, in the order of their first old group.
+    """The same rows in fewer groups: the most similar ones joined as in `merge_tree`.
 
-    What becomes of confidence, inertia and `assign`: see `Clustering.joined`.
+    They are numbered in the order of their first old group. What becomes of confidence, inertia and
+    `assign`: see `Clustering.joined`.
 
     Raises:
         ValueError: when `num_clusters` is not between 1 and the present number.
@@ -343,12 +393,18 @@ def merged(clustering: Clustering, num_clusters: int) -> Clustering:
     return clustering.joined(cut_tree(merge_tree(clustering), num_clusters))
 
 
+# --- near-duplicates -----------------------------------------------------------------------------
+
+
 def near_duplicates(
     features: Tensor, threshold: float = 0.97, *, block: int = 2048
 ) -> list[list[int]]:
-    """Groups of rows (N, D) linked by pairs of a cosine of at least `threshold`: ascending row numbers, two or more per group.
+    """Groups of rows (N, D) linked by pairs of a cosine of at least `threshold`.
 
     Compares all pairs, `block` by `block` rows at a time (16 MB), on the features' device.
+
+    Returns:
+        Ascending row numbers, two or more per group.
 
     Raises:
         ValueError: for a threshold outside (0, 1], or rows with NaN or infinity.
@@ -357,28 +413,33 @@ def near_duplicates(
         raise ValueError(f"threshold={threshold} must be a cosine above 0 and at most 1")
     rows = prepared(features, spherical=True)
     refuse_bad(bad_rows(rows), len(rows))
-    parents = torch.arange(
-        len(rows), device=rows.device
-    )  # of each row, in the end: the first row of its group
+
+    # of each row, in the end: the first row of its group
+    parents = torch.arange(len(rows), device=rows.device)
     parts = rows.split(block)
     for i, left in enumerate(parts):
         for j in range(i, len(parts)):
             first, second = (products(left, parts[j]) >= threshold).nonzero(as_tuple=True)
             _join(parents, first + i * block, second + j * block)
+
     counts = parents.unique(return_counts=True)[1].tolist()
-    return [
-        group.tolist() for group in parents.argsort(stable=True).split(counts) if len(group) > 1
-    ]
+    groups = parents.argsort(stable=True).split(counts)
+    return [group.tolist() for group in groups if len(group) > 1]
 
 
 def _join(parents: Tensor, first: Tensor, second: Tensor) -> None:
-    """Unite the groups of paired rows, in place: a root is hung below the smallest root that it is paired with, until none is left."""
+    """Unite the groups of paired rows, in place.
+
+    A root is hung below the smallest root that it is paired with, until none is left.
+    """
     while True:
-        one, two = parents[first], parents[second]
+        one = parents[first]
+        two = parents[second]
         apart = one != two
         if not bool(apart.any()):
             return
-        one, two = one[apart], two[apart]
+        one = one[apart]
+        two = two[apart]
         parents.scatter_reduce_(0, torch.maximum(one, two), torch.minimum(one, two), "amin")
         while not torch.equal(parents[parents], parents):
             parents.copy_(parents[parents])

@@ -20,15 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..clustering.decoding import ImageSource
+from ..clustering.decoding import EXTENSIONS, ImageSource
 from ..runtime.retry import patiently
 from .columns import TableColumn, find_columns, numbered, table_labels
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 _TABLE_SUFFIXES = (".parquet", ".tar")
 # words in names of files and folders -> the split they mean
 _SPLITS = {
@@ -115,7 +112,7 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     folder = _split_folder(root, split)
     paths = sorted(_image_files(folder, frozenset()))
     if not paths:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        suffixes = ", ".join(sorted(EXTENSIONS))
         raise ValueError(f"No images in {folder}: looked at every depth for {suffixes}.")
 
     # labelled by the first level, if every image lies in a sub-folder
@@ -153,7 +150,7 @@ def _image_files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Pa
             is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
             if is_folder:
                 yield from _image_files(path, above | {own})
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            elif path.suffix.lower() in EXTENSIONS:
                 yield path
 
 
@@ -237,7 +234,7 @@ def _refuse_local_looking(dataset: str, path: Path) -> None:
 
     It must not end as an opaque answer of the Hub, whose names are `name` or `owner/name`.
     """
-    suffixes = IMAGE_SUFFIXES | {".parquet", ".tar", ".zip", ".csv"}
+    suffixes = EXTENSIONS | {".parquet", ".tar", ".zip", ".csv"}
     looks_local = (
         not dataset
         or dataset.startswith((".", "/", "~"))

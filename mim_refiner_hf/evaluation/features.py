@@ -38,8 +38,7 @@ from torch.utils.data import DataLoader
 from ..data.images import ImageDataset, Sample
 from ..data.loading import Loading
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
-from ..model.last_block import prefix_tokens_only
-from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..runtime.distributed import all_gather, progress_bar, rank, world_size
 
 # Shapes below: N images, B images of a batch, D the width of the encoder.

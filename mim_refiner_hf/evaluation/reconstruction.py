@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..model.configuration_mim_refiner import ABSOLUTE, MimRefinerConfig
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import (
     MaeDecoder,
@@ -55,7 +55,7 @@ def decoder_recipe(
         ValueError: for an encoder that cannot leave patches out, or whose native size is not a
             square.
     """
-    if config.position_encoding != ABSOLUTE:
+    if config.position_encoding != "absolute":
         raise ValueError(
             "the reconstruction loss needs absolute positions, which masked patches can be left "
             f"out of; this encoder's are {config.position_encoding}; leave the reconstruction out"

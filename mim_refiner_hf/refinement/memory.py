@@ -19,8 +19,11 @@ from typing import NamedTuple
 import torch
 
 from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.last_block import can_leave_patches_out, prefix_tokens_only
-from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import (
+    MimRefinerModel,
+    can_leave_patches_out,
+    prefix_tokens_only,
+)
 from ..runtime.distributed import all_gather
 from ..runtime.optimisation import freeze
 from ..runtime.sharding import fsdp2_requested

@@ -34,8 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.last_block import prefix_tokens_only
-from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..runtime.sharding import synchronise
 from .heads import IdHeads
