@@ -131,12 +131,8 @@ def evaluate(
         for place, each in enumerate(data):
             measured = partial(measure_side, seed=seed, features=folder, loading=loading)
             added = _TRANSFER_PROTOCOLS if place else protocols
-            sides.append(
-                [
-                    measured(name, encoder, each, added, recipe=fine_tune)
-                    for name, encoder in encoders.items()
-                ]
-            )
+            of_models = encoders.items()
+            sides.append([measured(*model, each, added, recipe=fine_tune) for model in of_models])
 
     first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
     report = {
