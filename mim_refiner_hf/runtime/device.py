@@ -35,7 +35,7 @@ def uses_bf16(mixed_precision: str) -> bool:
 def emulates_bf16(device: str) -> bool:
     """Whether bfloat16 is slower than fp32 here: on a CPU without AMX or AVX-512 BF16."""
     # torch 2.10 cannot tell; then nothing is said
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and not capabilities.get("avx512_bf16", True)
 
 
