@@ -363,7 +363,7 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
             features[:bank], labels[:bank], features[bank:], labels[bank:]
         ),
         f"k-means, {rows} x {width}, {groups} groups, 10 restarts": lambda: kmeans(
-            features, groups
+            features, groups, refits=0
         ),
     }
 

@@ -95,8 +95,9 @@ def write_rows(path: Path, rows: int, width: int) -> NDArray[np.float16]:
 
 def check(rows: NDArray[np.float16], num_clusters: int) -> None:
     """The first rows give the same groups from the file as from memory."""
-    stored = kmeans(ArrayBatches(rows[:PART]), num_clusters, runs=RUNS, iterations=PASSES)
-    loaded = kmeans(torch.tensor(rows[:PART]).float(), num_clusters, runs=RUNS, iterations=PASSES)
+    settings = {"runs": RUNS, "iterations": PASSES, "refits": 0}
+    stored = kmeans(ArrayBatches(rows[:PART]), num_clusters, **settings)
+    loaded = kmeans(torch.tensor(rows[:PART]).float(), num_clusters, **settings)
     assert torch.equal(stored.assignments, loaded.assignments), (
         "the groups differ from those in memory"
     )
@@ -115,7 +116,7 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
         batches = TimedBatches(array)
         size = path.stat().st_size
         with PeakMemory() as memory:
-            kmeans(batches, num_clusters, runs=RUNS, iterations=PASSES)
+            kmeans(batches, num_clusters, runs=RUNS, iterations=PASSES, refits=0)
 
     processor, clock = (statistics.median(kind) for kind in zip(*batches.seconds, strict=True))
     text = [

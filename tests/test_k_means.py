@@ -130,9 +130,9 @@ def test_spherical_is_dhillon_and_modhas_loop(digits: Tensor) -> None:
 
 
 @pytest.mark.parametrize("spherical", [True, False])
-def test_confidence_is_the_posterior_of_round_normal_groups(spherical: bool) -> None:
+def test_without_refits_confidence_is_the_posterior_of_round_normal_groups(spherical: bool) -> None:
     rows, labels = blobs(spread=4.0)
-    groups = kmeans(rows, 9, spherical=spherical)
+    groups = kmeans(rows, 9, spherical=spherical, refits=0)
     points = F.normalize(rows, dim=1) if spherical else rows
     log = -torch.cdist(points, groups.centroids).square() / 2 / groups.temperature
     assert torch.allclose(groups.confidence, log.softmax(1).max(1).values, atol=1e-3)

@@ -135,7 +135,13 @@ class Grouper:
         self.points = points
         self.rows = Rows(points, spherical=False)
         self.small = kmeans(
-            points, most, runs=_RUNS, iterations=_PASSES, seed=seed, spherical=False
+            points,
+            most,
+            runs=_RUNS,
+            iterations=_PASSES,
+            seed=seed,
+            spherical=False,
+            refits=0,
         )
         self.tree = merge_tree(self.small)
         self.limit = 1e-4 * float(points.var(0).mean())

@@ -21,6 +21,7 @@ This file travels with saved models: it imports only torch, transformers and its
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformers.utils import logging as bars
 from transformers.utils.import_utils import is_scipy_available
 
+from .confidence import agreement, fitted, second_clusterings
 from .k_means import Clustering, kmeans
 from .lloyd import bad_rows, own_distances, prepared, products, refuse_bad
 from .prototype_heads import PrototypeHeads, class_logits, standardised
@@ -52,6 +54,8 @@ _LEARNING_RATE = 2e-2
 _WARMUP = 0.1
 _WEIGHT_DECAY = 1e-4
 _PAIRS_PER_STEP = 512
+# rows that are clustered again to measure the confidence
+_RETRAINED = 4096
 # passes of k-means for each head's start
 _START_PASSES = 10
 
@@ -171,12 +175,14 @@ def train_heads(
     neighbours: int = 50,
     steps: int = 300,
     seed: int = 0,
+    refits: int = 4,
 ) -> Clustering:
     """Train cluster heads on features and group the rows by their consensus.
 
     The search for neighbours takes 2 N^2 D operations; 10^5 rows of width 384 took under 4 minutes
     of one core, most of it that search. Time and memory of the rest grow with `heads`, K and
-    `steps`. On a CPU the result is a pure function of the arguments.
+    `steps`. On a CPU the result is a pure function of the arguments. `refits` more trainings, of
+    4096 rows at most, tell how far the groups can be trusted, as in `kmeans`.
 
     Args:
         features: (N, D), clustered where it is; L2-normalised first, as for `kmeans`.
@@ -186,9 +192,11 @@ def train_heads(
             an average group's rows.
         steps: of `_PAIRS_PER_STEP` pairs.
         seed: all random choices.
+        refits: second trainings to calibrate the confidence by; 0 for none: then the confidence is
+            the consensus' probability.
 
     Returns:
-        A `Clustering` with `heads`: its confidence is the consensus' probability, its centroids
+        A `Clustering` with `heads`: its confidence is calibrated as in `kmeans`, its centroids
         are the directions of the mean row of each group, zero for an empty one. A warning tells
         how many groups are empty, where some are.
 
@@ -200,6 +208,8 @@ def train_heads(
     begin = time.perf_counter()
     rows = prepared(features, spherical=True).float()
     check_training(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
+    if refits < 0:
+        raise ValueError(f"refits={refits} must be at least 0")
     refuse_bad(bad_rows(rows), len(rows))
 
     mean = rows.mean(0)
@@ -215,11 +225,40 @@ def train_heads(
     own = torch.arange(num_clusters, device=rows.device).repeat(heads, 1)
     agreed = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
     groups = grouped(rows, agreed, num_clusters)
+    if refits:
+        settings = {"heads": heads, "neighbours": neighbours, "steps": steps}
+        groups = _calibrated(groups, rows, refits, seed, settings)
 
+    # second trainings say nothing
+    if refits == 0:
+        return groups
     facts = (heads, len(rows), num_clusters, time.perf_counter() - begin)
     logger.info("%d cluster heads on %d rows, %d groups: %.1f s", *facts)
     _warn_of_empty(groups.counts)
     return groups
+
+
+def _calibrated(
+    groups: Clustering, rows: Tensor, refits: int, seed: int, settings: dict[str, int]
+) -> Clustering:
+    """The same groups of rows (N, D) with a confidence measured by second trainings."""
+    num_clusters = len(groups.centroids)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(rows), generator=generator)
+    picks = picks[: max(_RETRAINED, 16 * num_clusters)]
+    sample = rows[picks.to(rows.device)]
+
+    def again(part: Tensor, own_seed: int) -> Tensor:
+        second = train_heads(part, num_clusters, seed=own_seed, refits=0, **settings)
+        return second.assign(sample)[0]
+
+    seconds = second_clusterings(sample, num_clusters, again, refits, seed, resample=False)
+    labels = groups.assignments
+    log_odds = groups.confidence.logit()
+    shares = agreement(labels[picks], seconds, num_clusters)
+    calibration = fitted(labels[picks], log_odds[picks], shares, num_clusters)
+    confidence = calibration.confidence(labels, log_odds)
+    return replace(groups, confidence=confidence, calibration=calibration)
 
 
 def _warn_of_empty(counts: Tensor) -> None:
@@ -236,8 +275,9 @@ def _warn_of_empty(counts: Tensor) -> None:
 
 def _start(points: Tensor, num_clusters: int, seed: int) -> Tensor:
     """The centroids of a short k-means, from which one head starts (C, D)."""
-    groups = kmeans(points, num_clusters, runs=1, iterations=_START_PASSES, seed=seed)
-    return groups.centroids
+    return kmeans(
+        points, num_clusters, runs=1, iterations=_START_PASSES, seed=seed, refits=0
+    ).centroids
 
 
 def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clustering:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
 from .lloyd import (
     SAMPLE_PASSES,
     Batches,
@@ -43,10 +44,12 @@ from .lloyd import (
 )
 from .prototype_heads import PrototypeHeads
 
-# of a file with k-means, and of one with cluster heads; before the names of the heads' tensors
-_FORMAT = "mim_refiner_hf.clustering.1"
-_HEADS_FORMAT = "mim_refiner_hf.clustering.2"
+# of a file; 1 and 2, of earlier versions, hold no calibration
+_FORMAT = "mim_refiner_hf.clustering.3"
+_FORMATS = ("mim_refiner_hf.clustering.1", "mim_refiner_hf.clustering.2", _FORMAT)
+# before the names of the heads' tensors; of the groups' offsets of a calibration
 _HEADS = "heads."
+_OFFSETS = "calibration.offsets"
 
 # Shapes below: N rows, D their width, K groups.
 
@@ -59,10 +62,12 @@ class Clustering:
         assignments: group of each row (N,) int64; in a job of several processes, of this process's
             rows.
         centroids: (K, D) fp32; of length 1 when `spherical`.
-        confidence: (N,) in (0, 1], probability of the own group: softmax over
+        confidence: (N,) in (0, 1]: with a `calibration`, the share of second clusterings, by another
+            seed or from other rows, that would put such a row into the same group. Without one, the
+            posterior probability of the own group, which is far too sure of itself: softmax over
             `-||x - c_k||^2 / 2 / temperature`, which for rows and centroids of length 1 is cosine /
-            temperature. It is the posterior of K round normal distributions of equal weight and of
-            variance `temperature`.
+            temperature, that of K round normal distributions of equal weight and of variance
+            `temperature`.
         inertia: sum of the squared distances of all rows (of all processes) to their centroids.
         spherical: rows are L2-normalised before anything else.
         temperature: `kmeans` measures it: the variance of the rows around their own centroids, per
@@ -70,6 +75,8 @@ class Clustering:
             row from one group to another.
         heads: cluster heads, which then assign the rows and tell the confidence in place of the
             centroids, at `temperature`.
+        calibration: turns the posterior's odds into the confidence; measured by `kmeans` and
+            `train_heads`, None in files of earlier versions.
     """
 
     assignments: Tensor
@@ -79,6 +86,7 @@ class Clustering:
     spherical: bool
     temperature: float = 0.1
     heads: PrototypeHeads | None = None
+    calibration: Calibration | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -96,11 +104,12 @@ class Clustering:
         """
         rows = self._rows(features)
         if self.heads is not None:
-            labels, confidence = self.heads.to(rows.device).assign(rows, self.temperature)
+            labels, posterior = self.heads.to(rows.device).assign(rows, self.temperature)
+            log_odds = posterior.logit()
         else:
             centroids = self.centroids.to(rows.device)
-            labels, confidence, _ = membership(rows, centroids, self.temperature)
-        return labels.cpu(), confidence.cpu()
+            labels, log_odds, _ = membership(rows, centroids, self.temperature)
+        return labels.cpu(), _confidence(self.calibration, labels, log_odds).cpu()
 
     def exemplars(self, features: Tensor, per_group: int = 9) -> list[list[int]]:
         """For every group the numbers of its rows nearest to the centroid, nearest first.
@@ -153,6 +162,7 @@ class Clustering:
             centroids=centroids,
             inertia=self.inertia + added,
             heads=self.heads and self.heads.joined(groups),
+            calibration=self.calibration and self.calibration.joined(groups, self.counts),
         )
 
     def save(self, path: Path) -> None:
@@ -162,17 +172,18 @@ class Clustering:
             "centroids": self.centroids,
             "confidence": self.confidence,
         }
-        format = _FORMAT
-        if self.heads is not None:
-            tensors |= {_HEADS + name: tensor for name, tensor in vars(self.heads).items()}
-            format = _HEADS_FORMAT
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {
-            "format": format,
+            "format": _FORMAT,
             "inertia": repr(self.inertia),
             "temperature": repr(self.temperature),
             "spherical": repr(self.spherical),
         }
+        if self.heads is not None:
+            tensors |= {_HEADS + name: tensor for name, tensor in vars(self.heads).items()}
+        if self.calibration is not None:
+            tensors[_OFFSETS] = self.calibration.offsets
+            metadata["slope"] = repr(self.calibration.slope)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
@@ -198,12 +209,13 @@ class Clustering:
                 f"{path} cannot be read as safetensors ({error}); "
                 "give a file that Clustering.save wrote"
             ) from error
-        if metadata.get("format") not in (_FORMAT, _HEADS_FORMAT):
+        if metadata.get("format") not in _FORMATS:
             raise ValueError(
                 f"{path} holds no clustering (format {metadata.get('format')}); "
                 "give one that Clustering.save wrote"
             )
 
+        offsets = tensors.pop(_OFFSETS, None)
         own = {}
         learnt = {}
         for name, tensor in tensors.items():
@@ -217,6 +229,7 @@ class Clustering:
             spherical=metadata["spherical"] == "True",
             temperature=float(metadata["temperature"]),
             heads=PrototypeHeads(**learnt) if learnt else None,
+            calibration=None if offsets is None else Calibration(float(metadata["slope"]), offsets),
         )
 
     def _rows(self, features: Tensor) -> Tensor:
@@ -241,6 +254,7 @@ def kmeans(
     seed: int = 0,
     spherical: bool = True,
     initial: Tensor | None = None,
+    refits: int = 8,
 ) -> Clustering:
     """k-means: many restarts on a sample, all at once, then full passes for the best of them.
 
@@ -250,6 +264,10 @@ def kmeans(
     and without `spherical`, the result is scikit-learn's (`KMeans(algorithm="lloyd", n_init=1)`):
     its rule for stopping, and its repair: empty groups get the rows farthest from their own
     centroids.
+
+    Then `refits` second clusterings of the same kind, of 16384 sampled rows or 16 per group, tell
+    how far the groups can be trusted: half of them have another seed, half also learn from two
+    thirds of these rows (`confidence.py`).
 
     Args:
         features: (N, D), clustered where it is, by this process alone; or `Batches`, read once per
@@ -264,6 +282,8 @@ def kmeans(
         seed: all random choices; they do not depend on the number of processes.
         spherical: rows and centroids of length 1, similarity is the cosine (Dhillon & Modha 2001).
         initial: centroids (K, D) to start from, in place of `runs` starts.
+        refits: second clusterings to calibrate the confidence by; 0 for none: then the confidence
+            is the posterior probability.
 
     Raises:
         ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument
@@ -272,6 +292,9 @@ def kmeans(
     for name, value in (("runs", runs), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
+    if refits < 0:
+        raise ValueError(f"refits={refits} must be at least 0")
 
     rows = Rows(features, spherical)
     sample, variance = survey(rows, num_clusters, seed)
@@ -284,7 +307,50 @@ def kmeans(
         passes = min(iterations, SAMPLE_PASSES)
         start = best_centroids(Rows(sample, spherical), starts, passes, limit)
     centroids = best_centroids(rows, start[None], iterations, limit)
-    return _grouped(rows, centroids, variance_between(sample, centroids))
+    temperature = variance_between(sample, centroids)
+    if refits == 0 or num_clusters == 1:
+        return _grouped(rows, centroids, temperature, None)
+
+    # the same procedure once more, on rows that fit into memory
+    some, _ = survey(rows, num_clusters, seed, sample_size(num_clusters))
+
+    def again(part: Tensor, own_seed: int) -> Tensor:
+        second = kmeans(
+            part,
+            num_clusters,
+            runs=runs,
+            iterations=iterations,
+            tolerance=tolerance,
+            seed=own_seed,
+            spherical=spherical,
+            initial=initial,
+            refits=0,
+        )
+        return membership(some, second.centroids.to(some.device), 1.0)[0].cpu()
+
+    resample = initial is not None
+    seconds = second_clusterings(some, num_clusters, again, refits, seed, resample=resample)
+    labels, log_odds, _ = (found.cpu() for found in membership(some, centroids, temperature))
+    shares = agreement(labels, seconds, num_clusters)
+    calibration = fitted(labels, log_odds, shares, num_clusters)
+    return _grouped(rows, centroids, temperature, _of_first(rows, calibration))
+
+
+def _of_first(rows: Rows, calibration: Calibration) -> Calibration:
+    """What the first process measured, on all of them: a GPU may differ in the last bits."""
+    if rows.processes == 1:
+        return calibration
+    device = next(iter(rows)).device
+    numbers = torch.cat([calibration.offsets, torch.tensor([calibration.slope])]).to(device)
+    numbers = rows.over_processes(numbers if rows.rank == 0 else torch.zeros_like(numbers)).cpu()
+    return Calibration(float(numbers[-1]), numbers[:-1])
+
+
+def _confidence(calibration: Calibration | None, labels: Tensor, log_odds: Tensor) -> Tensor:
+    """Calibrated, or the posterior probability itself."""
+    if calibration is None:
+        return log_odds.sigmoid()
+    return calibration.confidence(labels, log_odds)
 
 
 def _checked(initial: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -297,7 +363,9 @@ def _checked(initial: Tensor, shape: tuple[int, int]) -> Tensor:
     )
 
 
-def _grouped(rows: Rows, centroids: Tensor, temperature: float) -> Clustering:
+def _grouped(
+    rows: Rows, centroids: Tensor, temperature: float, calibration: Calibration | None
+) -> Clustering:
     """The last pass: every row in the group of its nearest centroid."""
     # filled in place: small tensors kept from every batch would pin the memory of the large ones
     # that came between them
@@ -307,12 +375,21 @@ def _grouped(rows: Rows, centroids: Tensor, temperature: float) -> Clustering:
     seen = 0
     for batch in rows:
         here = slice(seen, seen + len(batch))
-        labels[here], confidence[here], distances = membership(batch, centroids, temperature)
+        label, log_odds, distances = membership(batch, centroids, temperature)
+        labels[here] = label
+        confidence[here] = _confidence(calibration, label, log_odds)
         inertia += distances.sum(dtype=torch.float64)
         seen += len(batch)
 
-    total = float(rows.over_processes(inertia))
-    return Clustering(labels, centroids.cpu(), confidence, total, rows.spherical, temperature)
+    return Clustering(
+        labels,
+        centroids.cpu(),
+        confidence,
+        float(rows.over_processes(inertia)),
+        rows.spherical,
+        temperature,
+        calibration=calibration,
+    )
 
 
 # --- fewer groups --------------------------------------------------------------------------------
