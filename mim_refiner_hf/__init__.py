@@ -5,7 +5,12 @@ from transformers import AutoModel, pipeline
 model = AutoModel.from_pretrained("outputs/quickstart/model")
 pipe = pipeline("image-clustering", model="outputs/quickstart/model")
 
-from mim_refiner_hf import load_encoder, refine, RefineRecipe
+from mim_refiner_hf import load_encoder, refine, embed, cluster, evaluate
+encoder = load_encoder("facebook/vit-mae-base")              # or a file, a folder, a model object
+result = refine("photos/", model=encoder, output_dir="out")  # or a list of images, a data set, ...
+vectors = embed(result.encoder, "photos/")                   # (n, width)
+groups = cluster("photos/", model=result.encoder)            # or cluster(vectors)
+report = evaluate(result.encoder, "photos/", against=encoder)
 """
 
 from importlib import import_module
@@ -38,6 +43,9 @@ if TYPE_CHECKING:
     from .conversion import CheckpointError, LoadReport, load_encoder
     from .refinement.recipe import RefineRecipe
     from .refinement.recipe_files import read_recipe
+    from .runs.cluster import Groups, cluster
+    from .runs.embed import embed
+    from .runs.evaluate import evaluate
     from .runs.refine import refine
 
 
@@ -67,9 +75,17 @@ _LAZY = {
     "load_encoder": ".conversion",
     "RefineRecipe": ".refinement.recipe",
     "read_recipe": ".refinement.recipe_files",
+    "Groups": ".runs.cluster",
+    "cluster": ".runs.cluster",
+    "embed": ".runs.embed",
+    "evaluate": ".runs.evaluate",
     "refine": ".runs.refine",
     "refine_command": ".cli",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def __getattr__(name: str) -> Any:
@@ -80,6 +96,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CheckpointError",
+    "Groups",
     "ImageClusteringPipeline",
     "LoadReport",
     "MimRefinerBackbone",
@@ -90,6 +107,9 @@ __all__ = [
     "MimRefinerModel",
     "RefineRecipe",
     "__version__",
+    "cluster",
+    "embed",
+    "evaluate",
     "load_encoder",
     "read_recipe",
     "refine",

@@ -26,8 +26,8 @@ from ..runtime.settings import (
     check_fields,
     documented,
     minimum,
-    spelt,
 )
+from ..runtime.wording import spelt
 from .loss import LossSchedule, Swap
 
 START_FIELDS = ("model", "pretrain", "init_from")
