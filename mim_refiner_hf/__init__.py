@@ -27,6 +27,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline
+from .clustering.pipeline_image_features import FEATURES_TASK, ImageRowsPipeline
 from .model.configuration_mim_refiner import MimRefinerConfig
 from .model.image_processing_mim_refiner import (
     MimRefinerImageProcessor,
@@ -66,6 +67,9 @@ AutoImageProcessor.register(
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image"
 )
+
+# One row per image from our encoders, and nothing else for others than transformers gives.
+PIPELINE_REGISTRY.supported_tasks[FEATURES_TASK]["impl"] = ImageRowsPipeline
 
 # Loaded on first use: whoever only wants features need not import accelerate, datasets,
 # matplotlib and scikit-learn.

@@ -26,12 +26,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
-from .model_objects import own_encoder, saved_preprocessing, source_of_object
+from .model_objects import own_encoder, source_of_object
+from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, most_frequent, read_shapes
 from .timm_models import in_our_words
@@ -407,46 +407,6 @@ def _check(name: str, layout: Layout, placement: Placement, wanted: Mapping[str,
                 origin = placement.came_from[key]
                 named.append(key + what + (f" (from {origin})" if origin != key else ""))
             raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
-
-
-def image_processor(
-    config: MimRefinerConfig, source: Mapping[str, Any]
-) -> MimRefinerImageProcessor:
-    """The preprocessing that goes with an encoder.
-
-    Args:
-        config: of the encoder, for its native size and its number of channels.
-        source: fields of a `preprocessor_config.json`; what it does not say is ImageNet's, at the
-            native size.
-    """
-    height, width = config.image_hw
-    native = {"height": height, "width": width}
-    size = _sides(source.get("size"), native)
-    crop = _sides(source.get("crop_size"), native)
-    if "height" in size and not source.get("do_center_crop"):
-        crop = size
-
-    mean = list(MimRefinerImageProcessor.image_mean)
-    std = list(MimRefinerImageProcessor.image_std)
-    # ImageNet's average grey for every channel
-    if config.num_channels != 3:
-        mean = [sum(mean) / 3] * config.num_channels
-        std = [sum(std) / 3] * config.num_channels
-    return MimRefinerImageProcessor(
-        size={"shortest_edge": max(size.values())},
-        crop_size=crop,
-        image_mean=source.get("image_mean", mean),
-        image_std=source.get("image_std", std),
-        resample=source.get("resample", MimRefinerImageProcessor.resample),
-        do_convert_rgb=config.num_channels == 3,
-    )
-
-
-def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
-    """A size as a dictionary: an integer, as in old files, is a square; nothing is the native."""
-    if isinstance(stated_size, int):
-        return {"height": stated_size, "width": stated_size}
-    return dict(stated_size or native)
 
 
 __all__ = ["LoadReport", "image_processor", "load_encoder"]

@@ -9,22 +9,17 @@ under the name that the model was loaded by (`config.name_or_path`, timm's `pret
 where there is none, the family's own is taken.
 """
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from ..runtime.wording import kind_of
 from .layout import Source
+from .preprocessing import saved_preprocessing
 from .timm_models import model_in_our_words
-
-_PREPROCESSING = "preprocessor_config.json"
 
 
 def source_of_object(model: Any) -> Source:
@@ -60,22 +55,6 @@ def _of_transformers(model: PreTrainedModel) -> Source:
     return Source(name, dict(model.state_dict()), config, saved_preprocessing(name))
 
 
-def saved_preprocessing(name: str) -> dict[str, Any]:
-    """The `preprocessor_config.json` of a folder or a Hub name; empty where there is none."""
-    path = Path(name) / _PREPROCESSING
-    found = str(path) if path.is_file() else None
-    if not Path(name).exists() and name.count("/") == 1:
-        try:
-            found = cached_file(name, _PREPROCESSING)
-        # no such model or file, or no network: the family's own preprocessing is as good
-        except (OSError, ValueError):
-            found = None
-    if found is None:
-        return {}
-    stated = json.loads(Path(found).read_text(encoding="utf-8"))
-    return dict(stated) if isinstance(stated, Mapping) else {}
-
-
 def _name_of_timm(model: Any) -> str:
     stated = getattr(model, "pretrained_cfg", None) or {}
     architecture = stated.get("architecture") or type(model).__name__
@@ -83,4 +62,4 @@ def _name_of_timm(model: Any) -> str:
     return f"{architecture}.{tag}" if tag else str(architecture)
 
 
-__all__ = ["own_encoder", "saved_preprocessing", "source_of_object"]
+__all__ = ["own_encoder", "source_of_object"]

@@ -121,12 +121,7 @@ def evaluate(
     """
     began = time.perf_counter()
     fine_tune = check_protocols(protocols, recipe, transfer, seed)
-    if output_dir is not None:
-        output_dir = Path(output_dir)
-        check_report_folder(output_dir)
-    if features is not None:
-        features = Path(features)
-        check_features(features)
+    output_dir, features = checked_folders(output_dir, features)
     encoders = load_encoders(model, against)
     *other_names, name_of_model = encoders
 
@@ -164,6 +159,19 @@ def evaluate(
     if rank() == 0 and output_dir is not None:
         write_report(output_dir, report, sides[0], data[0])
     return report
+
+
+def checked_folders(
+    output_dir: str | Path | None, features: str | Path | None
+) -> tuple[Path | None, Path | None]:
+    """The folders as paths; ValueError for one that holds something else."""
+    report = None if output_dir is None else Path(output_dir)
+    if report is not None:
+        check_report_folder(report)
+    kept = None if features is None else Path(features)
+    if kept is not None:
+        check_features(kept)
+    return report, kept
 
 
 def check_protocols(

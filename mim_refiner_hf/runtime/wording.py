@@ -54,6 +54,8 @@ def spelt(value: Any) -> str:
         return " ".join(map(spelt, value))
     if isinstance(value, str | Path):
         return str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return shown(value)
 
 
