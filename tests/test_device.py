@@ -77,7 +77,7 @@ def test_compile_is_refused_where_it_would_not_work(
     )
     check_compile(False)
     refused = (
-        pytest.raises(ValueError, match=f"--compile: .*{words}.* leave --compile out")
+        pytest.raises(ValueError, match=f"compile: .*{words}.* leave compile out")
         if missing
         else nullcontext()
     )

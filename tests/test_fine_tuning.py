@@ -263,12 +263,12 @@ def test_the_recipes_are_the_papers() -> None:
 
 def test_bad_input_is_named() -> None:
     for change, message in (
-        ({"fraction": 0.0}, "--fraction 0.0: must be greater than 0 and at most 1"),
-        ({"drop_path": 1.5}, "--drop_path 1.5: must be between 0 and 1"),
-        ({"epochs": 3}, "--warmup_epochs 5.0: must be less than --epochs 3"),
-        ({"learning_rate": 0.0}, "--learning_rate 0.0: must be a number greater than 0"),
-        ({"mixup": -1.0}, "--mixup -1.0: must be at least 0"),
-        ({"epochs": "many"}, "--epochs 'many': must be of the type int"),
+        ({"fraction": 0.0}, "fraction=0.0: must be greater than 0 and at most 1"),
+        ({"drop_path": 1.5}, "drop_path=1.5: must be between 0 and 1"),
+        ({"epochs": 3}, "warmup_epochs=5.0: must be less than epochs=3"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be a number greater than 0"),
+        ({"mixup": -1.0}, "mixup=-1.0: must be at least 0"),
+        ({"epochs": "many"}, "epochs='many': must be of the type int"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             FineTuneRecipe(**change)

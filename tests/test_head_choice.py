@@ -190,7 +190,7 @@ def test_auto_needs_images_to_measure(
     recipe: Callable[..., RefineRecipe], digits: ImageDataset, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"--head_blocks auto: 49 images are too few to measure, 50"
+        ValueError, match=r"head_blocks='auto': 49 images are too few to measure, 50"
     ):
         check_measurable(digits.subset(range(49)))
     check_measurable(digits.subset(range(50)))
@@ -198,10 +198,10 @@ def test_auto_needs_images_to_measure(
         (tmp_path / "few").mkdir(exist_ok=True)
         digits[i].image.save(tmp_path / f"few/{i}.png")
     assert isinstance(open_stream(str(tmp_path / "few")), ImageStream)
-    with pytest.raises(ValueError, match=r"--head_blocks auto: 40 images are too few"):
+    with pytest.raises(ValueError, match=r"head_blocks='auto': 40 images are too few"):
         run(recipe(dataset=str(tmp_path / "few")))
     with pytest.raises(
-        ValueError, match=r"--head_blocks auto: a stream cannot be measured.*--eval_dataset"
+        ValueError, match=r"head_blocks='auto': a stream cannot be measured.*eval_dataset"
     ):
         run(recipe(dataset=str(tmp_path / "few"), streaming=True))
     assert not (tmp_path / "out").exists()

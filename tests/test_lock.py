@@ -67,17 +67,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_second_is_told_who_is_there(tmp_path: Path) -> None:
-    with sole_run(tmp_path, "--out"):
+    with sole_run(tmp_path, "out"):
         with pytest.raises(
             ValueError,
-            match=rf"--out {tmp_path}: another run writes there \(process {os.getpid()} on .+ "
+            match=rf"out='{tmp_path}': another run writes there \(process {os.getpid()} on .+ "
             rf"since 20",
         ):
-            sole_run(tmp_path, "--out").__enter__()
-        with sole_run(tmp_path / "other", "--out"):
+            sole_run(tmp_path, "out").__enter__()
+        with sole_run(tmp_path / "other", "out"):
             assert (tmp_path / "other" / LOCK).is_file()
     assert list(tmp_path.iterdir()) == []
-    with sole_run(tmp_path, "--out"):
+    with sole_run(tmp_path, "out"):
         pass
 
 
@@ -110,18 +110,18 @@ def test_only_the_main_process_of_a_job_takes_it(
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nonsense"), sole_run(tmp_path / "a/b", "--output_dir"):
+    with pytest.raises(ValueError, match="nonsense"), sole_run(tmp_path / "a/b", "output_dir"):
         raise ValueError("nonsense")
     assert list(tmp_path.iterdir()) == []
-    with sole_run(tmp_path / "a/b", "--output_dir"):
+    with sole_run(tmp_path / "a/b", "output_dir"):
         (tmp_path / "a/b/result").touch()
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["result"]
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(
-            ValueError, match=rf"--out {folder}: {tmp_path / 'file'} is a file; name a folder"
+            ValueError, match=rf"out='{folder}': {tmp_path / 'file'} is a file; name a folder"
         ):
-            sole_run(folder, "--out").__enter__()
+            sole_run(folder, "out").__enter__()
 
 
 @pytest.mark.parametrize(

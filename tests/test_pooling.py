@@ -217,16 +217,16 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
-        ({"pooling": "cls"}, {}, "--pooling cls: the encoder has no CLS token .*; use mean"),
+        ({"pooling": "cls"}, {}, "pooling='cls': the encoder has no CLS token .*; use mean"),
         (
             {"pooling": "register"},
             {"num_register_tokens": 0},
-            "--pooling register: the encoder has no register tokens .*; use mean",
+            "pooling='register': the encoder has no register tokens .*; use mean",
         ),
         (
             {"pooling": "global_repr"},
             {"predictor_layers": 0},
-            "--pooling global_repr: the encoder has no predictor .*; use mean",
+            "pooling='global_repr': the encoder has no predictor .*; use mean",
         ),
         (
             {"pooling": "global_repr", "head_blocks": [0, 1]},

@@ -182,7 +182,7 @@ def test_what_cannot_be_replayed(recipe: Callable[..., RefineRecipe], tmp_path: 
     assert cli.main(["replay", str(tmp_path / "nothing")]) == 2
     asked = recipe("whole")
     run(asked)
-    with pytest.raises(FileNotFoundError, match="no report of a failed step; name one with --step"):
+    with pytest.raises(FileNotFoundError, match="no report of a failed step; name one with step"):
         replay(Path(asked.output_dir))
-    with pytest.raises(ValueError, match="--step 3: can be replayed from the newest checkpoint on"):
+    with pytest.raises(ValueError, match="step=3: can be replayed from the newest checkpoint on"):
         replay(Path(asked.output_dir), step=3)

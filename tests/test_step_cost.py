@@ -398,7 +398,7 @@ def test_auto_takes_what_the_estimate_allows() -> None:
         assert choice.value == micro
         assert ("whole batch" in choice.reason) == (micro is None) and "GiB" in choice.reason
     with pytest.raises(
-        ValueError, match=r"--micro_batch_size auto: not even one image .* --gradient_checkpointing"
+        ValueError, match=r"micro_batch_size='auto': not even one image .* gradient_checkpointing=True"
     ):
         choose_micro_batch(recipe, refiner, int(0.9 * need(1)))
 

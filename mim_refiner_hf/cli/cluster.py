@@ -19,7 +19,7 @@ from .flags import (
 def run_cluster(arguments: Sequence[str]) -> None:
     """`mim-refiner cluster`."""
     from ..clustering.pipeline_image_clustering import METHODS
-    from ..publishing.cluster_folder import cluster_images
+    from ..runs.cluster import cluster
     from ..runtime.lock import sole_run
 
     parser = command_parser(
@@ -45,18 +45,18 @@ def run_cluster(arguments: Sequence[str]) -> None:
     add_seed(parser)
     options = parse_model_and_images(parser, arguments)
 
-    with sole_run(options.out, "--out", beside=True):
-        summary = cluster_images(
+    with sole_run(options.out, "out", beside=True):
+        groups = cluster(
             options.dataset,
             options.model,
-            options.out,
             num_clusters=options.num_clusters,
             method=options.method,
+            out=options.out,
             batch_size=options.batch_size,
             seed=options.seed,
             num_workers=options.num_workers,
         )
-    print(f"{summary['note']}\nThe page: {options.out / 'index.html'}")
+    print(f"{groups}\nThe page: {options.out / 'index.html'}")
 
 
 __all__ = ["run_cluster"]

@@ -73,6 +73,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..runtime.distributed import rank
     from ..runtime.launch import launch_processes, launched_short
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
+    from ..runtime.wording import in_the_shell
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:
@@ -81,7 +82,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
             return launch_processes(processes)
     try:
         check_alone(name)
-        with ended_by_signals():
+        with in_the_shell(), ended_by_signals():
             COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

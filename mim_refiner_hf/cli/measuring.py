@@ -7,7 +7,7 @@ import argparse
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from .flags import (
     add_batch_size,
@@ -82,7 +82,7 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     model, dataset = options.pop("model"), options.pop("dataset")
 
     accelerator = Accelerator(cpu=several_on_the_cpu())
-    with sole_run(options["output_dir"], "--output_dir", beside=True):
+    with sole_run(options["output_dir"], "output_dir", beside=True):
         report = evaluate(model, dataset, **options)
     if not accelerator.is_main_process:
         return
@@ -153,14 +153,12 @@ def run_embed(arguments: Sequence[str]) -> None:
     """`mim-refiner embed`."""
     from accelerate import Accelerator
 
-    from ..conversion.load import load_encoder
     from ..data.broken import BROKEN
-    from ..data.images import open_images, open_stream
     from ..data.loading import Loading
-    from ..evaluation.embed import PRECISIONS, embed_images
+    from ..evaluation.embed import PRECISIONS
     from ..evaluation.feature_store import read_manifest
-    from ..evaluation.features import feature_columns
     from ..model.configuration_mim_refiner import Pooling
+    from ..runs.embed import store_features
     from ..runtime.device import warn_of_emulation
     from ..runtime.launch import several_on_the_cpu, workers_per_process
 
@@ -172,25 +170,19 @@ def run_embed(arguments: Sequence[str]) -> None:
     accelerator = Accelerator(cpu=several_on_the_cpu())
     if options.dtype == "bf16" and accelerator.is_main_process:
         warn_of_emulation("--dtype bf16", accelerator.device.type)
-    encoder: Any = load_encoder(options.model)
-    encoder.to(PRECISIONS[options.dtype])
-
-    open_source = open_stream if options.streaming else open_images
-    images = open_source(
-        options.dataset,
-        config=options.dataset_config,
-        split=options.split,
-        num_channels=encoder.config.num_channels,
-    )
     if options.num_workers is None:
         options.num_workers = workers_per_process(accelerator.num_processes)
-    columns = feature_columns(encoder.config, options.blocks, options.pooling, last4=options.last4)
-    store = embed_images(
-        encoder,
-        images,
-        encoder.image_processor,
+    store = store_features(
+        options.model,
+        options.dataset,
         options.out,
-        columns=columns,
+        dataset_config=options.dataset_config,
+        split=options.split,
+        streaming=options.streaming,
+        blocks=options.blocks,
+        pooling=options.pooling,
+        last4=options.last4,
+        dtype=options.dtype,
         loading=Loading(options.batch_size, options.num_workers, accelerator.device),
         shard_size=options.shard_size,
         command=shlex.join(["mim-refiner", "embed", *arguments]),

@@ -83,7 +83,7 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         split=options.split,
         num_channels=recipe.num_channels,
     )
-    with sole_run(options.output_dir, "--output_dir", beside=True):
+    with sole_run(options.output_dir, "output_dir", beside=True):
         accelerator = Accelerator(cpu=several_on_the_cpu())
         encoder = pretrain_mae(
             recipe, images, accelerator, options.num_workers, options.max_bad_fraction

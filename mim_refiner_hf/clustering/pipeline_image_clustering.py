@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Pipeline
+from transformers import AutoImageProcessor, Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
@@ -157,6 +157,20 @@ def find_groups(
     return clustering, replace(why, num_clusters=filled)
 
 
+def processor_of(model: Any) -> Any:
+    """The image processor that belongs to a model object; None where there is none.
+
+    It is the one attached to it (`load_encoder` does that), or the one saved under the name that
+    the model was loaded by.
+    """
+    attached = vars(model).get("image_processor")
+    name = model.config.name_or_path
+    if attached is not None or not name:
+        return attached
+    remote = type(model).__module__.startswith("transformers_modules")
+    return AutoImageProcessor.from_pretrained(name, trust_remote_code=remote or None)
+
+
 class ImageClusteringPipeline(Pipeline):
     """Groups of alike images, see the file's docstring.
 
@@ -170,7 +184,8 @@ class ImageClusteringPipeline(Pipeline):
     """
 
     _load_processor = False  # type: ignore[assignment]
-    _load_image_processor = True  # type: ignore[assignment]
+    # None: where none can be loaded, as of a model object, the model is asked
+    _load_image_processor = None  # type: ignore[assignment]
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
@@ -183,6 +198,8 @@ class ImageClusteringPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.image_processor is None:
+            self.image_processor = processor_of(self.model)
         if self.model.main_input_name != "pixel_values" or self.image_processor is None:
             raise ValueError(
                 f"{type(self.model).__name__} is no image encoder with an image processor, "
@@ -368,4 +385,4 @@ class ImageClusteringPipeline(Pipeline):
     save = save_pretrained
 
 
-__all__ = ["ImageClusteringPipeline", "announce_code", "check_num_clusters"]
+__all__ = ["ImageClusteringPipeline", "announce_code", "check_num_clusters", "processor_of"]

@@ -2,6 +2,7 @@
 
     encoder = load_encoder("facebook/vit-mae-large")      # Hub name, folder, original .pth/.pt/.th
     encoder = load_encoder("vit_base_patch16_224.mae")    # what timm.create_model calls so
+    encoder = load_encoder(model)           # a model object of transformers or timm
     print(encoder.load_report)              # vit_mae: 390 of 390 placed; decoder: 132 dropped
     pixel_values = encoder.image_processor(image, return_tensors="pt").pixel_values
 
@@ -22,14 +23,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
+from .model_objects import own_encoder, source_of_object
+from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, most_frequent, read_shapes
 from .timm_models import in_our_words
@@ -63,7 +65,7 @@ class LoadReport:
 
 
 def load_encoder(
-    source: str | Path,
+    source: str | Path | nn.Module,
     *,
     family: str | None = None,
     revision: str | None = None,
@@ -73,7 +75,8 @@ def load_encoder(
 
     Args:
         source: a Hub name, a local model folder, an original .pth/.pt/.th/.bin/.safetensors file,
-            or a name of `zoo.ZOO`.
+            a name of `zoo.ZOO`, or a model object: of transformers or timm (copied), or an encoder
+            of ours (given back as it is).
         family: a family name of `layouts.LAYOUTS`, for a file that carries no sign of its own; None
             recognises it.
         revision: branch, tag or commit of a Hub name.
@@ -91,7 +94,13 @@ def load_encoder(
             classifier or a decoder, or a tensor is missing, left over, of a wrong shape or dtype,
             not finite, or not the one that its digest describes.
     """
-    found = in_our_words(read_source(source, revision))
+    if not isinstance(source, str | Path):
+        own = own_encoder(source)
+        if own is not None:
+            return _equipped(own)
+        found = source_of_object(source)
+    else:
+        found = in_our_words(read_source(source, revision))
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = _place_all(found.name, layout, tensors)
     config = _read_config(found, layout, placement.tensors, num_heads)
@@ -116,6 +125,17 @@ def load_encoder(
     vars(encoder).update(load_report=report, image_processor=image_processor(config, preprocessing))
     logger.info("%s: %s (recognised by %s)", found.name, report, recognised_by)
     return encoder
+
+
+def _equipped(encoder: MimRefinerModel) -> MimRefinerModel:
+    """An encoder of ours with what `load_encoder` attaches, as far as it has not got it."""
+    if "image_processor" not in vars(encoder):
+        stated = saved_preprocessing(encoder.config.name_or_path)
+        vars(encoder)["image_processor"] = image_processor(encoder.config, stated)
+    if "load_report" not in vars(encoder):
+        total = len(encoder.state_dict())
+        vars(encoder)["load_report"] = LoadReport("mim_refiner", total, total, {}, "its class")
+    return encoder.train(False)
 
 
 # --- recognise -----------------------------------------------------------------------------------
@@ -387,46 +407,6 @@ def _check(name: str, layout: Layout, placement: Placement, wanted: Mapping[str,
                 origin = placement.came_from[key]
                 named.append(key + what + (f" (from {origin})" if origin != key else ""))
             raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
-
-
-def image_processor(
-    config: MimRefinerConfig, source: Mapping[str, Any]
-) -> MimRefinerImageProcessor:
-    """The preprocessing that goes with an encoder.
-
-    Args:
-        config: of the encoder, for its native size and its number of channels.
-        source: fields of a `preprocessor_config.json`; what it does not say is ImageNet's, at the
-            native size.
-    """
-    height, width = config.image_hw
-    native = {"height": height, "width": width}
-    size = _sides(source.get("size"), native)
-    crop = _sides(source.get("crop_size"), native)
-    if "height" in size and not source.get("do_center_crop"):
-        crop = size
-
-    mean = list(MimRefinerImageProcessor.image_mean)
-    std = list(MimRefinerImageProcessor.image_std)
-    # ImageNet's average grey for every channel
-    if config.num_channels != 3:
-        mean = [sum(mean) / 3] * config.num_channels
-        std = [sum(std) / 3] * config.num_channels
-    return MimRefinerImageProcessor(
-        size={"shortest_edge": max(size.values())},
-        crop_size=crop,
-        image_mean=source.get("image_mean", mean),
-        image_std=source.get("image_std", std),
-        resample=source.get("resample", MimRefinerImageProcessor.resample),
-        do_convert_rgb=config.num_channels == 3,
-    )
-
-
-def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
-    """A size as a dictionary: an integer, as in old files, is a square; nothing is the native."""
-    if isinstance(stated_size, int):
-        return {"height": stated_size, "width": stated_size}
-    return dict(stated_size or native)
 
 
 __all__ = ["LoadReport", "image_processor", "load_encoder"]

@@ -62,11 +62,27 @@ def in_our_words(found: Source) -> Source:
     if architecture is None:
         return found
     model = _build(found.name, str(architecture), found.config.get("model_args") or {})
+    return model_in_our_words(found, model, found.config.get("pretrained_cfg"))
+
+
+def model_in_our_words(
+    found: Source, model: Any, pretrained: Mapping[str, Any] | None = None
+) -> Source:
+    """A source with what a model of timm says of its architecture and of its preprocessing.
+
+    Args:
+        pretrained: timm's `pretrained_cfg`; None for the model's own.
+    """
     config = {"model_type": f"timm.{type(model).__name__}"}
     if config["model_type"] in ("timm.VisionTransformer", "timm.Beit"):
         config |= _config_fields(found.name, model)
-    preprocessing = _preprocessor_fields(found.config.get("pretrained_cfg") or {})
-    return replace(found, config=config, preprocessing=preprocessing)
+    if pretrained is None:
+        # a model may be built for another size than its weights were trained at
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        pretrained = dict(getattr(model, "pretrained_cfg", None) or {})
+        if size is not None and tuple(pretrained.get("input_size", ()))[1:] != tuple(size):
+            pretrained.update(input_size=(3, *size), crop_pct=1.0)
+    return replace(found, config=config, preprocessing=_preprocessor_fields(pretrained or {}))
 
 
 def _build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
@@ -156,4 +172,4 @@ def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     return stated
 
 
-__all__ = ["hub_name", "in_our_words"]
+__all__ = ["hub_name", "in_our_words", "model_in_our_words"]

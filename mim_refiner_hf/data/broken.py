@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
 from ..runtime.files import write_json
+from ..runtime.wording import setting
 from .images import Broken, ImageDataset, ImageStream
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class BrokenImages:
         listed = f"; all are listed in {self.path}" if self.path else ""
         raise ValueError(
             f"{len(self)} of {total} images of {self.images.name} are broken, more than the "
-            f"{self.max_fraction:.1%} that --max_bad_fraction allows, first: "
+            f"{self.max_fraction:.1%} that {setting('max_bad_fraction')} allows, first: "
             f"{self.entries[0]['reason']}{listed}. Raise it and run the same command again to go "
             "on, or repair the data and start anew in another folder"
         )

@@ -21,13 +21,18 @@ from .paths import own_file
 # preferred in this order where several columns hold images
 _IMAGE_COLUMNS = ("image", "img")
 # `cls` is WebDataset's name
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 class TableColumn(Sequence[ImageSource]):
-    """One column of a `datasets.Dataset` as undecoded images."""
+    """One column of a `datasets.Dataset` as undecoded images.
 
-    def __init__(self, table: Any, column: str, dataset: str) -> None:
+    Args:
+        any_path: read files wherever its cells say; else only those of the data set, see paths.py.
+    """
+
+    def __init__(self, table: Any, column: str, dataset: str, *, any_path: bool = False) -> None:
+        self.any_path = any_path
         self.table = undecoded(table.select_columns([column]), column, table.features)
         self.column = column
         self.dataset = dataset
@@ -36,7 +41,12 @@ class TableColumn(Sequence[ImageSource]):
         return len(self.table)
 
     def __getitem__(self, i: Any) -> Any:
-        return stored(self.table[i][self.column], self.dataset)
+        cell = self.table[i][self.column]
+        if self.any_path and isinstance(cell, dict) and cell.get("bytes") is None:
+            path = Path(cell.get("path") or "")
+            if path.is_file():
+                return path
+        return stored(cell, self.dataset)
 
 
 def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
@@ -84,7 +94,7 @@ def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | Non
     labels = [column for column, feature in features.items() if _holds_labels(column, feature)]
 
     image = next((column for column in _IMAGE_COLUMNS if column in images), images[0])
-    by_name = [column for column in _LABEL_COLUMNS if column in labels]
+    by_name = [column for column in LABEL_COLUMNS if column in labels]
     return image, next(iter(by_name + labels), None)
 
 
@@ -103,7 +113,7 @@ def _holds_labels(column: str, feature: Any) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True
     dtype = str(getattr(feature, "dtype", ""))
-    return column in _LABEL_COLUMNS and bool(re.match("u?int|string|large_string", dtype))
+    return column in LABEL_COLUMNS and bool(re.match("u?int|string|large_string", dtype))
 
 
 def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:

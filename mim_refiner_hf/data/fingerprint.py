@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.files import write_json
+from ..runtime.wording import setting
 from .images import ImageDataset
 
 RECORD = "data.json"
@@ -65,7 +66,7 @@ def check_data_record(path: Path, images: ImageDataset) -> None:
     raise ValueError(
         f"{images.name} is not the data set that this run began with: {count_before} images then, "
         f"{len(images.found.sources)} now; {which}. Put it back as it was, or start a new run in "
-        "another --output_dir"
+        f"another {setting('output_dir')}"
     )
 
 

@@ -2,6 +2,7 @@
 
     from mim_refiner_hf.data import open_images
     images = open_images("photos/")        # or "digits", "train.parquet", "uoft-cs/cifar10"
+    images = open_images(list_of_images)   # or another object: `objects.py` has the table
     image, label, index = images[0]        # a PIL image; -1 without a label; the place in the set
 
 Labels are optional everywhere. What becomes of EXIF rotation, transparency, 16 bits and animations
@@ -26,7 +27,9 @@ from torch.utils.data import Dataset
 
 from ..clustering.decoding import decode_image, mode_of
 from ..runtime.seeding import random_generator
+from ..runtime.wording import setting
 from .columns import find_columns, stored, undecoded
+from .objects import find_in_objects
 from .sources import Entries, FoundImages, digest, find_images, load_table
 
 MAX_HELD_OUT = 5000
@@ -83,6 +86,7 @@ class ImageDataset(Dataset[Sample]):
         self.fingerprint = found.entries.digest
         if indices is not None:
             self.fingerprint = digest([self.fingerprint, indices.tobytes()])
+        self.is_whole = indices is None
         self.indices = np.arange(len(found.sources)) if indices is None else indices
         self.labels = None if found.labels is None else found.labels[self.indices]
 
@@ -109,6 +113,11 @@ class ImageDataset(Dataset[Sample]):
         """The images at `indices` of this set, in that order; each keeps its `Sample.index`."""
         chosen = self.indices[np.asarray(indices, dtype=np.int64)]
         return ImageDataset(self.found, num_channels=self.num_channels, indices=chosen)
+
+    def in_channels(self, num_channels: int) -> "ImageDataset":
+        """The same images, read in 3 channels (RGB) or 1 (greyscale)."""
+        indices = None if self.is_whole else self.indices
+        return ImageDataset(self.found, num_channels=num_channels, indices=indices)
 
     def describe(self, i: int) -> str:
         """Where image `i` comes from, for messages: its path, or its row in the data set."""
@@ -191,9 +200,9 @@ class ImageStream:
 
 
 def open_images(
-    dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3
+    dataset: Any, *, config: str | None = None, split: str | None = None, num_channels: int = 3
 ) -> ImageDataset:
-    """Open what `dataset` names, without decoding anything; `split=None` means "train".
+    """Open what `dataset` names or is, without decoding it; `split=None` means "train".
 
     - "digits": scikit-learn's 1797 handwritten digits (8x8, greyscale, bundled), split "train"
       (1297) or "test" (500), stratified and fixed;
@@ -202,18 +211,36 @@ def open_images(
       folder is read, or "train" where all sub-folders are splits;
     - a parquet file, a folder with parquet files or tar shards (WebDataset), or a folder written by
       `datasets`' `save_to_disk`;
-    - otherwise a data set on the Hub, with `config` and `split`.
+    - any other text: a data set on the Hub, with `config` and `split`;
+    - an `ImageDataset`, or another object that holds images: `objects.py` says which.
 
     Raises:
         FileNotFoundError, ValueError: saying what is missing and what there is.
         ConnectionError: when the Hub cannot be reached.
     """
     mode_of(num_channels)
+    if not isinstance(dataset, str | Path):
+        return _open_objects(dataset, config, split, num_channels)
     if dataset == "digits":
         found = _find_digits(split or "train")
     else:
-        found = find_images(dataset, config=config, split=split)
+        found = find_images(str(dataset), config=config, split=split)
     return ImageDataset(found, num_channels=num_channels)
+
+
+def _open_objects(
+    dataset: Any, config: str | None, split: str | None, num_channels: int
+) -> ImageDataset:
+    """Images that are there already; ValueError for a configuration or a split of them."""
+    for name, value in (("dataset_config", config), ("split", split)):
+        if value is not None:
+            raise ValueError(
+                f"{setting(name, value)}: chooses a part of a data set that is named; "
+                f"of this {type(dataset).__name__}, give the part itself"
+            )
+    if not isinstance(dataset, ImageDataset):
+        return ImageDataset(find_in_objects(dataset), num_channels=num_channels)
+    return dataset.in_channels(num_channels)
 
 
 def open_stream(

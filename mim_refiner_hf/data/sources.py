@@ -123,7 +123,7 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
         class_names = sorted(set(first_level))
         labels = numbered(first_level, class_names)
 
-    about = (f"{'/'.join(part)} {_size(path)}" for part, path in zip(parts, paths, strict=True))
+    about = (f"{'/'.join(part)} {file_size(path)}" for part, path in zip(parts, paths, strict=True))
     return FoundImages(paths, labels, class_names, str(folder), Entries.of(paths, about))
 
 
@@ -154,7 +154,7 @@ def _image_files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Pa
                 yield path
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a file; -1 for one that leads nowhere."""
     try:
         return path.stat().st_size
@@ -336,5 +336,5 @@ def _table_entries(path: Path, split: str | None, table: Any) -> Entries:
         return Entries.of(["its revision"], [table._fingerprint])
     files = sorted(path.rglob("*.arrow")) if _is_saved(path) else _table_files(path)
     names = [file.name if file == path else str(file.relative_to(path)) for file in files]
-    lines = [f"{name} {_size(file)}" for name, file in zip(names, files, strict=True)]
+    lines = [f"{name} {file_size(file)}" for name, file in zip(names, files, strict=True)]
     return Entries.of([*names, f"its split {split}"], [*lines, f"{split} {len(table)}"])

@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .feature_store import (
     shard_is_intact,
     write_shard,
 )
-from .features import check_columns, encode, feature_columns, frozen
+from .features import blocks_of, check_columns, encode, feature_columns, frozen
 from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
 from .manifest import differences, store_manifest
 
@@ -97,7 +97,7 @@ def embed_images(
     new = store_manifest(encoder, images, processor, columns, shard_size, command)
 
     # anyone may read a complete store
-    with nullcontext() if is_complete(folder) else sole_run(folder, "--out"):
+    with nullcontext() if is_complete(folder) else sole_run(folder, "out"):
         manifest = claim(folder, new, compared=() if shard_size is None else ("shard_size",))
         num_images = fill_store(folder, manifest, encoder, images, processor, loading)
         wait_for_everyone()
@@ -123,7 +123,7 @@ def grow_store(
     Args:
         wanted: the manifest of a store of these columns over the whole data set.
     """
-    with sole_run(folder, "--features"):
+    with sole_run(folder, "features"):
         whole = wanted["data"] | {"fingerprint": wanted["data"]["whole"]}
         claim(folder, wanted | {"data": whole, "columns": {}, "num_images": None}, compared=())
         # the main process says it, for another may see what the first one has just added
@@ -135,6 +135,52 @@ def grow_store(
         columns = wanted["columns"]
         write_shards(folder, columns, encoder, sampler, processor, loading, first_shard=first)
         wait_for_everyone()
+
+
+def encode_in_memory(
+    encoder: MimRefinerModel,
+    images: ImageDataset,
+    processor: Any,
+    columns: Sequence[str],
+    loading: Loading,
+    *,
+    stop_at_broken: bool,
+) -> tuple[dict[str, Any], list[Broken]]:
+    """What `embed_images` writes, kept in memory: rows of the readable images, and the others.
+
+    Args:
+        stop_at_broken: go no further than the batch with the first image that cannot be read.
+
+    Returns:
+        "index", "label", "path" and every column by name, (N, D) fp32; and the broken images.
+    """
+    check_embedding(images, None)
+    sampler = ShardSampler(images, len(images), loading.batch_size, lambda shard: True)
+    met: list[Broken] = []
+
+    def until_broken(batches: Iterable[ShardBatch]) -> Iterator[ShardBatch]:
+        for batch in batches:
+            yield batch
+            met.extend(batch.broken)
+            if met and stop_at_broken:
+                return
+
+    widths = {
+        column: encoder.config.hidden_size * max(1, len(blocks_of(column, len(encoder.layers))))
+        for column in columns
+    }
+    bar_settings: dict[str, Any] = {"desc": "features", "unit": " images", "leave": False}
+    with (
+        frozen(encoder, loading.device) as device,
+        progress_bar(total=len(images), hidden=rank() > 0, **bar_settings) as bar,
+    ):
+        loader = shard_loader(
+            sampler,
+            processor,
+            num_workers=loading.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        return encode_shard(encoder, until_broken(loader), widths, device, bar.update)
 
 
 # --- the store to fill ----------------------------------------------------------------------------
@@ -168,7 +214,7 @@ def claim(folder: Path, new: dict[str, Any], compared: Sequence[str]) -> dict[st
     """
     old = read_manifest(folder)
     if old is None:
-        check_writable(folder, "--out")
+        check_writable(folder, "out")
     else:
         differing = differences(old, new, compared)
         if differing:
@@ -322,4 +368,4 @@ def finish(folder: Path, manifest: dict[str, Any]) -> None:
             write_json(path, content)
 
 
-__all__ = ["embed_images"]
+__all__ = ["embed_images", "encode_in_memory"]

@@ -32,6 +32,7 @@ from ..data.sources import digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
+from ..runtime.wording import setting
 from .embed import grow_store, intact_shards
 from .feature_store import (
     STORE_MANIFEST,
@@ -112,9 +113,9 @@ def read_rows(
         missing = missing_places(images, one)
         if len(missing):
             raise ValueError(
-                f"--features {features}: it lacks {len(missing)} of the {len(images)} images of "
-                f"{images.name}, such as {images.describe(int(missing[0]))}; embed those into a "
-                "folder beside it, and name the folder of both"
+                f"{setting('features', features)}: it lacks {len(missing)} of the {len(images)} "
+                f"images of {images.name}, such as {images.describe(int(missing[0]))}; embed those "
+                "into a folder beside it, and name the folder of both"
             )
         return gather_rows(images, one)
 
@@ -141,7 +142,7 @@ def for_altered_images(features: Path | None) -> Path | None:
 def check_features(features: Path) -> None:
     """ValueError for a folder that holds something else than features."""
     if features.exists() and not features.is_dir():
-        raise ValueError(f"--features {features}: is a file; name a folder")
+        raise ValueError(f"{setting('features', features)}: is a file; name a folder")
     if not any(features.glob(f"*/{STORE_MANIFEST}")):
         read_manifest(features)
 
@@ -180,19 +181,20 @@ def open_one_store(folder: Path, wanted: dict[str, Any]) -> FeatureStore:
         plural = "s" if len(lacking) > 1 else ""
         poolings = sorted({column.partition(".")[2] for column in wanted["columns"]})
         raise ValueError(
-            f"--features {folder}: it lacks the column{plural} {', '.join(lacking)} and has "
-            f"{', '.join(store.columns)}; embed again into another folder, with --blocks for every "
-            f"block and --pooling for {' and '.join(poolings)}"
+            f"{setting('features', folder)}: it lacks the column{plural} {', '.join(lacking)} and "
+            f"has {', '.join(store.columns)}; embed again into another folder, with "
+            f"{setting('blocks')} for every block and {setting('pooling')} for "
+            f"{' and '.join(poolings)}"
         )
     differing = differences(store.manifest, wanted, data="whole")
     if differing:
         raise ValueError(
-            f"--features {folder}: it holds other features: {'; '.join(differing)}; "
+            f"{setting('features', folder)}: it holds other features: {'; '.join(differing)}; "
             "name another folder"
         )
     if not all(shard_is_intact(folder, shard) for shard in store.shards):
         raise ValueError(
-            f"--features {folder}: it is damaged; run the command that made it again: "
+            f"{setting('features', folder)}: it is damaged; run the command that made it again: "
             "it repairs what is broken"
         )
     return store

@@ -57,6 +57,7 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
+from ..runtime.wording import setting
 from .features import Preprocess
 from .scores import ProtocolResult, class_labels, mean_score
 
@@ -108,7 +109,8 @@ class FineTuneRecipe:
         check_fields(self)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"
+                f"{setting('warmup_epochs', self.warmup_epochs)}: must be less than "
+                f"{setting('epochs', self.epochs)}"
             )
 
     @property

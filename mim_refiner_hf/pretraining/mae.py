@@ -44,6 +44,7 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
+from ..runtime.wording import setting
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +86,13 @@ class PretrainRecipe:
         check_fields(self)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"--warmup_epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}"
+                f"{setting('warmup_epochs', self.warmup_epochs)}: must be less than "
+                f"{setting('epochs', self.epochs)}"
             )
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             raise ValueError(
-                f"--decoder_size {self.decoder_size}: must be a multiple of 4 and of "
-                "--decoder_attention_heads"
+                f"{setting('decoder_size', self.decoder_size)}: must be a multiple of 4 and of "
+                f"{setting('decoder_attention_heads')}"
             )
         try:
             self.encoder_config()

@@ -26,11 +26,10 @@ from PIL import Image
 
 from ..clustering.decoding import decode_image
 from ..clustering.k_means import near_duplicates
-from ..clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline, check_num_clusters
-from ..conversion import load_encoder
-from ..data.images import ImageDataset, open_images
+from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
+from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
-from ..runtime.files import check_folder, staged_folder, write_json
+from ..runtime.files import check_folder, write_json
 from .cluster_page import Tile, by_confidence, choose_shown, jpeg_thumbnail, render_page
 
 # Cosine of features without their mean, which all images share: with it, all digits are nearly the
@@ -50,60 +49,16 @@ def check_groups_folder(folder: Path) -> Path:
     return check_folder(folder, GROUPS_TABLE, "groups")
 
 
-def cluster_images(
-    images: str,
-    model: str,
-    out: Path,
-    *,
-    num_clusters: int | None = None,
-    method: str = "kmeans",
-    batch_size: int = 32,
-    seed: int = 0,
-    num_workers: int = 0,
-) -> dict[str, Any]:
-    """Group images and write the folder described above, all or nothing.
+def check_apart(folder: Path, out: Path, images: Any) -> None:
+    """ValueError where the folder of the groups and that of the images lie within each other.
 
     Args:
-        images: a folder, or what else `mim_refiner_hf.data.open_images` takes.
-        model: what `load_encoder` takes: a model folder, a Hub name, an original checkpoint.
-        out: folder to write; an earlier result there is replaced.
-        num_clusters: number of groups; None to have it proposed.
-        method: "kmeans" or "heads", see the pipeline.
-        batch_size, seed, num_workers: of the pipeline.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        FileNotFoundError, ValueError: for images, a model, a number or a folder that will not do;
-            nothing is written.
+        folder: `out`, resolved.
+        images: a path or a name; other objects lie nowhere.
     """
-    folder = check_groups_folder(out)
-    found = open_images(images)
-    _check_apart(folder, out, images)
-    check_num_clusters(num_clusters, len(found), method)
-
-    encoder = load_encoder(model)
-    processor = encoder.image_processor
-    pipe = ImageClusteringPipeline(model=encoder, image_processor=processor, task=TASK)
-    entries = pipe(
-        found,
-        num_clusters=num_clusters,
-        method=method,
-        seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    with staged_folder(folder, check_groups_folder) as new:
-        return write_groups(new, found, entries, pipe)
-
-
-def _check_apart(folder: Path, out: Path, images: str) -> None:
-    """ValueError where the folder of the groups and that of the images lie within each other."""
-    path = Path(images).expanduser()
-    if not path.exists():
+    if not isinstance(images, str | Path) or not Path(images).expanduser().exists():
         return
-    origin = path.resolve()
+    origin = Path(images).expanduser().resolve()
     if origin == folder or origin in folder.parents or folder in origin.parents:
         raise ValueError(
             f"{out} and the images in {images} lie within each other; name another folder for the "
@@ -254,4 +209,4 @@ def describe_groups(summary: dict[str, Any]) -> str:
     return note
 
 
-__all__ = ["check_groups_folder", "cluster_images", "write_groups"]
+__all__ = ["check_apart", "check_groups_folder", "describe_groups", "write_groups"]

@@ -26,6 +26,7 @@ from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import sha256_of, shipped_folder, staged_folder
 from ..runtime.text import plain
+from ..runtime.wording import setting
 from .hub import check_model_folder, write_model
 from .model_card import CARD, conversion_card
 
@@ -96,7 +97,7 @@ def convert(
     """
     began = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"{setting('dtype', dtype)}: must be one of {', '.join(DTYPES)}")
 
     with staged_folder(Path(destination), check_model_folder) as new:
         encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..runtime.distributed import all_gather, world_size
 from ..runtime.sharding import local
+from ..runtime.wording import setting
 from .refiner import Refiner, StepResult
 
 # Folder of the reports in a run's output folder.
@@ -54,7 +55,7 @@ class FailureReport:
             f"the {what} of step {self.step} is not finite; losses per head: {self.head_losses}; "
             f"gradients that are not: {self.bad_gradients} of {self.gradients} ({names}); "
             f"samples: {self.samples[:8]}...; the weights were not updated. "
-            "Lower --learning_rate, or --mixed_precision no"
+            f"Lower {setting('learning_rate')}, or {setting('mixed_precision', 'no')}"
         )
 
 

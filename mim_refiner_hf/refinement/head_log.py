@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
+from ..runtime.wording import setting
 from .refiner import Refiner, StepResult
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,12 @@ class HeadLog:
                 self._warned.add(head)
                 logger.warning(
                     "step %d: to head %s all images look nearly alike (spread %.3f, 1 is even): "
-                    "the features may be collapsing; lower --learning_rate, or start from weights "
-                    "that tell these images apart",
+                    "the features may be collapsing; lower %s, or start from weights that tell these "
+                    "images apart",
                     step,
                     head,
                     spread,
+                    setting("learning_rate"),
                 )
         return values
 

@@ -27,6 +27,7 @@ from ..model.modeling_mim_refiner import (
 from ..runtime.distributed import all_gather
 from ..runtime.optimisation import freeze
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.wording import setting
 from .refiner import Refiner, keeps_a_graph
 from .resolve import Choice, ResolvedRecipe
 
@@ -309,8 +310,9 @@ def choose_micro_batch(
     free = f"{available / GIGA:.1f} GiB that are free"
     if smallest == 0:
         raise ValueError(
-            f"--micro_batch_size auto: not even one image at a time fits into the {free}; use "
-            "--gradient_checkpointing true, or lower --batch_size, --queue_size or --num_heads"
+            f"{setting('micro_batch_size', 'auto')}: not even one image at a time fits into "
+            f"the {free}; use {setting('gradient_checkpointing', True)}, or lower "
+            f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
         )
 
     chosen = None if smallest == at_once else smallest

@@ -26,8 +26,8 @@ from ..runtime.settings import (
     check_fields,
     documented,
     minimum,
-    spelt,
 )
+from ..runtime.wording import setting
 from .loss import LossSchedule, Swap
 
 START_FIELDS = ("model", "pretrain", "init_from")
@@ -53,7 +53,7 @@ class RefineRecipe:
     """All settings of a refinement; the help texts are the documentation.
 
     Raises:
-        ValueError: at construction, in one line: which flag, which value, what is allowed.
+        ValueError: at construction, in one line: which setting, which value, what is allowed.
     """
 
     recipe: str | None = documented(
@@ -253,38 +253,42 @@ class RefineRecipe:
 
 
 def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
-    """What is wrong between fields, one sentence each: flag, value, what is allowed."""
+    """What is wrong between fields, one sentence each: setting, value, what is allowed."""
     yield from _wrong_starts(recipe)
     yield from _wrong_heads(recipe)
     yield from _wrong_schedule(recipe)
 
     if recipe.global_views + recipe.local_views < 2:
-        views = f"--global_views {recipe.global_views} --local_views {recipe.local_views}"
+        views = (
+            f"{setting('global_views', recipe.global_views)} "
+            f"{setting('local_views', recipe.local_views)}"
+        )
         yield f"{views}: at least two views are needed"
     if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
         allowed = "allowed are tensorboard, wandb, trackio (comma-separated), or none"
-        yield f"--report_to {recipe.report_to}: {allowed}"
+        yield f"{setting('report_to', recipe.report_to)}: {allowed}"
 
 
 def _wrong_starts(recipe: RefineRecipe) -> Iterator[str]:
     starts = {name: getattr(recipe, name) for name in START_FIELDS}
-    stated = [f"--{name} {value}" for name, value in starts.items() if value is not None]
+    stated = [setting(name, value) for name, value in starts.items() if value is not None]
     if len(stated) > 1:
         yield f"{' and '.join(stated)} exclude each other: give one of them"
     if not stated:
         yield (
-            "--model is missing: give a Hub name (facebook/vit-mae-large), a folder, "
+            f"{setting('model')} is missing: give a Hub name (facebook/vit-mae-large), a folder, "
             "or an original checkpoint file"
         )
 
     if recipe.init_from is None:
         return
-    start = f"--init_from {recipe.init_from}"
+    start = setting("init_from", recipe.init_from)
     if recipe.stage == "warmup":
-        yield f"{start} and --stage warmup exclude each other: the heads come along warm"
+        stage = setting("stage", "warmup")
+        yield f"{start} and {stage} exclude each other: the heads come along warm"
     if recipe.head_blocks == "auto":
         yield (
-            f"{start} and --head_blocks auto exclude each other: "
+            f"{start} and {setting('head_blocks', 'auto')} exclude each other: "
             "the heads come along with their blocks"
         )
 
@@ -292,33 +296,35 @@ def _wrong_starts(recipe: RefineRecipe) -> Iterator[str]:
 def _wrong_heads(recipe: RefineRecipe) -> Iterator[str]:
     blocks = recipe.head_blocks
     if blocks is not None and recipe.num_heads is not None:
-        both = f"--head_blocks {spelt(blocks)} and --num_heads {recipe.num_heads}"
+        both = f"{setting('head_blocks', blocks)} and {setting('num_heads', recipe.num_heads)}"
         yield f"{both} exclude each other: give one of them"
     if isinstance(blocks, list) and (not blocks or sorted(set(blocks)) != blocks):
-        yield f"--head_blocks {spelt(blocks)}: must be different blocks in ascending order"
+        yield f"{setting('head_blocks', blocks)}: must be different blocks in ascending order"
 
     if recipe.queue_size < recipe.batch_size:
         yield (
-            f"--queue_size {recipe.queue_size}: must be at least --batch_size "
-            f"{recipe.batch_size}, which is enqueued every step"
+            f"{setting('queue_size', recipe.queue_size)}: must be at least "
+            f"{setting('batch_size', recipe.batch_size)}, which is enqueued every step"
         )
     if recipe.topk > recipe.queue_size:
-        yield f"--topk {recipe.topk}: must be at most --queue_size {recipe.queue_size}"
+        queue = setting("queue_size", recipe.queue_size)
+        yield f"{setting('topk', recipe.topk)}: must be at most {queue}"
 
 
 def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
     if recipe.streaming and recipe.max_steps is None:
         yield (
-            "--streaming: a stream has no length; "
-            "say with --max_steps how many updates each stage has"
+            f"{setting('streaming')}: a stream has no length; "
+            f"say with {setting('max_steps')} how many updates each stage has"
         )
-    for flag, epochs in (("epochs", recipe.epochs), ("head_epochs", recipe.head_epochs)):
+    for name, epochs in (("epochs", recipe.epochs), ("head_epochs", recipe.head_epochs)):
         if recipe.max_steps is None and recipe.warmup_epochs >= epochs:
-            yield f"--warmup_epochs {recipe.warmup_epochs}: must be less than --{flag} {epochs}"
+            warmup = setting("warmup_epochs", recipe.warmup_epochs)
+            yield f"{warmup}: must be less than {setting(name, epochs)}"
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield (
-            "--stage warmup --save_every 0: the warmed-up heads are kept in a checkpoint; "
-            "leave --save_every out"
+            f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are kept "
+            f"in a checkpoint; leave {setting('save_every')} out"
         )
 
 

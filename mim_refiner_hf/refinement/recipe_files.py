@@ -15,6 +15,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..runtime.settings import documented, read_fields
+from ..runtime.wording import in_the_shell
 from .recipe import START_FIELDS, RefineRecipe
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
@@ -103,12 +104,13 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     start = first.parse_known_args(arguments)[0]
     name = start.recipe if any(vars(start).values()) else "quickstart"
     try:
-        if name is not None:
-            parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
-        values = vars(parser.parse_args(arguments))
-        values["head_blocks"] = _head_blocks(values["head_blocks"])
-        values["micro_batch_size"] = _number(values["micro_batch_size"])
-        return RefineRecipe(**values)
+        with in_the_shell():
+            if name is not None:
+                parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
+            values = vars(parser.parse_args(arguments))
+            values["head_blocks"] = _head_blocks(values["head_blocks"])
+            values["micro_batch_size"] = _number(values["micro_batch_size"])
+            return RefineRecipe(**values)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
 

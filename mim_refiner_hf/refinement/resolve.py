@@ -20,6 +20,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
 from ..runtime.launch import workers_per_process
+from ..runtime.wording import setting
 from .loss import LossSchedule, Swap
 from .recipe import RefineRecipe
 
@@ -239,7 +240,7 @@ def choose_pooling(pooling: Pooling | None, config: MimRefinerConfig) -> Choice[
     assert chosen is not None
     missing = config.missing_for(chosen)
     if missing:
-        raise ValueError(f"--pooling {chosen}: the encoder has {missing}; use mean")
+        raise ValueError(f"{setting('pooling', chosen)}: the encoder has {missing}; use mean")
     return Choice(chosen, "" if pooling else "what the model itself pools")
 
 
@@ -261,7 +262,7 @@ def choose_blocks_with_heads(
     if recipe.head_blocks == "auto":
         return default
     if count is not None and count > layers:
-        raise ValueError(f"--num_heads {count}: the encoder has only {layers} blocks")
+        raise ValueError(f"{setting('num_heads', count)}: the encoder has only {layers} blocks")
     if recipe.head_blocks is not None:
         chosen = Choice(recipe.head_blocks)
     elif count is not None:
@@ -270,17 +271,17 @@ def choose_blocks_with_heads(
         chosen = default
 
     blocks = chosen.value
-    named = f"--head_blocks {' '.join(map(str, blocks))}"
+    named = setting("head_blocks", blocks)
     if blocks[0] < 0 or blocks[-1] >= layers:
         raise ValueError(f"{named}: out of range; the encoder has blocks 0 to {layers - 1}")
     if recipe.freeze_blocks > blocks[0]:
         raise ValueError(
-            f"--freeze_blocks {recipe.freeze_blocks}: the head on block {blocks[0]} would train "
+            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the head on block {blocks[0]} would train "
             f"nothing; freeze at most {blocks[0]}"
         )
     if pooling == "global_repr" and blocks[-1] != layers - 1:
         raise ValueError(
-            "--pooling global_repr: only the head on the encoder's output reads it; "
+            f"{setting('pooling', 'global_repr')}: only the head on the encoder's output reads it; "
             f"add block {layers - 1} to {named}, or use mean"
         )
     return chosen
@@ -358,11 +359,11 @@ def choose_steps(recipe: RefineRecipe, num_images: int | None) -> Choice[Steps]:
     """Updates per stage, and of what they are made."""
     steps = count_steps(recipe, num_images)
     if num_images is None:
-        return Choice(steps, "a stream has no length, so --max_steps in each stage")
+        return Choice(steps, f"a stream has no length, so {setting('max_steps')} in each stage")
     per_epoch = num_images // recipe.batch_size
     reason = f"{recipe.head_epochs:g} and {recipe.epochs:g} epochs of {per_epoch} whole batches"
     if recipe.max_steps is not None:
-        reason += f", at most --max_steps {recipe.max_steps} in each stage"
+        reason += f", at most {setting('max_steps', recipe.max_steps)} in each stage"
     return Choice(steps, reason)
 
 
@@ -372,7 +373,7 @@ def choose_steps(recipe: RefineRecipe, num_images: int | None) -> Choice[Steps]:
 def _check_freezing(freeze_blocks: int, layers: int) -> None:
     if freeze_blocks >= layers:
         raise ValueError(
-            f"--freeze_blocks {freeze_blocks}: the encoder has {layers} blocks, "
+            f"{setting('freeze_blocks', freeze_blocks)}: the encoder has {layers} blocks, "
             "at least one must be trained"
         )
 
@@ -382,14 +383,16 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
     batch = recipe.batch_size
     if num_images is not None and batch > num_images:
         raise ValueError(
-            f"--batch_size {batch}: the data set has only {num_images} training images"
+            f"{setting('batch_size', batch)}: the data set has only {num_images} training images"
         )
     if batch % processes:
-        raise ValueError(f"--batch_size {batch}: must be a multiple of the {processes} processes")
+        raise ValueError(
+            f"{setting('batch_size', batch)}: must be a multiple of the {processes} processes"
+        )
     micro = recipe.micro_batch_size
     if isinstance(micro, int) and micro > batch // processes:
         raise ValueError(
-            f"--micro_batch_size {micro}: more than the {batch // processes} images of one process"
+            f"{setting('micro_batch_size', micro)}: more than the {batch // processes} images of one process"
         )
 
 

@@ -41,6 +41,7 @@ from ..runtime.optimisation import (
 )
 from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
 from ..runtime.signals import Interrupted, StopSignals
+from ..runtime.wording import setting
 from .batches import view_batches
 from .failure import check_step
 from .head_log import HeadLog
@@ -155,7 +156,8 @@ class Trainer:
         """Put what was measured in the place of micro_batch_size "auto", and say it."""
         self.recipe = self.recipe.measured("micro_batch_size", choice)
         shown = choice.value or "left out"
-        self.accelerator.print(f"--micro_batch_size {shown}: {choice.reason}", flush=True)
+        chosen = setting("micro_batch_size", shown)
+        self.accelerator.print(f"{chosen}: {choice.reason}", flush=True)
 
     # ---- the loop
 

@@ -44,6 +44,7 @@ from ..evaluation.scores import ProtocolResult, Score, as_metrics
 from ..evaluation.segmentation import segmentation_probe
 from ..evaluation.segmentation_data import SegmentationDataset, open_segmentation
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.wording import setting
 
 # of the images, where no evaluation images are named
 HELD_OUT = 0.2
@@ -138,11 +139,11 @@ class Side:
 
 
 def open_evaluation_data(
-    dataset: str,
+    dataset: Any,
     *,
     config: str | None = None,
     split: str | None = None,
-    eval_dataset: str | None = None,
+    eval_dataset: Any = None,
     eval_split: str | None = None,
     num_channels: int = 3,
     seed: int = 0,
@@ -157,16 +158,22 @@ def open_evaluation_data(
             as `open_images`.
     """
     named = eval_dataset is not None or eval_split is not None
-    other = eval_dataset or dataset
+    other = dataset if eval_dataset is None else eval_dataset
     # a configuration belongs to its data set
     other_config = config if eval_dataset is None else None
     train: Any
     evaluated: Any
+    is_named = isinstance(dataset, str | Path)
     if masks:
+        if not is_named or not isinstance(other, str | Path):
+            raise ValueError(
+                f"{setting('protocols', 'segmentation')}: masks are read from a data set that is "
+                "named; give its folder, file or name"
+            )
         if not named:
             raise ValueError(
-                "--protocols segmentation: name the images to measure on, with --eval_split or "
-                "--eval_dataset"
+                f"{setting('protocols', 'segmentation')}: name the images to measure on, with "
+                f"{setting('eval_split')} or {setting('eval_dataset')}"
             )
         train = open_segmentation(dataset, config=config, split=split)
         evaluated = open_segmentation(other, config=other_config, split=eval_split)
@@ -174,17 +181,19 @@ def open_evaluation_data(
         train = open_images(dataset, config=config, split=split, num_channels=num_channels)
         if not named:
             rest, held_out = hold_out(train, HELD_OUT, seed)
-            return Data(dataset, config, split, None, rest, held_out)
+            name = str(dataset) if is_named else train.name
+            return Data(name, config, split, None, rest, held_out)
         evaluated = open_images(
             other, config=other_config, split=eval_split, num_channels=num_channels
         )
 
     if evaluated.fingerprint == train.fingerprint:
         raise ValueError(
-            f"--eval_split {eval_split}: these are the images of the k-NN bank; name another "
-            "split, or leave it out"
+            f"{setting('eval_split', eval_split)}: these are the images of the k-NN bank; "
+            "name another split, or leave it out"
         )
-    return Data(dataset, config, split, eval_split or "train", train, evaluated)
+    name = str(dataset) if is_named else train.name
+    return Data(name, config, split, eval_split or "train", train, evaluated)
 
 
 def readable_images(

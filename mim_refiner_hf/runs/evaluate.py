@@ -6,7 +6,9 @@
     mim-refiner evaluate out/model --dataset photos/ --protocols fine_tuning --recipe short.yaml
     mim-refiner evaluate out/model --dataset camvid/ --eval_split test --protocols segmentation
 
-    report = evaluate("out/model", "photos/", against="facebook/vit-mae-large", output_dir=folder)
+    report = evaluate("out/model", "photos/", against="facebook/vit-mae-large")
+    report = evaluate(result.encoder, images, against=encoder, output_dir="out/evaluation")
+    print(report), report["after"]["rankme"], report["changes"]
 
 k-NN for many k, clustering, RankMe and the block profile are always measured; without labels
 RankMe, the agreement of neighbours under augmentation, and how separate the groups are. `protocols`
@@ -15,8 +17,8 @@ through a feature store, which vanishes at the end or stays in `features` for th
 Under `accelerate launch training/evaluate.py` the processes share encoding, k-NN and fine-tuning;
 the first one writes.
 
-The folder gets `metrics.json`, `report.md` and pictures (report_folder.py); it appears whole or not
-at all.
+The folder, if one is named, gets `metrics.json`, `report.md` and pictures (report_folder.py); it
+appears whole or not at all.
 """
 
 import importlib.metadata
@@ -43,9 +45,11 @@ from ..evaluation.fine_tuning import FineTuneRecipe
 from ..evaluation.manifest import weights_fingerprint
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
 from ..evaluation.report import BANK_SIZE
+from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..runtime.settings import read_fields
+from ..runtime.wording import setting
 from .comparison import (
     PROTOCOLS,
     Data,
@@ -56,35 +60,46 @@ from .comparison import (
     open_evaluation_data,
     readable_images,
 )
+from .embed import device_here
 from .report_folder import check_report_folder, command_line, write_report
 
 _PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
 _TRANSFER_PROTOCOLS = ("linear_probe_fast",)
 
 
+class Report(dict[str, Any]):
+    """What `metrics.json` holds; printed, it is the table of scores."""
+
+    def __str__(self) -> str:
+        return report_table(self)
+
+    def __repr__(self) -> str:
+        return f"<Report of {self['model']}: {', '.join(self)}>"
+
+
 def evaluate(
-    model: str,
-    dataset: str,
+    model: Any,
+    images: Any,
     *,
-    output_dir: Path,
-    against: str | None = None,
+    output_dir: str | Path | None = None,
+    against: Any = None,
     dataset_config: str | None = None,
     split: str | None = None,
-    eval_dataset: str | None = None,
+    eval_dataset: Any = None,
     eval_split: str | None = None,
     protocols: Sequence[str] = (),
     recipe: str | None = None,
-    transfer: Sequence[str] = (),
-    features: Path | None = None,
+    transfer: Sequence[Any] = (),
+    features: str | Path | None = None,
     seed: int = 0,
     num_workers: int = 0,
-) -> dict[str, Any]:
+) -> Report:
     """Measure an encoder, and a second one beside it, and write the evidence.
 
     Args:
         model, against: anything `load_encoder` takes; `against` is the one to be better than.
-        dataset, dataset_config, split: images of the k-NN bank, as `open_images` takes them.
-        eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `dataset` is
+        images, dataset_config, split: images of the k-NN bank, as `open_images` takes them.
+        eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
         protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels,
             stands alone.
@@ -95,7 +110,7 @@ def evaluate(
         features: a folder that keeps the features for the next command, or a store made by
             `mim-refiner embed`; None to keep none.
         seed: of k-means, the held-out part and the protocols.
-        output_dir: folder of the result; an earlier result in it is replaced.
+        output_dir: folder of the result, None for none; an earlier result in it is replaced.
 
     Returns:
         What `metrics.json` holds: `after` (the model), `before` (`against`), `changes` with
@@ -106,10 +121,9 @@ def evaluate(
     """
     began = time.perf_counter()
     fine_tune = check_protocols(protocols, recipe, transfer, seed)
-    check_report_folder(output_dir)
-    if features is not None:
-        check_features(features)
+    output_dir, features = checked_folders(output_dir, features)
     encoders = load_encoders(model, against)
+    *other_names, name_of_model = encoders
 
     # the first data set and those of the transfer, with the same splits
     opened = partial(
@@ -117,10 +131,10 @@ def evaluate(
         split=split,
         eval_split=eval_split,
         seed=seed,
-        num_channels=encoders[model].config.num_channels,
+        num_channels=encoders[name_of_model].config.num_channels,
         masks="segmentation" in protocols,
     )
-    data = [opened(dataset, config=dataset_config, eval_dataset=eval_dataset)]
+    data = [opened(images, config=dataset_config, eval_dataset=eval_dataset)]
     data += [opened(name) for name in transfer]
     check_data(data, protocols)
 
@@ -135,25 +149,33 @@ def evaluate(
             sides.append([measured(*model, each, added, recipe=fine_tune) for model in of_models])
 
     first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
-    report = {
-        "model": model,
-        "against": against,
+    report = Report(
+        model=name_of_model,
+        against=other_names[0] if other_names else None,
         **first,
-        "transfer": dict(zip(transfer, others, strict=True)),
+        transfer={each.name: part for each, part in zip(data[1:], others, strict=True)},
         **how_measured(encoders, protocols, seed, began),
-    }
-    if rank() == 0:
+    )
+    if rank() == 0 and output_dir is not None:
         write_report(output_dir, report, sides[0], data[0])
     return report
 
 
-def device_here() -> str:
-    """Where to compute."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def checked_folders(
+    output_dir: str | Path | None, features: str | Path | None
+) -> tuple[Path | None, Path | None]:
+    """The folders as paths; ValueError for one that holds something else."""
+    report = None if output_dir is None else Path(output_dir)
+    if report is not None:
+        check_report_folder(report)
+    kept = None if features is None else Path(features)
+    if kept is not None:
+        check_features(kept)
+    return report, kept
 
 
 def check_protocols(
-    protocols: Sequence[str], recipe: str | None, transfer: Sequence[str], seed: int
+    protocols: Sequence[str], recipe: str | None, transfer: Sequence[Any], seed: int
 ) -> FineTuneRecipe | None:
     """The recipe of "fine_tuning", if that is asked for.
 
@@ -161,14 +183,19 @@ def check_protocols(
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
-        raise ValueError(f"--protocols {unknown[0]}: must be one of {', '.join(PROTOCOLS)}")
+        raise ValueError(
+            f"{setting('protocols', unknown[0])}: must be one of {', '.join(PROTOCOLS)}"
+        )
     if "segmentation" in protocols and (len(protocols) > 1 or transfer):
         raise ValueError(
-            "--protocols segmentation: it needs masks and all else needs labels; give it a command "
-            "of its own"
+            f"{setting('protocols', 'segmentation')}: it needs masks and all else needs labels; "
+            "give it a run of its own"
         )
     if recipe is not None and "fine_tuning" not in protocols:
-        raise ValueError(f"--recipe {recipe}: it is for fine-tuning; add --protocols fine_tuning")
+        raise ValueError(
+            f"{setting('recipe', recipe)}: it is for fine-tuning; add "
+            f"{setting('protocols', 'fine_tuning')}"
+        )
 
     if "fine_tuning" not in protocols:
         return None
@@ -176,23 +203,36 @@ def check_protocols(
     return FineTuneRecipe(**{"seed": seed, **named})
 
 
-def load_encoders(model: str, against: str | None) -> dict[str, MimRefinerModel]:
+def load_encoders(model: Any, against: Any) -> dict[str, MimRefinerModel]:
     """The encoders by name, the one to be better than first.
 
     ValueError where they do not take the same images.
     """
-    if model == against:
+    if model is against or (isinstance(model, str | Path) and model == against):
         raise ValueError(
-            f"--against {against}: this is the model itself; name another one, or leave it out"
+            f"{setting('against', against)}: this is the model itself; name another one, or "
+            "leave it out"
         )
-    names = [model] if against is None else [against, model]
-    encoders = {name: load_encoder(name) for name in names}
+    encoders: dict[str, MimRefinerModel] = {}
+    for source in (against, model):
+        if source is not None:
+            encoder = load_encoder(source)
+            name = name_of(source, encoder)
+            # a refined encoder object goes on bearing the name of its start
+            encoders[f"{name} (2)" if name in encoders else name] = encoder
     if len({encoder.config.num_channels for encoder in encoders.values()}) > 1:
         raise ValueError(
-            f"--against {against}: it has another number of input channels than {model}; they "
-            "cannot be compared"
+            f"{setting('against', against)}: it has another number of input channels than the "
+            "model; they cannot be compared"
         )
     return encoders
+
+
+def name_of(source: Any, encoder: MimRefinerModel) -> str:
+    """What an encoder is called: as it was named, or by the name that the object was loaded by."""
+    if isinstance(source, str | Path):
+        return str(source)
+    return encoder.config.name_or_path or type(source).__name__
 
 
 def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
@@ -200,10 +240,12 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
     for place, each in enumerate(data):
         if not isinstance(each.train, ImageDataset):
             continue
-        flag = f"--transfer {each.name}" if place else f"--protocols {' '.join(protocols)}"
+        asked = setting("protocols", list(protocols))
+        if place:
+            asked = setting("transfer", each.name)
         if not each.labelled and (place or protocols):
             raise ValueError(
-                f"{flag}: needs a label for every image, and {each.name} has images without"
+                f"{asked}: needs a label for every image, and {each.name} has images without"
             )
         if each.labelled and len(each.train) < NUM_NEIGHBOURS:
             raise ValueError(
@@ -218,16 +260,18 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
 
 
 @contextmanager
-def feature_folder(features: Path | None, output_dir: Path) -> Iterator[Path]:
-    """Where the features go: the folder that was named, or one beside the output that vanishes.
+def feature_folder(features: Path | None, output_dir: Path | None) -> Iterator[Path]:
+    """Where the features go: the folder that was named, or one that vanishes, beside the output.
 
     It is the same for all processes.
     """
     if features is not None:
         yield features
         return
-    beside = output_dir.resolve().parent
-    beside.mkdir(parents=True, exist_ok=True)
+    beside = None
+    if output_dir is not None:
+        beside = output_dir.resolve().parent
+        beside.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = None
         if rank() == 0:
@@ -300,4 +344,4 @@ def how_measured(
     }
 
 
-__all__ = ["PROTOCOLS", "evaluate"]
+__all__ = ["PROTOCOLS", "Report", "evaluate"]

@@ -17,6 +17,7 @@ from ..data.loading import Loading
 from ..evaluation.block_analysis import BlockProfile, block_profile, propose_head_blocks
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import ResolvedRecipe
+from ..runtime.wording import setting
 
 _MEASURED_IMAGES = 2000
 # On fewer images, which neighbours are nearest is chance.
@@ -47,15 +48,16 @@ def check_measurable(images: ImageDataset | None) -> None:
     Raises:
         ValueError: when there are none, or too few.
     """
+    auto = setting("head_blocks", "auto")
     if images is None:
         raise ValueError(
-            "--head_blocks auto: a stream cannot be measured; name an --eval_dataset, or the "
-            "blocks, or leave --head_blocks out"
+            f"{auto}: a stream cannot be measured; name an {setting('eval_dataset')}, or the "
+            f"blocks, or leave {setting('head_blocks')} out"
         )
     if len(images) < _LEAST_IMAGES:
         raise ValueError(
-            f"--head_blocks auto: {len(images)} images are too few to measure, {_LEAST_IMAGES} "
-            "are needed; name the blocks, or leave --head_blocks out"
+            f"{auto}: {len(images)} images are too few to measure, {_LEAST_IMAGES} "
+            f"are needed; name the blocks, or leave {setting('head_blocks')} out"
         )
 
 

@@ -40,7 +40,7 @@ from ..runtime.checkpoint import (
     read_checkpoint,
 )
 from ..runtime.files import CheckpointError
-from ..runtime.settings import spelt
+from ..runtime.wording import setting, written
 
 # Names of tensors that a new run takes, and of those that it leaves, with what they are.
 _PLACED = ("average.", "refiner.heads.", "refiner.queue.")
@@ -92,15 +92,16 @@ def open_start(init_from: str) -> Checkpoint:
             cannot be read (CheckpointError).
     """
     path = Path(init_from).expanduser()
-    named = f"--init_from {path}"
+    named = setting("init_from", path)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{named}: no such folder; give a run's output folder, or for a model use --model"
+            f"{named}: no such folder; give a run's output folder, or for a model use "
+            f"{setting('model')}"
         )
     if (path / "config.json").is_file():
         raise ValueError(
             f"{named}: is a model, which has no heads and no queues to start from; "
-            f"use --model {path}"
+            f"use {setting('model', path)}"
         )
     start = _checkpoint_in(path)
 
@@ -128,8 +129,8 @@ def _checkpoint_in(path: Path) -> Checkpoint:
         return newest
     hint = "give a run's output folder"
     if (path / "model" / "config.json").is_file():
-        hint = f"a finished run keeps its model alone: use --model {path / 'model'}"
-    raise FileNotFoundError(f"--init_from {path}: holds no checkpoint; {hint}")
+        hint = f"a finished run keeps its model alone: use {setting('model', path / 'model')}"
+    raise FileNotFoundError(f"{setting('init_from', path)}: holds no checkpoint; {hint}")
 
 
 def encoder_of(start: Checkpoint) -> MimRefinerModel:
@@ -139,7 +140,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
     Raises:
         CheckpointError: when a tensor is neither placed nor dropped on purpose, or does not fit.
     """
-    where = f"--init_from: {start.where}"
+    where = f"{setting('init_from')}: {start.where}"
     placed = [name for name in start.tensors if name.startswith(_PLACED)]
     dropped: dict[str, list[str]] = {reason: [] for reason in _DROPPED.values()}
     for name in start.tensors.keys() - set(placed):
@@ -147,7 +148,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         if prefix is None:
             raise CheckpointError(
                 f"{where}: {name} has no place in a run of this version; "
-                "start from a model with --model"
+                f"start from a model with {setting('model')}"
             )
         dropped[_DROPPED[prefix]].append(name)
 
@@ -165,7 +166,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         raise CheckpointError(f"{where}: its average is not of its encoder ({told})") from error
 
     source = f"step {start.step} of {start.path.parent}"
-    report = LoadReport(source, len(placed), len(placed), dropped, "--init_from")
+    report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))
     processor = image_processor(encoder.config, start.state["preprocessing"])
     vars(encoder).update(load_report=report, image_processor=processor)
     return encoder.eval()
@@ -188,12 +189,12 @@ def check_heads_fit(recipe: ResolvedRecipe, start: Checkpoint) -> None:
     for name in _HEAD_FIELDS:
         own, theirs = getattr(recipe, name), start.state["recipe"][name]
         if own != theirs:
-            differing.append(f"--{name} {spelt(own)}, there {spelt(theirs)}")
+            differing.append(f"{setting(name, own)}, there {written(theirs)}")
     if differing:
         raise ValueError(
-            f"--init_from {recipe.asked.init_from}: its heads and queues come along as they are, "
-            f"and this recipe asks for others ({'; '.join(differing)}); say the same, or start "
-            "from a model with --model"
+            f"{setting('init_from', recipe.asked.init_from)}: its heads and queues come along as "
+            f"they are, and this recipe asks for others ({'; '.join(differing)}); say the same, "
+            f"or start from a model with {setting('model')}"
         )
 
 

@@ -22,6 +22,7 @@ from ..refinement.resolve import ResolvedRecipe
 from ..runtime.device import emulates_bf16
 from ..runtime.files import in_bytes
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.wording import setting
 
 # What the heads read, in words, for each `pooling`.
 _READS = {
@@ -190,14 +191,15 @@ def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, au
         size = fitting_micro_batch(way, config, available)
         if size == 0:
             continue
-        flags = []
+        changes = []
         if size is not None and not auto:
-            flags.append(f"--micro_batch_size {size}")
+            changes.append(setting("micro_batch_size", size))
         if way.gradient_checkpointing:
-            flags.append("--gradient_checkpointing true")
+            changes.append(setting("gradient_checkpointing", True))
         need = bytes_needed(dataclasses.replace(way, micro_batch_size=size), config) / GIGA
-        return f": {' '.join(flags)} needs {need:.2f} GiB and gives the same gradients"
-    return ", whatever the micro-batch: lower --batch_size, --queue_size or --num_heads"
+        return f": {' '.join(changes)} needs {need:.2f} GiB and gives the same gradients"
+    others = f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
+    return f", whatever the micro-batch: lower {others}"
 
 
 def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
@@ -224,7 +226,7 @@ def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
         f"{in_bytes(free)} free"
     )
     if free < most:
-        text += ", TOO LITTLE: make room, or lower --keep"
+        text += f", TOO LITTLE: make room, or lower {setting('keep')}"
     return text
 
 

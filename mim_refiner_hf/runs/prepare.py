@@ -28,6 +28,7 @@ from ..runtime.files import check_folder
 from ..runtime.lock import check_writable
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.wording import setting
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
@@ -53,6 +54,25 @@ _FREE_FIELDS = frozenset(
 )
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that stand where a recipe has their names; None where it names what is meant.
+
+    Attributes:
+        images: what is refined on.
+        evaluation: what is measured on.
+        encoder: the starting weights; it is trained, so it belongs to the run.
+    """
+
+    images: ImageDataset | None = None
+    evaluation: ImageDataset | None = None
+    encoder: MimRefinerModel | None = None
+
+
+NOTHING = Given()
+"""For a recipe that names all that it needs."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class Prepared:
         return 0 if self.resume is None else self.resume.step
 
 
-def prepare(recipe: RefineRecipe) -> Prepared:
+def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     """Open data and weights, fill in the recipe, and check it against machine and folder."""
     # what the machine cannot do is said before anything is downloaded
     fsdp2_requested()
@@ -111,13 +131,13 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     check_compile(recipe.compile)
 
     output = Path(recipe.output_dir)
-    training, evaluation = open_run_images(recipe, num_channels=3)
+    training, evaluation = open_run_images(recipe, num_channels=3, given=given)
     resume = None if recipe.dry_run else load_latest(output / "checkpoints")
-    start = open_starting_weights(recipe, resume)
+    start = open_starting_weights(recipe, resume, given)
     if start.checkpoint is not None:
         recipe = with_its_blocks(recipe, start.checkpoint)
     if start.config.num_channels != 3:
-        training, evaluation = open_run_images(recipe, num_channels=start.config.num_channels)
+        training, evaluation = open_run_images(recipe, start.config.num_channels, given)
     images = _with_bank(training, evaluation, recipe.seed)
 
     num_images = len(training) if isinstance(training, ImageDataset) else None
@@ -142,8 +162,10 @@ def prepare(recipe: RefineRecipe) -> Prepared:
     return Prepared(resolved, start, images, resume)
 
 
-def open_starting_weights(recipe: RefineRecipe, resume: Checkpoint | None) -> Start:
-    """The encoder that the recipe names by --model, --init_from or --pretrain."""
+def open_starting_weights(
+    recipe: RefineRecipe, resume: Checkpoint | None, given: Given = NOTHING
+) -> Start:
+    """The encoder that was given, or that the recipe names (`model`, `init_from`, `pretrain`)."""
     if recipe.pretrain is not None:
         fields = read_fields(recipe.pretrain, PretrainRecipe, "pretrain")
         pretraining = PretrainRecipe(**{**fields, "seed": recipe.seed})
@@ -157,12 +179,12 @@ def open_starting_weights(recipe: RefineRecipe, resume: Checkpoint | None) -> St
         encoder = encoder_of(checkpoint)
     else:
         assert recipe.model is not None
-        encoder = load_encoder(recipe.model, family=recipe.family)
+        encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
     return Start(encoder.config, encoder.image_processor, encoder, checkpoint=checkpoint)
 
 
 def open_run_images(
-    recipe: RefineRecipe, num_channels: int
+    recipe: RefineRecipe, num_channels: int, given: Given = NOTHING
 ) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
     config = recipe.dataset_config
@@ -171,7 +193,7 @@ def open_run_images(
         name = recipe.eval_dataset or recipe.dataset
         # a configuration belongs to its own data set
         evaluation = open_images(
-            name,
+            given.evaluation or name,
             config=config if name == recipe.dataset else None,
             split=recipe.eval_split,
             num_channels=num_channels,
@@ -183,17 +205,20 @@ def open_run_images(
         return stream, evaluation
 
     images = open_images(
-        recipe.dataset, config=config, split=recipe.split, num_channels=num_channels
+        given.images or recipe.dataset,
+        config=config,
+        split=recipe.split,
+        num_channels=num_channels,
     )
     if len(images) < 2:
         raise ValueError(
-            f"--dataset {recipe.dataset}: {len(images)} image(s) found; "
+            f"{setting('dataset', recipe.dataset)}: {len(images)} image(s) found; "
             "contrastive refinement needs at least 2"
         )
     if evaluation is not None and evaluation.fingerprint == images.fingerprint:
         raise ValueError(
-            f"--eval_dataset {evaluation.name}: these are the images to train on; name others, "
-            "another --eval_split, or leave both out to hold some back"
+            f"{setting('eval_dataset', evaluation.name)}: these are the images to train on; name "
+            f"others, another {setting('eval_split')}, or leave both out to hold some back"
         )
     if evaluation is None and recipe.eval_fraction > 0:
         return hold_out(images, recipe.eval_fraction, recipe.seed)
@@ -215,10 +240,14 @@ def _with_bank(
 
 def _check_pretraining(name: str | None, batch_size: int, num_images: int | None) -> None:
     if num_images is None:
-        raise ValueError("--pretrain needs a data set of known length; leave out --streaming")
+        raise ValueError(
+            f"{setting('pretrain')} needs a data set of known length; "
+            f"leave out {setting('streaming')}"
+        )
     if batch_size > num_images:
         raise ValueError(
-            f"--pretrain {name}: its batch_size {batch_size} exceeds the {num_images} images"
+            f"{setting('pretrain', name)}: its batch_size {batch_size} exceeds the "
+            f"{num_images} images"
         )
 
 
@@ -226,8 +255,8 @@ def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -
     """Whether the folder of a `--stage refine` holds heads that are warm."""
     if resume is None or resume.step < warmup:
         raise ValueError(
-            f"--stage refine: {output_dir} has no warmed-up heads; "
-            "run --stage warmup first, or --stage both"
+            f"{setting('stage', 'refine')}: {output_dir} has no warmed-up heads; "
+            f"run {setting('stage', 'warmup')} first, or {setting('stage', 'both')}"
         )
 
 
@@ -237,7 +266,7 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
     Raises:
         ValueError: naming the fields that differ.
     """
-    check_writable(output, "--output_dir")
+    check_writable(output, "output_dir")
     saved = output / "recipe.json"
     if not saved.is_file():
         return
@@ -245,7 +274,7 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
         old = dict(json.loads(saved.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"--output_dir {output}: its recipe.json cannot be read ({error}); "
+            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
             "name another folder or remove it"
         ) from error
 
@@ -255,8 +284,8 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
             changes.append(f"{name} was {old.get(name)}, is {value}")
     if changes:
         raise ValueError(
-            f"--output_dir {output}: holds a run of another recipe ({'; '.join(changes)}); "
-            "choose another folder or remove it"
+            f"{setting('output_dir', output)}: holds a run of another recipe "
+            f"({'; '.join(changes)}); choose another folder or remove it"
         )
 
 
@@ -269,7 +298,9 @@ def check_start_folder(folder: Path) -> Path:
 
 
 __all__ = [
+    "NOTHING",
     "PRETRAINED",
+    "Given",
     "Prepared",
     "RunImages",
     "Start",

@@ -1,43 +1,141 @@
-"""`refine`: a run from its recipe to a model folder with its card, and to the Hub."""
+"""`refine`: a run from its recipe to a model folder with its card, and to the Hub.
 
+result = refine("photos/", model="facebook/vit-mae-base", output_dir="out")
+result = refine(images, model=encoder, epochs=10, seed=1)      # any field of the recipe by name
+result = refine(RefineRecipe(model=..., dataset=...))
+result.encoder.encode(images), result.metrics["after"]
+
+refine(images, model=encoder, callbacks=[lambda step, values: print(step, values["loss"])])
+"""
+
+import copy
+import dataclasses
+import difflib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
+from ..conversion import load_encoder
+from ..data.images import open_images
+from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.hub import check_model_folder, check_repo_id, push_folder, save_model_folder
 from ..publishing.model_card import write_card
 from ..refinement.recipe import RefineRecipe
+from ..refinement.recipe_files import read_recipe
 from ..runtime.lock import sole_run
+from ..runtime.tracking import LogCallback
+from .prepare import Given
 from .run import RunResult, run
 
 
-def refine(recipe: RefineRecipe) -> RunResult | None:
-    """Refine a masked-image model as `recipe` says and write the result to `recipe.output_dir`.
+def refine(
+    images: Any = None,
+    *,
+    model: Any = None,
+    callbacks: Sequence[LogCallback] = (),
+    **settings: Any,
+) -> RunResult | None:
+    """Refine an encoder on images and write the result to `output_dir`.
 
     Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`,
-    `clusters.png`, `curves.png`, `log.jsonl`; with `push_to_hub` it publishes the folder. Returns
-    None after a dry run or a head warm-up alone.
+    `clusters.png`, `curves.png`, `log.jsonl`; with `push_to_hub` it publishes the folder.
+
+    Args:
+        images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
+            set of `datasets` or torch; or a whole `RefineRecipe`.
+        model: what `load_encoder` takes: a name, a folder, a file, a model object, which stays as
+            it is.
+        callbacks: called with (step, values) for every line of log.jsonl, by the main process.
+            What one raises ends the run; the same call goes on from the last checkpoint.
+        settings: fields of `RefineRecipe`, such as `output_dir` and `seed`; `recipe` names a recipe
+            whose fields are the defaults; `eval_dataset` takes what `images` takes.
+
+    Returns:
+        The result, or None after a dry run or a head warm-up alone.
 
     Raises:
         ValueError, FileNotFoundError: for wrong settings, or while another run writes to the
             folder; before any work.
+        TypeError: for a setting that does not exist.
         FloatingPointError: for a loss that is not finite.
         PushError: when the Hub fails; the local result is intact and the message says how to
             continue.
     """
+    # the name of the first argument, before it was images
+    if isinstance(settings.get("recipe"), RefineRecipe):
+        images = settings.pop("recipe")
+    recipe, given = _recipe_of(images, model, settings)
     output = Path(recipe.output_dir)
     if recipe.push_to_hub is not None:
         check_repo_id(recipe.push_to_hub)
     check_model_folder(output / "model")
     if recipe.dry_run:
-        return run(recipe)
+        return run(recipe, given)
 
-    with sole_run(output, "--output_dir"):
-        result = run(recipe)
+    with sole_run(output, "output_dir"):
+        result = run(recipe, given, callbacks)
         if result is not None and PartialState().is_main_process:
             _publish(result, recipe.push_to_hub)
     return result
+
+
+def _recipe_of(images: Any, model: Any, settings: dict[str, Any]) -> tuple[RefineRecipe, Given]:
+    """The recipe, with names, and the objects that it has the names of."""
+    known = [field.name for field in dataclasses.fields(RefineRecipe)]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "RefineRecipe lists all of them"
+            raise TypeError(f"refine() has no setting {name!r}; {hint}")
+
+    values = {
+        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
+    }
+    if isinstance(images, RefineRecipe):
+        given, named = _names_of(
+            values.pop("dataset", None), model, values.pop("eval_dataset", None)
+        )
+        return dataclasses.replace(images, **values, **named), given
+
+    if images is not None and "dataset" in values:
+        raise ValueError("images and dataset name both the images; give one of them")
+    dataset = values.pop("dataset", images)
+    given, named = _names_of(dataset, model, values.pop("eval_dataset", None))
+    values.update(named)
+    if "recipe" in values and values["recipe"] is not None:
+        return read_recipe(values.pop("recipe"), **values), given
+    return RefineRecipe(**values), given
+
+
+def _names_of(dataset: Any, model: Any, evaluation: Any) -> tuple[Given, dict[str, Any]]:
+    """Objects, opened, and what the recipe calls them; what was named already keeps its name."""
+    objects: dict[str, Any] = {}
+    named: dict[str, Any] = {}
+    for field, name, source in (
+        ("images", "dataset", dataset),
+        ("evaluation", "eval_dataset", evaluation),
+    ):
+        if isinstance(source, str | Path):
+            named[name] = str(source)
+        elif source is not None:
+            objects[field] = open_images(source)
+            named[name] = objects[field].name
+
+    if isinstance(model, str | Path):
+        named["model"] = str(model)
+    elif model is not None:
+        objects["encoder"] = _own_copy(model)
+        named["model"] = objects["encoder"].config.name_or_path or type(model).__name__
+    return Given(**objects), named
+
+
+def _own_copy(model: Any) -> MimRefinerModel:
+    """The encoder of a model object, to be trained without a change of the object."""
+    encoder = copy.deepcopy(load_encoder(model))
+    return encoder.requires_grad_(True)
 
 
 def _publish(result: RunResult, repository: str | None) -> None:

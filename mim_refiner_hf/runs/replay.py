@@ -23,6 +23,7 @@ from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..runtime.device import uses_bf16
 from ..runtime.launch import several_on_the_cpu
+from ..runtime.wording import setting
 from .prepare import Prepared, prepare
 from .run import choose_blocks, make_trainer, starting_encoder
 
@@ -51,7 +52,8 @@ def replay(output_dir: Path, *, step: int | None = None, mixed_precision: str | 
     total = prepared.recipe.steps.total
     if not start <= step < total:
         raise ValueError(
-            f"--step {step}: can be replayed from the newest checkpoint on, {start} to {total - 1}"
+            f"{setting('step', step)}: can be replayed from the newest checkpoint on, "
+            f"{start} to {total - 1}"
         )
 
     # the same parts as in `run`, without its loggers and files
@@ -105,7 +107,8 @@ def last_failure(output_dir: Path) -> int:
     reports = sorted((output_dir / FAILURES).glob("step-*.json"))
     if not reports:
         raise FileNotFoundError(
-            f"{output_dir / FAILURES} holds no report of a failed step; name one with --step"
+            f"{output_dir / FAILURES} holds no report of a failed step; name one with "
+            f"{setting('step')}"
         )
     return int(json.loads(reports[-1].read_text())["step"])
 

@@ -20,6 +20,7 @@ from ..evaluation.report import Evaluation
 from ..evaluation.tables import markdown_table, report_table
 from ..runtime.files import staged_folder, write_json
 from ..runtime.text import fenced, plain
+from ..runtime.wording import setting
 from .comparison import Data, Side
 
 
@@ -35,11 +36,11 @@ def command_line() -> str:
 def check_report_folder(output_dir: Path) -> Path:
     """`output_dir`, resolved; ValueError for one that holds anything but an earlier evaluation."""
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir}: is a file; name a folder")
+        raise ValueError(f"{setting('output_dir', output_dir)}: is a file; name a folder")
     is_report = (output_dir / "report.md").is_file()
     if output_dir.is_dir() and any(output_dir.iterdir()) and not is_report:
         raise ValueError(
-            f"--output_dir {output_dir}: holds something else than an evaluation; "
+            f"{setting('output_dir', output_dir)}: holds something else than an evaluation; "
             "name another folder"
         )
     return output_dir.resolve()
@@ -65,10 +66,10 @@ def knn_tables(report: Mapping[str, Any]) -> str:
         rows = [["k", *(f"temperature {temperature:g}" for temperature in temperatures)]]
         for k in sorted({k for k, _ in new}):
             row = [str(k)]
-            for setting in ((k, temperature) for temperature in temperatures):
-                text = f"{100 * new[setting]:.1f}"
-                if setting in old:
-                    text = f"{100 * old[setting]:.1f} -> {text}"
+            for cell in ((k, temperature) for temperature in temperatures):
+                text = f"{100 * new[cell]:.1f}"
+                if cell in old:
+                    text = f"{100 * old[cell]:.1f} -> {text}"
                 row.append(text)
             rows.append(row)
         title = f"{place[0].upper()}{place[1:]}, accuracy in %:"

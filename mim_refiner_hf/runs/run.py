@@ -15,7 +15,8 @@ read.
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,18 @@ from ..refinement.trainer import Trainer
 from ..runtime.device import available_memory, warn_of_emulation
 from ..runtime.files import staged_folder, write_json
 from ..runtime.launch import several_on_the_cpu
-from ..runtime.tracking import trackers
+from ..runtime.tracking import LogCallback, trackers
+from ..runtime.wording import setting
 from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import PRETRAINED, Prepared, check_start_folder, prepare
+from .prepare import NOTHING, PRETRAINED, Given, Prepared, check_start_folder, prepare
 from .run_record import BeforeAfter, run_record
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """What `run` leaves in memory.
 
@@ -60,14 +62,20 @@ class RunResult:
         output_dir: the run's folder.
     """
 
-    encoder: MimRefinerModel
-    processor: Any
-    metrics: dict[str, Any]
+    encoder: MimRefinerModel = field(repr=False)
+    processor: Any = field(repr=False)
+    metrics: dict[str, Any] = field(repr=False)
     output_dir: Path
 
 
-def run(recipe: RefineRecipe) -> RunResult | None:
+def run(
+    recipe: RefineRecipe, given: Given = NOTHING, callbacks: Sequence[LogCallback] = ()
+) -> RunResult | None:
     """Refine as the recipe says; None after a dry run, or a head warm-up alone.
+
+    Args:
+        given: objects that stand where the recipe has their names.
+        callbacks: called with (step, values) for every line of log.jsonl.
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that does not fit data, weights or output
@@ -76,8 +84,8 @@ def run(recipe: RefineRecipe) -> RunResult | None:
     """
     # denormal numbers slow the CPU down and mean nothing here
     torch.set_flush_denormal(True)
-    prepared = prepare(recipe)
-    accelerator = _accelerator(prepared)
+    prepared = prepare(recipe, given)
+    accelerator = _accelerator(prepared, callbacks)
     if accelerator.is_main_process:
         print(_plan(prepared, accelerator), flush=True)
     if recipe.dry_run:
@@ -98,21 +106,21 @@ def run(recipe: RefineRecipe) -> RunResult | None:
 # ---- before
 
 
-def _accelerator(prepared: Prepared) -> Accelerator:
+def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accelerator:
     """The processes of the run and its loggers; warns of bf16 where it is slow."""
     recipe = prepared.recipe
     output = Path(recipe.output_dir)
     accelerator = Accelerator(
         cpu=several_on_the_cpu(),
         mixed_precision="bf16" if recipe.bf16 else "no",
-        log_with=trackers(output, recipe.asked.loggers, prepared.start_step),
+        log_with=trackers(output, recipe.asked.loggers, prepared.start_step, callbacks),
         project_config=ProjectConfiguration(
             project_dir=str(output), logging_dir=str(output / "tensorboard")
         ),
     )
     if recipe.bf16 and accelerator.is_main_process:
-        flag = f"--mixed_precision {recipe.asked.mixed_precision}"
-        warn_of_emulation(flag, accelerator.device.type)
+        asked = setting("mixed_precision", recipe.asked.mixed_precision)
+        warn_of_emulation(asked, accelerator.device.type)
     return accelerator
 
 
@@ -189,12 +197,15 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
     if warms_up_only:
         accelerator.print(
-            f"The heads are warm: {recipe.output_dir}/checkpoints. Go on with --stage refine."
+            f"The heads are warm: {recipe.output_dir}/checkpoints. "
+            f"Go on with {setting('stage', 'refine')}."
         )
         return None
 
     # after
     refined = trainer.averaged()
+    # as `load_encoder` gives an encoder: it can be used at once
+    vars(refined)["image_processor"] = prepared.start.processor
     after = _evaluate(prepared, refined)
     measured = BeforeAfter(before, _metrics(after))
     metrics = run_record(prepared, accelerator, measured, trainer.seconds)

@@ -33,6 +33,7 @@ from .distributed import gather_objects, rank, world_size
 from .files import STAGED, CheckpointError, in_bytes, sha256_of, sync_to_disk
 from .sharding import own_parts
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
+from .wording import setting
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +321,8 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
     found = checkpoint.tensors
     where = checkpoint.where
     remedy = (
-        "; it is of another model or version: name another --output_dir, or remove this checkpoint"
+        f"; it is of another model or version: name another {setting('output_dir')}, "
+        "or remove this checkpoint"
     )
 
     own = {name for name in found if not name.startswith("optimizer.")}

@@ -13,6 +13,8 @@ import shutil
 import psutil
 import torch
 
+from .wording import setting
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,8 +28,8 @@ def uses_bf16(mixed_precision: str) -> bool:
     native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if mixed_precision == "bf16" and gpu and not native:
         raise ValueError(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bfloat16 arithmetic; "
-            "leave the flag out, or use no"
+            f"{setting('mixed_precision', 'bf16')}: {torch.cuda.get_device_name()} has no bfloat16 "
+            "arithmetic; leave it out, or use no"
         )
     return mixed_precision == "bf16" or (mixed_precision == "auto" and native)
 
@@ -39,39 +41,40 @@ def emulates_bf16(device: str) -> bool:
     return device == "cpu" and not capabilities.get("avx512_bf16", True)
 
 
-def warn_of_emulation(flag: str, device: str) -> None:
-    """Log a warning where `flag` asks for bfloat16 and fp32 is the faster one."""
+def warn_of_emulation(asked: str, device: str) -> None:
+    """Log a warning where `asked`, a setting, asks for bfloat16 and fp32 is the faster one."""
     if emulates_bf16(device):
         message = (
             "%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here"
         )
-        logger.warning(message, flag)
+        logger.warning(message, asked)
 
 
 def check_compile(requested: bool) -> None:
-    """Raise a ValueError where --compile is asked for and torch.compile would not work.
+    """Raise a ValueError where `compile` is asked for and torch.compile would not work.
 
     It needs a GPU to make kernels for, and something to make them with.
     """
     if not requested:
         return
-    remedy = "leave --compile out"
+    asked = setting("compile")
+    remedy = f"leave {asked} out"
     if not torch.cuda.is_available():
         raise ValueError(
-            f"--compile: blocks are compiled for a GPU, and there is none here; {remedy}"
+            f"{asked}: blocks are compiled for a GPU, and there is none here; {remedy}"
         )
     if torch.cuda.get_device_capability() < (7, 0):
         name = torch.cuda.get_device_name()
-        raise ValueError(f"--compile: {name} is older than compute capability 7.0; {remedy}")
+        raise ValueError(f"{asked}: {name} is older than compute capability 7.0; {remedy}")
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            "--compile: kernels are made by Triton, which is not installed; "
+            f"{asked}: kernels are made by Triton, which is not installed; "
             f"pip install triton, or {remedy}"
         )
     compilers = [os.environ.get("CC"), "gcc", "clang"]
     if not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise ValueError(
-            "--compile: Triton needs a C compiler, and there is neither gcc nor clang; "
+            f"{asked}: Triton needs a C compiler, and there is neither gcc nor clang; "
             f"install one, or {remedy}"
         )
 

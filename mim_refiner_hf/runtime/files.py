@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "mim_refiner_hf"
 REPOSITORY = Path(__file__).parents[2]
 STAGED = ".tmp-"
 ON_WINDOWS = os.name == "nt"

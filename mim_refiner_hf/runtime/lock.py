@@ -1,6 +1,6 @@
 """One run per output folder: the second is refused while the first lives.
 
-    with sole_run(Path("out"), "--output_dir"):
+    with sole_run(Path("out"), "output_dir"):
         ...                                         # nobody else writes to out/ meanwhile
 
 What holds is a lock of the operating system (`flock`, by filelock) on `.run.lock` in the folder. It
@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .distributed import rank
+from .wording import setting
 
 LOCK = ".run.lock"
 # Where launchers write a process's number, as accelerate looks for it: the processes have not found
@@ -34,13 +35,14 @@ def check_writable(folder: Path, option: str) -> None:
     """Raise a ValueError unless `folder` is, or can become, a folder that can be written to.
 
     Args:
-        option: the flag that gave it, for the message.
+        option: the setting that gave it, for the message.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    named = setting(option, folder)
     if not existing.is_dir():
-        raise ValueError(f"{option} {folder}: {existing} is a file; name a folder")
+        raise ValueError(f"{named}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"{option} {folder}: {existing} cannot be written to; name another folder")
+        raise ValueError(f"{named}: {existing} cannot be written to; name another folder")
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     Args:
         folder: where the run writes.
-        option: the flag that named it, for messages.
+        option: the setting that named it, for messages.
         beside: lock next to the folder instead of in it, for one that is replaced as a whole.
 
     Raises:
@@ -71,7 +73,7 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
-            f"{option} {folder}: another run writes there ({_holder(path)}); "
+            f"{setting(option, folder)}: another run writes there ({_holder(path)}); "
             "wait for it, stop it, or name another folder"
         ) from error
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .files import CheckpointError
 from .sharding import local, shard_like
+from .wording import setting
 
 _END_LEARNING_RATE = 1e-6
 
@@ -193,8 +194,8 @@ def _names_by_parameter(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
 def _refuse_state(checkpoint: Checkpoint, number: int, count: int) -> NoReturn:
     raise CheckpointError(
         f"{checkpoint.where}: optimizer.{number} is not the state of parameter {number} of "
-        f"{count}; it is of another model or version: name another --output_dir, or remove this "
-        "checkpoint"
+        f"{count}; it is of another model or version: name another {setting('output_dir')}, or "
+        "remove this checkpoint"
     )
 
 

@@ -7,7 +7,7 @@
         swap: Literal["all", "none"] = documented("all", "What the neighbour replaces.")
 
         def __post_init__(self) -> None:
-            check_fields(self)        # ValueError: --flip 1.5: must be between 0 and 1
+            check_fields(self)        # ValueError: flip=1.5: must be between 0 and 1
 
     values = read_fields("mae-l16", RefineRecipe)       # training/recipes/mae-l16.yaml
 
@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from .files import shipped_folder
+from .wording import setting
 
 # --- what a field may hold
 
@@ -83,18 +84,11 @@ def check_fields(settings: Any) -> None:
         of_this_type = [part for part in parts if _is_of(value, part)]
         if not of_this_type:
             kinds = " | ".join(map(_type_name, parts))
-            raise ValueError(f"--{name} {value!r}: must be of the type {kinds}")
+            raise ValueError(f"{setting(name, value)}: must be of the type {kinds}")
 
         if not any(_allows(part, value) for part in of_this_type):
             words = [_words(part) for part in parts if part is not types.NoneType]
-            raise ValueError(f"--{name} {spelt(value)}: must be {', or '.join(words)}")
-
-
-def spelt(value: Any) -> str:
-    """A value as it stands on a command line: a list without brackets and commas."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value)
+            raise ValueError(f"{setting(name, value)}: must be {', or '.join(words)}")
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -165,18 +159,19 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def recipe_file(name: str, asked: str = "--recipe") -> Path:
+def recipe_file(name: str, asked: str = "") -> Path:
     """The YAML file of a recipe: its path, or its name in `training/recipes/`, which is installed.
 
     Args:
-        asked: what asked for it, the beginning of the message.
+        asked: what asked for it, the beginning of the message; empty for the setting `recipe`.
 
     Raises:
         FileNotFoundError: naming the recipes that there are.
     """
+    asked = asked or setting("recipe", name)
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"{asked} {name}: no such file")
+            raise FileNotFoundError(f"{asked}: no such file")
         return Path(name)
 
     folder = shipped_folder("recipes", in_repository="training/recipes")
@@ -184,7 +179,7 @@ def recipe_file(name: str, asked: str = "--recipe") -> Path:
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise FileNotFoundError(
-            f"{asked} {name}: unknown; there are {known}; or give the path of a .yaml file"
+            f"{asked}: unknown; there are {known}; or give the path of a .yaml file"
         )
     return path
 
@@ -199,9 +194,9 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: in one line, naming the file and what is wrong in it.
     """
-    asked = f"--{flag} {name}"
+    asked = setting(flag, name)
     allowed = {each.name for each in fields(kind)}
-    path = recipe_file(name, f"--{flag}")
+    path = recipe_file(name, asked)
     values: dict[str, Any] = {}
     read: list[Path] = []
 
@@ -232,7 +227,7 @@ def _base_file(base: Any, beside: Path, asked: str) -> Path:
         raise ValueError(f"{asked}: {beside} has base {base!r}; it must be the name of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(beside.parent / base)
-    return recipe_file(base, f"{asked}: {beside} has base")
+    return recipe_file(base, f"{asked}: {beside} has base {base}")
 
 
 def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
@@ -261,5 +256,4 @@ __all__ = [
     "minimum",
     "read_fields",
     "recipe_file",
-    "spelt",
 ]

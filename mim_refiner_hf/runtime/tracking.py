@@ -1,13 +1,16 @@
-"""Where a run's numbers go: `log.jsonl` always, TensorBoard, W&B or Trackio by `--report_to`.
+"""Where a run's numbers go: `log.jsonl` always, TensorBoard, W&B or Trackio by `report_to`.
 
-logs = trackers(Path("out"), ["tensorboard"], start_step=0)
+logs = trackers(Path("out"), ["tensorboard"], start_step=0, callbacks=[print])
 accelerator = Accelerator(log_with=logs, project_dir="out")
 accelerator.init_trackers("mim-refiner")
 accelerator.log({"loss": 1.2, "block22/loss": 0.6}, step=10)
+
+A callback is called with (step, values) for every line of log.jsonl, by the process that writes it.
 """
 
 import json
 import logging
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,12 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from .files import write_text
+from .wording import setting
 
 logger = logging.getLogger(__name__)
+
+LogCallback = Callable[[int | None, dict[str, Any]], Any]
+"""What is called with (step, values) for every line of the log."""
 
 
 class JsonlTracker(GeneralTracker):
@@ -25,15 +32,17 @@ class JsonlTracker(GeneralTracker):
     Args:
         path: of the file.
         start_step: where the run goes on; the lines of steps that it does again are dropped.
+        callbacks: called with step and values after each line.
     """
 
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, path: Path, start_step: int, callbacks: Sequence[LogCallback] = ()) -> None:
         super().__init__()
         self.path = path
         self.start_step = start_step
+        self.callbacks = callbacks
 
     @property
     def tracker(self) -> Path:
@@ -53,21 +62,25 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Append one line."""
+        """Append one line, and tell the callbacks."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        for callback in self.callbacks:
+            callback(step, dict(values))
 
 
-def trackers(output_dir: Path, names: list[str], start_step: int) -> list[Any]:
+def trackers(
+    output_dir: Path, names: list[str], start_step: int, callbacks: Sequence[LogCallback] = ()
+) -> list[Any]:
     """The JSONL tracker and the named ones that are installed; a missing one is said, not fatal."""
-    found: list[Any] = [JsonlTracker(output_dir / "log.jsonl", start_step)]
+    found: list[Any] = [JsonlTracker(output_dir / "log.jsonl", start_step, callbacks)]
     for name in names:
         if find_spec(name) is not None:
             found.append(name)
             continue
-        message = "--report_to %s: not installed, so not used (pip install %s)"
-        logger.warning(message, name, name)
+        asked = setting("report_to", name)
+        logger.warning("%s: not installed, so not used (pip install %s)", asked, name)
     return found
 
 
-__all__ = ["JsonlTracker", "trackers"]
+__all__ = ["JsonlTracker", "LogCallback", "trackers"]

@@ -1,0 +1,65 @@
+"""Models that are there already, as `load_encoder` reads them: transformers', timm's, our own.
+
+    encoder = load_encoder(ViTMAEModel.from_pretrained("facebook/vit-mae-base"))
+    encoder = load_encoder(timm.create_model("vit_base_patch16_224.mae", pretrained=True))
+
+The weights go the way of a checkpoint file, through the layout of their family. The object stays as
+it is: its weights are copied. How images are preprocessed is not in the object; it is looked up
+under the name that the model was loaded by (`config.name_or_path`, timm's `pretrained_cfg`), and
+where there is none, the family's own is taken.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.files import CheckpointError
+from ..runtime.wording import kind_of
+from .layout import Source
+from .preprocessing import saved_preprocessing
+from .timm_models import model_in_our_words
+
+
+def source_of_object(model: Any) -> Source:
+    """What `load_encoder` reads of a model object.
+
+    Raises:
+        CheckpointError: naming the class, where it is a model of nobody known here.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _of_transformers(model)
+    if isinstance(model, nn.Module) and type(model).__module__.startswith("timm."):
+        name = _name_of_timm(model)
+        found = Source(name, dict(model.state_dict()), {}, {})
+        return model_in_our_words(found, model)
+    raise CheckpointError(
+        f"{kind_of(model)} is no encoder that is known here; give a name, a folder, a file, or a "
+        "ViT of transformers or timm"
+    )
+
+
+def own_encoder(model: Any) -> MimRefinerModel | None:
+    """The `MimRefinerModel` that an object is, or that its head stands on; else None."""
+    if isinstance(model, MimRefinerModel):
+        return model
+    inner = getattr(model, "encoder", None)
+    is_ours = isinstance(model, PreTrainedModel) and isinstance(inner, MimRefinerModel)
+    return inner if is_ours else None
+
+
+def _of_transformers(model: PreTrainedModel) -> Source:
+    config = model.config.to_dict()
+    name = model.config.name_or_path or type(model).__name__
+    return Source(name, dict(model.state_dict()), config, saved_preprocessing(name))
+
+
+def _name_of_timm(model: Any) -> str:
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    architecture = stated.get("architecture") or type(model).__name__
+    tag = stated.get("tag")
+    return f"{architecture}.{tag}" if tag else str(architecture)
+
+
+__all__ = ["own_encoder", "source_of_object"]

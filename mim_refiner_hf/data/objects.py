@@ -1,0 +1,300 @@
+"""Images as Python has them: lists of paths, of PIL images or arrays, and data sets in memory.
+
+    from mim_refiner_hf.data import open_images
+    open_images(["a.jpg", "b.jpg"])
+    open_images([(image, "cat"), (other_image, "dog")])     # with labels: numbers or words
+    open_images(numpy.zeros((12, 64, 64, 3), numpy.uint8))
+    open_images(datasets.load_dataset("imagefolder", data_dir="photos")["train"])
+    open_images(torchvision.datasets.CIFAR10("data"))
+
+| given                               | an image is                                           |
+|-------------------------------------|-------------------------------------------------------|
+| list, tuple or other sequence       | an item: path, PIL image, array, tensor, bytes, a row |
+| array or tensor (n, height, width,  | a slice; the channels may also stand in front of      |
+| channels)                           | height and width                                      |
+| `datasets.Dataset`                  | the cell of the image column, undecoded               |
+| torch `Dataset` with a length       | an item, which may be a row                           |
+
+A row is (image, label), or a dictionary with an image, and a label under "label", "labels",
+"fine_label" or "cls". Labels are whole numbers, words or None.
+
+Whatever it is, its fingerprint is a function of the content: of paths with the sizes of the files,
+or of the encoded bytes or pixels. To take it, and the labels, every item is looked at once when it
+is opened. So a torch data set whose transforms are random is another one each time, which a run
+that is continued will say.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..clustering.image_items import find_items, read_item
+from ..runtime.distributed import progress_bar, rank
+from ..runtime.wording import kind_of
+from .columns import LABEL_COLUMNS, TableColumn, find_columns, numbered, table_labels
+from .sources import Entries, FoundImages, file_size
+
+logger = logging.getLogger(__name__)
+
+# Items from which on looking at all of them shows a progress bar.
+_MANY = 2000
+# Bytes of a table that are read for its fingerprint; of a larger one `datasets` tells its own.
+_LARGEST_TABLE = 2**32
+_REMOTE = ("http://", "https://", "data:image/")
+
+
+class ObjectImages(Sequence[Any]):
+    """Items as what `decode_image` takes, read when asked for.
+
+    Raises:
+        ValueError: at an item that its data set cannot give, or that is no image.
+    """
+
+    def __init__(self, items: Sequence[Any], name: str) -> None:
+        self.items = items
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: Any) -> Any:
+        try:
+            return read_item(self.items[i])
+        # the transforms of a data set, and the network, each raise their own
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"Cannot read image {i} of {self.name}: {reason}") from error
+
+
+def find_in_objects(source: Any) -> FoundImages:
+    """The images of anything but a name or a folder; see the table above.
+
+    Raises:
+        ValueError: for what holds no images, or none that can be told apart, and for labels that
+            are neither numbers nor words.
+        FileNotFoundError: for paths that lead nowhere, before anything is read.
+    """
+    # a column of pandas, and arrays of paths or objects, are lists of them
+    if hasattr(source, "iloc") or getattr(getattr(source, "dtype", None), "kind", "") in ("O", "U"):
+        source = source.tolist()
+    _refuse_others(source)
+    if hasattr(source, "select_columns"):
+        return _find_in_table(source)
+
+    items = find_items(source)
+    name = f"{_kind_in_words(source)} of {len(items)} images"
+    if len(items) == 0:
+        raise ValueError(f"There are no images: the {type(source).__name__} is empty.")
+    if isinstance(items, list | tuple) and all(_is_local_path(item) for item in items):
+        return _find_paths([Path(item) for item in items], name)
+    return _look_at_all(source, items, name)
+
+
+def _refuse_others(source: Any) -> None:
+    """ValueError for what looks like images and is not, with what to give in its place."""
+    if isinstance(source, Mapping):
+        names = ", ".join(map(repr, source))
+        first = next(iter(source), "train")
+        raise ValueError(
+            f"This {type(source).__name__} holds {len(source)} sets of images: {names}; "
+            f"give one of them, such as data[{first!r}]."
+        )
+    if isinstance(source, DataLoader):
+        raise ValueError("A DataLoader gives batches; give its data set, loader.dataset.")
+    is_stream = isinstance(source, IterableDataset) or not hasattr(source, "__len__")
+    if is_stream and (isinstance(source, IterableDataset) or hasattr(source, "select_columns")):
+        raise ValueError(
+            f"This {type(source).__name__} is a stream without a length; give a data set with one, "
+            "or, to refine, the name of the data set with streaming=True."
+        )
+    if isinstance(source, np.ndarray | Tensor) and source.ndim < 3:
+        raise ValueError(
+            f"This {kind_of(source)} holds no images: they are (n, height, width, channels), "
+            "and one grey image is [image]; vectors (n, d) are for `cluster`."
+        )
+
+
+def _kind_in_words(source: Any) -> str:
+    kinds = {"list": "a list", "tuple": "a list", "ndarray": "an array", "Tensor": "a tensor"}
+    return kinds.get(type(source).__name__, type(source).__name__)
+
+
+def _is_local_path(item: Any) -> bool:
+    return isinstance(item, Path) or (isinstance(item, str) and not item.startswith(_REMOTE))
+
+
+# --- paths
+
+
+def _find_paths(paths: list[Path], name: str) -> FoundImages:
+    """Image files by their paths; they are called what they are called below a common folder."""
+    # a file may be called "~a.png"
+    paths = [path if path.exists() else path.expanduser() for path in paths]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} paths lead nowhere, first {missing[0]}; "
+            "leave them out, or correct them."
+        )
+    folders = [path for path in paths if path.is_dir()]
+    if folders:
+        raise ValueError(f"{folders[0]} is a folder; give it alone, or paths of images.")
+
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    names = [Path(os.path.relpath(path.absolute(), common)).as_posix() for path in paths]
+    about = (f"{name} {file_size(path)}" for name, path in zip(names, paths, strict=True))
+    return FoundImages(paths, None, None, name, Entries.of(paths, about))
+
+
+# --- tables
+
+
+def _find_in_table(table: Any) -> FoundImages:
+    """A `datasets.Dataset`: its image column, undecoded, whatever its format or transforms."""
+    table = table.with_format(None)
+    name = f"{type(table).__name__} of {len(table)} rows"
+    if len(table) == 0:
+        raise ValueError("There are no images: the data set has no rows.")
+
+    image_column, label_column = find_columns(table.features, name)
+    labels = class_names = None
+    if label_column is not None:
+        labels, class_names = table_labels(table, label_column)
+    # whoever holds the object has opened these files, or could
+    sources = TableColumn(table, image_column, name, any_path=True)
+
+    if table.data.nbytes > _LARGEST_TABLE:
+        entries = Entries.of(["its fingerprint"], [str(table._fingerprint)])
+    else:
+        places = _in_sight(len(sources))
+        entries = Entries.of(range(len(sources)), [_line_about(sources[i]) for i in places])
+    return FoundImages(sources, labels, class_names, name, entries)
+
+
+# --- everything else
+
+
+def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
+    """One pass over all items, for their labels and fingerprints."""
+    about = []
+    labels: list[Any] = []
+    broken: list[str] = []
+    lowest = 0.0
+    for place in _in_sight(len(items)):
+        # an item that cannot be read is a broken image, which whoever decodes will say
+        try:
+            item = items[place]
+            labels.append(_label_of(item))
+            if _is_remote(item):
+                about.append(str(item))
+                continue
+            image = read_item(item)
+            about.append(_line_about(image))
+        except _LabelError as error:
+            raise ValueError(f"Image {place} of {name} {error}") from error
+        except Exception as error:
+            labels += [None] * (place + 1 - len(labels))
+            about.append(f"broken: {type(error).__name__}")
+            broken.append(str(error) or type(error).__name__)
+            continue
+        lowest = min(lowest, _lowest(image))
+
+    if len(broken) == len(items):
+        reason = " ".join(broken[0].split())[:300]
+        raise ValueError(f"None of the {len(items)} images can be read, the first: {reason}")
+    if lowest < 0:
+        logger.warning(
+            "%s: values down to %.3g, as after Normalize, are stretched from the lowest to the "
+            "highest of each image; give the images before they are normalised",
+            name,
+            lowest,
+        )
+    numbers, class_names = _numbered_labels(labels, getattr(source, "classes", None), name)
+    sources = ObjectImages(items, name)
+    return FoundImages(sources, numbers, class_names, name, Entries.of(range(len(items)), about))
+
+
+def _in_sight(count: int) -> Any:
+    """The places of items, with a progress bar where they are many."""
+    hidden = rank() > 0 or count < _MANY
+    return progress_bar(range(count), hidden=hidden, desc="looking at the images", leave=False)
+
+
+def _is_remote(item: Any) -> bool:
+    return isinstance(item, str) and item.startswith(_REMOTE)
+
+
+def _line_about(image: Any) -> str:
+    """What tells an image from another: kind and size of it, and a digest of its content."""
+    if isinstance(image, Path):
+        return f"{image} {file_size(image)}"
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    if isinstance(image, bytes):
+        return f"{len(image)} {hashlib.sha256(image).hexdigest()}"
+    pixels = np.ascontiguousarray(image)
+    return f"{pixels.dtype} {pixels.shape} {hashlib.sha256(pixels.data).hexdigest()}"
+
+
+def _lowest(image: Any) -> float:
+    """The lowest value of an image of floats; 0 of any other."""
+    if not isinstance(image, np.ndarray | Tensor):
+        return 0.0
+    pixels = np.asarray(image)
+    return float(pixels.min()) if pixels.dtype.kind == "f" and pixels.size else 0.0
+
+
+class _LabelError(ValueError):
+    """A label that is neither a number nor a word."""
+
+
+def _label_of(item: Any) -> int | str | None:
+    """The label of a row; None of an image alone."""
+    label = None
+    if isinstance(item, tuple) and len(item) > 1:
+        label = item[1]
+    elif isinstance(item, Mapping):
+        label = next((item[column] for column in LABEL_COLUMNS if column in item), None)
+
+    if isinstance(label, np.ndarray | np.generic | Tensor) and label.ndim == 0:
+        label = label.item()
+    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
+        return label
+    raise _LabelError(
+        f"has a {kind_of(label)} in the place of its label, which is a whole number, a word or "
+        "None; leave it out to give the image alone."
+    )
+
+
+def _numbered_labels(
+    labels: Sequence[int | str | None], classes: Any, name: str
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels as int64 (n,), -1 for none, and the names of the classes where there are any."""
+    kinds = {type(label) for label in labels if label is not None}
+    if not kinds:
+        return None, None
+    if len(kinds) > 1:
+        raise ValueError(f"The labels of {name} are numbers and words; give one of both.")
+    if kinds == {str}:
+        words = [label for label in labels if isinstance(label, str)]
+        class_names = sorted(set(words))
+        return numbered([label and str(label) for label in labels], class_names), class_names
+
+    numbers = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+    if not (numbers >= 0).any():
+        return None, None
+    # torchvision's data sets name their classes
+    if isinstance(classes, list | tuple) and len(classes) > numbers.max():
+        return numbers, [str(name) for name in classes]
+    return numbers, None
+
+
+__all__ = ["ObjectImages", "find_in_objects"]

@@ -1,0 +1,233 @@
+"""`cluster`: images, or their vectors, as groups of alike ones.
+
+    groups = cluster("photos/", model="facebook/vit-mae-base")     # the number is proposed
+    groups = cluster(images, model=encoder, num_clusters=12)       # what `open_images` takes
+    groups = cluster(vectors)                                      # an array (n, d) of anything
+    print(groups)                                       # 287 images in 9 groups (...)
+    groups.labels, groups.confidence                    # (n,) each, in the order of the input
+    groups.clustering.assign(new_vectors)               # later ones, into the same groups
+
+    cluster("photos/", model=encoder, out="groups/")    # also a page, a table, folders of links
+
+`mim-refiner cluster` runs it with `out`.
+"""
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..clustering.cluster_count import Proposal
+from ..clustering.k_means import Clustering
+from ..clustering.pipeline_image_clustering import (
+    TASK,
+    ImageClusteringPipeline,
+    check_num_clusters,
+    find_groups,
+)
+from ..conversion import load_encoder
+from ..data.images import ImageDataset, open_images
+from ..publishing.cluster_folder import (
+    check_apart,
+    check_groups_folder,
+    describe_groups,
+    write_groups,
+)
+from ..runtime.files import staged_folder
+from ..runtime.wording import kind_of, setting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """What `cluster` found about n images or vectors.
+
+    Attributes:
+        labels: the group of each (n,) int64, 0 being the largest group; -1 for an image that cannot
+            be read.
+        confidence: in (0, 1] (n,) float32; 0 for an image that cannot be read.
+        exemplars: of each group up to 9 places in the input, most typical first.
+        proposal: how many groups and why, with the evidence; `proposal.clear` is False where there
+            was no clear answer.
+        features: (m, d) float32, a row per image that could be read.
+        broken: {"index", "image", "error"} of each image that could not be read.
+        clustering: the groups themselves; `assign` sorts further vectors into them.
+        summary: everything that the folder's `summary.json` says.
+    """
+
+    labels: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    exemplars: list[list[int]]
+    proposal: Proposal
+    features: NDArray[np.float32]
+    broken: list[dict[str, Any]]
+    clustering: Clustering
+    summary: dict[str, Any]
+
+    @property
+    def num_clusters(self) -> int:
+        """How many groups."""
+        return len(self.exemplars)
+
+    def __str__(self) -> str:
+        return str(self.summary["note"])
+
+    def __repr__(self) -> str:
+        return f"<Groups: {self}>"
+
+
+def cluster(
+    images: Any,
+    model: Any = None,
+    *,
+    num_clusters: int | None = None,
+    method: str = "kmeans",
+    out: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Groups:
+    """Put every image, or every vector, into a group.
+
+    Args:
+        images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
+            set of `datasets` or torch; or an array or tensor (n, d) of vectors, such as `embed`
+            gives.
+        model: of images, what `load_encoder` takes; vectors need none.
+        num_clusters: number of groups; None to have it proposed, with its evidence.
+        method: "kmeans", or "heads": cluster heads, slower.
+        out: a folder to write: a page, a table, links by group; of images only. Earlier groups
+            there are replaced.
+        seed: of everything random.
+        batch_size, num_workers: images per forward pass, and processes that decode.
+
+    Raises:
+        ValueError, FileNotFoundError: for images, vectors, a model, a number or a folder that will
+            not do; nothing is written.
+    """
+    if _holds_numbers(images) and images.ndim < 3:
+        return _of_vectors(images, model, num_clusters, method, out, seed)
+    if model is None:
+        raise ValueError(
+            f"{setting('model')} is missing: images need an encoder, such as "
+            "facebook/vit-mae-base; vectors (n, d) need none"
+        )
+
+    folder = None
+    if out is not None:
+        folder = check_groups_folder(Path(out))
+        check_apart(folder, Path(out), images)
+    opened = open_images(images)
+    check_num_clusters(num_clusters, len(opened), method)
+
+    encoder: Any = load_encoder(model)
+    pipe = ImageClusteringPipeline(
+        model=encoder, image_processor=encoder.image_processor, task=TASK
+    )
+    entries = pipe(
+        opened,
+        num_clusters=num_clusters,
+        method=method,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    summary = {**pipe.summary, "note": describe_groups(pipe.summary)}
+    if folder is not None:
+        with staged_folder(folder, check_groups_folder) as new:
+            summary = write_groups(new, opened, entries, pipe)
+    return _of_images(opened, entries, pipe, summary)
+
+
+def _holds_numbers(images: Any) -> bool:
+    """Whether it is an array or a tensor, and not an array of paths or objects."""
+    is_array = isinstance(images, np.ndarray) and images.dtype.kind in "biuf"
+    return is_array or isinstance(images, torch.Tensor)
+
+
+def _of_images(
+    images: ImageDataset,
+    entries: list[dict[str, Any]],
+    pipe: ImageClusteringPipeline,
+    summary: dict[str, Any],
+) -> Groups:
+    """The result for images; warns of those that could not be read."""
+    labels = np.full(len(images), -1, dtype=np.int64)
+    confidence = np.zeros(len(images), dtype=np.float32)
+    kept = [entry["index"] for entry in entries]
+    labels[kept] = [entry["cluster"] for entry in entries]
+    confidence[kept] = [entry["score"] for entry in entries]
+
+    broken = pipe.summary["broken"]
+    if broken:
+        logger.warning(
+            "%d of %d images cannot be read and are in no group (label -1), first: %s",
+            len(broken),
+            len(images),
+            broken[0]["error"],
+        )
+    return Groups(
+        labels,
+        confidence,
+        [[kept[place] for place in group] for group in pipe.summary["exemplars"]],
+        _proposal_of(pipe.summary),
+        pipe.features.numpy(),
+        broken,
+        pipe.clustering,
+        summary,
+    )
+
+
+def _of_vectors(
+    given: Any, model: Any, num_clusters: int | None, method: str, out: Any, seed: int
+) -> Groups:
+    """The groups of vectors (n, d)."""
+    for name, value in (("model", model), ("out", out)):
+        if value is not None:
+            raise ValueError(f"{setting(name, value)}: is for images; vectors (n, d) need none")
+    vectors = torch.as_tensor(given).detach().cpu().float()
+    if vectors.ndim != 2:
+        raise ValueError(
+            f"This {kind_of(given)} holds no vectors: they are (n, d), one row per image; labels "
+            "are not asked for."
+        )
+    check_num_clusters(num_clusters, len(vectors), method)
+    wrong = (~vectors.norm(dim=1).isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(vectors)} vectors hold NaN or infinity, first row {wrong[0]}; "
+            "leave them out."
+        )
+
+    clustering, why = find_groups(vectors, num_clusters, seed, method)
+    exemplars = clustering.exemplars(vectors)
+    summary = {
+        "num_images": len(vectors),
+        "sizes": clustering.counts.tolist(),
+        "exemplars": exemplars,
+        "broken": [],
+        **vars(why),
+    }
+    summary["note"] = describe_groups(summary).replace(" images in ", " vectors in ", 1)
+    return Groups(
+        clustering.assignments.numpy(),
+        clustering.confidence.numpy(),
+        exemplars,
+        _proposal_of(summary),
+        vectors.numpy(),
+        [],
+        clustering,
+        summary,
+    )
+
+
+def _proposal_of(summary: dict[str, Any]) -> Proposal:
+    return Proposal(**{field.name: summary[field.name] for field in fields(Proposal)})
+
+
+__all__ = ["Groups", "cluster"]

@@ -1,0 +1,172 @@
+"""`embed`: the features of every image, as an array in memory or as a store in a folder.
+
+    vectors = embed(encoder, "photos/")                  # (n, width) float32
+    vectors = embed("facebook/vit-mae-base", images)     # whatever `open_images` takes
+    vectors = embed(encoder, images, out="features/")    # kept; the same call again resumes
+
+    store = store_features("facebook/vit-mae-base", "photos/", Path("features/"), blocks=[8, 11])
+
+The vectors are what the paper evaluates and what `cluster` groups: the pooled raw output of the
+last block (evaluation/features.py). `mim-refiner embed` runs `store_features`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..conversion import load_encoder
+from ..data.images import ImageDataset, open_images, open_stream
+from ..data.loading import Loading
+from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
+from ..evaluation.feature_store import FeatureStore, read_manifest
+from ..evaluation.features import feature_columns
+from ..model.configuration_mim_refiner import Pooling
+from ..runtime.distributed import rank
+from ..runtime.wording import setting
+
+logger = logging.getLogger(__name__)
+
+
+def embed(
+    model: Any,
+    images: Any,
+    *,
+    out: str | Path | None = None,
+    skip_broken: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+) -> NDArray[np.float32]:
+    """One vector per image, row i of image i.
+
+    Args:
+        model: what `load_encoder` takes: a name, a folder, a file, a model object.
+        images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
+            set of `datasets` or torch.
+        out: a folder that keeps the features as a store; finished parts are not computed again.
+        skip_broken: give an image that cannot be read a row of NaN, and name it in a warning. An
+            error is raised for it otherwise.
+        batch_size: images per forward pass.
+        num_workers: processes that decode.
+        device: where to compute; None for a GPU where there is one.
+
+    Returns:
+        (n, width) float32.
+
+    Raises:
+        ValueError: for images or a model that will not do, and for the first image that cannot be
+            read, unless `skip_broken`.
+        FileNotFoundError: for a path that leads nowhere.
+    """
+    encoder: Any = load_encoder(model)
+    opened = open_images(images, num_channels=encoder.config.num_channels)
+    loading = Loading(batch_size, num_workers, device or device_here())
+    columns = feature_columns(encoder.config)
+
+    if out is None:
+        rows, broken = encode_in_memory(
+            encoder,
+            opened,
+            encoder.image_processor,
+            columns,
+            loading,
+            stop_at_broken=not skip_broken,
+        )
+        values = rows[columns[0]]
+        indices = np.asarray(rows["index"], dtype=np.int64)
+    else:
+        processor = encoder.image_processor
+        store = embed_images(encoder, opened, processor, out, columns=columns, loading=loading)
+        values = store.features(columns[0]).numpy()
+        indices = store.indices.numpy()
+        broken = list(store.broken)
+    if broken:
+        _tell_of_broken(broken, len(opened), skip_broken)
+
+    places = _positions(opened, indices)
+    wrong = ~np.isfinite(values).all(axis=1)
+    if wrong.any():
+        first = opened.describe(int(places[wrong.argmax()]))
+        raise ValueError(
+            f"The features of {wrong.sum()} of {len(opened)} images are not finite, first those of "
+            f"{first}: the model's weights are broken, or overflow in half precision."
+        )
+    vectors = np.full((len(opened), values.shape[1]), np.nan, dtype=np.float32)
+    vectors[places] = values
+    return vectors
+
+
+def store_features(
+    model: Any,
+    images: Any,
+    out: Path,
+    *,
+    dataset_config: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    blocks: Sequence[int | Literal["output"]] = (),
+    pooling: Sequence[Pooling] = (),
+    last4: bool = False,
+    dtype: str = "fp32",
+    loading: Loading = Loading(),
+    shard_size: int | None = None,
+    command: str | None = None,
+) -> FeatureStore:
+    """Fill the store in `out`, or complete it; several processes share the work.
+
+    Args:
+        model, images: as of `embed`; `dataset_config`, `split` and `streaming` are of a data set
+            that is named.
+        blocks, pooling, last4: which features, see `feature_columns`.
+        dtype: of the computation, a name of `PRECISIONS`; float32 is stored.
+        loading, shard_size, command: as of `embed_images`.
+
+    Raises:
+        ValueError, FileNotFoundError: for images, a model or a folder that will not do.
+    """
+    # says so now if the folder is something else
+    read_manifest(out)
+    encoder: Any = load_encoder(model)
+    encoder.to(PRECISIONS[dtype])
+    open_source: Any = open_stream if streaming else open_images
+    opened = open_source(
+        images, config=dataset_config, split=split, num_channels=encoder.config.num_channels
+    )
+    return embed_images(
+        encoder,
+        opened,
+        encoder.image_processor,
+        out,
+        columns=feature_columns(encoder.config, blocks, pooling, last4=last4),
+        loading=loading,
+        shard_size=shard_size,
+        command=command,
+    )
+
+
+def device_here() -> str:
+    """Where to compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _positions(images: ImageDataset, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where images with these places in the whole data set stand among `images`."""
+    position = np.full(len(images.found.sources), -1, dtype=np.int64)
+    position[images.indices] = np.arange(len(images))
+    return position[indices]
+
+
+def _tell_of_broken(broken: Sequence[Any], total: int, skip: bool) -> None:
+    first = f"{len(broken)} of {total} images cannot be read, first: {broken[0]['reason']}"
+    if not skip:
+        raise ValueError(f"{first} Or give {setting('skip_broken', True)}: NaN in its row.")
+    if rank() == 0:
+        logger.warning("%s Their rows are NaN", first)
+
+
+__all__ = ["device_here", "embed", "store_features"]
