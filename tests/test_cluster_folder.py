@@ -473,7 +473,11 @@ def test_an_earlier_result_is_replaced_only_by_a_whole_one(
             cluster_folder, "render_page", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
         )
         assert cli.main([*words, "2"]) == 1
-    assert everything(tmp_path) == before
+    # but for the features, which the next run reads
+    after = everything(tmp_path)
+    kept = {path for path in after if ".groups.features" in path}
+    assert kept
+    assert {path: after[path] for path in after.keys() - kept} == before
     assert cli.main([*words, "2"]) == 0
     assert {row["cluster"] for row in table(tmp_path / "groups" / "groups.csv")} == {"0", "1"}
     assert os.listdir(tmp_path) == ["groups"] and not (tmp_path / "groups" / "group-02").exists()  # noqa: PTH208

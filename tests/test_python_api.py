@@ -557,7 +557,7 @@ def test_settings_are_arguments_in_python_and_flags_in_the_shell(
         refine(pixels, model=encoder, epochs="many")
     with pytest.raises(TypeError, match=r"no setting 'epoch'; did you mean epochs\?"):
         refine(pixels, model=encoder, epoch=3)
-    with pytest.raises(ValueError, match=r"^model is missing"):
+    with pytest.raises(ValueError, match=r"^No model is given, and the default"):
         cluster(pixels)
     with pytest.raises(ValueError, match=r"^split='test': chooses a part"):
         refine(pixels, model=encoder, split="test")

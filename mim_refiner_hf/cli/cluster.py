@@ -27,7 +27,11 @@ def run_cluster(arguments: Sequence[str]) -> None:
         "A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links "
         "per group.",
     )
-    add_model_and_images(parser, "folder, read at any depth; or parquet, Hub name, 'digits'")
+    add_model_and_images(
+        parser,
+        "folder, read at any depth; or parquet, Hub name, 'digits'; or features of "
+        "mim-refiner embed, which need no model",
+    )
     parser.add_argument(
         "--num_clusters", type=int, help="number of groups; default: proposed from the images"
     )
@@ -43,7 +47,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
     add_batch_size(parser, 32)
     add_workers(parser, 0)
     add_seed(parser)
-    options = parse_model_and_images(parser, arguments)
+    options = parse_model_and_images(parser, arguments, needs_model=False)
 
     with sole_run(options.out, "out", beside=True):
         groups = cluster(
@@ -56,7 +60,12 @@ def run_cluster(arguments: Sequence[str]) -> None:
             seed=options.seed,
             num_workers=options.num_workers,
         )
-    print(f"{groups}\nThe page: {options.out / 'index.html'}")
+    print(groups)
+    page = options.out / "index.html"
+    if page.is_file():
+        print(f"The page: {page}")
+    else:
+        print(f"None of the images is there any more, so there is no page: {options.out}")
 
 
 __all__ = ["run_cluster"]

@@ -61,21 +61,29 @@ def add_model_and_images(parser: argparse.ArgumentParser, images: str) -> None:
 
 
 def parse_model_and_images(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
+    parser: argparse.ArgumentParser, arguments: Sequence[str], *, needs_model: bool = True
 ) -> argparse.Namespace:
-    """The options with `model` and `dataset`, whichever of the two came first."""
+    """The options with `model` and `dataset`, whichever of the two came first.
+
+    Where the command does without a model, a single word names the images.
+    """
     # intermixed: a first word that may be left out is found behind the flags too
     options = parser.parse_intermixed_args(list(arguments))
     source = options.source
     del options.source
-    if source is not None and options.model is None:
+    if source is not None and options.dataset is None and not needs_model:
+        options.dataset = source
+    elif source is not None and options.model is None:
         options.model = source
     elif source is not None and options.dataset is None:
         options.dataset = source
     elif source is not None:
         parser.error(f"{source}: --model and --dataset name both already")
 
-    missing = [flag for flag in ("model", "dataset") if getattr(options, flag) is None]
+    needed = ("model", "dataset") if needs_model else ("dataset",)
+    missing = [flag for flag in needed if getattr(options, flag) is None]
+    if missing and not needs_model:
+        parser.error("give IMAGES: a folder, a data set, or features of mim-refiner embed")
     if missing == ["dataset"]:
         parser.error("give IMAGES --model MODEL, or MODEL --dataset IMAGES; one of them is missing")
     if missing:

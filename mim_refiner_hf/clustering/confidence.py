@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RESAMPLED = 16384
@@ -154,10 +155,19 @@ def _regression(
     def by_group(values: Tensor) -> Tensor:
         return torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, labels, values)
 
-    common = torch.stack([target.mean().logit(), target.new_zeros(())])  # offset, slope
+    def logits(common: Tensor, own: Tensor) -> Tensor:
+        return common[0] + own[labels] + common[1] * points
+
+    def loss(common: Tensor, own: Tensor) -> float:
+        values = logits(common, own)
+        likelihood = F.softplus(values) - target * values
+        return float(likelihood.sum() + pull * own.square().sum() / 2)
+
+    common = torch.zeros(2, dtype=torch.float64)  # offset, slope
     own = torch.zeros(num_clusters, dtype=torch.float64)
+    lowest = loss(common, own)
     for _ in range(_NEWTON_STEPS):
-        expected = (common[0] + own[labels] + common[1] * points).sigmoid()
+        expected = logits(common, own).sigmoid()
         error = expected - target
         weight = expected * (1 - expected)
 
@@ -175,13 +185,17 @@ def _regression(
         common_step = torch.linalg.solve(reduced, common_slope - solved.T @ own_slope)
         own_step = (own_slope - border @ common_step) / diagonal
 
-        # a longer step would overshoot where nearly all rows agree
-        longest = max(float(common_step.abs().max()), float(own_step.abs().max()))
-        share = min(1.0, 2.0 / max(longest, 1e-12))
-        common = common - share * common_step
-        own = own - share * own_step
-        if longest < 1e-6:
+        # the whole step, or the half, or the half of that: as soon as it leads down
+        reached = loss(common - common_step, own - own_step)
+        while reached > lowest and float(common_step.abs().max()) > 1e-9:
+            common_step = common_step / 2
+            own_step = own_step / 2
+            reached = loss(common - common_step, own - own_step)
+        if reached >= lowest:
             break
+        common = common - common_step
+        own = own - own_step
+        lowest = reached
 
     slope = common[1] / scale
     return float(slope), common[0] + own - slope * centre

@@ -62,9 +62,9 @@ class Clustering:
         assignments: group of each row (N,) int64; in a job of several processes, of this process's
             rows.
         centroids: (K, D) fp32; of length 1 when `spherical`.
-        confidence: (N,) in (0, 1]: with a `calibration`, the share of second clusterings, by another
-            seed or from other rows, that would put such a row into the same group. Without one, the
-            posterior probability of the own group, which is far too sure of itself: softmax over
+        confidence: (N,) in (0, 1]: with a `calibration`, the share of second clusterings, by
+            another seed or from other rows, that would put such a row into the same group. Without
+            one, the posterior probability of the own group, which is far too sure: softmax over
             `-||x - c_k||^2 / 2 / temperature`, which for rows and centroids of length 1 is cosine /
             temperature, that of K round normal distributions of equal weight and of variance
             `temperature`.

@@ -93,7 +93,8 @@ def write_groups(
     order = by_confidence(groups, scores)
     links = write_links(folder, images, [[indices[place] for place in group] for group in order])
     exemplars = pipe.summary["exemplars"]
-    write_exemplars(folder, [links[indices[group[0]]] for group in exemplars])
+    typical = [indices[group[0]] for group in exemplars]
+    write_exemplars(folder, [links[index] for index in typical if index in links])
 
     alike: list[list[int]] = []
     if len(entries) <= COMPARED:
@@ -112,8 +113,10 @@ def write_groups(
     summary["note"] = describe_groups(summary)
     write_json(folder / "summary.json", summary)
 
-    # the page
-    shown = choose_shown(order)
+    # the page, of the images that are still there
+    shown = [place for place in choose_shown(order) if indices[place] in links]
+    if not shown:
+        return summary
     tiles = []
     for place in progress_bar(shown, desc="page", unit="image"):
         index = indices[place]
@@ -143,7 +146,8 @@ def write_links(
     """One folder per group, in it the images of the group in order.
 
     Returns:
-        By the index of an image its path in `folder`, such as `group-00/0001_name.jpg`.
+        By the index of an image its path in `folder`, such as `group-00/0001_name.jpg`; an image
+        that is no longer there has none.
     """
     group_digits = max(len(str(len(order) - 1)), 2)
     rank_digits = len(str(max(map(len, order))))
@@ -155,6 +159,8 @@ def write_links(
         for rank, index in enumerate(members, start=1):
             source = images.found.sources[int(images.indices[index])]
             prefix = f"{name}/{rank:0{rank_digits}d}"
+            if isinstance(source, Path) and not source.is_file():
+                continue
             if isinstance(source, Path):
                 links[index] = f"{prefix}_{_link_name(source)}"
                 (folder / links[index]).symlink_to(source.resolve())

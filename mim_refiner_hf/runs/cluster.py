@@ -3,6 +3,7 @@
     groups = cluster("photos/", model="facebook/vit-mae-base")     # the number is proposed
     groups = cluster(images, model=encoder, num_clusters=12)       # what `open_images` takes
     groups = cluster(vectors)                                      # an array (n, d) of anything
+    groups = cluster("features/")                       # a feature store of `mim-refiner embed`
     print(groups)                                       # 287 images in 9 groups (...)
     groups.labels, groups.confidence                    # (n,) each, in the order of the input
     groups.clustering.assign(new_vectors)               # later ones, into the same groups
@@ -13,6 +14,7 @@
 """
 
 import logging
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,13 @@ from numpy.typing import NDArray
 from ..clustering.cluster_count import Proposal
 from ..clustering.k_means import Clustering
 from ..clustering.pipeline_image_clustering import (
-    TASK,
     ImageClusteringPipeline,
     check_num_clusters,
     find_groups,
 )
-from ..conversion import load_encoder
 from ..data.images import ImageDataset, open_images
+from ..data.loading import Loading
+from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
 from ..publishing.cluster_folder import (
     check_apart,
     check_groups_folder,
@@ -38,7 +40,10 @@ from ..publishing.cluster_folder import (
     write_groups,
 )
 from ..runtime.files import staged_folder
-from ..runtime.wording import kind_of, setting
+from ..runtime.wording import kind_of, setting, written
+from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, stored
+from .cluster_model import choose_encoder, warn_of_misfit
+from .embed import device_here
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +102,13 @@ def cluster(
     Args:
         images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
             set of `datasets` or torch; or an array or tensor (n, d) of vectors, such as `embed`
-            gives.
-        model: of images, what `load_encoder` takes; vectors need none.
+            gives; or a feature store, or its folder.
+        model: of images, what `load_encoder` takes; None for a small one for photos of all kinds,
+            which the Hub has. Vectors and features need none.
         num_clusters: number of groups; None to have it proposed, with its evidence.
         method: "kmeans", or "heads": cluster heads, slower.
         out: a folder to write: a page, a table, links by group; of images only. Earlier groups
-            there are replaced.
+            there are replaced. A call that was interrupted goes on where it was.
         seed: of everything random.
         batch_size, num_workers: images per forward pass, and processes that decode.
 
@@ -112,36 +118,62 @@ def cluster(
     """
     if _holds_numbers(images) and images.ndim < 3:
         return _of_vectors(images, model, num_clusters, method, out, seed)
-    if model is None:
-        raise ValueError(
-            f"{setting('model')} is missing: images need an encoder, such as "
-            "facebook/vit-mae-base; vectors (n, d) need none"
-        )
-
     folder = None
     if out is not None:
         folder = check_groups_folder(Path(out))
         check_apart(folder, Path(out), images)
-    opened = open_images(images)
-    check_num_clusters(num_clusters, len(opened), method)
 
-    encoder: Any = load_encoder(model)
-    pipe = ImageClusteringPipeline(
-        model=encoder, image_processor=encoder.image_processor, task=TASK
-    )
-    entries = pipe(
-        opened,
-        num_clusters=num_clusters,
-        method=method,
-        seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
+    if _is_store(images):
+        if model is not None:
+            raise ValueError(
+                f"{setting('model', model)}: is for images; {written(_store_name(images))} holds "
+                "features already"
+            )
+        known = stored(images if isinstance(images, FeatureStore) else FeatureStore(images))
+    else:
+        opened = open_images(images)
+        check_num_clusters(num_clusters, len(opened), method)
+        known = _encode(opened, model, folder, Loading(batch_size, num_workers, device_here()))
+
+    pipe = FeaturePipeline(known)
+    try:
+        entries = pipe(known.images, num_clusters=num_clusters, method=method, seed=seed)
+    # what will not do now will not do when it is run again
+    except ValueError:
+        _forget(folder)
+        raise
     summary = {**pipe.summary, "note": describe_groups(pipe.summary)}
     if folder is not None:
         with staged_folder(folder, check_groups_folder) as new:
-            summary = write_groups(new, opened, entries, pipe)
-    return _of_images(opened, entries, pipe, summary)
+            summary = write_groups(new, known.images, entries, pipe)
+        _forget(folder)
+    return _of_images(known.images, entries, pipe, summary)
+
+
+def _encode(
+    images: ImageDataset, model: Any, folder: Path | None, loading: Loading
+) -> KnownFeatures:
+    """The features of images by the model asked for, or the default."""
+    encoder = choose_encoder(model)
+    warn_of_misfit(encoder, images)
+    return encoded(encoder, images, loading, folder)
+
+
+def _forget(folder: Path | None) -> None:
+    """Remove the features that were kept in case of an interruption."""
+    if folder is not None:
+        shutil.rmtree(features_folder(folder), ignore_errors=True)
+
+
+def _is_store(images: Any) -> bool:
+    """Whether it is a feature store, or the folder of one."""
+    if isinstance(images, str | Path):
+        return (Path(images).expanduser() / STORE_MANIFEST).is_file()
+    return isinstance(images, FeatureStore)
+
+
+def _store_name(images: Any) -> str:
+    return str(images.folder if isinstance(images, FeatureStore) else images)
 
 
 def _holds_numbers(images: Any) -> bool:
