@@ -27,14 +27,13 @@ from mim_refiner_hf import (
     MimRefinerModel,
     cli,
 )
-from mim_refiner_hf.clustering import cluster_heads
+from mim_refiner_hf.clustering import Clustering, cluster_heads, kmeans, merged
 from mim_refiner_hf.clustering.cluster_heads import (
     BETA,
     nearest_neighbours,
     pair_losses,
     train_heads,
 )
-from mim_refiner_hf.clustering.k_means import Clustering, kmeans, merged
 from mim_refiner_hf.clustering.prototype_heads import (
     PrototypeHeads,
     best_match,

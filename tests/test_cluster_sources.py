@@ -71,7 +71,7 @@ def test_images_that_are_gone_are_counted(
     assert group(store, tmp_path / "groups") == 0
     assert "2 of 24 images are no longer where they were" in caplog.text
     assert len(rows(tmp_path / "groups")) == COUNT
-    links = [path for path in (tmp_path / "groups").glob("group-*/*")]
+    links = list((tmp_path / "groups").glob("group-*/*"))
     assert len(links) == COUNT - 2 and all(path.is_file() for path in links)
 
 
@@ -151,8 +151,8 @@ def test_it_says_how_long_it_will_take(
     assert group(photos, tmp_path / "groups", *words) == 0
     said = capsys.readouterr().err
     assert "24 images at about" in said and "then the groups" in said
-    assert cluster_features.duration(600) == "10 min"
-    assert cluster_features.duration(7200) == "2.0 h"
+    assert cluster_features.time_in_words(600) == "10 min"
+    assert cluster_features.time_in_words(7200) == "2.0 h"
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def test_groups_far_apart_are_sure_and_their_borders_are_not() -> None:
     rows = far_apart()
     groups = kmeans(rows, 4)
     assert groups.confidence.min() > 0.95
-    _, confidence = groups.assign(torch.tensor([[10.0, 10.00001, 0, 0], [0, 0, 0, 10]]))
+    border = groups.centroids[:2].mean(0)
+    _, confidence = groups.assign(torch.stack([border, groups.centroids[2]]))
     assert confidence[0] < 0.6 < 0.95 < confidence[1]
 
 
@@ -134,7 +135,7 @@ def test_groups_are_matched_one_to_one() -> None:
     assert agreement(first, [second, first], 3).tolist() == [1, 1, 0.5, 1, 1, 0.5]
 
 
-def test_half_of_the_second_clusterings_learn_from_other_rows() -> None:
+def test_three_of_four_second_clusterings_learn_from_some_rows() -> None:
     sizes = []
 
     def again(part: Tensor, seed: int) -> Tensor:
@@ -142,7 +143,7 @@ def test_half_of_the_second_clusterings_learn_from_other_rows() -> None:
         return torch.zeros(60, dtype=torch.int64)
 
     second_clusterings(cloud(60), 3, again, 4, seed=0, resample=False)
-    assert sizes == [60, 40, 60, 40]
+    assert sizes == [60, 40, 40, 40]
 
 
 def test_nearer_to_the_border_is_never_surer() -> None:

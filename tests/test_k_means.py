@@ -21,8 +21,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
-from mim_refiner_hf.clustering.k_means import merge_tree
 from mim_refiner_hf.clustering.lloyd import greedy_starts
+from mim_refiner_hf.clustering.merging import merge_tree
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .k_means import cut_tree, kmeans, merge_tree
+from .k_means import kmeans
 from .lloyd import Rows, bad_rows, best_centroids, membership, refuse_bad
+from .merging import cut_tree, merge_tree
 
 # principal components for k-means, and for the silhouette
 _COMPONENTS = 64

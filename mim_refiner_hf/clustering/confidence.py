@@ -31,8 +31,9 @@ _FARTHEST = 40.0
 # pull of all groups' mean on the offset of one, as a share of an average group's rows
 _PULL = 0.03
 _NEWTON_STEPS = 30
-# share of the rows of every second second clustering
+# share of the rows that most second clusterings learn from; every fourth takes all of them
 _RESAMPLE = 2 / 3
+_ALL_ROWS = 4
 # keeps the seeds of second clusterings apart from those that people give
 _SEEDS = 1_000_003
 
@@ -77,14 +78,14 @@ def second_clusterings(
 ) -> list[Tensor]:
     """The groups of the sampled rows (S, D) by `refits` more clusterings.
 
-    Every second one learns from two thirds of the rows; with `resample` all do. Each has a seed of
-    its own.
+    Three of four learn from two thirds of the rows; with `resample` all do. Each has a seed of its
+    own.
     """
     found = []
     for refit in range(refits):
         own_seed = _SEEDS * (seed + 1) + refit
         rows = sample
-        if resample or refit % 2:
+        if resample or refit % _ALL_ROWS:
             order = torch.randperm(len(sample), generator=torch.Generator().manual_seed(own_seed))
             size = max(num_clusters, round(_RESAMPLE * len(sample)))
             rows = sample[order[:size].to(sample.device)]

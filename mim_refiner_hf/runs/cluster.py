@@ -41,7 +41,7 @@ from ..publishing.cluster_folder import (
 )
 from ..runtime.files import staged_folder
 from ..runtime.wording import kind_of, setting, written
-from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, stored
+from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
 from .cluster_model import choose_encoder, warn_of_misfit
 from .embed import device_here
 
@@ -129,7 +129,7 @@ def cluster(
                 f"{setting('model', model)}: is for images; {written(_store_name(images))} holds "
                 "features already"
             )
-        known = stored(images if isinstance(images, FeatureStore) else FeatureStore(images))
+        known = from_store(images if isinstance(images, FeatureStore) else FeatureStore(images))
     else:
         opened = open_images(images)
         check_num_clusters(num_clusters, len(opened), method)

@@ -1,7 +1,7 @@
 """The features that `cluster` groups: encoded now, kept until done, or read from a store.
 
     known = encoded(encoder, images, loading, Path("groups"))      # goes on where it was stopped
-    known = stored(FeatureStore("features/"))                      # of mim-refiner embed: no model
+    known = from_store(FeatureStore("features/"))                  # of mim-refiner embed: no model
     known.images, known.features, known.kept, known.broken
     pipe = FeaturePipeline(known)
     entries = pipe(known.images, num_clusters=None)                # encodes nothing
@@ -151,7 +151,7 @@ def _say_how_long(encoder: Any, images: ImageDataset, loading: Loading, left: in
     speed = first / (time.perf_counter() - begin)
     say(
         f"{left} images at about {speed:.3g} a second, by a first batch: "
-        f"about {duration(left / speed)}, then the groups"
+        f"about {time_in_words(left / speed)}, then the groups"
     )
 
 
@@ -160,7 +160,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """In words: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -184,7 +184,7 @@ def _known(
 # --- from a store ---------------------------------------------------------------------------------
 
 
-def stored(store: FeatureStore) -> KnownFeatures:
+def from_store(store: FeatureStore) -> KnownFeatures:
     """What a store of `mim-refiner embed` holds; its images are looked for where they were."""
     column = store.manifest["own_columns"][-1]
     if column not in store.columns:
@@ -240,4 +240,4 @@ def _lost(images: ImageDataset) -> list[int]:
     return lost
 
 
-__all__ = ["FeaturePipeline", "KnownFeatures", "encoded", "features_folder", "say", "stored"]
+__all__ = ["FeaturePipeline", "KnownFeatures", "encoded", "features_folder", "from_store", "say"]
