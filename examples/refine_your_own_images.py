@@ -18,7 +18,7 @@ ends in
 
     The refined model: outputs/example/model
     nmi: 0.353 -> 0.475
-    loaded MimRefinerModel with 0.2 M parameters from outputs/example/model
+    400 vectors of 64 numbers from outputs/example/model
 
 The digits come labelled by their sub-folders, which only serves to measure; of images without
 labels, RankMe is reported. Beside model/ lie metrics.json, clusters.png (look at it) and log.jsonl.
@@ -27,31 +27,32 @@ labels, RankMe is reported. Beside model/ lie metrics.json, clusters.png (look a
 import argparse
 from pathlib import Path
 
-from transformers import AutoModel
-
-from mim_refiner_hf import RefineRecipe, refine
+from mim_refiner_hf import embed, load_encoder, refine
 from mim_refiner_hf.data.images import open_images
 
 # A toy for 16-pixel digits: a small MAE is pre-trained on the same images first.
-TOY = {"pretrain": str(Path(__file__).with_name("toy-mae.yaml")), "num_workers": 1}
-TOY |= {
+TOY = {
+    "pretrain": str(Path(__file__).with_name("toy-mae.yaml")),
+    "num_workers": 1,
     "num_heads": 2,
     "projector_dim": 256,
     "predictor_dim": 256,
     "embedding_dim": 64,
     "queue_size": 512,
     "topk": 5,
-}
-TOY |= {"local_views": 0, "global_scale": [0.5, 1.0], "flip": 0.0, "colour": False}
-TOY |= {
+    "local_views": 0,
+    "global_scale": [0.5, 1.0],
+    "flip": 0.0,
+    "colour": False,
     "batch_size": 50,
     "head_epochs": 5,
     "epochs": 30,
     "warmup_epochs": 2,
     "layer_decay": 0.9,
     "ema_decay": 0.95,
+    "learning_rate": 8e-3,
+    "head_learning_rate": 8e-3,
 }
-TOY |= {"learning_rate": 8e-3, "head_learning_rate": 8e-3}
 # For a real model: smaller than the paper's batch and queue, for a few thousand images on one GPU.
 # The rest are the defaults.
 REAL = {
@@ -89,9 +90,10 @@ def main() -> None:
     if options.images is None:
         write_digits(Path(images))
 
-    settings = {"model": options.model, **REAL} if options.model else TOY
+    # the images could as well be a list of PIL images, an array or a data set
+    settings = REAL if options.model else TOY
     result = refine(
-        RefineRecipe(dataset=images, eval_fraction=0.25, output_dir=options.output_dir, **settings)
+        images, model=options.model, eval_fraction=0.25, output_dir=options.output_dir, **settings
     )
     assert result is not None  # None is for dry runs
     before = result.metrics["before"]
@@ -99,13 +101,10 @@ def main() -> None:
     name = "nmi" if "nmi" in after else "rankme"  # with labels, without
     print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
 
-    model = AutoModel.from_pretrained(
-        f"{options.output_dir}/model"
-    )  # `mim_refiner_hf` is imported, so no flag is needed
-    print(
-        f"loaded {type(model).__name__} with {model.num_parameters() / 1e6:.1f} M parameters from"
-        f" {options.output_dir}/model"
-    )
+    # what a run leaves behind is loaded like any other model
+    model = f"{options.output_dir}/model"
+    vectors = embed(load_encoder(model), images)
+    print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers from {model}")
 
 
 if __name__ == "__main__":

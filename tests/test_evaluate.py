@@ -438,7 +438,7 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
         (["--dataset", "digits", "--against", "{tmp}/text"], "text"),
         (
             ["--dataset", "digits", "--protocols", "segmentation", "low_shot"],
-            "a command of its own",
+            "a run of its own",
         ),
         (["--dataset", "digits", "--protocols", "fine_tuning", "--recipe", "no-such"], "no-such"),
     ],

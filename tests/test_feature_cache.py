@@ -225,7 +225,7 @@ def test_a_store_that_cannot_serve_says_why(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*--pooling for cls "
+        match=r"lacks the columns block0.cls, block1.mean and has block1.cls; .*pooling for cls "
         r"and mean",
     ):
         read(encoder, digits(), tmp_path / "few", ("block0.cls", COLUMN, "block1.mean"))

@@ -231,12 +231,12 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
         (
             {"pooling": "global_repr", "head_blocks": [0, 1]},
             {},
-            r"add block 2 to --head_blocks 0 1, or use mean",
+            r"add block 2 to head_blocks=.0, 1., or use mean",
         ),
         (
             {"head_blocks": [0, 1]},
             {"pooling": "global_repr"},
-            r"add block 2 to --head_blocks 0 1, or use mean",
+            r"add block 2 to head_blocks=.0, 1., or use mean",
         ),
     ],
 )

@@ -351,7 +351,7 @@ def test_numbers_in_yaml_are_numbers(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_wrong_types_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{field}="):
+    with pytest.raises(ValueError, match=f"{field}="):
         RefineRecipe(**{"model": "a", field: value})
 
 

@@ -342,18 +342,18 @@ def test_plan_says_what_to_change_when_it_does_not_fit() -> None:
     whole = bytes_needed(recipe, config)
     assert "does not fit" not in text(2 * whole) and "does not fit" in text(whole)
     said = text(whole)
-    size = int(said.split("--micro_batch_size ")[1].split()[0])
+    size = int(said.split("micro_batch_size=")[1].split()[0])
     assert (
         size in (32, 64) and "the same gradients" in said and "--gradient_checkpointing" not in said
     )
     assert bytes_needed(dataclasses.replace(recipe, micro_batch_size=size), config) <= 0.85 * whole
     least = bytes_needed(dataclasses.replace(recipe, micro_batch_size=1), config)
-    assert "lower --batch_size, --queue_size or --num_heads" in text(0.9 * least)
+    assert "lower batch_size, queue_size or num_heads" in text(0.9 * least)
     assert "as many at a time through the encoder as fit" in text(whole, micro_batch_size="auto")
     assert "does not fit" not in text(whole, micro_batch_size="auto")
 
 
-# ---- --micro_batch_size auto
+# ---- micro_batch_size auto
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_auto_takes_what_the_estimate_allows() -> None:
         assert choice.value == micro
         assert ("whole batch" in choice.reason) == (micro is None) and "GiB" in choice.reason
     with pytest.raises(
-        ValueError, match=r"micro_batch_size='auto': not even one image .* gradient_checkpointing=True"
+        ValueError, match=r"^micro_batch_size='auto': not even one .* gradient_checkpointing=True"
     ):
         choose_micro_batch(recipe, refiner, int(0.9 * need(1)))
 

@@ -122,7 +122,7 @@ CASES = [
     Case("negative head", {"head_blocks": [-1, 1]}, ["--head_blocks -1 1", "blocks 0 to 1"]),
     Case("descending heads", {"head_blocks": [1, 0]}, ["--head_blocks 1 0", "ascending"]),
     Case("the same head twice", {"head_blocks": [1, 1]}, ["--head_blocks 1 1", "different"]),
-    Case("heads by comma", {"head_blocks": "0,1"}, ["--head_blocks", "'0,1'"]),
+    Case("heads by comma", {"head_blocks": "0,1"}, ["--head_blocks 0,1"]),
     Case(
         "both ways to name heads",
         {"head_blocks": [1], "num_heads": 1},

@@ -185,7 +185,7 @@ class ImageClusteringPipeline(Pipeline):
 
     _load_processor = False  # type: ignore[assignment]
     # None: where none can be loaded, as of a model object, the model is asked
-    _load_image_processor = None  # type: ignore[assignment]
+    _load_image_processor = None
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]

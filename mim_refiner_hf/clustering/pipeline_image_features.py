@@ -21,7 +21,7 @@ FEATURES_TASK = "image-feature-extraction"
 class ImageRowsPipeline(ImageFeatureExtractionPipeline):
     """transformers' pipeline, with the image processor of a model object, and rows for ours."""
 
-    _load_image_processor = None
+    _load_image_processor = None  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,7 +33,7 @@ class ImageRowsPipeline(ImageFeatureExtractionPipeline):
                 "the name that it was loaded by"
             )
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self, model_outputs: Any, pool: bool | None = None, return_tensors: bool = False
     ) -> Any:
         """The features of one image, see the file's docstring."""

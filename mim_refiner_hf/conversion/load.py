@@ -130,7 +130,7 @@ def load_encoder(
 def _equipped(encoder: MimRefinerModel) -> MimRefinerModel:
     """An encoder of ours with what `load_encoder` attaches, as far as it has not got it."""
     if "image_processor" not in vars(encoder):
-        stated = saved_preprocessing(encoder.config.name_or_path)
+        stated = saved_preprocessing(encoder.config.name_or_path or "")
         vars(encoder)["image_processor"] = image_processor(encoder.config, stated)
     if "load_report" not in vars(encoder):
         total = len(encoder.state_dict())

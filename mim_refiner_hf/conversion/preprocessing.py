@@ -58,6 +58,8 @@ def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
 
 def saved_preprocessing(name: str) -> dict[str, Any]:
     """The `preprocessor_config.json` of a folder or a Hub name; empty where there is none."""
+    if not name:
+        return {}
     path = Path(name) / _FILE
     found = str(path) if path.is_file() else None
     if not Path(name).exists() and name.count("/") == 1:

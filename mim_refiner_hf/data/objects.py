@@ -284,9 +284,9 @@ def _numbered_labels(
     if len(kinds) > 1:
         raise ValueError(f"The labels of {name} are numbers and words; give one of both.")
     if kinds == {str}:
-        words = [label for label in labels if isinstance(label, str)]
-        class_names = sorted(set(words))
-        return numbered([label and str(label) for label in labels], class_names), class_names
+        words = [None if label is None else str(label) for label in labels]
+        class_names = sorted({word for word in words if word is not None})
+        return numbered(words, class_names), class_names
 
     numbers = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
     if not (numbers >= 0).any():

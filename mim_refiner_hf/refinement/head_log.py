@@ -53,8 +53,8 @@ class HeadLog:
                 self._warned.add(head)
                 logger.warning(
                     "step %d: to head %s all images look nearly alike (spread %.3f, 1 is even): "
-                    "the features may be collapsing; lower %s, or start from weights that tell these "
-                    "images apart",
+                    "the features may be collapsing; lower %s, or start from weights that tell "
+                    "these images apart",
                     step,
                     head,
                     spread,

@@ -323,8 +323,8 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
             yield f"{warmup}: must be less than {setting(name, epochs)}"
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield (
-            f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are kept "
-            f"in a checkpoint; leave {setting('save_every')} out"
+            f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are "
+            f"kept in a checkpoint; leave {setting('save_every')} out"
         )
 
 

@@ -276,8 +276,8 @@ def choose_blocks_with_heads(
         raise ValueError(f"{named}: out of range; the encoder has blocks 0 to {layers - 1}")
     if recipe.freeze_blocks > blocks[0]:
         raise ValueError(
-            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the head on block {blocks[0]} would train "
-            f"nothing; freeze at most {blocks[0]}"
+            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the head on block {blocks[0]} "
+            f"would train nothing; freeze at most {blocks[0]}"
         )
     if pooling == "global_repr" and blocks[-1] != layers - 1:
         raise ValueError(
@@ -392,7 +392,8 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
     micro = recipe.micro_batch_size
     if isinstance(micro, int) and micro > batch // processes:
         raise ValueError(
-            f"{setting('micro_batch_size', micro)}: more than the {batch // processes} images of one process"
+            f"{setting('micro_batch_size', micro)}: more than the {batch // processes} images "
+            "of one process"
         )
 
 

@@ -175,8 +175,8 @@ def open_evaluation_data(
                 f"{setting('protocols', 'segmentation')}: name the images to measure on, with "
                 f"{setting('eval_split')} or {setting('eval_dataset')}"
             )
-        train = open_segmentation(dataset, config=config, split=split)
-        evaluated = open_segmentation(other, config=other_config, split=eval_split)
+        train = open_segmentation(str(dataset), config=config, split=split)
+        evaluated = open_segmentation(str(other), config=other_config, split=eval_split)
     else:
         train = open_images(dataset, config=config, split=split, num_channels=num_channels)
         if not named:

@@ -91,7 +91,7 @@ def _recipe_of(images: Any, model: Any, settings: dict[str, Any]) -> tuple[Refin
             hint = f"did you mean {close[0]}?" if close else "RefineRecipe lists all of them"
             raise TypeError(f"refine() has no setting {name!r}; {hint}")
 
-    values = {
+    values: dict[str, Any] = {
         name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
     }
     if isinstance(images, RefineRecipe):
