@@ -3,10 +3,11 @@
     python -m benchmarks.confidence ../shared/data [--work outputs/confidence]
 
 Embeds up to 1000 images of each set with a small MAE, and a slightly altered copy of each (a crop
-of 80 to 100 % of the area); the features stay in --work. Then it groups them by three seeds, and
-asks how many images of a confidence stay in their group in second clusterings that had no part in
-the fit: eight by other seeds, eight of bootstrap resamples, eight of the altered copies. Groups are
-matched by the Hungarian method. Writes the table of benchmarks/results/confidence.md.
+of 80 to 100 % of the area); features and finished lines stay in --work. Then it groups them by
+three seeds, and asks how many images of a confidence stay in their group in second clusterings that
+had no part in the fit: eight by other seeds, eight of bootstrap resamples, eight of the altered
+copies. Groups are matched by the Hungarian method. Writes the table of
+benchmarks/results/confidence.md.
 """
 
 import argparse
@@ -177,11 +178,13 @@ def main(options: argparse.Namespace) -> None:
         rows, altered, classes = features(model, options.data / name, options.work / name)
         proposal = propose_num_clusters(rows).num_clusters
         numbers = sorted({classes, 20} | ({proposal} if proposal else set()))
-        for number in numbers:
-            lines.append(cell(name, "kmeans", rows, altered, number))
+        wanted = [("kmeans", number) for number in numbers] + [("heads", classes)]
+        for method, number in wanted:
+            file = options.work / f"{name}-{method}-{number}.txt"
+            if not file.is_file():
+                file.write_text(cell(name, method, rows, altered, number), encoding="utf-8")
+            lines.append(file.read_text(encoding="utf-8"))
             print(lines[-1], flush=True)
-        lines.append(cell(name, "heads", rows, altered, classes))
-        print(lines[-1], flush=True)
 
     head = "| images | groups | posterior | its error | confidence |"
     rule = "|---|---:|---:|---:|---:|"
