@@ -52,7 +52,7 @@ def test_every_case_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture
         "all",
         "2",
     }
-    assert "compiled | left out: --compile: blocks are compiled for a GPU" in text
+    assert "compiled | left out: compile: blocks are compiled for a GPU" in text
     refine = next(
         line for line in text.splitlines() if line.startswith("| l16, fast views, refine")
     )

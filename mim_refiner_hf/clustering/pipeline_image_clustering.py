@@ -167,8 +167,10 @@ def processor_of(model: Any) -> Any:
     name = model.config.name_or_path
     if attached is not None or not name:
         return attached
-    remote = type(model).__module__.startswith("transformers_modules")
-    return AutoImageProcessor.from_pretrained(name, trust_remote_code=remote or None)
+    # ours knows its own class, which `Auto` would find by the code in the folder
+    if hasattr(model, "own_image_processor"):
+        return model.own_image_processor()
+    return AutoImageProcessor.from_pretrained(name)
 
 
 class ImageClusteringPipeline(Pipeline):
