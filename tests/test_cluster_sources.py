@@ -199,3 +199,16 @@ def test_a_model_that_does_not_suit_is_a_line_each(
     assert "sees 16 x 16 pixels, and theirs are about 200" in lines[0]
     assert "standard deviations away" in lines[1]
     assert "trained on digits" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [b"---\ndatasets: [digits\n---\n", b"---\n- digits\n---\n", b"\xff\xfe\x00card"],
+    ids=["broken YAML", "no mapping", "no text"],
+)
+def test_a_card_that_cannot_be_read_is_said_and_stops_nothing(
+    model: Path, photos: Path, caplog: pytest.LogCaptureFixture, card: bytes
+) -> None:
+    (model / "README.md").write_bytes(card)
+    cluster(photos, str(model), num_clusters=2)
+    assert "its card cannot be read" in caplog.text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -120,11 +121,12 @@ def _other_images(encoder: Any, images: ImageDataset) -> str:
     card = Path(encoder.config.name_or_path or "") / "README.md"
     if not encoder.config.name_or_path or not card.is_file():
         return ""
-    # a card is written by anyone: what cannot be read says nothing
+    # a card is written by anyone: one that cannot be read is no reason to stop
     try:
         stated = ModelCard.load(card).data.to_dict().get("datasets")
-    except Exception:
-        return ""
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        kind = type(error).__name__
+        return f"its card cannot be read ({kind}), so what it was trained on is unknown"
     names = [str(name) for name in ([stated] if isinstance(stated, str) else stated or [])]
     known = [name.lower() for name in names]
     if not known or images.name.lower() in known:
