@@ -42,6 +42,7 @@ from ..runtime.optimisation import (
 from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.wording import setting
+from .auto import Choice
 from .batches import view_batches
 from .failure import check_step
 from .head_log import HeadLog
@@ -50,7 +51,7 @@ from .loss import head_weights
 from .memory import choose_micro_batch
 from .queue import NearestNeighbourQueue
 from .refiner import Refiner, StepResult, neighbour_draw
-from .resolve import Choice, ResolvedRecipe
+from .resolve import ResolvedRecipe
 
 
 def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:

@@ -33,9 +33,9 @@ from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.tables import comparison_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
+from ..refinement.auto import Choice
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
-from ..refinement.resolve import Choice
 from ..refinement.trainer import Trainer
 from ..runtime.device import available_memory, warn_of_emulation
 from ..runtime.files import staged_folder, write_json
