@@ -134,10 +134,6 @@ def choose_eval_fraction(num_images: int) -> Choice[float]:
     return Choice(0.1, "a tenth of the images")
 
 
-def _eval_fraction(_: Stated, at: Situation) -> Choice[float]:
-    return choose_eval_fraction(at.num_images or MANY_IMAGES)
-
-
 # ---- batch and length
 
 
@@ -340,7 +336,6 @@ def _save_every(stated: Stated, at: Situation) -> Choice[int]:
 
 
 _RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
-    "eval_fraction": _eval_fraction,
     "pooling": _pooling,
     "batch_size": _batch_size,
     "epochs": _epochs,

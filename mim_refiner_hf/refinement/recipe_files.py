@@ -82,9 +82,18 @@ def _head_blocks(words: Any) -> Any:
     return words
 
 
-def _without_auto(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def _with_images(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words with the first one, which names the images, as `--dataset`."""
+    images, *others = words
+    named = [word for word in others if word.partition("=")[0] == "--dataset"]
+    if named:
+        parser.error(f"{images} and --dataset name both the images; give one of them")
+    return ["--dataset", images, *others]
+
+
+def _without_auto(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words without `--field auto`, which argparse takes for no number, and these fields."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(arguments)
     stated = []
     left_open = []
     while words:
@@ -107,7 +116,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     Raises:
         SystemExit: code 2, after one line that names flag, value and what is allowed.
     """
-    usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    usage = "%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags"
     parser = HfArgumentParser(
         _Flags,  # type: ignore[arg-type]
         description=__doc__.split("\n")[0],
@@ -119,13 +129,15 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
     for flag in ("--recipe", "--model", "--pretrain", "--init_from", "--dataset"):
         first.add_argument(flag)
-    start = first.parse_known_args(arguments)[0]
+    if words and not words[0].startswith("-"):
+        words = _with_images(words, parser)
+    start = first.parse_known_args(words)[0]
     name = start.recipe if any(vars(start).values()) else "quickstart"
     try:
         with in_the_shell():
             if name is not None:
                 parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
-            stated, left_open = _without_auto(arguments)
+            stated, left_open = _without_auto(words)
             values = vars(parser.parse_args(stated))
             values |= dict.fromkeys(left_open)
             values["head_blocks"] = _head_blocks(values["head_blocks"])

@@ -156,6 +156,9 @@ class Trainer:
     def settle_micro_batch(self, choice: Choice[int | None]) -> None:
         """Put what was measured in the place of micro_batch_size "auto", and say it."""
         self.recipe = self.recipe.measured("micro_batch_size", choice)
+        # that all fits is news only for those who asked
+        if choice.value is None and self.recipe.asked.micro_batch_size != "auto":
+            return
         shown = choice.value or "left out"
         chosen = setting("micro_batch_size", shown)
         self.accelerator.print(f"{chosen}: {choice.reason}", flush=True)
