@@ -3,6 +3,7 @@
     decode_image(Path("photos/1.jpg"))                  # a PIL image of mode "RGB"
     decode_image(encoded_bytes, num_channels=1)         # of mode "L"
     decode_image(array)                                 # (H, W), (H, W, 1 or 3), (1 or 3, H, W)
+    decode_image(array, num_channels=13)                # a `ChannelImage`, see `channels.py`
 
 The package decodes images here and nowhere else, so data sets and the pipeline see the same pixels:
 
@@ -14,7 +15,7 @@ The package decodes images here and nowhere else, so data sets and the pipeline 
 - A PNG is held to its checksums. What a damaged JPEG, GIF, TIFF or WebP still decodes to without an
   error cannot be told from a picture.
 
-This file travels with saved models: it imports only NumPy, Pillow and torch.
+This file travels with saved models: it imports only NumPy, Pillow and torch, and `channels.py`.
 """
 
 import io
@@ -22,10 +23,21 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+
+from .channels import (
+    NPY_MAGIC,
+    ChannelImage,
+    Picture,
+    check_channels,
+    check_count,
+    is_picture,
+    stored_pixels,
+)
 
 ImageSource = bytes | Path | Image.Image
 
@@ -46,6 +58,9 @@ EXTENSIONS = frozenset(
 )
 """How the names of image files end, in lower case: by it they are found in folders."""
 
+ARRAY_EXTENSIONS = frozenset([".npy"])
+"""How files of arrays end: they are looked for in folders without image files."""
+
 # what makes an image of each EXIF orientation upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,20 +79,25 @@ _USUAL_NO_DATA = (-9999.0, -32768.0, -(2.0**31))
 
 def decode_image(
     source: ImageSource | np.ndarray | Tensor, num_channels: int = 3, name: str | None = None
-) -> Image.Image:
+) -> Picture:
     """An upright 8-bit image of mode "RGB" (`num_channels` 3) or "L" (1).
+
+    Of another number of channels a `ChannelImage`, with the values as they are stored.
 
     Args:
         source: encoded bytes, a path, a PIL image, or pixels as an array or a tensor: (H, W), or
-            with 1 or 3 channels in front or behind.
-        num_channels: 3 or 1.
+            with the channels in front or behind.
+        num_channels: 1 to 16.
         name: what to call the image in messages, in place of its path.
 
     Raises:
         ValueError: for whatever cannot be decoded; it names the image and the reason.
     """
-    mode = mode_of(num_channels)
+    check_channels(num_channels)
     try:
+        if not is_picture(num_channels):
+            return ChannelImage(_channels_of(source, num_channels))
+        mode = mode_of(num_channels)
         image = _open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(
@@ -101,10 +121,41 @@ def decode_image(
 
 
 def mode_of(num_channels: int) -> str:
-    """Pillow's mode for 3 or 1 channels; ValueError for another number."""
-    if num_channels not in (1, 3):
-        raise ValueError(f"num_channels is {num_channels}; images have 3 (RGB) or 1 (greyscale).")
+    """Pillow's mode for 3 or 1 channels."""
     return "RGB" if num_channels == 3 else "L"
+
+
+def count_channels(source: ImageSource | np.ndarray | Tensor) -> int | None:
+    """How many channels an array, a .npy file or a TIFF has; None of a picture.
+
+    ValueError for what cannot be read.
+    """
+    encoded = _encoded_pixels(source)
+    pixels = None if encoded is None else stored_pixels(encoded)
+    return None if pixels is None or is_picture(pixels.shape[-1]) else int(pixels.shape[-1])
+
+
+def _encoded_pixels(source: ImageSource | np.ndarray | Tensor) -> Any:
+    """What `stored_pixels` may read; None of what is Pillow's, of which nothing is read."""
+    if isinstance(source, Path):
+        many = source.suffix.lower() in (".tif", ".tiff", *ARRAY_EXTENSIONS)
+        return read_file(source) if many else None
+    return None if isinstance(source, Image.Image) else source
+
+
+def _channels_of(source: ImageSource | np.ndarray | Tensor, num_channels: int) -> np.ndarray:
+    """Pixels (H, W, `num_channels`) as they are stored."""
+    # the contents decide what a file is, not its name
+    source = read_file(source) if isinstance(source, Path) else source
+    pixels = stored_pixels(source, num_channels)
+    if pixels is None:
+        image = _open(source)
+        _load(image)
+        turn = _turn(image)
+        image = image if turn is None else image.transpose(turn)
+        pixels = np.asarray(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return check_count(pixels, num_channels)
 
 
 def scale_to_bytes(values: np.ndarray, no_data: float | None = None) -> np.ndarray:
@@ -169,9 +220,11 @@ def _open(source: ImageSource | np.ndarray | Tensor) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
 
-    encoded = source if isinstance(source, bytes) else _read(source)
+    encoded = source if isinstance(source, bytes) else read_file(source)
     if not encoded:
         raise ValueError("it is empty")
+    if encoded.startswith(NPY_MAGIC):
+        return _from_array(np.load(io.BytesIO(encoded), allow_pickle=False))
     with warnings.catch_warnings():
         # Pillow warns at half of our limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -182,7 +235,8 @@ def _open(source: ImageSource | np.ndarray | Tensor) -> Image.Image:
         return image
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file, `MAX_BYTES` at most; ValueError of any other."""
     # O_NONBLOCK: a FIFO without a writer opens, too, instead of waiting
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(descriptor, "rb") as file:
@@ -275,12 +329,15 @@ def _reason(error: Exception) -> str:
 
 
 __all__ = [
+    "ARRAY_EXTENSIONS",
     "EXTENSIONS",
     "FORMATS",
     "MAX_BYTES",
     "MAX_PIXELS",
     "ImageSource",
+    "count_channels",
     "decode_image",
     "mode_of",
+    "read_file",
     "scale_to_bytes",
 ]

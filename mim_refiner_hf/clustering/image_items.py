@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 # the client that this version of transformers has: httpx, or httpx2
 from transformers.image_utils import httpx  # type: ignore[attr-defined]
 
-from .decoding import EXTENSIONS, MAX_BYTES, ImageSource, decode_image
+from .channels import Picture
+from .decoding import ARRAY_EXTENSIONS, EXTENSIONS, MAX_BYTES, ImageSource, decode_image
 
 _URL_TIMEOUT = 30.0
 
@@ -69,14 +70,14 @@ def images_at(path: str | Path) -> list[str]:
             "give a folder of images, a list of paths or a data set."
         )
 
-    paths = sorted(_image_files(root))
+    paths = sorted(_image_files(root, EXTENSIONS)) or sorted(_image_files(root, ARRAY_EXTENSIONS))
     if not paths:
         endings = ", ".join(sorted(EXTENSIONS))
         raise ValueError(f"No images in {root}: looked at every depth for {endings}.")
     return paths
 
 
-def _image_files(root: Path) -> Iterator[str]:
+def _image_files(root: Path, endings: frozenset[str]) -> Iterator[str]:
     waiting = [str(root)]
     while waiting:
         with os.scandir(waiting.pop()) as entries:
@@ -85,7 +86,7 @@ def _image_files(root: Path) -> Iterator[str]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
-                elif entry.is_file() and Path(entry.name).suffix.lower() in EXTENSIONS:
+                elif entry.is_file() and Path(entry.name).suffix.lower() in endings:
                     yield str(Path(entry.path))
 
 
@@ -140,7 +141,7 @@ def _download(url: str) -> bytes:
     return bytes(content)
 
 
-class Images(Dataset[Image.Image | str]):
+class Images(Dataset[Picture | str]):
     """Item i: the i-th image, or in its place the sentence that says why it cannot be read."""
 
     def __init__(self, items: Sequence[Any], num_channels: int) -> None:
@@ -150,7 +151,7 @@ class Images(Dataset[Image.Image | str]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> Image.Image | str:
+    def __getitem__(self, i: int) -> Picture | str:
         try:
             item = self.items[i]
             name = item if isinstance(item, str) else None

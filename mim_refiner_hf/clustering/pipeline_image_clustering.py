@@ -25,15 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
+from .channels import Picture, blank, check_channels
 from .cluster_count import Proposal, propose_num_clusters
 from .cluster_heads import train_heads
-from .decoding import mode_of
 from .image_items import Images, find_items
 from .k_means import Clustering, kmeans
 
@@ -207,7 +206,7 @@ class ImageClusteringPipeline(Pipeline):
                 f"{type(self.model).__name__} is no image encoder with an image processor, "
                 f"which {TASK} needs; give a model of images."
             )
-        mode_of(self.num_channels)
+        check_channels(self.num_channels)
         self.model.eval()
 
     @property
@@ -225,10 +224,10 @@ class ImageClusteringPipeline(Pipeline):
             )
         return {}, {}, {}
 
-    def preprocess(self, input_: Image.Image | str) -> dict[str, Any]:  # type: ignore[override]
+    def preprocess(self, input_: Picture | str) -> dict[str, Any]:  # type: ignore[override]
         """An image to pixel_values (1, C, H, W); a broken one to black ones, with its "error"."""
         error = input_ if isinstance(input_, str) else ""
-        image = Image.new(mode_of(self.num_channels), (8, 8)) if error else input_
+        image = blank(self.num_channels) if error else input_
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values.to(self.dtype), "error": error}
 

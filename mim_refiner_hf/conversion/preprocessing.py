@@ -46,6 +46,7 @@ def image_processor(
         image_std=source.get("image_std", std),
         resample=source.get("resample", MimRefinerImageProcessor.resample),
         do_convert_rgb=config.num_channels == 3,
+        value_range=source.get("value_range"),
     )
 
 

@@ -76,7 +76,8 @@ def apply_colour(views: Tensor, table: Tensor) -> Tensor:
     """Jitter, blur, greyscale and solarise, in this order; new uint8 views on the same device.
 
     Args:
-        views: uint8 (..., C, H, W), C 3 (RGB) or 1 (saturation, hue and greyscale leave it alone).
+        views: uint8 (..., C, H, W), C 3 (RGB), or others (saturation, hue and greyscale leave
+            them alone, and but for 1 solarise).
         table: float32 (..., 11) of `draw_table`, on the CPU: who gets what is decided there,
             without waiting for the device.
     """
@@ -119,7 +120,7 @@ def operations(table: Tensor, channels: int) -> list[Order]:
             order[GREY_PLACE] = greyscale_, 0
         if sigma:
             order[BLUR_PLACE] = blur_grey_ if grey else blur_, sigma
-        if row[SOLARISED]:
+        if row[SOLARISED] and channels in (1, 3):
             order[SOLARISE_PLACE] = solarise_, 0
         orders.append(order)
     return orders
@@ -162,9 +163,9 @@ def _planes(views: Array) -> tuple[Array, Array, Array]:
 def luminance(views: Array) -> Array:
     """0.299 R + 0.587 G + 0.114 B, (..., 1, H, W), within one grey level.
 
-    The weights are in 1/128. Of a greyscale image, itself.
+    The weights are in 1/128. Of a greyscale image, and of channels that are no colours, themselves.
     """
-    if views.shape[-3] == 1:
+    if views.shape[-3] != 3:
         return views
     red, green, blue = _planes(views)
     grey = red * LUMINANCE[0]
@@ -199,7 +200,10 @@ def brightness_(views: Array, amount: Amount) -> None:
 
 
 def contrast_(views: Array, amount: Amount) -> None:
-    """Away from the mean grey, rounded to a whole level as in Pillow."""
+    """Away from the mean grey, rounded to a whole level as in Pillow.
+
+    Of channels that are no colours, each away from its own mean.
+    """
     mean: Amount
     if isinstance(views, Tensor):
         mean = luminance(views).mean((-2, -1), keepdim=True, dtype=torch.float32)
@@ -207,8 +211,10 @@ def contrast_(views: Array, amount: Amount) -> None:
     else:
         # the mean of the weighted sums is the weighted sum of the means
         means = np.add.reduce(views.reshape(len(views), -1), axis=1, dtype=np.int32) / views[0].size
-        grey = means @ LUMINANCE / 128 if len(views) == 3 else means[0]
-        mean = int(grey + 0.5)
+        if len(views) in (1, 3):
+            mean = int((means @ LUMINANCE / 128 if len(views) == 3 else means[0]) + 0.5)
+        else:
+            mean = (means + 0.5).astype(np.int16)[:, None, None]
     change = views - mean
     change *= amount
     _blend_(views, change, amount)

@@ -24,7 +24,7 @@ _IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
-class TableColumn(Sequence[ImageSource]):
+class TableColumn(Sequence[ImageSource | np.ndarray]):
     """One column of a `datasets.Dataset` as undecoded images.
 
     Args:
@@ -33,6 +33,7 @@ class TableColumn(Sequence[ImageSource]):
 
     def __init__(self, table: Any, column: str, dataset: str, *, any_path: bool = False) -> None:
         self.any_path = any_path
+        self.dtype = array_dtype(table.features[column])
         self.table = undecoded(table.select_columns([column]), column, table.features)
         self.column = column
         self.dataset = dataset
@@ -42,6 +43,8 @@ class TableColumn(Sequence[ImageSource]):
 
     def __getitem__(self, i: Any) -> Any:
         cell = self.table[i][self.column]
+        if self.dtype is not None:
+            return np.asarray(cell, dtype=self.dtype)
         if self.any_path and isinstance(cell, dict) and cell.get("bytes") is None:
             path = Path(cell.get("path") or "")
             if path.is_file():
@@ -55,14 +58,39 @@ def undecoded(table: Any, column: str, features: Mapping[str, Any]) -> Any:
 
     if isinstance(features[column], datasets.Image):
         return table.cast_column(column, datasets.Image(decode=False))
+    # nested lists of Python's numbers would take a hundred times as long
+    if array_dtype(features[column]) is not None:
+        return table.with_format("numpy")
     return table
 
 
-def stored(cell: Any, dataset: str) -> ImageSource:
-    """What a cell holds: raw bytes, or {"bytes", "path"} with one of them None.
+def array_dtype(feature: Any) -> str | None:
+    """The type of the numbers of a column of arrays (H, W, C) or (C, H, W); None of any other.
+
+    Such a column is an `Array3D` of `datasets`, or lists of lists of lists of numbers.
+    """
+    import datasets
+
+    if isinstance(feature, datasets.Array3D):
+        return str(feature.dtype)
+    for _ in range(3):
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, list):
+            inner = feature[0]
+        if inner is None:
+            return None
+        feature = inner
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype if re.fullmatch("u?int(8|16|32|64)|float(16|32|64)|bool", dtype) else None
+
+
+def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
+    """What a cell holds: an array, raw bytes, or {"bytes", "path"} with one of them None.
 
     An empty cell gives b"", which is undecodable. ValueError for a path not of this data set.
     """
+    if isinstance(cell, np.ndarray):
+        return cell
     if not isinstance(cell, dict):
         return cell or b""
     path = cell.get("path")
@@ -87,9 +115,11 @@ def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | Non
     """
     images = [column for column, feature in features.items() if _holds_images(feature)]
     if not images:
+        images = [column for column, feature in features.items() if array_dtype(feature)]
+    if not images:
         raise ValueError(
             f"No image column in {name}: its columns are {list(features)}; "
-            "one must hold images or encoded bytes."
+            "one must hold images, encoded bytes or arrays of three axes."
         )
     labels = [column for column, feature in features.items() if _holds_labels(column, feature)]
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from ..clustering.channels import Picture
 from .colour import apply_colour, colour_view_, draw_table, operations
 from .views import ViewDraw, ViewSpec, by_kind, draw_view
 
@@ -44,7 +44,7 @@ class FastMultiCrop:
         self.kinds = dict(zip(VIEW_KINDS, by_kind(specs), strict=True))
         self.hand_over = hand_over and any(spec.colour for spec in specs)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Tensor]:
         pixels = torch.from_numpy(np.array(image))
         if pixels.ndim == 2:
             pixels = pixels.unsqueeze(-1)

@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..clustering.decoding import decode_image, mode_of
+from ..clustering.channels import Picture, check_channels
+from ..clustering.decoding import decode_image
 from ..runtime.seeding import random_generator
 from ..runtime.wording import setting
 from .columns import find_columns, stored, undecoded
@@ -55,7 +56,7 @@ class Sample(NamedTuple):
         index: the place in the whole data set, also in a subset.
     """
 
-    image: Image.Image
+    image: Picture
     label: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a sample
 
@@ -65,7 +66,7 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         found: where the images of the whole data set lie.
-        num_channels: 3 for RGB, 1 for greyscale.
+        num_channels: 3 for RGB, 1 for greyscale, 1 to 16 of other images.
         indices: the chosen places among `found.sources`; None for all.
 
     Attributes:
@@ -77,7 +78,7 @@ class ImageDataset(Dataset[Sample]):
     def __init__(
         self, found: FoundImages, *, num_channels: int = 3, indices: np.ndarray | None = None
     ) -> None:
-        mode_of(num_channels)
+        check_channels(num_channels)
         self.found = found
         self.name = found.name
         self.num_channels = num_channels
@@ -115,7 +116,7 @@ class ImageDataset(Dataset[Sample]):
         return ImageDataset(self.found, num_channels=self.num_channels, indices=chosen)
 
     def in_channels(self, num_channels: int) -> "ImageDataset":
-        """The same images, read in 3 channels (RGB) or 1 (greyscale)."""
+        """The same images, read in so many channels."""
         indices = None if self.is_whole else self.indices
         return ImageDataset(self.found, num_channels=num_channels, indices=indices)
 
@@ -149,7 +150,7 @@ class ImageStream:
     """
 
     def __init__(self, stream: Any, *, name: str, num_channels: int = 3) -> None:
-        mode_of(num_channels)
+        check_channels(num_channels)
         self.name = name
         self.num_channels = num_channels
         features = stream.features or stream._resolve_features().features
@@ -166,7 +167,7 @@ class ImageStream:
         shuffle_seed = int(random_generator(seed, "stream", epoch).integers(2**31))
         return enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER))
 
-    def decode(self, example: Example) -> tuple[Image.Image, int]:
+    def decode(self, example: Example) -> tuple[Picture, int]:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
         source = stored(example[self.image_column], self.name)
         label = example[self.label_column] if self.label_column else None
@@ -218,7 +219,7 @@ def open_images(
         FileNotFoundError, ValueError: saying what is missing and what there is.
         ConnectionError: when the Hub cannot be reached.
     """
-    mode_of(num_channels)
+    check_channels(num_channels)
     if not isinstance(dataset, str | Path):
         return _open_objects(dataset, config, split, num_channels)
     if dataset == "digits":

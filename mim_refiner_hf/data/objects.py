@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..clustering.decoding import count_channels
 from ..clustering.image_items import find_items, read_item
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.wording import kind_of
@@ -246,7 +247,8 @@ def _line_about(image: Any) -> str:
 
 def _lowest(image: Any) -> float:
     """The lowest value of an image of floats; 0 of any other."""
-    if not isinstance(image, np.ndarray | Tensor):
+    # of channels that are no picture the range is one of the whole run
+    if not isinstance(image, np.ndarray | Tensor) or count_channels(image):
         return 0.0
     pixels = np.asarray(image)
     return float(pixels.min()) if pixels.dtype.kind == "f" and pixels.size else 0.0

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..clustering.decoding import EXTENSIONS, ImageSource
+from ..clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS, ImageSource
 from ..runtime.retry import patiently
 from .columns import TableColumn, find_columns, numbered, table_labels
 
@@ -67,7 +67,7 @@ class Entries(NamedTuple):
 class FoundImages(NamedTuple):
     """Undecoded images; `labels` is int64 (N,), -1 for none, and None where nothing is labelled."""
 
-    sources: Sequence[ImageSource]
+    sources: Sequence[ImageSource | np.ndarray]
     labels: np.ndarray | None
     class_names: list[str] | None
     name: str
@@ -110,7 +110,8 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     folder = _split_folder(root, split)
-    paths = sorted(_image_files(folder, frozenset()))
+    paths = sorted(_image_files(folder, EXTENSIONS))
+    paths = paths or sorted(_image_files(folder, ARRAY_EXTENSIONS))
     if not paths:
         suffixes = ", ".join(sorted(EXTENSIONS))
         raise ValueError(f"No images in {folder}: looked at every depth for {suffixes}.")
@@ -127,12 +128,15 @@ def _find_in_folder(root: Path, split: str | None) -> FoundImages:
     return FoundImages(paths, labels, class_names, str(folder), Entries.of(paths, about))
 
 
-def _image_files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+def _image_files(
+    folder: Path, endings: frozenset[str], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Path]:
     """Everything below a folder that is called an image; links are followed, but not in circles.
 
     What is no regular file or leads nowhere is among them: it is a broken image, with a reason.
 
     Args:
+        endings: of files, in lower case.
         above: the folders that this one is in, by device and inode.
 
     Raises:
@@ -149,8 +153,8 @@ def _image_files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Pa
             path = Path(entry.path)
             is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
             if is_folder:
-                yield from _image_files(path, above | {own})
-            elif path.suffix.lower() in EXTENSIONS:
+                yield from _image_files(path, endings, above | {own})
+            elif path.suffix.lower() in endings:
                 yield path
 
 

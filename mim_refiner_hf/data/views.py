@@ -10,12 +10,16 @@ Order of the operations: crop, flip, colour jitter, blur, greyscale, solarise. E
 function of explicit parameters, equal bit for bit to torchvision's Pillow path, which the authors'
 code runs. The generator of an image is a pure function of (seed, epoch, index), so workers,
 processes and resuming change nothing.
+
+Of images with other numbers of channels than 3 and 1 every channel is treated as a grey image of
+its own, by the same random choices; hue, saturation, greyscale and solarise, which are about
+colours, are left out.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,8 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..clustering.channels import ChannelImage, Picture
+from ..model.image_processing_mim_refiner import in_bytes
 from ..runtime.seeding import random_generator
 from .images import ImageDataset, ImageStream, Key, Sample, read_sample
 
@@ -39,7 +45,7 @@ CACHE_BYTES = 256 * 2**20
 
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
-Multicrop = Callable[[Image.Image, np.random.Generator], dict[str, Tensor]]
+Multicrop = Callable[[Picture, np.random.Generator], dict[str, Tensor]]
 """Makes the views of one image: `MultiCrop` here, `FastMultiCrop` of `fast_views.py`."""
 
 
@@ -248,8 +254,12 @@ def draw_jitter(rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
 
 def make_view(image: Image.Image, spec: ViewSpec, rng: np.random.Generator) -> Image.Image:
     """One view of an image of mode "RGB" or "L", in the same mode, (spec.size, spec.size)."""
-    draw = draw_view(*image.size, spec, rng)
-    view = resized_crop(image, draw.box, spec.size)
+    return drawn_view(image, draw_view(*image.size, spec, rng), spec.size)
+
+
+def drawn_view(image: Image.Image, draw: ViewDraw, size: int) -> Image.Image:
+    """The view that a draw describes, (size, size)."""
+    view = resized_crop(image, draw.box, size)
     if draw.flip:
         view = flip_horizontally(view)
     if draw.jitter:
@@ -261,6 +271,18 @@ def make_view(image: Image.Image, spec: ViewSpec, rng: np.random.Generator) -> I
     if draw.solarised:
         view = solarise(view)
     return view
+
+
+def channel_views(
+    image: ChannelImage, specs: Sequence[ViewSpec], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Views of 8-bit pixels of any number of channels, each uint8 (C, size, size)."""
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.in_front()]
+    views = []
+    for spec in specs:
+        draw = replace(draw_view(*image.size, spec, rng), solarised=False)
+        views.append(np.stack([np.asarray(drawn_view(plane, draw, spec.size)) for plane in planes]))
+    return views
 
 
 def by_kind(specs: Sequence[ViewSpec]) -> tuple[list[ViewSpec], list[ViewSpec]]:
@@ -284,17 +306,19 @@ class MultiCrop:
     def __init__(self, specs: Sequence[ViewSpec]) -> None:
         self.global_specs, self.local_specs = by_kind(specs)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Tensor]:
         return {
             "global_views": self._stack(image, self.global_specs, rng),
             "local_views": self._stack(image, self.local_specs, rng),
         }
 
     @staticmethod
-    def _stack(image: Image.Image, specs: list[ViewSpec], rng: np.random.Generator) -> Tensor:
+    def _stack(image: Picture, specs: list[ViewSpec], rng: np.random.Generator) -> Tensor:
         channels = len(image.getbands())
         if not specs:
             return torch.empty(0, channels, 0, 0, dtype=torch.uint8)
+        if isinstance(image, ChannelImage):
+            return torch.from_numpy(np.stack(channel_views(image, specs, rng)))
 
         # views one above the other leave Pillow in one copy
         size = specs[0].size
@@ -311,14 +335,24 @@ class ViewDataset(Dataset[dict[str, Any]]):
     A broken image is replaced as `images.py` says; the views are drawn for the image that was asked
     for. Small data sets (under 256 MB decoded) stay in memory once decoded.
 
+    Args:
+        value_range: of images that are no pictures, what becomes 0 and 255: see `in_bytes`.
+
     Returns of an item:
         index, label: of the sample.
         broken: JSON of the entries of the images that were passed over; "" for none.
         global_views, local_views: what `multicrop` makes, and what else it makes.
     """
 
-    def __init__(self, source: ImageDataset | ImageStream, multicrop: Multicrop, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageDataset | ImageStream,
+        multicrop: Multicrop,
+        seed: int,
+        value_range: Sequence[float] | None = None,
+    ) -> None:
         self.source = source
+        self.value_range = value_range
         self.multicrop = multicrop
         self.seed = seed
         self._decoded: dict[int, Sample] = {}
@@ -332,16 +366,24 @@ class ViewDataset(Dataset[dict[str, Any]]):
     def _read(self, candidate: Any) -> Sample:
         source = self.source
         if isinstance(source, ImageStream):
-            return source[candidate]
+            return self._in_bytes(source[candidate])
         sample = self._decoded.get(candidate)
         if sample is None:
-            sample = source[candidate]
+            sample = self._in_bytes(source[candidate])
             width, height = sample.image.size
             # An image stays if the whole set, were it made of images like this one, would fit: that
             # is bounded without knowing the others.
             if width * height * source.num_channels * len(source) <= CACHE_BYTES:
                 self._decoded[candidate] = sample
         return sample
+
+
+    def _in_bytes(self, sample: Sample) -> Sample:
+        """The sample with 8-bit values."""
+        image = sample.image
+        if not isinstance(image, ChannelImage):
+            return sample
+        return sample._replace(image=ChannelImage(in_bytes(image.pixels, self.value_range)))
 
 
 def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
