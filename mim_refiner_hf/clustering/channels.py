@@ -95,6 +95,11 @@ Picture = Image.Image | ChannelImage
 """A decoded image: Pillow's of 3 channels or 1, else a `ChannelImage`."""
 
 
+def as_picture(image: Picture) -> Image.Image:
+    """An image as Pillow's, to look at."""
+    return image.convert("RGB") if isinstance(image, ChannelImage) else image
+
+
 def check_channels(num_channels: int) -> int:
     """`num_channels`; ValueError for fewer than 1 and more than 16."""
     if not 1 <= num_channels <= MAX_CHANNELS:
@@ -146,11 +151,15 @@ def stored_pixels(source: Any, num_channels: int | None = None) -> np.ndarray | 
     return _checked(_channels_last(source, num_channels), no_data)
 
 
+class WrongChannels(ValueError):
+    """An image has another number of channels than the others."""
+
+
 def check_count(pixels: np.ndarray, num_channels: int) -> np.ndarray:
-    """`pixels` (H, W, C); ValueError for another number of channels."""
+    """`pixels` (H, W, C); WrongChannels for another number of channels."""
     count = pixels.shape[-1]
     if count != num_channels:
-        raise ValueError(f"it has {count} channels, and {num_channels} are expected")
+        raise WrongChannels(f"it has {count} channels, and {num_channels} are expected")
     return pixels
 
 
@@ -281,9 +290,9 @@ def _read_tiff_without_help(
         alone = getattr(image, "n_frames", 1) == 1
         known = image.mode in ("1", "L", "P", "RGB", "I;16", "I", "F")
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"Pillow cannot read it ({type(error).__name__}); {_NEEDS_TIFFFILE}") from (
-            error
-        )
+        raise ValueError(
+            f"Pillow cannot read it ({type(error).__name__}); {_NEEDS_TIFFFILE}"
+        ) from (error)
     if num_channels is None or (known and alone):
         return None
     raise ValueError(f"it is of mode {image.mode!r}; {_NEEDS_TIFFFILE}")
@@ -294,6 +303,8 @@ __all__ = [
     "NPY_MAGIC",
     "ChannelImage",
     "Picture",
+    "WrongChannels",
+    "as_picture",
     "blank",
     "check_channels",
     "check_count",

@@ -48,12 +48,12 @@ class FastMultiCrop:
         pixels = torch.from_numpy(np.array(image))
         if pixels.ndim == 2:
             pixels = pixels.unsqueeze(-1)
-        channels = pixels.shape[-1]
+        height, width, channels = pixels.shape
 
         item = {}
         for kind, specs in self.kinds.items():
             size = specs[0].size if specs else 0
-            draws = [draw_view(*image.size, spec, rng) for spec in specs]
+            draws = [draw_view(width, height, spec, rng) for spec in specs]
             table = draw_table(draws)
             orders = operations(table, channels)
             if self.hand_over:

@@ -377,7 +377,6 @@ class ViewDataset(Dataset[dict[str, Any]]):
                 self._decoded[candidate] = sample
         return sample
 
-
     def _in_bytes(self, sample: Sample) -> Sample:
         """The sample with 8-bit values."""
         image = sample.image

@@ -39,6 +39,7 @@ from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..clustering.channels import as_picture
 from ..data.images import Key, read_sample
 from ..data.loading import Loading
 from ..data.order import BatchSampler
@@ -64,7 +65,8 @@ from .scores import ProtocolResult, class_labels, mean_score
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from ..data.images import ImageDataset
+    from ..clustering.channels import as_picture
+from ..data.images import ImageDataset
 
 # MAE's RandAugment
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -191,7 +193,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             logger.warning("%s It is skipped.", entry["reason"])
 
         rng = random_generator(self.seed, "fine-tuning", epoch, index)
-        view = make_view(image, self.crop, rng)
+        view = make_view(as_picture(image), self.crop, rng)
         with seeded(rng):
             if self.rand_augment is not None:
                 view = self.rand_augment(view)

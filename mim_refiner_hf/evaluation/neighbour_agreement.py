@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..data.views import ViewSpec, make_view, view_specs
+from ..clustering.channels import ChannelImage
+from ..data.views import ViewSpec, channel_views, make_view, view_specs
+from ..model.image_processing_mim_refiner import in_bytes
 from ..runtime.seeding import random_generator
 from .knn import nearest, standardise
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from ..clustering.channels import Picture
 
 # of each image, in the agreement and in k-NN by the paper's protocol
 NUM_NEIGHBOURS = 10
@@ -75,16 +77,24 @@ class RandomView:
     spec: ViewSpec
     seed: int
 
-    def __call__(self, images: "Sequence[Image.Image]", return_tensors: str) -> Any:
-        views = [make_view(image, self.spec, self._generator(image)) for image in images]
+    def __call__(self, images: "Sequence[Picture]", return_tensors: str) -> Any:
+        views = [self._view(image) for image in images]
         return self.processor(views, return_tensors=return_tensors)
+
+    def _view(self, image: "Picture") -> Any:
+        rng = self._generator(image)
+        if not isinstance(image, ChannelImage):
+            return make_view(image, self.spec, rng)
+        pixels = in_bytes(image.pixels, getattr(self.processor, "value_range", None))
+        (view,) = channel_views(ChannelImage(pixels), [self.spec], rng)
+        return view.transpose(1, 2, 0)
 
     def to_json_string(self) -> str:
         """All that the pixels depend on, for the manifest of a feature store."""
         settings = json.loads(self.processor.to_json_string())
         return json.dumps(settings | {"view": asdict(self.spec), "seed": self.seed})
 
-    def _generator(self, image: "Image.Image") -> Any:
+    def _generator(self, image: "Picture") -> Any:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..clustering.channels import Picture
 from ..runtime.files import whole_file
 from .report import Evaluation
 
@@ -70,7 +71,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(new, format="png")
 
 
-def square_tile(image: Image.Image) -> Image.Image:
+def square_tile(image: Picture) -> Image.Image:
     """The centre of a photo, or a small image enlarged with its pixels left sharp."""
     small = max(image.size) < TILE
     resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..clustering.channels import as_picture
 from ..clustering.decoding import ImageSource, decode_image
 from ..data.columns import find_columns, stored, undecoded
 from ..data.sources import load_table
@@ -63,7 +64,7 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
     def __getitem__(self, i: int) -> tuple[Image.Image, Image.Image]:
         row = self.table[i]
         source = stored(row[self.image_column], self.name)
-        image = decode_image(source, name=f"row {i} of {self.name}")
+        image = as_picture(decode_image(source, name=f"row {i} of {self.name}"))
         mask = open_mask(stored(row[self.mask_column], self.name))
 
         bands = len(mask.getbands())

@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from ..clustering.channels import as_picture, is_picture
 from ..clustering.decoding import decode_image
 from ..clustering.k_means import near_duplicates
 from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
@@ -189,11 +190,11 @@ def write_exemplars(folder: Path, links: Sequence[str]) -> None:
 def load_thumbnail(images: ImageDataset, index: int) -> bytes:
     """The thumbnail of an image; a JPEG file is decoded no larger than it takes."""
     source = images.found.sources[int(images.indices[index])]
-    if not isinstance(source, Path):
-        return jpeg_thumbnail(images[index].image)
+    if not isinstance(source, Path) or not is_picture(images.num_channels):
+        return jpeg_thumbnail(as_picture(images[index].image))
     with Image.open(source) as image:
         image.draft("RGB", (256, 256))
-        return jpeg_thumbnail(decode_image(image, name=str(source)))
+        return jpeg_thumbnail(as_picture(decode_image(image, name=str(source))))
 
 
 def describe_groups(summary: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The views of every batch of a run, in the order of its steps."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,11 +21,13 @@ def view_batches(
     start_step: int,
     stop_step: int,
     device: torch.device,
+    value_range: Sequence[float] | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
     """This process's share of the views of every batch from `start_step` to `stop_step`.
 
     Args:
         device: where the views will be used; a GPU finishes fast views itself.
+        value_range: as of `ViewDataset`.
     """
     specs = view_specs(
         recipe.global_views,
@@ -52,7 +56,7 @@ def view_batches(
         world_size=world_size(),
     )
     return DataLoader(
-        ViewDataset(images, multicrop, recipe.seed),
+        ViewDataset(images, multicrop, recipe.seed, value_range),
         batch_sampler=sampler,
         num_workers=recipe.num_workers,
         pin_memory=on_gpu,

@@ -75,6 +75,11 @@ def _is_repository_name(name: str) -> bool:
 # their order is checked among the other contradictions
 BlockNumbers = Annotated[list[int], Allowed("numbers of blocks", lambda blocks: True)]
 AreaRange = Annotated[list[float], Allowed("two numbers, 0 < low <= high <= 1", _is_area_range)]
+ChannelCount = Annotated[int, Allowed("1 to 16", lambda count: 1 <= count <= 16)]
+ValueRange = Annotated[
+    list[float],
+    Allowed("two numbers, low < high", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
+]
 RepositoryName = Annotated[str, Allowed("user/name", _is_repository_name)]
 
 
@@ -111,6 +116,16 @@ class RefineRecipe:
         None,
         "Share of the images held out for evaluation when neither is given; 0 for none. Auto: 0.1, "
         "but at most 1000 images, and none of fewer than 200.",
+    )
+    num_channels: ChannelCount | None = documented(
+        None,
+        "Channels of the images, 1 to 16. None: the encoder's, or, where the images are arrays, "
+        ".npy files or TIFFs of another number than 3 and 1, theirs.",
+    )
+    value_range: ValueRange | None = documented(
+        None,
+        "Two values that become black and white, where there are other numbers of channels than 3 "
+        "and 1. None: 0 255 for 8 bits, 0 1 for floats that lie there, else measured.",
     )
     max_bad_fraction: Share = documented(
         MAX_BAD_FRACTION,

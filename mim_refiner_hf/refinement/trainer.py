@@ -12,7 +12,7 @@ newest checkpoint in the output folder; another recipe in that folder is refused
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Trainer:
         encoder: the starting weights; trained in place.
         mean, std: per channel, of pixels in [0, 1].
         seconds: that each stage has taken so far.
+        value_range: as of `ViewDataset`.
     """
 
     recipe: ResolvedRecipe
@@ -94,6 +95,7 @@ class Trainer:
     mean: list[float]
     std: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
+    value_range: Sequence[float] | None = None
     # stages whose checkpoints' size has been said
     _sized: set[str] = field(default_factory=set, init=False)
 
@@ -187,7 +189,12 @@ class Trainer:
         fit_began = time.perf_counter()
         with self._progress(start_step, stop_step) as progress, StopSignals() as signals:
             batches = view_batches(
-                recipe, self.images, start_step, stop_step, self.accelerator.device
+                recipe,
+                self.images,
+                start_step,
+                stop_step,
+                self.accelerator.device,
+                self.value_range,
             )
             # the range comes first: at its end no further batch is asked for
             for step, batch in zip(range(start_step, stop_step), batches, strict=False):

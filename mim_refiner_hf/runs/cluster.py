@@ -41,6 +41,7 @@ from ..publishing.cluster_folder import (
 )
 from ..runtime.files import staged_folder
 from ..runtime.wording import kind_of, setting, written
+from .channels import fit_and_tell
 from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
 from .cluster_model import choose_encoder, warn_of_misfit
 from .embed import device_here
@@ -154,7 +155,7 @@ def _encode(
     images: ImageDataset, model: Any, folder: Path | None, loading: Loading
 ) -> KnownFeatures:
     """The features of images by the model asked for, or the default."""
-    encoder = choose_encoder(model)
+    encoder, images = fit_and_tell(choose_encoder(model), images)
     warn_of_misfit(encoder, images)
     return encoded(encoder, images, loading, folder)
 

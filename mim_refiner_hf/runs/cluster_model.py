@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from ..clustering.channels import as_picture
 from ..conversion import load_encoder
 from ..data.images import ImageDataset, evenly_spaced
 from ..runtime.files import CheckpointError
@@ -79,7 +80,7 @@ def _some(images: ImageDataset) -> list[Image.Image]:
     found = []
     for place in range(len(coloured)):
         try:
-            found.append(coloured[place].image)
+            found.append(as_picture(coloured[place].image))
         # broken ones are told later, all of them
         except ValueError:
             continue

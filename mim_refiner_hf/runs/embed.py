@@ -28,6 +28,7 @@ from ..evaluation.features import feature_columns
 from ..model.configuration_mim_refiner import Pooling
 from ..runtime.distributed import rank
 from ..runtime.wording import setting
+from .channels import fit_and_tell
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def embed(
     """
     encoder: Any = load_encoder(model)
     opened = open_images(images, num_channels=encoder.config.num_channels)
+    encoder, opened = fit_and_tell(encoder, opened)
     loading = Loading(batch_size, num_workers, device or device_here())
     columns = feature_columns(encoder.config)
 
@@ -137,6 +139,8 @@ def store_features(
     opened = open_source(
         images, config=dataset_config, split=split, num_channels=encoder.config.num_channels
     )
+    if isinstance(opened, ImageDataset):
+        encoder, opened = fit_and_tell(encoder, opened)
     return embed_images(
         encoder,
         opened,

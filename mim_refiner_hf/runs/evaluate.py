@@ -22,6 +22,7 @@ appears whole or not at all.
 """
 
 import importlib.metadata
+import logging
 import os
 import platform
 import tempfile
@@ -36,7 +37,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..clustering.channels import is_picture
 from ..conversion import load_encoder
+from ..conversion.channels import extend_channels
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
@@ -62,6 +65,8 @@ from .comparison import (
 )
 from .embed import device_here
 from .report_folder import check_report_folder, command_line, write_report
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
 _TRANSFER_PROTOCOLS = ("linear_probe_fast",)
@@ -220,6 +225,13 @@ def load_encoders(model: Any, against: Any) -> dict[str, MimRefinerModel]:
             name = name_of(source, encoder)
             # a refined encoder object goes on bearing the name of its start
             encoders[f"{name} (2)" if name in encoders else name] = encoder
+    count = encoder.config.num_channels
+    for name, other in encoders.items():
+        # the start of a refined model, extended in the same way
+        if other.config.num_channels != count and not is_picture(count):
+            encoders[name] = extend_channels(other, count)
+            vars(encoders[name])["image_processor"] = vars(encoder)["image_processor"]
+            logger.warning("%s: its filters are extended to %d channels", name, count)
     if len({encoder.config.num_channels for encoder in encoders.values()}) > 1:
         raise ValueError(
             f"{setting('against', against)}: it has another number of input channels than the "

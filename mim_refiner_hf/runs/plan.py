@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from ..clustering.channels import is_picture
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..refinement.memory import (
     GIGA,
@@ -57,7 +58,7 @@ def plan_text(
         ("data", f"{asked.dataset}: {images} to refine on, {num_eval} to evaluate on"),
         ("heads", _heads_text(recipe, config.num_hidden_layers - 1)),
         ("frozen", _frozen_text(recipe.freeze_blocks)),
-        ("views", _views_text(recipe)),
+        ("views", _views_text(recipe, config.num_channels)),
         ("batch", _batch_text(recipe, device)),
     ]
     if fsdp2_requested():
@@ -123,8 +124,13 @@ def _frozen_text(freeze_blocks: int) -> str:
     return "nothing (position tables are never trained)"
 
 
-def _views_text(recipe: ResolvedRecipe) -> str:
+def _views_text(recipe: ResolvedRecipe, num_channels: int) -> str:
     colour = "with colour, blur, greyscale, solarise" if recipe.colour else "crop and flip only"
+    if recipe.colour and not is_picture(num_channels):
+        colour = (
+            f"with brightness, contrast and blur of each of {num_channels} channels; no hue, "
+            "saturation, greyscale, solarise: they are no colours"
+        )
     return (
         f"{recipe.global_views} of {recipe.global_size} px, "
         f"{recipe.local_views} of {recipe.local_size} px, {colour}"

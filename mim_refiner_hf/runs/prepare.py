@@ -33,6 +33,7 @@ from ..runtime.lock import check_writable
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
+from .channels import fit_channels
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
@@ -103,6 +104,7 @@ class Start:
         encoder: None where it is still to be pre-trained.
         pretraining: how it is pre-trained, if it is.
         checkpoint: of another run, whose heads and queues come along (`init_from.py`).
+        channels: what was done to fit it to the channels of the images; "" for nothing.
     """
 
     config: MimRefinerConfig
@@ -110,6 +112,7 @@ class Start:
     encoder: MimRefinerModel | None = None
     pretraining: PretrainRecipe | None = None
     checkpoint: Checkpoint | None = None
+    channels: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     recipe = as_begun(recipe, output)
     training, evaluation = open_run_images(recipe, num_channels=3, given=given)
     resume = None if recipe.dry_run else load_latest(output / "checkpoints")
-    start = open_starting_weights(recipe, resume, given)
+    start = _with_channels(open_starting_weights(recipe, resume, given), training, recipe)
     if start.checkpoint is not None:
         recipe = with_its_blocks(recipe, start.checkpoint)
     if start.config.num_channels != 3:
@@ -187,6 +190,25 @@ def open_starting_weights(
         assert recipe.model is not None
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
     return Start(encoder.config, encoder.image_processor, encoder, checkpoint=checkpoint)
+
+
+def _with_channels(
+    start: Start, training: ImageDataset | ImageStream, recipe: RefineRecipe
+) -> Start:
+    """The start, fitted to the number of channels of the images."""
+    if start.encoder is None:
+        for name in ("num_channels", "value_range"):
+            if getattr(recipe, name) is not None:
+                raise ValueError(
+                    f"{setting(name, getattr(recipe, name))}: the pre-training recipe says what "
+                    f"the encoder reads; set num_channels in {setting('pretrain', recipe.pretrain)}"
+                )
+        return start
+    encoder, done = fit_channels(start.encoder, training, recipe.num_channels, recipe.value_range)
+    processor = vars(encoder)["image_processor"]
+    return dataclasses.replace(
+        start, config=encoder.config, processor=processor, encoder=encoder, channels=done
+    )
 
 
 def open_run_images(

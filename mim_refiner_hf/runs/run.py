@@ -136,6 +136,8 @@ def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
     )
     if prepared.start.encoder is not None:
         text += f"\n  weights {prepared.start.encoder.load_report}"
+    if prepared.start.channels:
+        text += f"\n  bands   {prepared.start.channels}"
     if prepared.resume is not None:
         text += f"\n  resume  after step {prepared.start_step}"
     return text
@@ -357,7 +359,14 @@ def make_trainer(
     training = prepared.images.training
     processor = prepared.start.processor
     trainer = Trainer(
-        recipe, accelerator, training, encoder, processor.image_mean, processor.image_std, seconds
+        recipe,
+        accelerator,
+        training,
+        encoder,
+        processor.image_mean,
+        processor.image_std,
+        seconds,
+        getattr(processor, "value_range", None),
     )
 
     # where it stands: in the middle of this run, at the heads of another one, or at the start
