@@ -26,9 +26,9 @@ def extend_channels(encoder: MimRefinerModel, num_channels: int) -> MimRefinerMo
     old = extended.embeddings.patch_embeddings
     with torch.no_grad():
         weight = extended_filters(old.weight, num_channels)
-    new = nn.Conv2d(
-        num_channels, old.out_channels, old.kernel_size, stride=old.stride, device="meta"
-    )
+    patch = extended.config.patch_size
+    # without memory: the weights come from the start
+    new = nn.Conv2d(num_channels, len(weight), patch, stride=patch, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
     new.bias = old.bias
     extended.embeddings.patch_embeddings = new

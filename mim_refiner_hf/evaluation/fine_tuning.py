@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..clustering.channels import as_picture
+from ..clustering.channels import as_picture
 from ..data.images import Key, read_sample
 from ..data.loading import Loading
 from ..data.order import BatchSampler
@@ -65,8 +66,7 @@ from .scores import ProtocolResult, class_labels, mean_score
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from ..clustering.channels import as_picture
-from ..data.images import ImageDataset
+    from ..data.images import ImageDataset
 
 # MAE's RandAugment
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"

@@ -81,10 +81,12 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
         return torch.from_numpy(self.classes[np.asarray(mask).astype(np.uint16)])
 
 
-def open_mask(source: ImageSource) -> Image.Image:
+def open_mask(source: ImageSource | np.ndarray) -> Image.Image:
     """A mask with its values as they are stored, a palette's numbers included."""
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
     encoded = source if isinstance(source, bytes) else source.read_bytes()
     mask = Image.open(io.BytesIO(encoded))
     mask.load()
