@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..clustering.channels import as_picture
-from ..clustering.channels import as_picture
 from ..data.images import Key, read_sample
 from ..data.loading import Loading
 from ..data.order import BatchSampler

@@ -194,7 +194,8 @@ def augmented_batches(
     """The same batches, each encoded anew from random resized crops and flips."""
     size = encoder.config.image_hw[0]
     crop = ViewSpec(size, PROBE_CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)
-    views = ViewDataset(images, MultiCrop([crop]), training.seed)
+    value_range = getattr(processor, "value_range", None)
+    views = ViewDataset(images, MultiCrop([crop]), training.seed, value_range)
     sampler = BatchSampler(
         images,
         batch_size=training.batch,

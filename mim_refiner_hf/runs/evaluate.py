@@ -69,6 +69,8 @@ from .report_folder import check_report_folder, command_line, write_report
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
+# protocols whose corruptions, augmentations or masks are those of pictures
+_OF_PICTURES = ("robustness", "fine_tuning", "segmentation")
 _TRANSFER_PROTOCOLS = ("linear_probe_fast",)
 
 
@@ -129,6 +131,7 @@ def evaluate(
     output_dir, features = checked_folders(output_dir, features)
     encoders = load_encoders(model, against)
     *other_names, name_of_model = encoders
+    check_channels_of(encoders[name_of_model], protocols)
 
     # the first data set and those of the transfer, with the same splits
     opened = partial(
@@ -238,6 +241,17 @@ def load_encoders(model: Any, against: Any) -> dict[str, MimRefinerModel]:
             "model; they cannot be compared"
         )
     return encoders
+
+
+def check_channels_of(encoder: MimRefinerModel, protocols: Sequence[str]) -> None:
+    """ValueError for a protocol that alters pictures, of a model of other channels."""
+    count = encoder.config.num_channels
+    for protocol in protocols:
+        if protocol in _OF_PICTURES and not is_picture(count):
+            raise ValueError(
+                f"{setting('protocols', protocol)}: is for images of 3 channels or 1, and the "
+                f"model reads {count}; leave it out"
+            )
 
 
 def name_of(source: Any, encoder: MimRefinerModel) -> str:
