@@ -35,7 +35,7 @@ from mim_refiner_hf.data.colour import colour_batch_, colour_view_, operations
 from mim_refiner_hf.data.fast_views import FastMultiCrop
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.views import MultiCrop, ViewSpec, view_rng
-from mim_refiner_hf.model.image_processing_mim_refiner import in_bytes
+from mim_refiner_hf.model.image_processing_mim_refiner import to_eight_bits
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runs.channels import fit_channels
 
@@ -262,13 +262,17 @@ def test_ranges_are_measured_once_for_a_run() -> None:
 
 def test_values_become_bytes() -> None:
     deep = np.array([0, 4000, 10000, 20000], np.uint16)
-    assert in_bytes(deep, (0, 10000)).tolist() == [0, 102, 255, 255]
-    assert in_bytes(np.array([-40.0, -10.0, np.float32(-100)]), (-40, -10)).tolist() == [0, 255, 0]
-    assert in_bytes(np.array([0, 65535], np.uint16), None).tolist() == [0, 255]
-    assert in_bytes(np.array([7, 200], np.uint8), (0, 10)).tolist() == [7, 200]
+    assert to_eight_bits(deep, (0, 10000)).tolist() == [0, 102, 255, 255]
+    assert to_eight_bits(np.array([-40.0, -10.0, np.float32(-100)]), (-40, -10)).tolist() == [
+        0,
+        255,
+        0,
+    ]
+    assert to_eight_bits(np.array([0, 65535], np.uint16), None).tolist() == [0, 255]
+    assert to_eight_bits(np.array([7, 200], np.uint8), (0, 10)).tolist() == [7, 200]
     for wrong in (np.array([0.0, 1.5]), np.array([1, 2], np.int16)):
         with pytest.raises(ValueError, match="value_range"):
-            in_bytes(wrong, None)
+            to_eight_bits(wrong, None)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5, 13])

@@ -488,7 +488,7 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
         (3, "not as int"),
         (None, "not as NoneType"),
         (np.zeros((5, 8)), r"ndarray of shape \(5, 8\) holds no images.*cluster"),
-        (np.zeros((5, 7, 6, 9)), "None of the 5 images|images .* cannot be read"),
+        (np.zeros((5, 70, 60, 90)), "None of the 5 images|images .* cannot be read"),
         ({"train": [1], "test": [2]}, "'train', 'test'; give one of them"),
         (
             datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [1]})}),

@@ -295,7 +295,7 @@ OTHER_COMMANDS = [
     ),
     ("pretrain --image_size 20 --patch_size 8", ["patch_size=8", "image_size=20"]),
     ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
-    ("pretrain --num_channels 2", ["num_channels is 2", "3 (RGB) or 1"]),
+    ("pretrain --num_channels 17", ["num_channels is 17", "1 to 16 channels"]),
     ("pretrain --num_workers -1", ["--num_workers", "-1", "at least 0"]),
     ("pretrain --max_bad_fraction 2", ["--max_bad_fraction", "2:", "between 0 and 1"]),
     ("pretrain --recipe mea", ["--recipe mea", "pretrain-digits"]),

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..clustering.channels import ChannelImage, WrongChannels
 from ..clustering.decoding import count_channels
-from ..model.image_processing_mim_refiner import in_bytes
+from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.wording import setting
 from .images import ImageDataset, evenly_spaced
 
@@ -92,7 +92,7 @@ def measure_channels(
     together = np.concatenate([part.reshape(-1, num_channels) for part in values])
     low, high = value_range or _range_of(together)
     outside = float(((together < low) | (together > high)).mean())
-    scaled = in_bytes(together, (low, high)) / 255
+    scaled = to_eight_bits(together, (low, high)) / 255
     # a channel that is the same everywhere tells nothing, and is not blown up
     std = np.maximum(scaled.std(axis=0), 1 / 255)
     mean = scaled.mean(axis=0)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..clustering.channels import ChannelImage, Picture
-from ..model.image_processing_mim_refiner import in_bytes
+from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.seeding import random_generator
 from .images import ImageDataset, ImageStream, Key, Sample, read_sample
 
@@ -336,7 +336,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
     for. Small data sets (under 256 MB decoded) stay in memory once decoded.
 
     Args:
-        value_range: of images that are no pictures, what becomes 0 and 255: see `in_bytes`.
+        value_range: of images that are no pictures, what becomes 0 and 255: see `to_eight_bits`.
 
     Returns of an item:
         index, label: of the sample.
@@ -366,10 +366,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
     def _read(self, candidate: Any) -> Sample:
         source = self.source
         if isinstance(source, ImageStream):
-            return self._in_bytes(source[candidate])
+            return self._with_bytes(source[candidate])
         sample = self._decoded.get(candidate)
         if sample is None:
-            sample = self._in_bytes(source[candidate])
+            sample = self._with_bytes(source[candidate])
             width, height = sample.image.size
             # An image stays if the whole set, were it made of images like this one, would fit: that
             # is bounded without knowing the others.
@@ -377,12 +377,12 @@ class ViewDataset(Dataset[dict[str, Any]]):
                 self._decoded[candidate] = sample
         return sample
 
-    def _in_bytes(self, sample: Sample) -> Sample:
+    def _with_bytes(self, sample: Sample) -> Sample:
         """The sample with 8-bit values."""
         image = sample.image
         if not isinstance(image, ChannelImage):
             return sample
-        return sample._replace(image=ChannelImage(in_bytes(image.pixels, self.value_range)))
+        return sample._replace(image=ChannelImage(to_eight_bits(image.pixels, self.value_range)))
 
 
 def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

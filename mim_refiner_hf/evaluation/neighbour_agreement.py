@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..clustering.channels import ChannelImage
 from ..data.views import ViewSpec, channel_views, make_view, view_specs
-from ..model.image_processing_mim_refiner import in_bytes
+from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.seeding import random_generator
 from .knn import nearest, standardise
 
@@ -85,7 +85,7 @@ class RandomView:
         rng = self._generator(image)
         if not isinstance(image, ChannelImage):
             return make_view(image, self.spec, rng)
-        pixels = in_bytes(image.pixels, getattr(self.processor, "value_range", None))
+        pixels = to_eight_bits(image.pixels, getattr(self.processor, "value_range", None))
         (view,) = channel_views(ChannelImage(pixels), [self.spec], rng)
         return view.transpose(1, 2, 0)
 

@@ -61,7 +61,7 @@ class PretrainRecipe:
 
     image_size: int = documented(224, "Side of the square input in pixels.")
     patch_size: int = documented(16, "Side of a patch; must divide image_size.")
-    num_channels: int = documented(3, "3 for RGB, 1 for greyscale.")
+    num_channels: int = documented(3, "3 for RGB, 1 for greyscale, 1 to 16 of arrays.")
     hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
     num_hidden_layers: int = documented(12, "Blocks of the encoder.")
     num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
