@@ -71,7 +71,8 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     from accelerate import Accelerator
 
     from ..evaluation.tables import report_table
-    from ..publishing.model_card import CARD, update_card
+    from ..conversion.licence import CARD
+    from ..publishing.model_card import update_card
     from ..runs.comparison import PROTOCOLS
     from ..runs.evaluate import evaluate
     from ..runtime.launch import several_on_the_cpu

@@ -26,6 +26,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from ..conversion.licence import CARD, UNKNOWN, Licence
 from ..evaluation.tables import (
     METRICS,
     comparison_rows,
@@ -36,7 +37,6 @@ from ..evaluation.tables import (
 from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
 
-CARD = "README.md"
 # in the card's snippets, until `push_folder` knows the repository
 REPO_PLACEHOLDER = "your-name/your-model"
 # the paper, as every card cites it
@@ -45,6 +45,8 @@ CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # as the trainer writes `starting_model`
 _PRETRAINED_HERE = "a MAE pre-trained in this run"
+_LICENCE = "- **Licence:**"
+_NOT_KNOWN = f"{_LICENCE} not known"
 _BEGIN = "<!-- evaluation: {} -->"
 _END = "<!-- end of evaluation -->"
 
@@ -62,7 +64,7 @@ def is_hub_name(name: str | None) -> bool:
 def card_metadata(**more: Any) -> ModelCardData:
     """The metadata of a card: what is the same for every encoder, and `more` of this one.
 
-    `license` is among `more` only where it is known.
+    `license`, with its name and link, is among `more` only where it is known.
     """
     return ModelCardData(
         library_name="transformers",
@@ -82,6 +84,41 @@ def eval_results_yaml(entries: Iterable[EvalResultEntry]) -> str:
     """A file of `.eval_results/`, which the Hub reads beside the card."""
     content = eval_result_entries_to_yaml(list(entries))
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def licence_line(licence: Licence, start: str) -> str:
+    """The line of a card that says under which licence it is, and who says so.
+
+    Args:
+        start: what the licence comes from, in words.
+    """
+    if licence == UNKNOWN:
+        return f"{_NOT_KNOWN}: {start} came without one; ask who made them before you share this"
+    return f"{_LICENCE} {plain(licence)}, that of {start}"
+
+
+def state_licence(folder: Path, licence: Licence) -> None:
+    """Put the licence of a model folder into its card, which is begun where there is none.
+
+    Raises:
+        ValueError: when the card's metadata cannot be read.
+    """
+    path = folder / CARD
+    text = ""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    try:
+        card = ModelCard(
+            text or f"# {plain(folder.resolve().name)}\n", ignore_metadata_errors=False
+        )
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: its metadata cannot be read ({one_line(error)})") from error
+
+    for key, value in licence.metadata().items():
+        setattr(card.data, key, value)
+    stated = f"{_LICENCE} {plain(licence)}, as who published it states"
+    body = re.sub(rf"^{re.escape(_NOT_KNOWN)}.*$", lambda _: stated, card.text, flags=re.MULTILINE)
+    _save_card(path, f"---\n{card.data.to_yaml()}\n---\n{body}")
 
 
 def _base_model(name: str) -> dict[str, str]:
@@ -173,6 +210,7 @@ class CardData:
     versions: dict[str, str]
     hardware: str
     recipe: dict[str, Any]
+    licence: Licence = UNKNOWN
 
     @classmethod
     def from_run(cls, run_folder: Path) -> "CardData":
@@ -197,6 +235,8 @@ class CardData:
         name = one_line(Path(run_folder).resolve().name)
         facts = {field.name: run.get(field.name) for field in fields(cls)}
         facts["model_name"] = name
+
+        facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
 
         required = facts.keys() - {"before", "after"}
         missing = [name for name, fact in facts.items() if name in required and fact is None]
@@ -248,7 +288,7 @@ class CardData:
         index += _model_index(self.before or {}, self.dataset, suffix=" (starting weights)")
         if index:
             optional |= {"model_name": self.model_name, "eval_results": index}
-        return card_metadata(license="apache-2.0", **optional)
+        return card_metadata(**self.licence.metadata(), **optional)
 
     def metric_rows(self) -> list[tuple[str, str, str, str]]:
         """(metric, starting weights, this model, change) as text.
@@ -281,6 +321,11 @@ class CardData:
             rows.append((block, before, after))
         return rows
 
+    def _licence_line(self) -> str:
+        if self.licence == UNKNOWN and self.starting_model == _PRETRAINED_HERE:
+            return f"{_NOT_KNOWN}: none was chosen for these weights, which this run trained"
+        return licence_line(self.licence, "the starting weights")
+
     def render(self) -> str:
         """The whole card as Markdown."""
         data = {}
@@ -300,6 +345,7 @@ class CardData:
             run=self,
             name=plain(self.model_name),
             starting_model=plain(self.starting_model),
+            licence=self._licence_line(),
             pretrained_here=self.starting_model == _PRETRAINED_HERE,
             data=data,
             protocol={plain(name): plain(text) for name, text in self.protocol.items()},
@@ -340,24 +386,26 @@ def write_card(run_folder: Path) -> Path:
 # The card of a conversion
 
 
-def conversion_card(source: str, name: str, facts: str) -> str:
+def conversion_card(source: str, name: str, facts: str, licence: Licence) -> str:
     """The card of the encoder of `source`, converted into a folder called `name`.
 
-    No score was measured, so the card claims none; it states no licence either.
+    No score was measured, so the card claims none.
 
     Args:
         source: Hub name or path.
         facts: how the copy was made and checked, in Markdown.
+        licence: of the source.
     """
     shown = source
     if not is_hub_name(source):
         shown = Path(source).name
     return _render(
-        card_metadata(**_base_model(source)),
+        card_metadata(**licence.metadata(), **_base_model(source)),
         run=None,
         name=plain(name),
         source=plain(shown),
         facts=facts,
+        licence=licence_line(licence, "its source"),
         command=fenced(f"mim-refiner convert {source} {name}", "bash"),
     )
 
@@ -439,7 +487,6 @@ def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 __all__ = [
-    "CARD",
     "CITATION",
     "REPO_PLACEHOLDER",
     "CardData",
@@ -447,6 +494,8 @@ __all__ = [
     "conversion_card",
     "eval_results_yaml",
     "is_hub_name",
+    "licence_line",
+    "state_licence",
     "update_card",
     "write_card",
 ]

@@ -309,6 +309,10 @@ class RefineRecipe:
     push_to_hub: RepositoryName | None = documented(
         None, "Publish the result under this name, user/name."
     )
+    license: str | None = documented(
+        None,
+        "Licence of the weights, where the start states none: the Hub's word, such as mit, or unknown.",
+    )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:

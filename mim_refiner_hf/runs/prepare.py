@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..conversion import load_encoder
+from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
@@ -53,6 +54,7 @@ _FREE_FIELDS = frozenset(
         "save_every",
         "keep",
         "push_to_hub",
+        "license",
         "dry_run",
     ]
 )
@@ -102,11 +104,13 @@ class Start:
         config, processor: of the encoder.
         encoder: None where it is still to be pre-trained.
         pretraining: how it is pre-trained, if it is.
+        licence: of the weights, and so of the result; else as the recipe states it.
         checkpoint: of another run, whose heads and queues come along (`init_from.py`).
     """
 
     config: MimRefinerConfig
     processor: Any
+    licence: Licence
     encoder: MimRefinerModel | None = None
     pretraining: PretrainRecipe | None = None
     checkpoint: Checkpoint | None = None
@@ -176,7 +180,9 @@ def open_starting_weights(
         fields = read_fields(recipe.pretrain, PretrainRecipe, "pretrain")
         pretraining = PretrainRecipe(**{**fields, "seed": recipe.seed})
         config = pretraining.encoder_config()
-        return Start(config, image_processor(config, {}), pretraining=pretraining)
+        processor = image_processor(config, {})
+        licence = _licence(recipe, UNKNOWN, f"what {setting('pretrain', recipe.pretrain)} trains")
+        return Start(config, processor, licence, pretraining=pretraining)
 
     checkpoint = None
     if recipe.init_from is not None:
@@ -186,7 +192,13 @@ def open_starting_weights(
     else:
         assert recipe.model is not None
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
-    return Start(encoder.config, encoder.image_processor, encoder, checkpoint=checkpoint)
+    licence = _licence(recipe, vars(encoder)["licence"], recipe.model or recipe.init_from)
+    return Start(encoder.config, encoder.image_processor, licence, encoder, checkpoint=checkpoint)
+
+
+def _licence(recipe: RefineRecipe, found: Licence, source: object) -> Licence:
+    """The licence of the result; a ValueError where it is not known and has to be."""
+    return agreed_licence(found, recipe.license, source, recipe.push_to_hub is not None)
 
 
 def open_run_images(

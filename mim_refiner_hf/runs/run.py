@@ -185,7 +185,11 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
         "head_choice": None if choice is None else dataclasses.asdict(choice),
         "micro_batch": trainer.recipe.micro_batch_size,
         **start_state(
-            encoder, prepared.start.processor, prepared.images.training, recipe.steps.warmup
+            encoder,
+            prepared.start.processor,
+            prepared.images.training,
+            recipe.steps.warmup,
+            prepared.start.licence,
         ),
     }
 
@@ -205,7 +209,8 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     # after
     refined = trainer.averaged()
     # as `load_encoder` gives an encoder: it can be used at once
-    vars(refined)["image_processor"] = prepared.start.processor
+    start = prepared.start
+    vars(refined).update(image_processor=start.processor, licence=start.licence)
     after = _evaluate(prepared, refined)
     measured = BeforeAfter(before, _metrics(after))
     metrics = run_record(prepared, accelerator, measured, trainer.seconds)

@@ -67,6 +67,7 @@ def run_record(
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
         "hardware": _hardware(accelerator),
         "starting_model": asked.model or begun,
+        "licence": prepared.start.licence.metadata(),
         "dataset": _dataset(prepared),
         "protocol": _PROTOCOL,
         "recipe": prepared.recipe.as_written(),
