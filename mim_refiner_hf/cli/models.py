@@ -15,7 +15,7 @@ def _add_publishing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="for a new repository")
     parser.add_argument(
         "--license",
-        help="of the weights, where their source states none: the Hub's word, such as mit, or unknown",
+        help="of the weights, where their source states none; the Hub's word: mit, unknown, ...",
     )
 
 

@@ -87,7 +87,7 @@ def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
 
 
 def _hub_folder(name: str, revision: str | None) -> Path:
-    """The Hub cache's folder of a model: JSON, card, and the weights that come first in `WEIGHTS`."""
+    """The Hub cache's folder of a model: JSON, card, and what comes first of `WEIGHTS`."""
     try:
         for pattern in WEIGHTS:
             files = [*SETTINGS, DIGESTS, CARD, pattern]

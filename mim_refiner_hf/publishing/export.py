@@ -19,8 +19,9 @@ from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder
 from ..runtime.text import fenced, plain
+from .card_licence import licence_line
 from .hub import check_model_folder
-from .model_card import is_hub_name, licence_line
+from .model_card import is_hub_name
 from .twins import Twin
 
 EXPORT_FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
@@ -100,8 +101,8 @@ def _card(name: str, source: str, to: str, licence: Licence) -> str:
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {plain(name)}",
-        f"The encoder of {plain(shown)} in the format of {_LIBRARIES[to]}: the same weights, loaded "
-        "back by that library and compared.",
+        f"The encoder of {plain(shown)} in the format of {_LIBRARIES[to]}: the same weights, "
+        "loaded back by that library and compared.",
         licence_line(licence, "its source"),
         fenced(command, "bash"),
     ]

@@ -27,7 +27,8 @@ from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import check_folder, staged_folder
 from ..runtime.retry import patiently
-from .model_card import REPO_PLACEHOLDER, state_licence
+from .card_licence import state_licence
+from .model_card import REPO_PLACEHOLDER
 
 # of a file of weights; so that writing takes no second copy of them all
 MAX_SHARD_SIZE = "2GB"

@@ -36,6 +36,7 @@ from ..evaluation.tables import (
 )
 from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
+from .card_licence import licence_line
 
 # in the card's snippets, until `push_folder` knows the repository
 REPO_PLACEHOLDER = "your-name/your-model"
@@ -45,8 +46,6 @@ CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # as the trainer writes `starting_model`
 _PRETRAINED_HERE = "a MAE pre-trained in this run"
-_LICENCE = "- **Licence:**"
-_NOT_KNOWN = f"{_LICENCE} not known"
 _BEGIN = "<!-- evaluation: {} -->"
 _END = "<!-- end of evaluation -->"
 
@@ -84,41 +83,6 @@ def eval_results_yaml(entries: Iterable[EvalResultEntry]) -> str:
     """A file of `.eval_results/`, which the Hub reads beside the card."""
     content = eval_result_entries_to_yaml(list(entries))
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def licence_line(licence: Licence, start: str) -> str:
-    """The line of a card that says under which licence it is, and who says so.
-
-    Args:
-        start: what the licence comes from, in words.
-    """
-    if licence == UNKNOWN:
-        return f"{_NOT_KNOWN}: {start} came without one; ask who made them before you share this"
-    return f"{_LICENCE} {plain(licence)}, that of {start}"
-
-
-def state_licence(folder: Path, licence: Licence) -> None:
-    """Put the licence of a model folder into its card, which is begun where there is none.
-
-    Raises:
-        ValueError: when the card's metadata cannot be read.
-    """
-    path = folder / CARD
-    text = ""
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    try:
-        card = ModelCard(
-            text or f"# {plain(folder.resolve().name)}\n", ignore_metadata_errors=False
-        )
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: its metadata cannot be read ({one_line(error)})") from error
-
-    for key, value in licence.metadata().items():
-        setattr(card.data, key, value)
-    stated = f"{_LICENCE} {plain(licence)}, as who published it states"
-    body = re.sub(rf"^{re.escape(_NOT_KNOWN)}.*$", lambda _: stated, card.text, flags=re.MULTILINE)
-    _save_card(path, f"---\n{card.data.to_yaml()}\n---\n{body}")
 
 
 def _base_model(name: str) -> dict[str, str]:
@@ -321,11 +285,6 @@ class CardData:
             rows.append((block, before, after))
         return rows
 
-    def _licence_line(self) -> str:
-        if self.licence == UNKNOWN and self.starting_model == _PRETRAINED_HERE:
-            return f"{_NOT_KNOWN}: none was chosen for these weights, which this run trained"
-        return licence_line(self.licence, "the starting weights")
-
     def render(self) -> str:
         """The whole card as Markdown."""
         data = {}
@@ -333,6 +292,7 @@ class CardData:
             if value not in (None, ""):
                 data[name] = plain(value)
 
+        is_pretrained_here = self.starting_model == _PRETRAINED_HERE
         stages = []
         for stage, spent in self.stage_seconds.items():
             if spent:
@@ -345,8 +305,10 @@ class CardData:
             run=self,
             name=plain(self.model_name),
             starting_model=plain(self.starting_model),
-            licence=self._licence_line(),
-            pretrained_here=self.starting_model == _PRETRAINED_HERE,
+            licence=licence_line(
+                self.licence, "" if is_pretrained_here else "the starting weights"
+            ),
+            pretrained_here=is_pretrained_here,
             data=data,
             protocol={plain(name): plain(text) for name, text in self.protocol.items()},
             command=fenced(self.command.strip(), "bash"),
@@ -494,8 +456,6 @@ __all__ = [
     "conversion_card",
     "eval_results_yaml",
     "is_hub_name",
-    "licence_line",
-    "state_licence",
     "update_card",
     "write_card",
 ]

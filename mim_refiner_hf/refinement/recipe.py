@@ -311,7 +311,7 @@ class RefineRecipe:
     )
     license: str | None = documented(
         None,
-        "Licence of the weights, where the start states none: the Hub's word, such as mit, or unknown.",
+        "Licence of the weights, where the start states none; the Hub's word: mit, unknown, ...",
     )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
