@@ -80,11 +80,16 @@ def card_of(
 
 
 def test_metadata_reads_back(tmp_path: Path) -> None:
-    data = card_of(tmp_path, {"name": "uoft-cs/cifar10"}, starting_model="facebook/vit-mae-large")[
-        0
-    ].data
+    card, text = card_of(
+        tmp_path,
+        {"name": "uoft-cs/cifar10"},
+        starting_model="facebook/vit-mae-large",
+        licence={"license": "cc-by-nc-4.0"},
+    )
+    data = card.data
+    assert "- **Licence:** cc-by-nc-4.0, that of the starting weights\n" in text
     assert (data.license, data.library_name, data.pipeline_tag) == (
-        "apache-2.0",
+        "cc-by-nc-4.0",
         "transformers",
         "image-feature-extraction",
     )
@@ -169,6 +174,7 @@ def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
     ):
         assert row in text, row
     assert "Warning" not in text and "pre-trained in this very run" in text
+    assert "- **Licence:** not known: none was chosen for these weights, which were" in text
     assert "\n\n\n" not in text
 
 

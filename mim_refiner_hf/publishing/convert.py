@@ -2,7 +2,7 @@
 
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16     # a file, a folder, a Hub name,
     mim-refiner convert d2v2_refined_h14 d2v2-refined-h14      # or a name of the zoo
-    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14 --dtype bfloat16 --push user/name
+    mim-refiner convert data2vec2_huge14 data2vec2-h14 --dtype bfloat16 --push user/name
 
 One copy of the weights is in memory at a time: load, encode a fixed input, write in shards, let
 go, load what was written, encode again, compare. Only then does the folder get its name; whatever
