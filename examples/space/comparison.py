@@ -45,8 +45,9 @@ from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
 from mim_refiner_hf.evaluation.scores import as_metrics
 from mim_refiner_hf.evaluation.tables import report_table
-from mim_refiner_hf.publishing.cluster_folder import describe_groups, write_table
+from mim_refiner_hf.publishing.cluster_folder import describe_groups
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
+from mim_refiner_hf.publishing.csv_cells import write_table
 from mim_refiner_hf.runs.comparison import Side, changes_of, describe_change, errors_of
 
 SIDES = {"before": "Before refinement", "after": "After refinement"}

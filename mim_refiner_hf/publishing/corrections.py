@@ -53,7 +53,7 @@ class Corrections:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingGroups:
     """Corrections of n images that are there, by their places.
 
     Attributes:
@@ -184,9 +184,7 @@ def _places(columns: Sequence[str], named: str) -> dict[str, int | None]:
     return {"path": columns.index("path"), "group": columns.index(group), "state": state}
 
 
-def _row(
-    cells: Sequence[str], places: dict[str, int | None], line: int, named: str
-) -> _Row:
+def _row(cells: Sequence[str], places: dict[str, int | None], line: int, named: str) -> _Row:
     """A line of the file, checked."""
 
     def cell(name: str) -> str:
@@ -219,7 +217,7 @@ def _row(
 # --- the images -----------------------------------------------------------------------------------
 
 
-def match_corrections(corrections: Corrections, images: ImageDataset) -> Start:
+def match_corrections(corrections: Corrections, images: ImageDataset) -> StartingGroups:
     """The corrections by places among the images.
 
     A path is that of an image where both are written the same, or lead to the same file.
@@ -240,19 +238,21 @@ def match_corrections(corrections: Corrections, images: ImageDataset) -> Start:
     left_out: set[int] = set()
     gone: list[str] = []
     for path, group in corrections.group_of.items():
-        place = place_named(path)
-        if place is None:
+        found = place_named(path)
+        if found is None:
             gone.append(path)
             continue
-        group_of[place] = group
+        group_of[found] = group
         if path in corrections.moved:
-            moved.add(place)
+            moved.add(found)
     for path in corrections.left_out:
-        place = place_named(path)
-        if place is None:
+        found = place_named(path)
+        if found is None:
             gone.append(path)
-        else:
-            left_out.add(place)
+            continue
+        # the same file by another way of writing its path
+        group_of.pop(found, None)
+        left_out.add(found)
 
     if not group_of:
         first = next(iter(corrections.group_of))
@@ -261,7 +261,7 @@ def match_corrections(corrections: Corrections, images: ImageDataset) -> Start:
             f"in groups, such as {one_line(first)}, is among the {len(images)} of {images.name}, "
             f"such as {one_line(images.describe(0))}; name the same images as then"
         )
-    return Start(
+    return StartingGroups(
         corrections.names,
         group_of,
         frozenset(moved),
@@ -280,7 +280,7 @@ __all__ = [
     "LEFT_OUT",
     "MOVED",
     "Corrections",
-    "Start",
+    "StartingGroups",
     "match_corrections",
     "read_corrections",
 ]

@@ -1,4 +1,4 @@
-"""Cells of CSV files that people open in a spreadsheet: harmless there, and the same text read back.
+"""Cells of CSV files that people open in a spreadsheet: harmless there, the same when read back.
 
     write_table(Path("groups.csv"), ("path", "cluster"), rows)
     text_of(cell_of("=1+1.png")) == "=1+1.png"        # in the file: '=1+1.png
