@@ -10,7 +10,7 @@ k-means adds noise of its own, the spread over its runs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +46,10 @@ class Change:
         return "worse" if high < 0 else "no clear difference"
 
 
-def measure(
-    statistic: Callable[[NDArray[np.int64]], float], n: int, *, spread: float = 0.0, seed: int = 0
-) -> Score:
-    """A statistic of `n` images and its standard error.
+def resamples(n: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Row numbers (n,), with repetitions, of every resample of `n` images.
 
-    Args:
-        statistic: of row numbers (n,), with repetitions; called on all rows and every resample.
-        n: number of images, at least 2.
-        spread: standard deviation over restarts, added to the error in quadrature.
-        seed: of the resamples; the same `n` and seed draw the same images, which makes two
-            measurements comparable.
+    The same `n` and seed draw the same images, which makes two measurements comparable.
 
     Raises:
         ValueError: for fewer than 2 images.
@@ -66,7 +59,25 @@ def measure(
             f"{n} image(s) say nothing about the error of a score; at least 2 are needed"
         )
     generator = np.random.default_rng(seed)
-    draws = np.array([statistic(generator.integers(0, n, n)) for _ in range(RESAMPLES)])
+    for _ in range(RESAMPLES):
+        yield generator.integers(0, n, n)
+
+
+def measure(
+    statistic: Callable[[NDArray[np.int64]], float], n: int, *, spread: float = 0.0, seed: int = 0
+) -> Score:
+    """A statistic of `n` images and its standard error.
+
+    Args:
+        statistic: of row numbers (n,), with repetitions; called on all rows and every resample.
+        n: number of images, at least 2.
+        spread: standard deviation over restarts, added to the error in quadrature.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: for fewer than 2 images.
+    """
+    draws = np.array([statistic(rows) for rows in resamples(n, seed)])
     error = math.hypot(float(draws.std(ddof=1)), spread)
     return Score(float(statistic(np.arange(n))), error, spread=spread, draws=draws)
 
@@ -91,4 +102,4 @@ def change_between(before: Score, after: Score) -> Change:
     return Change(difference, math.hypot(images, before.spread, after.spread))
 
 
-__all__ = ["Change", "change_between", "measure", "measure_mean"]
+__all__ = ["Change", "change_between", "measure", "measure_mean", "resamples"]
