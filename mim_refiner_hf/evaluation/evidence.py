@@ -37,6 +37,12 @@ class Change:
         reach = _NORMAL_95 * self.error
         return self.difference - reach, self.difference + reach
 
+    def as_json(self) -> dict[str, Any]:
+        """Difference, 95 % interval, verdict."""
+        low, high = self.interval
+        change = {"difference": self.difference, "low": low, "high": high}
+        return {**change, "verdict": self.verdict}
+
     @property
     def verdict(self) -> str:
         """Whether the interval leaves out zero, and on which side; without an error, the sign."""
