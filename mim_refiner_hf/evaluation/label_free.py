@@ -78,6 +78,11 @@ class LabelFree:
     groups: KMeansRun = field(repr=False)
 
     @property
+    def photos(self) -> int:
+        """How many photos were looked at."""
+        return len(self.groups.assignments)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Every number and its standard error by name, as metrics.json has them."""
         return {**as_metrics(self.scores), "rankme": self.rankme}
@@ -155,7 +160,7 @@ def separation(similarity: NDArray[np.float64], seed: int = 0) -> Score:
     above = weights @ own / count - mean
 
     # photos that are all alike have no deviation, and nothing that stands out
-    values = np.divide(above, deviation, out=np.zeros_like(above), where=deviation > 1e-9)
+    values = np.divide(above, deviation, out=np.zeros_like(above), where=deviation > 1e-6)
     draws = values[1:]
     return Score(float(values[0]), float(draws.std(ddof=1)), draws=draws)
 

@@ -315,8 +315,8 @@ __all__ = [
     "Start",
     "check_run_folder",
     "check_start_folder",
-    "start_folder",
     "open_run_images",
     "open_starting_weights",
     "prepare",
+    "start_folder",
 ]

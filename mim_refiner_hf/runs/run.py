@@ -227,6 +227,8 @@ def _train(
         seconds |= resume.state["seconds"]
 
     encoder = starting_encoder(prepared, accelerator, seconds)
+    if resume is None and accelerator.is_main_process:
+        save_start(start_folder(recipe), encoder, prepared.start.processor)
     before = resume.state["before"] if resume else _metrics(_evaluate(prepared, encoder))
     choice = choose_blocks(prepared, accelerator, encoder)
 
@@ -333,10 +335,7 @@ def starting_encoder(
             prepared.recipe.max_bad_fraction,
         )
         seconds["pretrain"] = time.perf_counter() - began
-    encoder.float()
-    if prepared.resume is None and accelerator.is_main_process:
-        save_start(start_folder(prepared.recipe), encoder, start.processor)
-    return encoder.to(accelerator.device)
+    return encoder.float().to(accelerator.device)
 
 
 def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:

@@ -32,6 +32,9 @@ from ..runtime.sharding import fsdp2_requested
 from .prepare import Prepared
 from .verdict import Judged, Verdict
 
+NEIGHBOURS = "neighbours.png"
+GROUPS = "groups_before_after.png"
+
 # How the scores are made, for the reader of metrics.json.
 _PROTOCOL = {
     "features": "pooled token of the last block, without the final norm (paper, Sec. 5.2)",
@@ -74,7 +77,7 @@ class BeforeAfter:
         after = {**(self.after or {}), **(verdict.after or {})}
         if not before or not after:
             return ""
-        return comparison_table(before, after, verdict.as_json()["changes"])
+        return comparison_table(before, after, verdict.changes_as_json)
 
 
 def run_record(
@@ -168,14 +171,13 @@ def write_evidence(
     if judged.found:
         assert judged.photos is not None
         old, new = (side.plain for side in judged.views)
-        draw_neighbours_before_after(judged.photos, old, new, output / "neighbours.png")
+        draw_neighbours_before_after(judged.photos, old, new, output / NEIGHBOURS)
         was, now = (side.groups for side in judged.found)
-        picture = output / "groups_before_after.png"
-        draw_groups_before_after(judged.photos, (old, was), (new, now), picture)
+        draw_groups_before_after(judged.photos, (old, was), (new, now), output / GROUPS)
 
     table = measured.table()
     if table:
         print(f"\n{table}\n", flush=True)
 
 
-__all__ = ["BeforeAfter", "run_record", "write_evidence"]
+__all__ = ["GROUPS", "NEIGHBOURS", "BeforeAfter", "run_record", "write_evidence"]

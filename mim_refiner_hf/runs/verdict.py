@@ -9,8 +9,9 @@ A result is better when all of this holds:
 - the weights moved: by a two-hundredth of their length or more;
 - the features did not collapse: RankMe is at least `GUARD` times the start's. It falls in good
   refinements too, to 0.5 of the start's, and to 0.1 and less in collapsed ones;
-- the separation d' of a photo from other photos, by a distorted copy of it, rose by more than chance:
-  the 95 % interval of its paired change lies above 0 (evaluation/label_free.py).
+- the separation d' of a photo from other photos, by a distorted copy of it, rose by more than
+  chance: the 95 % interval of its paired change lies above 0 (evaluation/label_free.py);
+- there are `LEAST_PHOTOS` photos or more to tell it by.
 
 Else the start ships. What cannot be judged, such as a stream, ships as it was refined, and says so.
 Both sides are measured when the training has ended, the start from the copy of it that the run's
@@ -51,6 +52,8 @@ LEAST_PHOTOS = 20
 """With fewer, an interval says nothing."""
 # held-out photos judge where there are so many
 _ENOUGH_HELD_OUT = 200
+_HELD_OUT = "held-out photos"
+_TRAINING = "training photos"
 
 Outcome = Literal["better", "not better", "not judged"]
 
@@ -80,6 +83,11 @@ class Verdict:
         """Whether the start ships in place of the result."""
         return self.outcome == "not better"
 
+    @property
+    def changes_as_json(self) -> dict[str, dict[str, Any]]:
+        """Every change as metrics.json has it."""
+        return {name: change.as_json() for name, change in self.changes.items()}
+
     def as_json(self) -> dict[str, Any]:
         """As metrics.json has it under "judgement"."""
         return {
@@ -89,7 +97,7 @@ class Verdict:
             "weights_change": self.weights_change,
             "before": self.before,
             "after": self.after,
-            "changes": {name: change.as_json() for name, change in self.changes.items()},
+            "changes": self.changes_as_json,
         }
 
     def __str__(self) -> str:
@@ -123,14 +131,14 @@ def judging_photos(images: RunImages) -> tuple[ImageDataset | None, str]:
     Held-out ones where there are 200 or more, else the training photos, which serve as well; of a
     stream the held-out ones, however few.
     """
-    held_out = images.evaluation
+    photos = images.evaluation
+    kind = _HELD_OUT
     training = images.training
-    if not isinstance(training, ImageDataset):
-        photos, kind = held_out, "held-out photos"
-    elif held_out is not None and len(held_out) >= min(_ENOUGH_HELD_OUT, len(training)):
-        photos, kind = held_out, "held-out photos"
-    else:
-        photos, kind = training, "training photos"
+    if isinstance(training, ImageDataset):
+        enough = min(_ENOUGH_HELD_OUT, len(training))
+        if photos is None or len(photos) < enough:
+            photos = training
+            kind = _TRAINING
     return (None if photos is None else evenly_spaced(photos, JUDGED_IMAGES)), kind
 
 
@@ -153,28 +161,31 @@ def judge(
         name = setting("eval_dataset")
         return Judged(Verdict("not judged", f"a stream is gone once read; name photos by {name}"))
 
-    workers = prepared.recipe.num_workers
-    photos, broken = readable(photos, workers)
-    if broken:
-        reason = broken[0]["reason"]
-        logger.warning("%d broken photos do not judge, first: %s", len(broken), reason)
+    # the held-out ones are known to be readable
+    if kind == _TRAINING:
+        photos, broken = readable(photos, prepared.recipe.num_workers)
+        if broken:
+            reason = broken[0]["reason"]
+            logger.warning("%d broken photos do not judge, first: %s", len(broken), reason)
     called = f"{len(photos)} {kind}"
-    if len(photos) < LEAST_PHOTOS:
-        reason = f"{called} are too few to judge, {LEAST_PHOTOS} are needed"
-        return Judged(Verdict("not better", reason, called))
+    if len(photos) < 2:
+        return Judged(Verdict("not better", f"{called}: too few to judge", called))
 
-    views = tuple(_views(prepared, encoder, photos) for encoder in (start, refined))
+    old, new = (_views(prepared, encoder, photos) for encoder in (start, refined))
     verdict: Verdict | None = None
     found: tuple[LabelFree, ...] = ()
     if accelerator.is_main_process:
         moved = relative_change(start.state_dict(), refined.state_dict())
-        if all(side.finite for side in views):
-            found = tuple(label_free(side, seed=prepared.recipe.seed) for side in views)
-            verdict = compared(*found, moved, called)
+        if old.finite and new.finite:
+            before = label_free(old, seed=prepared.recipe.seed)
+            after = label_free(new, seed=prepared.recipe.seed)
+            found = (before, after)
+            verdict = compared(before, after, moved, called)
         else:
             verdict = Verdict("not better", "features are not finite", called, moved)
     agreed = gather_objects(verdict)[0]
-    return Judged(agreed, photos, views, found)
+    assert agreed is not None
+    return Judged(agreed, photos, (old, new), found)
 
 
 def _views(prepared: Prepared, encoder: MimRefinerModel, photos: ImageDataset) -> TwoViews:
@@ -192,7 +203,12 @@ def _views(prepared: Prepared, encoder: MimRefinerModel, photos: ImageDataset) -
 
 
 def compared(before: LabelFree, after: LabelFree, moved: float, photos: str) -> Verdict:
-    """The verdict by the rules above; `moved` is the relative change of the weights."""
+    """The verdict by the rules above.
+
+    Args:
+        moved: the relative change of the weights.
+        photos: what the photos are called, with their number.
+    """
     changes = {
         name: change_between(before.scores[name], score) for name, score in after.scores.items()
     }
@@ -202,7 +218,9 @@ def compared(before: LabelFree, after: LabelFree, moved: float, photos: str) -> 
     said = f"separation d' {old:.2f} -> {new:.2f} (95 % of the change {low:+.2f} to {high:+.2f})"
 
     outcome: Outcome = "not better"
-    if moved < LEAST_CHANGE:
+    if after.photos < LEAST_PHOTOS:
+        reason = f"{photos} are too few to judge, it takes {LEAST_PHOTOS}; {said}"
+    elif moved < LEAST_CHANGE:
         faster = f"a higher {setting('learning_rate')} or a lower {setting('ema_decay')}"
         reason = f"the weights moved by {100 * moved:.2f} % only; {faster} moves them more"
     elif after.rankme < GUARD * before.rankme:
