@@ -131,7 +131,14 @@ def test_images_that_were_encoded_are_not_encoded_again(
     assert written == [0, 1, 2]
     assert "16 of 24 images were encoded by the run before" in capsys.readouterr().err
     assert not (tmp_path / ".groups.features").exists()
-    assert rows(out) == rows(tmp_path / "whole")
+
+    # other batches, other last bits
+    resumed, whole = rows(out), rows(tmp_path / "whole")
+    for own, theirs in zip(resumed, whole, strict=True):
+        assert float(own.pop("confidence")) == pytest.approx(
+            float(theirs.pop("confidence")), abs=2e-3
+        )
+    assert resumed == whole
 
 
 def test_features_of_another_model_are_made_anew(

@@ -273,7 +273,11 @@ def planned(
         "predictor_dim": 1024,
     }
     recipe = RefineRecipe(**{**fields, **changes})
-    return resolve(recipe, config, 1000, bf16=bf16), config
+    resolved = resolve(recipe, config, 1000, bf16=bf16)
+    # the whole batch at once, where nothing else is named
+    if "micro_batch_size" not in changes:
+        resolved = dataclasses.replace(resolved, to_measure=frozenset())
+    return resolved, config
 
 
 def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:

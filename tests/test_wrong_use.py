@@ -174,7 +174,7 @@ CASES = [
     # ---- schedule
     Case(
         "warm-up as long as the training",
-        {"epochs": 4},
+        {"epochs": 4, "warmup_epochs": 4},
         ["--warmup_epochs 4", "less than --epochs 4"],
     ),
     Case("no epochs", {"epochs": 0}, ["--epochs 0", "greater than 0"]),
@@ -259,7 +259,7 @@ CASES = [
     Case(
         "wrong type in a recipe", {"recipe": "{tmp}/wrong_type.yaml"}, ["--head_blocks 5", "list"]
     ),
-    Case("nothing in a field", {"recipe": "{tmp}/null.yaml"}, ["--epochs None", "float"]),
+    Case("nothing in a field", {"recipe": "{tmp}/null.yaml"}, ["--flip None", "float"]),
     Case(
         "recipe that is a list",
         {"recipe": "{tmp}/list.yaml"},
@@ -454,7 +454,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, text in (
         ("unknown_field", "queue_length: 5"),
         ("wrong_type", "head_blocks: 5"),
-        ("null", "epochs:"),
+        ("null", "flip:"),
         ("list", "- epochs"),
         ("broken", "epochs: 5: 6"),
     ):
@@ -583,7 +583,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
         "--temperature",
-        "None: 0.2 up to width 1024 (L)",
+        "Auto: 0.2 up to width 1024 (L)",
         "--micro_batch_size",
         "exact, whatever the value",
     ):

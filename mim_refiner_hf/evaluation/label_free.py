@@ -1,7 +1,7 @@
 """How good features are, told without labels: is a photo known again from a distorted copy of it?
 
     views = two_views(encoder, images, encoder.image_processor, seed=0)
-    found = label_free(views, seed=0)
+    found = label_free_scores(views, seed=0)
     found.scores["separation"], found.scores["retrieval"], found.rankme
     change_between(old.scores["separation"], new.scores["separation"])       # paired by photo
 
@@ -114,7 +114,7 @@ def two_views(
     return TwoViews(*features)
 
 
-def label_free(views: TwoViews, *, seed: int = 0) -> LabelFree:
+def label_free_scores(views: TwoViews, *, seed: int = 0) -> LabelFree:
     """All that can be said of finite features without labels.
 
     Raises:
@@ -217,7 +217,7 @@ __all__ = [
     "JUDGED_IMAGES",
     "LabelFree",
     "TwoViews",
-    "label_free",
+    "label_free_scores",
     "reciprocal_ranks",
     "relative_change",
     "separation",

@@ -240,8 +240,8 @@ def draw_groups_before_after(
     words = []
     for place in largest[:GROUP_ROWS]:
         twin = partner[place]
-        tiles = exemplar_tiles(images, *before, old_ids[place])
-        tiles += [blank_tile(), *exemplar_tiles(images, *after, new_ids[twin])]
+        tiles = exemplar_tiles(images, *before, int(old_ids[place]))
+        tiles += [blank_tile(), *exemplar_tiles(images, *after, int(new_ids[twin]))]
         sheet.append(tiles)
         words.append(f"{sizes[place]} / {(now == new_ids[twin]).sum()}")
     title = "groups before (left) and after (right), number of photos before / after"

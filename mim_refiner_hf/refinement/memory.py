@@ -28,8 +28,9 @@ from ..runtime.distributed import all_gather
 from ..runtime.optimisation import freeze
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
+from .auto import Choice
 from .refiner import Refiner, keeps_a_graph
-from .resolve import Choice, ResolvedRecipe
+from .resolve import ResolvedRecipe
 
 GIGA = 2**30
 

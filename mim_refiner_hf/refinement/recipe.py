@@ -3,9 +3,10 @@
     recipe = RefineRecipe(model="facebook/vit-mae-large", dataset="my_images/", output_dir="out")
     resolved = resolve(recipe, encoder.config, num_images=1281167)
 
-The same names in YAML, Python and on the command line (`recipe_files.py`). The defaults are the
-paper's for a ViT-L/16 (Table 10). A None is derived from the encoder by `resolve`, which also holds
-every check that needs the encoder or the data.
+The same names in YAML, Python and on the command line (`recipe_files.py`). A field of `FITTED` that
+is left open, or is "auto", is fitted to the images, the encoder and the machine by `resolve`
+(`auto.py` has the rules), which also holds every check that needs these. The paper's numbers are
+the recipe `paper`, on which its own recipes are based.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,35 @@ from .loss import LossSchedule, Swap
 
 START_FIELDS = ("model", "pretrain", "init_from")
 """Where the starting weights are from: exactly one of them is given."""
+
+FITTED = (
+    "eval_fraction",
+    "pooling",
+    "projector_dim",
+    "predictor_dim",
+    "embedding_dim",
+    "queue_size",
+    "temperature",
+    "topk",
+    "swap",
+    "global_views",
+    "local_views",
+    "global_size",
+    "local_size",
+    "global_scale",
+    "epochs",
+    "head_epochs",
+    "warmup_epochs",
+    "batch_size",
+    "learning_rate",
+    "head_learning_rate",
+    "layer_decay",
+    "ema_decay",
+    "num_workers",
+    "save_every",
+)
+"""Fields that may be left open: None and "auto" mean the same. So may `head_blocks` and
+`micro_batch_size`, where "auto" means to measure."""
 
 
 def _is_area_range(scale: list[float]) -> bool:
@@ -77,9 +107,10 @@ class RefineRecipe:
     eval_split: str | None = documented(
         None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on."
     )
-    eval_fraction: ShareBelowOne = documented(
-        0.1,
-        "Share of the images held out for evaluation when neither is given; 0 for no evaluation.",
+    eval_fraction: ShareBelowOne | None = documented(
+        None,
+        "Share of the images held out for evaluation when neither is given; 0 for none. Auto: 0.1, "
+        "but at most 1000 images, and none of fewer than 200.",
     )
     max_bad_fraction: Share = documented(
         MAX_BAD_FRACTION,
@@ -107,7 +138,7 @@ class RefineRecipe:
         None,
         "What the heads read: cls, mean (of the patches), register (the first), or global_repr "
         "(CAPI's predictor, for the head on the output; heads on earlier blocks read the mean). "
-        "None: the model's.",
+        "Auto: the model's.",
     )
     # ---- heads
     head_blocks: BlockNumbers | Literal["auto"] | None = documented(
@@ -119,24 +150,35 @@ class RefineRecipe:
     num_heads: PositiveInt | None = documented(
         None, "Heads on the last so many blocks, instead of head_blocks."
     )
-    projector_dim: PositiveInt = documented(2048, "Hidden width of the projectors.")
-    predictor_dim: PositiveInt = documented(4096, "Hidden width of the predictors.")
-    embedding_dim: PositiveInt = documented(256, "Width of projections and predictions.")
-    queue_size: PositiveInt = documented(
-        65536, "Rows of the nearest-neighbour queue of each head; at least batch_size."
+    projector_dim: PositiveInt | None = documented(
+        None, "Hidden width of the projectors. Auto: 4 times the encoder's, 768 to 2048."
+    )
+    predictor_dim: PositiveInt | None = documented(
+        None, "Hidden width of the predictors. Auto: 5.33 times the encoder's, 1024 to 4096."
+    )
+    embedding_dim: PositiveInt | None = documented(
+        None, "Width of projections and predictions. Auto: 128 below width 384, else 256."
+    )
+    queue_size: PositiveInt | None = documented(
+        None,
+        "Rows of the nearest-neighbour queue of each head; at least batch_size. Auto: a power of "
+        "two, at most half the images and 65536.",
     )
     # ---- objective
     temperature: PositiveFloat | None = documented(
         None,
-        "Temperature of the loss; None: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 "
+        "Temperature of the loss. Auto: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 "
         "(2B).",
     )
-    topk: PositiveInt = documented(
-        20, "Neighbours to draw from in the refinement; the head warm-up takes the nearest."
+    topk: PositiveInt | None = documented(
+        None,
+        "Neighbours to draw from in the refinement; the head warm-up takes the nearest. Auto: a "
+        "hundredth of the queue, 1 to 20.",
     )
-    swap: Swap = documented(
-        "positive",
-        "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE).",
+    swap: Swap | None = documented(
+        None,
+        "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE). "
+        "Auto: none below 20000 images, whose neighbours are too far, else positive.",
     )
     loss_schedule: LossSchedule = documented(
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
@@ -145,17 +187,22 @@ class RefineRecipe:
         0, "Keep the embeddings and the first so many blocks as they are."
     )
     # ---- views
-    global_views: PositiveInt = documented(2, "Global views per image.")
-    local_views: NonNegativeInt = documented(10, "Local views per image.")
+    global_views: PositiveInt | None = documented(None, "Global views per image. Auto: 2.")
+    local_views: NonNegativeInt | None = documented(
+        None, "Local views per image. Auto: 10 from 20000 images on and on a GPU, else none."
+    )
     global_size: PositiveInt | None = documented(
-        None, "Side of a global view in pixels; None: the encoder's native size."
+        None,
+        "Side of a global view in pixels. Auto: 3/4 of the encoder's native size, in whole "
+        "patches; the native size where there are local views.",
     )
     local_size: PositiveInt | None = documented(
         None,
-        "Side of a local view; None: 3/7 of the native size, in whole patches (96 or 98 for 224).",
+        "Side of a local view. Auto: 3/7 of the native size, in whole patches (96 or 98 for 224).",
     )
-    global_scale: AreaRange = documented(
-        [0.25, 1.0], "Range of the area that a global view covers."
+    global_scale: AreaRange | None = documented(
+        None,
+        "Range of the area that a global view covers. Auto: 0.25 1 with local views, else 0.3 1.",
     )
     local_scale: AreaRange = documented([0.05, 0.25], "Range of the area that a local view covers.")
     colour: bool = documented(
@@ -176,26 +223,47 @@ class RefineRecipe:
     stage: Literal["both", "warmup", "refine"] = documented(
         "both", "Head warm-up, refinement, or one after the other."
     )
-    epochs: PositiveFloat = documented(30, "Epochs of refinement.")
-    head_epochs: PositiveFloat = documented(20, "Epochs of head warm-up on the frozen encoder.")
-    warmup_epochs: NonNegativeFloat = documented(
-        4.0, "Epochs of linear learning-rate warm-up in each stage."
+    epochs: PositiveFloat | None = documented(
+        None,
+        "Epochs of refinement. Auto: 30, but at least 300 updates, and without a GPU at most 600.",
+    )
+    head_epochs: PositiveFloat | None = documented(
+        None,
+        "Epochs of head warm-up on the frozen encoder. Auto: a fifth of the refinement's updates, "
+        "at least 40.",
+    )
+    warmup_epochs: NonNegativeFloat | None = documented(
+        None,
+        "Epochs of linear learning-rate warm-up in each stage. Auto: a tenth of the refinement, "
+        "at most a fifth of the head warm-up and 4 epochs.",
     )
     max_steps: PositiveInt | None = documented(None, "Updates per stage at most.")
-    batch_size: Annotated[int, minimum(2)] = documented(
-        1024, "Images per update, all processes together."
+    batch_size: Annotated[int, minimum(2)] | None = documented(
+        None,
+        "Images per update, all processes together. Auto: about 4 times the root of the number of "
+        "images, a power of two, 32 to 1024, without a GPU at most 64; never more than half of "
+        "them.",
     )
-    learning_rate: PositiveFloat = documented(
-        4e-4, "Base learning rate of the refinement, encoder and heads; times batch_size / 256."
+    learning_rate: PositiveFloat | None = documented(
+        None,
+        "Base learning rate of the refinement, encoder and heads; times batch_size / 256. Auto: "
+        "the peak is 0.001 at width 192 and batch 64, less for wider encoders, more for batches.",
     )
-    head_learning_rate: PositiveFloat = documented(
-        2e-4, "Base learning rate of the head warm-up; times batch_size / 256."
+    head_learning_rate: PositiveFloat | None = documented(
+        None,
+        "Base learning rate of the head warm-up; times batch_size / 256. Auto: the refinement's.",
     )
-    layer_decay: ShareAboveZero = documented(0.65, "Layer-wise learning-rate decay of the encoder.")
+    layer_decay: ShareAboveZero | None = documented(
+        None,
+        "Layer-wise learning-rate decay of the encoder. Auto: 0.85 up to 12 blocks, falling to "
+        "0.65 at 24.",
+    )
     weight_decay: NonNegativeFloat = documented(0.05, "Weight decay of the encoder.")
     head_weight_decay: NonNegativeFloat = documented(1e-5, "Weight decay of the heads.")
-    ema_decay: ShareBelowOne = documented(
-        0.9999, "Decay of the moving average of the encoder, which is what ships."
+    ema_decay: ShareBelowOne | None = documented(
+        None,
+        "Decay of the moving average of the encoder, which is what ships. Auto: it reaches a tenth "
+        "of the updates back, at most 0.9999.",
     )
     seed: NonNegativeInt = documented(
         0, "Data order, views, neighbour draws and head weights are pure functions of it."
@@ -204,7 +272,7 @@ class RefineRecipe:
     micro_batch_size: PositiveInt | Literal["auto"] | None = documented(
         None,
         "Images of one process per pass through the encoder; exact, whatever the value, which need "
-        "not divide the batch. auto: as many as fit into memory. None: all.",
+        "not divide the batch. Auto: as many as fit into memory.",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = documented(
         "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
@@ -216,7 +284,7 @@ class RefineRecipe:
         False, "torch.compile every block; needs a GPU, Triton and a C compiler."
     )
     num_workers: NonNegativeInt | None = documented(
-        None, "Data-loading workers per process; None: one per core and process, at most 16."
+        None, "Data-loading workers per process. Auto: one per core and process, at most 16."
     )
     # ---- evaluation
     eval_every: NonNegativeInt = documented(
@@ -228,7 +296,10 @@ class RefineRecipe:
         "outputs/refined",
         "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.",
     )
-    save_every: NonNegativeInt = documented(500, "Steps between checkpoints; 0 for none.")
+    save_every: NonNegativeInt | None = documented(
+        None,
+        "Steps between checkpoints; 0 for none. Auto: a tenth of all steps, at most 500.",
+    )
     keep: PositiveInt = documented(2, "Checkpoints kept.")
     report_to: str = documented(
         "tensorboard",
@@ -246,6 +317,9 @@ class RefineRecipe:
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:
+        for name in FITTED:
+            if getattr(self, name) == "auto":
+                setattr(self, name, None)
         check_fields(self)
         for problem in _contradictions(self):
             raise ValueError(problem)
@@ -263,7 +337,8 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     yield from _wrong_heads(recipe)
     yield from _wrong_schedule(recipe)
 
-    if recipe.global_views + recipe.local_views < 2:
+    few_views = recipe.global_views == 1 and recipe.local_views == 0
+    if few_views:
         views = (
             f"{setting('global_views', recipe.global_views)} "
             f"{setting('local_views', recipe.local_views)}"
@@ -306,14 +381,22 @@ def _wrong_heads(recipe: RefineRecipe) -> Iterator[str]:
     if isinstance(blocks, list) and (not blocks or sorted(set(blocks)) != blocks):
         yield f"{setting('head_blocks', blocks)}: must be different blocks in ascending order"
 
-    if recipe.queue_size < recipe.batch_size:
-        yield (
-            f"{setting('queue_size', recipe.queue_size)}: must be at least "
-            f"{setting('batch_size', recipe.batch_size)}, which is enqueued every step"
-        )
-    if recipe.topk > recipe.queue_size:
-        queue = setting("queue_size", recipe.queue_size)
-        yield f"{setting('topk', recipe.topk)}: must be at most {queue}"
+    # what one of them leaves open is checked when it is filled in
+    yield from queue_problems(recipe.queue_size, recipe.batch_size, recipe.topk)
+
+
+def queue_problems(
+    queue_size: int | None, batch_size: int | None, topk: int | None
+) -> Iterator[str]:
+    """What is wrong between the queue, what fills it and what is drawn from it."""
+    if queue_size is None:
+        return
+    queue = setting("queue_size", queue_size)
+    if batch_size is not None and queue_size < batch_size:
+        batch = setting("batch_size", batch_size)
+        yield f"{queue}: must be at least {batch}, which is enqueued every step"
+    if topk is not None and topk > queue_size:
+        yield f"{setting('topk', topk)}: must be at most {queue}"
 
 
 def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
@@ -322,10 +405,8 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
             f"{setting('streaming')}: a stream has no length; "
             f"say with {setting('max_steps')} how many updates each stage has"
         )
-    for name, epochs in (("epochs", recipe.epochs), ("head_epochs", recipe.head_epochs)):
-        if recipe.max_steps is None and recipe.warmup_epochs >= epochs:
-            warmup = setting("warmup_epochs", recipe.warmup_epochs)
-            yield f"{warmup}: must be less than {setting(name, epochs)}"
+    if recipe.max_steps is None:
+        yield from warmup_problems(recipe.warmup_epochs, recipe.epochs, recipe.head_epochs)
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield (
             f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are "
@@ -333,4 +414,16 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
         )
 
 
-__all__ = ["START_FIELDS", "RefineRecipe"]
+def warmup_problems(
+    warmup_epochs: float | None, epochs: float | None, head_epochs: float | None
+) -> Iterator[str]:
+    """Which stage is over before its learning rate has warmed up."""
+    if warmup_epochs is None:
+        return
+    for name, length in (("epochs", epochs), ("head_epochs", head_epochs)):
+        if length is not None and warmup_epochs >= length:
+            warmup = setting("warmup_epochs", warmup_epochs)
+            yield f"{warmup}: must be less than {setting(name, length)}"
+
+
+__all__ = ["FITTED", "START_FIELDS", "RefineRecipe", "queue_problems", "warmup_problems"]

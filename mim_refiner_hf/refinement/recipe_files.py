@@ -8,6 +8,7 @@ recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import HfArgumentParser
 
 from ..runtime.settings import documented, read_fields
 from ..runtime.wording import in_the_shell
-from .recipe import START_FIELDS, RefineRecipe
+from .recipe import FITTED, START_FIELDS, RefineRecipe
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
 _DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
@@ -81,6 +82,32 @@ def _head_blocks(words: Any) -> Any:
     return words
 
 
+def _with_images(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The words with the first one, which names the images, as `--dataset`."""
+    images, *others = words
+    named = [word for word in others if word.partition("=")[0] == "--dataset"]
+    if named:
+        parser.error(f"{images} and --dataset name both the images; give one of them")
+    return ["--dataset", images, *others]
+
+
+def _without_auto(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without `--field auto`, which argparse takes for no number, and these fields."""
+    words = list(arguments)
+    stated = []
+    left_open = []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
+        follows = not equals and words[:1] == ["auto"]
+        if word.startswith("--") and name in FITTED and (value == "auto" or follows):
+            left_open.append(name)
+            words = words[1:] if follows else words
+        else:
+            stated.append(word)
+    return stated, left_open
+
+
 def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     """The recipe a command line asks for: flags over the YAML of `--recipe`.
 
@@ -89,7 +116,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     Raises:
         SystemExit: code 2, after one line that names flag, value and what is allowed.
     """
-    usage = "%(prog)s [--recipe NAME] [--flag value ...]; --help lists the flags"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    usage = "%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags"
     parser = HfArgumentParser(
         _Flags,  # type: ignore[arg-type]
         description=__doc__.split("\n")[0],
@@ -101,13 +129,17 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
     for flag in ("--recipe", "--model", "--pretrain", "--init_from", "--dataset"):
         first.add_argument(flag)
-    start = first.parse_known_args(arguments)[0]
+    if words and not words[0].startswith("-"):
+        words = _with_images(words, parser)
+    start = first.parse_known_args(words)[0]
     name = start.recipe if any(vars(start).values()) else "quickstart"
     try:
         with in_the_shell():
             if name is not None:
                 parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
-            values = vars(parser.parse_args(arguments))
+            stated, left_open = _without_auto(words)
+            values = vars(parser.parse_args(stated))
+            values |= dict.fromkeys(left_open)
             values["head_blocks"] = _head_blocks(values["head_blocks"])
             values["micro_batch_size"] = _number(values["micro_batch_size"])
             return RefineRecipe(**values)

@@ -8,31 +8,21 @@ Nothing after it asks for a default again. What can only be measured in the run 
 auto`, `--micro_batch_size auto`) stands in `to_measure`, with an estimate in its place, until
 `measured` replaces it.
 
-Every setting that can be left open has one function here. It returns a `Choice`: the value, and
-one reason that the plan prints.
+The rules are in `auto.py`, one for each setting; here are those that need more than one of them,
+and the checks that need encoder and data. Every choice has one reason, which the plan prints.
 """
 
 import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
-from ..runtime.launch import workers_per_process
 from ..runtime.wording import setting
+from .auto import Choice, Situation, fit
 from .loss import LossSchedule, Swap
 from .recipe import RefineRecipe
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Choice(Generic[T]):
-    """The value of a setting, and why; the reason is empty where the recipe names the value."""
-
-    value: T
-    reason: str = ""
 
 
 class ViewSizes(NamedTuple):
@@ -68,6 +58,7 @@ class ResolvedRecipe:
         bf16: whether encoder and heads are computed in bfloat16.
         micro_batch_size: images of one process per pass; None for its whole share of the batch
             in one pass, of which every graph is kept.
+        save_every: 0 for no checkpoints.
         to_measure: fields whose value is an estimate until the run has measured.
         reasons: why a field that was left open has its value, by its name.
     """
@@ -171,6 +162,7 @@ def resolve(
     num_images: int | None,
     processes: int = 1,
     bf16: bool = False,
+    gpu: bool = False,
 ) -> ResolvedRecipe:
     """The recipe with all that it leaves open filled in, checked against encoder, data, processes.
 
@@ -179,52 +171,54 @@ def resolve(
         num_images: training images; None for a stream.
         processes: how many share a batch.
         bf16: whether the device computes in bfloat16, see `runtime.device.uses_bf16`.
+        gpu: whether it is a GPU.
 
     Raises:
         ValueError: naming flag, value and what is allowed.
     """
+    asked = recipe
+    fitted = fit(recipe, Situation(config, num_images, processes, gpu))
+    recipe = fitted.recipe
+    assert recipe.pooling is not None and recipe.global_scale is not None
+    assert recipe.global_size is not None and recipe.local_size is not None
+
     _check_freezing(recipe.freeze_blocks, config.num_hidden_layers)
-    pooling = choose_pooling(recipe.pooling, config)
-    blocks = choose_blocks_with_heads(recipe, config.num_hidden_layers, pooling.value)
-    sizes = choose_view_sizes(recipe.global_size, recipe.local_size, config)
+    check_pooling(recipe.pooling, config)
+    check_view_sizes(ViewSizes(recipe.global_size, recipe.local_size), config.patch_size)
     _check_batch(recipe, num_images, processes)
-    temperature = choose_temperature(recipe.temperature, config.hidden_size)
-    micro = choose_passes(recipe.micro_batch_size)
+    blocks = choose_blocks_with_heads(recipe, config.num_hidden_layers, recipe.pooling)
     steps = choose_steps(recipe, num_images)
-    workers = choose_workers(recipe.num_workers, processes)
+
+    # what is not named is measured
+    to_measure = set()
+    micro: int | None = None
+    if isinstance(recipe.micro_batch_size, int):
+        micro = recipe.micro_batch_size
+    else:
+        to_measure.add("micro_batch_size")
+    if recipe.head_blocks == "auto":
+        to_measure.add("head_blocks")
 
     reasons = {
-        "pooling": pooling.reason,
+        **fitted.reasons,
         "head_blocks": blocks.reason,
-        "global_size": sizes.reason,
-        "local_size": sizes.reason,
-        "temperature": temperature.reason,
-        "micro_batch_size": micro.reason,
         "steps": steps.reason,
-        "num_workers": workers.reason,
     }
     resolved: dict[str, Any] = {
-        "asked": recipe,
+        "asked": asked,
         "num_images": num_images,
         "processes": processes,
         "bf16": bf16,
-        "pooling": pooling.value,
         "head_blocks": blocks.value,
-        "global_size": sizes.value.global_size,
-        "local_size": sizes.value.local_size,
         "global_scale": tuple(recipe.global_scale),
         "local_scale": tuple(recipe.local_scale),
-        "temperature": temperature.value,
-        "micro_batch_size": micro.value,
+        "micro_batch_size": micro,
         "steps": steps.value,
-        "num_workers": workers.value,
-        "to_measure": frozenset(
-            name for name in ("head_blocks", "micro_batch_size") if getattr(recipe, name) == "auto"
-        ),
+        "to_measure": frozenset(to_measure),
         "reasons": {name: reason for name, reason in reasons.items() if reason},
     }
 
-    # everything else is what the recipe says
+    # everything else is what the recipe says, by now
     names = {field.name for field in dataclasses.fields(ResolvedRecipe)}
     said = {name: getattr(recipe, name) for name in names - resolved.keys()}
     return ResolvedRecipe(**resolved, **said)
@@ -233,15 +227,11 @@ def resolve(
 # ---- one setting, or one group of them, each
 
 
-def choose_pooling(pooling: Pooling | None, config: MimRefinerConfig) -> Choice[Pooling]:
-    """What the heads read, of what the encoder has."""
-    # the configuration fills its own in
-    chosen = pooling or config.pooling
-    assert chosen is not None
-    missing = config.missing_for(chosen)
+def check_pooling(pooling: Pooling, config: MimRefinerConfig) -> None:
+    """Whether the encoder has what the heads are to read."""
+    missing = config.missing_for(pooling)
     if missing:
-        raise ValueError(f"{setting('pooling', chosen)}: the encoder has {missing}; use mean")
-    return Choice(chosen, "" if pooling else "what the model itself pools")
+        raise ValueError(f"{setting('pooling', pooling)}: the encoder has {missing}; use mean")
 
 
 def default_head_blocks(num_layers: int) -> list[int]:
@@ -287,61 +277,27 @@ def choose_blocks_with_heads(
     return chosen
 
 
-def choose_view_sizes(
-    global_size: int | None, local_size: int | None, config: MimRefinerConfig
-) -> Choice[ViewSizes]:
-    """Sides of the views, in whole patches: the native one, and 3/7 of it as the paper has it."""
-    patch = config.patch_size
-    native = config.image_hw[0]
-    small = max(1, round(config.grid[0] * 3 / 7)) * patch
-    sizes = ViewSizes(global_size or native, local_size or small)
-    for flag, size in sizes._asdict().items():
+def check_view_sizes(sizes: ViewSizes, patch: int) -> None:
+    """Whether views are whole patches."""
+    for name, size in sizes._asdict().items():
         if size % patch:
             near = max(patch, round(size / patch) * patch)
             raise ValueError(
-                f"--{flag} {size}: must be a multiple of the patch size {patch}, for example {near}"
+                f"{setting(name, size)}: must be a multiple of the patch size {patch}, "
+                f"for example {near}"
             )
-
-    open_sizes = []
-    if global_size is None:
-        open_sizes.append("global views have the encoder's native size")
-    if local_size is None:
-        open_sizes.append("local views 3/7 of the native size, in whole patches")
-    return Choice(sizes, ", ".join(open_sizes))
-
-
-def choose_temperature(temperature: float | None, width: int) -> Choice[float]:
-    """The paper's temperature for an encoder of this width (Table 10)."""
-    if temperature is not None:
-        return Choice(temperature)
-    if width <= 1024:
-        return Choice(0.2, "the encoder's width is at most 1024")
-    if width <= 1280:
-        return Choice(0.3, "the encoder's width is above 1024, at most 1280")
-    return Choice(0.35, "the encoder's width is above 1280")
-
-
-def choose_passes(micro_batch_size: int | str | None) -> Choice[int | None]:
-    """Images per pass through the encoder; for "auto" the whole batch stands until measured."""
-    if micro_batch_size == "auto":
-        return Choice(None, "as many as fit, found out before the first step")
-    assert not isinstance(micro_batch_size, str)
-    return Choice(micro_batch_size)
-
-
-def choose_workers(num_workers: int | None, processes: int) -> Choice[int]:
-    """Data-loading workers of a process."""
-    if num_workers is not None:
-        return Choice(num_workers)
-    return Choice(workers_per_process(processes), "one per core and process, at most 16")
 
 
 def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
-    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`."""
+    """Updates per stage: whole batches per epoch times epochs, at most `max_steps`.
+
+    The recipe names epochs and batch.
+    """
     if num_images is None:
         assert recipe.max_steps is not None
         warmup = refine = recipe.max_steps
     else:
+        assert recipe.batch_size and recipe.epochs and recipe.head_epochs
         per_epoch = num_images // recipe.batch_size
         warmup = round(recipe.head_epochs * per_epoch)
         refine = round(recipe.epochs * per_epoch)
@@ -360,6 +316,7 @@ def choose_steps(recipe: RefineRecipe, num_images: int | None) -> Choice[Steps]:
     steps = count_steps(recipe, num_images)
     if num_images is None:
         return Choice(steps, f"a stream has no length, so {setting('max_steps')} in each stage")
+    assert recipe.batch_size is not None
     per_epoch = num_images // recipe.batch_size
     reason = f"{recipe.head_epochs:g} and {recipe.epochs:g} epochs of {per_epoch} whole batches"
     if recipe.max_steps is not None:
@@ -381,6 +338,7 @@ def _check_freezing(freeze_blocks: int, layers: int) -> None:
 def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -> None:
     """Whether a batch can be filled by the data and divided among the processes."""
     batch = recipe.batch_size
+    assert batch is not None
     if num_images is not None and batch > num_images:
         raise ValueError(
             f"{setting('batch_size', batch)}: the data set has only {num_images} training images"
@@ -397,4 +355,4 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
         )
 
 
-__all__ = ["Choice", "ResolvedRecipe", "Steps", "count_steps", "default_head_blocks", "resolve"]
+__all__ = ["ResolvedRecipe", "Steps", "count_steps", "default_head_blocks", "resolve"]

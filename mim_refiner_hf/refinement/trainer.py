@@ -42,6 +42,7 @@ from ..runtime.optimisation import (
 from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.wording import setting
+from .auto import Choice
 from .batches import view_batches
 from .failure import check_step
 from .head_log import HeadLog
@@ -50,7 +51,7 @@ from .loss import head_weights
 from .memory import choose_micro_batch
 from .queue import NearestNeighbourQueue
 from .refiner import Refiner, StepResult, neighbour_draw
-from .resolve import Choice, ResolvedRecipe
+from .resolve import ResolvedRecipe
 
 
 def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
@@ -155,6 +156,9 @@ class Trainer:
     def settle_micro_batch(self, choice: Choice[int | None]) -> None:
         """Put what was measured in the place of micro_batch_size "auto", and say it."""
         self.recipe = self.recipe.measured("micro_batch_size", choice)
+        # that all fits is news only for those who asked
+        if choice.value is None and self.recipe.asked.micro_batch_size != "auto":
+            return
         shown = choice.value or "left out"
         chosen = setting("micro_batch_size", shown)
         self.accelerator.print(f"{chosen}: {choice.reason}", flush=True)

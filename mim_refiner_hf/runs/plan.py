@@ -18,6 +18,7 @@ from ..refinement.memory import (
     head_parameters,
     memory_estimate,
 )
+from ..refinement.misfit import misfits
 from ..refinement.resolve import ResolvedRecipe
 from ..runtime.device import emulates_bf16
 from ..runtime.files import in_bytes
@@ -67,6 +68,7 @@ def plan_text(
     files = "metrics.json, clusters.png, curves.png, log.jsonl"
     lines += [("disk", disk), ("result", f"{recipe.output_dir}/model, {files}")]
     lines += _named("chosen", chosen_lines(recipe))
+    lines += _named("careful", misfits(recipe))
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
 
 

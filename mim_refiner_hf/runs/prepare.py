@@ -7,11 +7,14 @@
 Whatever is wrong is a ValueError or FileNotFoundError that names the setting and what is allowed.
 """
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..conversion import load_encoder
 from ..conversion.load import image_processor
@@ -20,7 +23,8 @@ from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import PretrainRecipe
-from ..refinement.recipe import RefineRecipe
+from ..refinement.auto import choose_eval_fraction
+from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe, resolve
 from ..runtime.checkpoint import Checkpoint, load_latest
 from ..runtime.device import check_compile, uses_bf16
@@ -134,6 +138,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     check_compile(recipe.compile)
 
     output = Path(recipe.output_dir)
+    recipe = as_begun(recipe, output)
     training, evaluation = open_run_images(recipe, num_channels=3, given=given)
     resume = None if recipe.dry_run else load_latest(output / "checkpoints")
     start = open_starting_weights(recipe, resume, given)
@@ -145,7 +150,8 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
 
     num_images = len(training) if isinstance(training, ImageDataset) else None
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    resolved = resolve(recipe, start.config, num_images, processes, bf16)
+    gpu = torch.accelerator.is_available()
+    resolved = resolve(recipe, start.config, num_images, processes, bf16, gpu)
     if "head_blocks" in resolved.to_measure:
         check_measurable(images.bank)
     if start.pretraining is not None:
@@ -222,9 +228,14 @@ def open_run_images(
             f"{setting('eval_dataset', evaluation.name)}: these are the images to train on; name "
             f"others, another {setting('eval_split')}, or leave both out to hold some back"
         )
-    if evaluation is None and recipe.eval_fraction > 0:
-        return hold_out(images, recipe.eval_fraction, recipe.seed)
-    return images, evaluation
+    if evaluation is not None:
+        return images, evaluation
+    share = recipe.eval_fraction
+    if share is None:
+        share = choose_eval_fraction(len(images)).value
+    if share == 0:
+        return images, None
+    return hold_out(images, share, recipe.seed)
 
 
 def _with_bank(
@@ -269,17 +280,9 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
         ValueError: naming the fields that differ.
     """
     check_writable(output, "output_dir")
-    saved = output / "recipe.json"
-    if not saved.is_file():
+    old = _saved_recipe(output)
+    if old is None:
         return
-    try:
-        old = dict(json.loads(saved.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
-            "name another folder or remove it"
-        ) from error
-
     changes = []
     for name, value in recipe.as_written().items():
         if name not in _FREE_FIELDS and old.get(name) != value:
@@ -295,6 +298,39 @@ def start_folder(recipe: ResolvedRecipe) -> Path:
     """Where a run keeps the encoder that it starts from, to be judged by and perhaps to ship."""
     name = START if recipe.asked.pretrain is None else PRETRAINED
     return Path(recipe.output_dir) / name
+
+
+def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
+    """The recipe with what it leaves open as the run in `output`, if there is one, began.
+
+    Whatever fits another machine better, a run ends as it began.
+    """
+    old = _saved_recipe(output)
+    if old is None:
+        return recipe
+    names = [name for name in FITTED if name not in _FREE_FIELDS]
+    if recipe.num_heads is None:
+        names.append("head_blocks")
+
+    begun = {}
+    for name in names:
+        if getattr(recipe, name) is None and old.get(name) is not None:
+            begun[name] = old[name]
+    return dataclasses.replace(recipe, **begun)
+
+
+def _saved_recipe(output: Path) -> dict[str, Any] | None:
+    """The recipe.json of a run's folder; None where there is none."""
+    saved = output / "recipe.json"
+    if not saved.is_file():
+        return None
+    try:
+        return dict(json.loads(saved.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
+            "name another folder or remove it"
+        ) from error
 
 
 def check_start_folder(folder: Path) -> Path:

@@ -72,7 +72,8 @@ def refine(
         TypeError: for a setting that does not exist.
         FloatingPointError: for a loss that is not finite.
         NotBetterError: with `fail_if_not_better`, unless the result is judged better; everything is
-            written, and the error has it as `result`. The command exits with 3.
+            written, and the error has it as `result`. The command exits with 3. Of several
+            processes, the main one raises it.
         PushError: when the Hub fails; the local result is intact and the message says how to
             continue.
     """
@@ -90,11 +91,12 @@ def refine(
 
     with sole_run(output, "output_dir"):
         result = run(recipe, given, callbacks)
-        if result is not None and PartialState().is_main_process:
-            _publish(result, recipe)
-    if result is not None and recipe.fail_if_not_better:
-        if result.verdict.outcome != "better":
-            raise NotBetterError(str(result.verdict), result)
+        # one process writes; were the others to fail meanwhile, a launcher would stop it
+        if result is None or not PartialState().is_main_process:
+            return result
+        _publish(result, recipe)
+    if recipe.fail_if_not_better and result.verdict.outcome != "better":
+        raise NotBetterError(str(result.verdict), result)
     return result
 
 

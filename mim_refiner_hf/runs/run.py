@@ -32,9 +32,9 @@ from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
+from ..refinement.auto import Choice
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
-from ..refinement.resolve import Choice
 from ..refinement.trainer import Trainer
 from ..runtime.device import available_memory, warn_of_emulation
 from ..runtime.files import staged_folder, write_json
@@ -46,7 +46,7 @@ from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
 from .prepare import NOTHING, Given, Prepared, check_start_folder, prepare, start_folder
 from .run_record import BeforeAfter, run_record, write_evidence
-from .verdict import Verdict, judge, load_start
+from .verdict import Verdict, judge_run, load_start
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     start = load_start(prepared)
     if start is not None:
         start.to(accelerator.device)
-    judged = judge(prepared, accelerator, start, refined)
+    judged = judge_run(prepared, accelerator, start, refined)
     after = None
     if judged.finite:
         after = _evaluate(prepared, refined)

@@ -1,6 +1,6 @@
 """Whether a refinement is better than its start, judged without labels, and so which of them ships.
 
-    judged = judge(prepared, accelerator, start, refined)
+    judged = judge_run(prepared, accelerator, start, refined)
     judged.verdict.outcome, judged.verdict.reason       # "better", "separation d' 1.83 -> 2.41 ..."
 
 A result is better when all of this holds:
@@ -33,7 +33,7 @@ from ..evaluation.label_free import (
     JUDGED_IMAGES,
     LabelFree,
     TwoViews,
-    label_free,
+    label_free_scores,
     relative_change,
     two_views,
 )
@@ -142,7 +142,7 @@ def judging_photos(images: RunImages) -> tuple[ImageDataset | None, str]:
     return (None if photos is None else evenly_spaced(photos, JUDGED_IMAGES)), kind
 
 
-def judge(
+def judge_run(
     prepared: Prepared,
     accelerator: Accelerator,
     start: MimRefinerModel | None,
@@ -177,8 +177,8 @@ def judge(
     if accelerator.is_main_process:
         moved = relative_change(start.state_dict(), refined.state_dict())
         if old.finite and new.finite:
-            before = label_free(old, seed=prepared.recipe.seed)
-            after = label_free(new, seed=prepared.recipe.seed)
+            before = label_free_scores(old, seed=prepared.recipe.seed)
+            after = label_free_scores(new, seed=prepared.recipe.seed)
             found = (before, after)
             verdict = compared(before, after, moved, called)
         else:
@@ -255,7 +255,7 @@ __all__ = [
     "Outcome",
     "Verdict",
     "compared",
-    "judge",
+    "judge_run",
     "judging_photos",
     "load_start",
 ]

@@ -1,0 +1,364 @@
+"""What a recipe leaves open, fitted to the images, the encoder and the machine: one rule a setting.
+
+    fitted = fit(recipe, Situation(config, num_images=300))
+    fitted.recipe.batch_size, fitted.reasons["batch_size"]
+    # 64, "4 times the root of 300 images, at most 64 without a GPU"
+
+A rule sees the settings that were stated, and follows them: the learning rate goes with the batch
+that the user asked for. What decides with few images is the number of updates, the learning rate
+and the reach of the moving average (benchmarks/results/criteria.md); the paper's epochs and decay
+would ship the start. From 20 000 images on, and on a GPU, views and swap are the paper's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..runtime.launch import workers_per_process
+from ..runtime.wording import setting
+from .recipe import FITTED, RefineRecipe
+
+T = TypeVar("T")
+
+# Images from which on neighbours are near enough to swap, and views are the paper's.
+MANY_IMAGES = 20_000
+# Updates of the refinement: too few change little.
+_LEAST_UPDATES = 300
+# Without a GPU these take about ten minutes, with a tiny encoder on two cores.
+_MOST_UPDATES_WITHOUT_GPU = 600
+_LEAST_HEAD_UPDATES = 40
+_EPOCHS = 30
+# Width and batch at which the peak learning rate was measured.
+_PEAK = 1e-3
+_PEAK_WIDTH = 192
+_PEAK_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """The value of a setting, and why; the reason is empty where the recipe names the value."""
+
+    value: T
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What open settings are fitted to.
+
+    Attributes:
+        config: of the encoder that is refined.
+        num_images: training images; None for a stream, which counts as many.
+        processes: how many share a batch.
+        gpu: whether they compute on GPUs.
+    """
+
+    config: MimRefinerConfig
+    num_images: int | None
+    processes: int = 1
+    gpu: bool = False
+
+    @property
+    def is_large(self) -> bool:
+        """Whether images and machine suffice for the paper's views and swap."""
+        many = self.num_images is None or self.num_images >= MANY_IMAGES
+        return many and self.gpu
+
+    @property
+    def too_small(self) -> str:
+        """Why they do not."""
+        if not self.gpu:
+            return "without a GPU"
+        return f"{self.num_images} images, fewer than {MANY_IMAGES}"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe with nothing of `FITTED` left open, and why each such field has its value."""
+
+    recipe: RefineRecipe
+    reasons: dict[str, str]
+
+
+def fit(recipe: RefineRecipe, at: Situation) -> Fitted:
+    """The recipe with every field of `FITTED` that it leaves open filled in.
+
+    Raises:
+        ValueError: where what was stated and what is fitted to it contradict each other.
+    """
+    known: dict[str, Any] = {name: getattr(recipe, name) for name in FITTED}
+    reasons = {}
+
+    # in this order: a rule reads what stands before it
+    for name, rule in _RULES.items():
+        if known[name] is not None:
+            continue
+        choice = rule(Stated(recipe, known), at)
+        known[name] = choice.value
+        reasons[name] = choice.reason
+
+    # the local views' side means nothing without local views
+    if known["local_views"] == 0:
+        reasons.pop("local_size", None)
+    return Fitted(dataclasses.replace(recipe, **known), reasons)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The recipe that is being filled in: `recipe` as written, `known` by now."""
+
+    recipe: RefineRecipe
+    known: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.known[name]
+
+    @property
+    def updates(self) -> int:
+        """Of the refinement, as far as is known: by epochs, or by `max_steps`."""
+        return self.recipe.max_steps or _LEAST_UPDATES
+
+
+# ---- images
+
+
+def choose_eval_fraction(num_images: int) -> Choice[float]:
+    """The share of the images that is held out: a tenth, but neither many nor the last few."""
+    if num_images < 200:
+        return Choice(0.0, f"none of {num_images} images is given up: fewer than 200")
+    if num_images > 10_000:
+        return Choice(1000 / num_images, "1000 images are enough to measure on")
+    return Choice(0.1, "a tenth of the images")
+
+
+# ---- batch and length
+
+
+def _batch_size(stated: Stated, at: Situation) -> Choice[int]:
+    """Negatives come from the batch: 4 sqrt(n), as far as images and machine allow."""
+    most = 1024 if at.gpu else 64
+    limit = f"at most {most}" if at.gpu else f"at most {most} without a GPU"
+    if at.num_images is None:
+        size = most
+        reason = f"a stream has images enough; {limit}"
+    else:
+        power = round(math.log2(4 * math.sqrt(at.num_images)))
+        size = min(max(2**power, 32), most)
+        reason = f"4 times the root of {at.num_images} images, as a power of two, {limit}"
+        if size > at.num_images // 2:
+            size = max(2, at.num_images // 2)
+            reason = f"half of {at.num_images} images"
+
+    queue = stated["queue_size"]
+    if queue is not None and size > queue:
+        size = queue
+        reason = f"as many as {setting('queue_size', queue)}"
+    # every process has the same share
+    return Choice(max(at.processes, size - size % at.processes), reason)
+
+
+def _per_epoch(stated: Stated, at: Situation) -> int:
+    """Updates of an epoch; of a stream, which has none, one."""
+    if at.num_images is None:
+        return 1
+    return max(1, at.num_images // stated["batch_size"])
+
+
+def _epochs(stated: Stated, at: Situation) -> Choice[float]:
+    """So many that the updates are enough, and without a GPU not too many."""
+    if at.num_images is None:
+        return Choice(float(stated.updates), "a stream has no epochs")
+    per_epoch = _per_epoch(stated, at)
+    updates = _EPOCHS * per_epoch
+    reason = f"{_EPOCHS} epochs"
+    if not at.gpu and updates > _MOST_UPDATES_WITHOUT_GPU:
+        updates = _MOST_UPDATES_WITHOUT_GPU
+        reason = f"{updates} updates, the most without a GPU; state epochs for more"
+    elif updates < _LEAST_UPDATES:
+        updates = _LEAST_UPDATES
+        reason = f"{updates} updates, for fewer change little"
+    return Choice(updates / per_epoch, reason)
+
+
+def _updates(stated: Stated, at: Situation) -> int:
+    """Updates of the refinement."""
+    updates = round(stated["epochs"] * _per_epoch(stated, at))
+    if stated.recipe.max_steps is not None:
+        updates = min(updates, stated.recipe.max_steps)
+    return max(1, updates)
+
+
+def _head_epochs(stated: Stated, at: Situation) -> Choice[float]:
+    updates = max(_LEAST_HEAD_UPDATES, round(_updates(stated, at) / 5))
+    reason = f"a fifth of the refinement's updates, at least {_LEAST_HEAD_UPDATES}"
+    return Choice(updates / _per_epoch(stated, at), reason)
+
+
+def _warmup_epochs(stated: Stated, at: Situation) -> Choice[float]:
+    epochs = min(0.1 * stated["epochs"], 0.2 * stated["head_epochs"], 4.0)
+    return Choice(epochs, "a tenth of the refinement, at most a fifth of the head warm-up")
+
+
+# ---- heads, queue, objective
+
+
+def _projector_dim(stated: Stated, at: Situation) -> Choice[int]:
+    width = min(max(4 * at.config.hidden_size, 768), 2048)
+    return Choice(width, "4 times the encoder's width, 768 to 2048")
+
+
+def _predictor_dim(stated: Stated, at: Situation) -> Choice[int]:
+    width = min(max(round(at.config.hidden_size * 16 / 3), 1024), 4096)
+    return Choice(width, "5.33 times the encoder's width, 1024 to 4096")
+
+
+def _embedding_dim(stated: Stated, at: Situation) -> Choice[int]:
+    narrow = at.config.hidden_size < 384
+    return Choice(128 if narrow else 256, f"the encoder's width is {at.config.hidden_size}")
+
+
+def _queue_size(stated: Stated, at: Situation) -> Choice[int]:
+    least = max(stated["batch_size"], stated["topk"] or 1)
+    if at.num_images is None:
+        return Choice(max(65536, least), "a stream has images enough")
+    half = 2 ** int(math.log2(max(2, at.num_images) / 2))
+    size = max(min(half, 65536), least)
+    return Choice(size, f"at most half of {at.num_images} images, so that every row is another one")
+
+
+def _topk(stated: Stated, at: Situation) -> Choice[int]:
+    size = min(max(stated["queue_size"] // 100, 1), 20)
+    return Choice(size, f"a hundredth of the queue's {stated['queue_size']} rows, 1 to 20")
+
+
+def _swap(stated: Stated, at: Situation) -> Choice[str]:
+    if at.is_large:
+        return Choice("positive", "the paper's")
+    return Choice("none", f"{at.too_small}: a run is too short for its neighbours to be near")
+
+
+def choose_temperature(width: int) -> Choice[float]:
+    """The paper's temperature for an encoder of this width (Table 10)."""
+    if width <= 1024:
+        return Choice(0.2, "the encoder's width is at most 1024")
+    if width <= 1280:
+        return Choice(0.3, "the encoder's width is above 1024, at most 1280")
+    return Choice(0.35, "the encoder's width is above 1280")
+
+
+def _temperature(_: Stated, at: Situation) -> Choice[float]:
+    return choose_temperature(at.config.hidden_size)
+
+
+def _pooling(_: Stated, at: Situation) -> Choice[Pooling]:
+    # the configuration fills its own in
+    assert at.config.pooling is not None
+    return Choice(at.config.pooling, "what the model itself pools")
+
+
+# ---- views
+
+
+def _global_views(stated: Stated, at: Situation) -> Choice[int]:
+    return Choice(2, "the paper's")
+
+
+def _local_views(stated: Stated, at: Situation) -> Choice[int]:
+    if stated["global_views"] == 1:
+        return Choice(10, "the paper's")
+    if at.is_large:
+        return Choice(10, "the paper's")
+    return Choice(0, f"{at.too_small}: they cost more than they bring")
+
+
+def _global_size(stated: Stated, at: Situation) -> Choice[int]:
+    patch = at.config.patch_size
+    if stated["local_views"]:
+        return Choice(at.config.image_hw[0], "global views have the encoder's native size")
+    side = max(1, round(at.config.grid[0] * 3 / 4)) * patch
+    return Choice(side, "3/4 of the native size, in whole patches")
+
+
+def _local_size(stated: Stated, at: Situation) -> Choice[int]:
+    side = max(1, round(at.config.grid[0] * 3 / 7)) * at.config.patch_size
+    return Choice(side, "local views 3/7 of the native size, in whole patches")
+
+
+def _global_scale(stated: Stated, at: Situation) -> Choice[list[float]]:
+    if stated["local_views"]:
+        return Choice([0.25, 1.0], "the paper's")
+    return Choice([0.3, 1.0], "no local views show smaller parts")
+
+
+# ---- optimisation
+
+
+def _learning_rate(stated: Stated, at: Situation) -> Choice[float]:
+    """Peaks at 0.001 at width 192 and batch 64: ten times as much is worse than the start."""
+    batch = stated["batch_size"]
+    width = at.config.hidden_size
+    peak = _PEAK * math.sqrt(batch / _PEAK_BATCH) * _PEAK_WIDTH / width
+    base = float(f"{peak * 256 / batch:.3g}")
+    return Choice(base, f"a peak of {peak:.2g}, for batch {batch} and width {width}")
+
+
+def _head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
+    return Choice(stated["learning_rate"], "that of the refinement")
+
+
+def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:
+    layers = at.config.num_hidden_layers
+    decay = min(max(0.85 - 0.2 * (layers - 12) / 12, 0.65), 0.85)
+    return Choice(round(decay, 4), f"{layers} blocks")
+
+
+def _ema_decay(stated: Stated, at: Situation) -> Choice[float]:
+    updates = _updates(stated, at)
+    decay = max(0.0, 1 - 10 / updates)
+    if decay > 0.9999:
+        return Choice(0.9999, f"{updates} updates")
+    return Choice(round(decay, 8), f"it reaches a tenth of {updates} updates back")
+
+
+# ---- the machine
+
+
+def _num_workers(stated: Stated, at: Situation) -> Choice[int]:
+    return Choice(workers_per_process(at.processes), "one per core and process, at most 16")
+
+
+def _save_every(stated: Stated, at: Situation) -> Choice[int]:
+    steps = _updates(stated, at) + round(stated["head_epochs"] * _per_epoch(stated, at))
+    return Choice(min(500, math.ceil(steps / 10)), "a tenth of all steps, at most 500")
+
+
+_RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
+    "pooling": _pooling,
+    "batch_size": _batch_size,
+    "epochs": _epochs,
+    "head_epochs": _head_epochs,
+    "warmup_epochs": _warmup_epochs,
+    "projector_dim": _projector_dim,
+    "predictor_dim": _predictor_dim,
+    "embedding_dim": _embedding_dim,
+    "queue_size": _queue_size,
+    "topk": _topk,
+    "swap": _swap,
+    "temperature": _temperature,
+    "global_views": _global_views,
+    "local_views": _local_views,
+    "global_size": _global_size,
+    "local_size": _local_size,
+    "global_scale": _global_scale,
+    "learning_rate": _learning_rate,
+    "head_learning_rate": _head_learning_rate,
+    "layer_decay": _layer_decay,
+    "ema_decay": _ema_decay,
+    "num_workers": _num_workers,
+    "save_every": _save_every,
+}
+
+__all__ = ["MANY_IMAGES", "Choice", "Fitted", "Situation", "choose_eval_fraction", "fit"]
