@@ -180,7 +180,7 @@ def judge_run(
             before = label_free_scores(old, seed=prepared.recipe.seed)
             after = label_free_scores(new, seed=prepared.recipe.seed)
             found = (before, after)
-            verdict = compared(before, after, moved, called)
+            verdict = verdict_on(before, after, moved, called)
         else:
             verdict = Verdict("not better", "features are not finite", called, moved)
     agreed = gather_objects(verdict)[0]
@@ -202,7 +202,7 @@ def _views(prepared: Prepared, encoder: MimRefinerModel, photos: ImageDataset) -
     )
 
 
-def compared(before: LabelFree, after: LabelFree, moved: float, photos: str) -> Verdict:
+def verdict_on(before: LabelFree, after: LabelFree, moved: float, photos: str) -> Verdict:
     """The verdict by the rules above.
 
     Args:
@@ -254,8 +254,8 @@ __all__ = [
     "Judged",
     "Outcome",
     "Verdict",
-    "compared",
     "judge_run",
     "judging_photos",
     "load_start",
+    "verdict_on",
 ]
