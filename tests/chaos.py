@@ -117,8 +117,8 @@ def wait(child: int) -> int:
 
 
 def ending(output: Path) -> str:
-    """A digest of what the run ended with: the weights of its model, and the losses of its log."""
-    weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
+    """A digest of what the run ended with: the weights it trained, and the losses of its log."""
+    weights = hashlib.sha256((trained_folder(output) / "model.safetensors").read_bytes()).hexdigest()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), (
         "the log does not have every step once"
@@ -260,7 +260,7 @@ def lost_worker(folder: Path) -> bool:
         if process.wait() != 0:
             return False
         weights.append(
-            hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
+            hashlib.sha256((trained_folder(output) / "model.safetensors").read_bytes()).hexdigest()
         )
     return weights[0] == weights[1]
 

@@ -108,7 +108,7 @@ def test_finished_run_is_not_trained_again(
     stop_before(0, monkeypatch)
     result = run(uninterrupted)
     assert result is not None
-    for name, tensor in result.encoder.state_dict().items():
+    for name, tensor in result.refined.state_dict().items():
         assert torch.equal(tensor, before[f"average.{name}"])
 
 

@@ -157,7 +157,7 @@ def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
     _, text = card_of(tmp_path)
     for row in (
         "| k-NN accuracy (k=10) | 95.6 % | 99.2 % | +3.6 points |",
-        "| RankMe (no labels needed) | 30.1 | 21.0 | -9.1 |",
+        "| RankMe (falls in good runs too; near 0 = collapse) | 30.1 | 21.0 | -9.1 |",
         "| 1 | 95.6 % | 99.2 % |",
         "- **knn:** k = 10, temperature 0.07, last block",
         "digits, split train, 1297 images (fingerprint abc123)",

@@ -94,7 +94,7 @@ def _base_model(name: str) -> dict[str, str]:
 
 def _score_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The scores that were measured, and what to call them."""
-    labels = {name: label for name, (label, _) in METRICS.items() if name in metrics}
+    labels = {name: metric.label for name, metric in METRICS.items() if name in metrics}
     return labels | protocol_labels(metrics)
 
 
@@ -153,6 +153,8 @@ class CardData:
         model_name: name of the run's folder.
         before, after: metrics of the starting weights and of the result (see `evaluate_encoder`);
             None when not measured.
+        verdict, judgement: whether the result is better, and by which numbers, as `runs/verdict.py`
+            has it; None for a run before there were verdicts.
         starting_model: Hub name, path, or "a MAE pre-trained in this run".
         dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
             `num_classes`.
@@ -175,6 +177,8 @@ class CardData:
     hardware: str
     recipe: dict[str, Any]
     licence: Licence = UNKNOWN
+    verdict: str | None = None
+    judgement: dict[str, Any] | None = None
 
     @classmethod
     def from_run(cls, run_folder: Path) -> "CardData":
@@ -202,7 +206,7 @@ class CardData:
 
         facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
 
-        required = facts.keys() - {"before", "after"}
+        required = facts.keys() - {"before", "after", "verdict", "judgement"}
         missing = [name for name, fact in facts.items() if name in required and fact is None]
         if missing:
             raise ValueError(
@@ -216,8 +220,35 @@ class CardData:
         """Whether the result was measured against true classes."""
         return self.after is not None and "knn_accuracy" in self.after
 
+    @property
+    def ships_start(self) -> bool:
+        """Whether the folder holds the starting weights, for the result was not better."""
+        return self.verdict == "not better"
+
+    @property
+    def reason(self) -> str:
+        """The verdict's reason, safe in Markdown; empty where there is no verdict."""
+        return plain((self.judgement or {}).get("reason", ""))
+
+    def scores(self, side: str) -> dict[str, Any] | None:
+        """All that was measured of the side "before" or "after"; None where nothing was."""
+        evaluated = self.before if side == "before" else self.after
+        judged = (self.judgement or {}).get(side)
+        if evaluated is None and judged is None:
+            return None
+        return {**(evaluated or {}), **(judged or {})}
+
     def warning(self) -> str | None:
         """The sentence that a reader must see first, or None when the run shows what it should."""
+        if self.ships_start:
+            return (
+                "This folder holds the STARTING weights: the refinement was judged not better than "
+                f"they are ({self.reason})."
+            )
+        if self.verdict == "not judged":
+            return f"Nobody judged whether this model is better than its start: {self.reason}."
+        if self.verdict is not None and not self.has_labels:
+            return None
         if self.after is None:
             return (
                 "This model was not evaluated: nothing here says that it is better than its "
@@ -248,8 +279,12 @@ class CardData:
         if is_hub_name(self.dataset["name"]):
             optional["datasets"] = [self.dataset["name"]]
 
-        index = _model_index(self.after or {}, self.dataset)
-        index += _model_index(self.before or {}, self.dataset, suffix=" (starting weights)")
+        names = {"after": "", "before": " (starting weights)"}
+        if self.ships_start:
+            names = {"before": "", "after": " (refined, not in this folder)"}
+        index = []
+        for side, suffix in names.items():
+            index += _model_index(self.scores(side) or {}, self.dataset, suffix=suffix)
         if index:
             optional |= {"model_name": self.model_name, "eval_results": index}
         return card_metadata(**self.licence.metadata(), **optional)
@@ -259,19 +294,21 @@ class CardData:
 
         Only what was measured on both sides has a change.
         """
-        if self.before is not None and self.after is not None:
-            return comparison_rows(self.before, self.after)
+        before, after = (self.scores(side) for side in ("before", "after"))
+        if before is not None and after is not None:
+            changes = (self.judgement or {}).get("changes", {})
+            return comparison_rows(before, after, changes)
 
         def cell(metrics: dict[str, Any] | None, name: str) -> str:
             if metrics is None:
                 return "-"
             return format_metric(name, metrics[name])
 
-        measured = self.after or self.before or {}
+        measured = after or before or {}
         rows = []
-        for name, (label, _) in METRICS.items():
+        for name, metric in METRICS.items():
             if name in measured:
-                rows.append((label, cell(self.before, name), cell(self.after, name), "-"))
+                rows.append((metric.label, cell(before, name), cell(after, name), "-"))
         return rows
 
     def block_rows(self) -> list[tuple[int, str, str]]:

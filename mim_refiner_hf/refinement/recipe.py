@@ -313,6 +313,11 @@ class RefineRecipe:
         None,
         "Licence of the weights, where the start states none; the Hub's word: mit, unknown, ...",
     )
+    fail_if_not_better: bool = documented(
+        False,
+        "Exit with 3 (in Python: NotBetterError) unless the result is judged better than the "
+        "start; all is written before.",
+    )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:

@@ -55,11 +55,14 @@ _FREE_FIELDS = frozenset(
         "keep",
         "push_to_hub",
         "license",
+        "fail_if_not_better",
         "dry_run",
     ]
 )
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
+# Of what any other run starts from, until it has ended.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
 
     # the output folder, and a run that it may hold
     check_run_folder(output, resolved)
-    if start.pretraining is not None:
-        check_start_folder(output / PRETRAINED)
+    check_start_folder(start_folder(resolved))
     if start.checkpoint is not None and resume is None:
         check_heads_fit(resolved, start.checkpoint)
     if recipe.stage == "refine" and not recipe.dry_run and start.checkpoint is None:
@@ -304,6 +306,12 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
         )
 
 
+def start_folder(recipe: ResolvedRecipe) -> Path:
+    """Where a run keeps the encoder that it starts from, to be judged by and perhaps to ship."""
+    name = START if recipe.asked.pretrain is None else PRETRAINED
+    return Path(recipe.output_dir) / name
+
+
 def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
     """The recipe with what it leaves open as the run in `output`, if there is one, began.
 
@@ -338,7 +346,7 @@ def _saved_recipe(output: Path) -> dict[str, Any] | None:
 
 
 def check_start_folder(folder: Path) -> Path:
-    """`folder`, resolved, if the pre-trained encoder can be written there.
+    """`folder`, resolved, if the starting encoder can be written there.
 
     It is absent, empty or holds a model.
     """
@@ -348,6 +356,7 @@ def check_start_folder(folder: Path) -> Path:
 __all__ = [
     "NOTHING",
     "PRETRAINED",
+    "START",
     "Given",
     "Prepared",
     "RunImages",
@@ -357,4 +366,5 @@ __all__ = [
     "open_run_images",
     "open_starting_weights",
     "prepare",
+    "start_folder",
 ]
