@@ -32,6 +32,12 @@ from pathlib import Path
 import psutil
 import torch
 
+# as a command; pytest puts this folder on the path
+if __package__:
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from small_runs import trained_folder
+
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.publishing.hub import save_model_folder
 
@@ -118,7 +124,9 @@ def wait(child: int) -> int:
 
 def ending(output: Path) -> str:
     """A digest of what the run ended with: the weights it trained, and the losses of its log."""
-    weights = hashlib.sha256((trained_folder(output) / "model.safetensors").read_bytes()).hexdigest()
+    weights = hashlib.sha256(
+        (trained_folder(output) / "model.safetensors").read_bytes()
+    ).hexdigest()
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), (
         "the log does not have every step once"
