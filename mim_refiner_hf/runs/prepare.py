@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
@@ -195,7 +196,26 @@ def open_starting_weights(
         assert recipe.model is not None
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
     licence = _licence(recipe, vars(encoder)["licence"], recipe.model or recipe.init_from)
+    _check_preprocessing(recipe, encoder)
     return Start(encoder.config, encoder.image_processor, licence, encoder, checkpoint=checkpoint)
+
+
+def _check_preprocessing(recipe: RefineRecipe, encoder: MimRefinerModel) -> None:
+    """Whether the model's own preprocessing fits it: start and result are judged by it."""
+    config = encoder.config
+    if config.num_channels not in (1, 3):
+        return
+    image = Image.new("L" if config.num_channels == 1 else "RGB", (40, 30))
+    processor = vars(encoder)["image_processor"]
+    pixels = processor([image], return_tensors="pt")["pixel_values"]
+    made = tuple(pixels.shape[-2:])
+    if made != tuple(config.image_hw):
+        height, width = config.image_hw
+        raise ValueError(
+            f"{setting('model', recipe.model or recipe.init_from)}: its preprocessing makes images "
+            f"of {made[0]}x{made[1]}, but its native size is {height}x{width}; mend size and "
+            "crop_size in its preprocessor_config.json"
+        )
 
 
 def _licence(recipe: RefineRecipe, found: Licence, source: object) -> Licence:

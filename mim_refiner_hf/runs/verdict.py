@@ -72,11 +72,11 @@ class Verdict:
 
     outcome: Outcome
     reason: str
-    photos: str = "no photos"
-    weights_change: float | None = None
-    before: dict[str, float] | None = None
-    after: dict[str, float] | None = None
-    changes: dict[str, Change] = field(default_factory=dict)
+    photos: str = field(default="no photos", repr=False)
+    weights_change: float | None = field(default=None, repr=False)
+    before: dict[str, float] | None = field(default=None, repr=False)
+    after: dict[str, float] | None = field(default=None, repr=False)
+    changes: dict[str, Change] = field(default_factory=dict, repr=False)
 
     @property
     def ships_start(self) -> bool:
