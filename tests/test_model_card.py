@@ -267,3 +267,9 @@ def test_unfinished_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(RUN))
     with pytest.raises(FileNotFoundError, match="model does not exist"):
         write_card(tmp_path)
+
+
+def test_raw_pixels_stand_below_the_table_where_they_were_measured(tmp_path: Path) -> None:
+    _, text = card_of(tmp_path, pixels={"knn_accuracy": 0.972, "nmi": 0.74})
+    assert "Raw pixels, by the same protocol: k-NN accuracy (k=10) 97.2 %, NMI 74.0 %." in text
+    assert "Raw pixels" not in card_of(tmp_path / "without")[1]

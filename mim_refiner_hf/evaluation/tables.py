@@ -185,10 +185,21 @@ def comparison_table(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     changes: Mapping[str, Mapping[str, Any]] = NO_CHANGES,
+    pixels: Mapping[str, Any] | None = None,
 ) -> str:
-    """The metrics of two evaluations as plain text: metric, before, after, change."""
-    head = ("metric", "before", "after", "change" if not changes else "change (95 %)")
-    return text_table([head, *comparison_rows(before, after, changes)])
+    """The metrics of two evaluations as plain text: metric, before, after, change.
+
+    `pixels` are scores of the images without an encoder, in a column of their own.
+    """
+    rows = [("metric", "before", "after", "change" if not changes else "change (95 %)")]
+    rows += comparison_rows(before, after, changes)
+    if pixels is None:
+        return text_table(rows)
+
+    cells = ["raw pixels"]
+    for name, *_ in _both_sides(before, after):
+        cells.append(format_metric(name, pixels[name]) if name in pixels else "")
+    return text_table([(row[0], cell, *row[1:]) for row, cell in zip(rows, cells, strict=True)])
 
 
 def report_table(report: Mapping[str, Any], against: str | None = None) -> str:

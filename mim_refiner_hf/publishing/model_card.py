@@ -155,6 +155,7 @@ class CardData:
             None when not measured.
         verdict, judgement: whether the result is better, and by which numbers, as `runs/verdict.py`
             has it; None for a run before there were verdicts.
+        pixels: scores of the images without an encoder, of a run that pre-trained its start.
         starting_model: Hub name, path, or "a MAE pre-trained in this run".
         dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
             `num_classes`.
@@ -179,6 +180,7 @@ class CardData:
     licence: Licence = UNKNOWN
     verdict: str | None = None
     judgement: dict[str, Any] | None = None
+    pixels: dict[str, float] | None = None
 
     @classmethod
     def from_run(cls, run_folder: Path) -> "CardData":
@@ -206,7 +208,7 @@ class CardData:
 
         facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
 
-        required = facts.keys() - {"before", "after", "verdict", "judgement"}
+        required = facts.keys() - {"before", "after", "verdict", "judgement", "pixels"}
         missing = [name for name, fact in facts.items() if name in required and fact is None]
         if missing:
             raise ValueError(
@@ -310,6 +312,16 @@ class CardData:
             if name in measured:
                 rows.append((metric.label, cell(before, name), cell(after, name), "-"))
         return rows
+
+    @property
+    def pixel_scores(self) -> str:
+        """What the images give without an encoder, in one line; empty where it was not measured."""
+        scores = self.pixels or {}
+        return ", ".join(
+            f"{METRICS[name].label} {format_metric(name, value)}"
+            for name, value in scores.items()
+            if name in METRICS
+        )
 
     def block_rows(self) -> list[tuple[int, str, str]]:
         """(block, k-NN accuracy of the starting weights, of this model), where both have it."""

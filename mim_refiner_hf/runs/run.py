@@ -26,10 +26,10 @@ from accelerate.utils import ProjectConfiguration
 
 from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
-from ..data.images import Broken, ImageDataset, evenly_spaced
+from ..data.images import Broken, ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
-from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
+from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
 from ..refinement.auto import Choice
@@ -197,7 +197,8 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     if judged.finite:
         after = _evaluate(prepared, refined)
 
-    measured = BeforeAfter(trained.before, _metrics(after), judged.verdict)
+    pixels = _pixels(prepared) if after is not None else None
+    measured = BeforeAfter(trained.before, _metrics(after), judged.verdict, pixels)
     metrics = run_record(prepared, accelerator, measured, trained.seconds)
     metrics["broken_images"] = trained.broken
     if trained.choice is not None:
@@ -281,6 +282,24 @@ def _evaluate(
         loading=Loading(num_workers=prepared.recipe.num_workers),
         per_block=per_block,
     )
+
+
+def _pixels(prepared: Prepared) -> dict[str, float] | None:
+    """The scores of the images themselves: whether the run's own start is better than none.
+
+    None for a start that came from elsewhere, and without labels.
+    """
+    images = prepared.images
+    labelled = [
+        found
+        for found in (images.bank, images.evaluation)
+        if found is not None and fully_labelled(found)
+    ]
+    if prepared.recipe.asked.pretrain is None or len(labelled) < 2:
+        return None
+    loading = Loading(num_workers=prepared.recipe.num_workers)
+    seed = prepared.recipe.seed
+    return evaluate_pixels(prepared.start.processor, *labelled, seed=seed, loading=loading)
 
 
 def _metrics(evaluation: Evaluation | None) -> dict[str, Any] | None:

@@ -63,12 +63,14 @@ _VERSIONED = (
 class BeforeAfter:
     """Scores by name, as `evaluate_encoder` gives them; None where nothing was measured.
 
-    Without evaluation images, or beside them, the verdict tells what needs no labels.
+    Without evaluation images, or beside them, the verdict tells what needs no labels. Beside a
+    start that the run itself pre-trained stands what the pixels give without an encoder.
     """
 
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     verdict: Verdict
+    pixels: dict[str, float] | None = None
 
     def table(self) -> str:
         """Before beside after, as text; empty where nothing was measured."""
@@ -77,7 +79,7 @@ class BeforeAfter:
         after = {**(self.after or {}), **(verdict.after or {})}
         if not before or not after:
             return ""
-        return comparison_table(before, after, verdict.changes_as_json)
+        return comparison_table(before, after, verdict.changes_as_json, self.pixels)
 
 
 def run_record(
@@ -96,6 +98,7 @@ def run_record(
     return {
         "before": measured.before,
         "after": measured.after,
+        "pixels": measured.pixels,
         "verdict": measured.verdict.outcome,
         "judgement": measured.verdict.as_json(),
         "seed": asked.seed,
