@@ -105,7 +105,8 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
             )
         result = run(recipe)
         assert result is not None
-        encoder = result.encoder
+        # what the views make of it, also where the start would ship
+        encoder = result.refined
         processor = result.processor
 
     found = evaluate_encoder(encoder, processor, train, test, seed=seed, per_block=False).metrics

@@ -138,6 +138,12 @@ def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:
     ]
 
 
+def trained_folder(output: Path) -> Path:
+    """The weights that a run has trained, whether they ship or the start does."""
+    kept_back = output / "refined_not_shipped"
+    return kept_back if kept_back.is_dir() else output / "model"
+
+
 def losses(recipe: RefineRecipe) -> list[float]:
     return [line["loss"] for line in log_of(recipe) if "loss" in line]
 

@@ -68,7 +68,8 @@ KEYWORDS = {
     "verify": True,
     "strict": True,
 }
-SAFE_LOADERS = frozenset(["yaml.SafeLoader", "yaml.CSafeLoader"])
+# BaseLoader knows no tags at all: it makes text, lists and dictionaries, and nothing else
+SAFE_LOADERS = frozenset(["yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader"])
 
 
 def findings(source: str) -> list[tuple[int, str]]:

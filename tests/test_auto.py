@@ -84,7 +84,7 @@ def test_every_value_has_a_reason() -> None:
     unsaid = {"eval_fraction", "local_size"}
     assert set(FITTED) - unsaid <= set(found.reasons)
     assert all(found.reasons.values())
-    assert found.batch_size == 64 and found.steps == (60, 300)
+    assert found.batch_size == 32 and found.steps == (60, 300)
     assert found.swap == "none" and found.local_views == 0
 
 
@@ -142,7 +142,7 @@ def resolved(images: int, **fields: Any) -> ResolvedRecipe:
     ("fields", "says"),
     [
         ({"ema_decay": 0.9999}, "ema_decay=0.9999: after 300 updates 97 % of the start"),
-        ({"epochs": 2.0}, "epochs=2.0: 8 updates change little"),
+        ({"epochs": 2.0}, "epochs=2.0: 18 updates change little"),
         ({"max_steps": 7}, "max_steps=7: changes little; take at least 100"),
         (
             {"warmup_epochs": 25.0, "epochs": 40.0, "head_epochs": 30.0},

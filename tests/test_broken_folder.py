@@ -132,9 +132,9 @@ def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
         "num_attention_heads": 1,
     }
     encoder = MimRefinerModel(MimRefinerConfig(**shape, intermediate_size=8))
-    save_model_folder(
-        tmp_path / "start", encoder, MimRefinerImageProcessor(size={"height": 8, "width": 8})
-    )
+    square = {"height": 8, "width": 8}
+    processor = MimRefinerImageProcessor(size=square, crop_size=square)
+    save_model_folder(tmp_path / "start", encoder, processor)
     words = (
         f"refine --model {tmp_path}/start --dataset {folder} --output_dir {tmp_path}/out "
         f"--eval_fraction 0 --num_heads 1 "

@@ -24,12 +24,14 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import cluster_folder, cluster_page, save_model_folder
 from mim_refiner_hf.publishing.cluster_page import (
+    Beside,
     Tile,
     by_confidence,
     choose_shown,
     jpeg_thumbnail,
     render_page,
 )
+from mim_refiner_hf.publishing.csv_cells import text_of
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 # a folder and a file: together "</script><script>..."
@@ -116,8 +118,10 @@ def made(model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, each path as it is on the disk."""
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [{**row, "path": text_of(row["path"])} for row in rows]
 
 
 def colour(path: str) -> int:
@@ -292,7 +296,9 @@ def test_names_stay_text(made: Path) -> None:
     """
     hostile, data = read_page((made / "index.html").read_text(encoding="utf-8"))
     tile = Tile("a.png", 0, 1.0, jpeg_thumbnail(Image.new("RGB", (4, 4))), "group-00/a.png")
-    harmless = Structure(render_page("photos", "one", [tile] * 3, torch.randn(3, 8), [3]))
+    harmless = Structure(
+        render_page("photos", "one", [tile] * 3, torch.randn(3, 8), [3], Beside(["Group 0"]))
+    )
     assert hostile.tags == harmless.tags and len(hostile.scripts) == 2
     assert hostile.scripts[1] == harmless.scripts[1]
     assert any(name.endswith("/".join(HOSTILE)) for name in data["name"])

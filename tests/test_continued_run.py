@@ -5,7 +5,7 @@ And what must not be continued.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from small_runs import (
     losses,
     stop_before,
 )
+from torch import Tensor
 
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.conversion import load_encoder
@@ -81,10 +82,17 @@ def test_how_it_runs_does_not_change_what_is_trained(
     assert losses(seeded) != losses(uninterrupted)
 
 
+def averaged(state: Mapping[str, Tensor]) -> Tensor:
+    """All weights of the moving average in one vector."""
+    return torch.cat(
+        [value.flatten() for key, value in state.items() if key.startswith("average.")]
+    )
+
+
 def test_micro_batches_and_gradient_checkpointing_change_nothing(
     recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
-    expected = final_state(uninterrupted)
+    exact = averaged(final_state(uninterrupted))
     for name, settings in (
         ("micro", {"micro_batch_size": 5}),
         ("recomputed", {"gradient_checkpointing": True}),
@@ -93,12 +101,8 @@ def test_micro_batches_and_gradient_checkpointing_change_nothing(
         asked = recipe(name, **settings)
         run(asked)
         assert losses(asked) == pytest.approx(losses(uninterrupted), rel=1e-3), name
-        state = final_state(asked)
-        for key in expected:
-            if key.startswith("average."):
-                torch.testing.assert_close(
-                    state[key], expected[key], atol=2e-3, rtol=0, msg=f"{name}: {key}"
-                )
+        # of all weights together: Adam moves one whose gradient is near zero by its sign alone
+        assert (averaged(final_state(asked)) - exact).norm() <= 1e-3 * exact.norm(), name
 
 
 def test_finished_run_is_not_trained_again(
@@ -108,7 +112,7 @@ def test_finished_run_is_not_trained_again(
     stop_before(0, monkeypatch)
     result = run(uninterrupted)
     assert result is not None
-    for name, tensor in result.encoder.state_dict().items():
+    for name, tensor in result.refined.state_dict().items():
         assert torch.equal(tensor, before[f"average.{name}"])
 
 

@@ -208,7 +208,7 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
         "HF_HOME": str(tmp_path / "home"),
         "OMP_NUM_THREADS": "1",
     }
-    flags = ["--num_heads", "2", "--push", "tester/converted"]
+    flags = ["--num_heads", "2", "--push", "tester/converted", "--license", "cc-by-nc-4.0"]
     run = subprocess.run(
         [
             sys.executable,
@@ -229,6 +229,7 @@ def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_pat
     pushed = stub_hub.repos["tester/converted"]["files"]
     assert pushed["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
     assert b"tester/converted" in pushed["README.md"]
+    assert b"\nlicense: cc-by-nc-4.0\n" in pushed["README.md"]
 
 
 def test_a_model_of_the_zoo_brings_its_reported_numbers(

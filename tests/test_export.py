@@ -136,7 +136,7 @@ def test_timm_computes_the_same(tmp_path: Path, kind: str) -> None:
     differences = export(tmp_path / "model", tmp_path / "timm", "timm")
     assert set(differences) == {"tokens", "features"}
     assert files(tmp_path) == {"model", "timm"}
-    assert files(tmp_path / "timm") == {"config.json", "model.safetensors"}
+    assert files(tmp_path / "timm") == {"README.md", "config.json", "model.safetensors"}
     config = json.loads((tmp_path / "timm/config.json").read_text())
     weights = str(tmp_path / "timm/model.safetensors")
     pixels = images(encoder, 2)
@@ -220,6 +220,7 @@ def test_native_classes_compute_the_same(tmp_path: Path, kind: str) -> None:
     encoder = saved(tmp_path / "model", **KINDS[kind])
     differences = export(tmp_path / "model", tmp_path / "vit", "vit")
     assert files(tmp_path / "vit") == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -332,7 +333,8 @@ def test_onnx_computes_the_same_at_any_batch_size(
     encoder = saved(tmp_path / "model", **{**settings, "num_hidden_layers": 1})
     export(tmp_path / "model", tmp_path / "onnx", "onnx")
     weights = ["model.onnx", "model.onnx.data"][: 1 + split]
-    assert files(tmp_path / "onnx") == {"config.json", "preprocessor_config.json", *weights}
+    settings_and_card = {"config.json", "preprocessor_config.json", "README.md"}
+    assert files(tmp_path / "onnx") == {*settings_and_card, *weights}
     session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
     assert [(entry.name, entry.shape) for entry in session.get_inputs()] == [
         ("pixel_values", ["batch", encoder.config.num_channels, *encoder.config.image_hw])

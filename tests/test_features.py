@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
@@ -21,6 +23,7 @@ from mim_refiner_hf.evaluation import (
     comparison_table,
     draw_clusters,
     evaluate_encoder,
+    evaluate_pixels,
     extract_features,
     kmeans_runs,
     knn_accuracy,
@@ -249,6 +252,34 @@ def test_comparison_table_is_aligned_and_in_percentage_points() -> None:
     ]
     assert [line.split()[-3:] for line in lines if "RankMe" in line] == [["30.0", "25.6", "-4.4"]]
     assert len(lines) == 4
+
+
+def test_raw_pixels_have_a_column_of_their_own() -> None:
+    before, after = ({"knn_accuracy": share, "rankme": 3.0} for share in (0.9, 0.95))
+    lines = comparison_table(before, after, pixels={"knn_accuracy": 0.972}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["metric", "raw", "pixels", "before", "after", "change"]
+    (row,) = (line.split() for line in lines if "k-NN" in line)
+    assert row[3:] == ["97.2", "%", "90.0", "%", "95.0", "%", "+5.0", "points"]
+
+
+def test_raw_pixels_are_measured_as_scikit_learn_would(
+    processor: MimRefinerImageProcessor,
+) -> None:
+    bank, images = Images(range(40)), Images(range(40, 64), noise=90)
+    found = evaluate_pixels(processor, bank, images)
+
+    def rows(of: Images) -> np.ndarray:
+        pictures = [of[i].image for i in range(len(of))]
+        return processor(pictures, return_tensors="np")["pixel_values"].reshape(len(of), -1)
+
+    scaler = StandardScaler().fit(rows(bank))
+    neighbours = KNeighborsClassifier(
+        10, metric="cosine", weights=lambda far: np.exp((1 - far) / 0.07)
+    ).fit(scaler.transform(rows(bank)), bank.labels)
+    expected = neighbours.score(scaler.transform(rows(images)), images.labels)
+    assert found["knn_accuracy"] == pytest.approx(expected, abs=1e-6)
+    assert expected > 0 and 0 < found["nmi"] <= 1 and "cluster_accuracy" in found
 
 
 def test_the_picture_shows_each_group_from_its_centre_outwards(

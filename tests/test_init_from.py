@@ -129,7 +129,7 @@ def test_an_interrupted_new_run_goes_on_without_the_old_one(
     settings = {"model": None, "init_from": warm.output_dir, "temperature": 0.3, "pooling": None}
     whole, stopped = recipe("whole", **settings), recipe("stopped", **settings)
     result = run(whole)
-    assert result is not None and result.encoder.config.pooling == "mean"
+    assert result is not None and result.refined.config.pooling == "mean"
     assert result.metrics["starting_model"] == f"the weights of the run {warm.output_dir}"
 
     with monkeypatch.context() as patch:

@@ -80,11 +80,16 @@ def card_of(
 
 
 def test_metadata_reads_back(tmp_path: Path) -> None:
-    data = card_of(tmp_path, {"name": "uoft-cs/cifar10"}, starting_model="facebook/vit-mae-large")[
-        0
-    ].data
+    card, text = card_of(
+        tmp_path,
+        {"name": "uoft-cs/cifar10"},
+        starting_model="facebook/vit-mae-large",
+        licence={"license": "cc-by-nc-4.0"},
+    )
+    data = card.data
+    assert "- **Licence:** cc-by-nc-4.0, that of the starting weights\n" in text
     assert (data.license, data.library_name, data.pipeline_tag) == (
-        "apache-2.0",
+        "cc-by-nc-4.0",
         "transformers",
         "image-feature-extraction",
     )
@@ -152,7 +157,7 @@ def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
     _, text = card_of(tmp_path)
     for row in (
         "| k-NN accuracy (k=10) | 95.6 % | 99.2 % | +3.6 points |",
-        "| RankMe (no labels needed) | 30.1 | 21.0 | -9.1 |",
+        "| RankMe (falls in good runs too; near 0 = collapse) | 30.1 | 21.0 | -9.1 |",
         "| 1 | 95.6 % | 99.2 % |",
         "- **knn:** k = 10, temperature 0.07, last block",
         "digits, split train, 1297 images (fingerprint abc123)",
@@ -169,6 +174,7 @@ def test_text_states_evidence_and_how_to_repeat_it(tmp_path: Path) -> None:
     ):
         assert row in text, row
     assert "Warning" not in text and "pre-trained in this very run" in text
+    assert "- **Licence:** not known: none was chosen for these weights, which were" in text
     assert "\n\n\n" not in text
 
 
@@ -261,3 +267,9 @@ def test_unfinished_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(RUN))
     with pytest.raises(FileNotFoundError, match="model does not exist"):
         write_card(tmp_path)
+
+
+def test_raw_pixels_stand_below_the_table_where_they_were_measured(tmp_path: Path) -> None:
+    _, text = card_of(tmp_path, pixels={"knn_accuracy": 0.972, "nmi": 0.74})
+    assert "Raw pixels, by the same protocol: k-NN accuracy (k=10) 97.2 %, NMI 74.0 %." in text
+    assert "Raw pixels" not in card_of(tmp_path / "without")[1]

@@ -12,6 +12,7 @@ import torch
 from golden_cases import facts
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import trained_folder
 from tiny_capi import TINY, TOLERANCE, tiny
 from torch import Tensor
 from transformers import AutoModel
@@ -193,10 +194,10 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
     )
     result = refine(recipe)
     assert result is not None
-    assert (result.encoder.predictor is None) == (pooling != "global_repr")
+    assert (result.refined.predictor is None) == (pooling != "global_repr")
     before, refined = (
         load_encoder(capi / "checkpoint_perturbed_rope.pth"),
-        load_encoder(tmp_path / "out/model"),
+        load_encoder(trained_folder(tmp_path / "out")),
     )
     assert refined.config.pooling == pooling
     assert refined.config.predictor_layers == int(pooling == "global_repr")
@@ -209,7 +210,7 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
     assert same == {name for name in after if "rope" in name}
     pixels = load_file(capi / "inputs.safetensors")["pixel_values"]
     with torch.no_grad():
-        loaded = AutoModel.from_pretrained(tmp_path / "out/model")(pixels).pooler_output
+        loaded = AutoModel.from_pretrained(trained_folder(tmp_path / "out"))(pixels).pooler_output
         torch.testing.assert_close(loaded, refined(pixels).pooler_output)
     assert loaded.isfinite().all()
 

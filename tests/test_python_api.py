@@ -205,8 +205,8 @@ def test_refine_trains_on_objects_as_on_the_folder(
     result = refine(SOURCES[kind](pixels, folder), output_dir=tmp_path / "object", **settings)
     other = refine(folder, output_dir=tmp_path / "folder", **settings)
     assert result is not None and other is not None
-    for name, tensor in other.encoder.state_dict().items():
-        assert torch.equal(result.encoder.state_dict()[name], tensor), name
+    for name, tensor in other.refined.state_dict().items():
+        assert torch.equal(result.refined.state_dict()[name], tensor), name
     vectors = embed(result.encoder, pixels[:3])
     assert np.allclose(result.encoder.encode(pixels[:3]), vectors, atol=1e-5)
     assert len(repr(result)) < 300
@@ -231,7 +231,7 @@ def test_refine_leaves_the_model_object_as_it_was(
     assert result is not None
     assert all(torch.equal(before[name], now) for name, now in encoder.state_dict().items())
     assert any(
-        not torch.equal(before[name], now) for name, now in result.encoder.state_dict().items()
+        not torch.equal(before[name], now) for name, now in result.refined.state_dict().items()
     )
 
     written = (tmp_path / "out" / "log.jsonl").read_text().splitlines()

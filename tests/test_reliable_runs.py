@@ -105,8 +105,8 @@ def test_bad_images_in_training_and_evaluation(fields: dict[str, Any], tmp_path:
     assert result.metrics["dataset"]["eval_images"] == len(set(evaluated.indices.tolist()) - BAD)
     again = run(RefineRecipe(**{**fields, "output_dir": str(tmp_path / "again"), "num_workers": 2}))
     assert again is not None and listed(tmp_path / "again") == listed(tmp_path / "out")
-    for name, tensor in result.encoder.state_dict().items():
-        assert torch.equal(tensor, again.encoder.state_dict()[name]), name
+    for name, tensor in result.refined.state_dict().items():
+        assert torch.equal(tensor, again.refined.state_dict()[name]), name
 
 
 def test_evaluate_leaves_them_out_and_says_so(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_a_full_disk_in_the_middle_of_a_run(
             run(recipe)
     resumed = run(recipe)
     assert whole is not None and resumed is not None
-    for name, tensor in whole.encoder.state_dict().items():
-        assert torch.equal(tensor, resumed.encoder.state_dict()[name]), name
+    for name, tensor in whole.refined.state_dict().items():
+        assert torch.equal(tensor, resumed.refined.state_dict()[name]), name
 
 
 def test_a_checkpoint_of_another_shape_is_refused_whole(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import assert_identical, final_state, losses, small_recipes
+from small_runs import assert_identical, final_state, losses, small_recipes, trained_folder
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -311,7 +311,7 @@ def test_a_lost_file_costs_one_checkpoint(runs: dict[str, RefineRecipe]) -> None
 
 
 def test_the_model_is_an_ordinary_one(runs: dict[str, RefineRecipe]) -> None:
-    model = Path(runs["grown"].output_dir) / "model/model.safetensors"
+    model = trained_folder(Path(runs["grown"].output_dir)) / "model.safetensors"
     expected = {
         name.removeprefix("average."): t
         for name, t in final_state(runs["plain"]).items()

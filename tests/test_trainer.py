@@ -17,6 +17,7 @@ from small_runs import (
     final_state,
     log_of,
     losses,
+    trained_folder,
 )
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
@@ -58,15 +59,16 @@ def test_refine_transformers_weights(
     assert result is not None
     folder = Path(asked.output_dir)
 
-    model = AutoModel.from_pretrained(folder / "model").eval()
-    processor = AutoImageProcessor.from_pretrained(folder / "model")
+    trained = trained_folder(folder)
+    model = AutoModel.from_pretrained(trained).eval()
+    processor = AutoImageProcessor.from_pretrained(trained)
     pixels = processor(Image.new("RGB", (40, 50), (200, 30, 90)), return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(pixels).pooler_output, result.encoder(pixels).pooler_output, atol=1e-6, rtol=0
+            model(pixels).pooler_output, result.refined(pixels).pooler_output, atol=1e-6, rtol=0
         )
-    saved = load_file(folder / "model/model.safetensors")
+    saved = load_file(trained / "model.safetensors")
     # an encoder and nothing else: no head, no queue, no decoder
     assert saved.keys() == start.state_dict().keys()
     changed = {
@@ -192,7 +194,7 @@ def test_the_average_ships_and_frozen_blocks_stay(
     result = run(asked)
     assert result is not None
     start, state = load_encoder(models["vit_mae"]).state_dict(), final_state(asked)
-    for name, tensor in result.encoder.state_dict().items():
+    for name, tensor in result.refined.state_dict().items():
         assert torch.equal(tensor, state[f"average.{name}"])
         frozen = name.startswith(("embeddings.", "layers.0."))
         assert torch.equal(tensor, start[name]) == frozen, name
@@ -271,7 +273,7 @@ def test_other_shapes_of_a_run(
     result = run(asked)
     assert result is not None
     assert np.isfinite(losses(asked)).all() and len(losses(asked)) == 4
-    assert result.encoder.config.pooling == settings.get("pooling", "cls")
+    assert result.refined.config.pooling == settings.get("pooling", "cls")
 
 
 # ---- what goes wrong

@@ -45,9 +45,10 @@ from mim_refiner_hf.evaluation.plots import draw_map
 from mim_refiner_hf.evaluation.report import Evaluation
 from mim_refiner_hf.evaluation.scores import as_metrics
 from mim_refiner_hf.evaluation.tables import report_table
-from mim_refiner_hf.publishing.cluster_folder import describe_groups, write_table
+from mim_refiner_hf.publishing.cluster_folder import describe_groups
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
-from mim_refiner_hf.runs.comparison import Side, changes_of, describe_change, errors_of
+from mim_refiner_hf.publishing.csv_cells import write_table
+from mim_refiner_hf.runs.comparison import Side, changes_of, errors_of
 
 SIDES = {"before": "Before refinement", "after": "After refinement"}
 SHOWN = 36  # images of a group on the page; the page to download shows all
@@ -275,7 +276,7 @@ def show_scores(sides: Sequence[Side]) -> str:
         {
             "before": None if before is None else before.metrics,
             "after": after.metrics,
-            "changes": {name: describe_change(change) for name, change in changes.items()},
+            "changes": {name: change.as_json() for name, change in changes.items()},
             "against": "before",
         }
     )

@@ -39,6 +39,12 @@ def run_cluster(arguments: Sequence[str]) -> None:
         "--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower"
     )
     parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="CORRECTED.CSV",
+        help="groups as corrected on the page: they are kept, and new images go to the nearest",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("groups"),
@@ -55,6 +61,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
             options.model,
             num_clusters=options.num_clusters,
             method=options.method,
+            start=options.start,
             out=options.out,
             batch_size=options.batch_size,
             seed=options.seed,

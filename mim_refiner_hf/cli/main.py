@@ -13,8 +13,9 @@
 On several processes: accelerate launch -m mim_refiner_hf.cli refine ... (or pretrain, evaluate,
 embed). `mim-refiner COMMAND --help` explains every setting.
 
-Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 1 something else
-failed, 130 interrupted.
+Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 3 `refine
+--fail_if_not_better` whose result was not judged better than its start, 1 something else failed,
+130 interrupted.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     # now, not at the top: a mere `mim-refiner --help` needs none of it
     from ..publishing.export import ExportError
     from ..publishing.hub import PushError
+    from ..refinement.failure import NotBetterError
     from ..runtime.checkpoint import SaveError
     from ..runtime.distributed import rank
     from ..runtime.launch import launch_processes, launched_short
@@ -91,6 +93,10 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         if rank() == 0:
             print(interruption, file=sys.stderr)
         return interruption.exit_code
+    except NotBetterError as error:
+        if rank() == 0:
+            print(error, file=sys.stderr)
+        return 3
     # OSError: disk full, read-only, the network
     except (PushError, ExportError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

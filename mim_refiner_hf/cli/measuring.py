@@ -70,8 +70,9 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     """`mim-refiner evaluate`."""
     from accelerate import Accelerator
 
+    from ..conversion.licence import CARD
     from ..evaluation.tables import report_table
-    from ..publishing.model_card import CARD, update_card
+    from ..publishing.model_card import update_card
     from ..runs.comparison import PROTOCOLS
     from ..runs.evaluate import evaluate
     from ..runtime.launch import several_on_the_cpu

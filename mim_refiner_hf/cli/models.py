@@ -10,8 +10,13 @@ from pathlib import Path
 from .flags import command_parser
 
 
-def _add_private(parser: argparse.ArgumentParser) -> None:
+def _add_publishing(parser: argparse.ArgumentParser) -> None:
+    """What the Hub wants to know."""
     parser.add_argument("--private", action="store_true", help="for a new repository")
+    parser.add_argument(
+        "--license",
+        help="of the weights, where their source states none; the Hub's word: mit, unknown, ...",
+    )
 
 
 def run_push(arguments: Sequence[str]) -> None:
@@ -21,9 +26,12 @@ def run_push(arguments: Sequence[str]) -> None:
     parser = command_parser("push", "Publish a model folder: weights first, the card last.")
     parser.add_argument("folder", type=Path, help="what a run left as <output_dir>/model")
     parser.add_argument("repository", help="user/name on the Hub")
-    _add_private(parser)
+    _add_publishing(parser)
     options = parser.parse_args(arguments)
-    print(f"Published: {push_folder(options.folder, options.repository, private=options.private)}")
+    address = push_folder(
+        options.folder, options.repository, private=options.private, license=options.license
+    )
+    print(f"Published: {address}")
 
 
 def run_convert(arguments: Sequence[str]) -> None:
@@ -49,7 +57,7 @@ def run_convert(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
-    _add_private(parser)
+    _add_publishing(parser)
     options = parser.parse_args(arguments)
 
     if options.push is not None:
@@ -62,6 +70,8 @@ def run_convert(arguments: Sequence[str]) -> None:
             dtype=options.dtype,
             num_heads=options.num_heads,
             revision=options.revision,
+            license=options.license,
+            publish=options.push is not None,
         )
         print(summary, flush=True)
     if options.push is not None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .licence import UNKNOWN, Licence
+
 CLS_TOKEN = "embeddings.cls_token"
 POSITIONS = "embeddings.position_embeddings"
 # not a weight of ours: `load.py` adds it to the CLS token
@@ -32,6 +34,7 @@ class Source:
         contents: the container of the weights as it was saved.
         config, preprocessing: the JSON files beside it; empty where there are none.
         family: where the name says it; None where the weights have to.
+        licence: what the card beside the weights, or the zoo, states.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Source:
     config: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
     family: str | None = None
+    licence: Licence = UNKNOWN
 
 
 def listed(names: list[str], limit: int = 8) -> str:

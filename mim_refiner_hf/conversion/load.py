@@ -30,6 +30,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
+from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
@@ -84,8 +85,9 @@ def load_encoder(
             widths.
 
     Returns:
-        The encoder, with `load_report` (a `LoadReport`) and `image_processor` (the source's own
-        mean, std and size, or ImageNet's at the encoder's native size) attached.
+        The encoder, with `load_report` (a `LoadReport`), `image_processor` (the source's own mean,
+        std and size, or ImageNet's at the encoder's native size) and `licence` (a `Licence`, as the
+        source's card or the zoo states it) attached.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -122,7 +124,8 @@ def load_encoder(
     preprocessing = {**layout.preprocessing(found.contents), **found.preprocessing}
     total = len(encoder.state_dict())
     report = LoadReport(layout.family, len(weights), total, placement.dropped, recognised_by)
-    vars(encoder).update(load_report=report, image_processor=image_processor(config, preprocessing))
+    processor = image_processor(config, preprocessing)
+    vars(encoder).update(load_report=report, image_processor=processor, licence=found.licence)
     logger.info("%s: %s (recognised by %s)", found.name, report, recognised_by)
     return encoder
 
@@ -132,6 +135,8 @@ def _equipped(encoder: MimRefinerModel) -> MimRefinerModel:
     if "image_processor" not in vars(encoder):
         stated = saved_preprocessing(encoder.config.name_or_path or "")
         vars(encoder)["image_processor"] = image_processor(encoder.config, stated)
+    if "licence" not in vars(encoder):
+        vars(encoder)["licence"] = saved_licence(encoder.config.name_or_path or "")
     if "load_report" not in vars(encoder):
         total = len(encoder.state_dict())
         vars(encoder)["load_report"] = LoadReport("mim_refiner", total, total, {}, "its class")

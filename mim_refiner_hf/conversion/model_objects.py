@@ -18,6 +18,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from ..runtime.wording import kind_of
 from .layout import Source
+from .licence import Licence, saved_licence
 from .preprocessing import saved_preprocessing
 from .timm_models import model_in_our_words
 
@@ -32,7 +33,7 @@ def source_of_object(model: Any) -> Source:
         return _of_transformers(model)
     if isinstance(model, nn.Module) and type(model).__module__.startswith("timm."):
         name = _name_of_timm(model)
-        found = Source(name, dict(model.state_dict()), {}, {})
+        found = Source(name, dict(model.state_dict()), {}, {}, licence=_licence_of_timm(model))
         return model_in_our_words(found, model)
     raise CheckpointError(
         f"{kind_of(model)} is no encoder that is known here; give a name, a folder, a file, or a "
@@ -52,7 +53,9 @@ def own_encoder(model: Any) -> MimRefinerModel | None:
 def _of_transformers(model: PreTrainedModel) -> Source:
     config = model.config.to_dict()
     name = model.config.name_or_path or type(model).__name__
-    return Source(name, dict(model.state_dict()), config, saved_preprocessing(name))
+    preprocessing = saved_preprocessing(name)
+    state = dict(model.state_dict())
+    return Source(name, state, config, preprocessing, licence=saved_licence(name))
 
 
 def _name_of_timm(model: Any) -> str:
@@ -60,6 +63,12 @@ def _name_of_timm(model: Any) -> str:
     architecture = stated.get("architecture") or type(model).__name__
     tag = stated.get("tag")
     return f"{architecture}.{tag}" if tag else str(architecture)
+
+
+def _licence_of_timm(model: Any) -> Licence:
+    """What timm states of the pretrained weights of this name; it does so for most of them."""
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    return Licence.from_metadata(stated, where=_name_of_timm(model))
 
 
 __all__ = ["own_encoder", "source_of_object"]

@@ -1,6 +1,7 @@
 """Read a checkpoint as it was saved: a file, a model folder, a name of the zoo or of the Hub.
 
-No pickle is ever executed, and of a Hub model only JSON and weights are downloaded.
+No pickle is ever executed, and of a Hub model only JSON, weights and the card (for its licence) are
+downloaded.
 """
 
 import json
@@ -22,6 +23,7 @@ from ..runtime.files import CheckpointError
 from ..runtime.retry import patiently
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
 from .layout import Source, listed
+from .licence import CARD, Licence, licence_beside
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 
@@ -44,7 +46,8 @@ def read_source(source: str | Path, revision: str | None) -> Source:
     name = str(source)
     if name in ZOO and not path.exists() and revision is None:
         entry = ZOO[name]
-        return Source(entry.name, read_weights(fetch(entry)), {}, {}, entry.family)
+        licence = Licence(entry.licence)
+        return Source(entry.name, read_weights(fetch(entry)), {}, {}, entry.family, licence)
     if path.is_file():
         return Source(name, read_weights(path), {}, {})
 
@@ -54,11 +57,13 @@ def read_source(source: str | Path, revision: str | None) -> Source:
             raise FileNotFoundError(
                 f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file"
             )
-        path = _hub_folder(hub_name(name), revision)
-    return _read_folder(name, path)
+        repository = hub_name(name)
+        path = _hub_folder(repository, revision)
+        return _read_folder(name, path, licence_beside(path, repository))
+    return _read_folder(name, path, licence_beside(path))
 
 
-def _read_folder(name: str, folder: Path) -> Source:
+def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
     """The weights and the JSON files of a model folder; `name` is what its user calls it."""
     digests = _read_json(folder / DIGESTS)
     config, preprocessing = (_read_json(folder / file) for file in SETTINGS)
@@ -78,14 +83,14 @@ def _read_folder(name: str, folder: Path) -> Source:
     if digests:
         check_digests(name, digests, contents)
         check_file_digests(folder, digests)
-    return Source(name, contents, config, preprocessing)
+    return Source(name, contents, config, preprocessing, licence=licence)
 
 
 def _hub_folder(name: str, revision: str | None) -> Path:
-    """The Hub cache's folder of a model: JSON and the weights that come first in `WEIGHTS`."""
+    """The Hub cache's folder of a model: JSON, card, and what comes first of `WEIGHTS`."""
     try:
         for pattern in WEIGHTS:
-            files = [*SETTINGS, DIGESTS, pattern]
+            files = [*SETTINGS, DIGESTS, CARD, pattern]
             download = partial(snapshot_download, name, revision=revision, allow_patterns=files)
             folder = Path(patiently(download, f"loading {name}"))
             if any(folder.glob(pattern)):

@@ -15,7 +15,7 @@ from .feature_store import FeatureStore, feature_set
 from .features import FeatureSet, extract_features, feature_columns
 from .knn import knn_accuracy, knn_predict, standardise
 from .pictures import draw_block_profile, draw_clusters, draw_curves
-from .report import Evaluation, evaluate_encoder
+from .report import Evaluation, evaluate_encoder, evaluate_pixels
 from .tables import comparison_table
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "draw_curves",
     "embed_images",
     "evaluate_encoder",
+    "evaluate_pixels",
     "extract_features",
     "feature_columns",
     "feature_set",

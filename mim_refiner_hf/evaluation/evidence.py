@@ -10,7 +10,7 @@ k-means adds noise of its own, the spread over its runs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ class Change:
         reach = _NORMAL_95 * self.error
         return self.difference - reach, self.difference + reach
 
+    def as_json(self) -> dict[str, Any]:
+        """Difference, 95 % interval, verdict."""
+        low, high = self.interval
+        change = {"difference": self.difference, "low": low, "high": high}
+        return {**change, "verdict": self.verdict}
+
     @property
     def verdict(self) -> str:
         """Whether the interval leaves out zero, and on which side; without an error, the sign."""
@@ -44,6 +50,23 @@ class Change:
         if low > 0:
             return "better"
         return "worse" if high < 0 else "no clear difference"
+
+
+def resamples(n: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Row numbers (n,), with repetitions, of every resample of `n` images.
+
+    The same `n` and seed draw the same images, which makes two measurements comparable.
+
+    Raises:
+        ValueError: for fewer than 2 images.
+    """
+    if n < 2:
+        raise ValueError(
+            f"{n} image(s) say nothing about the error of a score; at least 2 are needed"
+        )
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield generator.integers(0, n, n)
 
 
 def measure(
@@ -55,18 +78,12 @@ def measure(
         statistic: of row numbers (n,), with repetitions; called on all rows and every resample.
         n: number of images, at least 2.
         spread: standard deviation over restarts, added to the error in quadrature.
-        seed: of the resamples; the same `n` and seed draw the same images, which makes two
-            measurements comparable.
+        seed: of the resamples.
 
     Raises:
         ValueError: for fewer than 2 images.
     """
-    if n < 2:
-        raise ValueError(
-            f"{n} image(s) say nothing about the error of a score; at least 2 are needed"
-        )
-    generator = np.random.default_rng(seed)
-    draws = np.array([statistic(generator.integers(0, n, n)) for _ in range(RESAMPLES)])
+    draws = np.array([statistic(rows) for rows in resamples(n, seed)])
     error = math.hypot(float(draws.std(ddof=1)), spread)
     return Score(float(statistic(np.arange(n))), error, spread=spread, draws=draws)
 
@@ -91,4 +108,4 @@ def change_between(before: Score, after: Score) -> Change:
     return Change(difference, math.hypot(images, before.spread, after.spread))
 
 
-__all__ = ["Change", "change_between", "measure", "measure_mean"]
+__all__ = ["Change", "change_between", "measure", "measure_mean", "resamples"]

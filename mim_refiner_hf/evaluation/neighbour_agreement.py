@@ -98,9 +98,14 @@ class RandomView:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
 
 
-def global_view(processor: Any, size: int, flip: float = 0.5, seed: int = 0) -> RandomView:
-    """The view behind `neighbour_agreement`: the paper's first global one."""
-    (spec,) = view_specs(1, 0, size, size, AGREEMENT_SCALE, AGREEMENT_SCALE, True, flip)
+def global_view(
+    processor: Any, size: int, flip: float = 0.5, seed: int = 0, colour: bool = True
+) -> RandomView:
+    """The view behind `neighbour_agreement`: the paper's first global one.
+
+    Without `colour` it is cropped and flipped only.
+    """
+    (spec,) = view_specs(1, 0, size, size, AGREEMENT_SCALE, AGREEMENT_SCALE, colour, flip)
     return RandomView(processor, spec, seed)
 
 

@@ -9,12 +9,13 @@ Every file appears whole or not at all.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
@@ -22,9 +23,12 @@ from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.cluster import contingency_matrix
 
+from .cluster_scores import KMeansRun
 from .feature_map import flat_map
 from .knn import nearest, standardise
+from .neighbour_agreement import nearest_others
 from .pictures import (
+    TILE,
     class_name,
     mosaic,
     new_figure,
@@ -43,6 +47,11 @@ EXAMPLES = 6
 # more classes are numbered: their names would overlap
 NAMED_CLASSES = 30
 MAP_IMAGES = 5000
+# of the pictures of before beside after: photos that are looked up, rows of groups, photos a side
+QUERIES = 10
+GROUP_ROWS = 12
+SIDE_TILES = 5
+GROUP_TILES = 7
 
 
 def draw_profile(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -176,19 +185,113 @@ def draw_neighbours(
             tiles.append(framed(square_tile(neighbour.image), "tab:green" if same else "tab:red"))
         sheet.append(tiles)
 
-    figure = new_figure(1 + 0.85 * len(sheet[0]), 0.85 * len(sheet) + 0.5)
+    words = ["right"] * len(right) + ["wrong"] * len(wrong)
+    title = "image, then its nearest neighbours; green: its class"
+    draw_sheet(sheet, title, words, path)
+
+
+# --- before beside after ---------------------------------------------------------------------
+
+
+def draw_neighbours_before_after(
+    images: "ImageDataset", before: torch.Tensor, after: torch.Tensor, path: Path
+) -> None:
+    """Ten photos, and their five nearest others before beside those after, no labels needed.
+
+    Args:
+        before, after: features of the images (N, D), at least 2.
+    """
+    count = min(SIDE_TILES, len(images) - 1)
+    queries = np.linspace(0, len(images) - 1, min(QUERIES, len(images))).astype(int)
+    old, new = (nearest_others(features, count).numpy() for features in (before, after))
+
+    sheet = []
+    for query in queries:
+        tiles = [tile_of(images, query), blank_tile()]
+        tiles += [tile_of(images, place) for place in old[query]]
+        tiles.append(blank_tile())
+        tiles += [tile_of(images, place) for place in new[query]]
+        sheet.append(tiles)
+    title = "a photo; its nearest others before (left) and after (right)"
+    draw_sheet(sheet, title, [""] * len(sheet), path)
+
+
+def draw_groups_before_after(
+    images: "ImageDataset",
+    before: tuple[torch.Tensor, KMeansRun],
+    after: tuple[torch.Tensor, KMeansRun],
+    path: Path,
+) -> None:
+    """The largest groups before, each beside the group after that shares most photos with it.
+
+    A row shows the photos nearest to both centres; groups are matched one to one.
+
+    Args:
+        before, after: features of the images (N, D), and their groups.
+    """
+    was, now = before[1].assignments, after[1].assignments
+    counts = contingency_matrix(was, now)
+    old_ids, sizes = np.unique(was, return_counts=True)
+    new_ids = np.unique(now)
+    partner = dict(zip(*linear_sum_assignment(counts, maximize=True), strict=True))
+    largest = [place for place in np.argsort(-sizes, kind="stable") if place in partner]
+
+    sheet = []
+    words = []
+    for place in largest[:GROUP_ROWS]:
+        twin = partner[place]
+        tiles = exemplar_tiles(images, *before, int(old_ids[place]))
+        tiles += [blank_tile(), *exemplar_tiles(images, *after, int(new_ids[twin]))]
+        sheet.append(tiles)
+        words.append(f"{sizes[place]} / {(now == new_ids[twin]).sum()}")
+    title = "groups before (left) and after (right), number of photos before / after"
+    draw_sheet(sheet, title, words, path)
+
+
+def exemplar_tiles(
+    images: "ImageDataset", features: torch.Tensor, groups: KMeansRun, group: int
+) -> list[Image.Image]:
+    """The photos nearest to the centre of a group, then blanks where it has fewer than a row."""
+    members = np.flatnonzero(groups.assignments == group)
+    points = F.normalize(features[members], dim=1).numpy()
+    distance = np.linalg.norm(points - groups.centroids[group], axis=1)
+    nearest_first = members[np.argsort(distance, kind="stable")][:GROUP_TILES]
+
+    tiles = [tile_of(images, place) for place in nearest_first]
+    return tiles + [blank_tile() for _ in range(GROUP_TILES - len(tiles))]
+
+
+def tile_of(images: "ImageDataset", place: int) -> Image.Image:
+    """An image as a tile."""
+    return square_tile(images[int(place)].image)
+
+
+def blank_tile() -> Image.Image:
+    """A white tile."""
+    return Image.new("RGB", (TILE, TILE), "white")
+
+
+def draw_sheet(
+    sheet: Sequence[Sequence[Image.Image]], title: str, words: Sequence[str], path: Path
+) -> None:
+    """Rows of tiles under a title, each with a word beside its middle."""
+    figure = new_figure(1 + 0.62 * len(sheet[0]), 0.62 * len(sheet) + 0.5)
     axes = figure.subplots()
     axes.imshow(np.asarray(mosaic(sheet, len(sheet[0]))), interpolation="antialiased")
-    axes.set_title("image, then its nearest neighbours; green: its class", fontsize=9)
-
-    # a word beside the middle of every row
+    axes.set_title(title, fontsize=9)
     step = sheet[0][0].height + 2
     middles = [(row + 0.5) * step for row in range(len(sheet))]
-    words = ["right"] * len(right) + ["wrong"] * len(wrong)
     axes.set_yticks(middles, words, fontsize=8)
     axes.set(xticks=[], frame_on=False)
     axes.tick_params(length=0)
     save_figure(figure, path)
 
 
-__all__ = ["draw_confusion", "draw_map", "draw_neighbours", "draw_profile"]
+__all__ = [
+    "draw_confusion",
+    "draw_groups_before_after",
+    "draw_map",
+    "draw_neighbours",
+    "draw_neighbours_before_after",
+    "draw_profile",
+]

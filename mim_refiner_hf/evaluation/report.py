@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
 from .feature_cache import ImageRows, read_rows
-from .features import FeatureSet, own_columns
+from .features import FeatureSet, Preprocess, own_columns
 from .knn import knn_accuracy, knn_grid, knn_predict, standardise
 
 # training images in the k-NN bank, at most
@@ -126,6 +128,38 @@ def evaluate_encoder(
     return Evaluation(metrics, last, groups, predicted, bank)
 
 
+def evaluate_pixels(
+    processor: Any,
+    train_images: ImageDataset,
+    eval_images: ImageDataset,
+    *,
+    seed: int = 0,
+    loading: Loading = Loading(),
+) -> dict[str, float]:
+    """What the encoder's input gives by itself: the same protocols on the pixels, as one vector.
+
+    Takes readable images with labels and one processor, as `evaluate_encoder`; returns
+    `knn_accuracy` and the clustering scores.
+    """
+    pixels = []
+    labels = []
+    for images in (evenly_spaced(train_images, BANK_SIZE), eval_images):
+        loader = DataLoader(
+            images,
+            batch_size=loading.batch_size,
+            num_workers=loading.num_workers,
+            collate_fn=Preprocess(processor),
+        )
+        batches = list(loader)
+        pixels.append(torch.cat([batch.flatten(1).float() for batch, _ in batches]))
+        labels.append(torch.cat([batch for _, batch in batches]))
+
+    bank, evaluated = pixels
+    metrics = {"knn_accuracy": knn_accuracy(bank, labels[0], evaluated, labels[1])}
+    groups = kmeans_runs(evaluated, len(labels[1].unique()), seed=seed)
+    return metrics | clustering_metrics(labels[1].numpy(), groups)
+
+
 def picture_groups(num_images: int) -> int:
     """How many groups to draw when nothing says how many there are: sqrt(n / 2), at most 20."""
     return min(_MAX_PICTURE_GROUPS, max(1, round(math.sqrt(num_images / 2))))
@@ -184,4 +218,4 @@ def knn_metrics(
     return predicted, {"knn_accuracy": accuracy(predicted), "knn": table}
 
 
-__all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder"]
+__all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder", "evaluate_pixels"]

@@ -11,14 +11,21 @@ from ..runtime.text import plain
 
 
 class Metric(NamedTuple):
-    """What readers call a metric, and whether it is a fraction of 1."""
+    """What readers call a metric, whether it is a fraction of 1, and else its decimals.
+
+    `decimals` None: one, or three for numbers below 1.
+    """
 
     label: str
     is_fraction: bool
+    decimals: int | None = None
 
 
 # every scalar metric, in the order of the tables
 METRICS = {
+    "separation": Metric("separation d' of a photo from others, by a distorted copy", False, 2),
+    "retrieval": Metric("finds a photo again from a distorted copy (MRR)", True),
+    "cluster_stability": Metric("stability of the groups under distortion (ARI)", True),
     "knn_accuracy": Metric("k-NN accuracy (k=10)", True),
     "cluster_accuracy": Metric("cluster accuracy", True),
     "nmi": Metric("NMI", True),
@@ -26,12 +33,16 @@ METRICS = {
     "ari": Metric("ARI", True),
     "cluster_accuracy_mean": Metric("cluster accuracy, mean over runs", True),
     "nmi_mean": Metric("NMI, mean over runs", True),
-    "rankme": Metric("RankMe (no labels needed)", False),
+    "rankme": Metric("RankMe (falls in good runs too; near 0 = collapse)", False),
     "neighbour_agreement": Metric(
         "agreement of neighbours under augmentation (no labels needed)", True
     ),
     "silhouette": Metric("silhouette of the groups (no labels needed)", False),
 }
+
+
+NO_CHANGES: Mapping[str, Mapping[str, Any]] = {}
+"""Where no change was judged."""
 
 
 def _is_fraction(name: str) -> bool:
@@ -40,10 +51,18 @@ def _is_fraction(name: str) -> bool:
 
 
 def format_metric(name: str, value: float) -> str:
-    """A fraction as a percentage, anything else with one decimal, or three below 1."""
+    """A fraction as a percentage, anything else with its decimals."""
     if _is_fraction(name):
         return f"{100 * value:.1f} %"
-    return f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}"
+    return f"{value:.{_decimals(name, value)}f}"
+
+
+def _decimals(name: str, value: float) -> int:
+    """How many decimals tell a value of a metric that is no fraction."""
+    stated = METRICS[name].decimals
+    if stated is not None:
+        return stated
+    return 1 if abs(value) >= 1 else 3
 
 
 def format_change(name: str, before: float, after: float) -> str:
@@ -51,7 +70,18 @@ def format_change(name: str, before: float, after: float) -> str:
     change = after - before
     if _is_fraction(name):
         return f"{100 * change:+.1f} points"
-    return f"{change:+.1f}" if max(abs(before), abs(after)) >= 1 else f"{change:+.3f}"
+    return f"{change:+.{_decimals(name, max(abs(before), abs(after)))}f}"
+
+
+def _with_interval(name: str, text: str, changes: Mapping[str, Mapping[str, Any]]) -> str:
+    """A change as text with its 95 % interval, where that is known."""
+    if name not in changes:
+        return text
+    low, high = changes[name]["low"], changes[name]["high"]
+    if _is_fraction(name):
+        return f"{text} ({100 * low:+.1f} to {100 * high:+.1f})"
+    decimals = _decimals(name, max(abs(low), abs(high)))
+    return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f})"
 
 
 def _with_error(metrics: Mapping[str, Any], name: str) -> str:
@@ -60,8 +90,8 @@ def _with_error(metrics: Mapping[str, Any], name: str) -> str:
     error = metrics.get(f"{name}_standard_error")
     if error is None:
         return text
-    if name == "silhouette":
-        return f"{text} ± {error:.3f}"
+    if not _is_fraction(name):
+        return f"{text} ± {error:.{_decimals(name, metrics[name])}f}"
     return f"{text} ± {100 * error:.1f}"
 
 
@@ -97,13 +127,19 @@ def _both_sides(
 
 
 def comparison_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any]
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    changes: Mapping[str, Mapping[str, Any]] = NO_CHANGES,
 ) -> list[tuple[str, str, str, str]]:
-    """(label, before, after, change) of every score that both sides have, as text."""
-    return [
-        (label, old, new, format_change(name, before[name], after[name]))
-        for name, label, old, new in _both_sides(before, after)
-    ]
+    """(label, before, after, change) of every score that both sides have, as text.
+
+    A change that is among `changes`, as JSON of `Change`, has its 95 % interval beside it.
+    """
+    rows = []
+    for name, label, old, new in _both_sides(before, after):
+        change = format_change(name, before[name], after[name])
+        rows.append((label, old, new, _with_interval(name, change, changes)))
+    return rows
 
 
 def judged_rows(
@@ -118,10 +154,9 @@ def judged_rows(
         change = ""
         verdict = "not judged"
         if name in changes:
-            low, value, high = (
-                f"{100 * changes[name][key]:+.1f}" for key in ("low", "difference", "high")
-            )
-            change = f"{value} ({low} to {high})"
+            difference = changes[name]["difference"]
+            value = format_change(name, 0.0, difference).removesuffix(" points")
+            change = _with_interval(name, value, changes)
             verdict = changes[name]["verdict"]
         rows.append((label, old, new, change, verdict))
     return rows
@@ -146,9 +181,25 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def comparison_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The metrics of two evaluations as plain text: metric, before, after, change."""
-    return text_table([("metric", "before", "after", "change"), *comparison_rows(before, after)])
+def comparison_table(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    changes: Mapping[str, Mapping[str, Any]] = NO_CHANGES,
+    pixels: Mapping[str, Any] | None = None,
+) -> str:
+    """The metrics of two evaluations as plain text: metric, before, after, change.
+
+    `pixels` are scores of the images without an encoder, in a column of their own.
+    """
+    rows = [("metric", "before", "after", "change" if not changes else "change (95 %)")]
+    rows += comparison_rows(before, after, changes)
+    if pixels is None:
+        return text_table(rows)
+
+    cells = ["raw pixels"]
+    for name, *_ in _both_sides(before, after):
+        cells.append(format_metric(name, pixels[name]) if name in pixels else "")
+    return text_table([(row[0], cell, *row[1:]) for row, cell in zip(rows, cells, strict=True)])
 
 
 def report_table(report: Mapping[str, Any], against: str | None = None) -> str:

@@ -13,11 +13,15 @@
 | `summary.json`        | how many groups and why, their sizes and exemplars, near-duplicates      |
 | `near-duplicates.csv` | path and set of every image that is nearly the same as another, if any   |
 | `broken.csv`          | path and error of every image that could not be read, if any             |
+| `left-out.csv`        | path of every image that a correction leaves out, if any                 |
+
+After a correction `groups.csv` also has the name of the group, and "moved" as the state of an image
+that was put there by hand.
 """
 
-import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,7 +35,17 @@ from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
 from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
 from ..runtime.files import check_folder, write_json
-from .cluster_page import Tile, by_confidence, choose_shown, jpeg_thumbnail, render_page
+from .cluster_page import (
+    Beside,
+    Tile,
+    by_confidence,
+    choose_shown,
+    default_names,
+    jpeg_thumbnail,
+    render_page,
+)
+from .corrections import MOVED
+from .csv_cells import write_table
 
 # Cosine of features without their mean, which all images share: with it, all digits are nearly the
 # same.
@@ -67,13 +81,44 @@ def check_apart(folder: Path, out: Path, images: Any) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Corrected:
+    """What a correction says of groups, when they are written.
+
+    Attributes:
+        names: of the groups, by their numbers.
+        moved: indices of images that were put where they are by hand.
+        left_out: indices of images that are in no group.
+        new_images: how many images the correction did not name.
+        file: where it was read.
+    """
+
+    names: list[str]
+    moved: frozenset[int]
+    left_out: list[int]
+    new_images: int
+    file: Path
+
+    def summary(self, images: ImageDataset) -> dict[str, Any]:
+        """What `summary.json` says of it."""
+        return {
+            "names": self.names,
+            "left_out": [printable(images.describe(index)) for index in self.left_out],
+            "new_images": self.new_images,
+        }
+
+
 def write_groups(
     folder: Path,
     images: ImageDataset,
     entries: Sequence[dict[str, Any]],
     pipe: ImageClusteringPipeline,
+    corrected: Corrected | None = None,
 ) -> dict[str, Any]:
     """Write what `pipe` found about `images`, its `entries`, into an empty folder.
+
+    Args:
+        corrected: of groups that people have corrected.
 
     Returns:
         The summary.
@@ -84,8 +129,7 @@ def write_groups(
     paths = [images.describe(index) for index in indices]
     names = [printable(path) for path in paths]
 
-    rows = zip(paths, groups, (f"{score:.4f}" for score in scores), strict=True)
-    write_table(folder / GROUPS_TABLE, ("path", "cluster", "confidence"), rows)
+    _write_groups_table(folder, images, entries, corrected)
     broken = [(images.describe(entry["index"]), entry["error"]) for entry in pipe.summary["broken"]]
     if broken:
         write_table(folder / "broken.csv", ("path", "error"), broken)
@@ -111,6 +155,8 @@ def write_groups(
         "near_duplicates": [[names[place] for place in same] for same in alike],
         "broken": [printable(path) for path, _ in broken],
     }
+    if corrected is not None:
+        summary |= corrected.summary(images)
     summary["note"] = describe_groups(summary)
     write_json(folder / "summary.json", summary)
 
@@ -118,27 +164,88 @@ def write_groups(
     shown = [place for place in choose_shown(order) if indices[place] in links]
     if not shown:
         return summary
-    tiles = []
-    for place in progress_bar(shown, desc="page", unit="image"):
-        index = indices[place]
-        link = quote(os.fsencode(links[index]))
-        small = load_thumbnail(images, index)
-        tiles.append(Tile(names[place], groups[place], scores[place], small, link))
+    tiles = _tiles(images, entries, [(place, links[indices[place]]) for place in shown], corrected)
+    beside = _beside(images, entries, shown, corrected)
+    tile_of = {place: number for number, place in enumerate(shown)}
+    seen = [[tile_of[place] for place in same if place in tile_of] for same in alike]
+    beside = replace(beside, broken=broken, alike=[same for same in seen if len(same) > 1])
     title = Path(summary["images"]).resolve().name
-    page = render_page(title, summary["note"], tiles, pipe.features[shown], summary["sizes"])
+    features = pipe.features[shown]
+    page = render_page(title, summary["note"], tiles, features, summary["sizes"], beside)
     (folder / "index.html").write_text(page, encoding="utf-8")
     return summary
+
+
+def _tiles(
+    images: ImageDataset,
+    entries: Sequence[dict[str, Any]],
+    shown: Sequence[tuple[int, str]],
+    corrected: Corrected | None,
+) -> list[Tile]:
+    """The images of the page; `shown` are their places among the entries, with their links."""
+    moved = frozenset() if corrected is None else corrected.moved
+    tiles = []
+    for place, link in progress_bar(shown, desc="page", unit="image"):
+        entry = entries[place]
+        index = entry["index"]
+        tile = Tile(
+            images.describe(index),
+            entry["cluster"],
+            entry["score"],
+            load_thumbnail(images, index),
+            quote(os.fsencode(link)),
+            index in moved,
+        )
+        tiles.append(tile)
+    return tiles
+
+
+def _beside(
+    images: ImageDataset,
+    entries: Sequence[dict[str, Any]],
+    shown: Sequence[int],
+    corrected: Corrected | None,
+) -> Beside:
+    """The groups' names, and the images that the page does not show but its corrections keep."""
+    number = 1 + max(entry["cluster"] for entry in entries)
+    moved = frozenset() if corrected is None else corrected.moved
+    hidden = []
+    for place in sorted(set(range(len(entries))) - set(shown)):
+        entry = entries[place]
+        index = entry["index"]
+        hidden.append((images.describe(index), entry["cluster"], index in moved))
+    if corrected is None:
+        return Beside(default_names(number), hidden)
+    left_out = [images.describe(index) for index in corrected.left_out]
+    return Beside(corrected.names, hidden, left_out)
+
+
+def _write_groups_table(
+    folder: Path,
+    images: ImageDataset,
+    entries: Sequence[dict[str, Any]],
+    corrected: Corrected | None,
+) -> None:
+    """`groups.csv`; of corrected groups with their names, and beside it what they leave out."""
+    header = ["path", "cluster", "confidence"]
+    rows: list[list[object]] = []
+    for entry in entries:
+        name = images.describe(entry["index"])
+        rows.append([name, entry["cluster"], f"{entry['score']:.4f}"])
+    if corrected is not None:
+        header += ["group", "state"]
+        for row, entry in zip(rows, entries, strict=True):
+            state = MOVED if entry["index"] in corrected.moved else ""
+            row += [corrected.names[entry["cluster"]], state]
+    write_table(folder / GROUPS_TABLE, header, rows)
+    if corrected is not None and corrected.left_out:
+        out = [(images.describe(index),) for index in corrected.left_out]
+        write_table(folder / "left-out.csv", ("path",), out)
 
 
 def printable(name: str) -> str:
     """A file name that is no valid Unicode with its odd bytes spelt out."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV file; names that are no valid Unicode keep their bytes."""
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 def write_links(
@@ -207,6 +314,9 @@ def describe_groups(summary: dict[str, Any]) -> str:
     )
     if summary["broken"]:
         note += f"; {len(summary['broken'])} could not be read"
+    if "names" in summary:
+        left_out = len(summary["left_out"])
+        note += f"; {left_out} left out, {summary['new_images']} new"
 
     alike = sum(map(len, summary.get("near_duplicates", ())))
     if alike:
@@ -216,4 +326,10 @@ def describe_groups(summary: dict[str, Any]) -> str:
     return note
 
 
-__all__ = ["check_apart", "check_groups_folder", "describe_groups", "write_groups"]
+__all__ = [
+    "Corrected",
+    "check_apart",
+    "check_groups_folder",
+    "describe_groups",
+    "write_groups",
+]

@@ -5,15 +5,16 @@
     page = render_page("photos", "1200 images in 14 groups", tiles, features, sizes)
     Path("index.html").write_text(page, encoding="utf-8")
 
-Contact sheets by group and confidence, a map of all images, search by example and by name, keys
-for everything. The look and the behaviour are in `cluster_page.html.jinja`; here is what goes into
-it. Names reach the page as JSON and as escaped text only.
+Contact sheets by group and confidence, a map of all images, search by example and by name,
+corrections that are saved as a CSV file (`corrections.py` reads it), keys for everything. The look
+and the behaviour are in `cluster_page.html.jinja`; here is what goes into it. Names reach the page
+as JSON and as escaped text only.
 """
 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation.feature_map import cosine_components, flat_map
+from ..runtime.text import UNSEEN
+from .csv_cells import GUARDED
 
 # longest side in pixels: about 3 kB each
 THUMBNAIL = 112
@@ -47,6 +50,7 @@ class Tile:
         name, group, confidence: of the image.
         thumbnail: JPEG bytes.
         link: a relative address of the image itself, or None.
+        moved: whether it was put into its group by hand.
     """
 
     name: str
@@ -54,6 +58,26 @@ class Tile:
     confidence: float
     thumbnail: bytes
     link: str | None
+    moved: bool = False
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a page that can be corrected holds beside its images.
+
+    Attributes:
+        names: of the groups.
+        hidden: (name, group, moved) of the images that are not among the tiles.
+        left_out: names of images that are in no group since an earlier correction.
+        broken: (name, error) of the images that could not be read.
+        alike: sets of tiles that are nearly the same, by their places.
+    """
+
+    names: list[str]
+    hidden: list[tuple[str, int, bool]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    alike: list[list[int]] = field(default_factory=list)
 
 
 def jpeg_thumbnail(image: Image.Image) -> bytes:
@@ -105,9 +129,15 @@ def compact(features: Tensor) -> str:
 
 
 def page_data(
-    tiles: Sequence[Tile], features: Tensor, positions: Tensor, sizes: Sequence[int]
+    tiles: Sequence[Tile],
+    features: Tensor,
+    positions: Tensor,
+    sizes: Sequence[int],
+    beside: Beside | None,
 ) -> dict[str, Any]:
     """What the page's script reads: one entry per tile, and per group its size and share here."""
+    editable = beside is not None
+    beside = beside or Beside(default_names(len(sizes)))
     return {
         "name": [tile.name for tile in tiles],
         "group": [tile.group for tile in tiles],
@@ -122,11 +152,36 @@ def page_data(
         # of each group, all images and those that are among the tiles
         "sizes": list(sizes),
         "shown": np.bincount([tile.group for tile in tiles], minlength=len(sizes)).tolist(),
+        # corrections
+        "editable": editable,
+        "names": beside.names,
+        "moved": [tile.moved for tile in tiles],
+        "hidden": {
+            "name": [name for name, _, _ in beside.hidden],
+            "group": [group for _, group, _ in beside.hidden],
+            "moved": [moved for _, _, moved in beside.hidden],
+        },
+        "left_out": beside.left_out,
+        "broken": beside.broken,
+        "alike": beside.alike,
+        # how a text becomes a cell of the CSV file, as `csv_cells.py` does it
+        "unseen": UNSEEN.pattern,
+        "guarded": GUARDED,
     }
 
 
+def default_names(number: int) -> list[str]:
+    """Of groups that nobody has named."""
+    return [f"Group {group}" for group in range(number)]
+
+
 def render_page(
-    title: str, note: str, tiles: Sequence[Tile], features: Tensor, sizes: Sequence[int]
+    title: str,
+    note: str,
+    tiles: Sequence[Tile],
+    features: Tensor,
+    sizes: Sequence[int],
+    beside: Beside | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -135,14 +190,22 @@ def render_page(
         note: a sentence on the groups and their number.
         tiles: N images, by group and falling confidence.
         features: (N, D) of the tiles, for the map and for search by example.
-        sizes: images of each group, also of those that are not among the tiles; every group shows
-            at least one.
+        sizes: images of each group, also of those that are not among the tiles.
+        beside: for a page on which the groups can be corrected; None for one to look at.
     """
     points, method = flat_map(features)
-    data = page_data(tiles, features, unit_square(points), sizes)
+    data = page_data(tiles, features, unit_square(points), sizes, beside)
     text = _TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
     return template.render(title=title, note=note, data=data, map_note=_MAP_NOTES[method])
 
 
-__all__ = ["Tile", "by_confidence", "choose_shown", "jpeg_thumbnail", "render_page"]
+__all__ = [
+    "Beside",
+    "Tile",
+    "by_confidence",
+    "choose_shown",
+    "default_names",
+    "jpeg_thumbnail",
+    "render_page",
+]

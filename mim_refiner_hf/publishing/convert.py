@@ -2,7 +2,7 @@
 
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16     # a file, a folder, a Hub name,
     mim-refiner convert d2v2_refined_h14 d2v2-refined-h14      # or a name of the zoo
-    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14 --dtype bfloat16 --push user/name
+    mim-refiner convert data2vec2_huge14 data2vec2-h14 --dtype bfloat16 --push user/name
 
 One copy of the weights is in memory at a time: load, encode a fixed input, write in shards, let
 go, load what was written, encode again, compare. Only then does the folder get its name; whatever
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
+from ..conversion.licence import CARD, UNKNOWN, Licence, agreed_licence
 from ..conversion.zoo import ZOO
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
@@ -28,7 +29,7 @@ from ..runtime.files import sha256_of, shipped_folder, staged_folder
 from ..runtime.text import plain
 from ..runtime.wording import setting
 from .hub import check_model_folder, write_model
-from .model_card import CARD, conversion_card
+from .model_card import conversion_card
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # largest difference of the outputs, written and read back, relative to the largest output
@@ -51,6 +52,7 @@ class Conversion:
         difference: largest relative difference of the outputs, written and read back.
         rounding: the same between the source's own dtype and `dtype`; 0 where they are equal.
         seconds: in all.
+        licence: of the source, else as the user stated it.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Conversion:
     difference: float
     rounding: float
     seconds: float
+    licence: Licence = UNKNOWN
 
     def __str__(self) -> str:
         return (
@@ -80,6 +83,8 @@ def convert(
     dtype: str | None = None,
     num_heads: int | None = None,
     revision: str | None = None,
+    license: str | None = None,
+    publish: bool = False,
 ) -> Conversion:
     """Write any checkpoint that `load_encoder` knows as a model folder, card included.
 
@@ -88,10 +93,13 @@ def convert(
         destination: a new or empty folder, or an earlier model folder, which is replaced once the
             new one is verified.
         dtype: "float32", "bfloat16" or "float16"; None keeps the source's.
+        license: of the weights, where the source states none.
+        publish: whether the folder is meant for the Hub, where its licence must be known.
 
     Raises:
         ValueError: for a destination that holds something else, or an unknown dtype; before
-            anything is read.
+            anything is read. For another licence than the source's, or for none where it is
+            needed; before anything is written.
         FileNotFoundError, CheckpointError: as `load_encoder`, or when what was written does not
             give the same outputs.
     """
@@ -102,6 +110,7 @@ def convert(
     with staged_folder(Path(destination), check_model_folder) as new:
         encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)
         report: LoadReport = vars(encoder)["load_report"]
+        licence = agreed_licence(vars(encoder)["licence"], license, source, publish)
         processor: MimRefinerImageProcessor = vars(encoder)["image_processor"]
         config = encoder.config
         parameters = encoder.num_parameters()
@@ -127,6 +136,7 @@ def convert(
             difference=difference,
             rounding=rounding,
             seconds=time.perf_counter() - began,
+            licence=licence,
         )
         facts = encoder_facts(report.family, config, processor)
         for file, text in card_files(Path(destination).resolve().name, done, facts).items():
@@ -208,9 +218,9 @@ def card_files(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, 
     copy = _copy_facts(done, facts)
     shipped = find_zoo_card(done.source)
     if shipped is None:
-        return {CARD: conversion_card(done.source, name, copy)}
+        return {CARD: conversion_card(done.source, name, copy, done.licence)}
 
-    files = {CARD: _zoo_copy(shipped, done.source, plain(name), copy)}
+    files = {CARD: _zoo_copy(shipped, done, plain(name), copy)}
     for path in shipped.glob(".eval_results/*.yaml"):
         files[f".eval_results/{path.name}"] = path.read_text(encoding="utf-8")
     return files
@@ -250,9 +260,12 @@ def find_zoo_card(source: str) -> Path | None:
     return None
 
 
-def _zoo_copy(shipped: Path, zoo_name: str, name: str, copy: str) -> str:
+def _zoo_copy(shipped: Path, done: Conversion, name: str, copy: str) -> str:
     """The card of the zoo for a folder called `name`: with the facts, without its neighbours."""
+    zoo_name = done.source
     card = ModelCard.load(shipped / CARD)
+    if done.licence != UNKNOWN:
+        card.data.license = done.licence.identifier
     if card.data.eval_results:
         card.data.model_name = name
 

@@ -12,15 +12,23 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 
 from ..conversion import load_encoder
+from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder
+from ..runtime.text import fenced, plain
+from .card_licence import licence_line
 from .hub import check_model_folder
+from .model_card import is_hub_name
 from .twins import Twin
 
 EXPORT_FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
 """Name after `--to` -> module, imported when asked for: timm is slow, and onnx is an extra."""
+
+# of each format, as the Hub calls it
+_LIBRARIES = {"timm": "timm", "vit": "transformers", "onnx": "onnx"}
 
 # largest difference allowed, in units of the output's largest value, or of 1 where all are smaller
 _TOLERANCE = 1e-4
@@ -36,7 +44,8 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
 
     Args:
         source: anything `load_encoder` takes: a Hub name, a model folder, an original checkpoint.
-        destination: folder to write, in fp32; an earlier model there is replaced.
+        destination: folder to write, in fp32, with a card that states the source's licence; an
+            earlier model there is replaced.
         to: "timm", "vit" (transformers' own classes) or "onnx".
 
     Returns:
@@ -68,7 +77,36 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     encoder.float()
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
+        text = _card(folder.name, str(source), to, vars(encoder)["licence"])
+        (new / CARD).write_text(text, encoding="utf-8")
         return _compare_twins(encoder, format_.load(new))
+
+
+def _card(name: str, source: str, to: str, licence: Licence) -> str:
+    """The card of a twin: whose weights these are, in which format, and under which licence."""
+    shown = source
+    base_model = None
+    if is_hub_name(source):
+        base_model = source
+    else:
+        shown = Path(source).name
+    metadata = ModelCardData(
+        library_name=_LIBRARIES[to],
+        pipeline_tag="image-feature-extraction",
+        base_model=base_model,
+        **licence.metadata(),  # type: ignore[arg-type]
+    )
+
+    command = f"mim-refiner export {source} {name} --to {to}"
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {plain(name)}",
+        f"The encoder of {plain(shown)} in the format of {_LIBRARIES[to]}: the same weights, "
+        "loaded back by that library and compared.",
+        licence_line(licence, "its source"),
+        fenced(command, "bash"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 @torch.no_grad()

@@ -23,10 +23,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..clustering.pipeline_image_clustering import announce_code
 from ..conversion.digests import add_file_digests, write_digests
+from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import check_folder, staged_folder
 from ..runtime.retry import patiently
-from .model_card import CARD, REPO_PLACEHOLDER
+from .card_licence import state_licence
+from .model_card import REPO_PLACEHOLDER
 
 # of a file of weights; so that writing takes no second copy of them all
 MAX_SHARD_SIZE = "2GB"
@@ -101,7 +103,9 @@ def check_repo_id(repo_id: str) -> str:
     return repo_id
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
+def push_folder(
+    folder: Path, repo_id: str, *, private: bool = False, license: str | None = None
+) -> str:
     """Upload a model folder: weights, configuration and code in one commit, the card in a second.
 
     The card comes last so that no page ever describes weights that are not there. Uploading again
@@ -112,12 +116,14 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
         folder: as `save_model_folder` and `write_card` leave it; README.md may be missing.
         repo_id: "user/name"; created when it does not exist.
         private: for a new repository.
+        license: of the weights, where the card states none; it is put into the card.
 
     Returns:
         The address of the repository.
 
     Raises:
-        ValueError: for a malformed `repo_id`.
+        ValueError: for a malformed `repo_id`, and for a licence that is not known or not that of
+            the card; before anything is sent.
         FileNotFoundError: when `folder` holds no model.
         PushError: when the Hub cannot be reached or refuses; nothing local is changed.
     """
@@ -130,6 +136,11 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's "
             "model folder"
         )
+
+    found = licence_beside(folder)
+    licence = agreed_licence(found, license, folder, publish=True)
+    if licence != found:
+        state_licence(folder, licence)
 
     try:
         return _upload(folder, repo_id, private)

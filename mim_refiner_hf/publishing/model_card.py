@@ -26,6 +26,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from ..conversion.licence import CARD, UNKNOWN, Licence
 from ..evaluation.tables import (
     METRICS,
     comparison_rows,
@@ -35,8 +36,8 @@ from ..evaluation.tables import (
 )
 from ..runtime.files import write_text
 from ..runtime.text import fenced, one_line, plain
+from .card_licence import licence_line
 
-CARD = "README.md"
 # in the card's snippets, until `push_folder` knows the repository
 REPO_PLACEHOLDER = "your-name/your-model"
 # the paper, as every card cites it
@@ -62,7 +63,7 @@ def is_hub_name(name: str | None) -> bool:
 def card_metadata(**more: Any) -> ModelCardData:
     """The metadata of a card: what is the same for every encoder, and `more` of this one.
 
-    `license` is among `more` only where it is known.
+    `license`, with its name and link, is among `more` only where it is known.
     """
     return ModelCardData(
         library_name="transformers",
@@ -93,7 +94,7 @@ def _base_model(name: str) -> dict[str, str]:
 
 def _score_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The scores that were measured, and what to call them."""
-    labels = {name: label for name, (label, _) in METRICS.items() if name in metrics}
+    labels = {name: metric.label for name, metric in METRICS.items() if name in metrics}
     return labels | protocol_labels(metrics)
 
 
@@ -152,6 +153,9 @@ class CardData:
         model_name: name of the run's folder.
         before, after: metrics of the starting weights and of the result (see `evaluate_encoder`);
             None when not measured.
+        verdict, judgement: whether the result is better, and by which numbers, as `runs/verdict.py`
+            has it; None for a run before there were verdicts.
+        pixels: scores of the images without an encoder, of a run that pre-trained its start.
         starting_model: Hub name, path, or "a MAE pre-trained in this run".
         dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
             `num_classes`.
@@ -173,6 +177,10 @@ class CardData:
     versions: dict[str, str]
     hardware: str
     recipe: dict[str, Any]
+    licence: Licence = UNKNOWN
+    verdict: str | None = None
+    judgement: dict[str, Any] | None = None
+    pixels: dict[str, float] | None = None
 
     @classmethod
     def from_run(cls, run_folder: Path) -> "CardData":
@@ -198,7 +206,9 @@ class CardData:
         facts = {field.name: run.get(field.name) for field in fields(cls)}
         facts["model_name"] = name
 
-        required = facts.keys() - {"before", "after"}
+        facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
+
+        required = facts.keys() - {"before", "after", "verdict", "judgement", "pixels"}
         missing = [name for name, fact in facts.items() if name in required and fact is None]
         if missing:
             raise ValueError(
@@ -212,8 +222,35 @@ class CardData:
         """Whether the result was measured against true classes."""
         return self.after is not None and "knn_accuracy" in self.after
 
+    @property
+    def ships_start(self) -> bool:
+        """Whether the folder holds the starting weights, for the result was not better."""
+        return self.verdict == "not better"
+
+    @property
+    def reason(self) -> str:
+        """The verdict's reason, safe in Markdown; empty where there is no verdict."""
+        return plain((self.judgement or {}).get("reason", ""))
+
+    def scores(self, side: str) -> dict[str, Any] | None:
+        """All that was measured of the side "before" or "after"; None where nothing was."""
+        evaluated = self.before if side == "before" else self.after
+        judged = (self.judgement or {}).get(side)
+        if evaluated is None and judged is None:
+            return None
+        return {**(evaluated or {}), **(judged or {})}
+
     def warning(self) -> str | None:
         """The sentence that a reader must see first, or None when the run shows what it should."""
+        if self.ships_start:
+            return (
+                "This folder holds the STARTING weights: the refinement was judged not better than "
+                f"they are ({self.reason})."
+            )
+        if self.verdict == "not judged":
+            return f"Nobody judged whether this model is better than its start: {self.reason}."
+        if self.verdict is not None and not self.has_labels:
+            return None
         if self.after is None:
             return (
                 "This model was not evaluated: nothing here says that it is better than its "
@@ -244,31 +281,47 @@ class CardData:
         if is_hub_name(self.dataset["name"]):
             optional["datasets"] = [self.dataset["name"]]
 
-        index = _model_index(self.after or {}, self.dataset)
-        index += _model_index(self.before or {}, self.dataset, suffix=" (starting weights)")
+        names = {"after": "", "before": " (starting weights)"}
+        if self.ships_start:
+            names = {"before": "", "after": " (refined, not in this folder)"}
+        index = []
+        for side, suffix in names.items():
+            index += _model_index(self.scores(side) or {}, self.dataset, suffix=suffix)
         if index:
             optional |= {"model_name": self.model_name, "eval_results": index}
-        return card_metadata(license="apache-2.0", **optional)
+        return card_metadata(**self.licence.metadata(), **optional)
 
     def metric_rows(self) -> list[tuple[str, str, str, str]]:
         """(metric, starting weights, this model, change) as text.
 
         Only what was measured on both sides has a change.
         """
-        if self.before is not None and self.after is not None:
-            return comparison_rows(self.before, self.after)
+        before, after = (self.scores(side) for side in ("before", "after"))
+        if before is not None and after is not None:
+            changes = (self.judgement or {}).get("changes", {})
+            return comparison_rows(before, after, changes)
 
         def cell(metrics: dict[str, Any] | None, name: str) -> str:
             if metrics is None:
                 return "-"
             return format_metric(name, metrics[name])
 
-        measured = self.after or self.before or {}
+        measured = after or before or {}
         rows = []
-        for name, (label, _) in METRICS.items():
+        for name, metric in METRICS.items():
             if name in measured:
-                rows.append((label, cell(self.before, name), cell(self.after, name), "-"))
+                rows.append((metric.label, cell(before, name), cell(after, name), "-"))
         return rows
+
+    @property
+    def pixel_scores(self) -> str:
+        """What the images give without an encoder, in one line; empty where it was not measured."""
+        scores = self.pixels or {}
+        return ", ".join(
+            f"{METRICS[name].label} {format_metric(name, value)}"
+            for name, value in scores.items()
+            if name in METRICS
+        )
 
     def block_rows(self) -> list[tuple[int, str, str]]:
         """(block, k-NN accuracy of the starting weights, of this model), where both have it."""
@@ -288,6 +341,7 @@ class CardData:
             if value not in (None, ""):
                 data[name] = plain(value)
 
+        is_pretrained_here = self.starting_model == _PRETRAINED_HERE
         stages = []
         for stage, spent in self.stage_seconds.items():
             if spent:
@@ -300,7 +354,10 @@ class CardData:
             run=self,
             name=plain(self.model_name),
             starting_model=plain(self.starting_model),
-            pretrained_here=self.starting_model == _PRETRAINED_HERE,
+            licence=licence_line(
+                self.licence, "" if is_pretrained_here else "the starting weights"
+            ),
+            pretrained_here=is_pretrained_here,
             data=data,
             protocol={plain(name): plain(text) for name, text in self.protocol.items()},
             command=fenced(self.command.strip(), "bash"),
@@ -340,24 +397,26 @@ def write_card(run_folder: Path) -> Path:
 # The card of a conversion
 
 
-def conversion_card(source: str, name: str, facts: str) -> str:
+def conversion_card(source: str, name: str, facts: str, licence: Licence) -> str:
     """The card of the encoder of `source`, converted into a folder called `name`.
 
-    No score was measured, so the card claims none; it states no licence either.
+    No score was measured, so the card claims none.
 
     Args:
         source: Hub name or path.
         facts: how the copy was made and checked, in Markdown.
+        licence: of the source.
     """
     shown = source
     if not is_hub_name(source):
         shown = Path(source).name
     return _render(
-        card_metadata(**_base_model(source)),
+        card_metadata(**licence.metadata(), **_base_model(source)),
         run=None,
         name=plain(name),
         source=plain(shown),
         facts=facts,
+        licence=licence_line(licence, "its source"),
         command=fenced(f"mim-refiner convert {source} {name}", "bash"),
     )
 
@@ -439,7 +498,6 @@ def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 __all__ = [
-    "CARD",
     "CITATION",
     "REPO_PLACEHOLDER",
     "CardData",

@@ -8,6 +8,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,4 +129,25 @@ def describe_failure(
     )
 
 
-__all__ = ["FAILURES", "FailureReport", "NotFiniteError", "check_step", "describe_failure"]
+class NotBetterError(RuntimeError):
+    """A finished run whose result was not judged better, where `fail_if_not_better` was asked for.
+
+    Everything is written before it is raised. The message says why.
+
+    Attributes:
+        result: what `refine` would have returned.
+    """
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+__all__ = [
+    "FAILURES",
+    "FailureReport",
+    "NotBetterError",
+    "NotFiniteError",
+    "check_step",
+    "describe_failure",
+]

@@ -324,6 +324,15 @@ class RefineRecipe:
     push_to_hub: RepositoryName | None = documented(
         None, "Publish the result under this name, user/name."
     )
+    license: str | None = documented(
+        None,
+        "Licence of the weights, where the start states none; the Hub's word: mit, unknown, ...",
+    )
+    fail_if_not_better: bool = documented(
+        False,
+        "Exit with 3 (in Python: NotBetterError) unless the result is judged better than the "
+        "start; all is written before.",
+    )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@
     groups.clustering.assign(new_vectors)               # later ones, into the same groups
 
     cluster("photos/", model=encoder, out="groups/")    # also a page, a table, folders of links
+    cluster("photos/", start="corrected.csv")           # groups as corrected on that page
 
 `mim-refiner cluster` runs it with `out`.
 """
@@ -39,11 +40,13 @@ from ..publishing.cluster_folder import (
     describe_groups,
     write_groups,
 )
+from ..publishing.corrections import match_corrections
 from ..runtime.files import staged_folder
 from ..runtime.wording import kind_of, setting, written
 from .channels import fit_and_tell
 from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
 from .cluster_model import choose_encoder, warn_of_misfit
+from .cluster_start import grouped_as_corrected, open_corrections
 from .embed import device_here
 
 logger = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ class Groups:
 
     Attributes:
         labels: the group of each (n,) int64, 0 being the largest group; -1 for an image that cannot
-            be read.
+            be read or is left out.
         confidence: in (0, 1] (n,) float32; 0 for an image that cannot be read.
         exemplars: of each group up to 9 places in the input, most typical first.
         proposal: how many groups and why, with the evidence; `proposal.clear` is False where there
@@ -93,6 +96,7 @@ def cluster(
     *,
     num_clusters: int | None = None,
     method: str = "kmeans",
+    start: str | Path | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     batch_size: int = 32,
@@ -108,6 +112,9 @@ def cluster(
             which the Hub has. Vectors and features need none.
         num_clusters: number of groups; None to have it proposed, with its evidence.
         method: "kmeans", or "heads": cluster heads, slower.
+        start: a CSV file of corrected groups, as the page saves it (`publishing/corrections.py`):
+            its images stay in their groups, those left out stay out, and new images go to the
+            nearest of these groups.
         out: a folder to write: a page, a table, links by group; of images only. Earlier groups
             there are replaced. A call that was interrupted goes on where it was.
         seed: of everything random.
@@ -118,12 +125,17 @@ def cluster(
             not do; nothing is written.
     """
     if _holds_numbers(images) and images.ndim < 3:
-        return _of_vectors(images, model, num_clusters, method, out, seed)
+        _refuse_for_vectors(model=model, out=out, start=start)
+        return _of_vectors(images, num_clusters, method, seed)
+    corrections = None
+    if start is not None:
+        corrections = open_corrections(start, num_clusters, method)
     folder = None
     if out is not None:
         folder = check_groups_folder(Path(out))
         check_apart(folder, Path(out), images)
 
+    places = None
     if _is_store(images):
         if model is not None:
             raise ValueError(
@@ -131,22 +143,33 @@ def cluster(
                 "features already"
             )
         known = from_store(images if isinstance(images, FeatureStore) else FeatureStore(images))
+        if corrections is not None:
+            places = match_corrections(corrections, known.images)
     else:
         opened = open_images(images)
         check_num_clusters(num_clusters, len(opened), method)
+        if corrections is not None:
+            places = match_corrections(corrections, opened)
         known = _encode(opened, model, folder, Loading(batch_size, num_workers, device_here()))
 
-    pipe = FeaturePipeline(known)
+    corrected = None
     try:
-        entries = pipe(known.images, num_clusters=num_clusters, method=method, seed=seed)
+        if places is not None:
+            pipe, entries, corrected = grouped_as_corrected(known, places, seed)
+        else:
+            pipe = FeaturePipeline(known)
+            entries = pipe(known.images, num_clusters=num_clusters, method=method, seed=seed)
     # what will not do now will not do when it is run again
     except ValueError:
         _forget(folder)
         raise
-    summary = {**pipe.summary, "note": describe_groups(pipe.summary)}
+    summary = dict(pipe.summary)
+    if corrected is not None:
+        summary |= corrected.summary(known.images)
+    summary["note"] = describe_groups(summary)
     if folder is not None:
         with staged_folder(folder, check_groups_folder) as new:
-            summary = write_groups(new, known.images, entries, pipe)
+            summary = write_groups(new, known.images, entries, pipe, corrected)
         _forget(folder)
     return _of_images(known.images, entries, pipe, summary)
 
@@ -216,13 +239,15 @@ def _of_images(
     )
 
 
-def _of_vectors(
-    given: Any, model: Any, num_clusters: int | None, method: str, out: Any, seed: int
-) -> Groups:
-    """The groups of vectors (n, d)."""
-    for name, value in (("model", model), ("out", out)):
+def _refuse_for_vectors(**settings: Any) -> None:
+    """ValueError for a setting that only images have."""
+    for name, value in settings.items():
         if value is not None:
             raise ValueError(f"{setting(name, value)}: is for images; vectors (n, d) need none")
+
+
+def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) -> Groups:
+    """The groups of vectors (n, d)."""
     vectors = torch.as_tensor(given).detach().cpu().float()
     if vectors.ndim != 2:
         raise ValueError(

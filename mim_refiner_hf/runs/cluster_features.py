@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clustering.cluster_count import Proposal
+from ..clustering.k_means import Clustering
 from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
@@ -78,6 +80,21 @@ class FeaturePipeline(ImageClusteringPipeline):
                 f"the first, {first['image']}: {first['error']}"
             )
         return known.features, known.kept, known.broken
+
+    def grouped_as(self, clustering: Clustering, why: Proposal) -> list[dict[str, Any]]:
+        """What a call returns and sets, where the groups of all rows are there already."""
+        known = self.known
+        self._keep(known.features, clustering, known.broken, why)
+        rows = zip(
+            known.kept,
+            clustering.assignments.tolist(),
+            clustering.confidence.tolist(),
+            strict=True,
+        )
+        return [
+            {"image": index, "index": index, "cluster": group, "score": score}
+            for index, group, score in rows
+        ]
 
 
 # --- encoded now ----------------------------------------------------------------------------------

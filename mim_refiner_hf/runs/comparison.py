@@ -348,19 +348,12 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
     }
 
 
-def describe_change(change: Change) -> dict[str, Any]:
-    """A change as JSON: difference, 95 % interval, verdict."""
-    low, high = change.interval
-    return {"difference": change.difference, "low": low, "high": high, "verdict": change.verdict}
-
-
 __all__ = [
     "HELD_OUT",
     "PROTOCOLS",
     "Data",
     "Side",
     "changes_of",
-    "describe_change",
     "errors_of",
     "measure_side",
     "open_evaluation_data",

@@ -58,7 +58,6 @@ from .comparison import (
     Data,
     Side,
     changes_of,
-    describe_change,
     measure_side,
     open_evaluation_data,
     readable_images,
@@ -338,7 +337,7 @@ def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
         "broken": list(data.broken),
         "before": before,
         "after": sides[-1].metrics,
-        "changes": {name: describe_change(change) for name, change in changes.items()},
+        "changes": {name: change.as_json() for name, change in changes.items()},
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..conversion.licence import Licence
 from ..conversion.load import LoadReport, image_processor
 from ..data.images import ImageDataset, ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -61,17 +62,22 @@ _HEAD_FIELDS = (
 
 
 def start_state(
-    encoder: MimRefinerModel, processor: Any, images: ImageDataset | ImageStream, warmup: int
+    encoder: MimRefinerModel,
+    processor: Any,
+    images: ImageDataset | ImageStream,
+    warmup: int,
+    licence: Licence,
 ) -> dict[str, Any]:
     """What a checkpoint says, as JSON, for those who start from it.
 
-    Its encoder, its data, and from which step on its heads are warm.
+    Its encoder with its licence, its data, and from which step on its heads are warm.
     """
     return {
         "encoder": encoder.config.to_dict(),
         "preprocessing": processor.to_dict(),
         "data": data_digest(images),
         "warmup_steps": warmup,
+        "licence": licence.metadata(),
     }
 
 
@@ -135,7 +141,7 @@ def _checkpoint_in(path: Path) -> Checkpoint:
 
 def encoder_of(start: Checkpoint) -> MimRefinerModel:
     """The average of the checkpoint's encoder, with what `load_encoder` gives an encoder:
-    `load_report` and `image_processor`.
+    `load_report`, `image_processor` and `licence`.
 
     Raises:
         CheckpointError: when a tensor is neither placed nor dropped on purpose, or does not fit.
@@ -168,7 +174,9 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
     source = f"step {start.step} of {start.path.parent}"
     report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))
     processor = image_processor(encoder.config, start.state["preprocessing"])
-    vars(encoder).update(load_report=report, image_processor=processor)
+    # earlier versions did not write it
+    licence = Licence.from_metadata(start.state.get("licence") or {}, where=start.path)
+    vars(encoder).update(load_report=report, image_processor=processor, licence=licence)
     return encoder.eval()
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..conversion import load_encoder
+from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
@@ -54,11 +56,15 @@ _FREE_FIELDS = frozenset(
         "save_every",
         "keep",
         "push_to_hub",
+        "license",
+        "fail_if_not_better",
         "dry_run",
     ]
 )
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
+# Of what any other run starts from, until it has ended.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,14 @@ class Start:
         config, processor: of the encoder.
         encoder: None where it is still to be pre-trained.
         pretraining: how it is pre-trained, if it is.
+        licence: of the weights, and so of the result; else as the recipe states it.
         checkpoint: of another run, whose heads and queues come along (`init_from.py`).
         channels: what was done to fit it to the channels of the images; "" for nothing.
     """
 
     config: MimRefinerConfig
     processor: Any
+    licence: Licence
     encoder: MimRefinerModel | None = None
     pretraining: PretrainRecipe | None = None
     checkpoint: Checkpoint | None = None
@@ -159,8 +167,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
 
     # the output folder, and a run that it may hold
     check_run_folder(output, resolved)
-    if start.pretraining is not None:
-        check_start_folder(output / PRETRAINED)
+    check_start_folder(start_folder(resolved))
     if start.checkpoint is not None and resume is None:
         check_heads_fit(resolved, start.checkpoint)
     if recipe.stage == "refine" and not recipe.dry_run and start.checkpoint is None:
@@ -179,7 +186,9 @@ def open_starting_weights(
         fields = read_fields(recipe.pretrain, PretrainRecipe, "pretrain")
         pretraining = PretrainRecipe(**{**fields, "seed": recipe.seed})
         config = pretraining.encoder_config()
-        return Start(config, image_processor(config, {}), pretraining=pretraining)
+        processor = image_processor(config, {})
+        licence = _licence(recipe, UNKNOWN, f"what {setting('pretrain', recipe.pretrain)} trains")
+        return Start(config, processor, licence, pretraining=pretraining)
 
     checkpoint = None
     if recipe.init_from is not None:
@@ -189,7 +198,32 @@ def open_starting_weights(
     else:
         assert recipe.model is not None
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
-    return Start(encoder.config, encoder.image_processor, encoder, checkpoint=checkpoint)
+    licence = _licence(recipe, vars(encoder)["licence"], recipe.model or recipe.init_from)
+    _check_preprocessing(recipe, encoder)
+    return Start(encoder.config, encoder.image_processor, licence, encoder, checkpoint=checkpoint)
+
+
+def _check_preprocessing(recipe: RefineRecipe, encoder: MimRefinerModel) -> None:
+    """Whether the model's own preprocessing fits it: start and result are judged by it."""
+    config = encoder.config
+    if config.num_channels not in (1, 3):
+        return
+    image = Image.new("L" if config.num_channels == 1 else "RGB", (40, 30))
+    processor = vars(encoder)["image_processor"]
+    pixels = processor([image], return_tensors="pt")["pixel_values"]
+    made = tuple(pixels.shape[-2:])
+    if made != tuple(config.image_hw):
+        height, width = config.image_hw
+        raise ValueError(
+            f"{setting('model', recipe.model or recipe.init_from)}: its preprocessing makes images "
+            f"of {made[0]}x{made[1]}, but its native size is {height}x{width}; mend size and "
+            "crop_size in its preprocessor_config.json"
+        )
+
+
+def _licence(recipe: RefineRecipe, found: Licence, source: object) -> Licence:
+    """The licence of the result; a ValueError where it is not known and has to be."""
+    return agreed_licence(found, recipe.license, source, recipe.push_to_hub is not None)
 
 
 def _with_channels(
@@ -314,6 +348,12 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
         )
 
 
+def start_folder(recipe: ResolvedRecipe) -> Path:
+    """Where a run keeps the encoder that it starts from, to be judged by and perhaps to ship."""
+    name = START if recipe.asked.pretrain is None else PRETRAINED
+    return Path(recipe.output_dir) / name
+
+
 def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
     """The recipe with what it leaves open as the run in `output`, if there is one, began.
 
@@ -348,7 +388,7 @@ def _saved_recipe(output: Path) -> dict[str, Any] | None:
 
 
 def check_start_folder(folder: Path) -> Path:
-    """`folder`, resolved, if the pre-trained encoder can be written there.
+    """`folder`, resolved, if the starting encoder can be written there.
 
     It is absent, empty or holds a model.
     """
@@ -358,6 +398,7 @@ def check_start_folder(folder: Path) -> Path:
 __all__ = [
     "NOTHING",
     "PRETRAINED",
+    "START",
     "Given",
     "Prepared",
     "RunImages",
@@ -367,4 +408,5 @@ __all__ = [
     "open_run_images",
     "open_starting_weights",
     "prepare",
+    "start_folder",
 ]

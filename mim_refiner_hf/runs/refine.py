@@ -11,6 +11,7 @@ refine(images, model=encoder, callbacks=[lambda step, values: print(step, values
 import copy
 import dataclasses
 import difflib
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,19 @@ from ..data.images import open_images
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.hub import check_model_folder, check_repo_id, push_folder, save_model_folder
 from ..publishing.model_card import write_card
+from ..refinement.failure import NotBetterError
 from ..refinement.recipe import RefineRecipe
 from ..refinement.recipe_files import read_recipe
 from ..runtime.lock import sole_run
 from ..runtime.tracking import LogCallback
-from .prepare import Given
+from .prepare import START, Given
 from .run import RunResult, run
+from .run_record import GROUPS, NEIGHBOURS
+
+SHIPPED = "model"
+"""Folder of what ships."""
+NOT_SHIPPED = "refined_not_shipped"
+"""Folder of what was trained, where it is not better than the start."""
 
 
 def refine(
@@ -40,8 +48,10 @@ def refine(
 ) -> RunResult | None:
     """Refine an encoder on images and write the result to `output_dir`.
 
-    Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`,
-    `clusters.png`, `curves.png`, `log.jsonl`; with `push_to_hub` it publishes the folder.
+    Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`, pictures
+    and `log.jsonl`; with `push_to_hub` it publishes `model/`. A result that is not judged better
+    than its start (`runs/verdict.py`) does not ship: `model/` holds the start, and
+    `refined_not_shipped/` what was trained.
 
     Args:
         images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
@@ -61,6 +71,9 @@ def refine(
             folder; before any work.
         TypeError: for a setting that does not exist.
         FloatingPointError: for a loss that is not finite.
+        NotBetterError: with `fail_if_not_better`, unless the result is judged better; everything is
+            written, and the error has it as `result`. The command exits with 3. Of several
+            processes, the main one raises it.
         PushError: when the Hub fails; the local result is intact and the message says how to
             continue.
     """
@@ -71,14 +84,19 @@ def refine(
     output = Path(recipe.output_dir)
     if recipe.push_to_hub is not None:
         check_repo_id(recipe.push_to_hub)
-    check_model_folder(output / "model")
+    for name in (SHIPPED, NOT_SHIPPED):
+        check_model_folder(output / name)
     if recipe.dry_run:
         return run(recipe, given)
 
     with sole_run(output, "output_dir"):
         result = run(recipe, given, callbacks)
-        if result is not None and PartialState().is_main_process:
-            _publish(result, recipe.push_to_hub)
+        # one process writes; were the others to fail meanwhile, a launcher would stop it
+        if result is None or not PartialState().is_main_process:
+            return result
+        _publish(result, recipe)
+    if recipe.fail_if_not_better and result.verdict.outcome != "better":
+        raise NotBetterError(str(result.verdict), result)
     return result
 
 
@@ -138,16 +156,43 @@ def _own_copy(model: Any) -> MimRefinerModel:
     return encoder.requires_grad_(True)
 
 
-def _publish(result: RunResult, repository: str | None) -> None:
+def _publish(result: RunResult, recipe: RefineRecipe) -> None:
     """The model folder, its card, and the way to the Hub."""
-    folder = result.output_dir / "model"
+    output = result.output_dir
+    folder = output / SHIPPED
     save_model_folder(folder, result.encoder, result.processor)
-    write_card(result.output_dir)
+    kept_back = output / NOT_SHIPPED
+    if result.verdict.ships_start:
+        save_model_folder(kept_back, result.refined, result.processor)
+    elif kept_back.exists():
+        # of an earlier run of this recipe: it is older than what ships
+        shutil.rmtree(kept_back)
+    write_card(output)
+
     # the run is complete: nothing is left to resume
-    shutil.rmtree(result.output_dir / "checkpoints", ignore_errors=True)
-    print(f"The refined model: {folder}")
-    if repository is not None:
-        print(f"Published: {push_folder(folder, repository)}")
+    for name in ("checkpoints", START):
+        shutil.rmtree(output / name, ignore_errors=True)
+    print(_ending(result, recipe))
+    if recipe.push_to_hub is not None:
+        print(f"Published: {push_folder(folder, recipe.push_to_hub)}")
 
 
-__all__ = ["refine"]
+def _ending(result: RunResult, recipe: RefineRecipe) -> str:
+    """What got better, how sure that is, where the pictures and the model are, and what next."""
+    output = result.output_dir
+    folder = output / SHIPPED
+    verdict = result.verdict
+    parts = [f"{verdict}."]
+    if (output / NEIGHBOURS).is_file():
+        parts.append(f"Look at {output / NEIGHBOURS} and {output / GROUPS}.")
+
+    ships = f"The refined model: {folder}."
+    if verdict.ships_start:
+        ships = f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}."
+    photos = recipe.dataset if Path(recipe.dataset).exists() else "photos/"
+    command = shlex.join(["mim-refiner", "cluster", photos, "--model", str(folder)])
+    parts += [ships, f"Next: {command}"]
+    return " ".join(parts)
+
+
+__all__ = ["NOT_SHIPPED", "SHIPPED", "refine"]

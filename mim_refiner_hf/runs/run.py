@@ -6,10 +6,10 @@
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is
 trained. The output folder holds `recipe.json` and `data.json` (what the data consist of) from the
-start, `checkpoints/` on the way, `metrics.json`, `clusters.png`, `curves.png` and `log.jsonl` at
-the end; with `--pretrain` also `pretrained/`, the encoder that is refined, with `--head_blocks
-auto` `blocks.png`, the measurement behind the choice, and `broken.json` where images could not be
-read.
+start, `start/` (the encoder that is refined; with `--pretrain` `pretrained/`, which stays) and
+`checkpoints/` on the way, `metrics.json`, the pictures (run_record.py) and `log.jsonl` at the end;
+with `--head_blocks auto` also `blocks.png`, the measurement behind the choice, and `broken.json`
+where images could not be read. What ships is what verdict.py says: the result, or the start.
 """
 
 import dataclasses
@@ -26,11 +26,10 @@ from accelerate.utils import ProjectConfiguration
 
 from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
-from ..data.images import Broken, ImageDataset, evenly_spaced
+from ..data.images import Broken, ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading
-from ..evaluation.pictures import draw_block_profile, draw_clusters, draw_curves
-from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
-from ..evaluation.tables import comparison_table
+from ..evaluation.pictures import draw_block_profile
+from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
 from ..refinement.auto import Choice
@@ -45,8 +44,9 @@ from ..runtime.wording import setting
 from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import NOTHING, PRETRAINED, Given, Prepared, check_start_folder, prepare
-from .run_record import BeforeAfter, run_record
+from .prepare import NOTHING, Given, Prepared, check_start_folder, prepare, start_folder
+from .run_record import BeforeAfter, run_record, write_evidence
+from .verdict import Verdict, judge_run, load_start
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,18 @@ class RunResult:
     """What `run` leaves in memory.
 
     Attributes:
-        encoder: the refined encoder (the moving average), in eval mode.
+        encoder: what ships, in eval mode: the refined encoder, or the start where that is not
+            better.
+        refined: the refined encoder (the moving average), whatever the verdict.
+        verdict: whether it is better, and why.
         processor: its image processor.
         metrics: what metrics.json says.
         output_dir: the run's folder.
     """
 
     encoder: MimRefinerModel = field(repr=False)
+    refined: MimRefinerModel = field(repr=False)
+    verdict: Verdict
     processor: Any = field(repr=False)
     metrics: dict[str, Any] = field(repr=False)
     output_dir: Path
@@ -112,7 +117,6 @@ def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accele
     output = Path(recipe.output_dir)
     accelerator = Accelerator(
         cpu=several_on_the_cpu(),
-        mixed_precision="bf16" if recipe.bf16 else "no",
         log_with=trackers(output, recipe.asked.loggers, prepared.start_step, callbacks),
         project_config=ProjectConfiguration(
             project_dir=str(output), logging_dir=str(output / "tensorboard")
@@ -165,16 +169,69 @@ def _with_report(error: NotFiniteError, output: Path, writes: bool) -> NotFinite
 # ---- the run itself, on every process; files are written by the main one
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What the training leaves; its optimiser, heads and queue are gone with the trainer."""
+
+    refined: MimRefinerModel
+    before: dict[str, Any] | None
+    seconds: dict[str, float]
+    broken: int
+    choice: HeadChoice | None
+
+
 def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResult | None:
+    """Train, judge start and result, measure what is known of labels, and write all of it."""
+    prepared, unreadable = _readable_only(prepared)
+    trained = _train(prepared, accelerator, unreadable)
+    if trained is None:
+        return None
+    # as `load_encoder` gives an encoder: it can be used at once
+    refined = trained.refined
+    begun = prepared.start
+    vars(refined).update(image_processor=begun.processor, licence=begun.licence)
+
+    start = load_start(prepared)
+    if start is not None:
+        start.to(accelerator.device)
+    judged = judge_run(prepared, accelerator, start, refined)
+    after = None
+    if judged.finite:
+        after = _evaluate(prepared, refined)
+
+    pixels = _pixels(prepared) if after is not None else None
+    measured = BeforeAfter(trained.before, _metrics(after), judged.verdict, pixels)
+    metrics = run_record(prepared, accelerator, measured, trained.seconds)
+    metrics["broken_images"] = trained.broken
+    if trained.choice is not None:
+        metrics["head_choice"] = dataclasses.asdict(trained.choice)
+    if accelerator.is_main_process:
+        write_evidence(prepared, metrics, measured, after, judged)
+
+    ships = refined
+    if judged.verdict.ships_start:
+        assert start is not None
+        ships = start
+    output = Path(prepared.recipe.output_dir)
+    return RunResult(ships, refined, judged.verdict, begun.processor, metrics, output)
+
+
+def _train(
+    prepared: Prepared, accelerator: Accelerator, unreadable: Sequence[Broken]
+) -> _Trained | None:
+    """Both stages, from the start or from where the run was interrupted; None after a warm-up.
+
+    `unreadable` are images of the training set that are known to be broken.
+    """
     recipe = prepared.recipe
     resume = prepared.resume
     seconds: dict[str, float] = {}
     if resume is not None:
         seconds |= resume.state["seconds"]
 
-    # start: weights, and images that can all be read
     encoder = starting_encoder(prepared, accelerator, seconds)
-    prepared, unreadable = _readable_only(prepared)
+    if resume is None and accelerator.is_main_process:
+        save_start(start_folder(recipe), encoder, prepared.start.processor)
     before = resume.state["before"] if resume else _metrics(_evaluate(prepared, encoder))
     choice = choose_blocks(prepared, accelerator, encoder)
 
@@ -187,7 +244,11 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
         "head_choice": None if choice is None else dataclasses.asdict(choice),
         "micro_batch": trainer.recipe.micro_batch_size,
         **start_state(
-            encoder, prepared.start.processor, prepared.images.training, recipe.steps.warmup
+            encoder,
+            prepared.start.processor,
+            prepared.images.training,
+            recipe.steps.warmup,
+            prepared.start.licence,
         ),
     }
 
@@ -204,19 +265,7 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
         )
         return None
 
-    # after
-    refined = trainer.averaged()
-    # as `load_encoder` gives an encoder: it can be used at once
-    vars(refined)["image_processor"] = prepared.start.processor
-    after = _evaluate(prepared, refined)
-    measured = BeforeAfter(before, _metrics(after))
-    metrics = run_record(prepared, accelerator, measured, trainer.seconds)
-    metrics["broken_images"] = len(trainer.broken)
-    if choice is not None:
-        metrics["head_choice"] = dataclasses.asdict(choice)
-    if accelerator.is_main_process:
-        _write_evidence(prepared, metrics, measured, after)
-    return RunResult(refined, prepared.start.processor, metrics, Path(recipe.output_dir))
+    return _Trained(trainer.averaged(), before, trainer.seconds, len(trainer.broken), choice)
 
 
 def _evaluate(
@@ -237,21 +286,26 @@ def _evaluate(
     )
 
 
+def _pixels(prepared: Prepared) -> dict[str, float] | None:
+    """The scores of the images themselves: whether the run's own start is better than none.
+
+    None for a start that came from elsewhere, and without labels.
+    """
+    images = prepared.images
+    labelled = [
+        found
+        for found in (images.bank, images.evaluation)
+        if found is not None and fully_labelled(found)
+    ]
+    if prepared.recipe.asked.pretrain is None or len(labelled) < 2:
+        return None
+    loading = Loading(num_workers=prepared.recipe.num_workers)
+    seed = prepared.recipe.seed
+    return evaluate_pixels(prepared.start.processor, *labelled, seed=seed, loading=loading)
+
+
 def _metrics(evaluation: Evaluation | None) -> dict[str, Any] | None:
     return None if evaluation is None else evaluation.metrics
-
-
-def _write_evidence(
-    prepared: Prepared, metrics: dict[str, Any], measured: BeforeAfter, after: Evaluation | None
-) -> None:
-    """metrics.json, the pictures, and the table of before and after."""
-    output = Path(prepared.recipe.output_dir)
-    write_json(output / "metrics.json", metrics)
-    if after is not None and prepared.images.evaluation is not None:
-        draw_clusters(prepared.images.evaluation, after, output / "clusters.png")
-    draw_curves(output / "log.jsonl", measured.before, measured.after, output / "curves.png")
-    if measured.before is not None and measured.after is not None:
-        print(f"\n{comparison_table(measured.before, measured.after)}\n", flush=True)
 
 
 def _readable_only(prepared: Prepared) -> tuple[Prepared, list[Broken]]:
@@ -306,14 +360,11 @@ def starting_encoder(
             prepared.recipe.max_bad_fraction,
         )
         seconds["pretrain"] = time.perf_counter() - began
-        if accelerator.is_main_process:
-            folder = Path(prepared.recipe.output_dir) / PRETRAINED
-            save_start(folder, encoder, start.processor)
     return encoder.float().to(accelerator.device)
 
 
 def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
-    """Keep the encoder of `--pretrain`, which is nowhere else, to compare with."""
+    """Keep the encoder that a run starts from: what its result is judged by, and may ship."""
     with staged_folder(folder, check_start_folder) as new:
         encoder.save_pretrained(new)
         processor.save_pretrained(new)

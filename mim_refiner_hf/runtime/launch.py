@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run_processes
 
 # For a step and a checkpoint of a large model, before the launcher kills its processes.
@@ -58,7 +59,9 @@ def launch_processes(count: int) -> int:
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", signals)
     options = ["--standalone", "--nproc_per_node", str(count)]
-    options += ["--shutdown_timeout", str(_SHUTDOWN_SECONDS)]
+    # torch 2.10 does not know it yet, and gives processes 30 seconds
+    if "--shutdown_timeout" in get_args_parser().format_help():
+        options += ["--shutdown_timeout", str(_SHUTDOWN_SECONDS)]
     try:
         run_processes([*options, *target, *sys.argv[1:]])
     # the processes had it too, and time to finish their step
