@@ -49,9 +49,22 @@ def test_accuracy_is_the_best_over_all_matches(num_groups: int) -> None:
     best = max(np.mean([match[group] == label for group, label in zip(groups, labels, strict=True)])
                for match in itertools.permutations(range(slots)))  # fmt: skip
     assert cluster_accuracy(labels, groups) == pytest.approx(best)
-    assert cluster_accuracy(labels * 7 - 3, groups + 100) == pytest.approx(
-        best
-    )  # ids are only names
+    # ids are only names
+    assert cluster_accuracy(labels * 7, groups - 100) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("none", [-1, -100, np.nan, None])
+def test_items_without_a_label_are_left_out_and_counted(
+    none: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = np.arange(60) % 4
+    has_one = np.arange(60) % 5 > 0
+    labels = [int(label) if one else none for label, one in zip(truth, has_one, strict=True)]
+    groups = np.where(has_one, truth + 7, 0)
+    assert cluster_accuracy(labels, groups) == 1.0
+    assert "12 of 60 items have no label; the score is that of the other 48" in caplog.text
+    with pytest.raises(ValueError, match="none of the 3 items has a label"):
+        cluster_scores([none] * 3, [0, 1, 1])
 
 
 def test_scores_refuse_lists_of_different_length() -> None:

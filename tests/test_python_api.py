@@ -498,7 +498,7 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
         (datasets.Dataset.from_dict({"image": []}), "no rows"),
         (STREAM, "is a stream without a length"),
         (torch.utils.data.DataLoader([1]), r"loader\.dataset"),
-        ([(np.zeros((8, 8), np.uint8), 0.5)], "has a float in the place of its label"),
+        ([(np.zeros((8, 8), np.uint8), 0.5)], "has the label 0.5; a label is a whole number"),
         (
             [(np.zeros((8, 8), np.uint8), np.zeros(3))],
             r"has a ndarray of shape \(3,\) in the place",

@@ -5,6 +5,8 @@ images = TableColumn(table, image_column, "photos.parquet")       # bytes or pat
 labels, class_names = table_labels(table, label_column)
 """
 
+import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from ..clustering.decoding import ImageSource
 from .paths import own_file
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
+
+logger = logging.getLogger(__name__)
 
 # preferred in this order where several columns hold images
 _IMAGE_COLUMNS = ("image", "img")
@@ -143,18 +147,23 @@ def _holds_labels(column: str, feature: Any) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True
     dtype = str(getattr(feature, "dtype", ""))
-    return column in LABEL_COLUMNS and bool(re.match("u?int|string|large_string", dtype))
+    types = "u?int|string|large_string|bool|float|double"
+    return column in LABEL_COLUMNS and bool(re.match(types, dtype))
 
 
 def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels of all rows, without decoding an image, and the names of the classes.
 
-    Texts are numbered in sorted order; all null or -1 counts as unlabelled.
+    Texts are numbered in sorted order. A column that names no class of any image counts as none.
     """
-    values = table.select_columns([column])[:][column]
+    try:
+        values = [label_of(value) for value in table.select_columns([column])[:][column]]
+    except ValueError as error:
+        logger.warning("column %s %s: the images count as unlabelled", column, error)
+        return None, None
     class_names = getattr(table.features[column], "names", None)
     if any(isinstance(value, str) for value in values):
-        class_names = sorted({value for value in values if value is not None})
+        class_names = sorted({value for value in values if isinstance(value, str)})
         labels = numbered(values, class_names)
     else:
         labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
@@ -163,7 +172,26 @@ def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] 
     return labels, class_names
 
 
-def numbered(names: Sequence[str | None], class_names: list[str]) -> np.ndarray:
+def states_names(features: Mapping[str, Any], column: str | None) -> bool:
+    """Whether the table says itself which number each class name has: a `ClassLabel`."""
+    return column is not None and getattr(features[column], "names", None) is not None
+
+
+def label_of(cell: Any) -> int | str | None:
+    """A label as a number or a word; None for what means none: null, NaN, -1, empty text.
+
+    ValueError for a number that is not whole.
+    """
+    if cell is None or cell == "" or cell != cell:
+        return None
+    if isinstance(cell, str):
+        return cell
+    if not math.isfinite(cell) or int(cell) != cell:
+        raise ValueError(f"has the label {cell}; a label is a whole number, a word or null")
+    return int(cell) if cell >= 0 else None
+
+
+def numbered(names: Sequence[Any], class_names: list[str]) -> np.ndarray:
     """The place of every name among the class names; -1 for None."""
-    number: dict[str | None, int] = {name: i for i, name in enumerate(class_names)}
+    number = {name: i for i, name in enumerate(class_names)}
     return np.array([number.get(name, -1) for name in names], dtype=np.int64)

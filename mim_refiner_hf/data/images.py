@@ -17,7 +17,7 @@ it from finding itself, and the views are drawn for the image it stands in for. 
 in that epoch, which is why every broken image is named and listed (`broken.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +114,16 @@ class ImageDataset(Dataset[Sample]):
         """The images at `indices` of this set, in that order; each keeps its `Sample.index`."""
         chosen = self.indices[np.asarray(indices, dtype=np.int64)]
         return ImageDataset(self.found, num_channels=self.num_channels, indices=chosen)
+
+    def with_labels(self, numbers: Mapping[int, int], class_names: list[str]) -> "ImageDataset":
+        """The same images with other numbers for their classes; one without a number gets -1."""
+        assert self.found.labels is not None
+        labels = np.full_like(self.found.labels, -1)
+        for old, new in numbers.items():
+            labels[self.found.labels == old] = new
+        found = self.found._replace(labels=labels, class_names=class_names)
+        indices = None if self.is_whole else self.indices
+        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
 
     def in_channels(self, num_channels: int) -> "ImageDataset":
         """The same images, read in so many channels."""

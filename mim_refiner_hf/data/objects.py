@@ -40,7 +40,15 @@ from ..clustering.decoding import count_channels
 from ..clustering.image_items import find_items, read_item
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.wording import kind_of
-from .columns import LABEL_COLUMNS, TableColumn, find_columns, numbered, table_labels
+from .columns import (
+    LABEL_COLUMNS,
+    TableColumn,
+    find_columns,
+    label_of,
+    numbered,
+    states_names,
+    table_labels,
+)
 from .sources import Entries, FoundImages, file_size
 
 logger = logging.getLogger(__name__)
@@ -177,7 +185,8 @@ def _find_in_table(table: Any) -> FoundImages:
     else:
         places = _in_sight(len(sources))
         entries = Entries.of(range(len(sources)), [_line_about(sources[i]) for i in places])
-    return FoundImages(sources, labels, class_names, name, entries)
+    stated = states_names(table.features, label_column)
+    return FoundImages(sources, labels, class_names, name, entries, stated)
 
 
 # --- everything else
@@ -198,6 +207,7 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
                 about.append(str(item))
                 continue
             image = read_item(item)
+            lowest = min(lowest, _lowest(image))
             about.append(_line_about(image))
         except _LabelError as error:
             raise ValueError(f"Image {place} of {name} {error}") from error
@@ -205,8 +215,6 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
             labels += [None] * (place + 1 - len(labels))
             about.append(f"broken: {type(error).__name__}")
             broken.append(str(error) or type(error).__name__)
-            continue
-        lowest = min(lowest, _lowest(image))
 
     if len(broken) == len(items):
         reason = " ".join(broken[0].split())[:300]
@@ -219,8 +227,9 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
             lowest,
         )
     numbers, class_names = _numbered_labels(labels, getattr(source, "classes", None), name)
-    sources = ObjectImages(items, name)
-    return FoundImages(sources, numbers, class_names, name, Entries.of(range(len(items)), about))
+    stated = class_names is not None and not any(isinstance(label, str) for label in labels)
+    entries = Entries.of(range(len(items)), about)
+    return FoundImages(ObjectImages(items, name), numbers, class_names, name, entries, stated)
 
 
 def _in_sight(count: int) -> Any:
@@ -268,8 +277,11 @@ def _label_of(item: Any) -> int | str | None:
 
     if isinstance(label, np.ndarray | np.generic | Tensor) and label.ndim == 0:
         label = label.item()
-    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
-        return label
+    if label is None or isinstance(label, int | float | str):
+        try:
+            return label_of(label)
+        except (ValueError, OverflowError) as error:
+            raise _LabelError(str(error)) from error
     raise _LabelError(
         f"has a {kind_of(label)} in the place of its label, which is a whole number, a word or "
         "None; leave it out to give the image alone."

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS, ImageSource
 from ..runtime.retry import patiently
-from .columns import TableColumn, find_columns, numbered, table_labels
+from .columns import TableColumn, find_columns, numbered, states_names, table_labels
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -65,13 +65,17 @@ class Entries(NamedTuple):
 
 
 class FoundImages(NamedTuple):
-    """Undecoded images; `labels` is int64 (N,), -1 for none, and None where nothing is labelled."""
+    """Undecoded images; `labels` is int64 (N,), -1 for none, and None where nothing is labelled.
+
+    `names_stated`: the data set itself says which number each name has; else it is their order.
+    """
 
     sources: Sequence[ImageSource | np.ndarray]
     labels: np.ndarray | None
     class_names: list[str] | None
     name: str
     entries: Entries
+    names_stated: bool = False
 
 
 def find_images(dataset: str, *, config: str | None, split: str | None) -> FoundImages:
@@ -93,7 +97,9 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
     if label_column is not None:
         labels, class_names = table_labels(table, label_column)
     sources = TableColumn(table, image_column, dataset)
-    return FoundImages(sources, labels, class_names, dataset, _table_entries(path, split, table))
+    entries = _table_entries(path, split, table)
+    stated = states_names(table.features, label_column)
+    return FoundImages(sources, labels, class_names, dataset, entries, stated)
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

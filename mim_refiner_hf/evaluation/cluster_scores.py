@@ -9,6 +9,7 @@ The protocol is the paper's (MIM-Refiner, Sec. 5.3): mini-batch k-means on L2-no
 runs beside it. `rankme` needs no labels at all.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,18 @@ from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from .knn import finite_rows
+
+logger = logging.getLogger(__name__)
+
 # --- how well groups match classes ----------------------------------------------------------------
 
 
 def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both as arrays (N,); ValueError unless they are of one length and not empty."""
+    """Both as arrays (M,), of the M items that have a label: a number from 0 on, not NaN.
+
+    How many have none is said. ValueError unless both are of one length, and where none has one.
+    """
     classes = np.asarray(labels)
     groups = np.asarray(assignments)
     if classes.ndim != 1 or classes.shape != groups.shape or len(classes) == 0:
@@ -41,15 +49,45 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
             "labels and assignments must be two lists of one length, "
             f"not {classes.shape} and {groups.shape}"
         )
-    return classes, groups
+    has_one = labelled_rows(classes)
+    return classes[has_one], groups[has_one]
+
+
+def labelled_rows(labels: ArrayLike) -> NDArray[np.bool_]:
+    """Which of N labels are one (N,): a number below 0, NaN and None are none, which is said.
+
+    Raises:
+        ValueError: where none is.
+    """
+    classes = np.asarray(labels)
+    if classes.dtype.kind == "O":
+        has_one = np.array([value is not None and value == value for value in classes])
+    elif classes.dtype.kind in "if":
+        # NaN is not 0 or more
+        has_one = classes >= 0
+    else:
+        has_one = np.ones(len(classes), dtype=bool)
+    missing = len(classes) - int(has_one.sum())
+    if missing == len(classes):
+        raise ValueError(f"none of the {missing} items has a label")
+    if missing:
+        logger.warning(
+            "%d of %d items have no label; the score is that of the other %d",
+            missing,
+            len(classes),
+            len(classes) - missing,
+        )
+    return np.asarray(has_one, dtype=np.bool_)
 
 
 def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:
     """Whether each of N items is in the group of its class (N,), groups and classes matched best.
 
+    Items without a label are left out.
+
     The match is one-to-one and maximises the number of such items (Hungarian algorithm). Where
     there are more groups than classes, or fewer, the items of those left over count as wrong. Ids
-    may be any integers.
+    of groups may be any integers.
     """
     classes, groups = check_pair(labels, assignments)
     # (classes, groups), both in ascending order of their ids
@@ -138,12 +176,8 @@ def kmeans_runs(
         )
     if runs < 1:
         raise ValueError(f"runs={runs} must be at least 1")
-    points = F.normalize(features.detach().float().cpu(), dim=1).numpy()
-    if not np.isfinite(points).all():
-        raise ValueError(
-            "the features hold NaN or infinity, so they cannot be clustered; "
-            "check the model that made them"
-        )
+    checked = finite_rows(features.detach().cpu(), "features")
+    points = F.normalize(checked.float(), dim=1).numpy()
 
     best: MiniBatchKMeans | None = None
     groups = np.empty((runs, len(points)), dtype=np.int32)
@@ -175,9 +209,9 @@ def rankme(features: Tensor) -> float:
 
     The exponential of the entropy of the singular values' distribution,
     `p_k = sigma_k / sum(sigma) + 1e-7` (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1).
-    Comparable only for one data set and one N.
+    Comparable only for one data set and one N. ValueError for a feature that is not finite.
     """
-    sigma = torch.linalg.svdvals(features.float())
+    sigma = torch.linalg.svdvals(finite_rows(features, "features"))
     p = sigma / sigma.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 

@@ -18,6 +18,7 @@ Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
     similarity, index = nearest(queries, bank, k=10)         # both (M, 10)
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.distributed import gather_objects, rank, world_size
+
+logger = logging.getLogger(__name__)
 
 # of the grid
 _GRID_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
@@ -43,6 +46,28 @@ Answers = dict[tuple[int, float], Tensor]
 # one tile of the similarity matrix.
 
 # --- standardisation ------------------------------------------------------------------------------
+
+
+def finite_rows(rows: Tensor, name: str) -> Tensor:
+    """`rows` to compute with: fp32, or fp64 where they are.
+
+    Half precision overflows in a sum of squares, whole numbers have no mean.
+
+    Raises:
+        ValueError: for NaN and infinity, and for complex numbers.
+    """
+    if rows.is_complex():
+        raise ValueError(f"{name} are {rows.dtype}; features are real numbers")
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    if not bool(rows.isfinite().all()):
+        wrong = (~rows.isfinite()).reshape(len(rows), -1).any(dim=1)
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: {int(wrong.sum())} of {len(rows)} rows hold NaN or infinity, the first is "
+            f"row {first}; check the model that made them"
+        )
+    return rows
 
 
 def channel_statistics(rows: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
@@ -182,6 +207,22 @@ def improved(
     return best.values, all_index.gather(1, best.indices)
 
 
+def warn_of_known_rows(bank: Tensor, queries: Tensor) -> None:
+    """Say how many queries (M, D) the bank (N, D) has too: their nearest neighbour is themselves.
+
+    Both standardised. A cosine of 1 is the same image, or features that tell no images apart.
+    """
+    similarity, _ = nearest(queries, bank, 1)
+    known = int((similarity > 1 - 1e-6).sum())
+    if known:
+        logger.warning(
+            "%d of %d rows to classify are in the bank too (cosine 1): they find themselves, so "
+            "k-NN accuracy says more than it should",
+            known,
+            len(queries),
+        )
+
+
 # --- the votes ------------------------------------------------------------------------------------
 
 
@@ -204,7 +245,9 @@ def check_knn_input(
             f"train_y must hold one label per training row ({len(train_x)}), "
             f"not shape {(*train_y.shape,)}"
         )
-    if bool((train_y < 0).any()):
+    if train_y.is_floating_point() or train_y.is_complex():
+        raise ValueError(f"train_y is {train_y.dtype}; labels are whole numbers")
+    if train_y.dtype.is_signed and bool((train_y < 0).any()):
         raise ValueError(
             "train_y has negative labels, but k-NN needs a class (0 or more) for every training row"
         )
@@ -264,8 +307,11 @@ def knn_predict(
         ValueError: for shapes, labels, neighbours or temperatures that do not fit.
     """
     check_knn_input(train_x, train_y, test_x, k, temperature)
+    train_x, test_x = finite_rows(train_x, "train_x"), finite_rows(test_x, "test_x")
     settings = [(neighbours, tau) for neighbours in k for tau in temperature]
-    num_classes = int(train_y.max()) + 1
+    # as wide as there are classes, however large their numbers
+    classes, train_y = train_y.long().unique(return_inverse=True)
+    num_classes = len(classes)
 
     # whole tiles, so that every product is the one that a single process computes
     process, processes = (rank(), world_size()) if shared else (0, 1)
@@ -276,7 +322,10 @@ def knn_predict(
 
     # tile by tile, for the ballots are as wide as there are classes
     parts = [
-        vote(values, train_y[places], num_classes, settings)
+        {
+            s: classes[found]
+            for s, found in vote(values, train_y[places], num_classes, settings).items()
+        }
         for values, places in zip(
             similarity.split(QUERIES_AT_ONCE), index.split(QUERIES_AT_ONCE), strict=True
         )
@@ -302,6 +351,29 @@ def knn_grid(train_x: Tensor, train_y: Tensor, test_x: Tensor, *, shared: bool =
     )
 
 
+def labelled_only(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (M, D) with a label of 0 or more, and these; how many have none is said.
+
+    Raises:
+        ValueError: where none has one.
+    """
+    if labels.is_floating_point():
+        labels = torch.where(labels.isnan(), -1, labels)
+    has_one = labels >= 0 if labels.dtype.is_signed else torch.ones_like(labels, dtype=torch.bool)
+    missing = len(labels) - int(has_one.sum())
+    if missing == 0:
+        return rows, labels
+    if missing == len(labels):
+        raise ValueError(f"none of the {missing} rows to classify has a label")
+    logger.warning(
+        "%d of %d rows have no label; the accuracy is that of the other %d",
+        missing,
+        len(labels),
+        len(labels) - missing,
+    )
+    return rows[has_one], labels[has_one]
+
+
 def knn_accuracy(
     train_x: Tensor,
     train_y: Tensor,
@@ -314,12 +386,15 @@ def knn_accuracy(
 ) -> float:
     """Share (0 to 1) of the test rows that the paper's k-NN protocol classifies correctly.
 
-    Arguments as in `knn_predict`; standardises by itself.
+    Arguments as in `knn_predict`; standardises by itself. Test rows without a label, -1, are left
+    out, and counted in a line.
     """
     if test_y.shape != test_x.shape[:1]:
         raise ValueError(
             f"test_y must hold one label per test row ({len(test_x)}), not shape {(*test_y.shape,)}"
         )
+    train_x, test_x = finite_rows(train_x, "train_x"), finite_rows(test_x, "test_x")
+    test_x, test_y = labelled_only(test_x, test_y)
     train_x, test_x = standardise(train_x, test_x)
     answers = knn_predict(
         train_x, train_y, test_x, k=(k,), temperature=(temperature,), shared=shared
@@ -329,9 +404,11 @@ def knn_accuracy(
 
 __all__ = [
     "channel_statistics",
+    "finite_rows",
     "knn_accuracy",
     "knn_grid",
     "knn_predict",
     "nearest",
     "standardise",
+    "warn_of_known_rows",
 ]

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.distributed import rank
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
 from .feature_cache import ImageRows, read_rows
 from .features import FeatureSet, Preprocess, own_columns
-from .knn import knn_accuracy, knn_grid, knn_predict, standardise
+from .knn import knn_accuracy, knn_grid, knn_predict, standardise, warn_of_known_rows
 
 # training images in the k-NN bank, at most
 BANK_SIZE = 10_000
@@ -197,8 +198,10 @@ def knn_metrics(
     def standardised(columns: Sequence[str]) -> tuple[Tensor, Tensor]:
         return standardise(bank.side_by_side(columns), rows.side_by_side(columns))
 
+    bank_x, eval_x = standardised(own[-1:])
+    if rank() == 0:
+        warn_of_known_rows(bank_x, eval_x)
     if not grid:
-        bank_x, eval_x = standardised(own[-1:])
         (predicted,) = knn_predict(bank_x, bank.labels, eval_x, shared=True).values()
         return predicted, {"knn_accuracy": accuracy(predicted)}
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
+from ..data.classes import with_one_class_table
 from ..data.images import (
     Broken,
     ImageDataset,
@@ -180,7 +181,7 @@ def open_evaluation_data(
     else:
         train = open_images(dataset, config=config, split=split, num_channels=num_channels)
         if not named:
-            rest, held_out = hold_out(train, HELD_OUT, seed)
+            rest, held_out = with_one_class_table(*hold_out(train, HELD_OUT, seed))
             name = str(dataset) if is_named else train.name
             return Data(name, config, split, None, rest, held_out)
         evaluated = open_images(
@@ -192,6 +193,8 @@ def open_evaluation_data(
             f"{setting('eval_split', eval_split)}: these are the images of the k-NN bank; "
             "name another split, or leave it out"
         )
+    if not masks:
+        train, evaluated = with_one_class_table(train, evaluated)
     name = str(dataset) if is_named else train.name
     return Data(name, config, split, eval_split or "train", train, evaluated)
 

@@ -20,6 +20,7 @@ from PIL import Image
 from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
+from ..data.classes import with_one_class_table
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -296,12 +297,13 @@ def _with_bank(
     training: ImageDataset | ImageStream, evaluation: ImageDataset | None, seed: int
 ) -> RunImages:
     """The images with a k-NN bank: the training images, or of a stream half of the others."""
-    if isinstance(training, ImageDataset):
-        return RunImages(training, evaluation, bank=training)
+    bank = training if isinstance(training, ImageDataset) else None
     if evaluation is None:
-        return RunImages(training, None, bank=None)
-    # a stream is gone once read
-    bank, evaluation = hold_out(evaluation, 0.5, seed)
+        return RunImages(training, None, bank)
+    if bank is None:
+        # a stream is gone once read
+        bank, evaluation = hold_out(evaluation, 0.5, seed)
+    bank, evaluation = with_one_class_table(bank, evaluation)
     return RunImages(training, evaluation, bank)
 
 

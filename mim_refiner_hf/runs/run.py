@@ -26,7 +26,7 @@ from accelerate.utils import ProjectConfiguration
 
 from ..data.broken import readable
 from ..data.fingerprint import RECORD, write_data_record
-from ..data.images import Broken, ImageDataset, evenly_spaced, fully_labelled
+from ..data.images import Broken, ImageDataset, ImageStream, evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
@@ -286,6 +286,11 @@ def _evaluate(
     )
 
 
+def _sources(images: ImageDataset | ImageStream) -> Any:
+    """Where the images lie; sets with another numbering of the classes share it."""
+    return images.found.sources if isinstance(images, ImageDataset) else None
+
+
 def _pixels(prepared: Prepared) -> dict[str, float] | None:
     """The scores of the images themselves: whether the run's own start is better than none.
 
@@ -324,7 +329,7 @@ def _readable_only(prepared: Prepared) -> tuple[Prepared, list[Broken]]:
     bank, broken_in_bank = readable(evenly_spaced(images.bank, BANK_SIZE), workers)
     unreadable = []
     for source, entries in ((images.evaluation, broken), (images.bank, broken_in_bank)):
-        if source.found is getattr(images.training, "found", None):
+        if source.found.sources is _sources(images.training):
             unreadable += entries
             continue
         for entry in entries:
