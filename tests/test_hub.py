@@ -182,6 +182,7 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     }
     code |= {
         "pipeline_image_clustering.py",
+        "channels.py",
         "decoding.py",
         "image_items.py",
         "confidence.py",

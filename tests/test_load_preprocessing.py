@@ -4,14 +4,21 @@ The source's own, the family's, else ImageNet's at the native size.
 """
 
 import json
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from golden_cases import facts
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from safetensors.torch import save_file
 from small_checkpoints import TINY
+from torch import Tensor
 
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.configuration_mim_refiner import MimRefinerConfig
@@ -88,3 +95,115 @@ def test_processor_of_conmim_follows_its_training(
         mean,
         0.5 if mean == 0.5 else 0.229,
     )
+
+
+def _pixels(preprocessing: dict[str, Any], picture: Image.Image, tmp_path: Path) -> Tensor:
+    """Pixels of a saved model with this preprocessing."""
+    MimRefinerModel(MimRefinerConfig(**TINY)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return load_encoder(tmp_path).image_processor(picture, return_tensors="pt").pixel_values
+
+
+@pytest.mark.parametrize("rescale", [None, False, True])
+@pytest.mark.parametrize("factor", [None, 1 / 255, 1 / 127.5, 1.0])
+@pytest.mark.parametrize("normalise", [None, False, True])
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.25), (127.5, 60.0)])
+def test_pixels_are_scaled_and_normalised_as_the_source_says(
+    rescale: bool | None,
+    factor: float | None,
+    normalise: bool | None,
+    mean: float,
+    std: float,
+    tmp_path: Path,
+) -> None:
+    """Against the arithmetic of transformers' processors: p * factor, then (p - mean) / std."""
+    stated = {"do_rescale": rescale, "rescale_factor": factor, "do_normalize": normalise}
+    said = {key: value for key, value in stated.items() if value is not None}
+    said |= {"image_mean": [mean] * 3, "image_std": [std] * 3}
+    levels = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3) % 256
+    found = _pixels(said, Image.fromarray(levels.astype(np.uint8)), tmp_path)
+
+    expected = levels.astype(np.float64)
+    if rescale is not False:
+        expected *= 1 / 255 if factor is None else factor
+    if normalise is not False:
+        expected = (expected - mean) / std
+    np.testing.assert_allclose(found[0].permute(1, 2, 0), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rescale_factor", 0),
+        ("rescale_factor", "1/255"),
+        ("crop_pct", -1),
+        ("do_flip_channel_order", True),
+        ("do_pad", True),
+        ("rescale_offset", True),
+    ],
+)
+def test_preprocessing_that_is_not_ours_is_refused_by_its_key(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"says {key} "):
+        _pixels({key: value, "size": 32}, Image.new("RGB", (32, 32)), tmp_path)
+
+
+def test_the_processor_file_of_transformers_5_comes_first(tmp_path: Path) -> None:
+    MimRefinerModel(MimRefinerConfig(**TINY)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3}))
+    nested = {"image_processor": {"image_mean": [0.5] * 3}, "processor_class": "ViTProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert list(load_encoder(tmp_path).image_processor.image_mean) == [0.5] * 3
+    # of other inputs
+    (tmp_path / "processor_config.json").write_text('{"tokenizer_class": "a"}')
+    assert list(load_encoder(tmp_path).image_processor.image_mean) == [0.1] * 3
+
+
+# --- which files are the weights
+
+
+def _saved(folder: Path, seed: int, **how: Any) -> MimRefinerModel:
+    torch.manual_seed(seed)
+    model = MimRefinerModel(MimRefinerConfig(**TINY))
+    model.save_pretrained(folder, **how)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "torch"])
+@given(name=st.from_regex(r"(model|pytorch_model)[-_.a-z0-9 ()]{1,12}", fullmatch=True))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_files_beside_the_weights_are_other_models(kind: str, name: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "m"
+        model = _saved(folder, 0, max_shard_size="20KB" if kind == "shards" else "1GB")
+        other = _saved(Path(scratch) / "other", 1)
+        if kind == "torch":
+            (folder / "model.safetensors").unlink()
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        for suffix in (".safetensors", ".bin"):
+            path = folder / f"{name}{suffix}"
+            if path.exists() or path.name in ("model.safetensors", "pytorch_model.bin"):
+                continue
+            if suffix == ".bin":
+                torch.save(other.state_dict(), path)
+            else:
+                save_file(other.state_dict(), path, metadata={"format": "pt"})
+        loaded = load_encoder(folder).state_dict()
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(loaded[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "missing.safetensors"])
+def test_an_index_that_names_a_file_that_is_not_there_is_refused(
+    shard: str, tmp_path: Path
+) -> None:
+    _saved(tmp_path / "m", 0, max_shard_size="20KB")
+    _saved(tmp_path, 1)
+    (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = tmp_path / "m/model.safetensors.index.json"
+    stated = json.loads(index.read_text())
+    stated["weight_map"][next(iter(stated["weight_map"]))] = shard
+    index.write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        load_encoder(tmp_path / "m")

@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 
 from ..runtime.files import CheckpointError
 from ..runtime.retry import patiently
+from ..runtime.text import one_line
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
 from .layout import Source, listed
 from .licence import CARD, Licence, licence_beside
+from .preprocessing import PROCESSOR, nested_preprocessing
 from .timm_models import hub_name
 from .zoo import ZOO, fetch
 
-# in order of preference, one file or several shards
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# in the order in which transformers looks for them; an index names the shards
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
@@ -67,18 +69,12 @@ def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
     """The weights and the JSON files of a model folder; `name` is what its user calls it."""
     digests = _read_json(folder / DIGESTS)
     config, preprocessing = (_read_json(folder / file) for file in SETTINGS)
+    # as transformers: one that is nested in the processor's file comes first
+    preprocessing = nested_preprocessing(_read_json(folder / PROCESSOR)) or preprocessing
 
-    shards: list[Path] = []
-    for pattern in WEIGHTS:
-        shards = shards or sorted(folder.glob(pattern))
-    if not shards:
-        raise CheckpointError(
-            f"{name} holds no {' and no '.join(WEIGHTS)}; for another weight file, give the file "
-            "itself"
-        )
     contents: dict[str, Any] = {}
-    for shard in shards:
-        contents.update(read_weights(shard))
+    for file in weight_files(folder, name):
+        contents.update(read_weights(file))
 
     if digests:
         check_digests(name, digests, contents)
@@ -86,14 +82,54 @@ def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
     return Source(name, contents, config, preprocessing, licence=licence)
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files that transformers would read of a model folder, which its user calls `name`.
+
+    That is model.safetensors, else the shards that its index names, else the same of
+    pytorch_model.bin. Whatever lies beside them is another model.
+
+    Raises:
+        CheckpointError: where there is none, and for an index that names a file elsewhere, or one
+            that is missing.
+    """
+    for file in WEIGHTS:
+        if (folder / file).is_file():
+            return [folder / file]
+        index = folder / f"{file}.index.json"
+        if not index.is_file():
+            continue
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise CheckpointError(f"{index} has no weight_map, which names the shards")
+        shards = sorted({str(shard) for shard in named.values()})
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise CheckpointError(
+                    f"{index.name} of {name} names {one_line(shard)[:200]}, which is not in the "
+                    "folder; get the model again"
+                )
+        return [folder / shard for shard in shards]
+
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in FILE_SUFFIXES)
+    hint = "for another weight file, give the file itself"
+    if others:
+        hint += f", such as {one_line(others[0])[:200]}"
+    raise CheckpointError(
+        f"{name} holds no {' and no '.join(WEIGHTS)}, nor an index of one; {hint}"
+    )
+
+
 def _hub_folder(name: str, revision: str | None) -> Path:
     """The Hub cache's folder of a model: JSON, card, and what comes first of `WEIGHTS`."""
     try:
-        for pattern in WEIGHTS:
-            files = [*SETTINGS, DIGESTS, CARD, pattern]
+        for file in WEIGHTS:
+            # the index, and the shards that it may name
+            stem, _, suffix = file.rpartition(".")
+            weights = [file, f"{file}.index.json", f"{stem}-*-of-*.{suffix}"]
+            files = [*SETTINGS, PROCESSOR, DIGESTS, CARD, *weights]
             download = partial(snapshot_download, name, revision=revision, allow_patterns=files)
             folder = Path(patiently(download, f"loading {name}"))
-            if any(folder.glob(pattern)):
+            if any((folder / found).is_file() for found in weights[:2]):
                 break
     except ConnectionError as error:
         raise ConnectionError(
