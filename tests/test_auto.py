@@ -148,6 +148,12 @@ def resolved(images: int, **fields: Any) -> ResolvedRecipe:
             {"warmup_epochs": 25.0, "epochs": 40.0, "head_epochs": 30.0},
             "warmup_epochs=25.0: more than half",
         ),
+        ({"learning_rate": 0.0566}, "learning_rate=0.0566: 10 times what fits batch 32"),
+        ({"learning_rate": 1e-4}, "learning_rate=0.0001: 0.018 times what fits"),
+        (
+            {"topk": 50, "queue_size": 256, "swap": "positive"},
+            "topk=50: 20 % of the queue's 256 rows are no neighbours",
+        ),
         (
             {"queue_size": 4096, "swap": "positive"},
             "queue_size=4096: more than 4 times the 300 images",

@@ -17,7 +17,6 @@ from PIL import Image
 
 from mim_refiner_hf import (
     MimRefinerConfig,
-    MimRefinerImageProcessor,
     MimRefinerModel,
     RefineRecipe,
     read_recipe,
@@ -119,7 +118,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, shape in SHAPES.items():
         tiny = {**shape, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
         MimRefinerModel(MimRefinerConfig(**tiny)).save_pretrained(folder / kind)
-        MimRefinerImageProcessor().save_pretrained(folder / kind)
 
     pixel = io.BytesIO()
     Image.new("RGB", (1, 1)).save(pixel, "PNG")

@@ -16,11 +16,16 @@ _MOST_OF_THE_START = 0.1
 # passes over the images after which the queue's rows are stale and repeat themselves
 _MOST_EPOCHS_QUEUED = 4
 _FEWEST_UPDATES = 100
+# of auto's learning rate: ten times as much ends below the start, a tenth does nothing
+_FAR_FROM_THE_RATE = 6
+# of the queue: so many "nearest" rows are no neighbours
+_LARGEST_TOPK = 0.05
 
 
 def misfits(recipe: ResolvedRecipe) -> list[str]:
     """One line for each setting that does not fit; none for what `auto` chose."""
     problems = [_start_ships(recipe), _few_updates(recipe), _long_warmup(recipe)]
+    problems += [_far_rate(recipe), _no_neighbours(recipe)]
     if recipe.num_images is not None:
         problems.append(_stale_queue(recipe, recipe.num_images))
     return [problem for problem in problems if problem]
@@ -59,6 +64,27 @@ def _long_warmup(recipe: ResolvedRecipe) -> str:
     return (
         f"{setting('warmup_epochs', recipe.warmup_epochs)}: more than half of the refinement; take "
         f"{fitting:.2g}"
+    )
+
+
+def _far_rate(recipe: ResolvedRecipe) -> str:
+    ratio = recipe.learning_rate / recipe.fitting_rate
+    if 1 / _FAR_FROM_THE_RATE < ratio < _FAR_FROM_THE_RATE or recipe.asked.stage == "warmup":
+        return ""
+    what = "changes little" if ratio < 1 else "may spoil the features"
+    return (
+        f"{setting('learning_rate', recipe.learning_rate)}: {ratio:.2g} times what fits batch "
+        f"{recipe.batch_size} and this encoder, it {what}; take {recipe.fitting_rate:.3g}"
+    )
+
+
+def _no_neighbours(recipe: ResolvedRecipe) -> str:
+    if recipe.swap == "none" or recipe.topk <= max(1, _LARGEST_TOPK * recipe.queue_size):
+        return ""
+    return (
+        f"{setting('topk', recipe.topk)}: {100 * recipe.topk / recipe.queue_size:.0f} % of the "
+        f"queue's {recipe.queue_size} rows are no neighbours; take "
+        f"{max(1, recipe.queue_size // 100)}"
     )
 
 

@@ -59,6 +59,7 @@ class ResolvedRecipe:
         micro_batch_size: images of one process per pass; None for its whole share of the batch
             in one pass, of which every graph is kept.
         save_every: 0 for no checkpoints.
+        fitting_rate: the learning rate that `auto` would take for this batch and encoder.
         to_measure: fields whose value is an estimate until the run has measured.
         reasons: why a field that was left open has its value, by its name.
     """
@@ -116,6 +117,7 @@ class ResolvedRecipe:
     keep: int
     log_every: int
     # how it was resolved
+    fitting_rate: float
     to_measure: frozenset[str]
     reasons: dict[str, str]
 
@@ -177,8 +179,10 @@ def resolve(
         ValueError: naming flag, value and what is allowed.
     """
     asked = recipe
-    fitted = fit(recipe, Situation(config, num_images, processes, gpu))
+    situation = Situation(config, num_images, processes, gpu)
+    fitted = fit(recipe, situation)
     recipe = fitted.recipe
+    unstated = fit(dataclasses.replace(recipe, learning_rate=None), situation).recipe
     assert recipe.pooling is not None and recipe.global_scale is not None
     assert recipe.global_size is not None and recipe.local_size is not None
 
@@ -208,6 +212,7 @@ def resolve(
         "asked": asked,
         "num_images": num_images,
         "processes": processes,
+        "fitting_rate": unstated.learning_rate,
         "bf16": bf16,
         "head_blocks": blocks.value,
         "global_scale": tuple(recipe.global_scale),

@@ -131,10 +131,10 @@ def _views_text(recipe: ResolvedRecipe, num_channels: int) -> str:
             f"with brightness, contrast and blur of each of {num_channels} channels; no hue, "
             "saturation, greyscale, solarise: they are no colours"
         )
-    return (
-        f"{recipe.global_views} of {recipe.global_size} px, "
-        f"{recipe.local_views} of {recipe.local_size} px, {colour}"
-    )
+    views = [f"{recipe.global_views} of {recipe.global_size} px"]
+    if recipe.local_views:
+        views.append(f"{recipe.local_views} of {recipe.local_size} px")
+    return ", ".join([*views, colour])
 
 
 def _batch_text(recipe: ResolvedRecipe, device: str) -> str:
