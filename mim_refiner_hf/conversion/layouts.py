@@ -3,7 +3,8 @@
 To support another family, add a layout and its golden test. Whatever shapes can tell (width, depth,
 patch size, biases, layer scale, kinds of positions) is read off the placed tensors (`shapes.py`)
 and is not here. `settings` holds what shapes cannot tell, `facts` where a file states it (number of
-heads).
+heads). The file is long because families are read beside each other, most of them in terms of one
+that stands above.
 """
 
 from collections.abc import Mapping
@@ -106,6 +107,14 @@ IJEPA = replace(
 
 # --- bare ViTs, and timm's own models (`timm_models.py` reads their config.json) ----------------
 
+# timm's training keeps an average of the weights beside them, and takes that
+_BARE = (("state_dict_ema",), ("state_dict",), ())
+# masked autoencoders with their decoder, in another container than the authors'
+WHOLE_MAES = tuple(
+    replace(layout, paths=_BARE, signature=(*layout.signature, r"^decoder_embed\."))
+    for layout in (DBOT, CROSSMAE, MAE)
+)
+
 _CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
 _LAYER_SCALE = Rule(
     r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
@@ -113,7 +122,7 @@ _LAYER_SCALE = Rule(
 PLAIN_VIT = Layout(
     family="plain_vit",
     title="a bare ViT state dict (MAWS, DINO, timm)",
-    paths=(("state_dict",), ()),
+    paths=_BARE,
     model_types=("timm.VisionTransformer",),
     signature=MAE.signature,
     rules=(
@@ -140,7 +149,7 @@ _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 PLAIN_BEIT = Layout(
     family="plain_beit",
     title="a bare BEiT state dict (timm)",
-    paths=(("state_dict",), ()),
+    paths=_BARE,
     model_types=("timm.Beit",),
     signature=(*MAE.signature, r"^blocks\.\d+\.attn\.[qv]_bias$"),
     rules=(
@@ -435,6 +444,7 @@ LAYOUTS: tuple[Layout, ...] = (
     DBOT,
     CROSSMAE,
     MAE,
+    *WHOLE_MAES,
     PLAIN_BEIT,
     PLAIN_VIT,
 )

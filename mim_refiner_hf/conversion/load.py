@@ -16,8 +16,8 @@ wrote carry a digest of every tensor for that (`digests.py`).
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
+from ..runtime.text import one_line
+from .containers import InnerEncoder, inner_encoder, named_tensors, without_wrappers
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
@@ -146,15 +148,6 @@ def _equipped(encoder: MimRefinerModel) -> MimRefinerModel:
 # --- recognise -----------------------------------------------------------------------------------
 
 
-def _named_tensors(contents: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dictionaries in file order, names joined by dots."""
-    for key, value in contents.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _named_tensors(value, f"{prefix}{key}.")
-
-
 def _state_dict_of(layout: Layout, contents: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """The first of the layout's paths that is in this container, and the tensors under it."""
     for path in layout.paths:
@@ -162,7 +155,7 @@ def _state_dict_of(layout: Layout, contents: Mapping[str, Any]) -> tuple[str, di
         for key in path:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping):
-            return ".".join(path), dict(_named_tensors(inner))
+            return ".".join(path), dict(named_tensors(inner))
     return "", {}
 
 
@@ -171,6 +164,7 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
 
     The sign is the `family` asked for, else the `model_type`, else tensors of the file.
     """
+    found = replace(found, contents=without_wrappers(found.contents))
     model_type = found.config.get("model_type")
     kind = stated("ctor_kwargs", "kind")(found.contents)
     if model_type is None and any(kind in layout.model_types for layout in LAYOUTS):
@@ -193,7 +187,26 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
             kept = [name for name in tensors if layout.reason_to_drop(name) is None]
             _refuse_classifier(found.name, kept)
             return layout, tensors, f"{sign} under {where!r}" if where else sign
+    if family is None and model_type is None:
+        inner = inner_encoder(found.name, found.contents)
+        # with the same names there is nothing else to see in it
+        if inner is not None and inner.contents.keys() != found.contents.keys():
+            return _recognise_inner(found, inner)
     raise _unknown_family(found.name, found.contents, family, model_type)
+
+
+def _recognise_inner(found: Source, inner: InnerEncoder) -> tuple[Layout, dict[str, Tensor], str]:
+    """As `_recognise`, of an encoder under a prefix; what lies outside is said."""
+    layout, tensors, sign = _recognise(replace(found, contents=inner.contents), None)
+    if inner.outside:
+        logger.warning(
+            "%s: %d tensors outside %s are left behind: %s",
+            found.name,
+            len(inner.outside),
+            one_line(inner.prefix)[:100],
+            one_line(listed(inner.outside, 3))[:300],
+        )
+    return layout, tensors, f"{sign} under {inner.prefix.removesuffix('.')!r}"
 
 
 def _refuse_classifier(source: str, names: list[str]) -> None:
@@ -220,7 +233,7 @@ def _unknown_family(
             f"{name} has model_type={model_type!r}, not a plain ViT known here ({known})"
         )
 
-    tensors = dict(_named_tensors(contents))
+    tensors = dict(named_tensors(contents))
     _refuse_classifier(name, list(tensors))
     if tensors and all(re.search(DECODER, key) for key in tensors):
         return CheckpointError(

@@ -1,0 +1,122 @@
+"""The encoder inside what trainers write: wrappers' names taken off, a whole training looked into.
+
+    contents = without_wrappers(torch.load("ddp.pth"))      # no module., no _orig_mod.
+    found = inner_encoder("last.ckpt", contents)
+    found.prefix, found.contents, found.outside             # "state_dict.model.", tensors, names
+
+DDP, `torch.compile`, FSDP and activation checkpointing put a word of their own into every name.
+Lightning, mmsegmentation, DINO, DINOv2, lightly and timm keep the encoder under a prefix, with
+heads beside it, and some a student and a teacher. An encoder begins where its patch embedding is:
+everything below that prefix has to fit one family, everything outside is left behind and named.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..runtime.files import CheckpointError
+from ..runtime.text import one_line
+from .layout import listed
+
+# words that say how a module was run, not what it is; "module" is one inside a name only
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_INNER_WRAPPER = ".module."
+# every plain ViT of a file without a config.json has it
+_BEGINS = "patch_embed.proj.weight"
+# of several encoders, the one that is meant to be used
+_PREFERRED = re.compile(r"teacher|ema|target|momentum")
+# DINOv2 numbers its blocks once more by the chunk in which FSDP holds them
+_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
+# what an optimizer keeps has the names of the weights
+_NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|callbacks|loops")
+
+
+@dataclass(frozen=True)
+class InnerEncoder:
+    """An encoder below a prefix.
+
+    Attributes:
+        contents: its tensors by their own names, beside what the file states of itself.
+        prefix: that was in front of them.
+        outside: names of the tensors that are left behind.
+    """
+
+    contents: dict[str, Any]
+    prefix: str
+    outside: list[str]
+
+
+def without_wrappers(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same nested dictionaries without the wrappers' words in any name.
+
+    As they are where two names would become one.
+    """
+    cleaned: dict[str, Any] = {}
+    for key, value in contents.items():
+        inner = without_wrappers(value) if isinstance(value, Mapping) else value
+        words = str(key).split(".")
+        kept = [word for word in words if word not in _WRAPPERS]
+        if len(kept) == len(words):
+            own = {key: inner}
+        elif kept:
+            own = {".".join(kept): inner}
+        elif isinstance(inner, Mapping):
+            own = dict(inner)
+        else:
+            own = {key: inner}
+        if cleaned.keys() & own.keys():
+            return contents
+        cleaned |= own
+    return cleaned
+
+
+def named_tensors(contents: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dictionaries in file order, names joined by dots."""
+    for key, value in contents.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from named_tensors(value, f"{prefix}{key}.")
+
+
+def inner_encoder(name: str, contents: Mapping[str, Any]) -> InnerEncoder | None:
+    """The one encoder somewhere inside a file that its user calls `name`; None without any.
+
+    Of several, the teacher's: the one whose prefix says teacher, EMA, target or momentum.
+
+    Raises:
+        CheckpointError: for several encoders of which none, or more than one, is a teacher's.
+    """
+    weights = {key: value for key, value in contents.items() if not _NO_WEIGHTS.search(str(key))}
+    tensors = dict(named_tensors(weights))
+    prefixes = [key.removesuffix(_BEGINS) for key in tensors if key.endswith(_BEGINS)]
+    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+    if not prefixes:
+        return None
+    if len(prefixes) > 1:
+        preferred = [prefix for prefix in prefixes if _PREFERRED.search(prefix)]
+        if len(preferred) != 1:
+            shown = listed([one_line(prefix)[:100] for prefix in prefixes])
+            raise CheckpointError(
+                f"{name} holds {len(prefixes)} encoders, under {shown}; save the tensors of one "
+                "of them alone"
+            )
+        prefixes = preferred
+
+    (prefix,) = prefixes
+    own: dict[str, Any] = {}
+    outside = []
+    for key, tensor in tensors.items():
+        if not key.startswith(prefix):
+            outside.append(key)
+            continue
+        plain = key.removeprefix(prefix).replace(_INNER_WRAPPER, ".")
+        own[_CHUNKED.sub(r"blocks.\1.", plain)] = tensor
+    stated = {key: contents[key] for key in ("args", "ctor_kwargs") if key in contents}
+    return InnerEncoder({**stated, **own}, prefix, outside)
+
+
+__all__ = ["InnerEncoder", "inner_encoder", "named_tensors", "without_wrappers"]
