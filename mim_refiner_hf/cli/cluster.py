@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .flags import (
     add_batch_size,
+    add_image_column,
     add_model_and_images,
     add_seed,
     add_workers,
@@ -50,6 +51,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
         default=Path("groups"),
         help="folder to write; earlier groups there are replaced",
     )
+    add_image_column(parser)
     add_batch_size(parser, 32)
     add_workers(parser, 0)
     add_seed(parser)
@@ -63,6 +65,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
             method=options.method,
             start=options.start,
             out=options.out,
+            image_column=options.image_column,
             batch_size=options.batch_size,
             seed=options.seed,
             num_workers=options.num_workers,

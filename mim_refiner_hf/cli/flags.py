@@ -97,6 +97,21 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split of the data set; default: train, or all of a folder")
 
 
+def add_image_column(parser: argparse.ArgumentParser) -> None:
+    """Which column of a table holds the images."""
+    parser.add_argument(
+        "--image_column", help="column of a table that holds the images; default: it is found"
+    )
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Which columns of a table hold images and labels."""
+    add_image_column(parser)
+    parser.add_argument(
+        "--label_column", help="column of a table that holds the labels; default: it is found"
+    )
+
+
 def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
     """How many images at once."""
     parser.add_argument(
@@ -125,6 +140,8 @@ def add_seed(parser: argparse.ArgumentParser, of: str = "everything random") -> 
 
 __all__ = [
     "add_batch_size",
+    "add_columns",
+    "add_image_column",
     "add_model_and_images",
     "add_seed",
     "add_splits",

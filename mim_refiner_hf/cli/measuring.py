@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from .flags import (
     add_batch_size,
+    add_columns,
     add_model_and_images,
     add_seed,
     add_splits,
@@ -28,6 +29,7 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
     )
     add_model_and_images(parser, "image folder, parquet, Hub name, or 'digits': the k-NN bank")
     add_splits(parser)
+    add_columns(parser)
     parser.add_argument(
         "--eval_dataset", help="images to evaluate on, if they are another data set"
     )
@@ -111,6 +113,7 @@ def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argpars
     )
     add_model_and_images(parser, "image folder, parquet, tar shards, Hub name, or 'digits'")
     add_splits(parser)
+    add_columns(parser)
     parser.add_argument(
         "--streaming",
         action="store_true",
@@ -179,6 +182,8 @@ def run_embed(arguments: Sequence[str]) -> None:
         options.out,
         dataset_config=options.dataset_config,
         split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
         streaming=options.streaming,
         blocks=options.blocks,
         pooling=options.pooling,

@@ -10,6 +10,7 @@ heads beside it, and some a student and a teacher. An encoder begins where its p
 everything below that prefix has to fit one family, everything outside is left behind and named.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch import Tensor
 from ..runtime.files import CheckpointError
 from ..runtime.text import one_line
 from .layout import listed
+
+logger = logging.getLogger(__name__)
 
 # words that say how a module was run, not what it is; "module" is one inside a name only
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -47,6 +50,17 @@ class InnerEncoder:
     contents: dict[str, Any]
     prefix: str
     outside: list[str]
+
+    def tell_of_the_rest(self, name: str) -> None:
+        """Say how many tensors of the file that its user calls `name` are left behind."""
+        if self.outside:
+            logger.warning(
+                "%s: %d tensors outside %s are left behind: %s",
+                name,
+                len(self.outside),
+                one_line(self.prefix)[:100],
+                one_line(listed(self.outside, 3))[:300],
+            )
 
 
 def without_wrappers(contents: Mapping[str, Any]) -> Mapping[str, Any]:

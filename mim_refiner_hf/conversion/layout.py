@@ -6,7 +6,6 @@ the family is recognised (`signature`, or `model_types` of a `config.json`), whe
 its images were normalised (`preprocessing`).
 """
 
-import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -21,6 +20,8 @@ CLS_TOKEN = "embeddings.cls_token"
 POSITIONS = "embeddings.position_embeddings"
 # not a weight of ours: `load.py` adds it to the CLS token
 CLS_POSITION = "embeddings.cls_position"
+# nor is this: a table of which it is open what its first rows are for
+ANY_POSITIONS = "embeddings.any_positions"
 
 Placed = dict[str, Tensor]
 
@@ -72,11 +73,8 @@ def cls_and_patches(target: str, tensor: Tensor) -> Placed:
 
 
 def any_positions(target: str, tensor: Tensor) -> Placed:
-    """Positions of the patches (1, N, D), or of CLS too (1, 1 + N, D): a square grid tells."""
-    rows = tensor.shape[1]
-    if math.isqrt(rows) ** 2 == rows:
-        return {target: tensor}
-    return cls_and_patches(target, tensor)
+    """Positions of the patches (1, N, D), or of CLS and registers too: `positions.py` tells."""
+    return {ANY_POSITIONS: tensor[:, :0], target: tensor}
 
 
 def without_first_row(target: str, tensor: Tensor) -> Placed:
@@ -182,6 +180,7 @@ class Layout:
 
 
 __all__ = [
+    "ANY_POSITIONS",
     "CLS_POSITION",
     "CLS_TOKEN",
     "POSITIONS",

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
-from ..runtime.text import one_line
-from .containers import InnerEncoder, inner_encoder, named_tensors, without_wrappers
+from .containers import inner_encoder, named_tensors, without_wrappers
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
+from .positions import Size, as_size, settle_positions
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, most_frequent, read_shapes
@@ -73,6 +73,7 @@ def load_encoder(
     family: str | None = None,
     revision: str | None = None,
     num_heads: int | None = None,
+    image_size: int | Size | None = None,
 ) -> MimRefinerModel:
     """Load any known checkpoint into our encoder, in eval mode and in the dtype it was saved in.
 
@@ -85,6 +86,8 @@ def load_encoder(
         revision: branch, tag or commit of a Hub name.
         num_heads: attention heads, for a file that neither states them nor has one of the published
             widths.
+        image_size: pixels, (height, width) or the side of a square, of the images that the encoder
+            was trained on, for a file that does not state them; without it a grid is square.
 
     Returns:
         The encoder, with `load_report` (a `LoadReport`), `image_processor` (the source's own mean,
@@ -107,7 +110,8 @@ def load_encoder(
         found = in_our_words(read_source(source, revision))
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = _place_all(found.name, layout, tensors)
-    config = _read_config(found, layout, placement.tensors, num_heads)
+    size = _settle(found, placement.tensors, image_size)
+    config = _read_config(found, layout, placement.tensors, num_heads, size)
     _shape_as_ours(placement.tensors)
 
     # shapes only: every weight comes from the source
@@ -191,22 +195,10 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
         inner = inner_encoder(found.name, found.contents)
         # with the same names there is nothing else to see in it
         if inner is not None and inner.contents.keys() != found.contents.keys():
-            return _recognise_inner(found, inner)
+            layout, tensors, sign = _recognise(replace(found, contents=inner.contents), None)
+            inner.tell_of_the_rest(found.name)
+            return layout, tensors, f"{sign} under {inner.prefix.removesuffix('.')!r}"
     raise _unknown_family(found.name, found.contents, family, model_type)
-
-
-def _recognise_inner(found: Source, inner: InnerEncoder) -> tuple[Layout, dict[str, Tensor], str]:
-    """As `_recognise`, of an encoder under a prefix; what lies outside is said."""
-    layout, tensors, sign = _recognise(replace(found, contents=inner.contents), None)
-    if inner.outside:
-        logger.warning(
-            "%s: %d tensors outside %s are left behind: %s",
-            found.name,
-            len(inner.outside),
-            one_line(inner.prefix)[:100],
-            one_line(listed(inner.outside, 3))[:300],
-        )
-    return layout, tensors, f"{sign} under {inner.prefix.removesuffix('.')!r}"
 
 
 def _refuse_classifier(source: str, names: list[str]) -> None:
@@ -328,8 +320,24 @@ def _nothing_placed(name: str, layout: Layout, dropped: dict[str, list[str]]) ->
 # --- configure and check -------------------------------------------------------------------------
 
 
+def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) -> Size | None:
+    """Positions for a grid of the size that is stated somewhere, which is returned; in place."""
+    size = as_size(asked)
+    if asked is not None and size is None:
+        raise CheckpointError(
+            f"image_size={asked!r:.100} is no size; give (height, width) or one side, in pixels"
+        )
+    args = stated("args", "input_size")(found.contents)
+    size = size or as_size(found.config.get("image_size")) or as_size(args)
+    return settle_positions(found.name, placed, size, asked is not None)
+
+
 def _read_config(
-    found: Source, layout: Layout, placed: Mapping[str, Tensor], num_heads: int | None
+    found: Source,
+    layout: Layout,
+    placed: Mapping[str, Tensor],
+    num_heads: int | None,
+    size: Size | None,
 ) -> MimRefinerConfig:
     """The configuration: what shapes tell, what the family fixes, above both what is stated."""
     states = {
@@ -340,6 +348,8 @@ def _read_config(
     for name, read in layout.facts.items():
         states[name] = read(found.config or found.contents)
     states = {name: value for name, value in states.items() if value is not None}
+    if size is not None:
+        states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
     fields = read_shapes(found.name, placed) | dict(layout.settings) | states
     if not fields["position_encoding"]:

@@ -1,8 +1,8 @@
 """The columns of a table: which hold images and labels, and what a cell holds.
 
-image_column, label_column = find_columns(table.features, "photos.parquet")
+image_column, label_columns = find_columns(table.features, "photos.parquet")
 images = TableColumn(table, image_column, "photos.parquet")       # bytes or paths, not decoded
-labels, class_names = table_labels(table, label_column)
+labels, class_names, stated = labels_of(table, label_columns)
 """
 
 import logging
@@ -10,22 +10,35 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..clustering.decoding import ImageSource
+from ..runtime.text import one_line
+from ..runtime.wording import setting
 from .paths import own_file
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
 logger = logging.getLogger(__name__)
 
-# preferred in this order where several columns hold images
-_IMAGE_COLUMNS = ("image", "img")
+# preferred in this order where several columns hold images; the suffixes are WebDataset's
+_IMAGE_COLUMNS = ("image", "img", "images", "photo", "picture", "jpg", "jpeg", "png", "webp")
+# what stands beside an image and is none to learn from
+_SECONDARY = re.compile("mask|segm|annot|depth|thumb|preview|icon|hash|md5|sha")
 # `cls` is WebDataset's name
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "fine_label",
+    "cls",
+    "class",
+    "class_label",
+    "target",
+    "category",
+)
 
 
 class TableColumn(Sequence[ImageSource | np.ndarray]):
@@ -111,44 +124,117 @@ def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
     return image
 
 
-def find_columns(features: Mapping[str, Any], name: str) -> tuple[str, str | None]:
-    """The image column and the label column (or None), by type and name.
+class Columns(NamedTuple):
+    """Names of the columns to read; None where they are to be found."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+ANY_COLUMNS = Columns()
+
+
+def find_columns(
+    features: Mapping[str, Any], name: str, asked: Columns = ANY_COLUMNS
+) -> tuple[str, list[str]]:
+    """The image column, and the columns that may hold the labels, likely ones first.
+
+    Image columns are told by type (images before encoded bytes before arrays), then by name. Of
+    several that are left those called like a mask or a thumbnail come last.
 
     Raises:
-        ValueError: listing the columns, if none holds images.
+        ValueError: listing the columns, if none holds images, or several do and none has a usual
+            name; if no label column has a usual name and several could be one; for a column that is
+            asked for and is not there, or holds something else.
     """
-    images = [column for column, feature in features.items() if _holds_images(feature)]
-    if not images:
-        images = [column for column, feature in features.items() if array_dtype(feature)]
-    if not images:
+    return _image_column(features, name, asked.image), _label_columns(features, name, asked.label)
+
+
+def _image_column(features: Mapping[str, Any], name: str, asked: str | None) -> str:
+    by_type = [
+        [column for column, feature in features.items() if holds(feature)]
+        for holds in (_is_image, _holds_bytes, array_dtype)
+    ]
+    if asked is not None:
+        if not any(asked in columns for columns in by_type):
+            raise ValueError(
+                f"{setting('image_column', asked)}: {_not_that(features, asked, name)}"
+            )
+        return asked
+
+    found = next((columns for columns in by_type if columns), [])
+    if not found:
         raise ValueError(
             f"No image column in {name}: its columns are {list(features)}; "
             "one must hold images, encoded bytes or arrays of three axes."
         )
-    labels = [column for column, feature in features.items() if _holds_labels(column, feature)]
+    usual = [column for column in _IMAGE_COLUMNS if column in found]
+    main = [column for column in found if not _SECONDARY.search(column.lower())]
+    if usual or len(main) == 1:
+        return (usual or main)[0]
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(map(one_line, found))
+    raise ValueError(
+        f"{name} has {len(found)} columns that hold images: {shown}; name one by "
+        f"{setting('image_column')}"
+    )
 
-    image = next((column for column in _IMAGE_COLUMNS if column in images), images[0])
-    by_name = [column for column in LABEL_COLUMNS if column in labels]
-    return image, next(iter(by_name + labels), None)
+
+def _label_columns(features: Mapping[str, Any], name: str, asked: str | None) -> list[str]:
+    if asked is not None:
+        if asked not in features or not _may_label(features[asked]):
+            raise ValueError(
+                f"{setting('label_column', asked)}: {_not_that(features, asked, name)}"
+            )
+        return [asked]
+    named = [column for column in LABEL_COLUMNS if column in features]
+    named = [column for column in named if _may_label(features[column])]
+    classes = [column for column in features if states_names(features, column)]
+    others = [column for column in classes if column not in named]
+    if not named and len(others) > 1:
+        shown = ", ".join(map(one_line, others))
+        raise ValueError(
+            f"{name} has {len(others)} columns that hold classes: {shown}; name one by "
+            f"{setting('label_column')}"
+        )
+    return named + others
 
 
-def _holds_images(feature: Any) -> bool:
+def _not_that(features: Mapping[str, Any], column: str, name: str) -> str:
+    """Why a column is not what it is asked to be."""
+    if column not in features:
+        return f"{name} has no such column; it has {', '.join(map(one_line, features))}"
+    return f"this column of {name} holds {one_line(features[column])[:200]}"
+
+
+def _is_image(feature: Any) -> bool:
     import datasets
 
+    return isinstance(feature, datasets.Image)
+
+
+def _holds_bytes(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature
-    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return is_binary or isinstance(feature, datasets.Image)
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _holds_labels(column: str, feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    dtype = str(getattr(feature, "dtype", ""))
+def _may_label(feature: Any) -> bool:
+    """Whether a column of this type may hold labels: numbers, words, bool."""
     types = "u?int|string|large_string|bool|float|double"
-    return column in LABEL_COLUMNS and bool(re.match(types, dtype))
+    return bool(re.match(types, str(getattr(feature, "dtype", ""))))
+
+
+def labels_of(
+    table: Any, columns: Sequence[str]
+) -> tuple[np.ndarray | None, list[str] | None, bool]:
+    """Labels and class names of the first column that has any, and whether it states the names."""
+    for column in columns:
+        labels, class_names = table_labels(table, column)
+        if labels is not None:
+            return labels, class_names, states_names(table.features, column)
+    return None, None, False
 
 
 def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] | None]:
@@ -172,9 +258,9 @@ def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] 
     return labels, class_names
 
 
-def states_names(features: Mapping[str, Any], column: str | None) -> bool:
+def states_names(features: Mapping[str, Any], column: str) -> bool:
     """Whether the table says itself which number each class name has: a `ClassLabel`."""
-    return column is not None and getattr(features[column], "names", None) is not None
+    return getattr(features[column], "names", None) is not None
 
 
 def label_of(cell: Any) -> int | str | None:

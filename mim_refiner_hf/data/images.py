@@ -29,9 +29,9 @@ from ..clustering.channels import Picture, check_channels
 from ..clustering.decoding import decode_image
 from ..runtime.seeding import random_generator
 from ..runtime.wording import setting
-from .columns import find_columns, stored, undecoded
+from .columns import ANY_COLUMNS, Columns, find_columns, label_of, stored, undecoded
 from .objects import find_in_objects
-from .sources import Entries, FoundImages, digest, find_images, load_table
+from .sources import Entries, FoundImages, digest, find_images, load_table, refuse_columns
 
 MAX_HELD_OUT = 5000
 MAX_BROKEN_IN_A_ROW = 10
@@ -159,17 +159,20 @@ class ImageStream:
         name: what it is called in messages.
     """
 
-    def __init__(self, stream: Any, *, name: str, num_channels: int = 3) -> None:
+    def __init__(
+        self, stream: Any, *, name: str, num_channels: int = 3, columns: Columns = ANY_COLUMNS
+    ) -> None:
         check_channels(num_channels)
         self.name = name
         self.num_channels = num_channels
         features = stream.features or stream._resolve_features().features
-        self.image_column, self.label_column = find_columns(features, name)
+        self.image_column, label_columns = find_columns(features, name, columns)
+        self.label_column = next(iter(label_columns), None)
         self.class_names: list[str] | None = getattr(features.get(self.label_column), "names", None)
 
         # no other column is read; the key is that of a tar shard
-        columns = (self.image_column, self.label_column, "__key__")
-        selected = stream.select_columns([column for column in columns if column in features])
+        read = (self.image_column, self.label_column, "__key__")
+        selected = stream.select_columns([column for column in read if column in features])
         self.stream = undecoded(selected, self.image_column, features)
 
     def iterate(self, seed: int, epoch: int) -> Iterator[tuple[int, Example]]:
@@ -180,7 +183,7 @@ class ImageStream:
     def decode(self, example: Example) -> tuple[Picture, int]:
         """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
         source = stored(example[self.image_column], self.name)
-        label = example[self.label_column] if self.label_column else None
+        label = label_of(example[self.label_column]) if self.label_column else None
         image = decode_image(source, self.num_channels, self.describe(example))
         return image, label if isinstance(label, int) else -1
 
@@ -211,7 +214,12 @@ class ImageStream:
 
 
 def open_images(
-    dataset: Any, *, config: str | None = None, split: str | None = None, num_channels: int = 3
+    dataset: Any,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    num_channels: int = 3,
+    columns: Columns = ANY_COLUMNS,
 ) -> ImageDataset:
     """Open what `dataset` names or is, without decoding it; `split=None` means "train".
 
@@ -225,22 +233,25 @@ def open_images(
     - any other text: a data set on the Hub, with `config` and `split`;
     - an `ImageDataset`, or another object that holds images: `objects.py` says which.
 
+    `columns` names those of a table; else `find_columns` says which are taken.
+
     Raises:
         FileNotFoundError, ValueError: saying what is missing and what there is.
         ConnectionError: when the Hub cannot be reached.
     """
     check_channels(num_channels)
     if not isinstance(dataset, str | Path):
-        return _open_objects(dataset, config, split, num_channels)
+        return _open_objects(dataset, config, split, num_channels, columns)
     if dataset == "digits":
+        refuse_columns(dataset, columns)
         found = _find_digits(split or "train")
     else:
-        found = find_images(str(dataset), config=config, split=split)
+        found = find_images(str(dataset), config=config, split=split, columns=columns)
     return ImageDataset(found, num_channels=num_channels)
 
 
 def _open_objects(
-    dataset: Any, config: str | None, split: str | None, num_channels: int
+    dataset: Any, config: str | None, split: str | None, num_channels: int, columns: Columns
 ) -> ImageDataset:
     """Images that are there already; ValueError for a configuration or a split of them."""
     for name, value in (("dataset_config", config), ("split", split)):
@@ -250,12 +261,18 @@ def _open_objects(
                 f"of this {type(dataset).__name__}, give the part itself"
             )
     if not isinstance(dataset, ImageDataset):
-        return ImageDataset(find_in_objects(dataset), num_channels=num_channels)
+        return ImageDataset(find_in_objects(dataset, columns), num_channels=num_channels)
+    refuse_columns("an ImageDataset", columns)
     return dataset.in_channels(num_channels)
 
 
 def open_stream(
-    dataset: str, *, config: str | None = None, split: str | None = None, num_channels: int = 3
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    num_channels: int = 3,
+    columns: Columns = ANY_COLUMNS,
 ) -> ImageStream:
     """As `open_images`, read in passing: nothing is downloaded first. Not the digits."""
     if dataset == "digits":
@@ -264,7 +281,7 @@ def open_stream(
             "open them without streaming."
         )
     table = load_table(dataset, config=config, split=split, streaming=True)
-    return ImageStream(table, name=dataset, num_channels=num_channels)
+    return ImageStream(table, name=dataset, num_channels=num_channels, columns=columns)
 
 
 def _find_digits(split: str) -> FoundImages:

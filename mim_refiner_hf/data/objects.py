@@ -41,15 +41,16 @@ from ..clustering.image_items import find_items, read_item
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.wording import kind_of
 from .columns import (
+    ANY_COLUMNS,
     LABEL_COLUMNS,
+    Columns,
     TableColumn,
     find_columns,
     label_of,
+    labels_of,
     numbered,
-    states_names,
-    table_labels,
 )
-from .sources import Entries, FoundImages, file_size
+from .sources import Entries, FoundImages, file_size, refuse_columns
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class ObjectImages(Sequence[Any]):
             raise ValueError(f"Cannot read image {i} of {self.name}: {reason}") from error
 
 
-def find_in_objects(source: Any) -> FoundImages:
+def find_in_objects(source: Any, columns: Columns = ANY_COLUMNS) -> FoundImages:
     """The images of anything but a name or a folder; see the table above.
 
     Raises:
@@ -96,8 +97,9 @@ def find_in_objects(source: Any) -> FoundImages:
         source = source.tolist()
     _refuse_others(source)
     if hasattr(source, "select_columns"):
-        return _find_in_table(source)
+        return _find_in_table(source, columns)
 
+    refuse_columns(f"a {type(source).__name__}", columns)
     items = find_items(source)
     name = f"{_kind_in_words(source)} of {len(items)} images"
     if len(items) == 0:
@@ -166,17 +168,15 @@ def _find_paths(paths: list[Path], name: str) -> FoundImages:
 # --- tables
 
 
-def _find_in_table(table: Any) -> FoundImages:
+def _find_in_table(table: Any, columns: Columns) -> FoundImages:
     """A `datasets.Dataset`: its image column, undecoded, whatever its format or transforms."""
     table = table.with_format(None)
     name = f"{type(table).__name__} of {len(table)} rows"
     if len(table) == 0:
         raise ValueError("There are no images: the data set has no rows.")
 
-    image_column, label_column = find_columns(table.features, name)
-    labels = class_names = None
-    if label_column is not None:
-        labels, class_names = table_labels(table, label_column)
+    image_column, label_columns = find_columns(table.features, name, columns)
+    labels, class_names, stated = labels_of(table, label_columns)
     # whoever holds the object has opened these files, or could
     sources = TableColumn(table, image_column, name, any_path=True)
 
@@ -185,7 +185,6 @@ def _find_in_table(table: Any) -> FoundImages:
     else:
         places = _in_sight(len(sources))
         entries = Entries.of(range(len(sources)), [_line_about(sources[i]) for i in places])
-    stated = states_names(table.features, label_column)
     return FoundImages(sources, labels, class_names, name, entries, stated)
 
 

@@ -22,7 +22,9 @@ import numpy as np
 
 from ..clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS, ImageSource
 from ..runtime.retry import patiently
-from .columns import TableColumn, find_columns, numbered, states_names, table_labels
+from ..runtime.text import one_line
+from ..runtime.wording import setting
+from .columns import ANY_COLUMNS, Columns, TableColumn, find_columns, labels_of, numbered
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -78,11 +80,14 @@ class FoundImages(NamedTuple):
     names_stated: bool = False
 
 
-def find_images(dataset: str, *, config: str | None, split: str | None) -> FoundImages:
+def find_images(
+    dataset: str, *, config: str | None, split: str | None, columns: Columns = ANY_COLUMNS
+) -> FoundImages:
     """The images that `dataset` names; see `open_images`, which raises the same errors."""
     path = Path(dataset).expanduser()
     try:
         if path.is_dir() and not _is_saved(path) and not _table_files(path):
+            refuse_columns(dataset, columns)
             return _find_in_folder(path, split)
     # what is behind it would be missing without a word
     except OSError as error:
@@ -92,14 +97,18 @@ def find_images(dataset: str, *, config: str | None, split: str | None) -> Found
         ) from error
 
     table = load_table(dataset, config=config, split=split, streaming=False)
-    image_column, label_column = find_columns(table.features, dataset)
-    labels = class_names = None
-    if label_column is not None:
-        labels, class_names = table_labels(table, label_column)
+    image_column, label_columns = find_columns(table.features, dataset, columns)
+    labels, class_names, stated = labels_of(table, label_columns)
     sources = TableColumn(table, image_column, dataset)
     entries = _table_entries(path, split, table)
-    stated = states_names(table.features, label_column)
     return FoundImages(sources, labels, class_names, dataset, entries, stated)
+
+
+def refuse_columns(dataset: object, columns: Columns) -> None:
+    """ValueError for columns of what has none."""
+    for name, value in zip(("image_column", "label_column"), columns, strict=True):
+        if value is not None:
+            raise ValueError(f"{setting(name, value)}: {one_line(dataset)} is no table")
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

@@ -102,6 +102,8 @@ class RefineRecipe:
     )
     dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
     split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
+    image_column: str | None = documented(None, "Column of a table that holds the images.")
+    label_column: str | None = documented(None, "Column of a table that holds the labels.")
     streaming: bool = documented(
         False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full."
     )

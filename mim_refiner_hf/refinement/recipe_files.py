@@ -20,7 +20,9 @@ from ..runtime.wording import in_the_shell
 from .recipe import FITTED, START_FIELDS, RefineRecipe
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
-_DATA_FIELDS = frozenset(("dataset_config", "split", "eval_dataset", "eval_split"))
+_DATA_FIELDS = frozenset(
+    ("dataset_config", "split", "image_column", "label_column", "eval_dataset", "eval_split")
+)
 
 
 def _defaults(name: str, dataset: str | None, init_from: str | None) -> dict[str, Any]:

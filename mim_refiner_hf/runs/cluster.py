@@ -31,6 +31,7 @@ from ..clustering.pipeline_image_clustering import (
     check_num_clusters,
     find_groups,
 )
+from ..data.columns import Columns
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
@@ -98,6 +99,7 @@ def cluster(
     method: str = "kmeans",
     start: str | Path | None = None,
     out: str | Path | None = None,
+    image_column: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -117,6 +119,7 @@ def cluster(
             nearest of these groups.
         out: a folder to write: a page, a table, links by group; of images only. Earlier groups
             there are replaced. A call that was interrupted goes on where it was.
+        image_column: of a table of images; None to find it.
         seed: of everything random.
         batch_size, num_workers: images per forward pass, and processes that decode.
 
@@ -146,7 +149,7 @@ def cluster(
         if corrections is not None:
             places = match_corrections(corrections, known.images)
     else:
-        opened = open_images(images)
+        opened = open_images(images, columns=Columns(image_column))
         check_num_clusters(num_clusters, len(opened), method)
         if corrections is not None:
             places = match_corrections(corrections, opened)

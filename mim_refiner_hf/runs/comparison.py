@@ -22,6 +22,7 @@ import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.classes import with_one_class_table
+from ..data.columns import ANY_COLUMNS, Columns
 from ..data.images import (
     Broken,
     ImageDataset,
@@ -149,6 +150,7 @@ def open_evaluation_data(
     num_channels: int = 3,
     seed: int = 0,
     masks: bool = False,
+    columns: Columns = ANY_COLUMNS,
 ) -> Data:
     """Images to learn from and to be measured on.
 
@@ -179,13 +181,20 @@ def open_evaluation_data(
         train = open_segmentation(str(dataset), config=config, split=split)
         evaluated = open_segmentation(str(other), config=other_config, split=eval_split)
     else:
-        train = open_images(dataset, config=config, split=split, num_channels=num_channels)
+        train = open_images(
+            dataset, config=config, split=split, num_channels=num_channels, columns=columns
+        )
         if not named:
             rest, held_out = with_one_class_table(*hold_out(train, HELD_OUT, seed))
             name = str(dataset) if is_named else train.name
             return Data(name, config, split, None, rest, held_out)
         evaluated = open_images(
-            other, config=other_config, split=eval_split, num_channels=num_channels
+            other,
+            config=other_config,
+            split=eval_split,
+            num_channels=num_channels,
+            # of a data set of its own they are found
+            columns=columns if eval_dataset is None else ANY_COLUMNS,
         )
 
     if evaluated.fingerprint == train.fingerprint:

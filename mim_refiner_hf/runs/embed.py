@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..conversion import load_encoder
+from ..data.columns import Columns
 from ..data.images import ImageDataset, open_images, open_stream
 from ..data.loading import Loading
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
@@ -110,6 +111,8 @@ def store_features(
     *,
     dataset_config: str | None = None,
     split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     streaming: bool = False,
     blocks: Sequence[int | Literal["output"]] = (),
     pooling: Sequence[Pooling] = (),
@@ -122,8 +125,8 @@ def store_features(
     """Fill the store in `out`, or complete it; several processes share the work.
 
     Args:
-        model, images: as of `embed`; `dataset_config`, `split` and `streaming` are of a data set
-            that is named.
+        model, images: as of `embed`; `dataset_config`, `split`, `image_column`, `label_column` and
+            `streaming` are of a data set that is named.
         blocks, pooling, last4: which features, see `feature_columns`.
         dtype: of the computation, a name of `PRECISIONS`; float32 is stored.
         loading, shard_size, command: as of `embed_images`.
@@ -137,7 +140,11 @@ def store_features(
     encoder.to(PRECISIONS[dtype])
     open_source: Any = open_stream if streaming else open_images
     opened = open_source(
-        images, config=dataset_config, split=split, num_channels=encoder.config.num_channels
+        images,
+        config=dataset_config,
+        split=split,
+        num_channels=encoder.config.num_channels,
+        columns=Columns(image_column, label_column),
     )
     if isinstance(opened, ImageDataset):
         encoder, opened = fit_and_tell(encoder, opened)

@@ -40,6 +40,7 @@ import torch
 from ..clustering.channels import is_picture
 from ..conversion import load_encoder
 from ..conversion.channels import extend_channels
+from ..data.columns import Columns
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
@@ -93,6 +94,8 @@ def evaluate(
     split: str | None = None,
     eval_dataset: Any = None,
     eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     protocols: Sequence[str] = (),
     recipe: str | None = None,
     transfer: Sequence[Any] = (),
@@ -107,6 +110,7 @@ def evaluate(
         images, dataset_config, split: images of the k-NN bank, as `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
+        image_column, label_column: of `images`, if it is a table; None to find them.
         protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels,
             stands alone.
         recipe: of "fine_tuning": a name in training/recipes/ or the path of a YAML file; None for
@@ -141,7 +145,8 @@ def evaluate(
         num_channels=encoders[name_of_model].config.num_channels,
         masks="segmentation" in protocols,
     )
-    data = [opened(images, config=dataset_config, eval_dataset=eval_dataset)]
+    columns = Columns(image_column, label_column)
+    data = [opened(images, config=dataset_config, eval_dataset=eval_dataset, columns=columns)]
     data += [opened(name) for name in transfer]
     check_data(data, protocols)
 

@@ -21,6 +21,7 @@ from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
 from ..data.classes import with_one_class_table
+from ..data.columns import ANY_COLUMNS, Columns
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -251,6 +252,7 @@ def open_run_images(
 ) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
     config = recipe.dataset_config
+    columns = Columns(recipe.image_column, recipe.label_column)
     evaluation = None
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
         name = recipe.eval_dataset or recipe.dataset
@@ -260,10 +262,16 @@ def open_run_images(
             config=config if name == recipe.dataset else None,
             split=recipe.eval_split,
             num_channels=num_channels,
+            # of a data set of its own they are found
+            columns=columns if name == recipe.dataset else ANY_COLUMNS,
         )
     if recipe.streaming:
         stream = open_stream(
-            recipe.dataset, config=config, split=recipe.split, num_channels=num_channels
+            recipe.dataset,
+            config=config,
+            split=recipe.split,
+            num_channels=num_channels,
+            columns=columns,
         )
         return stream, evaluation
 
@@ -272,6 +280,7 @@ def open_run_images(
         config=config,
         split=recipe.split,
         num_channels=num_channels,
+        columns=columns,
     )
     if len(images) < 2:
         raise ValueError(

@@ -1,0 +1,125 @@
+"""Which grid a table of positions is for, and which of its rows are for CLS and registers.
+
+    settle_positions("bare.pth", placed, image_size=(128, 512), asked=True)
+
+A table (1, rows, D) does not say how many rows the grid has: 256 patches may be 16 x 16 or 8 x 32.
+The size of images says it, where the file, its config.json or the caller states one. Else the grid
+is taken to be square, which is said; where a square would need a guess at what the first row is
+for, the table is refused.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..runtime.files import CheckpointError
+from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS
+from .shapes import KERNEL, REGISTERS
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+"""Height and width of images, in pixels."""
+
+
+def as_size(value: Any) -> Size | None:
+    """A size as (height, width): an integer is a square; None for what is no size."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value, value
+    if isinstance(value, list | tuple) and len(value) == 2:
+        height, width = value
+        if all(isinstance(side, int) and side > 0 for side in (height, width)):
+            return height, width
+    return None
+
+
+def settle_positions(
+    name: str, placed: dict[str, Tensor], image_size: Size | None, asked: bool
+) -> Size | None:
+    """Give the patches their rows of the table, and CLS and registers theirs; in place.
+
+    Args:
+        name: of the source, for messages.
+        image_size: that is stated; None where nothing states it.
+        asked: the caller states it, so that a table of another size is an error.
+
+    Returns:
+        The size of images where the table fits the stated one; None where it is not known.
+
+    Raises:
+        CheckpointError: for a size that the table contradicts, or is no whole number of patches,
+            and for a table whose grid is not known.
+    """
+    table = placed.pop(ANY_POSITIONS, None)
+    positions = placed.get(POSITIONS)
+    kernel = placed.get(KERNEL)
+    # what is missing, or misshapen, is said by who checks the shapes
+    if positions is None or positions.ndim != 3 or kernel is None or kernel.ndim != 4:
+        return None
+    patch_size = kernel.shape[-1]
+    rows = positions.shape[1]
+    # rows that are for no patch, if they are in the table
+    prefix = 0
+    if table is not None:
+        registers = placed[REGISTERS].shape[1] if _has_registers(placed) else 0
+        prefix = int(CLS_TOKEN in placed) + registers
+
+    if image_size is not None:
+        height, width = image_size
+        patches = (height // patch_size) * (width // patch_size)
+        whole = height % patch_size == 0 == width % patch_size
+        for count in {0, min(prefix, 1), prefix}:
+            if whole and rows == patches + count:
+                _split(placed, count)
+                return image_size
+        if asked:
+            raise CheckpointError(
+                f"{name}: image_size {height} x {width} is {patches} patches of {patch_size} "
+                f"pixels, but the file has positions for {rows}"
+                + (f", or {rows - prefix} beside {prefix} that are none" if prefix else "")
+            )
+
+    if table is not None:
+        _split(placed, _rows_before_a_square(name, rows, prefix, _has_registers(placed)))
+    side = math.isqrt(placed[POSITIONS].shape[1])
+    if side**2 == placed[POSITIONS].shape[1]:
+        logger.info("%s: positions for %d x %d patches, taken as a square", name, side, side)
+    return None
+
+
+def _has_registers(placed: Mapping[str, Tensor]) -> bool:
+    return REGISTERS in placed and placed[REGISTERS].ndim == 3
+
+
+def _rows_before_a_square(name: str, rows: int, prefix: int, has_registers: bool) -> int:
+    """How many rows stand before those of a square grid."""
+    possible = [count for count in {0, min(prefix, 1), prefix} if _is_square(rows - count)]
+    # beside registers, and without CLS, timm has rows for patches alone
+    if 0 in possible and prefix and not has_registers:
+        raise CheckpointError(
+            f"{name}: {rows} positions are a square without one for CLS, or CLS and a grid that is "
+            "no square; give image_size=(height, width)"
+        )
+    # none is one: the check of the shapes will say it
+    return possible[0] if possible else min(prefix, 1)
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _split(placed: dict[str, Tensor], count: int) -> None:
+    """The table without its first `count` rows, which go to CLS and the registers; in place."""
+    if count == 0:
+        return
+    positions = placed[POSITIONS]
+    placed[CLS_POSITION] = positions[:, :1]
+    placed[POSITIONS] = positions[:, count:]
+    if count > 1:
+        placed[REGISTERS] = placed[REGISTERS] + positions[:, 1:count]
+
+
+__all__ = ["Size", "as_size", "settle_positions"]
