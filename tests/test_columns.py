@@ -11,7 +11,7 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.data.columns import Columns
+from mim_refiner_hf.data.columns import TableColumns
 from mim_refiner_hf.data.images import open_images, open_stream
 
 PICTURE = datasets.Image()
@@ -93,7 +93,7 @@ def pair(folder: Path) -> Path:
 
 
 def test_columns_that_are_named_are_read(tmp_path: Path) -> None:
-    columns = Columns("right", "kind")
+    columns = TableColumns("right", "kind")
     images = open_images(pair(tmp_path), columns=columns)
     assert side(images) == 20 and images.class_names == ["a", "b"]
     assert images.labels is not None and images.labels.tolist() == [1, 0] * 6
@@ -104,13 +104,13 @@ def test_columns_that_are_named_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        (Columns("nosuch"), "image_column='nosuch': .* no such column; it has left, right"),
-        (Columns("kind"), "image_column='kind': this column of .* holds Value"),
-        (Columns("left", "right"), "label_column='right': this column"),
+        (TableColumns("nosuch"), "image_column='nosuch': .* no such column; it has left, right"),
+        (TableColumns("kind"), "image_column='kind': this column of .* holds Value"),
+        (TableColumns("left", "right"), "label_column='right': this column"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(
-    columns: Columns, says: str, tmp_path: Path
+    columns: TableColumns, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=says):
         open_images(pair(tmp_path), columns=columns)
@@ -122,7 +122,7 @@ def test_what_is_no_table_has_no_columns(source: Any, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         source = tmp_path
     with pytest.raises(ValueError, match=r"image_column='x': .* is no table"):
-        open_images(source, columns=Columns("x"))
+        open_images(source, columns=TableColumns("x"))
 
 
 @pytest.mark.parametrize("command", ["refine", "embed", "evaluate", "cluster"])

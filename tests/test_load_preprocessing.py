@@ -205,5 +205,5 @@ def test_an_index_that_names_a_file_that_is_not_there_is_refused(
     stated = json.loads(index.read_text())
     stated["weight_map"][next(iter(stated["weight_map"]))] = shard
     index.write_text(json.dumps(stated))
-    with pytest.raises(ValueError, match="which is not in the folder"):
+    with pytest.raises(ValueError, match="which is missing there"):
         load_encoder(tmp_path / "m")

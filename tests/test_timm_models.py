@@ -70,7 +70,9 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
     architecture, settings = MODELS[name]
     model = tiny(architecture, **settings)
     source = save(model, tmp_path, form)
-    encoder = load_encoder(source, num_heads=None if form == "folder" else 3)
+    # CLS without a position is told from a grid that is no square by the size alone
+    size = 32 if "without-position" in name and form != "folder" else None
+    encoder = load_encoder(source, num_heads=None if form == "folder" else 3, image_size=size)
     assert encoder.load_report.family == ("plain_beit" if "beit" in name else "plain_vit")
     assert ("classifier" in encoder.load_report.dropped) == (
         "classifier" in name or "mean" in name or name in ("beit-per-block", "beit-shared")

@@ -104,7 +104,9 @@ CASES = [
         {"model": "{tmp}/notes.pth"},
         ["{tmp}/notes.pth", "unreadable"],
     ),
-    Case("folder without weights", {"model": "{tmp}/empty"}, ["{tmp}/empty", "model*.safetensors"]),
+    Case(
+        "folder without weights", {"model": "{tmp}/empty"}, ["{tmp}/empty", "no model.safetensors"]
+    ),
     Case(
         "truncated checkpoint",
         {"model": "{tmp}/truncated"},
@@ -329,7 +331,7 @@ OTHER_COMMANDS = [
     ),
     (
         "evaluate {model} --dataset digits --against {tmp}/empty",
-        ["{tmp}/empty", "model*.safetensors"],
+        ["{tmp}/empty", "no model.safetensors"],
     ),
     (
         "evaluate {model} --dataset digits --features {tmp}/photos",

@@ -111,7 +111,12 @@ IJEPA = replace(
 _BARE = (("state_dict_ema",), ("state_dict",), ())
 # masked autoencoders with their decoder, in another container than the authors'
 WHOLE_MAES = tuple(
-    replace(layout, paths=_BARE, signature=(*layout.signature, r"^decoder_embed\."))
+    replace(
+        layout,
+        family=f"{layout.family}_whole",
+        paths=_BARE,
+        signature=(*layout.signature, r"^decoder_embed\."),
+    )
     for layout in (DBOT, CROSSMAE, MAE)
 )
 

@@ -105,8 +105,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise CheckpointError(
-                    f"{index.name} of {name} names {one_line(shard)[:200]}, which is not in the "
-                    "folder; get the model again"
+                    f"{index.name} of {name} names {one_line(shard)[:200]}, which is missing "
+                    "there; get the model again"
                 )
         return [folder / shard for shard in shards]
 

@@ -124,18 +124,18 @@ def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
     return image
 
 
-class Columns(NamedTuple):
+class TableColumns(NamedTuple):
     """Names of the columns to read; None where they are to be found."""
 
     image: str | None = None
     label: str | None = None
 
 
-ANY_COLUMNS = Columns()
+ANY_COLUMNS = TableColumns()
 
 
 def find_columns(
-    features: Mapping[str, Any], name: str, asked: Columns = ANY_COLUMNS
+    features: Mapping[str, Any], name: str, asked: TableColumns = ANY_COLUMNS
 ) -> tuple[str, list[str]]:
     """The image column, and the columns that may hold the labels, likely ones first.
 

@@ -29,7 +29,7 @@ from ..clustering.channels import Picture, check_channels
 from ..clustering.decoding import decode_image
 from ..runtime.seeding import random_generator
 from ..runtime.wording import setting
-from .columns import ANY_COLUMNS, Columns, find_columns, label_of, stored, undecoded
+from .columns import ANY_COLUMNS, TableColumns, find_columns, label_of, stored, undecoded
 from .objects import find_in_objects
 from .sources import Entries, FoundImages, digest, find_images, load_table, refuse_columns
 
@@ -160,7 +160,7 @@ class ImageStream:
     """
 
     def __init__(
-        self, stream: Any, *, name: str, num_channels: int = 3, columns: Columns = ANY_COLUMNS
+        self, stream: Any, *, name: str, num_channels: int = 3, columns: TableColumns = ANY_COLUMNS
     ) -> None:
         check_channels(num_channels)
         self.name = name
@@ -219,7 +219,7 @@ def open_images(
     config: str | None = None,
     split: str | None = None,
     num_channels: int = 3,
-    columns: Columns = ANY_COLUMNS,
+    columns: TableColumns = ANY_COLUMNS,
 ) -> ImageDataset:
     """Open what `dataset` names or is, without decoding it; `split=None` means "train".
 
@@ -251,7 +251,7 @@ def open_images(
 
 
 def _open_objects(
-    dataset: Any, config: str | None, split: str | None, num_channels: int, columns: Columns
+    dataset: Any, config: str | None, split: str | None, num_channels: int, columns: TableColumns
 ) -> ImageDataset:
     """Images that are there already; ValueError for a configuration or a split of them."""
     for name, value in (("dataset_config", config), ("split", split)):
@@ -272,7 +272,7 @@ def open_stream(
     config: str | None = None,
     split: str | None = None,
     num_channels: int = 3,
-    columns: Columns = ANY_COLUMNS,
+    columns: TableColumns = ANY_COLUMNS,
 ) -> ImageStream:
     """As `open_images`, read in passing: nothing is downloaded first. Not the digits."""
     if dataset == "digits":

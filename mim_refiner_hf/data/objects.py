@@ -43,8 +43,8 @@ from ..runtime.wording import kind_of
 from .columns import (
     ANY_COLUMNS,
     LABEL_COLUMNS,
-    Columns,
     TableColumn,
+    TableColumns,
     find_columns,
     label_of,
     labels_of,
@@ -84,7 +84,7 @@ class ObjectImages(Sequence[Any]):
             raise ValueError(f"Cannot read image {i} of {self.name}: {reason}") from error
 
 
-def find_in_objects(source: Any, columns: Columns = ANY_COLUMNS) -> FoundImages:
+def find_in_objects(source: Any, columns: TableColumns = ANY_COLUMNS) -> FoundImages:
     """The images of anything but a name or a folder; see the table above.
 
     Raises:
@@ -168,7 +168,7 @@ def _find_paths(paths: list[Path], name: str) -> FoundImages:
 # --- tables
 
 
-def _find_in_table(table: Any, columns: Columns) -> FoundImages:
+def _find_in_table(table: Any, columns: TableColumns) -> FoundImages:
     """A `datasets.Dataset`: its image column, undecoded, whatever its format or transforms."""
     table = table.with_format(None)
     name = f"{type(table).__name__} of {len(table)} rows"

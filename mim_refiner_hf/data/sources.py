@@ -24,7 +24,7 @@ from ..clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS, ImageSource
 from ..runtime.retry import patiently
 from ..runtime.text import one_line
 from ..runtime.wording import setting
-from .columns import ANY_COLUMNS, Columns, TableColumn, find_columns, labels_of, numbered
+from .columns import ANY_COLUMNS, TableColumn, TableColumns, find_columns, labels_of, numbered
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -81,7 +81,7 @@ class FoundImages(NamedTuple):
 
 
 def find_images(
-    dataset: str, *, config: str | None, split: str | None, columns: Columns = ANY_COLUMNS
+    dataset: str, *, config: str | None, split: str | None, columns: TableColumns = ANY_COLUMNS
 ) -> FoundImages:
     """The images that `dataset` names; see `open_images`, which raises the same errors."""
     path = Path(dataset).expanduser()
@@ -104,7 +104,7 @@ def find_images(
     return FoundImages(sources, labels, class_names, dataset, entries, stated)
 
 
-def refuse_columns(dataset: object, columns: Columns) -> None:
+def refuse_columns(dataset: object, columns: TableColumns) -> None:
     """ValueError for columns of what has none."""
     for name, value in zip(("image_column", "label_column"), columns, strict=True):
         if value is not None:

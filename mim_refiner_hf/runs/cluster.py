@@ -31,7 +31,7 @@ from ..clustering.pipeline_image_clustering import (
     check_num_clusters,
     find_groups,
 )
-from ..data.columns import Columns
+from ..data.columns import TableColumns
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
@@ -130,9 +130,7 @@ def cluster(
     if _holds_numbers(images) and images.ndim < 3:
         _refuse_for_vectors(model=model, out=out, start=start)
         return _of_vectors(images, num_clusters, method, seed)
-    corrections = None
-    if start is not None:
-        corrections = open_corrections(start, num_clusters, method)
+    corrections = None if start is None else open_corrections(start, num_clusters, method)
     folder = None
     if out is not None:
         folder = check_groups_folder(Path(out))
@@ -149,7 +147,7 @@ def cluster(
         if corrections is not None:
             places = match_corrections(corrections, known.images)
     else:
-        opened = open_images(images, columns=Columns(image_column))
+        opened = open_images(images, columns=TableColumns(image_column))
         check_num_clusters(num_clusters, len(opened), method)
         if corrections is not None:
             places = match_corrections(corrections, opened)

@@ -22,7 +22,7 @@ import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.classes import with_one_class_table
-from ..data.columns import ANY_COLUMNS, Columns
+from ..data.columns import ANY_COLUMNS, TableColumns
 from ..data.images import (
     Broken,
     ImageDataset,
@@ -150,7 +150,7 @@ def open_evaluation_data(
     num_channels: int = 3,
     seed: int = 0,
     masks: bool = False,
-    columns: Columns = ANY_COLUMNS,
+    columns: TableColumns = ANY_COLUMNS,
 ) -> Data:
     """Images to learn from and to be measured on.
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..conversion import load_encoder
-from ..data.columns import Columns
+from ..data.columns import TableColumns
 from ..data.images import ImageDataset, open_images, open_stream
 from ..data.loading import Loading
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
@@ -144,7 +144,7 @@ def store_features(
         config=dataset_config,
         split=split,
         num_channels=encoder.config.num_channels,
-        columns=Columns(image_column, label_column),
+        columns=TableColumns(image_column, label_column),
     )
     if isinstance(opened, ImageDataset):
         encoder, opened = fit_and_tell(encoder, opened)

@@ -40,7 +40,7 @@ import torch
 from ..clustering.channels import is_picture
 from ..conversion import load_encoder
 from ..conversion.channels import extend_channels
-from ..data.columns import Columns
+from ..data.columns import TableColumns
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
@@ -107,14 +107,13 @@ def evaluate(
 
     Args:
         model, against: anything `load_encoder` takes; `against` is the one to be better than.
-        images, dataset_config, split: images of the k-NN bank, as `open_images` takes them.
+        images, dataset_config, split, image_column, label_column: images of the k-NN bank, as
+            `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
-        image_column, label_column: of `images`, if it is a table; None to find them.
         protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels,
             stands alone.
-        recipe: of "fine_tuning": a name in training/recipes/ or the path of a YAML file; None for
-            the fields' defaults.
+        recipe: of "fine_tuning": name in training/recipes/ or path of a YAML file; None: defaults.
         transfer: other data sets, opened with the same splits: k-NN, clustering and the fast linear
             probe on each.
         features: a folder that keeps the features for the next command, or a store made by
@@ -133,7 +132,7 @@ def evaluate(
     fine_tune = check_protocols(protocols, recipe, transfer, seed)
     output_dir, features = checked_folders(output_dir, features)
     encoders = load_encoders(model, against)
-    *other_names, name_of_model = encoders
+    *others, name_of_model = encoders
     check_channels_of(encoders[name_of_model], protocols)
 
     # the first data set and those of the transfer, with the same splits
@@ -145,7 +144,7 @@ def evaluate(
         num_channels=encoders[name_of_model].config.num_channels,
         masks="segmentation" in protocols,
     )
-    columns = Columns(image_column, label_column)
+    columns = TableColumns(image_column, label_column)
     data = [opened(images, config=dataset_config, eval_dataset=eval_dataset, columns=columns)]
     data += [opened(name) for name in transfer]
     check_data(data, protocols)
@@ -157,15 +156,14 @@ def evaluate(
         for place, each in enumerate(data):
             measured = partial(measure_side, seed=seed, features=folder, loading=loading)
             added = _TRANSFER_PROTOCOLS if place else protocols
-            of_models = encoders.items()
-            sides.append([measured(*model, each, added, recipe=fine_tune) for model in of_models])
+            sides.append([measured(*m, each, added, recipe=fine_tune) for m in encoders.items()])
 
-    first, *others = [compared(each, found) for each, found in zip(data, sides, strict=True)]
+    first, *more = [compared(each, found) for each, found in zip(data, sides, strict=True)]
     report = Report(
         model=name_of_model,
-        against=other_names[0] if other_names else None,
+        against=next(iter(others), None),
         **first,
-        transfer={each.name: part for each, part in zip(data[1:], others, strict=True)},
+        transfer={each.name: part for each, part in zip(data[1:], more, strict=True)},
         **how_measured(encoders, protocols, seed, began),
     )
     if rank() == 0 and output_dir is not None:

@@ -21,7 +21,7 @@ from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
 from ..data.classes import with_one_class_table
-from ..data.columns import ANY_COLUMNS, Columns
+from ..data.columns import ANY_COLUMNS, TableColumns
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -252,7 +252,7 @@ def open_run_images(
 ) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
     config = recipe.dataset_config
-    columns = Columns(recipe.image_column, recipe.label_column)
+    columns = TableColumns(recipe.image_column, recipe.label_column)
     evaluation = None
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
         name = recipe.eval_dataset or recipe.dataset
