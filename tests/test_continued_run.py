@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.evaluation import report
 from mim_refiner_hf.runs import run as run_module
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.tracking import JsonlTracker
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -181,3 +183,59 @@ def test_another_recipe_does_not_continue(
 ) -> None:
     with pytest.raises(ValueError, match=r"another recipe \(temperature was 0.2, is 0.5"):
         run(dataclasses.replace(uninterrupted, temperature=0.5))
+
+
+@pytest.mark.parametrize("field", ["swap", "views", "loss_schedule", "freeze_blocks", "flip"])
+def test_a_field_that_an_older_version_did_not_know_counts_as_left_out(
+    field: str,
+    recipe: Callable[..., RefineRecipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = recipe("whole", max_steps=4, **{field: default_of(field)})
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_before(5, patched)
+        run(asked)
+    saved = Path(asked.output_dir) / "recipe.json"
+    older = json.loads(saved.read_text())
+    older.pop(field)
+    saved.write_text(json.dumps(older))
+    run(asked)
+    assert f"of an older version; it goes on with {field}" in caplog.text
+
+
+def default_of(name: str) -> Any:
+    """The default of a field of the recipe."""
+    return next(field.default for field in dataclasses.fields(RefineRecipe) if field.name == name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 40,
+        b"\xff\xfe}",
+        b"xx}",
+        b"]",
+        b'{"step": "three"}',
+        b'{"loss": 1.0}',
+        b'{"step": 3, "loss": 0.',
+    ],
+)
+def test_damaged_lines_of_the_log_are_set_aside(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}).encode() for step in (1, 2, 3, 4)]
+    log.write_bytes(b"\n".join([lines[0], damage, *lines[1:]]) + b"\n")
+    JsonlTracker(log, start_step=3).start()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    assert (tmp_path / "log.jsonl.damaged").read_bytes() == damage + b"\n"
+    assert "1 damaged lines are set aside in log.jsonl.damaged" in caplog.text
+
+
+def test_a_log_that_is_gone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    JsonlTracker(tmp_path / "log.jsonl", start_step=3).start()
+    assert "log.jsonl lacks the steps up to 3" in caplog.text
+    caplog.clear()
+    JsonlTracker(tmp_path / "new.jsonl", start_step=0).start()
+    assert caplog.text == ""

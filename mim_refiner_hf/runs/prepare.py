@@ -9,6 +9,7 @@ Whatever is wrong is a ValueError or FileNotFoundError that names the setting an
 
 import dataclasses
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from ..runtime.wording import setting
 from .channels import fit_channels
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
+
+logger = logging.getLogger(__name__)
 
 # Fields that may differ when a run is continued: they say where and how it runs, not what is
 # computed.
@@ -349,13 +352,26 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
     if old is None:
         return
     changes = []
+    lacking = []
+    defaults = {field.name: field.default for field in dataclasses.fields(RefineRecipe)}
     for name, value in recipe.as_written().items():
-        if name not in _FREE_FIELDS and old.get(name) != value:
-            changes.append(f"{name} was {old.get(name)}, is {value}")
+        if name in _FREE_FIELDS or (name in old and old[name] == value):
+            continue
+        # a version that did not know the field did what leaving it out does
+        if name not in old and getattr(recipe.asked, name) == defaults[name]:
+            lacking.append(f"{name} {value}")
+            continue
+        changes.append(f"{name} was {old.get(name)}, is {value}")
     if changes:
         raise ValueError(
             f"{setting('output_dir', output)}: holds a run of another recipe "
             f"({'; '.join(changes)}); choose another folder or remove it"
+        )
+    if lacking:
+        logger.warning(
+            "the recipe of the run in %s is of an older version; it goes on with %s",
+            output,
+            ", ".join(lacking),
         )
 
 

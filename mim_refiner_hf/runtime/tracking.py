@@ -51,13 +51,31 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def start(self) -> None:
-        """Begin the file, or keep what lies before the start step."""
-        kept = []
-        if self.start_step and self.path.is_file():
-            for line in self.path.read_text().splitlines(keepends=True):
-                # a full disk can leave half a line
-                if line.endswith("}\n") and json.loads(line)["step"] <= self.start_step:
-                    kept.append(line)
+        """Begin the file, or keep what lies before the start step.
+
+        Lines that are none of the log's go to `log.jsonl.damaged`: a power cut or a full disk is no
+        reason to lose a run.
+        """
+        kept: list[str] = []
+        damaged: list[bytes] = []
+        if self.start_step:
+            for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
+                step = _step_of(line)
+                if step is None:
+                    damaged.append(line)
+                elif step <= self.start_step:
+                    kept.append(line.decode() + "\n")
+            if damaged:
+                aside = self.path.with_name(f"{self.path.name}.damaged")
+                aside.write_bytes(b"\n".join(damaged) + b"\n")
+                logger.warning(
+                    "%s: %d damaged lines are set aside in %s; the log lacks their steps",
+                    self.path,
+                    len(damaged),
+                    aside.name,
+                )
+            if not kept:
+                logger.warning("%s lacks the steps up to %d", self.path, self.start_step)
         write_text(self.path, "".join(kept))
 
     @on_main_process
@@ -67,6 +85,17 @@ class JsonlTracker(GeneralTracker):
             file.write(json.dumps({"step": step, **values}) + "\n")
         for callback in self.callbacks:
             callback(step, dict(values))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of the log; None of anything else."""
+    try:
+        found = json.loads(line)
+    # no text, or no JSON
+    except ValueError:
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def trackers(
