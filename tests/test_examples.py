@@ -54,7 +54,8 @@ def test_refine_your_own_images(refined: tuple[Path, str]) -> None:
     metrics = json.loads((folder / "outputs/example/metrics.json").read_text())
     before, after = (metrics[side]["nmi"] for side in ("before", "after"))
     assert after > before
-    row = f"NMI {100 * before:.1f} % {100 * after:.1f} % {100 * (after - before):+.1f} points"
+    scores = [f"{100 * value:.1f} %" for value in (metrics["pixels"]["nmi"], before, after)]
+    row = f"NMI {' '.join(scores)} {100 * (after - before):+.1f} points"
     assert row in [" ".join(line.split()) for line in printed.splitlines()]
     assert printed.splitlines()[-2] == f"nmi: {before:.3f} -> {after:.3f}"
     assert printed.splitlines()[-1] == "400 vectors of 64 numbers from outputs/example/model"

@@ -59,6 +59,8 @@ def settle_positions(
     # what is missing, or misshapen, is said by who checks the shapes
     if positions is None or positions.ndim != 3 or kernel is None or kernel.ndim != 4:
         return None
+    if positions.shape[2] != len(kernel):
+        return None
     patch_size = kernel.shape[-1]
     rows = positions.shape[1]
     # rows that are for no patch, if they are in the table
@@ -96,9 +98,9 @@ def _has_registers(placed: Mapping[str, Tensor]) -> bool:
 
 def _rows_before_a_square(name: str, rows: int, prefix: int, has_registers: bool) -> int:
     """How many rows stand before those of a square grid."""
-    possible = [count for count in {0, min(prefix, 1), prefix} if _is_square(rows - count)]
+    possible = [count for count in {0, 1, prefix} if _is_square(rows - count)]
     # beside registers, and without CLS, timm has rows for patches alone
-    if 0 in possible and prefix and not has_registers:
+    if 0 in possible and prefix and not has_registers and rows > 1:
         raise CheckpointError(
             f"{name}: {rows} positions are a square without one for CLS, or CLS and a grid that is "
             "no square; give image_size=(height, width)"
