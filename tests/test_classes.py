@@ -126,11 +126,31 @@ def test_images_without_a_label_are_left_out_and_counted(
     none: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     labels = [none if place % 5 == 0 else place % 3 for place in range(30)]
-    bank, evaluated = with_one_class_table(images_of(labels), images_of([0, 1, 2]))
+    bank, _ = with_one_class_table(images_of(labels), images_of([0, 1, 2]))
     assert len(bank) == 24 and bank.labels is not None and (bank.labels >= 0).all()
     assert "6 of 30 images of" in caplog.text and "those of the other 24" in caplog.text
-    with pytest.raises(ValueError, match="none of the 6 images that scores are taken of"):
-        with_one_class_table(images_of(labels).subset(range(0, 30, 5)), evaluated)
+
+
+@pytest.mark.parametrize(("bank_labels", "labels"), [(9, 5), (12, 1), (0, 5), (12, 0)])
+def test_few_labels_are_no_reason_to_refuse(
+    bank_labels: int, labels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run on photos of which some happen to be labelled is one on photos."""
+    images = images_of([0] * bank_labels + [-1] * 30 + [0] * labels)
+    places = np.arange(len(images))
+    bank, evaluated = with_one_class_table(
+        images.subset(places[: bank_labels + 15]), images.subset(places[bank_labels + 15 :])
+    )
+    assert bank.labels is None and evaluated.labels is None
+    assert len(bank) == bank_labels + 15 and len(evaluated) == 15 + labels
+    assert "too few: nothing is measured by labels" in caplog.text
+
+
+def test_one_image_a_class_is_not_measured_by_labels(caplog: pytest.LogCaptureFixture) -> None:
+    images = images_of(list(range(40)))
+    rest, held_out = with_one_class_table(*hold_out(images, 0.2, seed=0))
+    assert rest.labels is None and held_out.labels is None and len(held_out) == 8
+    assert "no class of" in caplog.text and "is in both parts" in caplog.text
 
 
 def test_empty_words_are_no_labels() -> None:

@@ -75,6 +75,7 @@ def test_wrappers_inside_the_names(wrapper: str) -> None:
         ("teacher_backbone.vit.", "student_backbone.vit."),
         ("model_ema.module.", "net."),
         ("target_encoder.", "encoder."),
+        ("teacher.", "semantic."),
     ],
 )
 def test_of_two_encoders_the_teacher_is_meant(meant: str, other: str) -> None:

@@ -30,7 +30,7 @@ _INNER_WRAPPER = ".module."
 # every plain ViT of a file without a config.json has it
 _BEGINS = "patch_embed.proj.weight"
 # of several encoders, the one that is meant to be used
-_PREFERRED = re.compile(r"teacher|ema|target|momentum")
+_PREFERRED = re.compile(r"(?:^|[._])(?:teacher|ema|target|momentum)(?:[._]|$)")
 # DINOv2 numbers its blocks once more by the chunk in which FSDP holds them
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 # what an optimizer keeps has the names of the weights
@@ -104,7 +104,11 @@ def inner_encoder(name: str, contents: Mapping[str, Any]) -> InnerEncoder | None
     Raises:
         CheckpointError: for several encoders of which none, or more than one, is a teacher's.
     """
-    weights = {key: value for key, value in contents.items() if not _NO_WEIGHTS.search(str(key))}
+    weights = {
+        key: value
+        for key, value in contents.items()
+        if isinstance(value, Tensor) or not _NO_WEIGHTS.search(str(key))
+    }
     tensors = dict(named_tensors(weights))
     prefixes = [key.removesuffix(_BEGINS) for key in tensors if key.endswith(_BEGINS)]
     prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]

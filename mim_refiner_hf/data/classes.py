@@ -5,7 +5,8 @@
 Every set numbers its classes by itself: a folder by the sub-folders that it has, a table by the
 words that occur. The number 2 of one set and of another are then two classes. So before any score:
 
-- images without a label (None, NaN, -1, empty text) are left out, counted and said;
+- images without a label (None, NaN, -1, empty text) are left out, counted and said; where too few
+  are left, or no class is in both parts of one data set, nothing is measured by labels;
 - classes are matched by name. Where one set has none, its numbers stand for names that are these
   numbers, or for those that the other's data set states in their order (`ClassLabel`). Where
   neither has names, numbers are compared. What cannot be matched is refused;
@@ -22,6 +23,8 @@ from .images import ImageDataset
 logger = logging.getLogger(__name__)
 
 _NAMED_IN_A_LINE = 5
+# of the bank, as many as vote in k-NN; of the others, two, or a score has no error
+_LEAST_LABELLED = (10, 2)
 
 
 def with_one_class_table(
@@ -43,9 +46,16 @@ def with_one_class_table(
                 )
         return bank, evaluated
 
-    bank = labelled_part(bank)
-    evaluated = labelled_part(evaluated)
+    parts = labelled_part(bank), labelled_part(evaluated)
+    for images, part, least in zip((bank, evaluated), parts, _LEAST_LABELLED, strict=True):
+        if len(part) < min(least, len(images)):
+            few = f"{len(part)} of {len(images)} images of {one_line(images.name)} have a label"
+            return _unlabelled(bank, evaluated, f"{few}, which are too few")
+    bank, evaluated = parts
     bank_names, names = _names(bank, evaluated), _names(evaluated, bank)
+    # held out of one data set that has an image or two of each class
+    if bank.found is evaluated.found and not bank_names.keys() & names.keys():
+        return _unlabelled(bank, evaluated, f"no class of {one_line(bank.name)} is in both parts")
     _check_common(bank, evaluated, bank_names, names)
 
     # the bank's classes keep their numbers; what it lacks comes behind
@@ -61,22 +71,21 @@ def with_one_class_table(
     )
 
 
-def labelled_part(images: ImageDataset) -> ImageDataset:
-    """The images that have a label; how many have none is said.
+def _unlabelled(
+    bank: ImageDataset, evaluated: ImageDataset, reason: str
+) -> tuple[ImageDataset, ImageDataset]:
+    """Both sets without labels, which is said with its reason."""
+    logger.warning("%s: nothing is measured by labels", reason)
+    return bank.without_labels(), evaluated.without_labels()
 
-    Raises:
-        ValueError: where none of these images has one.
-    """
+
+def labelled_part(images: ImageDataset) -> ImageDataset:
+    """The images that have a label; how many have none is said."""
     assert images.labels is not None
     has_one = images.labels >= 0
     missing = int((~has_one).sum())
     if missing == 0:
         return images
-    if missing == len(images):
-        raise ValueError(
-            f"{one_line(images.name)}: none of the {missing} images that scores are taken of has "
-            "a label, though others of this data set have; label some, or leave all labels out"
-        )
     logger.warning(
         "%d of %d images of %s have no label: scores by labels are those of the other %d",
         missing,

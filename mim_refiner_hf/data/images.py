@@ -125,6 +125,12 @@ class ImageDataset(Dataset[Sample]):
         indices = None if self.is_whole else self.indices
         return ImageDataset(found, num_channels=self.num_channels, indices=indices)
 
+    def without_labels(self) -> "ImageDataset":
+        """The same images, unlabelled."""
+        found = self.found._replace(labels=None, class_names=None)
+        indices = None if self.is_whole else self.indices
+        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
+
     def in_channels(self, num_channels: int) -> "ImageDataset":
         """The same images, read in so many channels."""
         indices = None if self.is_whole else self.indices

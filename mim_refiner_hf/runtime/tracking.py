@@ -67,7 +67,8 @@ class JsonlTracker(GeneralTracker):
                     kept.append(line.decode() + "\n")
             if damaged:
                 aside = self.path.with_name(f"{self.path.name}.damaged")
-                aside.write_bytes(b"\n".join(damaged) + b"\n")
+                with aside.open("ab") as file:
+                    file.write(b"\n".join(damaged) + b"\n")
                 logger.warning(
                     "%s: %d damaged lines are set aside in %s; the log lacks their steps",
                     self.path,
