@@ -53,7 +53,7 @@ def test_accuracy_is_the_best_over_all_matches(num_groups: int) -> None:
     assert cluster_accuracy(labels * 7, groups - 100) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("none", [-1, -100, np.nan, None])
+@pytest.mark.parametrize("none", [-1, -100, np.nan, None, ""])
 def test_items_without_a_label_are_left_out_and_counted(
     none: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,7 +100,8 @@ def _rows_before_a_square(name: str, rows: int, prefix: int, has_registers: bool
     """How many rows stand before those of a square grid."""
     possible = [count for count in {0, 1, prefix} if _is_square(rows - count)]
     # beside registers, and without CLS, timm has rows for patches alone
-    if 0 in possible and prefix and not has_registers and rows > 1:
+    is_a_guess = 0 in possible and prefix > 0 and not has_registers
+    if rows > 1 and (is_a_guess or len(possible) > 1):
         raise CheckpointError(
             f"{name}: {rows} positions are a square without one for CLS, or CLS and a grid that is "
             "no square; give image_size=(height, width)"

@@ -9,7 +9,6 @@ The protocol is the paper's (MIM-Refiner, Sec. 5.3): mini-batch k-means on L2-no
 runs beside it. `rankme` needs no labels at all.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .knn import finite_rows
-
-logger = logging.getLogger(__name__)
+from .scores import labelled_rows
 
 # --- how well groups match classes ----------------------------------------------------------------
 
@@ -51,33 +49,6 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
         )
     has_one = labelled_rows(classes)
     return classes[has_one], groups[has_one]
-
-
-def labelled_rows(labels: ArrayLike) -> NDArray[np.bool_]:
-    """Which of N labels are one (N,): a number below 0, NaN and None are none, which is said.
-
-    Raises:
-        ValueError: where none is.
-    """
-    classes = np.asarray(labels)
-    if classes.dtype.kind == "O":
-        has_one = np.array([value is not None and value == value for value in classes])
-    elif classes.dtype.kind in "if":
-        # NaN is not 0 or more
-        has_one = classes >= 0
-    else:
-        has_one = np.ones(len(classes), dtype=bool)
-    missing = len(classes) - int(has_one.sum())
-    if missing == len(classes):
-        raise ValueError(f"none of the {missing} items has a label")
-    if missing:
-        logger.warning(
-            "%d of %d items have no label; the score is that of the other %d",
-            missing,
-            len(classes),
-            len(classes) - missing,
-        )
-    return np.asarray(has_one, dtype=np.bool_)
 
 
 def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:

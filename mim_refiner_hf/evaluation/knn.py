@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.distributed import gather_objects, rank, world_size
+from .scores import labelled_rows
 
 logger = logging.getLogger(__name__)
 
@@ -351,29 +352,6 @@ def knn_grid(train_x: Tensor, train_y: Tensor, test_x: Tensor, *, shared: bool =
     )
 
 
-def labelled_only(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (M, D) with a label of 0 or more, and these; how many have none is said.
-
-    Raises:
-        ValueError: where none has one.
-    """
-    if labels.is_floating_point():
-        labels = torch.where(labels.isnan(), -1, labels)
-    has_one = labels >= 0 if labels.dtype.is_signed else torch.ones_like(labels, dtype=torch.bool)
-    missing = len(labels) - int(has_one.sum())
-    if missing == 0:
-        return rows, labels
-    if missing == len(labels):
-        raise ValueError(f"none of the {missing} rows to classify has a label")
-    logger.warning(
-        "%d of %d rows have no label; the accuracy is that of the other %d",
-        missing,
-        len(labels),
-        len(labels) - missing,
-    )
-    return rows[has_one], labels[has_one]
-
-
 def knn_accuracy(
     train_x: Tensor,
     train_y: Tensor,
@@ -394,7 +372,10 @@ def knn_accuracy(
             f"test_y must hold one label per test row ({len(test_x)}), not shape {(*test_y.shape,)}"
         )
     train_x, test_x = finite_rows(train_x, "train_x"), finite_rows(test_x, "test_x")
-    test_x, test_y = labelled_only(test_x, test_y)
+    has_one = torch.from_numpy(labelled_rows(test_y.cpu().numpy())).to(test_x.device)
+    # a copy only where some are left out
+    if not has_one.all():
+        test_x, test_y = test_x[has_one], test_y[has_one]
     train_x, test_x = standardise(train_x, test_x)
     answers = knn_predict(
         train_x, train_y, test_x, k=(k,), temperature=(temperature,), shared=shared

@@ -5,14 +5,18 @@ result.metrics["low_shot_1_accuracy"]                    # a fraction of 1
 print(result)               # low_shot_1_accuracy  41.3 % ± 1.2   (1 image per class; 3 splits)
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..data.columns import label_of
 from ..data.images import ImageDataset, fully_labelled
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,4 +90,29 @@ def class_labels(images: ImageDataset, protocol: str) -> NDArray[np.int64]:
     return labels
 
 
-__all__ = ["ProtocolResult", "Score", "as_metrics", "class_labels", "mean_score"]
+def labelled_rows(labels: ArrayLike) -> NDArray[np.bool_]:
+    """Which of N labels are one (N,), see `data.columns.label_of`; how many are none is said.
+
+    Raises:
+        ValueError: where none is.
+    """
+    values = np.asarray(labels)
+    if values.dtype.kind in "iuf":
+        # NaN is not 0 or more
+        has_one = values >= 0
+    else:
+        has_one = np.array([label_of(value) is not None for value in values.tolist()])
+    missing = len(values) - int(has_one.sum())
+    if missing == len(values):
+        raise ValueError(f"none of the {missing} items has a label")
+    if missing:
+        logger.warning(
+            "%d of %d items have no label; the score is that of the other %d",
+            missing,
+            len(values),
+            len(values) - missing,
+        )
+    return np.asarray(has_one, dtype=np.bool_)
+
+
+__all__ = ["ProtocolResult", "Score", "as_metrics", "class_labels", "labelled_rows", "mean_score"]

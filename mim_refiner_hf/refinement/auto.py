@@ -27,8 +27,8 @@ T = TypeVar("T")
 MANY_IMAGES = 20_000
 # Updates of the refinement: too few change little.
 _LEAST_UPDATES = 300
-# Without a GPU these take some ten minutes, with a tiny encoder on two cores. More updates with
-# fewer images each brought as much as twice the batch, in half the time.
+# Without a GPU these take some ten minutes, with a tiny encoder on two cores. The study measured
+# batches of 32; twice the batch takes twice as long.
 _MOST_UPDATES_WITHOUT_GPU = 600
 _MOST_BATCH_WITHOUT_GPU = 32
 _LEAST_HEAD_UPDATES = 40

@@ -16,7 +16,8 @@ _MOST_OF_THE_START = 0.1
 # passes over the images after which the queue's rows are stale and repeat themselves
 _MOST_EPOCHS_QUEUED = 4
 _FEWEST_UPDATES = 100
-# of auto's learning rate: ten times as much ends below the start, a tenth does nothing
+# of auto's learning rate: in a first trial ten times as much ended below the start, a tenth did
+# next to nothing
 _FAR_FROM_THE_RATE = 6
 # of the queue: so many "nearest" rows are no neighbours
 _LARGEST_TOPK = 0.05
