@@ -152,16 +152,15 @@ def test_folders_with_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "elsewhere.jpg/2.png",
         "fifo.png",
         "gone.png",
-        "linked/3.png",
         "self.png",
         "zero.png",
     ]
     left, broken = readable(images)
-    assert left.indices.tolist() == [0, 1, 4] and [entry["index"] for entry in broken] == [
+    assert left.indices.tolist() == [0, 1] and [entry["index"] for entry in broken] == [
         2,
         3,
+        4,
         5,
-        6,
     ]
     reasons = [
         "it is no regular file",

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.data.columns import TableColumns
+from mim_refiner_hf.data.found import SourceOptions
 from mim_refiner_hf.data.images import open_images, open_stream
 
 PICTURE = datasets.Image()
@@ -93,27 +93,27 @@ def pair(folder: Path) -> Path:
 
 
 def test_columns_that_are_named_are_read(tmp_path: Path) -> None:
-    columns = TableColumns("right", "kind")
-    images = open_images(pair(tmp_path), columns=columns)
+    columns = SourceOptions("right", "kind")
+    images = open_images(pair(tmp_path), options=columns)
     assert side(images) == 20 and images.class_names == ["a", "b"]
     assert images.labels is not None and images.labels.tolist() == [1, 0] * 6
-    stream = open_stream(str(tmp_path / "pair.parquet"), columns=columns)
+    stream = open_stream(str(tmp_path / "pair.parquet"), options=columns)
     assert stream.image_column == "right" and stream.label_column == "kind"
 
 
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        (TableColumns("nosuch"), "image_column='nosuch': .* no such column; it has left, right"),
-        (TableColumns("kind"), "image_column='kind': this column of .* holds Value"),
-        (TableColumns("left", "right"), "label_column='right': this column"),
+        (SourceOptions("nosuch"), "image_column='nosuch': .* no such column; it has left, right"),
+        (SourceOptions("kind"), "image_column='kind': this column of .* holds Value"),
+        (SourceOptions("left", "right"), "label_column='right': this column"),
     ],
 )
 def test_columns_that_are_not_there_are_refused(
-    columns: TableColumns, says: str, tmp_path: Path
+    columns: SourceOptions, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        open_images(pair(tmp_path), columns=columns)
+        open_images(pair(tmp_path), options=columns)
 
 
 @pytest.mark.parametrize("source", ["digits", "folder", [Image.new("RGB", (8, 8))]])
@@ -122,7 +122,7 @@ def test_what_is_no_table_has_no_columns(source: Any, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         source = tmp_path
     with pytest.raises(ValueError, match=r"image_column='x': .* is no table"):
-        open_images(source, columns=TableColumns("x"))
+        open_images(source, options=SourceOptions("x"))
 
 
 @pytest.mark.parametrize("command", ["refine", "embed", "evaluate", "cluster"])

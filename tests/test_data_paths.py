@@ -22,6 +22,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+from mim_refiner_hf.data.found import SourceOptions
 from mim_refiner_hf.data.images import decode_image, open_images, open_stream
 from mim_refiner_hf.data.paths import own_file
 from mim_refiner_hf.evaluation.segmentation_data import open_segmentation
@@ -225,18 +226,28 @@ def test_tar_shards_are_read_in_place(data: Path) -> None:
     assert sorted(data.parent.rglob("*")) == before and not Path("/tmp/escaped.png").exists()
 
 
-def test_links_are_followed_and_loops_end(data: Path) -> None:
-    """Who puts a link into a folder of images wants what it leads to.
-
-    Only a row of a table may not.
-    """
+def test_links_are_followed_where_that_is_asked_for(
+    data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A link to a file is that file; one to a folder is entered on request, and never twice."""
     (data / "linked.png").symlink_to(data.parent / "secret.png")
     (data / "pictures" / "loop").symlink_to(data)
     (data / "pictures" / "up").symlink_to(data.parent)
+    for follow_links, expected, said in (
+        (
+            False,
+            ["linked.png", "pictures/own.png"],
+            "2 links to folders not entered: pictures/loop",
+        ),
+        (True, ["pictures/own.png", "pictures/up/secret.png"], "1 link to images that are counted"),
+    ):
+        caplog.clear()
+        images = open_images(str(data), options=SourceOptions(follow_links=follow_links))
+        assert [images.describe(i) for i in range(len(images))] == [
+            str(data / name) for name in expected
+        ]
+        assert said in caplog.text
     images = open_images(str(data))
-    assert [images.describe(i) for i in range(len(images))] == [
-        str(data / name) for name in ("linked.png", "pictures/own.png", "pictures/up/secret.png")
-    ]
     assert images[0].image.getpixel((0, 0)) == (255, 0, 0)
 
 

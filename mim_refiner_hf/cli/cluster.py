@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .flags import (
     add_batch_size,
+    add_follow_links,
     add_image_column,
     add_model_and_images,
     add_seed,
@@ -52,6 +53,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
         help="folder to write; earlier groups there are replaced",
     )
     add_image_column(parser)
+    add_follow_links(parser)
     add_batch_size(parser, 32)
     add_workers(parser, 0)
     add_seed(parser)
@@ -66,6 +68,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
             start=options.start,
             out=options.out,
             image_column=options.image_column,
+            follow_links=options.follow_links,
             batch_size=options.batch_size,
             seed=options.seed,
             num_workers=options.num_workers,

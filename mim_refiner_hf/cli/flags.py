@@ -104,12 +104,22 @@ def add_image_column(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_follow_links(parser: argparse.ArgumentParser) -> None:
+    """Whether links to folders are entered."""
+    parser.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="enter links to folders in an image folder, wherever they lead",
+    )
+
+
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Which columns of a table hold images and labels."""
+    """Which columns of a table hold images and labels, and whether links are followed."""
     add_image_column(parser)
     parser.add_argument(
         "--label_column", help="column of a table that holds the labels; default: it is found"
     )
+    add_follow_links(parser)
 
 
 def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
@@ -141,6 +151,7 @@ def add_seed(parser: argparse.ArgumentParser, of: str = "everything random") -> 
 __all__ = [
     "add_batch_size",
     "add_columns",
+    "add_follow_links",
     "add_image_column",
     "add_model_and_images",
     "add_seed",

@@ -184,6 +184,7 @@ def run_embed(arguments: Sequence[str]) -> None:
         split=options.split,
         image_column=options.image_column,
         label_column=options.label_column,
+        follow_links=options.follow_links,
         streaming=options.streaming,
         blocks=options.blocks,
         pooling=options.pooling,

@@ -22,6 +22,8 @@ import io
 import os
 import stat
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,11 @@ MAX_PIXELS = 178_956_970
 MAX_BYTES = 2**30
 """Bytes of an encoded image, at most."""
 
-_KNOWN = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_KNOWN = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
+# HEIC, where its usual plugin is installed
+if find_spec("pillow_heif") is not None:
+    import_module("pillow_heif").register_heif_opener()
 
 FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
 """What is decoded. Pillow knows more, some of them programs: it would run PostScript."""

@@ -9,10 +9,14 @@ This file travels with every saved model: it imports only what transformers need
 """
 
 import base64
+import heapq
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,7 +29,15 @@ from transformers.image_utils import httpx  # type: ignore[attr-defined]
 from .channels import Picture
 from .decoding import ARRAY_EXTENSIONS, EXTENSIONS, MAX_BYTES, ImageSource, decode_image
 
+logger = logging.getLogger(__name__)
+
 _URL_TIMEOUT = 30.0
+# kinds and names in a line about what is not read
+_MOST_NAMED = 5
+_HEIF = frozenset([".heic", ".heif"])
+
+LOOKED_FOR = f"looked at every depth for {', '.join(sorted(EXTENSIONS))}"
+"""What a folder without images was searched for, for messages."""
 
 
 def find_items(images: Any) -> Sequence[Any]:
@@ -70,24 +82,171 @@ def images_at(path: str | Path) -> list[str]:
             "give a folder of images, a list of paths or a data set."
         )
 
-    paths = sorted(_image_files(root, EXTENSIONS)) or sorted(_image_files(root, ARRAY_EXTENSIONS))
-    if not paths:
-        endings = ", ".join(sorted(EXTENSIONS))
-        raise ValueError(f"No images in {root}: looked at every depth for {endings}.")
-    return paths
+    listing = list_folder(root)
+    images = image_files(listing.files)
+    for line in left_aside(root, listing, images):
+        logger.warning(line)
+    if not images:
+        raise ValueError(f"No images in {root}: {LOOKED_FOR}.")
+    return images
 
 
-def _image_files(root: Path, endings: frozenset[str]) -> Iterator[str]:
-    waiting = [str(root)]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                elif entry.is_file() and Path(entry.name).suffix.lower() in endings:
-                    yield str(Path(entry.path))
+class FolderListing(NamedTuple):
+    """What lies in a folder at any depth, hidden files and folders apart.
+
+    Attributes:
+        files: their paths, sorted by folder and name; also of those that lead nowhere.
+        links: links to folders that were not entered.
+        repeated: links to files that are among `files` under another name.
+    """
+
+    files: list[str]
+    links: list[str]
+    repeated: list[str]
+
+
+def list_folder(root: str | Path, *, follow_links: bool = False) -> FolderListing:
+    """Every file below a folder once, in time that grows with their number alone.
+
+    A link to a file is that file; one to a folder is not entered, for it may lead anywhere.
+
+    Args:
+        follow_links: enter links to folders, each real folder once.
+
+    Raises:
+        ValueError: naming a folder that cannot be listed.
+    """
+    files: list[str] = []
+    linked_files: list[str] = []
+    linked_folders: list[str] = []
+    links: list[str] = []
+    # folder -> where it really is
+    entered: dict[str, str] = {}
+    targets: set[str] = set()
+    waiting = [(str(root), os.path.realpath(root))]
+
+    while waiting or (follow_links and linked_folders):
+        # links last: what lies in the folder itself keeps its own name
+        if not waiting:
+            link = heapq.heappop(linked_folders)
+            waiting.append((link, os.path.realpath(link)))
+        folder, target = waiting.pop()
+        if target in targets:
+            links.append(folder)
+            continue
+        targets.add(target)
+        entered[folder] = target
+        for entry in _visible_entries(folder):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((entry.path, os.path.join(target, entry.name)))  # noqa: PTH118
+            elif not entry.is_symlink():
+                files.append(entry.path)
+            elif os.path.isdir(entry.path):  # noqa: PTH112
+                heapq.heappush(linked_folders, entry.path)
+            else:
+                linked_files.append(entry.path)
+
+    repeated = _add_linked(files, linked_files, entered)
+    files.sort(key=lambda path: Path(path).parts)
+    return FolderListing(files, sorted(links + linked_folders), repeated)
+
+
+def _visible_entries(folder: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    # what is behind it would be missing without a word
+    except OSError as error:
+        name = folder if len(folder) < 300 else f"{folder[:300]}..."
+        raise ValueError(
+            f"{name} cannot be listed ({error.strerror}); make it readable, or move it away."
+        ) from error
+
+
+def _add_linked(
+    files: list[str], linked_files: Sequence[str], entered: Mapping[str, str]
+) -> list[str]:
+    """Add links to files to `files`, but for those whose file is among them; returns the latter."""
+    if not linked_files:
+        return []
+    known = {
+        os.path.join(entered[folder], name)  # noqa: PTH118
+        for folder, name in map(os.path.split, files)
+    }
+    repeated = []
+    for link in sorted(linked_files):
+        target = os.path.realpath(link)
+        if target in known:
+            repeated.append(link)
+            continue
+        # what leads nowhere is a broken image each time
+        if os.path.exists(target):  # noqa: PTH110
+            known.add(target)
+        files.append(link)
+    return repeated
+
+
+def image_files(files: Sequence[str]) -> list[str]:
+    """Those that are called an image; where there are none, those that are called an array.
+
+    What leads nowhere is among them: it is a broken image, with a reason.
+    """
+    for endings in (EXTENSIONS, ARRAY_EXTENSIONS):
+        found = [file for file in files if ending_of(file) in endings]
+        if found:
+            return found
+    return []
+
+
+def ending_of(file: str) -> str:
+    """How a file's name ends, in lower case, with the dot."""
+    return os.path.splitext(file)[1].lower()  # noqa: PTH122
+
+
+def left_aside(
+    root: str | Path, listing: FolderListing, taken: Collection[str], hint: str = ""
+) -> list[str]:
+    """A line for each kind of thing in a folder that is not read; none where all is.
+
+    Args:
+        taken: the files that are read.
+        hint: what to do to enter links.
+    """
+    lines = []
+    kept = set(taken)
+    others = [file for file in listing.files if file not in kept]
+    if others:
+        lines.append(f"{_counted(others, 'file')} in {root} left aside: {_by_ending(others)}")
+    if listing.links:
+        names = _named(listing.links, root)
+        lines.append(f"{_counted(listing.links, 'link')} to folders not entered: {names}{hint}")
+    if listing.repeated:
+        names = _named(listing.repeated, root)
+        count = _counted(listing.repeated, "link")
+        lines.append(f"{count} to images that are counted already left aside: {names}")
+    return lines
+
+
+def _counted(items: Sequence[str], word: str) -> str:
+    return f"{len(items)} {word}" if len(items) == 1 else f"{len(items)} {word}s"
+
+
+def _by_ending(files: Sequence[str]) -> str:
+    """ ".heic 3, .mp4 1, others 2": the most frequent first."""
+    endings = Counter(ending_of(file) or "without an ending" for file in files)
+    shown = [(e, n) for e, n in endings.most_common(_MOST_NAMED) if re.fullmatch(r"[ .\w-]+", e)]
+    rest = len(files) - sum(number for _, number in shown)
+    line = ", ".join(f"{ending} {number}" for ending, number in shown)
+    if rest:
+        line = f"{line}, others {rest}" if line else f"others {rest}"
+    if _HEIF & endings.keys() and not _HEIF & EXTENSIONS:
+        line += " (install pillow-heif to read HEIC)"
+    return line
+
+
+def _named(paths: Sequence[str], root: str | Path) -> str:
+    names = [ascii(os.path.relpath(path, root))[1:-1] for path in paths[:_MOST_NAMED]]
+    return ", ".join([*names, *(["..."] if len(paths) > _MOST_NAMED else [])])
 
 
 def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
@@ -161,4 +320,15 @@ class Images(Dataset[Picture | str]):
             return " ".join(f"{error or type(error).__name__}".split())[:300]
 
 
-__all__ = ["Images", "find_items", "images_at", "read_item"]
+__all__ = [
+    "LOOKED_FOR",
+    "FolderListing",
+    "Images",
+    "ending_of",
+    "find_items",
+    "image_files",
+    "images_at",
+    "left_aside",
+    "list_folder",
+    "read_item",
+]

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from ..clustering.decoding import ImageSource
 from ..runtime.text import one_line
 from ..runtime.wording import setting
+from .found import NO_OPTIONS, SourceOptions
 from .paths import own_file
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 _IMAGE_COLUMNS = ("image", "img", "images", "photo", "picture", "jpg", "jpeg", "png", "webp")
 # what stands beside an image and is none to learn from
 _SECONDARY = re.compile("mask|segm|annot|depth|thumb|preview|icon|hash|md5|sha")
+# a table of classes up to such a number still costs nothing
+_LARGEST_LABEL = 2**16
 # `cls` is WebDataset's name
 LABEL_COLUMNS = (
     "label",
@@ -124,18 +127,8 @@ def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
     return image
 
 
-class TableColumns(NamedTuple):
-    """Names of the columns to read; None where they are to be found."""
-
-    image: str | None = None
-    label: str | None = None
-
-
-ANY_COLUMNS = TableColumns()
-
-
 def find_columns(
-    features: Mapping[str, Any], name: str, asked: TableColumns = ANY_COLUMNS
+    features: Mapping[str, Any], name: str, options: SourceOptions = NO_OPTIONS
 ) -> tuple[str, list[str]]:
     """The image column, and the columns that may hold the labels, likely ones first.
 
@@ -147,7 +140,19 @@ def find_columns(
             name; if no label column has a usual name and several could be one; for a column that is
             asked for and is not there, or holds something else.
     """
-    return _image_column(features, name, asked.image), _label_columns(features, name, asked.label)
+    image = _image_column(features, name, options.image_column)
+    return image, _label_columns(features, name, options.label_column)
+
+
+def find_labels(features: Mapping[str, Any], name: str, asked: str | None) -> str | None:
+    """The likeliest label column of a table that needs no images; raises as `find_columns` does."""
+    return next(iter(_label_columns(features, name, asked)), None)
+
+
+def holds_images(features: Mapping[str, Any]) -> bool:
+    """Whether a table has a column of images, encoded bytes or arrays."""
+    kinds = (_is_image, _holds_bytes, array_dtype)
+    return any(holds(feature) for feature in features.values() for holds in kinds)
 
 
 def _image_column(features: Mapping[str, Any], name: str, asked: str | None) -> str:
@@ -247,15 +252,27 @@ def table_labels(table: Any, column: str) -> tuple[np.ndarray | None, list[str] 
     except ValueError as error:
         logger.warning("column %s %s: the images count as unlabelled", column, error)
         return None, None
-    class_names = getattr(table.features[column], "names", None)
-    if any(isinstance(value, str) for value in values):
-        class_names = sorted({value for value in values if isinstance(value, str)})
-        labels = numbered(values, class_names)
-    else:
-        labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    labels, class_names = label_values(values)
     if not (labels >= 0).any():
         return None, None
-    return labels, class_names
+    return labels, getattr(table.features[column], "names", None) or class_names
+
+
+def label_values(values: Sequence[int | str | None]) -> tuple[np.ndarray, list[str] | None]:
+    """Labels (N,) int64 of what `label_of` gives, -1 for None, and the classes' names if they have.
+
+    Words are numbered in sorted order. So are numbers too large for one to count up to them: they
+    are names of their classes, such as those of a catalogue.
+    """
+    given = {value for value in values if value is not None}
+    numbers = {value for value in given if isinstance(value, int)}
+    if len(numbers) == len(given) and max(numbers, default=0) < _LARGEST_LABEL:
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64), None
+    class_names = [str(value) for value in sorted(numbers)]
+    class_names += sorted(str(value) for value in given - numbers)
+    return numbered([None if value is None else str(value) for value in values], class_names), (
+        class_names
+    )
 
 
 def states_names(features: Mapping[str, Any], column: str) -> bool:

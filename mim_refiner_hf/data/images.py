@@ -17,6 +17,7 @@ it from finding itself, and the views are drawn for the image it stands in for. 
 in that epoch, which is why every broken image is named and listed (`broken.py`).
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,16 @@ from torch.utils.data import Dataset
 
 from ..clustering.channels import Picture, check_channels
 from ..clustering.decoding import decode_image
+from ..runtime.distributed import rank
 from ..runtime.seeding import random_generator
+from ..runtime.text import one_line
 from ..runtime.wording import setting
-from .columns import ANY_COLUMNS, TableColumns, find_columns, label_of, stored, undecoded
+from .columns import find_columns, label_of, stored, undecoded
+from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, digest
 from .objects import find_in_objects
-from .sources import Entries, FoundImages, digest, find_images, load_table, refuse_columns
+from .sources import find_images, find_stream, refuse_options
+
+logger = logging.getLogger(__name__)
 
 MAX_HELD_OUT = 5000
 MAX_BROKEN_IN_A_ROW = 10
@@ -158,23 +164,44 @@ class ImageDataset(Dataset[Sample]):
 class ImageStream:
     """Images in the order that a stream gives them.
 
-    Labels that are text are -1: numbering them would take reading to the end.
-
     Args:
         stream: a `datasets.IterableDataset`.
         name: what it is called in messages.
+        class_names: of labels that are words. Words not among them are -1, all of them where they
+            could not be looked up: numbering them would take reading to the end.
+        fingerprint: tells two streams apart; None for its configuration and split.
     """
 
     def __init__(
-        self, stream: Any, *, name: str, num_channels: int = 3, columns: TableColumns = ANY_COLUMNS
+        self,
+        stream: Any,
+        *,
+        name: str,
+        num_channels: int = 3,
+        options: SourceOptions = NO_OPTIONS,
+        class_names: list[str] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         check_channels(num_channels)
         self.name = name
         self.num_channels = num_channels
+        if fingerprint is None:
+            parts = (name, stream.info.config_name, stream.split)
+            fingerprint = digest(list(map(str, parts)))
+        self.fingerprint = fingerprint
         features = stream.features or stream._resolve_features().features
-        self.image_column, label_columns = find_columns(features, name, columns)
+        self.image_column, label_columns = find_columns(features, name, options)
         self.label_column = next(iter(label_columns), None)
-        self.class_names: list[str] | None = getattr(features.get(self.label_column), "names", None)
+        of_words = {word: number for number, word in enumerate(class_names or ())}
+        self._numbers = of_words
+        self.class_names = class_names or getattr(features.get(self.label_column), "names", None)
+        holds_words = "string" in str(getattr(features.get(self.label_column), "dtype", ""))
+        if holds_words and not of_words and rank() == 0:
+            logger.warning(
+                "the labels of %s are words, which a stream gives no numbers: its images count as "
+                "unlabelled",
+                one_line(name),
+            )
 
         # no other column is read; the key is that of a tar shard
         read = (self.image_column, self.label_column, "__key__")
@@ -191,7 +218,9 @@ class ImageStream:
         source = stored(example[self.image_column], self.name)
         label = label_of(example[self.label_column]) if self.label_column else None
         image = decode_image(source, self.num_channels, self.describe(example))
-        return image, label if isinstance(label, int) else -1
+        if isinstance(label, str):
+            label = self._numbers.get(label)
+        return image, -1 if label is None else label
 
     def describe(self, example: Example) -> str:
         """What an example is called: its key in a tar shard, or its path; else, the stream."""
@@ -225,21 +254,22 @@ def open_images(
     config: str | None = None,
     split: str | None = None,
     num_channels: int = 3,
-    columns: TableColumns = ANY_COLUMNS,
+    options: SourceOptions = NO_OPTIONS,
 ) -> ImageDataset:
     """Open what `dataset` names or is, without decoding it; `split=None` means "train".
 
     - "digits": scikit-learn's 1797 handwritten digits (8x8, greyscale, bundled), split "train"
       (1297) or "test" (500), stratified and fixed;
-    - a folder of images at any depth, sorted, hidden files ignored, labelled by its first-level
-      sub-folders if every image lies in one. `split` names a sub-folder; without it the whole
-      folder is read, or "train" where all sub-folders are splits;
+    - a folder of images at any depth, sorted, labelled by its `metadata.csv` (folders.py), else by
+      its first-level sub-folders if every image lies in one. `split` names a sub-folder; without
+      it the whole folder is read, or "train" where all sub-folders are splits. Hidden files are
+      ignored; other files, and links to folders, are counted in a warning;
     - a parquet file, a folder with parquet files or tar shards (WebDataset), or a folder written by
       `datasets`' `save_to_disk`;
     - any other text: a data set on the Hub, with `config` and `split`;
     - an `ImageDataset`, or another object that holds images: `objects.py` says which.
 
-    `columns` names those of a table; else `find_columns` says which are taken.
+    `options` names the columns of a table; else `find_columns` says which are taken.
 
     Raises:
         FileNotFoundError, ValueError: saying what is missing and what there is.
@@ -247,17 +277,17 @@ def open_images(
     """
     check_channels(num_channels)
     if not isinstance(dataset, str | Path):
-        return _open_objects(dataset, config, split, num_channels, columns)
+        return _open_objects(dataset, config, split, num_channels, options)
     if dataset == "digits":
-        refuse_columns(dataset, columns)
+        refuse_options(dataset, options)
         found = _find_digits(split or "train")
     else:
-        found = find_images(str(dataset), config=config, split=split, columns=columns)
+        found = find_images(str(dataset), config=config, split=split, options=options)
     return ImageDataset(found, num_channels=num_channels)
 
 
 def _open_objects(
-    dataset: Any, config: str | None, split: str | None, num_channels: int, columns: TableColumns
+    dataset: Any, config: str | None, split: str | None, num_channels: int, options: SourceOptions
 ) -> ImageDataset:
     """Images that are there already; ValueError for a configuration or a split of them."""
     for name, value in (("dataset_config", config), ("split", split)):
@@ -267,8 +297,8 @@ def _open_objects(
                 f"of this {type(dataset).__name__}, give the part itself"
             )
     if not isinstance(dataset, ImageDataset):
-        return ImageDataset(find_in_objects(dataset, columns), num_channels=num_channels)
-    refuse_columns("an ImageDataset", columns)
+        return ImageDataset(find_in_objects(dataset, options), num_channels=num_channels)
+    refuse_options("an ImageDataset", options)
     return dataset.in_channels(num_channels)
 
 
@@ -278,7 +308,7 @@ def open_stream(
     config: str | None = None,
     split: str | None = None,
     num_channels: int = 3,
-    columns: TableColumns = ANY_COLUMNS,
+    options: SourceOptions = NO_OPTIONS,
 ) -> ImageStream:
     """As `open_images`, read in passing: nothing is downloaded first. Not the digits."""
     if dataset == "digits":
@@ -286,8 +316,17 @@ def open_stream(
             "The digits are 1797 images in memory and are not streamed; "
             "open them without streaming."
         )
-    table = load_table(dataset, config=config, split=split, streaming=True)
-    return ImageStream(table, name=dataset, num_channels=num_channels, columns=columns)
+    stream, class_names, fingerprint = find_stream(
+        dataset, config=config, split=split, options=options
+    )
+    return ImageStream(
+        stream,
+        name=dataset,
+        num_channels=num_channels,
+        options=options,
+        class_names=class_names,
+        fingerprint=fingerprint,
+    )
 
 
 def _find_digits(split: str) -> FoundImages:

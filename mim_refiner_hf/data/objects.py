@@ -41,16 +41,15 @@ from ..clustering.image_items import find_items, read_item
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.wording import kind_of
 from .columns import (
-    ANY_COLUMNS,
     LABEL_COLUMNS,
     TableColumn,
-    TableColumns,
     find_columns,
     label_of,
     labels_of,
     numbered,
 )
-from .sources import Entries, FoundImages, file_size, refuse_columns
+from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, file_size
+from .sources import refuse_options
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class ObjectImages(Sequence[Any]):
             raise ValueError(f"Cannot read image {i} of {self.name}: {reason}") from error
 
 
-def find_in_objects(source: Any, columns: TableColumns = ANY_COLUMNS) -> FoundImages:
+def find_in_objects(source: Any, options: SourceOptions = NO_OPTIONS) -> FoundImages:
     """The images of anything but a name or a folder; see the table above.
 
     Raises:
@@ -97,9 +96,9 @@ def find_in_objects(source: Any, columns: TableColumns = ANY_COLUMNS) -> FoundIm
         source = source.tolist()
     _refuse_others(source)
     if hasattr(source, "select_columns"):
-        return _find_in_table(source, columns)
+        return _find_in_table(source, options)
 
-    refuse_columns(f"a {type(source).__name__}", columns)
+    refuse_options(f"a {type(source).__name__}", options)
     items = find_items(source)
     name = f"{_kind_in_words(source)} of {len(items)} images"
     if len(items) == 0:
@@ -168,14 +167,14 @@ def _find_paths(paths: list[Path], name: str) -> FoundImages:
 # --- tables
 
 
-def _find_in_table(table: Any, columns: TableColumns) -> FoundImages:
+def _find_in_table(table: Any, options: SourceOptions) -> FoundImages:
     """A `datasets.Dataset`: its image column, undecoded, whatever its format or transforms."""
     table = table.with_format(None)
     name = f"{type(table).__name__} of {len(table)} rows"
     if len(table) == 0:
         raise ValueError("There are no images: the data set has no rows.")
 
-    image_column, label_columns = find_columns(table.features, name, columns)
+    image_column, label_columns = find_columns(table.features, name, options)
     labels, class_names, stated = labels_of(table, label_columns)
     # whoever holds the object has opened these files, or could
     sources = TableColumn(table, image_column, name, any_path=True)

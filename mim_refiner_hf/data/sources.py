@@ -9,210 +9,102 @@ holds the rules for names and splits, and the sentences for what goes wrong.
 """
 
 import difflib
-import hashlib
-import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from ..clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS, ImageSource
+from ..clustering.decoding import EXTENSIONS
+from ..clustering.image_items import FolderListing, ending_of, image_files, list_folder
 from ..runtime.retry import patiently
 from ..runtime.text import one_line
 from ..runtime.wording import setting
-from .columns import ANY_COLUMNS, TableColumn, TableColumns, find_columns, labels_of, numbered
+from .columns import TableColumn, find_columns, find_labels, holds_images, label_of, labels_of
+from .folders import (
+    SPLIT_WORDS,
+    as_stream,
+    find_in_folder,
+    split_and_rows,
+    tell_left_aside,
+)
+from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, file_size
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
 _TABLE_SUFFIXES = (".parquet", ".tar")
-# words in names of files and folders -> the split they mean
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-}
-
-
-class Entries(NamedTuple):
-    """What a data set consists of, to notice that it changed.
-
-    Attributes:
-        names: of its files or rows, for messages.
-        checks: a 32-bit check of each with its size.
-        digest: of all.
-    """
-
-    names: Sequence[Any]
-    checks: np.ndarray
-    digest: str
-
-    @classmethod
-    def of(cls, names: Sequence[Any], about: Iterable[str]) -> "Entries":
-        """Of names and a line about each, such as relative path and size of a file.
-
-        The lines are the same wherever the data set lies.
-        """
-        lines = [line.encode(errors="surrogateescape") for line in about]
-        checks = np.array([zlib.crc32(line) for line in lines], dtype=np.uint32)
-        return cls(names, checks, digest(lines))
-
-
-class FoundImages(NamedTuple):
-    """Undecoded images; `labels` is int64 (N,), -1 for none, and None where nothing is labelled.
-
-    `names_stated`: the data set itself says which number each name has; else it is their order.
-    """
-
-    sources: Sequence[ImageSource | np.ndarray]
-    labels: np.ndarray | None
-    class_names: list[str] | None
-    name: str
-    entries: Entries
-    names_stated: bool = False
+# members of a tar shard in which an image must occur
+_FIRST_MEMBERS = 64
 
 
 def find_images(
-    dataset: str, *, config: str | None, split: str | None, columns: TableColumns = ANY_COLUMNS
+    dataset: str, *, config: str | None, split: str | None, options: SourceOptions = NO_OPTIONS
 ) -> FoundImages:
     """The images that `dataset` names; see `open_images`, which raises the same errors."""
-    path = Path(dataset).expanduser()
-    try:
-        if path.is_dir() and not _is_saved(path) and not _table_files(path):
-            refuse_columns(dataset, columns)
-            return _find_in_folder(path, split)
-    # what is behind it would be missing without a word
-    except OSError as error:
-        raise ValueError(
-            f"{error.filename} cannot be listed ({error.strerror}); "
-            "make it readable, or move it away."
-        ) from error
+    found = _find_image_files(dataset, split, options)
+    if found is not None:
+        return found
 
-    table = load_table(dataset, config=config, split=split, streaming=False)
-    image_column, label_columns = find_columns(table.features, dataset, columns)
+    table = load_table(dataset, config=config, split=split, streaming=False, options=options)
+    image_column, label_columns = find_columns(table.features, dataset, options)
     labels, class_names, stated = labels_of(table, label_columns)
     sources = TableColumn(table, image_column, dataset)
-    entries = _table_entries(path, split, table)
+    entries = _table_entries(Path(dataset).expanduser(), split, table, options)
     return FoundImages(sources, labels, class_names, dataset, entries, stated)
 
 
-def refuse_columns(dataset: object, columns: TableColumns) -> None:
+def find_stream(
+    dataset: str, *, config: str | None, split: str | None, options: SourceOptions = NO_OPTIONS
+) -> tuple[Any, list[str] | None, str | None]:
+    """The images that `dataset` names as a `datasets.IterableDataset`; errors as of `open_images`.
+
+    Returns:
+        The stream; the names of the classes where its labels are words that could be looked up
+        beforehand; and what tells two such streams apart, where that is known.
+    """
+    found = _find_image_files(dataset, split, options)
+    if found is not None:
+        return as_stream(found), None, found.entries.digest
+    table = load_table(dataset, config=config, split=split, streaming=True, options=options)
+    return table, _words_in_tables(dataset, split, table, options), None
+
+
+def refuse_options(dataset: object, options: SourceOptions) -> None:
     """ValueError for columns of what has none."""
-    for name, value in zip(("image_column", "label_column"), columns, strict=True):
+    for name in ("image_column", "label_column"):
+        value = getattr(options, name)
         if value is not None:
             raise ValueError(f"{setting(name, value)}: {one_line(dataset)} is no table")
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
-    """16 hexadecimal digits that tell two lists of parts apart."""
-    total = hashlib.sha256()
-    for part in parts:
-        line = part.encode() if isinstance(part, str) else part
-        total.update(line + b"\n")
-    return total.hexdigest()[:16]
-
-
-# --- image folders
-
-
-def _find_in_folder(root: Path, split: str | None) -> FoundImages:
-    folder = _split_folder(root, split)
-    paths = sorted(_image_files(folder, EXTENSIONS))
-    paths = paths or sorted(_image_files(folder, ARRAY_EXTENSIONS))
-    if not paths:
-        suffixes = ", ".join(sorted(EXTENSIONS))
-        raise ValueError(f"No images in {folder}: looked at every depth for {suffixes}.")
-
-    # labelled by the first level, if every image lies in a sub-folder
-    parts = [path.relative_to(folder).parts for path in paths]
-    labels = class_names = None
-    if all(len(part) > 1 for part in parts):
-        first_level = [part[0] for part in parts]
-        class_names = sorted(set(first_level))
-        labels = numbered(first_level, class_names)
-
-    about = (f"{'/'.join(part)} {file_size(path)}" for part, path in zip(parts, paths, strict=True))
-    return FoundImages(paths, labels, class_names, str(folder), Entries.of(paths, about))
-
-
-def _image_files(
-    folder: Path, endings: frozenset[str], above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Path]:
-    """Everything below a folder that is called an image; links are followed, but not in circles.
-
-    What is no regular file or leads nowhere is among them: it is a broken image, with a reason.
-
-    Args:
-        endings: of files, in lower case.
-        above: the folders that this one is in, by device and inode.
-
-    Raises:
-        OSError: for what cannot be listed.
-    """
-    status = folder.stat()
-    own = (status.st_dev, status.st_ino)
-    if own in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = Path(entry.path)
-            is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
-            if is_folder:
-                yield from _image_files(path, endings, above | {own})
-            elif path.suffix.lower() in endings:
-                yield path
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file; -1 for one that leads nowhere."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _split_folder(root: Path, split: str | None) -> Path:
-    """The sub-folder of a split; `root` where it has none, or where none is asked for.
-
-    Without `split` it is "train" if all sub-folders are splits; beside "bus" it is a class.
-    """
-    folders = {}
-    splits = {}
-    for folder in root.iterdir():
-        if folder.is_dir() and not folder.name.startswith("."):
-            folders[folder.name] = folder
-            word = folder.name.lower()
-            if word in _SPLITS:
-                splits[_SPLITS[word]] = folder
-    has_splits = len(splits) == len(folders) > 0
-
-    if split is None:
-        return splits.get("train", root) if has_splits else root
-    if split in folders:
-        return folders[split]
-    name = _SPLITS.get(split)
-    if name in splits:
-        return splits[name]
-    if split == "train" and not has_splits:
-        return root
-    known = sorted(folders) or "none: leave split out"
-    raise ValueError(f"{root} has no split (sub-folder) {split!r}; it has {known}.")
+def _find_image_files(
+    dataset: str, split: str | None, options: SourceOptions
+) -> FoundImages | None:
+    """The images of a folder of image files; None of any other data set."""
+    path = Path(dataset).expanduser()
+    if not path.is_dir() or _is_saved(path):
+        return None
+    listing = list_folder(path, follow_links=options.follow_links)
+    tables = _tables_among(listing)
+    if tables:
+        tell_left_aside(path, listing, list(map(str, tables)))
+        return None
+    refuse_options(dataset, SourceOptions(image_column=options.image_column))
+    return find_in_folder(path, listing, split, options)
 
 
 # --- tables
 
 
-def load_table(dataset: str, *, config: str | None, split: str | None, streaming: bool) -> Any:
+def load_table(
+    dataset: str,
+    *,
+    config: str | None,
+    split: str | None,
+    streaming: bool,
+    options: SourceOptions = NO_OPTIONS,
+) -> Any:
     """A `datasets.Dataset` (`IterableDataset` if `streaming`) of one split.
 
     Raises:
@@ -225,7 +117,7 @@ def load_table(dataset: str, *, config: str | None, split: str | None, streaming
         _refuse_local_looking(dataset, path)
     try:
         if path.exists():
-            return _load_local(path, split, streaming=streaming)
+            return _load_local(path, split, options, streaming=streaming)
         load = partial(
             datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming
         )
@@ -275,7 +167,7 @@ def _refuse_local_looking(dataset: str, path: Path) -> None:
     raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
 
 
-def _load_local(path: Path, split: str | None, *, streaming: bool) -> Any:
+def _load_local(path: Path, split: str | None, options: SourceOptions, *, streaming: bool) -> Any:
     import datasets
 
     if _is_saved(path):
@@ -284,16 +176,10 @@ def _load_local(path: Path, split: str | None, *, streaming: bool) -> Any:
             saved = saved[_choose_split(saved, split)]
         return saved.to_iterable_dataset() if streaming else saved
 
-    files = _table_files(path)
-    if not files:
-        folder = str(_split_folder(path, split))
-        return datasets.load_dataset(
-            "imagefolder", data_dir=folder, split="train", streaming=streaming
-        )
-
+    files = _table_files(path, options)
     splits = _by_split(files, path)
     name = _choose_split(splits, split)
-    rows = "".join((split or "").partition("[")[1:])
+    _, rows = split_and_rows(split)
     builder = "webdataset" if files[0].suffix.lower() == ".tar" else "parquet"
     return datasets.load_dataset(
         builder, data_files={name: splits[name]}, split=name + rows, streaming=streaming
@@ -305,34 +191,83 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _table_files(path: Path) -> list[Path]:
+def _table_files(path: Path, options: SourceOptions) -> list[Path]:
     """The parquet files of a path, or else its tar shards; hidden ones do not count."""
-    if path.is_file():
-        if path.suffix.lower() not in _TABLE_SUFFIXES:
-            raise ValueError(
-                f"{path} is one file and neither .parquet nor .tar; "
-                "give the folder that holds the images."
-            )
-        return [path]
+    if path.is_dir():
+        return _tables_among(list_folder(path, follow_links=options.follow_links))
+    if path.suffix.lower() not in _TABLE_SUFFIXES:
+        raise ValueError(
+            f"{path} is one file and neither .parquet nor .tar; "
+            "give the folder that holds the images."
+        )
+    return [path]
 
+
+def _tables_among(listing: FolderListing) -> list[Path]:
+    """The tables that are the data set: none where image files are, and no table holds images."""
+    alone = not image_files(listing.files)
     for suffix in _TABLE_SUFFIXES:
-        files = [file for file in path.rglob(f"*{suffix}") if _is_visible(file, path)]
-        if files:
-            return sorted(files)
+        tables = [Path(file) for file in listing.files if ending_of(file) == suffix]
+        full = [table for table in tables if _holds_images(table)]
+        if full or (tables and alone):
+            return full or tables
     return []
 
 
-def _is_visible(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+def _holds_images(table: Path) -> bool:
+    """Whether a parquet file has a column of images, or a tar shard begins with some."""
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        if table.suffix.lower() == ".parquet":
+            return holds_images(datasets.Features.from_arrow_schema(parquet.read_schema(table)))
+        with tarfile.open(table) as members:
+            first = (member.name for member, _ in zip(members, range(_FIRST_MEMBERS), strict=False))
+            return any(ending_of(name) in EXTENSIONS for name in first)
+    # a damaged table holds none; where there is nothing else, opening it says what is wrong
+    except (OSError, pa.ArrowException, tarfile.TarError, ValueError, KeyError, TypeError):
+        return False
 
 
-def _by_split(files: list[Path], root: Path) -> dict[str, list[str]]:
+def _words_in_tables(
+    dataset: str, split: str | None, table: Any, options: SourceOptions
+) -> list[str] | None:
+    """The words that label a local parquet file's rows, sorted; None of others.
+
+    Only that column is read, so that a stream numbers its classes as the data set does.
+    """
+    from pyarrow import parquet
+
+    path = Path(dataset).expanduser()
+    features = table.features
+    label = find_labels(features, dataset, options.label_column) if features else None
+    if label is None or not re.fullmatch("(large_)?string", str(features[label].dtype)):
+        return None
+    if not path.exists() or _is_saved(path):
+        return None
+    splits = _by_split(_table_files(path, options), path)
+    files = splits[_choose_split(splits, split)]
+    if Path(files[0]).suffix.lower() != ".parquet":
+        return None
+    words = {label_of(x) for file in files for x in _distinct(parquet.ParquetFile(file), label)}
+    return sorted(word for word in words if isinstance(word, str))
+
+
+def _distinct(file: Any, column: str) -> Iterable[Any]:
+    """The values of a column, each once per row group."""
+    for batch in file.iter_batches(columns=[column]):
+        yield from batch.column(0).unique().to_pylist()
+
+
+def _by_split(files: Sequence[Path], root: Path) -> dict[str, list[str]]:
     """Files by the first word of their name below `root` that names a split; else "train"."""
     splits: dict[str, list[str]] = {}
     for file in files:
         name = file.name if file == root else str(file.relative_to(root))
         words = re.findall("[a-z]+", name.lower())
-        split = next((_SPLITS[word] for word in words if word in _SPLITS), "train")
+        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
         splits.setdefault(split, []).append(str(file))
     return splits
 
@@ -341,19 +276,19 @@ def _choose_split(splits: Mapping[str, Any], split: str | None) -> str:
     """`split` may carry a slice ("train[:10%]"); without it "train", or the only split there is."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
-    name = (split or "train").partition("[")[0]
+    name = split_and_rows(split)[0] or "train"
     if name not in splits:
-        name = _SPLITS.get(name, name)
+        name = SPLIT_WORDS.get(name, name)
     if name not in splits:
         raise ValueError(f"no split {name!r}; it has {sorted(splits)}.")
     return name
 
 
-def _table_entries(path: Path, split: str | None, table: Any) -> Entries:
+def _table_entries(path: Path, split: str | None, table: Any, options: SourceOptions) -> Entries:
     """The files of a local table with their sizes, and its rows; of the Hub's, the revision."""
     if not path.exists():
         return Entries.of(["its revision"], [table._fingerprint])
-    files = sorted(path.rglob("*.arrow")) if _is_saved(path) else _table_files(path)
+    files = sorted(path.rglob("*.arrow")) if _is_saved(path) else _table_files(path, options)
     names = [file.name if file == path else str(file.relative_to(path)) for file in files]
     lines = [f"{name} {file_size(file)}" for name, file in zip(names, files, strict=True)]
     return Entries.of([*names, f"its split {split}"], [*lines, f"{split} {len(table)}"])

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..conversion.digests import tensor_digest
+from ..data.found import digest
 from ..data.images import ImageDataset
-from ..data.sources import digest
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import world_size
@@ -63,9 +63,7 @@ def data_identity(images: SetOrStream) -> dict[str, str]:
         fingerprint = images.fingerprint
         whole = images.found.entries.digest
     else:
-        info = images.stream.info
-        fingerprint = digest([images.name, str(info.config_name), str(images.stream.split)])
-        whole = fingerprint
+        fingerprint = whole = images.fingerprint
     return {"name": images.name, "fingerprint": fingerprint, "whole": whole}
 
 

@@ -97,13 +97,13 @@ class RefineRecipe:
     # ---- data
     dataset: str = documented(
         "digits",
-        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits' "
-        "(bundled).",
+        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits'.",
     )
     dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
     split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
     image_column: str | None = documented(None, "Column of a table that holds the images.")
     label_column: str | None = documented(None, "Column of a table that holds the labels.")
+    follow_links: bool = documented(False, "Enter links to folders, wherever they lead.")
     streaming: bool = documented(
         False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full."
     )

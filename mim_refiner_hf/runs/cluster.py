@@ -31,7 +31,7 @@ from ..clustering.pipeline_image_clustering import (
     check_num_clusters,
     find_groups,
 )
-from ..data.columns import TableColumns
+from ..data.found import SourceOptions
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
@@ -100,6 +100,7 @@ def cluster(
     start: str | Path | None = None,
     out: str | Path | None = None,
     image_column: str | None = None,
+    follow_links: bool = False,
     seed: int = 0,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -120,6 +121,7 @@ def cluster(
         out: a folder to write: a page, a table, links by group; of images only. Earlier groups
             there are replaced. A call that was interrupted goes on where it was.
         image_column: of a table of images; None to find it.
+        follow_links: of a folder, enter links to folders, wherever they lead.
         seed: of everything random.
         batch_size, num_workers: images per forward pass, and processes that decode.
 
@@ -147,7 +149,7 @@ def cluster(
         if corrections is not None:
             places = match_corrections(corrections, known.images)
     else:
-        opened = open_images(images, columns=TableColumns(image_column))
+        opened = open_images(images, options=SourceOptions(image_column, follow_links=follow_links))
         check_num_clusters(num_clusters, len(opened), method)
         if corrections is not None:
             places = match_corrections(corrections, opened)

@@ -27,9 +27,9 @@ from torch import Tensor
 from ..clustering.cluster_count import Proposal
 from ..clustering.k_means import Clustering
 from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
+from ..data.found import Entries, FoundImages
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
-from ..data.sources import Entries, FoundImages
 from ..evaluation.embed import embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest, read_record, recorded_shards
 from ..evaluation.features import feature_columns

@@ -22,7 +22,7 @@ import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
 
 from ..data.classes import with_one_class_table
-from ..data.columns import ANY_COLUMNS, TableColumns
+from ..data.found import NO_OPTIONS, SourceOptions
 from ..data.images import (
     Broken,
     ImageDataset,
@@ -150,7 +150,7 @@ def open_evaluation_data(
     num_channels: int = 3,
     seed: int = 0,
     masks: bool = False,
-    columns: TableColumns = ANY_COLUMNS,
+    options: SourceOptions = NO_OPTIONS,
 ) -> Data:
     """Images to learn from and to be measured on.
 
@@ -182,7 +182,7 @@ def open_evaluation_data(
         evaluated = open_segmentation(str(other), config=other_config, split=eval_split)
     else:
         train = open_images(
-            dataset, config=config, split=split, num_channels=num_channels, columns=columns
+            dataset, config=config, split=split, num_channels=num_channels, options=options
         )
         if not named:
             rest, held_out = with_one_class_table(*hold_out(train, HELD_OUT, seed))
@@ -193,8 +193,7 @@ def open_evaluation_data(
             config=other_config,
             split=eval_split,
             num_channels=num_channels,
-            # of a data set of its own they are found
-            columns=columns if eval_dataset is None else ANY_COLUMNS,
+            options=options if eval_dataset is None else options.of_another_data_set(),
         )
 
     if evaluated.fingerprint == train.fingerprint:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..conversion import load_encoder
-from ..data.columns import TableColumns
+from ..data.found import SourceOptions
 from ..data.images import ImageDataset, open_images, open_stream
 from ..data.loading import Loading
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
@@ -113,6 +113,7 @@ def store_features(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    follow_links: bool = False,
     streaming: bool = False,
     blocks: Sequence[int | Literal["output"]] = (),
     pooling: Sequence[Pooling] = (),
@@ -125,8 +126,8 @@ def store_features(
     """Fill the store in `out`, or complete it; several processes share the work.
 
     Args:
-        model, images: as of `embed`; `dataset_config`, `split`, `image_column`, `label_column` and
-            `streaming` are of a data set that is named.
+        model, images: as of `embed`; `dataset_config`, `split`, `image_column`, `label_column`,
+            `follow_links` and `streaming` are of a data set that is named.
         blocks, pooling, last4: which features, see `feature_columns`.
         dtype: of the computation, a name of `PRECISIONS`; float32 is stored.
         loading, shard_size, command: as of `embed_images`.
@@ -144,7 +145,7 @@ def store_features(
         config=dataset_config,
         split=split,
         num_channels=encoder.config.num_channels,
-        columns=TableColumns(image_column, label_column),
+        options=SourceOptions(image_column, label_column, follow_links),
     )
     if isinstance(opened, ImageDataset):
         encoder, opened = fit_and_tell(encoder, opened)

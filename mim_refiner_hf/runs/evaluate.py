@@ -40,7 +40,7 @@ import torch
 from ..clustering.channels import is_picture
 from ..conversion import load_encoder
 from ..conversion.channels import extend_channels
-from ..data.columns import TableColumns
+from ..data.found import SourceOptions
 from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
@@ -96,6 +96,7 @@ def evaluate(
     eval_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    follow_links: bool = False,
     protocols: Sequence[str] = (),
     recipe: str | None = None,
     transfer: Sequence[Any] = (),
@@ -107,8 +108,8 @@ def evaluate(
 
     Args:
         model, against: anything `load_encoder` takes; `against` is the one to be better than.
-        images, dataset_config, split, image_column, label_column: images of the k-NN bank, as
-            `open_images` takes them.
+        images, dataset_config, split, image_column, label_column, follow_links: images of the k-NN
+            bank, as `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
         protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels,
@@ -135,7 +136,6 @@ def evaluate(
     *others, name_of_model = encoders
     check_channels_of(encoders[name_of_model], protocols)
 
-    # the first data set and those of the transfer, with the same splits
     opened = partial(
         open_evaluation_data,
         split=split,
@@ -144,8 +144,8 @@ def evaluate(
         num_channels=encoders[name_of_model].config.num_channels,
         masks="segmentation" in protocols,
     )
-    columns = TableColumns(image_column, label_column)
-    data = [opened(images, config=dataset_config, eval_dataset=eval_dataset, columns=columns)]
+    own = {"config": dataset_config, "eval_dataset": eval_dataset}
+    data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
     data += [opened(name) for name in transfer]
     check_data(data, protocols)
 

@@ -22,8 +22,8 @@ from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
 from ..conversion.load import image_processor
 from ..data.classes import with_one_class_table
-from ..data.columns import ANY_COLUMNS, TableColumns
 from ..data.fingerprint import RECORD, check_data_record
+from ..data.found import SourceOptions
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -255,7 +255,7 @@ def open_run_images(
 ) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The images to train on and those to evaluate on; the latter are never trained on."""
     config = recipe.dataset_config
-    columns = TableColumns(recipe.image_column, recipe.label_column)
+    options = SourceOptions(recipe.image_column, recipe.label_column, recipe.follow_links)
     evaluation = None
     if recipe.eval_dataset is not None or recipe.eval_split is not None:
         name = recipe.eval_dataset or recipe.dataset
@@ -265,8 +265,7 @@ def open_run_images(
             config=config if name == recipe.dataset else None,
             split=recipe.eval_split,
             num_channels=num_channels,
-            # of a data set of its own they are found
-            columns=columns if name == recipe.dataset else ANY_COLUMNS,
+            options=options if name == recipe.dataset else options.of_another_data_set(),
         )
     if recipe.streaming:
         stream = open_stream(
@@ -274,7 +273,7 @@ def open_run_images(
             config=config,
             split=recipe.split,
             num_channels=num_channels,
-            columns=columns,
+            options=options,
         )
         return stream, evaluation
 
@@ -283,7 +282,7 @@ def open_run_images(
         config=config,
         split=recipe.split,
         num_channels=num_channels,
-        columns=columns,
+        options=options,
     )
     if len(images) < 2:
         raise ValueError(
