@@ -467,7 +467,7 @@ def test_errors_say_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def not_found(*_: object, **__: object) -> None:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/nothing' doesn't exist")
 
-    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    monkeypatch.setattr(datasets, "load_dataset_builder", not_found)
     with pytest.raises(
         FileNotFoundError,
         match="No data set 'owner/nothing': not a path here, not 'digits', and not on the Hub",

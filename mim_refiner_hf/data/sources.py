@@ -9,15 +9,16 @@ holds the rules for names and splits, and the sentences for what goes wrong.
 """
 
 import difflib
+import logging
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..clustering.decoding import EXTENSIONS
 from ..clustering.image_items import FolderListing, ending_of, image_files, list_folder
+from ..runtime.distributed import rank
 from ..runtime.retry import patiently
 from ..runtime.text import one_line
 from ..runtime.wording import setting
@@ -32,6 +33,8 @@ from .folders import (
 from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, file_size
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
+
+logger = logging.getLogger(__name__)
 
 _TABLE_SUFFIXES = (".parquet", ".tar")
 # members of a tar shard in which an image must occur
@@ -118,9 +121,11 @@ def load_table(
     try:
         if path.exists():
             return _load_local(path, split, options, streaming=streaming)
-        load = partial(
-            datasets.load_dataset, dataset, config, split=split or "train", streaming=streaming
-        )
+
+        def load() -> Any:
+            builder = datasets.load_dataset_builder(dataset, config)
+            return _read_as_stored(builder, split or "train", streaming=streaming)
+
         return patiently(load, f"opening {dataset}")
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
@@ -132,12 +137,29 @@ def load_table(
             f"No path {dataset!r} here, and the Hub cannot be reached to look for it "
             f"({_line(error)}); check name and network."
         ) from error
-    except ValueError as error:
-        raise ValueError(f"Cannot open {dataset!r}: {_line(error)}") from error
+    # tables of strangers make `datasets` and Arrow raise anything
+    except Exception as error:
+        cause = error.__cause__ or error
+        # no room for the cache of `datasets`, or no network: not the table's fault
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from error
+        raise ValueError(f"Cannot open {dataset!r}: {_line(cause)}") from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _line(error: BaseException) -> str:
+    return one_line(error)[:300] or type(error).__name__
+
+
+def _read_as_stored(builder: Any, split: str, *, streaming: bool) -> Any:
+    """What a builder of `datasets` reads; members of tar shards stay bytes, but for the labels."""
+    decoders = getattr(builder, "DECODERS", None)
+    if decoders is not None:
+        labels = {"DECODERS": {"cls": decoders["cls"]}}
+        builder.__class__ = type("Undecoded", (type(builder),), labels)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _refuse_local_looking(dataset: str, path: Path) -> None:
@@ -180,10 +202,50 @@ def _load_local(path: Path, split: str | None, options: SourceOptions, *, stream
     splits = _by_split(files, path)
     name = _choose_split(splits, split)
     _, rows = split_and_rows(split)
-    builder = "webdataset" if files[0].suffix.lower() == ".tar" else "parquet"
-    return datasets.load_dataset(
-        builder, data_files={name: splits[name]}, split=name + rows, streaming=streaming
-    )
+    chosen = splits[name]
+    if files[0].suffix.lower() == ".tar":
+        builder = datasets.load_dataset_builder("webdataset", data_files={name: chosen})
+    else:
+        chosen = _with_rows(chosen, path)
+        builder = datasets.load_dataset_builder(
+            "parquet", data_files={name: chosen}, features=_features(chosen[0])
+        )
+    return _read_as_stored(builder, name + rows, streaming=streaming)
+
+
+def _with_rows(files: Sequence[str], path: Path) -> list[str]:
+    """The parquet files that hold any; ValueError where none does."""
+    from pyarrow import parquet
+
+    full = [file for file in files if parquet.read_metadata(file).num_rows > 0]
+    if not full:
+        raise ValueError("it has no rows")
+    if len(full) < len(files) and rank() == 0:
+        logger.warning(
+            "%d of %d files of %s have no rows", len(files) - len(full), len(files), path
+        )
+    return full
+
+
+def _features(file: str) -> Any:
+    """The types of a parquet file's columns: as its metadata say, or its schema where they do not.
+
+    Anybody can write anything into the metadata.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    schema = parquet.read_schema(file)
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception as error:
+        if rank() == 0:
+            logger.warning(
+                "what %s says of its columns for `datasets` is not believed: %s",
+                one_line(file),
+                _line(error),
+            )
+        return datasets.Features.from_arrow_schema(schema.remove_metadata())
 
 
 def _is_saved(path: Path) -> bool:
@@ -222,7 +284,9 @@ def _holds_images(table: Path) -> bool:
 
     try:
         if table.suffix.lower() == ".parquet":
-            return holds_images(datasets.Features.from_arrow_schema(parquet.read_schema(table)))
+            # without the metadata: see `_features`
+            schema = parquet.read_schema(table).remove_metadata()
+            return holds_images(datasets.Features.from_arrow_schema(schema))
         with tarfile.open(table) as members:
             first = (member.name for member, _ in zip(members, range(_FIRST_MEMBERS), strict=False))
             return any(ending_of(name) in EXTENSIONS for name in first)

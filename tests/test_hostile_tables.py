@@ -1,0 +1,152 @@
+"""Tables of strangers, and odd ones: a result or one sentence, and nothing else is decoded."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mim_refiner_hf.data.images import open_images, open_stream
+
+COUNT = 6
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), value).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURES = pa.array([{"bytes": png(10 * i), "path": None} for i in range(COUNT)])
+
+
+def stored(folder: Path, columns: dict[str, Any], metadata: Any = None, name: str = "a") -> Path:
+    table = pa.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def shard(folder: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(folder / "a.tar", "w") as file:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
+    stored(tmp_path, {"image": pa.array([], PICTURES.type)})
+    for look in (open_images, open_stream):
+        with pytest.raises(ValueError, match=r"Cannot open .*: it has no rows"):
+            look(str(tmp_path))
+
+
+def test_a_shard_without_rows_is_passed_over_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored(tmp_path, {"image": pa.array([], PICTURES.type)})
+    stored(tmp_path, {"image": PICTURES}, name="b")
+    assert len(open_images(tmp_path)) == COUNT
+    assert "1 of 2 files of" in caplog.text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["info", "features", "image", "_type", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(metadata=JSON)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_metadata_for_datasets_are_believed_only_where_they_make_sense(
+    metadata: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("metadata")
+    stored(folder, {"image": PICTURES}, metadata)
+    try:
+        images = open_images(folder)
+    # metadata may say that a column is something else, as long as it is said in one line
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return
+    assert len(images) == COUNT and images[1].image.getpixel((0, 0)) == (10, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (pa.array([0, 1, 2**64 - 1, 3, 0, 1], pa.uint64()), ["0", "1", "3", str(2**64 - 1)]),
+        (pa.array([0, 1, 10**12, 3, 0, 1]), ["0", "1", "3", "1000000000000"]),
+        (pa.array([0, 1, -5, 3, 0, 1]), None),
+        (pa.nulls(COUNT, pa.int64()), None),
+    ],
+)
+def test_the_size_of_a_label_is_no_size_of_a_table(
+    labels: Any, names: list[str] | None, tmp_path: Path
+) -> None:
+    images = open_images(stored(tmp_path, {"image": PICTURES, "label": labels}))
+    assert images.class_names == names and images.num_classes < 10
+
+
+OTHERS = {
+    "npy": b"\x93NUMPY" + b"x" * 50,
+    "npz": b"PK\x03\x04",
+    "pth": b"cposix\nsystem\n(S'true'\ntR.",
+    "json": b"[" * 20_000,
+    "txt": b"\xff\xfe caption",
+    "msg": b"\xc1",
+    "cbor": b"\xff",
+    "ten": b"x",
+    "id": b"no number",
+}
+
+
+@pytest.mark.parametrize("ending", OTHERS)
+@pytest.mark.parametrize("look", [open_images, open_stream])
+def test_members_of_a_shard_that_are_not_asked_for_are_not_decoded(
+    ending: str, look: Any, tmp_path: Path
+) -> None:
+    members = {}
+    for i in range(COUNT):
+        members[f"{i}.{ending}"] = OTHERS[ending]
+        members[f"{i}.png"] = png(10 * i)
+        members[f"{i}.cls"] = str(i % 2).encode()
+    opened = look(str(shard(tmp_path, members)))
+    if look is open_images:
+        labels = [opened[i].label for i in range(COUNT)]
+    else:
+        labels = sorted(opened.decode(x)[1] for _, x in opened.iterate(0, 0))
+    assert sorted(labels) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1", b"PAR1" + b"\0" * 40 + b"PAR1", b"\xff" * 100], ids=range(4)
+)
+def test_a_damaged_table_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    for look in (open_images, open_stream):
+        with pytest.raises(ValueError, match="Cannot open") as refused:
+            look(str(tmp_path))
+        assert "\n" not in str(refused.value)
+
+
+def test_files_of_two_schemas_are_one_sentence(tmp_path: Path) -> None:
+    stored(tmp_path, {"image": PICTURES, "label": pa.array([1] * COUNT)})
+    stored(tmp_path, {"image": PICTURES, "other": pa.array(["x"] * COUNT)}, name="b")
+    with pytest.raises(ValueError, match="Cannot open") as refused:
+        open_images(tmp_path)
+    assert "\n" not in str(refused.value)
