@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from ..runtime.files import CheckpointError
+from ..runtime.files import CheckpointError, say_left_aside
 from ..runtime.retry import patiently
 from ..runtime.text import one_line
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
@@ -57,7 +57,8 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute()
         if isinstance(source, Path) or looks_local or name.startswith((".", "~")):
             raise FileNotFoundError(
-                f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file"
+                f"{source} does not exist{say_left_aside(path)}; give a Hub name, a model folder, "
+                "or a checkpoint file"
             )
         repository = hub_name(name)
         path = _hub_folder(repository, revision)

@@ -10,6 +10,7 @@ by fingerprints, and says how they were computed.
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def data_identity(images: SetOrStream) -> dict[str, str]:
         whole = images.found.entries.digest
     else:
         info = images.stream.info
-        fingerprint = digest([images.name, str(info.config_name), str(images.stream.split)])
+        # a name may hold bytes that are no Unicode
+        name = os.fsencode(images.name)
+        fingerprint = digest([name, str(info.config_name).encode(), str(images.stream.split)])
         whole = fingerprint
     return {"name": images.name, "fingerprint": fingerprint, "whole": whole}
 

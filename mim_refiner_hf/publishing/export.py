@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import staged_folder
+from ..runtime.files import staged_folder, write_text
 from ..runtime.text import fenced, plain
 from .card_licence import licence_line
 from .hub import check_model_folder
@@ -78,7 +78,7 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
-        (new / CARD).write_text(text, encoding="utf-8")
+        write_text(new / CARD, text)
         return _compare_twins(encoder, format_.load(new))
 
 
