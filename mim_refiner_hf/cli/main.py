@@ -19,6 +19,7 @@ Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed),
 """
 
 import argparse
+import io
 import logging
 import os
 import shlex
@@ -77,6 +78,9 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
     from ..runtime.wording import in_the_shell
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # as stderr is: a name with odd bytes must not end the command that prints it
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:
         processes = launched_short()

@@ -296,13 +296,9 @@ class FeatureStore:
                 # without a buffer: no whole file in memory
                 with (
                     path.open("rb") as file,
-                    pq.ParquetFile(
-                        file, pre_buffer=False, page_checksum_verification=True
-                    ) as shard_rows,
+                    pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as rows,
                 ):
-                    for batch in shard_rows.iter_batches(
-                        batch_size=_ROWS_OF_GROUP, columns=[column]
-                    ):
+                    for batch in rows.iter_batches(batch_size=_ROWS_OF_GROUP, columns=[column]):
                         yield batch.column(0)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ValueError(

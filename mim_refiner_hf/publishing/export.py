@@ -18,7 +18,7 @@ from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder, write_text
-from ..runtime.text import fenced, plain
+from ..runtime.text import ODD_BYTES, fenced, plain
 from .card_licence import licence_line
 from .hub import check_model_folder
 from .model_card import is_hub_name
@@ -66,6 +66,12 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     origin = Path(source).expanduser().resolve()
     if folder == origin or folder in origin.parents:
         raise ValueError(f"{destination} would overwrite the source {source}; name another folder")
+
+    if ODD_BYTES.search(str(folder)):
+        raise ValueError(
+            f"{destination}: {_LIBRARIES[to]} opens no path that is no valid Unicode; name another "
+            "folder"
+        )
 
     encoder = load_encoder(source)
     processor = encoder.image_processor
