@@ -22,9 +22,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # as _NO_ROOM nothing that the user asked for is wrong: a disk that fails, or became read-only
 _REFUSED = (*_NO_ROOM, errno.EROFS, errno.EIO)
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
-# of libraries that do not even pass the number on
+# of libraries that do not even pass the number on; the first three are torch.save's
 _WITHOUT_NUMBER = (
     "PytorchStreamWriter failed writing",
+    "] . unexpected pos",
+    "basic_ios::clear: iostream error",
     "No space left on device",
     "Disk quota exceeded",
     "File too large",

@@ -63,10 +63,8 @@ def read_back(text: str) -> str:
 
 def _unspell(found: re.Match[str]) -> str:
     number = int(found[1] or found[2], 16)
-    # no character, or half of one, which no file's name holds: left as it is written
-    if number >= 0x110000 or (0xD800 <= number < 0xE000 and not 0xDC80 <= number < 0xDD00):
-        return found[0]
-    return chr(number)
+    # no character: left as it is written
+    return chr(number) if number < 0x110000 else found[0]
 
 
 # --- Markdown
