@@ -104,7 +104,8 @@ def test_every_text_is_read_back_and_none_begins_as_a_formula(text: str) -> None
         ("a\u202egnp.\x1b[31m", "a\\u202egnp.\\u001b[31m"),
         ("C:\\u00e9\\new.png", "C:\\u005cu00e9\\new.png"),
         ("tag\U000e0041", "tag\\U000e0041"),
-        ("\udcff.png", "\udcff.png"),
+        ("\udcff.png", "\\udcff.png"),
+        ("a\\udcff.png", "a\\u005cudcff.png"),
     ],
 )
 def test_how_a_text_is_written(text: str, cell: str) -> None:
@@ -116,9 +117,14 @@ def test_a_cell_of_somebody_else_stays(cell: str) -> None:
     assert text_of(cell) == cell
 
 
-def test_names_of_other_bytes_keep_them(tmp_path: Path) -> None:
+def test_a_table_is_utf_8_whatever_files_are_called(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", ("path", "n"), [("\udcff=.png", 3)])
-    assert (tmp_path / "t.csv").read_bytes() == b"path,n\r\n\xff=.png,3\r\n"
+    assert (tmp_path / "t.csv").read_bytes() == b"path,n\r\n\\udcff=.png,3\r\n"
+
+
+def test_bytes_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_bytes(b"path,cluster\r\n\xff.png,0\r\n")
+    assert read_corrections(tmp_path / "old.csv").group_of == {"\udcff.png": 0}
 
 
 # --- the file

@@ -19,6 +19,7 @@ Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed),
 """
 
 import argparse
+import io
 import logging
 import os
 import shlex
@@ -71,12 +72,15 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..publishing.export import ExportError
     from ..publishing.hub import PushError
     from ..refinement.failure import NotBetterError
-    from ..runtime.checkpoint import SaveError
     from ..runtime.distributed import rank
     from ..runtime.launch import launch_processes, launched_short
+    from ..runtime.room import SaveError, room_to_write
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
     from ..runtime.wording import in_the_shell
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # as stderr is: a name with odd bytes must not end the command that prints it
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if arguments is None:
         processes = launched_short()
@@ -84,7 +88,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
             return launch_processes(processes)
     try:
         check_alone(name)
-        with in_the_shell(), ended_by_signals():
+        with in_the_shell(), ended_by_signals(), room_to_write():
             COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

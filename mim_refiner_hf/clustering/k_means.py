@@ -186,8 +186,11 @@ class Clustering:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
-        save_file(contiguous, temporary, metadata=metadata)
-        temporary.replace(path)
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Clustering":

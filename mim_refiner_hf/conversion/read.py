@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
 
-from ..runtime.files import CheckpointError
+from ..runtime.files import CheckpointError, say_left_aside
 from ..runtime.retry import patiently
+from ..runtime.tensor_files import read_tensor_file
 from ..runtime.text import one_line
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
 from .layout import Source, listed
@@ -57,7 +57,8 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute()
         if isinstance(source, Path) or looks_local or name.startswith((".", "~")):
             raise FileNotFoundError(
-                f"{source} does not exist; give a Hub name, a model folder, or a checkpoint file"
+                f"{source} does not exist{say_left_aside(path)}; give a Hub name, a model folder, "
+                "or a checkpoint file"
             )
         repository = hub_name(name)
         path = _hub_folder(repository, revision)
@@ -157,7 +158,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """The nested dictionary that a weight file holds; nothing in a torch file is executed."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensor_file(path)
         # plain data; the official dBOT, ConMIM and iBOT files carry a Namespace
         with torch.serialization.safe_globals([Namespace]):
             # all but the oldest torch files are zips and can be mapped: their pages come in as

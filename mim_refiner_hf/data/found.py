@@ -78,7 +78,8 @@ def digest(parts: Iterable[str | bytes]) -> str:
     """16 hexadecimal digits that tell two lists of parts apart."""
     total = hashlib.sha256()
     for part in parts:
-        line = part.encode() if isinstance(part, str) else part
+        # a name may hold bytes that are no Unicode
+        line = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         total.update(line + b"\n")
     return total.hexdigest()[:16]
 

@@ -15,7 +15,7 @@
 |                        | shard size, versions, command                                          |
 | `shards/00000.parquet` | some images in their order: `index` and `label` (int64, -1 for none),  |
 |                        | `path`, and for each column a fixed-size list of float32; a broken     |
-|                        | image has no row                                                       |
+|                        | image has no row; odd bytes of a path are spelt out (`runtime/text`)   |
 | `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, and its broken |
 |                        | images                                                                 |
 | `broken.json`          | all images that could not be read: index, path, reason                 |
@@ -46,6 +46,7 @@ from torch import Tensor
 
 from ..data.images import Broken
 from ..runtime.files import sha256_of, whole_file, write_json
+from ..runtime.text import read_back, spelt_out
 from .features import FeatureSet, check_blocks
 
 STORE_FORMAT = "mim_refiner_hf features, version 1"
@@ -124,7 +125,9 @@ def shard_is_intact(folder: Path, shard: int) -> bool:
 
 def columns_of_shard(folder: Path, shard: int) -> dict[str, int]:
     """The columns of features in a finished shard: name -> width."""
-    schema = pq.read_schema(shard_file(folder, shard))
+    # a file, not its path: Arrow takes none that is no valid Unicode
+    with shard_file(folder, shard).open("rb") as file:
+        schema = pq.read_schema(file)
     return {field.name: field.type.list_size for field in schema if field.name not in _FACTS}
 
 
@@ -144,7 +147,8 @@ def write_shard(
     vectors = []
     for name, values in rows.items():
         if name in _FACTS:
-            array = pa.array(values, _FACTS[name])
+            facts = map(spelt_out, values) if name == "path" else values
+            array = pa.array(facts, _FACTS[name])
         else:
             element = pa.field("element", pa.float32(), nullable=False)
             kind = pa.list_(element, values.shape[1])
@@ -158,15 +162,16 @@ def write_shard(
     for parent in (path.parent, record.parent):
         parent.mkdir(exist_ok=True)
     with whole_file(path) as new:
-        pq.write_table(
-            pa.table(arrays, schema=pa.schema(fields)),
-            new,
-            row_group_size=_ROWS_OF_GROUP,
-            compression="zstd",
-            use_dictionary=["path", "label"],
-            use_byte_stream_split=vectors,
-            write_page_checksum=True,
-        )
+        with new.open("wb") as file:
+            pq.write_table(
+                pa.table(arrays, schema=pa.schema(fields)),
+                file,
+                row_group_size=_ROWS_OF_GROUP,
+                compression="zstd",
+                use_dictionary=["path", "label"],
+                use_byte_stream_split=vectors,
+                write_page_checksum=True,
+            )
         about = {
             "rows": len(rows["index"]),
             "size": new.stat().st_size,
@@ -259,7 +264,7 @@ class FeatureStore:
     @cached_property
     def paths(self) -> list[str]:
         """Where each image came from: its path, or its row in the data set."""
-        return [path for array in self._read("path") for path in array.to_pylist()]
+        return [read_back(path) for array in self._read("path") for path in array.to_pylist()]
 
     def batches(self, column: str) -> Iterator[Tensor]:
         """The rows of a column in order, (at most 1024, D) fp32 at a time, each let go again.
@@ -289,10 +294,11 @@ class FeatureStore:
             path = shard_file(self.folder, shard)
             try:
                 # without a buffer: no whole file in memory
-                with pq.ParquetFile(
-                    path, pre_buffer=False, page_checksum_verification=True
-                ) as file:
-                    for batch in file.iter_batches(batch_size=_ROWS_OF_GROUP, columns=[column]):
+                with (
+                    path.open("rb") as file,
+                    pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as rows,
+                ):
+                    for batch in rows.iter_batches(batch_size=_ROWS_OF_GROUP, columns=[column]):
                         yield batch.column(0)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ValueError(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..clustering.channels import Picture
 from ..runtime.files import whole_file
+from ..runtime.text import one_line
 from .report import Evaluation
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def mosaic(rows: Sequence[Sequence[Image.Image]], columns: int) -> Image.Image:
 
 def class_name(images: "ImageDataset", label: int) -> str:
     """What to write for a class: its name, shortened to 18 characters, or its number."""
-    name = str(images.class_names[label]) if images.class_names else str(label)
+    # odd bytes and line ends are spelt out: no font has them
+    name = one_line(images.class_names[label]) if images.class_names else str(label)
     return name if len(name) <= 18 else name[:17] + "…"
 
 
@@ -132,7 +134,7 @@ def draw_clusters(eval_images: "ImageDataset", evaluation: Evaluation, path: Pat
     figure.subplots_adjust(
         left=0.17, right=0.99, top=1 - ROW_HEIGHT / height, bottom=0.08 / height, hspace=0.1
     )
-    title = clusters_title(eval_images.name, len(points), len(ids), labels is not None)
+    title = clusters_title(one_line(eval_images.name), len(points), len(ids), labels is not None)
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top", parse_math=False)
 
     for axes, group in zip(rows, shown, strict=True):

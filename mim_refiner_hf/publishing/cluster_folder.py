@@ -34,7 +34,8 @@ from ..clustering.k_means import near_duplicates
 from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
 from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
-from ..runtime.files import check_folder, write_json
+from ..runtime.files import check_folder, write_json, write_text
+from ..runtime.text import spelt_out
 from .cluster_page import (
     Beside,
     Tile,
@@ -103,7 +104,7 @@ class Corrected:
         """What `summary.json` says of it."""
         return {
             "names": self.names,
-            "left_out": [printable(images.describe(index)) for index in self.left_out],
+            "left_out": [spelt_out(images.describe(index)) for index in self.left_out],
             "new_images": self.new_images,
         }
 
@@ -127,7 +128,7 @@ def write_groups(
     groups = [entry["cluster"] for entry in entries]
     scores = [entry["score"] for entry in entries]
     paths = [images.describe(index) for index in indices]
-    names = [printable(path) for path in paths]
+    names = [spelt_out(path) for path in paths]
 
     _write_groups_table(folder, images, entries, corrected)
     broken = [(images.describe(entry["index"]), entry["error"]) for entry in pipe.summary["broken"]]
@@ -150,10 +151,10 @@ def write_groups(
 
     summary: dict[str, Any] = {
         **pipe.summary,
-        "images": printable(images.name),
+        "images": spelt_out(images.name),
         "exemplars": [[names[place] for place in group] for group in exemplars],
         "near_duplicates": [[names[place] for place in same] for same in alike],
-        "broken": [printable(path) for path, _ in broken],
+        "broken": [spelt_out(path) for path, _ in broken],
     }
     if corrected is not None:
         summary |= corrected.summary(images)
@@ -172,7 +173,7 @@ def write_groups(
     title = Path(summary["images"]).resolve().name
     features = pipe.features[shown]
     page = render_page(title, summary["note"], tiles, features, summary["sizes"], beside)
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    write_text(folder / "index.html", page)
     return summary
 
 
@@ -241,11 +242,6 @@ def _write_groups_table(
     if corrected is not None and corrected.left_out:
         out = [(images.describe(index),) for index in corrected.left_out]
         write_table(folder / "left-out.csv", ("path",), out)
-
-
-def printable(name: str) -> str:
-    """A file name that is no valid Unicode with its odd bytes spelt out."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_links(

@@ -25,7 +25,7 @@ from ..conversion.zoo import ZOO
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import sha256_of, shipped_folder, staged_folder
+from ..runtime.files import sha256_of, shipped_folder, staged_folder, write_text
 from ..runtime.text import plain
 from ..runtime.wording import setting
 from .hub import check_model_folder, write_model
@@ -141,7 +141,7 @@ def convert(
         facts = encoder_facts(report.family, config, processor)
         for file, text in card_files(Path(destination).resolve().name, done, facts).items():
             (new / file).parent.mkdir(exist_ok=True)
-            (new / file).write_text(text, encoding="utf-8")
+            write_text(new / file, text)
     return done
 
 

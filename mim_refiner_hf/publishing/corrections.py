@@ -147,7 +147,7 @@ def _rows(file: Path, named: str) -> Iterable[_Row]:
 
 
 def _text(file: Path, named: str) -> str:
-    """The text of a file; names that are no valid Unicode keep their bytes."""
+    """The text of a file; earlier versions wrote odd names as their bytes, which are kept."""
     if not file.is_file():
         raise FileNotFoundError(
             f"{named}: no such file; give the CSV file that the page saved (Save corrections)"

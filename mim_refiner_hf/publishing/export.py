@@ -17,8 +17,8 @@ from huggingface_hub import ModelCardData
 from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import staged_folder
-from ..runtime.text import fenced, plain
+from ..runtime.files import staged_folder, write_text
+from ..runtime.text import ODD_BYTES, fenced, plain
 from .card_licence import licence_line
 from .hub import check_model_folder
 from .model_card import is_hub_name
@@ -67,6 +67,12 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     if folder == origin or folder in origin.parents:
         raise ValueError(f"{destination} would overwrite the source {source}; name another folder")
 
+    if ODD_BYTES.search(str(folder)):
+        raise ValueError(
+            f"{destination}: {_LIBRARIES[to]} opens no path that is no valid Unicode; name another "
+            "folder"
+        )
+
     encoder = load_encoder(source)
     processor = encoder.image_processor
     format_ = import_module(f".{EXPORT_FORMATS[to]}", __package__)
@@ -78,7 +84,7 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
-        (new / CARD).write_text(text, encoding="utf-8")
+        write_text(new / CARD, text)
         return _compare_twins(encoder, format_.load(new))
 
 

@@ -25,7 +25,7 @@ from ..clustering.pipeline_image_clustering import announce_code
 from ..conversion.digests import add_file_digests, write_digests
 from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import check_folder, staged_folder
+from ..runtime.files import check_folder, say_left_aside, staged_folder
 from ..runtime.retry import patiently
 from .card_licence import state_licence
 from .model_card import REPO_PLACEHOLDER
@@ -133,8 +133,8 @@ def push_folder(
     missing = [part for part in parts if not any(folder.glob(part))]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is not a model folder: {' and '.join(missing)} missing; give the run's "
-            "model folder"
+            f"{folder} is not a model folder: {' and '.join(missing)} missing"
+            f"{say_left_aside(folder)}; give the run's model folder"
         )
 
     found = licence_beside(folder)

@@ -34,6 +34,7 @@ from ..evaluation.embed import embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest, read_record, recorded_shards
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
+from ..runtime.text import spelt_out
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def _images_behind(store: FeatureStore, indices: list[int], paths: list[str]) ->
             return ImageDataset(whole.found, indices=np.array(indices, dtype=np.int64))
 
     sources = [Path(path) for path in paths]
-    entries = Entries.of(paths, paths)
+    entries = Entries.of(paths, map(spelt_out, paths))
     return ImageDataset(FoundImages(sources, None, None, data["name"], entries))
 
 

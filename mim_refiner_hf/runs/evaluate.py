@@ -25,7 +25,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,6 +51,7 @@ from ..evaluation.report import BANK_SIZE
 from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
+from ..runtime.lock import scratch_folder
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
 from .comparison import (
@@ -303,8 +303,7 @@ def feature_folder(features: Path | None, output_dir: Path | None) -> Iterator[P
     with ExitStack() as stack:
         folder = None
         if rank() == 0:
-            temporary = tempfile.TemporaryDirectory(prefix=".features-", dir=beside)
-            folder = stack.enter_context(temporary)
+            folder = stack.enter_context(scratch_folder(beside, "features"))
         yield Path(gather_objects(folder)[0])
         wait_for_everyone()  # nobody reads it any more
 

@@ -18,7 +18,7 @@ from ..evaluation.pictures import draw_clusters
 from ..evaluation.plots import draw_confusion, draw_map, draw_neighbours, draw_profile
 from ..evaluation.report import Evaluation
 from ..evaluation.tables import markdown_table, report_table
-from ..runtime.files import staged_folder, write_json
+from ..runtime.files import staged_folder, write_json, write_text
 from ..runtime.text import fenced, plain
 from ..runtime.wording import setting
 from .comparison import Data, Side
@@ -207,7 +207,7 @@ def write_report(
             links = [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
             parts.append("\n".join(["## Pictures", "", *links]))
         parts.append(f"## How it was measured\n\n{method(report)}")
-        (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_text(new / "report.md", "\n\n".join(parts) + "\n")
 
 
 __all__ = ["check_report_folder", "command_line", "write_report"]

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from .distributed import gather_objects, rank, world_size
 from .files import STAGED, CheckpointError, in_bytes, sha256_of, sync_to_disk
+from .room import SaveError
 from .sharding import own_parts
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
 from .wording import setting
@@ -42,10 +43,6 @@ _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 # bytes for headers, manifest and folder entries beside the tensors
 _SMALL_FILES = 2**20
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; the message says which one is intact and how to go on."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@
         ...
 
 A kill at any moment leaves the old content or the new one, and at most a hidden left-over beside
-it, which the next writer replaces.
+it, which the next writer replaces. A disk without room is a SaveError (`room.py`).
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -19,8 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .room import room_to_write
+
 REPOSITORY = Path(__file__).parents[2]
 STAGED = ".tmp-"
+_ASIDE = ".old-"
+# of Linux's renameat2: paths count from the working folder; both names change places
+_FROM_HERE = -100
+_EXCHANGE = 2
+# what a system says that cannot do that, or not on this disk
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 ON_WINDOWS = os.name == "nt"
 
 
@@ -33,17 +43,22 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` when the block ends well, and else vanishes."""
+    """A place to write to, which becomes `path` when the block ends well, and else vanishes.
+
+    Raises:
+        SaveError: when there is no room.
+    """
     # the ending is another one, so that nobody who looks for *.json meets it
     new = path.with_name(f".{path.name}.tmp")
-    try:
-        yield new
-        sync_to_disk(new)
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    sync_to_disk(path.parent)
+    with room_to_write(path):
+        try:
+            yield new
+            sync_to_disk(new)
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        sync_to_disk(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,6 +110,8 @@ def in_bytes(count: float) -> str:
 def check_folder(folder: Path, marker: str, kind: str) -> Path:
     """`folder`, resolved, if it may be written: it is absent, empty, or a `kind` of folder.
 
+    One that a killed run left aside is put back.
+
     Args:
         marker: the file by which such a folder is known.
         kind: what it is called, for the message.
@@ -103,6 +120,9 @@ def check_folder(folder: Path, marker: str, kind: str) -> Path:
         ValueError: when something else is there.
     """
     folder = Path(folder).resolve()
+    aside = left_aside(folder)
+    if aside is not None:
+        aside.rename(folder)
     if not folder.exists() or (folder / marker).is_file():
         return folder
     if folder.is_dir() and not any(folder.iterdir()):
@@ -121,35 +141,103 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
 
     Args:
         check: resolves `folder`, or raises a ValueError where it may not be replaced.
+
+    Raises:
+        SaveError: when there is no room.
     """
     folder = check(folder)
     new = folder.with_name(f"{STAGED}{folder.name}")
-    old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
 
     try:
-        yield new
-        # the names must not reach the disk before the contents
-        for path in (*new.rglob("*"), new):
-            sync_to_disk(path)
-        _exchange(folder, new, old)
+        with room_to_write(folder):
+            new.mkdir(parents=True)
+            yield new
+            # the names must not reach the disk before the contents
+            for path in (*new.rglob("*"), new):
+                sync_to_disk(path)
+            _exchange(folder, new)
+            sync_to_disk(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _exchange(folder: Path, new: Path, old: Path) -> None:
+def _exchange(folder: Path, new: Path) -> None:
     """Put `new` in the place of `folder`; where that fails, `folder` is what it was."""
+    old = folder.with_name(f"{_ASIDE}{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    if not folder.exists():
+        new.rename(folder)
+        return
+    # then the old content is under the name of the new one, which is removed
+    if _exchange_at_once(folder, new):
+        return
+
+    folder.rename(old)
     try:
         new.rename(folder)
     except OSError:
-        if old.exists():
-            old.rename(folder)
+        old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange_at_once(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, where system and disk can; False where they cannot."""
+    library = None if ON_WINDOWS else ctypes.CDLL(None, use_errno=True)
+    # Linux has it
+    if library is None or not hasattr(library, "renameat2"):
+        return False
+    names = (_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other))
+    if library.renameat2(*names, _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
+def left_aside(folder: Path) -> Path | None:
+    """Where the content of `folder` is if a run was killed while it replaced it, else None."""
+    old = folder.with_name(f"{_ASIDE}{folder.name}") if folder.name else folder
+    return old if not folder.exists() and old.is_dir() else None
+
+
+def say_left_aside(folder: Path) -> str:
+    """How to get a folder back that is not there: the end of a sentence, mostly empty."""
+    old = left_aside(folder)
+    return "" if old is None else f" (a killed run left its content in {old}: rename that)"
+
+
+def clear_left_over(folder: Path, *, beside: bool) -> None:
+    """Remove what a run that died left half-written; for who has taken over its lock of `folder`.
+
+    Args:
+        beside: `folder` is replaced as a whole, so that nothing half-written is inside.
+    """
+    if beside:
+        shutil.rmtree(folder.with_name(f"{STAGED}{folder.name}"), ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder.with_name(f"{_ASIDE}{folder.name}"), ignore_errors=True)
+        return
+
+    for part in (folder, *filter(Path.is_dir, folder.glob("[!.]*"))):
+        for path in part.glob(".*"):
+            if path.suffix == ".tmp" and path.is_file():
+                path.unlink()
+            elif path.name.startswith(STAGED):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.startswith(_ASIDE):
+                _settle(path)
+
+
+def _settle(aside: Path) -> None:
+    """Remove what stands aside, or put it back where it has no successor."""
+    folder = aside.with_name(aside.name.removeprefix(_ASIDE))
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.rename(folder)
 
 
 # --- what is installed beside the package
@@ -173,7 +261,10 @@ __all__ = [
     "STAGED",
     "CheckpointError",
     "check_folder",
+    "clear_left_over",
     "in_bytes",
+    "left_aside",
+    "say_left_aside",
     "sha256_of",
     "shipped_folder",
     "staged_folder",

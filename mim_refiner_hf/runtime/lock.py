@@ -6,7 +6,10 @@
 What holds is a lock of the operating system (`flock`, by filelock) on `.run.lock` in the folder. It
 goes with the process, however that ends, so a file that kill -9 leaves behind stops nobody; the
 file also says who holds the lock. Of the processes of one distributed job only the main one takes
-it.
+it. Who finds the file of a run that died removes what that one left half-written.
+
+    with scratch_folder(Path("."), "features") as folder:
+        ...                                         # vanishes with the block, or the next one
 
 Network file systems without locks fall back on filelock's own way, where a crashed holder's mark
 has to be removed by hand.
@@ -15,14 +18,17 @@ has to be removed by hand.
 import json
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from .distributed import rank
+from .files import clear_left_over
 from .wording import setting
 
 LOCK = ".run.lock"
@@ -67,6 +73,7 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    died = path.exists()
 
     lock = FileLock(path)
     try:
@@ -81,6 +88,8 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         holder = {"process": os.getpid(), "host": platform.node(), "since": now}
         path.write_text(json.dumps(holder))
+        if died:
+            clear_left_over(folder, beside=beside)
         yield
     finally:
         # while it is held: whoever has opened it already sees that it lost its name, and starts
@@ -93,6 +102,57 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
                 parent.rmdir()
 
 
+# --- a folder for a while
+
+
+@contextmanager
+def scratch_folder(parent: Path | None, name: str) -> Iterator[Path]:
+    """A new hidden folder that vanishes with the block.
+
+    Folders of the same name that runs left which were killed are removed first; those of runs that
+    live are locked, and stay.
+
+    Args:
+        parent: where; None for the system's folder for such things.
+        name: what it holds, a word.
+    """
+    prefix = f".{name}-"
+    folder, lock = _locked_folder(parent, prefix)
+    try:
+        for other in folder.parent.glob(f"{prefix}*"):
+            if other != folder:
+                _remove_if_dead(other, folder)
+        yield folder
+    finally:
+        # Windows removes no file that is open
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(parent: Path | None, prefix: str) -> tuple[Path, BaseFileLock]:
+    """A new folder, and the lock in it, which is held."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = FileLock(folder / LOCK)
+        # between the two, somebody may have taken it for that of a dead run
+        with suppress(Timeout, FileNotFoundError):
+            lock.acquire(timeout=0)
+            if (folder / LOCK).exists():
+                return folder, lock
+            lock.release()
+
+
+def _remove_if_dead(folder: Path, own: Path) -> None:
+    """Remove another run's folder unless its lock is held, or somebody else owns it."""
+    with suppress(OSError, Timeout):
+        if folder.is_symlink() or folder.stat().st_uid != own.stat().st_uid:
+            return
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
 def _holder(path: Path) -> str:
     """Who holds the lock, in words."""
     try:
@@ -103,4 +163,4 @@ def _holder(path: Path) -> str:
         return "it does not say which"
 
 
-__all__ = ["check_writable", "sole_run"]
+__all__ = ["check_writable", "scratch_folder", "sole_run"]

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
+
+from .text import ODD_BYTES
 
 TENSORS = "tensors.safetensors"
 # the key, in the header of a file, of the JSON that says where its parts belong
@@ -31,6 +33,14 @@ def tensor_files(count: int) -> list[str]:
     if count == 1:
         return [TENSORS]
     return [f"tensors-{i:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file."""
+    # the library opens no path that is no valid Unicode, and takes the bytes
+    if ODD_BYTES.search(str(path)):
+        return load(path.read_bytes())
+    return load_file(path)
 
 
 class ShardedTensors(Mapping[str, Tensor]):
@@ -106,8 +116,15 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's folder by name, whole; ValueError as `ShardedTensors`."""
     one = folder / TENSORS
     if one.exists():
-        return load_file(one)
+        return read_tensor_file(one)
     return ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
 
 
-__all__ = ["PLACES", "TENSORS", "ShardedTensors", "read_tensors", "tensor_files"]
+__all__ = [
+    "PLACES",
+    "TENSORS",
+    "ShardedTensors",
+    "read_tensor_file",
+    "read_tensors",
+    "tensor_files",
+]

@@ -1,15 +1,23 @@
-"""Text of strangers in Markdown: shown as it is, and never obeyed.
+r"""Text of strangers in Markdown: shown as it is, and never obeyed.
 
     f"# {plain(name)}"                        # literally, whatever is in it
     fenced(command, "bash")                   # a code block that its content cannot end
 
 Names of files, classes, data sets and models come from outside. Characters that hide or reorder
 what is written (controls, bidirectional overrides, zero-width spaces, bytes that are no Unicode)
-are spelt out as \\u202e.
+are spelt out as \u202e.
+
+    spelt_out("caf\udce9.png") == r"caf\udce9.png"     # what a file of UTF-8 can hold
+    read_back(r"caf\udce9.png")                         # what opens the file again
+
+That is the house's one way to write such a name as text: in tables, and, by JSON's own rules, in
+JSON. A backslash that would read as the beginning of one is written as \u005c.
 """
 
 import re
 
+# the bytes of a name that is no valid Unicode, as Python holds them
+ODD_BYTES = re.compile("[\ud800-\udfff]")
 UNSEEN = re.compile(
     "["
     # controls but tab and newline
@@ -29,6 +37,37 @@ _SPECIAL = re.compile(
     r"|(?<![^\W_])_|_(?![^\W_])",
     re.IGNORECASE,
 )
+
+# the two ways of spelling a character, and a backslash that looks like one of them
+_SPELT = re.compile(r"\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
+_LIKE_SPELT = re.compile(r"\\(?=u[0-9a-f]{4}|U[0-9a-f]{8})")
+
+
+# --- characters that are spelt out
+
+
+def spelt_out(text: str, characters: re.Pattern[str] = ODD_BYTES) -> str:
+    r"""`text` with some characters as \u and four digits, or \U and eight; `read_back` reads it."""
+    return characters.sub(_spell, _LIKE_SPELT.sub(r"\\u005c", text))
+
+
+def _spell(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def read_back(text: str) -> str:
+    """What `spelt_out` made `text` of."""
+    return _SPELT.sub(_unspell, text)
+
+
+def _unspell(found: re.Match[str]) -> str:
+    number = int(found[1] or found[2], 16)
+    # no character: left as it is written
+    return chr(number) if number < 0x110000 else found[0]
+
+
+# --- Markdown
 
 
 def visible(text: object) -> str:
@@ -54,4 +93,4 @@ def fenced(text: object, language: str) -> str:
     return f"{fence}{language}\n{content}\n{fence}"
 
 
-__all__ = ["fenced", "one_line", "plain", "visible"]
+__all__ = ["fenced", "one_line", "plain", "read_back", "spelt_out", "visible"]
