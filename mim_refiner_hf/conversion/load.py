@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig, shown
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .containers import inner_encoder, named_tensors, without_wrappers
@@ -40,6 +39,8 @@ from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, most_frequent, read_shap
 from .timm_models import in_our_words
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def load_encoder(
         found = in_our_words(read_source(source, revision))
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = _place_all(found.name, layout, tensors)
+    _check_values(found.name, placement)
     size = _settle(found, placement.tensors, image_size)
     config = _read_config(found, layout, placement.tensors, num_heads, size)
     _shape_as_ours(placement.tensors)
@@ -222,7 +224,7 @@ def _unknown_family(
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
         return CheckpointError(
-            f"{name} has model_type={model_type!r}, not a plain ViT known here ({known})"
+            f"{name} has model_type={shown(model_type)}, not a plain ViT known here ({known})"
         )
 
     tensors = dict(named_tensors(contents))
@@ -279,7 +281,8 @@ def _place_all(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Plac
         # too few dimensions to slice or split
         except (IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{name}: {source_name} has the unexpected shape {list(tensor.shape)}"
+                f"{name}: {listed([source_name])} has the unexpected shape "
+                f"{shown(list(tensor.shape))}"
             ) from error
         if parts is None:
             unknown.append(source_name)
@@ -325,7 +328,7 @@ def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) 
     size = as_size(asked)
     if asked is not None and size is None:
         raise CheckpointError(
-            f"image_size={asked!r:.100} is no size; give (height, width) or one side, in pixels"
+            f"image_size={shown(asked)} is no size; give (height, width) or one side, in pixels"
         )
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
@@ -343,7 +346,8 @@ def _read_config(
     states = {
         name: value
         for name, value in found.config.items()
-        if name in MimRefinerConfig.__annotations__
+        # what begins with an underline is what transformers makes of others
+        if name in MimRefinerConfig.__annotations__ and not name.startswith("_")
     }
     for name, read in layout.facts.items():
         states[name] = read(found.config or found.contents)
@@ -351,36 +355,52 @@ def _read_config(
     if size is not None:
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
-    fields = read_shapes(found.name, placed) | dict(layout.settings) | states
+    from_shapes = read_shapes(found.name, placed)
+    _compare_blocks(found.name, from_shapes, states)
+    fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(
             f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either"
         )
     # rotary positions have no native size, and of misshapen ones `_check` will speak
-    fields.setdefault("image_size", 224 // fields["patch_size"] * fields["patch_size"])
+    patch = from_shapes["patch_size"]
+    fields.setdefault("image_size", max(224 // patch, 1) * patch)
 
     if num_heads is not None:
         if states.get("num_attention_heads", num_heads) != num_heads:
             raise CheckpointError(
-                f"num_heads={num_heads}, but {found.name} states {states['num_attention_heads']}; "
-                "leave it out"
+                f"num_heads={num_heads}, but {found.name} states "
+                f"{shown(states['num_attention_heads'])}; leave it out"
             )
         fields["num_attention_heads"] = num_heads
     if fields["num_attention_heads"] is None:
         raise CheckpointError(
             f"{found.name} does not state its number of attention heads, and its width "
-            f"{fields['hidden_size']} is none of the published ones "
+            f"{shown(fields['hidden_size'])} is none of the published ones "
             f"({', '.join(map(str, HEADS_OF_WIDTH))}); pass num_heads="
         )
 
     try:
         config = MimRefinerConfig(**fields)
-    except (StrictDataclassError, ValueError) as error:
+    except ConfigurationError as error:
         raise CheckpointError(
-            f"{found.name} describes an encoder that cannot be built: {error.__cause__ or error}"
+            f"{found.name} describes an encoder that cannot be built: {error}; get its config.json "
+            "again, or correct it"
         ) from error
     config.name_or_path = found.name
     return config
+
+
+def _compare_blocks(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """CheckpointError where more blocks are stated than there are: none is built to find out."""
+    for field_name in ("num_hidden_layers", "predictor_layers"):
+        count = states.get(field_name)
+        if isinstance(count, int) and count > held[field_name]:
+            raise CheckpointError(
+                f"{name} states {field_name}={shown(count)}, but its weights have "
+                f"{held[field_name]} such blocks; the tensors of the others are missing: get its "
+                "config.json and its weights again"
+            )
 
 
 def _shape_as_ours(placed: dict[str, Tensor]) -> None:
@@ -396,7 +416,7 @@ def _shape_as_ours(placed: dict[str, Tensor]) -> None:
 
 
 def _check(name: str, layout: Layout, placement: Placement, wanted: Mapping[str, Tensor]) -> None:
-    """All or error: exactly the encoder's tensors, in its shapes, of one dtype, all finite."""
+    """All or error: exactly the encoder's tensors, in its shapes."""
     placed = placement.tensors
     missing = [key for key in wanted if key not in placed]
     if missing:
@@ -410,31 +430,37 @@ def _check(name: str, layout: Layout, placement: Placement, wanted: Mapping[str,
             f"{name}: {len(surplus)} tensors have no place in {layout.title}: {listed(surplus)}"
         )
 
-    # our name -> what is wrong with the tensor, in words that follow its name
-    dtype = most_frequent(tensor.dtype for tensor in placed.values())
-    misshapen: dict[str, str] = {}
-    mistyped: dict[str, str] = {}
-    not_finite: dict[str, str] = {}
+    misshapen = {}
     for key, tensor in placed.items():
         if tensor.shape != wanted[key].shape:
-            misshapen[key] = f" is {list(tensor.shape)}, expected {list(wanted[key].shape)}"
+            found = shown(list(tensor.shape))
+            misshapen[key] = f" is {found}, expected {list(wanted[key].shape)}"
+    _refuse(name, placement, "have wrong shapes", misshapen)
+
+
+def _check_values(name: str, placement: Placement) -> None:
+    """Floats of one dtype, all finite, before anything is computed with them."""
+    dtype = most_frequent(tensor.dtype for tensor in placement.tensors.values())
+    mistyped: dict[str, str] = {}
+    not_finite: dict[str, str] = {}
+    for key, tensor in placement.tensors.items():
         if tensor.dtype != dtype:
             mistyped[key] = f" is {tensor.dtype}"
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        elif tensor.dtype not in _DTYPES or not tensor.isfinite().all():
             not_finite[key] = ""
+    _refuse(name, placement, f"are not {dtype} as the others are", mistyped)
+    _refuse(name, placement, "hold NaN, infinite or integer values", not_finite)
 
-    problems = {
-        "have wrong shapes": misshapen,
-        f"are not {dtype} as the others are": mistyped,
-        "hold NaN, infinite or integer values": not_finite,
-    }
-    for problem, broken in problems.items():
-        if broken:
-            named = []
-            for key, what in broken.items():
-                origin = placement.came_from[key]
-                named.append(key + what + (f" (from {origin})" if origin != key else ""))
-            raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
+
+def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, str]) -> None:
+    """CheckpointError that lists the broken tensors, if any: our name -> what follows it."""
+    if not broken:
+        return
+    named = []
+    for key, what in broken.items():
+        origin = placement.came_from[key]
+        named.append(key + what + (f" (from {origin})" if origin != key else ""))
+    raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 
 
 __all__ = ["LoadReport", "image_processor", "load_encoder"]
