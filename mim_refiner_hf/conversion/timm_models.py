@@ -79,14 +79,14 @@ def in_our_words(found: Source) -> Source:
     try:
         model = _build(found.name, str(architecture), arguments)
         return model_in_our_words(found, model, pretrained)
-    except ValueError:
+    except CheckpointError:
         raise
     # a stranger's arguments make timm raise nearly anything, or build what cannot be read
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{found.name} is timm's {shown(architecture)}, which cannot be built as it says: "
-            f"{one_line(reason)[:200]}; correct model_args of its config.json"
+            f"{one_line(reason)[:200]}; correct its config.json"
         ) from error
 
 
@@ -102,7 +102,10 @@ def _check_arguments(found: Source, arguments: Any) -> None:
     for kind in (VisionTransformer, Beit):
         known |= inspect.signature(kind).parameters.keys()
     if not isinstance(arguments, Mapping):
-        raise CheckpointError(f"{found.name} has model_args {shown(arguments)}; it must be {{..}}")
+        raise CheckpointError(
+            f"{found.name} cannot be built as it says: model_args is {shown(arguments)}; it must "
+            "be an object, {..}"
+        )
 
     blocks = {match[1] for match in map(_BLOCK.match, map(str, found.contents)) if match}
     for key, value in arguments.items():
@@ -111,8 +114,9 @@ def _check_arguments(found: Source, arguments: Any) -> None:
         wrong = [n for n in numbers if isinstance(n, int | float) and not abs(n) <= most]
         if key not in known or len(numbers) > 2 or wrong:
             raise CheckpointError(
-                f"{found.name} has {shown(key)} {shown(value)} in model_args; allowed are the "
-                f"arguments of timm's VisionTransformer and Beit, with numbers up to {most}"
+                f"{found.name} cannot be built as it says: model_args has {shown(key)} "
+                f"{shown(value)}; allowed are the arguments of timm's VisionTransformer and Beit, "
+                f"with numbers up to {most}"
             )
 
 
