@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import CheckpointError, sha256_of
+from ..runtime.strangers import read_json
 from .layout import listed
 
 DIGESTS = "weights_digests.json"
@@ -50,7 +51,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def _fields_digest(path: Path) -> str:
     """sha256, in hexadecimal, of the fields of a JSON object that say how weights are used."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path)
     used = {key: value for key, value in fields.items() if key not in _BOOKKEEPING}
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 
@@ -67,7 +68,7 @@ def write_digests(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def add_file_digests(folder: Path) -> None:
     """Add to `weights_digests.json` those of the JSON files that say how the weights are used."""
-    digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    digests = read_json(folder / DIGESTS)
     _write(folder, digests | {name: _fields_digest(folder / name) for name in SETTINGS})
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..runtime.text import one_line
 from .licence import UNKNOWN, Licence
 
 CLS_TOKEN = "embeddings.cls_token"
@@ -24,6 +25,9 @@ CLS_POSITION = "embeddings.cls_position"
 ANY_POSITIONS = "embeddings.any_positions"
 
 Placed = dict[str, Tensor]
+
+# characters of a tensor's name in a message, with what is wrong with it
+_LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,9 @@ class Source:
 
 
 def listed(names: list[str], limit: int = 8) -> str:
-    """Names for an error message, the first few of a long list."""
-    if len(names) <= limit:
-        return ", ".join(names)
-    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    """Names for an error message, the first few of a long list, each on one line and cut."""
+    first = ", ".join(one_line(name)[:_LONGEST_NAME] for name in names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 # --- how a tensor is placed: its target name and itself -> our names with their tensors ---------

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig, shown
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .containers import inner_encoder, named_tensors, without_wrappers
@@ -33,10 +32,11 @@ from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, 
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
+from .placement import check_shapes, check_values, place_all
 from .positions import Size, as_size, settle_positions
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
-from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, most_frequent, read_shapes
+from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
 from .timm_models import in_our_words
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ def load_encoder(
     else:
         found = in_our_words(read_source(source, revision))
     layout, tensors, recognised_by = _recognise(found, family or found.family)
-    placement = _place_all(found.name, layout, tensors)
+    placement = place_all(found.name, layout, tensors)
+    check_values(found.name, placement)
     size = _settle(found, placement.tensors, image_size)
     config = _read_config(found, layout, placement.tensors, num_heads, size)
     _shape_as_ours(placement.tensors)
@@ -117,7 +118,7 @@ def load_encoder(
     # shapes only: every weight comes from the source
     with torch.device("meta"):
         encoder = MimRefinerModel(config)
-    _check(found.name, layout, placement, encoder.state_dict())
+    check_shapes(found.name, layout, placement, encoder.state_dict())
 
     # copies, no views of a mapped file
     dtype = placement.tensors[KERNEL].dtype
@@ -222,7 +223,7 @@ def _unknown_family(
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
         return CheckpointError(
-            f"{name} has model_type={model_type!r}, not a plain ViT known here ({known})"
+            f"{name} has model_type={shown(model_type)}, not a plain ViT known here ({known})"
         )
 
     tensors = dict(named_tensors(contents))
@@ -245,78 +246,6 @@ def _unknown_family(
     )
 
 
-# --- place ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the tensors of a file went.
-
-    Args:
-        tensors: our names with what belongs there.
-        came_from: our names with the names in the file.
-        dropped: reason -> names in the file that were left behind on purpose.
-    """
-
-    tensors: dict[str, Tensor]
-    came_from: dict[str, str]
-    dropped: dict[str, list[str]]
-
-
-def _place_all(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Placement:
-    """Every tensor of the file where the rules put it; CheckpointError if they say nothing."""
-    placed: dict[str, Tensor] = {}
-    came_from: dict[str, str] = {}
-    dropped: dict[str, list[str]] = {}
-    unknown: list[str] = []
-    for source_name, tensor in tensors.items():
-        reason = layout.reason_to_drop(source_name)
-        if reason is not None:
-            dropped.setdefault(reason, []).append(source_name)
-            continue
-        try:
-            parts = layout.place(source_name, tensor)
-        # too few dimensions to slice or split
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{name}: {source_name} has the unexpected shape {list(tensor.shape)}"
-            ) from error
-        if parts is None:
-            unknown.append(source_name)
-            continue
-
-        for target, part in parts.items():
-            if target in placed:
-                raise CheckpointError(
-                    f"{name}: both {came_from[target]} and {source_name} would fill {target}"
-                )
-            placed[target] = part
-            came_from[target] = source_name
-
-    if unknown:
-        raise CheckpointError(
-            f"{name}: {len(unknown)} tensors have no place in {layout.title}: {listed(unknown)}"
-        )
-    if not placed:
-        raise _nothing_placed(name, layout, dropped)
-    if layout.finish is not None:
-        placed = layout.finish(placed)
-        came_from = layout.finish(came_from)
-    return Placement(placed, came_from, dropped)
-
-
-def _nothing_placed(name: str, layout: Layout, dropped: dict[str, list[str]]) -> CheckpointError:
-    """The error for a file whose tensors are not an encoder's."""
-    where = " or ".join(".".join(path) or "its top level" for path in layout.paths)
-    found = f"nothing under {where}"
-    if dropped:
-        counts = [f"{reason}: {len(names)} tensors" for reason, names in dropped.items()]
-        found = f"only {'; '.join(counts)}"
-    return CheckpointError(
-        f"{name} holds no encoder of {layout.title}, {found}; load the full checkpoint"
-    )
-
-
 # --- configure and check -------------------------------------------------------------------------
 
 
@@ -325,7 +254,7 @@ def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) 
     size = as_size(asked)
     if asked is not None and size is None:
         raise CheckpointError(
-            f"image_size={asked!r:.100} is no size; give (height, width) or one side, in pixels"
+            f"image_size={shown(asked)} is no size; give (height, width) or one side, in pixels"
         )
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
@@ -343,7 +272,8 @@ def _read_config(
     states = {
         name: value
         for name, value in found.config.items()
-        if name in MimRefinerConfig.__annotations__
+        # what begins with an underline is what transformers makes of others
+        if name in MimRefinerConfig.__annotations__ and not name.startswith("_")
     }
     for name, read in layout.facts.items():
         states[name] = read(found.config or found.contents)
@@ -351,36 +281,52 @@ def _read_config(
     if size is not None:
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
-    fields = read_shapes(found.name, placed) | dict(layout.settings) | states
+    from_shapes = read_shapes(found.name, placed)
+    _compare_blocks(found.name, from_shapes, states)
+    fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(
             f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either"
         )
-    # rotary positions have no native size, and of misshapen ones `_check` will speak
-    fields.setdefault("image_size", 224 // fields["patch_size"] * fields["patch_size"])
+    # rotary positions have no native size, and of misshapen ones `check_shapes` will speak
+    patch = from_shapes["patch_size"]
+    fields.setdefault("image_size", max(224 // patch, 1) * patch)
 
     if num_heads is not None:
         if states.get("num_attention_heads", num_heads) != num_heads:
             raise CheckpointError(
-                f"num_heads={num_heads}, but {found.name} states {states['num_attention_heads']}; "
-                "leave it out"
+                f"num_heads={num_heads}, but {found.name} states "
+                f"{shown(states['num_attention_heads'])}; leave it out"
             )
         fields["num_attention_heads"] = num_heads
     if fields["num_attention_heads"] is None:
         raise CheckpointError(
             f"{found.name} does not state its number of attention heads, and its width "
-            f"{fields['hidden_size']} is none of the published ones "
+            f"{shown(fields['hidden_size'])} is none of the published ones "
             f"({', '.join(map(str, HEADS_OF_WIDTH))}); pass num_heads="
         )
 
     try:
         config = MimRefinerConfig(**fields)
-    except (StrictDataclassError, ValueError) as error:
+    except ConfigurationError as error:
         raise CheckpointError(
-            f"{found.name} describes an encoder that cannot be built: {error.__cause__ or error}"
+            f"{found.name} describes an encoder that cannot be built: {error}; get its config.json "
+            "again, or correct it"
         ) from error
     config.name_or_path = found.name
     return config
+
+
+def _compare_blocks(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """CheckpointError where more blocks are stated than there are: none is built to find out."""
+    for field_name in ("num_hidden_layers", "predictor_layers"):
+        count = states.get(field_name)
+        if isinstance(count, int) and count > held[field_name]:
+            raise CheckpointError(
+                f"{name} states {field_name}={shown(count)}, but its weights have "
+                f"{held[field_name]} such blocks; the tensors of the others are missing: get its "
+                "config.json and its weights again"
+            )
 
 
 def _shape_as_ours(placed: dict[str, Tensor]) -> None:
@@ -390,51 +336,9 @@ def _shape_as_ours(placed: dict[str, Tensor]) -> None:
     if CLS_POSITION in placed and CLS_TOKEN in placed:
         token = placed[CLS_TOKEN]
         position = placed.pop(CLS_POSITION)
-        # else one of them is wrong, which `_check` will say
+        # else one of them is wrong, which `check_shapes` will say
         if token.shape == position.shape and token.dtype == position.dtype:
             placed[CLS_TOKEN] = token + position
-
-
-def _check(name: str, layout: Layout, placement: Placement, wanted: Mapping[str, Tensor]) -> None:
-    """All or error: exactly the encoder's tensors, in its shapes, of one dtype, all finite."""
-    placed = placement.tensors
-    missing = [key for key in wanted if key not in placed]
-    if missing:
-        raise CheckpointError(
-            f"{name}: {len(missing)} of {len(wanted)} {layout.family} tensors are missing: "
-            f"{listed(missing)}"
-        )
-    surplus = [key for key in placed if key not in wanted]
-    if surplus:
-        raise CheckpointError(
-            f"{name}: {len(surplus)} tensors have no place in {layout.title}: {listed(surplus)}"
-        )
-
-    # our name -> what is wrong with the tensor, in words that follow its name
-    dtype = most_frequent(tensor.dtype for tensor in placed.values())
-    misshapen: dict[str, str] = {}
-    mistyped: dict[str, str] = {}
-    not_finite: dict[str, str] = {}
-    for key, tensor in placed.items():
-        if tensor.shape != wanted[key].shape:
-            misshapen[key] = f" is {list(tensor.shape)}, expected {list(wanted[key].shape)}"
-        if tensor.dtype != dtype:
-            mistyped[key] = f" is {tensor.dtype}"
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            not_finite[key] = ""
-
-    problems = {
-        "have wrong shapes": misshapen,
-        f"are not {dtype} as the others are": mistyped,
-        "hold NaN, infinite or integer values": not_finite,
-    }
-    for problem, broken in problems.items():
-        if broken:
-            named = []
-            for key, what in broken.items():
-                origin = placement.came_from[key]
-                named.append(key + what + (f" (from {origin})" if origin != key else ""))
-            raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 
 
 __all__ = ["LoadReport", "image_processor", "load_encoder"]

@@ -59,7 +59,7 @@ def settle_positions(
     # what is missing, or misshapen, is said by who checks the shapes
     if positions is None or positions.ndim != 3 or kernel is None or kernel.ndim != 4:
         return None
-    if positions.shape[2] != len(kernel):
+    if not kernel.numel() or positions.shape[2] != len(kernel):
         return None
     patch_size = kernel.shape[-1]
     rows = positions.shape[1]

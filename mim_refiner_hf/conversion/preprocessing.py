@@ -3,7 +3,6 @@
 image_processor(encoder.config, saved_preprocessing("facebook/vit-mae-base"))
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,13 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
+from ..model.configuration_mim_refiner import MimRefinerConfig, shown
+from ..model.image_processing_mim_refiner import (
+    MimRefinerImageProcessor,
+    check_settings,
+    sides_of,
+)
+from ..runtime.strangers import read_json
 
 _FILE = "preprocessor_config.json"
 # where transformers 5 nests the same for models with several inputs
@@ -29,6 +33,9 @@ _FOREIGN = (
 )
 # ConvNeXT's kind resizes whole images from this side on, and crops smaller ones
 _WARPED_FROM = 384
+# Pixels of a side that a file may ask for: so many times the native ones, and so many of any model.
+_TIMES_NATIVE = 4
+_ALWAYS_ALLOWED = 1024
 
 
 def image_processor(
@@ -44,20 +51,23 @@ def image_processor(
     Raises:
         ValueError: naming the key, for one that is not supported, or has no such value.
     """
+    height, width = config.image_hw
+    whose = f"{_FILE} of the model says"
+    check_settings(source, whose, max(_ALWAYS_ALLOWED, _TIMES_NATIVE * max(height, width)))
     for key in _FOREIGN:
         if source.get(key):
             raise ValueError(
-                f"{_FILE} of the model says {key} {source[key]!r}, which is not supported; "
+                f"{whose} {key} {shown(source[key])}, which is not supported; "
                 "preprocess the images yourself, and take it out"
             )
-    height, width = config.image_hw
+
     native = {"height": height, "width": width}
     size = _sides(source.get("size"), native)
     crop = _sides(source.get("crop_size"), native)
     if "height" in size and not source.get("do_center_crop"):
         crop = size
     if source.get("crop_pct") is not None:
-        size, crop = _of_a_share(size, source["crop_pct"])
+        size, crop = _of_a_share(size, float(source["crop_pct"]))
 
     mean = list(MimRefinerImageProcessor.image_mean)
     std = list(MimRefinerImageProcessor.image_std)
@@ -65,21 +75,40 @@ def image_processor(
     if config.num_channels != 3:
         mean = [sum(mean) / 3] * config.num_channels
         std = [sum(std) / 3] * config.num_channels
-    mean, std = _of_unit_pixels(
-        source, source.get("image_mean", mean), source.get("image_std", std)
-    )
+    mean = _per_channel(source, "image_mean", mean)
+    std = _per_channel(source, "image_std", std)
+    mean, std = _of_unit_pixels(source, mean, std)
+    resample = source.get("resample")
     return MimRefinerImageProcessor(
         size={"shortest_edge": max(size.values())},
         crop_size=crop,
         image_mean=mean,
         image_std=std,
-        resample=source.get("resample", MimRefinerImageProcessor.resample),
+        resample=MimRefinerImageProcessor.resample if resample is None else resample,
         do_convert_rgb=config.num_channels == 3,
         value_range=source.get("value_range"),
     )
 
 
-def _of_unit_pixels(source: Mapping[str, Any], mean: Any, std: Any) -> tuple[Any, Any]:
+def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> list[float]:
+    """The numbers under a key, one for each channel; ValueError for another number of them."""
+    value = source.get(key)
+    if value is None:
+        return default
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if len(numbers) == 1:
+        numbers *= len(default)
+    if len(numbers) != len(default):
+        raise ValueError(
+            f"{_FILE} of the model says {key} {shown(value)}; it must be {len(default)} numbers, "
+            "one for each channel that the model reads"
+        )
+    return numbers
+
+
+def _of_unit_pixels(
+    source: Mapping[str, Any], mean: list[float], std: list[float]
+) -> tuple[list[float], list[float]]:
     """Mean and deviation by which pixels in 0 to 1 become what the source makes of 0 to 255.
 
     A source may scale by another factor, or not at all, and may not normalise. All of that is one
@@ -89,7 +118,7 @@ def _of_unit_pixels(source: Mapping[str, Any], mean: Any, std: Any) -> tuple[Any
     if source.get("do_rescale") is False:
         factor = 1.0
     elif source.get("rescale_factor") is not None:
-        factor = _positive(source, "rescale_factor")
+        factor = float(source["rescale_factor"])
     normalises = source.get("do_normalize") is not False
     if normalises and math.isclose(factor, 1 / 255, rel_tol=1e-6):
         return mean, std
@@ -100,22 +129,13 @@ def _of_unit_pixels(source: Mapping[str, Any], mean: Any, std: Any) -> tuple[Any
     return [value / scale for value in mean], [value / scale for value in std]
 
 
-def _of_a_share(size: dict[str, int], share: Any) -> tuple[dict[str, int], dict[str, int]]:
+def _of_a_share(size: dict[str, int], share: float) -> tuple[dict[str, int], dict[str, int]]:
     """Size and crop where the crop is a share of the resized image, as in ConvNeXT's files."""
     side = max(size.values())
     square = {"height": side, "width": side}
     if side >= _WARPED_FROM:
         return square, square
-    share = _positive({"crop_pct": share}, "crop_pct")
     return {"shortest_edge": int(side / share)}, square
-
-
-def _positive(source: Mapping[str, Any], key: str) -> float:
-    """The number under a key; ValueError unless it is one above 0."""
-    value = source[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{_FILE} of the model says {key} {value!r:.100}; it is a number above 0")
-    return float(value)
 
 
 def nested_preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +148,7 @@ def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
     """A size as a dictionary: an integer, as in old files, is a square; nothing is the native."""
     if isinstance(stated_size, int):
         return {"height": stated_size, "width": stated_size}
-    return dict(stated_size or native)
+    return sides_of(stated_size) or native
 
 
 def saved_preprocessing(name: str) -> dict[str, Any]:
@@ -148,10 +168,7 @@ def _stated(name: str, file: str) -> dict[str, Any]:
         # no such model or file, or no network: the family's own preprocessing is as good
         except (OSError, ValueError):
             found = None
-    if found is None:
-        return {}
-    stated = json.loads(Path(found).read_text(encoding="utf-8"))
-    return dict(stated) if isinstance(stated, Mapping) else {}
+    return {} if found is None else read_json(Path(found))
 
 
 __all__ = ["PROCESSOR", "image_processor", "nested_preprocessing", "saved_preprocessing"]

@@ -4,7 +4,6 @@ No pickle is ever executed, and of a Hub model only JSON, weights and the card (
 downloaded.
 """
 
-import json
 import re
 import zipfile
 from argparse import Namespace
@@ -18,8 +17,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..runtime.files import CheckpointError, say_left_aside
+from ..runtime.files import CheckpointError, in_bytes, say_left_aside
 from ..runtime.retry import patiently
+from ..runtime.strangers import check_contents, parse_json, read_json
 from ..runtime.tensor_files import read_tensor_file
 from ..runtime.text import one_line
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
@@ -31,6 +31,8 @@ from .zoo import ZOO, fetch
 
 # in the order in which transformers looks for them; an index names the shards
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# of a safetensors file, in bytes: the format's own limit
+_LONGEST_HEADER = 100_000_000
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
@@ -68,10 +70,10 @@ def read_source(source: str | Path, revision: str | None) -> Source:
 
 def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
     """The weights and the JSON files of a model folder; `name` is what its user calls it."""
-    digests = _read_json(folder / DIGESTS)
-    config, preprocessing = (_read_json(folder / file) for file in SETTINGS)
+    digests = read_json(folder / DIGESTS)
+    config, preprocessing = (read_json(folder / file) for file in SETTINGS)
     # as transformers: one that is nested in the processor's file comes first
-    preprocessing = nested_preprocessing(_read_json(folder / PROCESSOR)) or preprocessing
+    preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or preprocessing
 
     contents: dict[str, Any] = {}
     for file in weight_files(folder, name):
@@ -99,12 +101,13 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         index = folder / f"{file}.index.json"
         if not index.is_file():
             continue
-        named = _read_json(index).get("weight_map")
+        named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not named:
             raise CheckpointError(f"{index} has no weight_map, which names the shards")
         shards = sorted({str(shard) for shard in named.values()})
+        there = {path.name for path in folder.iterdir() if path.is_file()}
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if shard not in there:
                 raise CheckpointError(
                     f"{index.name} of {name} names {one_line(shard)[:200]}, which is missing "
                     "there; get the model again"
@@ -144,28 +147,21 @@ def _hub_folder(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; get it again") from error
-
-
 def read_weights(path: Path) -> Mapping[str, Any]:
     """The nested dictionary that a weight file holds; nothing in a torch file is executed."""
     try:
         if path.suffix == ".safetensors":
-            return read_tensor_file(path)
+            tensors = read_tensor_file(path)
+            check_contents(path, tensors)
+            return tensors
+        _refuse_packed(path)
         # plain data; the official dBOT, ConMIM and iBOT files carry a Namespace
         with torch.serialization.safe_globals([Namespace]):
             # all but the oldest torch files are zips and can be mapped: their pages come in as
             # they are used, never all at once
             is_zip = zipfile.is_zipfile(path)
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError:
+    except (OSError, CheckpointError):
         raise
     # damaged bytes make the parsers raise nearly anything
     except Exception as error:
@@ -175,7 +171,22 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path} holds a {type(contents).__name__}, not a dictionary of tensors"
         )
+    check_contents(path, contents)
     return contents
+
+
+def _refuse_packed(path: Path) -> None:
+    """CheckpointError for a zip whose parts are larger than itself; torch packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    size = path.stat().st_size
+    if unpacked > size:
+        raise CheckpointError(
+            f"{path} has {in_bytes(size)} and would be unpacked to {in_bytes(unpacked)}, but "
+            "weight files are not packed; get it again"
+        )
 
 
 def _why_unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -185,7 +196,7 @@ def _why_unreadable(path: Path, error: Exception) -> CheckpointError:
         is_torch_file = file.read(2).startswith((b"PK", b"\x80"))
     if isinstance(error, UnpicklingError) and is_torch_file:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({asked[1]})" if asked else ""
+        what = f" ({one_line(asked[1])[:200]})" if asked else ""
         return CheckpointError(
             f"{path} holds more than plain tensors{what} and would execute code while being read, "
             "which was refused; get the weights as safetensors, or have their state dict saved "
@@ -194,7 +205,7 @@ def _why_unreadable(path: Path, error: Exception) -> CheckpointError:
 
     lost = _cut_off(path)
     what = f", without {listed(lost)}" if lost else ""
-    reason = f"{type(error).__name__}: {error}".split(". ")[0]
+    reason = one_line(f"{type(error).__name__}: {error}".split(". ")[0])[:200]
     return CheckpointError(
         f"{path} is unreadable: truncated{what}, or no weight file ({reason}); get it again"
     )
@@ -209,13 +220,13 @@ def _cut_off(path: Path) -> list[str]:
     with path.open("rb") as file:
         # the data begin after the length of the header and the header
         start = 8 + int.from_bytes(file.read(8), "little")
-        if path.suffix != ".safetensors" or start > size:
+        if path.suffix != ".safetensors" or start > min(size, _LONGEST_HEADER):
             return []
         header = file.read(start - 8)
 
     # the header itself can be damaged
     try:
-        entries = json.loads(header)
+        entries = parse_json(header.decode("utf-8"))
         entries.pop("__metadata__", None)
         ends = {name: start + entry["data_offsets"][1] for name, entry in entries.items()}
         return sorted((name for name, end in ends.items() if end > size), key=ends.__getitem__)

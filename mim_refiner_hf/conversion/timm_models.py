@@ -9,7 +9,9 @@ tokens are read off it.
 timm is imported where it is needed: that takes seconds.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,9 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.configuration_mim_refiner import shown
+from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
+from ..runtime.text import one_line
 from .layout import Source
 
+# of an argument of timm's models, in either direction; `depth` is compared with the weights
+_LARGEST_ARGUMENT = 2**16
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 # Pillow's numbers
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 # transformers' words for timm's classes
@@ -61,8 +69,55 @@ def in_our_words(found: Source) -> Source:
     architecture = found.config.get("architecture")
     if architecture is None:
         return found
-    model = _build(found.name, str(architecture), found.config.get("model_args") or {})
-    return model_in_our_words(found, model, found.config.get("pretrained_cfg"))
+    pretrained = found.config.get("pretrained_cfg")
+    if pretrained is not None and not isinstance(pretrained, Mapping):
+        raise CheckpointError(
+            f"{found.name} has pretrained_cfg {shown(pretrained)}; it must be an object, {{..}}"
+        )
+    arguments = found.config.get("model_args") or {}
+    _check_arguments(found, arguments)
+    try:
+        model = _build(found.name, str(architecture), arguments)
+        return model_in_our_words(found, model, pretrained)
+    except CheckpointError:
+        raise
+    # a stranger's arguments make timm raise nearly anything, or build what cannot be read
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{found.name} is timm's {shown(architecture)}, which cannot be built as it says: "
+            f"{one_line(reason)[:200]}; correct its config.json"
+        ) from error
+
+
+def _check_arguments(found: Source, arguments: Any) -> None:
+    """CheckpointError for arguments of a timm model that no plain ViT has, or that are too large.
+
+    Only those are built: a stranger's numbers, given to any architecture, would have no end.
+    """
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
+    known: set[str] = set()
+    for kind in (VisionTransformer, Beit):
+        known |= inspect.signature(kind).parameters.keys()
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(
+            f"{found.name} cannot be built as it says: model_args is {shown(arguments)}; it must "
+            "be an object, {..}"
+        )
+
+    blocks = {match[1] for match in map(_BLOCK.match, map(str, found.contents)) if match}
+    for key, value in arguments.items():
+        most = len(blocks) if key == "depth" else _LARGEST_ARGUMENT
+        numbers = value if isinstance(value, list) else [value]
+        wrong = [n for n in numbers if isinstance(n, int | float) and not abs(n) <= most]
+        if key not in known or len(numbers) > 2 or wrong:
+            raise CheckpointError(
+                f"{found.name} cannot be built as it says: model_args has {shown(key)} "
+                f"{shown(value)}; allowed are the arguments of timm's VisionTransformer and Beit, "
+                f"with numbers up to {most}"
+            )
 
 
 def model_in_our_words(
@@ -91,18 +146,13 @@ def _build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
 
     if not timm.is_model(architecture):
         raise CheckpointError(
-            f"{name} is timm's {architecture!r}, which timm {timm.__version__} does not know; "
+            f"{name} is timm's {shown(architecture)}, which timm {timm.__version__} does not know; "
             "update timm"
         )
-    entrypoint = timm.model_entrypoint(architecture)
-    try:
-        with torch.device("meta"):
-            return entrypoint(pretrained=False, **{**arguments, "num_classes": 0})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{name} is timm's {architecture!r}, which cannot be built as it says: {reason}"
-        ) from error
+    with torch.device("meta"):
+        return timm.model_entrypoint(architecture)(
+            pretrained=False, **{**arguments, "num_classes": 0}
+        )
 
 
 def _activation(name: str, mlp: nn.Module) -> str | None:
@@ -156,13 +206,20 @@ def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "image_mean": pretrained.get("mean"),
         "image_std": pretrained.get("std"),
-        "resample": _RESAMPLE.get(pretrained.get("interpolation", "")),
+        "resample": _RESAMPLE.get(str(pretrained.get("interpolation"))),
     }
-    if pretrained.get("input_size") and pretrained.get("crop_mode", "center") == "center":
-        _, height, width = pretrained["input_size"]
-        shortest = math.floor(min(height, width) / pretrained.get("crop_pct", 1.0))
+    size = pretrained.get("input_size")
+    if size and pretrained.get("crop_mode", "center") == "center":
+        if not isinstance(size, list | tuple) or len(size) != 3:
+            raise CheckpointError(
+                f"pretrained_cfg of the model says input_size {shown(size)}; it must be "
+                "(channels, height, width)"
+            )
+        _, height, width = size
         fields["crop_size"] = {"height": height, "width": width}
-        fields["size"] = {"shortest_edge": shortest}
+        share = 1.0 if pretrained.get("crop_pct") is None else pretrained["crop_pct"]
+        check_settings({**fields, "crop_pct": share}, "pretrained_cfg of the model says")
+        fields["size"] = {"shortest_edge": math.floor(min(height, width) / share)}
 
     # lists, as JSON has them
     stated = {}

@@ -120,6 +120,7 @@ def convert(
             rounding = _cast(encoder, DTYPES[dtype])
         written_dtype = encoder.dtype
         expected = encode_fixed_input(encoder)
+        _refuse_not_finite(source, expected)
         write_model(new, encoder, processor, written_dtype)
 
         # its memory is wanted for the one that is read back
@@ -161,6 +162,16 @@ def _cast(encoder: MimRefinerModel, dtype: torch.dtype) -> float:
     return relative_difference(exact, encode_fixed_input(encoder))
 
 
+def _refuse_not_finite(source: str | Path, outputs: Tensor) -> None:
+    """CheckpointError where a model encodes random pixels as NaN or infinity."""
+    if not outputs.isfinite().all():
+        raise CheckpointError(
+            f"{source} encodes an image of random pixels as NaN or infinity, so that nothing can "
+            "be compared: its weights are too large, perhaps only for half precision, or its "
+            "config.json has another layer_norm_eps or hidden_act than they need; get it again"
+        )
+
+
 def _read_back(folder: Path, source: str | Path, expected: Tensor) -> float:
     """By how much, relatively, the outputs of the written model differ; an error for too much."""
     difference = relative_difference(expected, encode_fixed_input(load_encoder(folder)))
@@ -184,8 +195,10 @@ def encode_fixed_input(encoder: MimRefinerModel) -> Tensor:
 
 
 def relative_difference(expected: Tensor, got: Tensor) -> float:
-    """max |expected - got| / max |expected|; NaN where either holds one."""
-    return float((expected - got).abs().max() / expected.abs().max())
+    """max |expected - got| / max |expected|, 0 where they are equal; NaN where either holds one."""
+    difference = (expected - got).abs().max()
+    # of weights that are all 0 the outputs are, too
+    return float(difference / expected.abs().max()) if difference != 0 else 0.0
 
 
 # The card
