@@ -84,7 +84,7 @@ def images_at(path: str | Path) -> list[str]:
 
     listing = list_folder(root)
     images = image_files(listing.files)
-    for line in left_aside(root, listing, images):
+    for line in lines_about_the_rest(root, listing, images):
         logger.warning(line)
     if not images:
         raise ValueError(f"No images in {root}: {LOOKED_FOR}.")
@@ -203,7 +203,7 @@ def ending_of(file: str) -> str:
     return os.path.splitext(file)[1].lower()  # noqa: PTH122
 
 
-def left_aside(
+def lines_about_the_rest(
     root: str | Path, listing: FolderListing, taken: Collection[str], hint: str = ""
 ) -> list[str]:
     """A line for each kind of thing in a folder that is not read; none where all is.
@@ -328,7 +328,7 @@ __all__ = [
     "find_items",
     "image_files",
     "images_at",
-    "left_aside",
+    "lines_about_the_rest",
     "list_folder",
     "read_item",
 ]

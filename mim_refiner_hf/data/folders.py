@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..clustering.image_items import LOOKED_FOR, FolderListing, image_files, left_aside
+from ..clustering.image_items import LOOKED_FOR, FolderListing, image_files, lines_about_the_rest
 from ..runtime.distributed import rank
 from ..runtime.wording import setting
 from .columns import find_labels, label_of, label_values, numbered
@@ -82,7 +82,7 @@ def find_in_folder(
 def tell_left_aside(root: Path, listing: FolderListing, taken: Sequence[str]) -> None:
     """Say once what of a folder is not read."""
     hint = f"; {setting('follow_links')} enters them"
-    for line in left_aside(root, listing, taken, hint):
+    for line in lines_about_the_rest(root, listing, taken, hint):
         if rank() == 0:
             logger.warning(line)
 
