@@ -1,7 +1,11 @@
 """File names that are no valid Unicode, or hold line ends: one way to write them, read back."""
 
 import json
+import logging
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,13 @@ from mim_refiner_hf.publishing.export import export
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runtime.files import write_json
 from mim_refiner_hf.runtime.tensor_files import read_tensor_file
-from mim_refiner_hf.runtime.text import read_back, spelt_out
+from mim_refiner_hf.runtime.text import (
+    UNSEEN,
+    VisibleFormatter,
+    on_terminal,
+    read_back,
+    spelt_out,
+)
 
 NAMES = (
     b"plain.png",
@@ -130,3 +140,50 @@ def test_what_a_library_cannot_open_is_refused_at_once(
 ) -> None:
     with pytest.raises(ValueError, match="no path that is no valid Unicode"):
         export(model, in_folder(tmp_path, b"o\xff"), to)
+
+
+# ---- what a terminal sees
+
+HOSTILE = "\x1b]0;OWNED\x07\x1b[31m\x9b\u202e\x08\u2028"
+
+
+@given(st.text(st.characters(max_codepoint=0x2100) | st.sampled_from(HOSTILE + "\n\r\t")))
+def test_nothing_that_a_terminal_obeys_reaches_it(text: str) -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "broken: %s", (text,), None)
+    for shown in (on_terminal(text), VisibleFormatter("%(message)s").format(record)):
+        assert len(shown.splitlines()) <= 1 and not UNSEEN.search(shown)
+
+
+def test_a_traceback_in_the_log_keeps_its_lines() -> None:
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        information = sys.exc_info()
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "it failed", (), information)
+    assert "\nTraceback" in VisibleFormatter().format(record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["embed", "cluster", "evaluate"])
+def test_no_name_of_a_file_reaches_the_terminal_raw(
+    command: str, model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for i in range(12):
+        (data / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        shade = Image.new("RGB", (16, 16), (20 * i, 90, 50))
+        shade.save(data / "ab"[i % 2] / f"{i}.png")
+    (data / "a" / f"broken{HOSTILE}\nerror: fake line.png").write_bytes(b"no picture")
+    out = {"embed": "--out", "cluster": "--out", "evaluate": "--output_dir"}[command]
+    words = [command, str(data), "--model", str(model), out, str(tmp_path / "out")]
+    # in a process of its own: pytest has taken the log over
+    ran = subprocess.run(
+        [sys.executable, "-m", "mim_refiner_hf.cli", *words, "--num_workers", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    said = ran.stdout + ran.stderr
+    assert "broken" in said and not re.search("[\x1b\x07\x9b\u202e\x08\u2028]", said)
+    assert not any(line.startswith("error:") for line in said.splitlines())

@@ -76,12 +76,15 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..runtime.launch import launch_processes, launched_short
     from ..runtime.room import SaveError, room_to_write
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
+    from ..runtime.text import VisibleFormatter, on_terminal
     from ..runtime.wording import in_the_shell
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as stderr is: a name with odd bytes must not end the command that prints it
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if arguments is None:
         processes = launched_short()
         if processes:
@@ -91,19 +94,19 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         with in_the_shell(), ended_by_signals(), room_to_write():
             COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {on_terminal(error)}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         if rank() == 0:
-            print(interruption, file=sys.stderr)
+            print(on_terminal(interruption), file=sys.stderr)
         return interruption.exit_code
     except NotBetterError as error:
         if rank() == 0:
-            print(error, file=sys.stderr)
+            print(on_terminal(error), file=sys.stderr)
         return 3
     # OSError: disk full, read-only, the network
     except (PushError, ExportError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {on_terminal(error)}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1

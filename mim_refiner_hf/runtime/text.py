@@ -14,6 +14,7 @@ That is the house's one way to write such a name as text: in tables, and, by JSO
 JSON. A backslash that would read as the beginning of one is written as \u005c.
 """
 
+import logging
 import re
 
 # the bytes of a name that is no valid Unicode, as Python holds them
@@ -75,6 +76,19 @@ def visible(text: object) -> str:
     return UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
+def on_terminal(text: object) -> str:
+    r"""`text` with nothing that a terminal obeys, and line ends as \n: no name forges a line."""
+    return visible(text).replace("\n", "\\n").replace("\t", " ")
+
+
+class VisibleFormatter(logging.Formatter):
+    """A log whose messages are one line each, whatever is in them; tracebacks stay as they are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return on_terminal(super().formatMessage(record))
+
+
 def one_line(text: object) -> str:
     """`text` with every run of white space as one blank, and nothing hidden."""
     return visible(" ".join(str(text).split()))
@@ -93,4 +107,14 @@ def fenced(text: object, language: str) -> str:
     return f"{fence}{language}\n{content}\n{fence}"
 
 
-__all__ = ["fenced", "one_line", "plain", "read_back", "spelt_out", "visible"]
+__all__ = [
+    "UNSEEN",
+    "VisibleFormatter",
+    "fenced",
+    "on_terminal",
+    "one_line",
+    "plain",
+    "read_back",
+    "spelt_out",
+    "visible",
+]
