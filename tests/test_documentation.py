@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from mim_refiner_hf.cli import COMMANDS, main
+from mim_refiner_hf.conversion.zoo import ZOO
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -244,11 +245,11 @@ def zoo_numbers() -> dict[str, list[str]]:
 def test_numbers_of_models_are_those_of_the_cards() -> None:
     numbers = zoo_numbers()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pairs = re.findall(
-        r"^\| \S+ \| `(\w+)` \| \S+ \| `(\w+)` \| ([\d.]+) -> ([\d.]+) % \|$", readme, re.MULTILINE
-    )
-    assert len(pairs) == 5
-    for start, refined, before, after in pairs:
+    pairs = re.findall(r"`(\w+_refined_\w+)`, k-NN ([\d.]+) -> ([\d.]+) %", readme)
+    assert len(pairs) == 2
+    for refined, before, after in pairs:
+        start = refined.replace("d2v2_refined_l", "data2vec2_large")
+        start = start.replace("d2v2_refined_h", "data2vec2_huge")
         assert (before, after) == (numbers[start][0], numbers[refined][0])
 
     choice = (ROOT / "docs" / "choosing-a-model.md").read_text(encoding="utf-8")
@@ -260,3 +261,25 @@ def test_numbers_of_models_are_those_of_the_cards() -> None:
             assert [knn, shot, clusters] == [numbers[name][place] for place in (0, 2, 3)], name
         else:
             assert {knn, shot, clusters} == {"-"}, name
+
+
+def test_times_and_licences_of_models_are_those_measured_and_stated() -> None:
+    measured = (ROOT / "benchmarks" / "results" / "model-times.md").read_text(encoding="utf-8")
+    times = {
+        size: (few, many, refining)
+        for size, few, many, refining in re.findall(
+            r"^\| (\S+) \| [^|]+ \| ([^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$",
+            measured,
+            re.MULTILINE,
+        )
+    }
+    rows = re.findall(
+        r"^\| [^|]+ \| (\w/\d+) `([\w/-]+)`[^|]* \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 4
+    for size, name, licence, *cells in rows:
+        assert tuple(cells) == times[size], size
+        stated = ZOO[name].licence if name in ZOO else "apache-2.0"
+        assert licence == (stated or "none stated"), name
