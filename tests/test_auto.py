@@ -1,17 +1,19 @@
 """Settings that are left open: fitted to any number of images and any encoder, and said."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mim_refiner_hf import MimRefinerConfig, RefineRecipe, read_recipe, refine
+from mim_refiner_hf import MimRefinerConfig, RefineRecipe, load_encoder, read_recipe, refine
 from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.refinement.auto import MANY_IMAGES, choose_eval_fraction
 from mim_refiner_hf.refinement.misfit import misfits
@@ -212,6 +214,23 @@ def test_few_images_are_refined(
     assert result is not None
     assert all(bool(weight.isfinite().all()) for weight in result.encoder.parameters())
     assert (tmp_path / "out/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_sixty_photos_with_nothing_stated(models: dict[str, str], tmp_path: Path) -> None:
+    """From folder to evidence: all updates, the verdict, what people look at, and what ships."""
+    folder = write_images(tmp_path / "photos", 60, sizes=2)
+    result = refine(folder, model=models["vit_mae"], output_dir=tmp_path / "out")
+    assert result is not None and result.verdict.photos.startswith("60 ")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model", "metrics.json", "neighbours.png", "groups_before_after.png"} <= written
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["verdict"] == result.verdict.outcome
+    shipped = load_encoder(str(tmp_path / "out/model")).state_dict()
+    better = result.verdict.outcome == "better"
+    expected = result.refined if better else load_encoder(models["vit_mae"])
+    assert all(torch.equal(shipped[name], value) for name, value in expected.state_dict().items())
+    assert (tmp_path / "out/refined_not_shipped").is_dir() != better
 
 
 def test_one_image_is_refused(
