@@ -128,6 +128,18 @@ def test_killed_at_random_moments() -> None:
     assert done.stdout.startswith("3 of 3 runs ended with the same bits")
 
 
+@pytest.mark.slow
+def test_commands_killed_at_random_moments() -> None:
+    """The short form of `python -m tests.command_chaos`."""
+    commands = ["convert", "export-vit", "embed", "cluster", "refine"]
+    words = ["-m", "tests.command_chaos", "--hits", "1", "--commands", *commands]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.startswith("5 of 5 commands ended as if they had not been hit")
+
+
 # ---- a step that is not finite
 
 

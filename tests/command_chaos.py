@@ -1,0 +1,187 @@
+"""Every command, killed at any moment: the same command then ends as if nothing had been.
+
+    python -m tests.command_chaos                        # 4 kills and 2 signals of each command
+    python -m tests.command_chaos --hits 1 --commands embed cluster
+
+A command runs once undisturbed, on real images. Then it is hit at moments drawn over that time, in
+turn by SIGKILL of its process group (every third time by SIGTERM or SIGINT), up to three times in a
+row, and given again. A case is good when the last one ends with exit code 0, what it wrote is what
+the undisturbed one wrote, and nothing lies beside it. Exits with 1 if a case is not.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+
+# as a command; pytest puts this folder on the path
+if __package__:
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from chaos import save_start, wait
+from PIL import Image
+
+from mim_refiner_hf import cli
+
+IMAGES = 240
+# what is the same however often a command was begun
+COMPARED = (".safetensors", ".csv", ".parquet", ".onnx")
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+
+REFINE = (
+    "--head_blocks 1 2 --projector_dim 64 --predictor_dim 64 --embedding_dim 32 --queue_size 64 "
+    "--topk 3 --local_views 0 --batch_size 32 --max_steps 8 --head_epochs 1 --save_every 2 "
+    "--global_size 16 --report_to none --num_workers 0"
+)
+COMMANDS: Mapping[str, str] = {
+    "convert": "convert {model} {out}",
+    "export-vit": "export {model} {out} --to vit",
+    "export-timm": "export {model} {out} --to timm",
+    "export-onnx": "export {model} {out} --to onnx",
+    "embed": "embed {model} --dataset {images} --out {out} --shard_size 16 --num_workers 0",
+    "evaluate": "evaluate {model} --dataset {images} --output_dir {out} --num_workers 0",
+    "evaluate-features": (
+        "evaluate {model} --dataset {images} --output_dir {out} --features {out}-kept "
+        "--num_workers 0"
+    ),
+    "cluster": "cluster {images} --model {model} --num_clusters 5 --out {out}",
+    "pretrain": (
+        "pretrain --dataset {images} --recipe pretrain-digits --epochs 2 --warmup_epochs 0 "
+        "--batch_size 64 --num_workers 0 --output_dir {out}"
+    ),
+    "refine": f"refine {{images}} --model {{model}} --output_dir {{out}} {REFINE}",
+}
+"""What is hit, by a name."""
+
+
+class Case(NamedTuple):
+    """One command that was hit, and how the same one ended after it."""
+
+    command: str
+    hits: list[str]
+    code: int
+    same: bool
+    beside: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Ended well, with the same content, and nothing left."""
+        return self.code == 0 and self.same and not self.beside
+
+
+def write_images(folder: Path) -> None:
+    """Handwritten digits as files, a folder per class."""
+    digits = load_digits()
+    for place in range(IMAGES):
+        of_class = folder / str(digits.target[place])
+        of_class.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[place] * 15.9).astype("uint8")
+        Image.fromarray(pixels).resize((16, 16)).save(of_class / f"{place}.png")
+
+
+def start(words: Sequence[str], log: Path) -> int:
+    """Give a command in a process group of its own; its pid."""
+    if (child := os.fork()) != 0:
+        # here too: it may be hit before it has run
+        os.setpgid(child, child)
+        return child
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        code = cli.main(words)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below, and a digest of those that are the same each time."""
+    return {
+        path.relative_to(folder).as_posix(): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in COMPARED else ""
+        )
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def words_of(command: str, folder: Path, out: Path) -> list[str]:
+    """The words of a command."""
+    places = {"model": folder / "model", "images": folder / "images", "out": out}
+    return COMMANDS[command].format(**places).split()
+
+
+def hit(command: str, folder: Path, number: int, draw: random.Random, seconds: float) -> Case:
+    """Hit a command up to three times, and give it once more."""
+    place = folder / f"{command}-{number}"
+    place.mkdir()
+    words = words_of(command, folder, place / "out")
+    hits = []
+    for again in range(draw.randint(1, 3)):
+        how = SIGNALS[(number + again) % len(SIGNALS)]
+        after = draw.uniform(0, 1.1 * seconds)
+        child = start(words, folder / "said.txt")
+        time.sleep(after)
+        os.killpg(child, how)
+        code = wait(child)
+        hits.append(f"{how.name} after {after:.2f} s: {code}")
+    code = wait(start(words, folder / "said.txt"))
+    expected = {"out", "out-kept"} if "-kept" in COMMANDS[command] else {"out"}
+    beside = sorted(path.name for path in place.iterdir() if path.name not in expected)
+    same = code == 0 and content(place / "out") == content(folder / command / "out")
+    return Case(command, hits, code, same, beside)
+
+
+def chaos(folder: Path, commands: Sequence[str], hits: int, seed: int = 0) -> list[Case]:
+    """All cases; the moments are drawn by `seed`."""
+    draw = random.Random(seed)
+    # threads do not survive a fork
+    torch.set_num_threads(1)
+    save_start(folder / "model")
+    write_images(folder / "images")
+    cases = []
+    for command in commands:
+        (folder / command).mkdir()
+        began = time.perf_counter()
+        words = words_of(command, folder, folder / command / "out")
+        if wait(start(words, folder / "said.txt")) != 0:
+            raise RuntimeError(f"{command}: {(folder / 'said.txt').read_text()[-2000:]}")
+        seconds = time.perf_counter() - began
+        for number in range(hits):
+            case = hit(command, folder, number, draw, seconds)
+            cases.append(case)
+            print(f"{'good' if case.good else 'BAD '} {case}", file=sys.stderr, flush=True)
+    return cases
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hits", type=int, default=6, help="cases of each command")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = chaos(Path(folder), options.commands, options.hits, options.seed)
+    good = sum(case.good for case in cases)
+    print(f"{good} of {len(cases)} commands ended as if they had not been hit")
+    return 0 if good == len(cases) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
