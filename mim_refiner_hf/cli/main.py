@@ -72,7 +72,8 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..publishing.export import ExportError
     from ..publishing.hub import PushError
     from ..refinement.failure import NotBetterError
-    from ..runtime.distributed import rank
+    from ..runtime.distributed import LostProcessError, lost_processes_named, rank
+    from ..runtime.held import LostFolderError
     from ..runtime.launch import launch_processes, launched_short
     from ..runtime.room import SaveError, room_to_write
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
@@ -89,9 +90,11 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         processes = launched_short()
         if processes:
             return launch_processes(processes)
+    lost = (LostFolderError, LostProcessError)
+    failures = (PushError, ExportError, FloatingPointError, OSError, *lost)
     try:
         check_alone(name)
-        with in_the_shell(), ended_by_signals(), room_to_write():
+        with in_the_shell(), ended_by_signals(), room_to_write(), lost_processes_named():
             COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
@@ -105,7 +108,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
             print(on_terminal(error), file=sys.stderr)
         return 3
     # OSError: disk full, read-only, the network
-    except (PushError, ExportError, FloatingPointError, OSError) as error:
+    except failures as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)

@@ -70,21 +70,19 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
 
 def run_evaluate(arguments: Sequence[str]) -> None:
     """`mim-refiner evaluate`."""
-    from accelerate import Accelerator
-
     from ..conversion.licence import CARD
     from ..evaluation.tables import report_table
     from ..publishing.model_card import update_card
     from ..runs.comparison import PROTOCOLS
     from ..runs.evaluate import evaluate
-    from ..runtime.launch import several_on_the_cpu
+    from ..runtime.launch import job_of_processes
     from ..runtime.lock import sole_run
 
     parser = _evaluate_parser(PROTOCOLS)
     options = vars(parse_model_and_images(parser, arguments))
     model, dataset = options.pop("model"), options.pop("dataset")
 
-    accelerator = Accelerator(cpu=several_on_the_cpu())
+    accelerator = job_of_processes()
     with sole_run(options["output_dir"], "output_dir", beside=True):
         report = evaluate(model, dataset, **options)
     if not accelerator.is_main_process:
@@ -155,8 +153,6 @@ def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argpars
 
 def run_embed(arguments: Sequence[str]) -> None:
     """`mim-refiner embed`."""
-    from accelerate import Accelerator
-
     from ..data.broken import BROKEN
     from ..data.loading import Loading
     from ..evaluation.embed import PRECISIONS
@@ -164,14 +160,14 @@ def run_embed(arguments: Sequence[str]) -> None:
     from ..model.configuration_mim_refiner import Pooling
     from ..runs.embed import store_features
     from ..runtime.device import warn_of_emulation
-    from ..runtime.launch import several_on_the_cpu, workers_per_process
+    from ..runtime.launch import job_of_processes, workers_per_process
 
     parser = _embed_parser(get_args(Pooling), PRECISIONS)
     options = parse_model_and_images(parser, arguments)
 
     # says so now if the folder is something else
     read_manifest(options.out)
-    accelerator = Accelerator(cpu=several_on_the_cpu())
+    accelerator = job_of_processes()
     if options.dtype == "bf16" and accelerator.is_main_process:
         warn_of_emulation("--dtype bf16", accelerator.device.type)
     if options.num_workers is None:

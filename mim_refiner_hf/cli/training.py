@@ -57,13 +57,11 @@ def _pretrain_parser() -> "HfArgumentParser":
 
 def run_pretrain(arguments: Sequence[str]) -> None:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
-    from accelerate import Accelerator
-
     from ..conversion.load import image_processor
     from ..data.images import open_images
     from ..pretraining.mae import PretrainRecipe, pretrain_mae
     from ..publishing.hub import check_model_folder, save_model_folder
-    from ..runtime.launch import several_on_the_cpu
+    from ..runtime.launch import job_of_processes
     from ..runtime.lock import sole_run
     from ..runtime.settings import read_fields
 
@@ -84,7 +82,7 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         num_channels=recipe.num_channels,
     )
     with sole_run(options.output_dir, "output_dir", beside=True):
-        accelerator = Accelerator(cpu=several_on_the_cpu())
+        accelerator = job_of_processes()
         encoder = pretrain_mae(
             recipe, images, accelerator, options.num_workers, options.max_bad_fraction
         )

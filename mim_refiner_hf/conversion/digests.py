@@ -34,6 +34,7 @@ SETTINGS = ("config.json", "preprocessor_config.json")
 _BOOKKEEPING = frozenset(
     (
         "transformers_version",
+        "format_version",
         "auto_map",
         "custom_pipelines",
         "image_processor_type",

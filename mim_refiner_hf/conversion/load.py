@@ -24,7 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig, brief
+from ..model.configuration_mim_refiner import (
+    ConfigurationError,
+    MimRefinerConfig,
+    brief,
+    refuse_newer_format,
+)
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .containers import inner_encoder, named_tensors, without_wrappers
@@ -108,6 +113,9 @@ def load_encoder(
         found = source_of_object(source)
     else:
         found = in_our_words(read_source(source, revision))
+    # another format may name its tensors otherwise
+    if found.config.get("model_type") == MimRefinerConfig.model_type:
+        _refuse_newer(found)
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = place_all(found.name, layout, tensors)
     check_values(found.name, placement)
@@ -135,6 +143,13 @@ def load_encoder(
     vars(encoder).update(load_report=report, image_processor=processor, licence=found.licence)
     logger.info("%s: %s (recognised by %s)", found.name, report, recognised_by)
     return encoder
+
+
+def _refuse_newer(found: Source) -> None:
+    try:
+        refuse_newer_format(found.config.get("format_version"))
+    except ConfigurationError as error:
+        raise CheckpointError(f"{found.name}: {error}") from error
 
 
 def _equipped(encoder: MimRefinerModel) -> MimRefinerModel:

@@ -89,7 +89,8 @@ def embed_images(
     Raises:
         ValueError: before anything is written, for settings and images that make no sense, and for
             a folder that holds something else or features of other weights, preprocessing, dtype,
-            images or columns; it names what differs. Likewise while another run fills it.
+            images or columns; it names what differs. Likewise while another run fills it. For
+            features that are not finite, before the shard that would hold them is written.
     """
     folder = Path(folder)
     columns = check_columns(columns or feature_columns(encoder.config), encoder.config)
@@ -99,7 +100,12 @@ def embed_images(
     # anyone may read a complete store
     with nullcontext() if is_complete(folder) else sole_run(folder, "out"):
         manifest = claim(folder, new, compared=() if shard_size is None else ("shard_size",))
-        num_images = fill_store(folder, manifest, encoder, images, processor, loading)
+        try:
+            num_images = fill_store(folder, manifest, encoder, images, processor, loading)
+        # such as features that are not finite
+        except ValueError:
+            forget_empty(folder)
+            raise
         wait_for_everyone()
         if rank() == 0:
             finish(folder, manifest | {"num_images": num_images})
@@ -229,6 +235,15 @@ def claim(folder: Path, new: dict[str, Any], compared: Sequence[str]) -> dict[st
         write_json(folder / STORE_MANIFEST, new)
     wait_for_everyone()
     return new if old is None else old
+
+
+def forget_empty(folder: Path) -> None:
+    """Take the manifest out of a store without a finished shard: it is of a model that will not do.
+
+    In a job of several processes it stays: another one may just finish a shard.
+    """
+    if world_size() == 1 and not recorded_shards(folder):
+        (folder / STORE_MANIFEST).unlink(missing_ok=True)
 
 
 # --- filling the store ----------------------------------------------------------------------------

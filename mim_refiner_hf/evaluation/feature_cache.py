@@ -40,6 +40,7 @@ from .feature_store import (
     columns_of_shard,
     read_manifest,
     recorded_shards,
+    refuse_not_finite,
     shard_is_intact,
 )
 from .features import check_columns, encode_images, own_columns
@@ -214,13 +215,7 @@ def missing_places(images: ImageDataset, store: FeatureStore | None) -> NDArray[
 
 def finite(values: Tensor, column: str, images: ImageDataset) -> Tensor:
     """`values` (N, D) as they are; ValueError, naming an image, where they are not finite."""
-    bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0]
-    if len(bad):
-        where = images.describe(int(bad[0]))
-        raise ValueError(
-            f"the features {column} of {len(bad)} of {len(values)} images are not finite, such as "
-            f"those of {where}; check the model"
-        )
+    refuse_not_finite(values.numpy(), column, images.describe)
     return values
 
 

@@ -16,8 +16,8 @@
 | `shards/00000.parquet` | some images in their order: `index` and `label` (int64, -1 for none),  |
 |                        | `path`, and for each column a fixed-size list of float32; a broken     |
 |                        | image has no row; odd bytes of a path are spelt out (`runtime/text`)   |
-| `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, and its broken |
-|                        | images                                                                 |
+| `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, its broken     |
+|                        | images, and that its features are finite: others are never written     |
 | `broken.json`          | all images that could not be read: index, path, reason                 |
 
 A store of a whole data set is complete when all its shards are there. One that grows
@@ -33,7 +33,8 @@ zstd).
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import Broken
 from ..runtime.files import sha256_of, whole_file, write_json
 from ..runtime.text import read_back, spelt_out
+from ..runtime.versions import FORMATS, check_format
 from .features import FeatureSet, check_blocks
 
-STORE_FORMAT = "mim_refiner_hf features, version 1"
+_FORMAT = "mim_refiner_hf features, version "
+STORE_FORMAT = f"{_FORMAT}{FORMATS['features']}"
 STORE_MANIFEST = "manifest.json"
 # rows of a row group, which is what a reader holds in memory
 _ROWS_OF_GROUP = 1024
@@ -63,6 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         ValueError: when `folder` is a file or holds something else.
+        NewerFormatError: for a store of a newer version.
     """
     if not folder.exists():
         return None
@@ -76,7 +81,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             manifest = json.loads(path.read_text())
         except ValueError:  # not even JSON
             manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != STORE_FORMAT:
+    stated = str(manifest.get("format")) if isinstance(manifest, dict) else ""
+    version = re.fullmatch(rf"{_FORMAT}(\d{{1,9}})", stated)
+    if version is not None:
+        check_format("features", int(version[1]), folder)
+    if manifest is None or version is None:
         raise ValueError(
             f"{folder} exists and is not a folder of features, so it is left alone; "
             "name another one"
@@ -118,9 +127,44 @@ def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
 
 
 def shard_is_intact(folder: Path, shard: int) -> bool:
-    """Whether a shard is finished and its file, byte for byte, the one that was written."""
+    """Whether a shard is finished, its file, byte for byte, the one written, and all in it finite.
+
+    Earlier versions wrote NaN too, so what they wrote is read.
+    """
     record = read_record(folder, shard)
-    return record is not None and sha256_of(shard_file(folder, shard)) == record["sha256"]
+    path = shard_file(folder, shard)
+    if record is None or sha256_of(path) != record["sha256"]:
+        return False
+    return bool(record.get("finite")) or _is_finite(path)
+
+
+def _is_finite(path: Path) -> bool:
+    """Whether the features of a shard are finite; row group by row group."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_OF_GROUP):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                if name not in _FACTS:
+                    values = column.flatten().to_numpy(zero_copy_only=False)
+                    if not np.isfinite(values).all():
+                        return False
+    return True
+
+
+def refuse_not_finite(
+    values: NDArray[np.float32], column: str, name_of: Callable[[int], str]
+) -> None:
+    """ValueError, naming an image, where features (N, D) hold NaN or infinity.
+
+    Args:
+        name_of: what the image of a row is called.
+    """
+    wrong = ~np.isfinite(values).all(axis=1)
+    if wrong.any():
+        raise ValueError(
+            f"the features {column} of {wrong.sum()} of {len(values)} images are not finite, first "
+            f"those of {name_of(int(wrong.argmax()))}; check the model: its weights are broken, or "
+            "overflow in half precision (then compute in fp32)"
+        )
 
 
 def columns_of_shard(folder: Path, shard: int) -> dict[str, int]:
@@ -136,12 +180,17 @@ def write_shard(
 ) -> None:
     """Write one shard, then its record: a shard with a record is complete and on the disk.
 
+    ValueError, before anything is written, for features that are not finite.
+
     Args:
         folder: of the store.
         shard: its number.
         rows: `index`, `label`, `path` as lists, every column of features as (rows, D) float32.
         broken: those images of the shard that have no row.
     """
+    for name in rows.keys() - _FACTS.keys():
+        refuse_not_finite(rows[name], name, rows["path"].__getitem__)
+
     arrays = []
     fields = []
     vectors = []
@@ -176,6 +225,7 @@ def write_shard(
             "rows": len(rows["index"]),
             "size": new.stat().st_size,
             "sha256": sha256_of(new),
+            "finite": True,
             "broken": broken,
         }
 

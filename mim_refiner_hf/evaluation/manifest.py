@@ -38,12 +38,12 @@ _PACKAGES = (
 def weights_fingerprint(encoder: MimRefinerModel) -> str:
     """16 hexadecimal digits of all weights and of the settings that say how they are used.
 
-    The settings of pooling are left out: they choose among columns.
+    The settings of pooling are left out: they choose among columns. So is the format of the folder.
     """
     settings = {
         name: getattr(encoder.config, name)
         for name in MimRefinerConfig.__annotations__
-        if not name.startswith("_") and name not in ("pooling", "features")
+        if not name.startswith("_") and name not in ("pooling", "features", "format_version")
     }
     tensors = sorted(encoder.state_dict().items())
     return digest(

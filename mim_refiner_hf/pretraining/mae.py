@@ -31,6 +31,7 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
 from ..model.positions_mim_refiner import sincos_position_table
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.launch import job_of_processes
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
 from ..runtime.settings import (
     Allowed,
@@ -322,8 +323,9 @@ def pretrain_mae(
     Raises:
         ValueError: for a batch larger than the data set, or more broken images than
             `max_bad_fraction` of all.
+        FloatingPointError: for a loss that is not finite.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or job_of_processes()
     device = accelerator.device
     per_epoch = len(images) // recipe.batch_size
     steps = recipe.epochs * per_epoch
@@ -352,9 +354,20 @@ def pretrain_mae(
         average_gradients([*encoder.parameters(), *decoder.parameters()])
         optimizer.step()
         if step % 50 == 0:
+            _check_loss(loss.item(), step)
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    _check_loss(loss.item(), steps - 1)
     logger.info("pre-trained %d steps, last loss %.3f", steps, loss.item())
     return encoder.eval().requires_grad_(True)
+
+
+def _check_loss(loss: float, step: int) -> None:
+    """FloatingPointError for a loss that is not finite; looked at now and then, for it stays so."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of the pre-training is {loss} by step {step}; nothing is kept; lower its "
+            "learning_rate, or train without mixed precision"
+        )
 
 
 __all__ = [

@@ -102,6 +102,7 @@ def convert(
             needed; before anything is written.
         FileNotFoundError, CheckpointError: as `load_encoder`, or when what was written does not
             give the same outputs.
+        NotFiniteTensorError: for weights that overflow in `dtype`; the folder stays as it was.
     """
     began = time.perf_counter()
     if dtype is not None and dtype not in DTYPES:
@@ -120,8 +121,9 @@ def convert(
             rounding = _cast(encoder, DTYPES[dtype])
         written_dtype = encoder.dtype
         expected = encode_fixed_input(encoder)
-        _refuse_not_finite(source, expected)
+        # which tensor it is says more, so that comes first
         write_model(new, encoder, processor, written_dtype)
+        _refuse_not_finite(source, expected)
 
         # its memory is wanted for the one that is read back
         del encoder

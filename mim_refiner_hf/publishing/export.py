@@ -18,6 +18,7 @@ from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder, write_text
+from ..runtime.finite import check_finite
 from ..runtime.text import ODD_BYTES, fenced, plain
 from .card_licence import licence_line
 from .hub import check_model_folder
@@ -58,7 +59,8 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
             encoder that the format cannot express (the message says which setting), or a source
             that `load_encoder` refuses.
         FileNotFoundError: when `source` is a path that does not exist.
-        ExportError: when the reloaded twin computes something else.
+        ExportError: when the reloaded twin computes something else, or the encoder NaN.
+        NotFiniteTensorError: for weights that hold NaN or infinity in fp32.
     """
     if to not in EXPORT_FORMATS:
         raise ValueError(f"to={to!r} is not a format; allowed: {', '.join(EXPORT_FORMATS)}")
@@ -81,6 +83,7 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
 
     encoder.float()
+    check_finite(encoder.state_dict(), str(destination), f"get {source} again")
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
@@ -139,6 +142,11 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest absolute difference of two outputs; ExportError if it is too large."""
     if theirs.shape != ours.shape:
         raise ExportError(f"{what} come back as {list(theirs.shape)}, not {list(ours.shape)}")
+    if not bool(ours.isfinite().all()):
+        raise ExportError(
+            f"{what} of random images hold NaN or infinity in the source itself, so that nothing "
+            "can be compared; nothing was written"
+        )
     difference = (theirs - ours).abs().max().item()
     allowed = _TOLERANCE * max(1.0, ours.abs().max().item())
     # not `>`: NaN must fail too

@@ -25,8 +25,10 @@ from ..clustering.pipeline_image_clustering import announce_code
 from ..conversion.digests import add_file_digests, write_digests
 from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.files import check_folder, say_left_aside, staged_folder
+from ..runtime.files import STAGED, check_folder, say_left_aside, staged_folder
+from ..runtime.finite import check_finite
 from ..runtime.retry import patiently
+from ..runtime.wording import setting
 from .card_licence import state_licence
 from .model_card import REPO_PLACEHOLDER
 
@@ -69,11 +71,16 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
 
     `config.json`, safetensors, `preprocessor_config.json`, the flat Python files, and a digest of
     every tensor and of the two JSON files, by which `load_encoder` notices any later change.
+
+    Raises:
+        NotFiniteTensorError: for weights that hold NaN or infinity, or do so in `dtype`.
     """
     weights = {}
     for name, tensor in encoder.state_dict().items():
         weights[name] = tensor.detach().to("cpu", dtype)
 
+    remedy = f"get or train it anew, or take {setting('dtype', 'float32')} where float16 overflows"
+    check_finite(weights, f"the model {folder.name.removeprefix(STAGED)}", remedy)
     # digests first: saving takes the tensors out of `weights` one by one
     write_digests(folder, weights)
     encoder.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)

@@ -10,7 +10,7 @@ the recipe `paper`, on which its own recipes are based.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal
 
 from ..data.broken import MAX_BAD_FRACTION
@@ -28,6 +28,7 @@ from ..runtime.settings import (
     documented,
     minimum,
 )
+from ..runtime.versions import FORMATS, check_format
 from ..runtime.wording import setting
 from .loss import LossSchedule, Swap
 
@@ -337,7 +338,10 @@ class RefineRecipe:
     )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
-    def __post_init__(self) -> None:
+    format_version: InitVar[int] = FORMATS["recipe"]
+
+    def __post_init__(self, format_version: int) -> None:
+        check_format("recipe", format_version, "the recipe")
         for name in FITTED:
             if getattr(self, name) == "auto":
                 setattr(self, name, None)
@@ -348,7 +352,7 @@ class RefineRecipe:
     @property
     def loggers(self) -> list[str]:
         """The names in `report_to`."""
-        names = [name.strip() for name in self.report_to.split(",")]
+        names = map(str.strip, self.report_to.split(","))
         return [name for name in names if name not in ("", "none")]
 
 
@@ -358,12 +362,8 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     yield from _wrong_heads(recipe)
     yield from _wrong_schedule(recipe)
 
-    few_views = recipe.global_views == 1 and recipe.local_views == 0
-    if few_views:
-        views = (
-            f"{setting('global_views', recipe.global_views)} "
-            f"{setting('local_views', recipe.local_views)}"
-        )
+    if recipe.global_views == 1 and recipe.local_views == 0:
+        views = f"{setting('global_views', 1)} {setting('local_views', 0)}"
         yield f"{views}: at least two views are needed"
     if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
         allowed = "allowed are tensorboard, wandb, trackio (comma-separated), or none"

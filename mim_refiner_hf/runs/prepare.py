@@ -37,6 +37,7 @@ from ..runtime.files import check_folder
 from ..runtime.lock import check_writable
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.versions import check_format
 from ..runtime.wording import setting
 from .channels import fit_channels
 from .head_choice import check_measurable
@@ -350,6 +351,13 @@ def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
     old = _saved_recipe(output)
     if old is None:
         return
+    unknown = sorted(old.keys() - recipe.as_written().keys())
+    if unknown:
+        raise ValueError(
+            f"{setting('output_dir', output)}: its recipe.json has settings that this version does "
+            f"not know ({', '.join(unknown)}); go on with the version of mim_refiner_hf that began "
+            "the run, or name another folder"
+        )
     changes = []
     lacking = []
     defaults = {field.name: field.default for field in dataclasses.fields(RefineRecipe)}
@@ -405,12 +413,14 @@ def _saved_recipe(output: Path) -> dict[str, Any] | None:
     if not saved.is_file():
         return None
     try:
-        return dict(json.loads(saved.read_text()))
+        recipe = dict(json.loads(saved.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
             "name another folder or remove it"
         ) from error
+    check_format("recipe", recipe.pop("format_version", None), saved)
+    return recipe
 
 
 def check_start_folder(folder: Path) -> Path:

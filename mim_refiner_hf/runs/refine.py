@@ -27,6 +27,8 @@ from ..publishing.model_card import write_card
 from ..refinement.failure import NotBetterError
 from ..refinement.recipe import RefineRecipe
 from ..refinement.recipe_files import read_recipe
+from ..runtime.distributed import lost_processes_named
+from ..runtime.held import check_held
 from ..runtime.lock import sole_run
 from ..runtime.tracking import LogCallback
 from .prepare import START, Given
@@ -71,6 +73,8 @@ def refine(
             folder; before any work.
         TypeError: for a setting that does not exist.
         FloatingPointError: for a loss that is not finite.
+        LostProcessError: when another process of the job was killed or hangs.
+        LostFolderError: before a save, when the folder was removed or taken by another run.
         NotBetterError: with `fail_if_not_better`, unless the result is judged better; everything is
             written, and the error has it as `result`. The command exits with 3. Of several
             processes, the main one raises it.
@@ -89,7 +93,7 @@ def refine(
     if recipe.dry_run:
         return run(recipe, given)
 
-    with sole_run(output, "output_dir"):
+    with sole_run(output, "output_dir"), lost_processes_named():
         result = run(recipe, given, callbacks)
         # one process writes; were the others to fail meanwhile, a launcher would stop it
         if result is None or not PartialState().is_main_process:
@@ -165,11 +169,13 @@ def _publish(result: RunResult, recipe: RefineRecipe) -> None:
     if result.verdict.ships_start:
         save_model_folder(kept_back, result.refined, result.processor)
     elif kept_back.exists():
+        check_held()
         # of an earlier run of this recipe: it is older than what ships
         shutil.rmtree(kept_back)
     write_card(output)
 
     # the run is complete: nothing is left to resume
+    check_held()
     for name in ("checkpoints", START):
         shutil.rmtree(output / name, ignore_errors=True)
     print(_ending(result, recipe))

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..runtime.device import uses_bf16
-from ..runtime.launch import several_on_the_cpu
+from ..runtime.launch import job_of_processes
 from ..runtime.wording import setting
 from .prepare import Prepared, prepare
 from .run import choose_blocks, make_trainer, starting_encoder
@@ -58,7 +57,7 @@ def replay(output_dir: Path, *, step: int | None = None, mixed_precision: str | 
 
     # the same parts as in `run`, without its loggers and files
     bf16 = prepared.recipe.bf16
-    accelerator = Accelerator(cpu=several_on_the_cpu(), mixed_precision="bf16" if bf16 else "no")
+    accelerator = job_of_processes(mixed_precision="bf16" if bf16 else "no")
     precision = "bf16" if bf16 else "fp32"
     accelerator.print(
         f"Replaying steps {start} to {step} of {output_dir} in {precision}", flush=True

@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from ..data.broken import readable
-from ..data.fingerprint import RECORD, write_data_record
 from ..data.images import Broken, ImageDataset, ImageStream, evenly_spaced, fully_labelled
 from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
@@ -33,18 +32,20 @@ from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluat
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.mae import pretrain_mae
 from ..refinement.auto import Choice
-from ..refinement.failure import FAILURES, NotFiniteError
+from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..refinement.trainer import Trainer
+from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.device import available_memory, warn_of_emulation
-from ..runtime.files import staged_folder, write_json
-from ..runtime.launch import several_on_the_cpu
+from ..runtime.finite import check_finite
+from ..runtime.launch import job_of_processes
 from ..runtime.tracking import LogCallback, trackers
 from ..runtime.wording import setting
 from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import NOTHING, Given, Prepared, check_start_folder, prepare, start_folder
+from .prepare import NOTHING, Given, Prepared, prepare, start_folder
+from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .verdict import Verdict, judge_run, load_start
 
@@ -97,13 +98,13 @@ def run(
         return None
 
     if accelerator.is_main_process:
-        _begin_folder(prepared)
+        begin_folder(prepared)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("mim-refiner")
     try:
         result = _refine_and_measure(prepared, accelerator)
     except NotFiniteError as error:
-        raise _with_report(error, Path(recipe.output_dir), accelerator.is_main_process) from error
+        raise with_report(error, Path(recipe.output_dir), accelerator.is_main_process) from error
     accelerator.end_training()
     return result
 
@@ -115,8 +116,7 @@ def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accele
     """The processes of the run and its loggers; warns of bf16 where it is slow."""
     recipe = prepared.recipe
     output = Path(recipe.output_dir)
-    accelerator = Accelerator(
-        cpu=several_on_the_cpu(),
+    accelerator = job_of_processes(
         log_with=trackers(output, recipe.asked.loggers, prepared.start_step, callbacks),
         project_config=ProjectConfiguration(
             project_dir=str(output), logging_dir=str(output / "tensorboard")
@@ -145,25 +145,6 @@ def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
     if prepared.resume is not None:
         text += f"\n  resume  after step {prepared.start_step}"
     return text
-
-
-def _begin_folder(prepared: Prepared) -> None:
-    """What the output folder holds from the start: the recipe, and what the data consist of."""
-    output = Path(prepared.recipe.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "recipe.json", prepared.recipe.as_written())
-    if isinstance(prepared.images.training, ImageDataset):
-        write_data_record(output / RECORD, prepared.images.training)
-
-
-def _with_report(error: NotFiniteError, output: Path, writes: bool) -> NotFiniteError:
-    """The error, with where its report lies; the main process `writes` it."""
-    path = output / FAILURES / f"step-{error.report.step:08d}.json"
-    if writes:
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, dataclasses.asdict(error.report))
-    hint = f". The report: {path}; `mim-refiner replay {output}` runs the step again"
-    return NotFiniteError(error.report, hint)
 
 
 # ---- the run itself, on every process; files are written by the main one
@@ -239,8 +220,12 @@ def _train(
     trainer = make_trainer(prepared, accelerator, encoder, choice, seconds)
     trainer.broken.add(unreadable)
     trainer.broken.share()
+    now = arithmetic(trainer.recipe.micro_batch_size)
+    begun = resume.state.get("arithmetic", now) if resume else now
+    say_changes(begun, now)
     state = {
         "before": before,
+        "arithmetic": begun,
         "head_choice": None if choice is None else dataclasses.asdict(choice),
         "micro_batch": trainer.recipe.micro_batch_size,
         **start_state(
@@ -265,7 +250,10 @@ def _train(
         )
         return None
 
-    return _Trained(trainer.averaged(), before, trainer.seconds, len(trainer.broken), choice)
+    average = trainer.averaged()
+    remedy = f"lower {setting('learning_rate')}, or {setting('mixed_precision', 'no')}"
+    check_finite(average.state_dict(), "the moving average of the encoder", remedy)
+    return _Trained(average, before, trainer.seconds, len(trainer.broken), choice)
 
 
 def _evaluate(
@@ -366,13 +354,6 @@ def starting_encoder(
         )
         seconds["pretrain"] = time.perf_counter() - began
     return encoder.float().to(accelerator.device)
-
-
-def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
-    """Keep the encoder that a run starts from: what its result is judged by, and may ship."""
-    with staged_folder(folder, check_start_folder) as new:
-        encoder.save_pretrained(new)
-        processor.save_pretrained(new)
 
 
 def choose_blocks(

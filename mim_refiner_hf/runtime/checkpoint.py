@@ -31,9 +31,12 @@ from torch.distributed.tensor import DTensor
 
 from .distributed import gather_objects, rank, world_size
 from .files import STAGED, CheckpointError, in_bytes, sha256_of, sync_to_disk
+from .finite import NotFiniteTensorError, check_finite
+from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
 from .sharding import own_parts
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
+from .versions import FORMATS, NewerFormatError, check_format
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,8 @@ def save_checkpoint(
     Raises:
         SaveError: in every process, if it cannot be written (no room, read-only, failing disk);
             earlier checkpoints are intact then.
+        NotFiniteTensorError: in every process, for weights that hold NaN or infinity.
+        LostFolderError: in every process, when the folder was removed or taken by another run.
     """
     parts, places = own_parts(tensors)
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
@@ -95,13 +100,17 @@ def save_checkpoint(
     needed = sum(gather_objects(own_bytes)) + len(text) + _SMALL_FILES
 
     is_first = rank() == 0
+    writes = rank() < len(names)
     target = temporary = None
+    remedy = (
+        f"lower {setting('learning_rate')}, or {setting('mixed_precision', 'no')}; earlier "
+        "checkpoints are intact"
+    )
+    _in_all(writes, lambda: check_finite(parts, f"the checkpoint after step {step}", remedy))
     try:
         begun = _in_all(is_first, lambda: _begin(folder, step, needed))
         target, temporary = begun[0]
-        written = _in_all(
-            rank() < len(names), lambda: _write_part(temporary / names[rank()], parts, places)
-        )
+        written = _in_all(writes, lambda: _write_part(temporary / names[rank()], parts, places))
         _in_all(is_first, lambda: _complete(temporary, target, step, text, dict(written)))
     except OSError as error:
         # its bytes may be what fills the disk
@@ -115,19 +124,29 @@ def save_checkpoint(
 
 
 def _in_all(takes_part: bool, work: Callable[[], Any]) -> list[Any]:
-    """What `work` gives in the processes that take part; OSError in all where it fails in one."""
-    failure = done = None
+    """What `work` gives in the processes that take part; an error in all where it fails in one.
+
+    Raises:
+        LostFolderError: when the folder is no longer this run's.
+        NotFiniteTensorError: as `work`.
+        OSError: for what a disk or a library says.
+    """
+    failure: Exception | None = None
+    done = None
     if takes_part:
         try:
+            check_held()
             done = work()
+        except (LostFolderError, NotFiniteTensorError) as error:
+            failure = error
         # safetensors says "No space left on device" in a class of its own
         except (OSError, SafetensorError) as error:
-            failure = str(error)
+            failure = lost_folder() or OSError(str(error))
 
     everywhere = gather_objects((takes_part, done, failure))
-    failures = [message for _, _, message in everywhere if message is not None]
+    failures = [error for _, _, error in everywhere if error is not None]
     if failures:
-        raise OSError(failures[0])
+        raise failures[0]
     return [result for took_part, result, _ in everywhere if took_part]
 
 
@@ -167,7 +186,8 @@ def _on_disk(path: Path) -> tuple[str, dict[str, Any]]:
 def _complete(temporary: Path, target: Path, step: int, text: str, files: dict[str, Any]) -> None:
     """Write state and manifest beside the tensors, and give the folder its name."""
     (temporary / _STATE).write_text(text)
-    manifest = {"step": step, "files": files | dict([_on_disk(temporary / _STATE)])}
+    version = {"format_version": FORMATS["checkpoint"]}
+    manifest = version | {"step": step, "files": files | dict([_on_disk(temporary / _STATE)])}
     (temporary / _MANIFEST).write_text(json.dumps(manifest))
     sync_to_disk(temporary / _MANIFEST)
 
@@ -246,9 +266,14 @@ def size_of(checkpoint: Path) -> int:
 
 
 def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, in a few words; None for an intact one."""
+    """What is wrong with a checkpoint's folder, in a few words; None for an intact one.
+
+    Raises:
+        NewerFormatError: for one of a newer version, which only that one can judge.
+    """
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        check_format("checkpoint", dict(manifest).get("format_version"), checkpoint)
         step = manifest["step"]
         files = dict(manifest["files"])
         names = {_STATE, *tensor_files(len(files) - 1)}
@@ -261,6 +286,8 @@ def verify(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 return f"{name} is not the file that was written"
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"{_MANIFEST} cannot be read ({reason})"
@@ -272,6 +299,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: naming folder and file otherwise.
+        NewerFormatError: as `verify`.
     """
     remedy = "remove it, and the run goes on from the one before"
     wrong = verify(path)
@@ -290,6 +318,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
     Raises:
         CheckpointError: where all are broken: starting anew is not ours to decide.
+        NewerFormatError: where the newest is of a newer version; it is not broken, so the run does
+            not go on from an older one.
     """
     broken = []
     for path in _newest_first(folder):

@@ -3,13 +3,26 @@
     predictions = all_gather_with_gradient(own_predictions, dim=2)
     average_gradients(model.parameters())           # after the last backward of a step
 
+    with lost_processes_named():
+        ...                          # LostProcessError: process 1 of 2 has given no answer for ...
+
 With one process every function returns its input. The gradient of a gathered tensor is the SUM over
 processes, so that after `average_gradients` two processes with half the batch each hold the
 gradient of one process with the whole batch.
+
+Who waits for a process that was killed, or hangs, waits no longer than `patience` says: half an
+hour, or MIM_REFINER_TIMEOUT seconds. It has to be longer than one process may work alone, such as
+on a shard of features more than the others have.
 """
 
+import os
+import re
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +30,81 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+
+TIMEOUT = "MIM_REFINER_TIMEOUT"
+"""Environment variable: seconds that a process waits for the others of its job."""
+
+_PATIENCE = 1800
+# that those who are left have to say so to each other
+_ROLL_CALL = 5.0
+# in what torch says when a process does not answer; gloo has no error class of its own
+_NO_ANSWER = re.compile(
+    r"gloo|connection (closed|reset)|timed out|socket timeout|nccl|clients joined", re.IGNORECASE
+)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the job was killed, or hangs, so that this one cannot go on."""
+
+
+def patience() -> timedelta:
+    """How long a process waits for the others; ValueError for what is no number of seconds."""
+    stated = os.environ.get(TIMEOUT, str(_PATIENCE))
+    if not re.fullmatch(r"[1-9]\d{0,7}", stated):
+        raise ValueError(f"{TIMEOUT}={stated[:40]!r} must be a whole number of seconds, 1 or more")
+    return timedelta(seconds=int(stated))
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Raise a LostProcessError, which names the process, for what torch says when one is lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_others = isinstance(error, dist.DistError) or _NO_ANSWER.search(str(error))
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or world_size() > 1
+        if isinstance(error, LostProcessError) or not (several and is_of_others):
+            raise
+        raise LostProcessError(_who_is_lost(error)) from error
+
+
+def _who_is_lost(error: RuntimeError) -> str:
+    """The sentence about a lost process: which, for how long, and what to do."""
+    remedy = (
+        "its own last lines say why, or its machine is out of memory; the same command goes on "
+        f"from the last checkpoint. {TIMEOUT}=seconds sets how long the others wait"
+    )
+    seconds = patience().total_seconds()
+    if not _is_job():
+        return f"the processes of this job did not find each other within {seconds:.0f} s; {remedy}"
+
+    came = {rank()}
+    asking = threading.Thread(target=_call_the_roll, args=(came,), daemon=True)
+    asking.start()
+    # with the process that keeps the list nobody answers
+    asking.join(2 * _ROLL_CALL)
+    missing = sorted(set(range(world_size())) - came)
+    numbers = ", ".join(map(str, missing)) or "?"
+    noun = "processes" if len(missing) > 1 else "process"
+
+    waited = "has ended or lost its connection"
+    if re.search("time", str(error), re.IGNORECASE):
+        waited = f"has given no answer for {seconds:.0f} s"
+    return f"{noun} {numbers} of {world_size()} (from 0) {waited}, so this one ends; {remedy}"
+
+
+def _call_the_roll(came: set[int]) -> None:
+    """Add to `came` the processes that have noticed too, and so live."""
+    # the store of the job, over which the processes found each other
+    store = dist.distributed_c10d._get_default_store()
+    others = set(range(world_size())) - came
+    # where it is gone with its process, nobody can be asked
+    with suppress(RuntimeError):
+        store.set(f"{TIMEOUT}/{rank()}", "lives")
+        until = time.monotonic() + _ROLL_CALL
+        while others - came and time.monotonic() < until:
+            came |= {other for other in others - came if store.check([f"{TIMEOUT}/{other}"])}
+            time.sleep(0.1)
 
 
 def _is_job() -> bool:
@@ -111,10 +199,14 @@ def progress_bar(
 
 
 __all__ = [
+    "TIMEOUT",
+    "LostProcessError",
     "all_gather",
     "all_gather_with_gradient",
     "average_gradients",
     "gather_objects",
+    "lost_processes_named",
+    "patience",
     "progress_bar",
     "rank",
     "wait_for_everyone",

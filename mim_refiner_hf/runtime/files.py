@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .held import LostFolderError, check_held
 from .room import room_to_write
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,14 +48,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises:
         SaveError: when there is no room.
+        LostFolderError: when the folder of this run is another's now.
     """
+    check_held()
     # the ending is another one, so that nobody who looks for *.json meets it
     new = path.with_name(f".{path.name}.tmp")
     with room_to_write(path):
         try:
             yield new
             sync_to_disk(new)
+            check_held()
             new.replace(path)
+        # what has that name now is another run's
+        except LostFolderError:
+            raise
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -144,7 +151,10 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
 
     Raises:
         SaveError: when there is no room.
+        LostFolderError: when the folder of this run is another's now.
+        ValueError: as `check`, also where another program has filled `folder` meanwhile.
     """
+    check_held()
     folder = check(folder)
     new = folder.with_name(f"{STAGED}{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
@@ -156,10 +166,17 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
             # the names must not reach the disk before the contents
             for path in (*new.rglob("*"), new):
                 sync_to_disk(path)
-            _exchange(folder, new)
+            check_held()
+            _exchange(check(folder), new)
             sync_to_disk(folder.parent)
-    finally:
+    # what has that name now is another run's
+    except LostFolderError:
+        raise
+    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        raise
+    # after an exchange the old content has this name
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def _exchange(folder: Path, new: Path) -> None:

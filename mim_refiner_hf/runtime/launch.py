@@ -1,6 +1,6 @@
 """Several processes on one machine: whether a launcher meant them, and starting them.
 
-accelerator = Accelerator(cpu=several_on_the_cpu())
+accelerator = job_of_processes()
 count = launched_short()
 if count is not None:
     return launch_processes(count)
@@ -9,13 +9,18 @@ if count is not None:
 import os
 import signal
 import sys
+from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run_processes
+
+from .distributed import patience
 
 # For a step and a checkpoint of a large model, before the launcher kills its processes.
 _SHUTDOWN_SECONDS = 600
@@ -24,10 +29,19 @@ _SHUTDOWN_SECONDS = 600
 def several_on_the_cpu() -> bool:
     """Whether a launcher started several processes on a machine without a GPU.
 
-    `Accelerator(cpu=several_on_the_cpu())` makes them one job over gloo; without being told, each
-    would train alone.
+    `Accelerator(cpu=True)` makes them one job over gloo; each would train alone otherwise.
     """
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def job_of_processes(**settings: Any) -> Accelerator:
+    """The job that this process belongs to, joined: whoever is waited for has `patience`.
+
+    Args:
+        settings: of `Accelerator`.
+    """
+    waiting = InitProcessGroupKwargs(timeout=patience())
+    return Accelerator(cpu=several_on_the_cpu(), kwargs_handlers=[waiting], **settings)
 
 
 def launched_short() -> int | None:
@@ -79,4 +93,4 @@ def workers_per_process(processes: int) -> int:
     return min(16, (os.cpu_count() or 1) // processes)
 
 
-__all__ = ["launch_processes", "launched_short", "several_on_the_cpu", "workers_per_process"]
+__all__ = ["job_of_processes", "launch_processes", "launched_short", "workers_per_process"]

@@ -27,8 +27,9 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from .distributed import rank
+from .distributed import gather_objects, rank, world_size
 from .files import clear_left_over
+from .held import held, still_held
 from .wording import setting
 
 LOCK = ".run.lock"
@@ -55,6 +56,9 @@ def check_writable(folder: Path, option: str) -> None:
 def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[None]:
     """Keep other runs out of `folder`; it is made, and removed again if it stayed empty.
 
+    Every process of a job that has begun calls it. Whoever saves something meanwhile stops if the
+    folder was removed or taken (`held.py`).
+
     Args:
         folder: where the run writes.
         option: the setting that named it, for messages.
@@ -64,17 +68,38 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
         ValueError: when another run holds it, with its process, host and start; or as
             `check_writable`.
     """
-    if rank() or any(int(os.environ.get(name, "0")) for name in _RANKS):
+    folder = folder.absolute()
+    path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
+    if world_size() == 1 and any(int(os.environ.get(name, "0")) for name in _RANKS):
         yield
         return
 
-    check_writable(folder, option)
-    folder = folder.absolute()
-    path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
     missing = [parent for parent in path.parents if not parent.exists()]
+    lock = None
+    refusal = None
+    if rank() == 0:
+        try:
+            lock = _take(folder, path, option, beside)
+        except ValueError as error:
+            refusal = str(error)
+    # all are refused alike: the others would wait for the main one
+    refusal = gather_objects(refusal)[0]
+    if refusal is not None:
+        raise ValueError(refusal)
+
+    with held(path, folder):
+        try:
+            yield
+        finally:
+            if lock is not None:
+                _give_back(lock, path, missing)
+
+
+def _take(folder: Path, path: Path, option: str, beside: bool) -> BaseFileLock:
+    """Take the lock in the file `path`, and say there who has it; ValueError if somebody does."""
+    check_writable(folder, option)
     path.parent.mkdir(parents=True, exist_ok=True)
     died = path.exists()
-
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -84,22 +109,27 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
             "wait for it, stop it, or name another folder"
         ) from error
 
-    try:
-        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        holder = {"process": os.getpid(), "host": platform.node(), "since": now}
-        path.write_text(json.dumps(holder))
-        if died:
-            clear_left_over(folder, beside=beside)
-        yield
-    finally:
-        # while it is held: whoever has opened it already sees that it lost its name, and starts
-        # over
-        path.unlink(missing_ok=True)
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    holder = {"process": os.getpid(), "host": platform.node(), "since": now}
+    path.write_text(json.dumps(holder))
+    if died:
+        clear_left_over(folder, beside=beside)
+    return lock
+
+
+def _give_back(lock: BaseFileLock, path: Path, missing: list[Path]) -> None:
+    """Release a lock and remove its file, and those of the `missing` folders that stayed empty."""
+    # who has lost the folder leaves alone what has its name now
+    if not still_held(path):
         lock.release()
-        # not empty: the run wrote something
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
+        return
+    # while it is held: whoever has opened it already sees that it lost its name, and starts over
+    path.unlink()
+    lock.release()
+    # not empty: the run wrote something
+    with suppress(OSError):
+        for parent in missing:
+            parent.rmdir()
 
 
 # --- a folder for a while

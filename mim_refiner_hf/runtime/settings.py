@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from .files import shipped_folder
+from .versions import check_format
 from .wording import setting
 
 # --- what a field may hold
@@ -77,7 +78,9 @@ def check_fields(settings: Any) -> None:
     An annotation is a type, a Literal, a type with an `Allowed` (Annotated), a list of these, or a
     union of them. An int passes for a float; a bool passes for neither.
     """
-    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+    annotations = get_type_hints(type(settings), include_extras=True)
+    for name in (each.name for each in fields(settings)):
+        annotation = annotations[name]
         value = getattr(settings, name)
         parts = _parts(annotation)
 
@@ -204,6 +207,8 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         read.append(path.resolve())
         own = _read_yaml(path, asked)
         base = own.pop("base", None)
+        # a run's recipe.json states it
+        check_format("recipe", own.pop("format_version", None), path)
         unknown = sorted(map(str, set(own) - allowed))
         if unknown:
             raise ValueError(

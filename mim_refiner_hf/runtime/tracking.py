@@ -18,6 +18,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from .files import write_text
+from .held import check_held
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Append one line, and tell the callbacks."""
+        """Append one line, and tell the callbacks; LostFolderError as `check_held`."""
+        check_held()
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for callback in self.callbacks:

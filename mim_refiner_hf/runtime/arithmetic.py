@@ -1,0 +1,52 @@
+"""What decides the last bits of a run beside its recipe, kept from its start and compared.
+
+    state["arithmetic"] = arithmetic(micro_batch_size=8)   # into every checkpoint
+    say_changes(begun, arithmetic(micro_batch_size=4))     # a run that goes on somewhere else
+
+A sum of floats depends on its order, which the number of threads, of processes and of micro-batches
+decides, and every version of torch and every device has kernels of its own. None of that makes a
+result wrong: it makes it another one in the last bits, which is said in one line.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .distributed import rank, world_size
+
+logger = logging.getLogger(__name__)
+
+
+def arithmetic(micro_batch_size: int | None) -> dict[str, Any]:
+    """What decides the bits here and now, by name, as JSON."""
+    device = "CPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "micro_batch_size": micro_batch_size,
+    }
+
+
+def say_changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A warning, by the main process, that names what was another at the start of the run.
+
+    What the start did not record is not compared.
+    """
+    changed = []
+    for name, value in now.items():
+        if name in begun and begun[name] != value:
+            changed.append(f"{name} {begun[name]}, now {value}")
+    if changed and rank() == 0:
+        logger.warning(
+            "the run began with %s: it goes on, and its result may differ in the last bits",
+            "; ".join(changed),
+        )
+
+
+__all__ = ["arithmetic", "say_changes"]
