@@ -49,11 +49,11 @@ from torch import Tensor
 from ..data.images import Broken
 from ..runtime.files import sha256_of, whole_file, write_json
 from ..runtime.text import read_back, spelt_out
-from ..runtime.versions import FORMATS, check_format
+from ..runtime.versions import FORMAT_VERSIONS, check_format
 from .features import FeatureSet, check_blocks
 
 _FORMAT = "mim_refiner_hf features, version "
-STORE_FORMAT = f"{_FORMAT}{FORMATS['features']}"
+STORE_FORMAT = f"{_FORMAT}{FORMAT_VERSIONS['features']}"
 STORE_MANIFEST = "manifest.json"
 # rows of a row group, which is what a reader holds in memory
 _ROWS_OF_GROUP = 1024

@@ -28,7 +28,7 @@ from ..runtime.settings import (
     documented,
     minimum,
 )
-from ..runtime.versions import FORMATS, check_format
+from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
 from .loss import LossSchedule, Swap
 
@@ -338,7 +338,7 @@ class RefineRecipe:
     )
     dry_run: bool = documented(False, "Print the plan and stop.")
 
-    format_version: InitVar[int] = FORMATS["recipe"]
+    format_version: InitVar[int] = FORMAT_VERSIONS["recipe"]
 
     def __post_init__(self, format_version: int) -> None:
         check_format("recipe", format_version, "the recipe")

@@ -121,9 +121,13 @@ def encoded(
     done = _finished(folder, store_manifest(encoder, opened, processor, columns, size))
     if done < len(opened):
         _say_how_long(encoder, opened, loading, len(opened) - done)
-    store = embed_images(
-        encoder, opened, processor, folder, columns=columns, loading=loading, shard_size=size
-    )
+    try:
+        store = embed_images(
+            encoder, opened, processor, folder, columns=columns, loading=loading, shard_size=size
+        )
+    except ValueError as error:
+        # who groups images has asked for no column
+        raise ValueError(str(error).replace(f"features {columns[0]} of", "features of")) from error
     features = store.features(columns[0])
     return _known(opened, features, store.indices.tolist(), store.broken)
 

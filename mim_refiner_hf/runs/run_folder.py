@@ -14,7 +14,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..runtime.files import staged_folder, write_json
 from ..runtime.finite import check_finite
-from ..runtime.versions import FORMATS
+from ..runtime.versions import FORMAT_VERSIONS
 from .prepare import Prepared, check_start_folder
 
 
@@ -22,7 +22,7 @@ def begin_folder(prepared: Prepared) -> None:
     """What the output folder holds from the start: the recipe, and what the data consist of."""
     output = Path(prepared.recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    version = {"format_version": FORMATS["recipe"]}
+    version = {"format_version": FORMAT_VERSIONS["recipe"]}
     write_json(output / "recipe.json", version | prepared.recipe.as_written())
     if isinstance(prepared.images.training, ImageDataset):
         write_data_record(output / RECORD, prepared.images.training)

@@ -36,7 +36,7 @@ from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
 from .sharding import own_parts
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
-from .versions import FORMATS, NewerFormatError, check_format
+from .versions import FORMAT_VERSIONS, NewerFormatError, check_format
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _on_disk(path: Path) -> tuple[str, dict[str, Any]]:
 def _complete(temporary: Path, target: Path, step: int, text: str, files: dict[str, Any]) -> None:
     """Write state and manifest beside the tensors, and give the folder its name."""
     (temporary / _STATE).write_text(text)
-    version = {"format_version": FORMATS["checkpoint"]}
+    version = {"format_version": FORMAT_VERSIONS["checkpoint"]}
     manifest = version | {"step": step, "files": files | dict([_on_disk(temporary / _STATE)])}
     (temporary / _MANIFEST).write_text(json.dumps(manifest))
     sync_to_disk(temporary / _MANIFEST)

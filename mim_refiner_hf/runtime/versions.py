@@ -1,6 +1,6 @@
 """Which version of a format a file states, and whether this package knows it.
 
-    write_json(path, {"format_version": FORMATS["checkpoint"], ...})
+    write_json(path, {"format_version": FORMAT_VERSIONS["checkpoint"], ...})
     check_format("checkpoint", manifest.get("format_version"), path)
     # NewerFormatError: out/.../manifest.json was written by a newer version: format 3, ...
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .wording import shown
 
-FORMATS = {"checkpoint": 1, "recipe": 1, "features": 1}
+FORMAT_VERSIONS = {"checkpoint": 1, "recipe": 1, "features": 1}
 """Kind of file -> the newest version that is read, which is the one that is written."""
 
 
@@ -26,7 +26,7 @@ def check_format(kind: str, stated: object, where: str | Path) -> None:
     """Raise for a format that this version does not know.
 
     Args:
-        kind: a key of `FORMATS`.
+        kind: a key of `FORMAT_VERSIONS`.
         stated: what the file states; None for the first version.
         where: the file or folder, for the message.
 
@@ -38,12 +38,12 @@ def check_format(kind: str, stated: object, where: str | Path) -> None:
         return
     if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
         raise ValueError(f"{where} states format_version {shown(stated)}, which is no version")
-    if stated > FORMATS[kind]:
+    if stated > FORMAT_VERSIONS[kind]:
         version = stated if stated < 10**9 else "of many digits"
         raise NewerFormatError(
             f"{where} was written by a newer version: format {version}, this one reads up to "
-            f"{FORMATS[kind]}; upgrade mim_refiner_hf (pip install -U mim-refiner-hf)"
+            f"{FORMAT_VERSIONS[kind]}; upgrade mim_refiner_hf (pip install -U mim-refiner-hf)"
         )
 
 
-__all__ = ["FORMATS", "NewerFormatError", "check_format"]
+__all__ = ["FORMAT_VERSIONS", "NewerFormatError", "check_format"]
