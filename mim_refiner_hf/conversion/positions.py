@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..runtime.files import CheckpointError
-from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS
-from .shapes import KERNEL, REGISTERS
+from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS
+from .shapes import KERNEL
 
 logger = logging.getLogger(__name__)
 
