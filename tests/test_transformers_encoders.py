@@ -18,8 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from mim_refiner_hf import refine
+from mim_refiner_hf import MimRefinerModel, RefineRecipe, refine
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
+from mim_refiner_hf.refinement.heads import IdHeads
+from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
+from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.resolve import resolve
+from mim_refiner_hf.runtime.optimisation import freeze
 
 TOLERANCE = 1e-5
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -169,25 +174,48 @@ def test_what_is_saved_is_read_again(tmp_path: Path, name: str) -> None:
 # --- from start to result -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dinov2-swiglu",
-        "dinov2-registers",
-        "deit",
-        "vit_msn",
-        "ijepa",
-        "dinov3",
-        "siglip",
-        "siglip2",
-        "clip-towers",
-        "pixio",
-        "aimv2",
-    ],
-)
-def test_three_steps_with_no_setting_of_its_own(tmp_path: Path, name: str) -> None:
-    """Heads read what the family pools; what is trained moves, positions stay."""
-    saved(tmp_path / "start", CASES[name])
+def three_steps(encoder: MimRefinerModel) -> None:
+    """Three steps of refinement with what an empty recipe resolves to, for 16 images."""
+    torch.manual_seed(0)
+    recipe = resolve(RefineRecipe(model="start", dataset="noise"), encoder.config, 16)
+    freeze(encoder, recipe.freeze_blocks)
+    count = len(recipe.head_blocks)
+    refiner = Refiner(
+        encoder,
+        recipe.head_blocks,
+        IdHeads(count, 32, 16, 16, 8, seed=0),
+        NearestNeighbourQueue(count, 32, 8, seed=0),
+        num_global=2,
+        num_views=3,
+        temperature=recipe.temperature,
+    )
+    trained = [parameter for parameter in refiner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for step in range(3):
+        views = [torch.randn(8, 2, 3, 32, 32), torch.randn(8, 1, 3, 16, 16)]
+        indices = torch.arange(8) + 8 * step
+        refiner.backward(views, indices, torch.full((8,), -1))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_trained_but_positions(tmp_path: Path, name: str) -> None:
+    """Heads on what the family pools reach all of it; position tables stay."""
+    saved(tmp_path, CASES[name])
+    encoder = load_encoder(tmp_path)
+    pooling = encoder.config.pooling
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    three_steps(encoder)
+
+    after = encoder.state_dict()
+    same = [key for key, tensor in after.items() if torch.equal(tensor, before[key])]
+    assert same == [key for key in before if key == "embeddings.position_embeddings"]
+    assert encoder.config.pooling == pooling
+
+
+def test_a_tower_is_refined_from_start_to_verdict(tmp_path: Path) -> None:
+    saved(tmp_path / "start", CASES["siglip"])
     noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     result = refine(
         [Image.fromarray(picture) for picture in noise],
@@ -197,14 +225,9 @@ def test_three_steps_with_no_setting_of_its_own(tmp_path: Path, name: str) -> No
         num_workers=0,
         report_to="none",
     )
-    start = load_encoder(tmp_path / "start")
-    refined = result.refined
-    assert refined.config.pooling == start.config.pooling
-    before = start.state_dict()
-    after = refined.state_dict()
-    assert before.keys() == after.keys()
-    frozen = [key for key, tensor in after.items() if torch.equal(tensor, before[key])]
-    assert all("position" in key for key in frozen)
+    assert result.refined.config.pooling == "attention"
+    shipped = load_encoder(tmp_path / "out" / "model")
+    assert shipped.config.pooling_head == "attention_mlp"
 
 
 def test_preprocessing_is_the_sources_own(tmp_path: Path) -> None:
