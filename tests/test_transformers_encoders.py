@@ -4,6 +4,7 @@ Each is built tiny and random from its own configuration, saved, loaded and comp
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
-from mim_refiner_hf import MimRefinerModel, RefineRecipe, refine
+from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, refine
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
+from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
+from mim_refiner_hf.publishing import export_timm
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
@@ -230,6 +233,35 @@ def test_a_tower_is_refined_from_start_to_verdict(tmp_path: Path) -> None:
     assert shipped.config.pooling_head == "attention_mlp"
 
 
+def test_a_saved_encoder_is_exported(tmp_path: Path) -> None:
+    """`torch.export` of what is new in the forward pass."""
+    for name in ("dinov3", "siglip", "clip", "aimv2-native"):
+        saved(tmp_path / name, CASES[name])
+        encoder = load_encoder(tmp_path / name)
+        pixels = torch.randn(2, 3, 32, 32)
+        exported = torch.export.export(encoder, (pixels,)).module()
+        with torch.no_grad():
+            vectors = encoder(pixels).pooler_output
+            torch.testing.assert_close(exported(pixels).pooler_output, vectors)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("dinov2-swiglu", "gated MLP"),
+        ("dinov3", "rotary positions"),
+        ("siglip", "pooling but of CLS or patches"),
+        ("clip", "norm before the first block .* and no norm of the pooled vector"),
+        ("aimv2-native", "computed table of positions"),
+    ],
+)
+def test_what_timm_cannot_say_is_refused(tmp_path: Path, name: str, first: str) -> None:
+    saved(tmp_path, CASES[name])
+    reason = export_timm.refusal(load_encoder(tmp_path).config)
+    assert reason is not None
+    assert re.search(first, reason)
+
+
 def test_preprocessing_is_the_sources_own(tmp_path: Path) -> None:
     picture = Image.new("RGB", (60, 40), (200, 100, 50))
     saved(tmp_path, CASES["clip"])
@@ -243,6 +275,14 @@ def test_preprocessing_is_the_sources_own(tmp_path: Path) -> None:
     ours = load_encoder(tmp_path).image_processor
     expected = theirs(picture, return_tensors="pt").pixel_values
     torch.testing.assert_close(ours(picture, return_tensors="pt").pixel_values, expected)
+
+
+def test_siglip_2_has_no_size_and_states_the_rest(tmp_path: Path) -> None:
+    saved(tmp_path, CASES["siglip2"])
+    transformers.Siglip2ImageProcessor(image_std=[0.25] * 3).save_pretrained(tmp_path)
+    ours = load_encoder(tmp_path).image_processor
+    assert dict(ours.crop_size)["height"] == 32
+    assert list(ours.image_mean) == [0.5] * 3 and list(ours.image_std) == [0.25] * 3
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -312,3 +352,37 @@ def test_what_a_tower_leaves_out_has_the_default_of_its_class(tmp_path: Path) ->
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(encoder(pixels).pooler_output, model(pixels).pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_theta": 100.0}, "rope_theta=100.0 needs position_encoding='rope'"),
+        ({"position_encoding": "rope", "rope_theta": 0}, "rope_theta=0 must be a number from 1.0"),
+        ({"position_encoding": "rope"}, "with rope_theta=None needs use_cls_token=False"),
+        (
+            {"position_encoding": "rope", "rope_theta": 100.0, "predictor_layers": 1},
+            "predictor_layers=1 needs position_encoding='rope', and rope_theta=None",
+        ),
+        ({"position_encoding": "sincos", "hidden_size": 36, "num_attention_heads": 2}, None),
+        (
+            {"position_encoding": "sincos", "hidden_size": 34, "num_attention_heads": 2},
+            "position_encoding='sincos' needs hidden_size=34 to be a multiple of 4",
+        ),
+        ({"pooling": "attention"}, "no attention pooling .pooling_head='none'.; use pooling="),
+        ({"use_cls_token": False, "pooling": "prefix"}, "no token in front of the patches"),
+        (
+            {"pooling_head": "attention", "features": "last_block"},
+            "pooling='attention' reads the encoder's output",
+        ),
+        ({"pooling_head": "cls"}, "pooling_head"),
+        ({"position_resampling": "nearest"}, "position_resampling"),
+        ({"gated_mlp": 1}, "gated_mlp"),
+    ],
+)
+def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        MimRefinerConfig(**fields)
+        return
+    with pytest.raises(ConfigurationError, match=message):
+        MimRefinerConfig(**fields)

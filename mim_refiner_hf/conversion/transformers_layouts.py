@@ -252,6 +252,7 @@ _OTHER_TOWER = (
     (r"text_model\..*|text_projection\..*", "text tower"),
     (r"visual_projection\..*", "projection to the text's space"),
     (r"logit_(?:scale|bias)", "scale of the similarities"),
+    (r"embeddings\.position_ids", "position index"),
 )
 SIGLIP = Layout(
     family="siglip",
@@ -308,7 +309,7 @@ CLIP = Layout(
         Rule(r"pre_layrnorm\.(weight|bias)", r"embeddings.norm.\1"),
         Rule(r"post_layernorm\.(weight|bias)", r"pooled_norm.\1"),
     ),
-    drops=(*_OTHER_TOWER, (r"embeddings\.position_ids", "position index")),
+    drops=_OTHER_TOWER,
     settings={
         **_PRE_NORM,
         "embedding_norm": True,

@@ -92,6 +92,8 @@ def unsupported(config: MimRefinerConfig) -> list[str]:
         lacking.append("pooling before the final norm (features='last_block')")
     if config.pooling not in ("cls", "mean"):
         lacking.append(f"pooling but of CLS or patches (pooling={config.pooling!r})")
+    elif config.pooling_head != "none":
+        lacking.append(f"attention pooling (pooling_head={config.pooling_head!r})")
     return lacking
 
 
