@@ -235,7 +235,7 @@ class ImageClusteringPipeline(Pipeline):
         pixel_values = input_tensors["pixel_values"]
         error = input_tensors["error"]
         config = self.model.config
-        if hasattr(self.model, "pool") and config.pooling != "global_repr":
+        if hasattr(self.model, "pool") and config.pooling not in ("attention", "global_repr"):
             depth = config.num_hidden_layers
             outputs = self.model(pixel_values, output_hidden_states=[depth])
             return {"features": self.model.pool(outputs.hidden_states[depth]), "error": error}

@@ -6,6 +6,7 @@ the family is recognised (`signature`, or `model_types` of a `config.json`), whe
 its images were normalised (`preprocessing`).
 """
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from ..runtime.text import one_line
 from .licence import UNKNOWN, Licence
 
 CLS_TOKEN = "embeddings.cls_token"
+REGISTERS = "embeddings.register_tokens"
 POSITIONS = "embeddings.position_embeddings"
 # not a weight of ours: `load.py` adds it to the CLS token
 CLS_POSITION = "embeddings.cls_position"
@@ -83,6 +85,48 @@ def any_positions(target: str, tensor: Tensor) -> Placed:
 def without_first_row(target: str, tensor: Tensor) -> Placed:
     """Positions (1, 1 + N, D) whose first row is never used (CrossMAE adds none to its CLS)."""
     return {target: tensor[:, 1:]}
+
+
+def as_token(target: str, tensor: Tensor) -> Placed:
+    """A token (D,) as (1, 1, D)."""
+    return {target: tensor.reshape(1, 1, -1)}
+
+
+def table_rows(target: str, tensor: Tensor) -> Placed:
+    """The weight (N, D) of an embedding layer as positions (1, N, D)."""
+    return {target: tensor.unsqueeze(0)}
+
+
+def cls_and_table_rows(target: str, tensor: Tensor) -> Placed:
+    """The same (1 + N, D) with a first row for CLS."""
+    return cls_and_patches(target, tensor.unsqueeze(0))
+
+
+def first_and_registers(target: str, tensor: Tensor) -> Placed:
+    """Class tokens (1, n, D), of which all but the first are registers of ours."""
+    return {target: tensor[:, :1]} | registers_if_any(REGISTERS, tensor[:, 1:])
+
+
+def registers_if_any(target: str, tensor: Tensor) -> Placed:
+    """Register tokens (1, R, D); R = 0 is transformers' word for none."""
+    return {target: tensor} if tensor.shape[1] else {}
+
+
+def split_gate(target: str, tensor: Tensor) -> Placed:
+    """A fused (2 W, ...) gate and first layer of an MLP; `*` in the target stands for them."""
+    gate, inner = tensor.chunk(2)
+    return {target.replace("*", "gate"): gate, target.replace("*", "fc1"): inner}
+
+
+def as_kernel(target: str, tensor: Tensor) -> Placed:
+    """A linear layer (D, P * P * C) over the pixels of a patch, as a convolution (D, C, P, P).
+
+    Which C is not in the shape: a number that is no square times 3 is taken for one channel's.
+    """
+    width, pixels = tensor.shape
+    channels = 3 if math.isqrt(pixels // 3) ** 2 * 3 == pixels else 1
+    side = math.isqrt(pixels // channels)
+    return {target: tensor.reshape(width, side, side, channels).permute(0, 3, 1, 2)}
 
 
 class Rule(NamedTuple):
@@ -187,14 +231,22 @@ __all__ = [
     "CLS_POSITION",
     "CLS_TOKEN",
     "POSITIONS",
+    "REGISTERS",
     "Layout",
     "Placed",
     "Rule",
     "Source",
     "any_positions",
+    "as_kernel",
+    "as_token",
     "cls_and_patches",
+    "cls_and_table_rows",
+    "first_and_registers",
     "listed",
+    "registers_if_any",
+    "split_gate",
     "split_qkv",
     "stated",
+    "table_rows",
     "without_first_row",
 ]

@@ -1,5 +1,7 @@
 """How every known family names its tensors: one `Layout` per family, read by `load.py`.
 
+Those of transformers' own classes are in `transformers_layouts.py`.
+
 To support another family, add a layout and its golden test. Whatever shapes can tell (width, depth,
 patch size, biases, layer scale, kinds of positions) is read off the placed tensors (`shapes.py`)
 and is not here. `settings` holds what shapes cannot tell, `facts` where a file states it (number of
@@ -7,7 +9,6 @@ heads). The file is long because families are read beside each other, most of th
 that stands above.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from .layout import (
     stated,
     without_first_row,
 )
+from .transformers_layouts import HALF, POSITION_INDEX, THEIR_BIAS_TABLE, TRANSFORMERS_LAYOUTS
 
 # --- timm's names: MAE and all that grew out of it ----------------------------------------------
 
@@ -146,11 +148,6 @@ PLAIN_VIT = Layout(
 
 # --- BEiT's names: qkv without bias, biases of q and v alone, relative positions shared or not ---
 
-_TABLE = r"relative_position_bias_table"
-_POSITION_INDEX = (r".*relative_position_index", "position index")
-_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-"""BEiT's normalisation of pixels, to [-1, 1]."""
-
 PLAIN_BEIT = Layout(
     family="plain_beit",
     title="a bare BEiT state dict (timm)",
@@ -163,16 +160,17 @@ PLAIN_BEIT = Layout(
         _PATCHES,
         Rule(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layers.\1.attention.\2_proj.bias"),
         Rule(
-            rf"blocks\.(\d+)\.attn\.{_TABLE}", r"layers.\1.attention.relative_position_bias.table"
+            rf"blocks\.(\d+)\.attn\.{THEIR_BIAS_TABLE}",
+            r"layers.\1.attention.relative_position_bias.table",
         ),
-        Rule(rf"rel_pos_bias\.{_TABLE}", r"relative_position_bias.table"),
+        Rule(rf"rel_pos_bias\.{THEIR_BIAS_TABLE}", r"relative_position_bias.table"),
         *_TIMM_BLOCKS,
         _LAYER_SCALE,
         _FINAL_NORM,
     ),
-    drops=(_CLASSIFIER_HEAD, _POSITION_INDEX),
+    drops=(_CLASSIFIER_HEAD, POSITION_INDEX),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
-    preprocessing=lambda contents: _HALF,
+    preprocessing=lambda contents: HALF,
 )
 CONMIM = replace(
     PLAIN_BEIT,
@@ -180,10 +178,10 @@ CONMIM = replace(
     title="ConMIM (TencentARC/ConMIM)",
     paths=(("model",),),
     model_types=(),
-    drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), _POSITION_INDEX),
+    drops=((r"lm_head\..*|projectors\..*|mask_token", "pre-training head"), POSITION_INDEX),
     settings={**PLAIN_BEIT.settings, "final_norm": True},
     preprocessing=lambda contents: (
-        {} if stated("args", "imagenet_default_mean_and_std")(contents) else _HALF
+        {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
     ),
 )
 # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
@@ -336,92 +334,8 @@ CAPI = Layout(
 )
 
 
-# --- transformers: names on disk (`encoder.layer.0.attention.attention.query`) and in memory
-# (`layers.0.attention.q_proj`) ------------------------------------------------------------------
+# --- our own -------------------------------------------------------------------------------------
 
-_HF_BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
-_TRANSFORMERS_RULES = (
-    Rule(r"embeddings\.cls_token", CLS_TOKEN),
-    Rule(r"embeddings\.position_embeddings", POSITIONS, cls_and_patches),
-    Rule(
-        r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
-        r"embeddings.patch_embeddings.\1",
-    ),
-    Rule(
-        _HF_BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
-        r"layers.\1.attention.\2_proj.\3",
-    ),
-    Rule(_HF_BLOCK + r"attention\.([qkvo]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
-    Rule(_HF_BLOCK + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-    Rule(_HF_BLOCK + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
-    Rule(_HF_BLOCK + r"output\.dense\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
-    Rule(_HF_BLOCK + r"mlp\.(fc[12])\.(weight|bias)", r"layers.\1.mlp.\2.\3"),
-    Rule(_HF_BLOCK + r"layernorm_before\.(weight|bias)", r"layers.\1.norm1.\2"),
-    Rule(_HF_BLOCK + r"layernorm_after\.(weight|bias)", r"layers.\1.norm2.\2"),
-    Rule(r"layernorm\.(weight|bias)", r"norm.\1"),
-)
-VIT = Layout(
-    family="vit",
-    title="transformers' ViT",
-    model_types=("vit",),
-    prefix=r"vit\.",
-    rules=_TRANSFORMERS_RULES,
-    drops=((r"decoder\..*|embeddings\.mask_token", "decoder"), (r"pooler\..*", "pooler")),
-    settings=_PRE_NORM,
-)
-VIT_MAE = replace(VIT, family="vit_mae", title="transformers' ViTMAE", model_types=("vit_mae",))
-
-
-def _beit_positions(config: Mapping[str, Any]) -> str | None:
-    """BEiT's three switches as our `position_encoding`; None where no `config.json` states them."""
-    kinds = {
-        "use_absolute_position_embeddings": "absolute",
-        "use_relative_position_bias": "relative",
-        "use_shared_relative_position_bias": "shared_relative",
-    }
-    return "+".join(kinds[switch] for switch in kinds if config.get(switch)) or None
-
-
-# the final norm is there or not: the masked-image model has one outside the encoder, mean pooling
-# drops it
-BEIT = Layout(
-    family="beit",
-    title="transformers' BEiT",
-    model_types=("beit",),
-    prefix=r"beit\.",
-    rules=(
-        *_TRANSFORMERS_RULES,
-        Rule(_HF_BLOCK + r"lambda_([12])", r"layers.\1.layer_scale\2.weight"),
-        Rule(
-            _HF_BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{_TABLE}",
-            r"layers.\1.attention.relative_position_bias.table",
-        ),
-        Rule(
-            rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{_TABLE}",
-            r"relative_position_bias.table",
-        ),
-    ),
-    drops=(
-        (r"pooler\..*", "pooler"),
-        (r"lm_head\..*|embeddings\.mask_token", "decoder"),
-        _POSITION_INDEX,
-    ),
-    settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
-    facts={
-        "position_encoding": _beit_positions,
-        # 0 is BEiT's word for none
-        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,
-        "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
-    },
-    preprocessing=lambda contents: _HALF,
-)
-DATA2VEC_VISION = replace(
-    BEIT,
-    family="data2vec_vision",
-    title="transformers' Data2VecVision (data2vec 1)",
-    model_types=("data2vec-vision",),
-    prefix=r"data2vec_vision\.",
-)
 OURS = Layout(
     family="mim_refiner",
     title="a model folder of this package",
@@ -433,10 +347,7 @@ OURS = Layout(
 # the more specific signature comes first
 LAYOUTS: tuple[Layout, ...] = (
     OURS,
-    VIT_MAE,
-    VIT,
-    BEIT,
-    DATA2VEC_VISION,
+    *TRANSFORMERS_LAYOUTS,
     RELEASED_POSTNORM,
     RELEASED_PRENORM,
     MAE_CT,

@@ -43,6 +43,7 @@ from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
 from .timm_models import in_our_words
+from .transformers_models import stated_in_full, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def load_encoder(
     # another format may name its tensors otherwise
     if found.config.get("model_type") == MimRefinerConfig.model_type:
         _refuse_newer(found)
+    found = stated_in_full(found)
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = place_all(found.name, layout, tensors)
     check_values(found.name, placement)
@@ -237,8 +239,10 @@ def _unknown_family(
         return CheckpointError(f"family={family!r} is unknown; allowed: {families}")
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
+        reason = why_not(str(model_type))
         return CheckpointError(
             f"{name} has model_type={brief(model_type)}, not a plain ViT known here ({known})"
+            f"{f': {reason}' if reason else ''}; give one of these"
         )
 
     tensors = dict(named_tensors(contents))
@@ -297,7 +301,7 @@ def _read_config(
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
     from_shapes = read_shapes(found.name, placed)
-    _compare_blocks(found.name, from_shapes, states)
+    _compare_sizes(found.name, from_shapes, states)
     fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(
@@ -332,16 +336,17 @@ def _read_config(
     return config
 
 
-def _compare_blocks(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """CheckpointError where more blocks are stated than there are: none is built to find out."""
-    for field_name in ("num_hidden_layers", "predictor_layers"):
+def _compare_sizes(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """CheckpointError where the weights are of another size than is stated: none is built."""
+    for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
         count = states.get(field_name)
-        if isinstance(count, int) and count > held[field_name]:
-            raise CheckpointError(
-                f"{name} states {field_name}={brief(count)}, but its weights have "
-                f"{held[field_name]} such blocks; the tensors of the others are missing: get its "
-                "config.json and its weights again"
-            )
+        if not isinstance(count, int) or count == held[field_name]:
+            continue
+        blocks = " such blocks" if field_name != "hidden_size" else ""
+        raise CheckpointError(
+            f"{name} states {field_name}={brief(count)}, but its weights have "
+            f"{held[field_name]}{blocks}; get its config.json and its weights again"
+        )
 
 
 def _shape_as_ours(placed: dict[str, Tensor]) -> None:

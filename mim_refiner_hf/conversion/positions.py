@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..runtime.files import CheckpointError
-from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS
-from .shapes import KERNEL, REGISTERS
+from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS
+from .shapes import KERNEL
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,10 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
     positions = placed[POSITIONS]
     placed[CLS_POSITION] = positions[:, :1]
     placed[POSITIONS] = positions[:, count:]
-    if count > 1:
-        placed[REGISTERS] = placed[REGISTERS] + positions[:, 1:count]
+    rows = positions[:, 1:count]
+    # of another shape they are wrong, which the check of the shapes will say
+    if count > 1 and placed[REGISTERS].shape == rows.shape:
+        placed[REGISTERS] = placed[REGISTERS] + rows
 
 
 __all__ = ["Size", "as_size", "settle_positions"]

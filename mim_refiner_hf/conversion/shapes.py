@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..model.configuration_mim_refiner import brief
 from ..runtime.files import CheckpointError
-from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, listed
+from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS, listed
 
 KERNEL = "embeddings.patch_embeddings.weight"
-REGISTERS = "embeddings.register_tokens"
 BIAS_TABLE = "relative_position_bias.table"
 
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 2560: 32}
@@ -57,6 +56,7 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_channels": channels,
         "patch_size": patch,
         "intermediate_size": most_frequent(inner_widths or [width]),
+        "gated_mlp": any(".mlp.gate." in key for key in placed),
         "num_hidden_layers": depth,
         "num_attention_heads": HEADS_OF_WIDTH.get(width),
         "use_cls_token": CLS_TOKEN in placed or CLS_POSITION in placed,
@@ -64,7 +64,7 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "predictor_layers": len(predictor_blocks),
         "embedding_norm": any(key.startswith("embeddings.norm.") for key in placed),
         "final_norm": any(key.startswith("norm.") for key in placed),
-        "bias": "all" if _ending(placed, ".k_proj.bias") else "no_key",
+        "bias": _biases(placed),
         "layer_scale_init": 0.1 if any(".layer_scale" in key for key in placed) else None,
         "position_encoding": _position_encoding(placed),
     }
@@ -88,6 +88,15 @@ def _read_depth(name: str, placed: Mapping[str, Tensor]) -> int:
 def _ending(placed: Mapping[str, Tensor], suffix: str) -> list[Tensor]:
     """The tensors whose names end with `suffix`."""
     return [tensor for name, tensor in placed.items() if name.endswith(suffix)]
+
+
+def _biases(placed: Mapping[str, Tensor]) -> str:
+    """Which linear layers have a bias, as far as those of attention say."""
+    if _ending(placed, ".attention.k_proj.bias"):
+        return "all"
+    if _ending(placed, ".attention.q_proj.bias") or _ending(placed, ".attention.v_proj.bias"):
+        return "no_key"
+    return "no_qkv" if _ending(placed, ".attention.o_proj.bias") else "none"
 
 
 def _position_encoding(placed: Mapping[str, Tensor]) -> str:

@@ -6,9 +6,9 @@
     found.blocks[3]           # (N, D) the same of block 3, 0-based
 
 The features are what the paper evaluates (MIM-Refiner, Sec. 5.2): the CLS token after the last
-block WITHOUT the final norm, or what else the encoder's `config.pooling` takes. Only "global_repr"
-is read from the encoder's output, final norm included: CAPI's predictor knows nothing else, and
-earlier blocks give the mean of the patches.
+block WITHOUT the final norm, or what else the encoder's `config.pooling` takes. Only "attention"
+and "global_repr" are read from the encoder's output, final norm included: they know nothing else,
+and earlier blocks give the mean of the patches.
 
 A kind of feature has a name, `<place>.<pooling>`, under which a feature store (`feature_store.py`)
 keeps it as a column:
@@ -19,8 +19,8 @@ keeps it as a column:
 | last4   | raw outputs of the last 4 blocks side by side (4 D), paper table 13 |
 | output  | the encoder's output, final norm included                           |
 
-with pooling cls, mean (of the patches), register (the first one), or, for `output` alone,
-global_repr.
+with pooling cls, mean (of the patches), register (the first one), prefix (the mean of CLS and
+registers), or, for `output` alone, attention and global_repr.
 """
 
 import math
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, Sample
 from ..data.loading import Loading
-from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..runtime.distributed import all_gather, progress_bar, rank, world_size
 
@@ -113,20 +113,21 @@ def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]
         missing = config.missing_for(pooling)  # type: ignore[arg-type]
         if missing:
             raise ValueError(f"pooling {pooling!r}: the encoder has {missing}; use 'mean'")
-        if pooling == "global_repr" and (place, config.pooling) != ("output", pooling):
+        if pooling in LEARNED_POOLINGS and (place, config.pooling) != ("output", pooling):
+            weights = "CAPI's predictor" if pooling == "global_repr" else "attention pooling"
             raise ValueError(
-                f"{column!r}: CAPI's predictor reads only the output, as the encoder's own "
-                "pooling; use 'mean'"
+                f"{column!r}: {weights} reads only the output, as the encoder's own pooling; use "
+                "'mean'"
             )
     return list(dict.fromkeys(columns))
 
 
 def own_column(config: MimRefinerConfig, block: int) -> str:
     """The column of a block under the encoder's own pooling: what `FeatureSet` holds."""
-    if config.pooling != "global_repr":
+    if config.pooling not in LEARNED_POOLINGS:
         return f"block{block}.{config.pooling}"
     if block == config.num_hidden_layers - 1:
-        return "output.global_repr"
+        return f"output.{config.pooling}"
     return f"block{block}.mean"
 
 
@@ -147,8 +148,8 @@ def feature_columns(
     Args:
         config: of the encoder.
         blocks: 0-based numbers of blocks, or "output"; none for the place that the encoder's own
-            features come from, which is the last block (for "global_repr" the output).
-        poolings: none for the encoder's own (of a block of a "global_repr" encoder: the mean).
+            features come from, which is the last block (for `LEARNED_POOLINGS` the output).
+        poolings: none for the encoder's own (of a block, the mean for `LEARNED_POOLINGS`).
         last4: the last 4 blocks side by side, too.
 
     Raises:
@@ -163,7 +164,7 @@ def feature_columns(
     columns = []
     for place in places:
         own = str(config.pooling)
-        if own == "global_repr" and place != "output":
+        if own in LEARNED_POOLINGS and place != "output":
             own = "mean"
         chosen: list[str] = list(poolings) or [own]
         columns += [f"{place}.{pooling}" for pooling in chosen]
@@ -195,7 +196,7 @@ def reads_last_patches(columns: Sequence[str], config: MimRefinerConfig) -> bool
     depth = config.num_hidden_layers
     for column in columns:
         blocks = blocks_of(column, depth)
-        of_patches = column.partition(".")[2] not in ("cls", "register")
+        of_patches = column.partition(".")[2] not in ("cls", "register", "prefix")
         if of_patches and (not blocks or depth - 1 in blocks):
             return True
     return False
@@ -223,7 +224,7 @@ def encode(
     features = {}
     for column in columns:
         pooling: Any = column.partition(".")[2]
-        if pooling == "global_repr":
+        if pooling in LEARNED_POOLINGS:
             features[column] = outputs.pooler_output.float()
             continue
         tokens = [outputs.hidden_states[block + 1] for block in blocks[column]]

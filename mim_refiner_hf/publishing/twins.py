@@ -23,14 +23,14 @@ Twin = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def complete_state(encoder: MimRefinerModel) -> dict[str, Tensor]:
-    """All weights in fp32, a bias of zeros where a linear layer has none.
+    """All weights in fp32, a bias of zeros where a layer has none.
 
     The function is the same, in formats that want a bias.
     """
     state = {name: tensor.detach().float() for name, tensor in encoder.state_dict().items()}
     for name, module in encoder.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is None:
-            state[f"{name}.bias"] = torch.zeros(module.out_features)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is None:
+            state[f"{name}.bias"] = torch.zeros(len(module.weight))
     return state
 
 
@@ -78,12 +78,22 @@ def unsupported(config: MimRefinerConfig) -> list[str]:
         lacking.append(f"norm but a LayerNorm (norm_type={config.norm_type!r})")
     if "rope" in config.position_encoding:
         lacking.append(f"rotary positions (position_encoding={config.position_encoding!r})")
+    if config.position_encoding == "sincos":
+        lacking.append("computed table of positions (position_encoding='sincos')")
+    if config.gated_mlp:
+        lacking.append("gated MLP (gated_mlp=True)")
+    if config.patch_norm:
+        lacking.append("norm of the patches before their positions (patch_norm=True)")
+    if config.pooled_norm:
+        lacking.append("norm of the pooled vector (pooled_norm=True)")
     if config.final_norm and not config.final_norm_affine:
         lacking.append("final norm without weights (final_norm_affine=False)")
     if config.features == "last_block" and config.final_norm:
         lacking.append("pooling before the final norm (features='last_block')")
     if config.pooling not in ("cls", "mean"):
         lacking.append(f"pooling but of CLS or patches (pooling={config.pooling!r})")
+    elif config.pooling_head != "none":
+        lacking.append(f"attention pooling (pooling_head={config.pooling_head!r})")
     return lacking
 
 

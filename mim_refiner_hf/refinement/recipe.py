@@ -105,9 +105,7 @@ class RefineRecipe:
     image_column: str | None = documented(None, "Column of a table that holds the images.")
     label_column: str | None = documented(None, "Column of a table that holds the labels.")
     follow_links: bool = documented(False, "Enter links to folders, wherever they lead.")
-    streaming: bool = documented(
-        False, "Read the data set as a stream (needs max_steps): nothing is downloaded in full."
-    )
+    streaming: bool = documented(False, "Read the data as a stream (needs max_steps), in passing.")
     eval_dataset: str | None = documented(
         None,
         "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part.",
@@ -154,8 +152,9 @@ class RefineRecipe:
     )
     pooling: Pooling | None = documented(
         None,
-        "What the heads read: cls, mean (of the patches), register (the first), or global_repr "
-        "(CAPI's predictor, for the head on the output; heads on earlier blocks read the mean). "
+        "What the heads read: cls, mean (of the patches), register (the first), prefix (mean of "
+        "CLS and registers), or for the head on the output attention (SigLIP's, AIMv2's) or "
+        "global_repr (CAPI's predictor); heads on earlier blocks then read the mean. "
         "Auto: the model's.",
     )
     # ---- heads

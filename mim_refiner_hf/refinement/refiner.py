@@ -7,9 +7,10 @@
     result = refiner.backward([global_views, local_views], sample_index, labels, topk=20, draw=draw)
 
 The heads read the pooled tokens of their block, as the encoder's `config.pooling` says: raw block
-outputs, and for the last block the encoder's OUTPUT, final norm included. With "global_repr" the
-output's head reads CAPI's predictor, which was trained on the output and nothing else, and the
-heads on earlier blocks the mean of the patches. Targets are the same projector's output on the
+outputs, and for the last block the encoder's OUTPUT, final norm (or CLIP's norm of the pooled
+vector) included. With "global_repr" and "attention" the output's head reads CAPI's predictor or the
+attention pooling, which were trained on the output and nothing else, and the heads on earlier
+blocks the mean of the patches. Targets are the same projector's output on the
 global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters
 and does nothing else to them.
 
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..runtime.sharding import synchronise
@@ -168,7 +170,8 @@ class Refiner(nn.Module):
 
         features = [self.encoder.pool(outputs.hidden_states[state]) for state in inner]
         if last in self.head_blocks:
-            if self.encoder.config.pooling == "global_repr":
+            config = self.encoder.config
+            if config.pooling in LEARNED_POOLINGS or config.pooled_norm:
                 features.append(outputs.pooler_output)
             else:
                 features.append(self.encoder.pool(outputs.last_hidden_state))

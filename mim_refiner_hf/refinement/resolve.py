@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
 from ..runtime.wording import setting
 from .auto import Choice, Situation, fit
 from .loss import LossSchedule, Swap
@@ -274,9 +274,9 @@ def choose_blocks_with_heads(
             f"{setting('freeze_blocks', recipe.freeze_blocks)}: the head on block {blocks[0]} "
             f"would train nothing; freeze at most {blocks[0]}"
         )
-    if pooling == "global_repr" and blocks[-1] != layers - 1:
+    if pooling in LEARNED_POOLINGS and blocks[-1] != layers - 1:
         raise ValueError(
-            f"{setting('pooling', 'global_repr')}: only the head on the encoder's output reads it; "
+            f"{setting('pooling', pooling)}: only the head on the encoder's output reads it; "
             f"add block {layers - 1} to {named}, or use mean"
         )
     return chosen

@@ -25,6 +25,7 @@ from ..data.broken import BROKEN, BrokenImages
 from ..data.fast_views import VIEW_KINDS, finished_views
 from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
+from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.checkpoint import Checkpoint, check_tensors, save_checkpoint, size_of
 from ..runtime.distributed import average_gradients, progress_bar, world_size
@@ -104,7 +105,7 @@ class Trainer:
         device = self.accelerator.device
         self.steps = recipe.steps
         self.encoder.config.pooling = recipe.pooling
-        if recipe.pooling != "global_repr":
+        if recipe.pooling not in LEARNED_POOLINGS:
             # it would be left, untrained, with an encoder that it was not trained on
             self.encoder.drop_predictor()
         freeze(self.encoder, recipe.freeze_blocks)

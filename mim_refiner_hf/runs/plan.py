@@ -31,6 +31,8 @@ _READS = {
     "cls": "the CLS token",
     "mean": "the mean patch",
     "register": "the first register token",
+    "prefix": "the mean of CLS and registers",
+    "attention": "the attention pooling of the output, the mean patch on earlier blocks",
     "global_repr": "the predictor on the output, the mean patch on earlier blocks",
 }
 

@@ -1,0 +1,370 @@
+"""How transformers' vision classes name their tensors: rows for `layouts.py`.
+
+Names are those on disk (`encoder.layer.0.attention.attention.query`) and in memory
+(`layers.0.attention.q_proj`). Of a model of two towers, text and images, the towers' names come
+behind a prefix; `transformers_models.py` has brought out the configuration of the images' tower.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .layout import (
+    CLS_TOKEN,
+    POSITIONS,
+    REGISTERS,
+    Layout,
+    Rule,
+    any_positions,
+    as_kernel,
+    as_token,
+    cls_and_patches,
+    cls_and_table_rows,
+    first_and_registers,
+    registers_if_any,
+    split_gate,
+    split_qkv,
+    stated,
+    table_rows,
+)
+
+THEIR_BIAS_TABLE = r"relative_position_bias_table"
+POSITION_INDEX = (r".*relative_position_index", "position index")
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+"""BEiT's and SigLIP's normalisation of pixels, to [-1, 1]."""
+_OF_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+_ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
+_PRE_NORM = {**_ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
+
+# --- ViT, ViTMAE, BEiT, Data2VecVision ------------------------------------------------------------
+
+_HF_BLOCK = r"(?:model\.)?(?:encoder\.)?layers?\.(\d+)\."
+_TRANSFORMERS_RULES = (
+    Rule(r"embeddings\.cls_token", CLS_TOKEN),
+    Rule(r"embeddings\.position_embeddings", POSITIONS, cls_and_patches),
+    Rule(
+        r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
+        r"embeddings.patch_embeddings.\1",
+    ),
+    Rule(
+        _HF_BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.(weight|bias)",
+        r"layers.\1.attention.\2_proj.\3",
+    ),
+    Rule(_HF_BLOCK + r"attention\.([qkvo]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
+    Rule(_HF_BLOCK + r"attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+    Rule(_HF_BLOCK + r"intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+    Rule(_HF_BLOCK + r"output\.dense\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+    Rule(_HF_BLOCK + r"mlp\.(fc[12])\.(weight|bias)", r"layers.\1.mlp.\2.\3"),
+    Rule(_HF_BLOCK + r"layernorm_before\.(weight|bias)", r"layers.\1.norm1.\2"),
+    Rule(_HF_BLOCK + r"layernorm_after\.(weight|bias)", r"layers.\1.norm2.\2"),
+    Rule(r"layernorm\.(weight|bias)", r"norm.\1"),
+)
+VIT = Layout(
+    family="vit",
+    title="transformers' ViT",
+    model_types=("vit",),
+    prefix=r"vit\.",
+    rules=_TRANSFORMERS_RULES,
+    drops=((r"decoder\..*|embeddings\.mask_token", "decoder"), (r"pooler\..*", "pooler")),
+    settings=_PRE_NORM,
+)
+VIT_MAE = replace(VIT, family="vit_mae", title="transformers' ViTMAE", model_types=("vit_mae",))
+
+
+def _beit_positions(config: Mapping[str, Any]) -> str | None:
+    """BEiT's three switches as our `position_encoding`; None where no `config.json` states them."""
+    kinds = {
+        "use_absolute_position_embeddings": "absolute",
+        "use_relative_position_bias": "relative",
+        "use_shared_relative_position_bias": "shared_relative",
+    }
+    return "+".join(kinds[switch] for switch in kinds if config.get(switch)) or None
+
+
+# the final norm is there or not: the masked-image model has one outside the encoder, mean pooling
+# drops it
+BEIT = Layout(
+    family="beit",
+    title="transformers' BEiT",
+    model_types=("beit",),
+    prefix=r"beit\.",
+    rules=(
+        *_TRANSFORMERS_RULES,
+        Rule(_HF_BLOCK + r"lambda_([12])", r"layers.\1.layer_scale\2.weight"),
+        Rule(
+            _HF_BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{THEIR_BIAS_TABLE}",
+            r"layers.\1.attention.relative_position_bias.table",
+        ),
+        Rule(
+            rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{THEIR_BIAS_TABLE}",
+            r"relative_position_bias.table",
+        ),
+    ),
+    drops=(
+        (r"pooler\..*", "pooler"),
+        (r"lm_head\..*|embeddings\.mask_token", "decoder"),
+        POSITION_INDEX,
+    ),
+    settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
+    facts={
+        "position_encoding": _beit_positions,
+        # 0 is BEiT's word for none
+        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,
+        "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
+    },
+    preprocessing=lambda contents: HALF,
+)
+DATA2VEC_VISION = replace(
+    BEIT,
+    family="data2vec_vision",
+    title="transformers' Data2VecVision (data2vec 1)",
+    model_types=("data2vec-vision",),
+    prefix=r"data2vec_vision\.",
+)
+
+
+# --- DINOv2, DINOv3, DeiT, MSN, I-JEPA, Pixio: names of ViT, and what is new ----------------------
+
+_NEWER_RULES = (
+    *_TRANSFORMERS_RULES,
+    Rule(r"embeddings\.register_tokens", REGISTERS, registers_if_any),
+    Rule(r"embeddings\.patch_embeddings\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+    Rule(
+        _HF_BLOCK + r"(?:layer_|rms_)?norm([12])\.(weight|bias)",
+        r"layers.\1.norm\2.\3",
+    ),
+    Rule(_HF_BLOCK + r"layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2.weight"),
+    Rule(_HF_BLOCK + r"mlp\.weights_in\.(weight|bias)", r"layers.\1.mlp.*.\2", split_gate),
+    Rule(_HF_BLOCK + r"mlp\.weights_out\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+    Rule(_HF_BLOCK + r"(?:mlp|ffn)\.gate_proj\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
+    Rule(_HF_BLOCK + r"(?:mlp|ffn)\.up_proj\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+    Rule(_HF_BLOCK + r"(?:mlp|ffn)\.down_proj\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+    Rule(_HF_BLOCK + r"self_attn\.([qkv]_proj)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
+    Rule(
+        _HF_BLOCK + r"(?:self_attn|attention)\.out_proj\.(weight|bias)",
+        r"layers.\1.attention.o_proj.\2",
+    ),
+    Rule(r"norm\.(weight|bias)", r"norm.\1"),
+)
+_MASK_TOKEN = (r"embeddings\.mask_token", "mask token")
+_POOLER = (r"pooler\..*", "pooler")
+
+
+def _swiglu(config: Mapping[str, Any]) -> Any:
+    """The activation: DINOv2's gated MLP has SiLU, whatever its `hidden_act` says."""
+    return "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act")
+
+
+DINOV2 = Layout(
+    family="dinov2",
+    title="transformers' DINOv2",
+    model_types=("dinov2",),
+    prefix=r"dinov2\.",
+    rules=_NEWER_RULES,
+    drops=(_MASK_TOKEN,),
+    settings=_PRE_NORM,
+    facts={"hidden_act": _swiglu},
+)
+DINOV2_WITH_REGISTERS = replace(
+    DINOV2,
+    family="dinov2_with_registers",
+    title="transformers' DINOv2 with registers",
+    model_types=("dinov2_with_registers",),
+    prefix=r"dinov2_with_registers\.",
+    settings={**_PRE_NORM, "position_resampling": "bicubic_antialias"},
+)
+DINOV3 = replace(
+    DINOV2,
+    family="dinov3",
+    title="transformers' DINOv3",
+    model_types=("dinov3_vit",),
+    prefix=r"dinov3_vit\.",
+    settings={**_PRE_NORM, "position_encoding": "rope"},
+    facts={"rope_theta": stated("rope_theta")},
+)
+# the distillation token is a register of ours; the pooler is of a classification that is not there
+DEIT = replace(
+    DINOV2,
+    family="deit",
+    title="transformers' DeiT",
+    model_types=("deit",),
+    prefix=r"deit\.",
+    rules=(
+        Rule(r"embeddings\.distillation_token", REGISTERS),
+        Rule(r"embeddings\.position_embeddings", POSITIONS, any_positions),
+        *_NEWER_RULES,
+    ),
+    drops=(_MASK_TOKEN, _POOLER),
+    facts={},
+)
+VIT_MSN = replace(
+    DINOV2,
+    family="vit_msn",
+    title="transformers' ViTMSN",
+    model_types=("vit_msn",),
+    prefix=r"vit\.",
+    facts={},
+)
+TRANSFORMERS_IJEPA = replace(
+    DINOV2,
+    family="ijepa_transformers",
+    title="transformers' I-JEPA",
+    model_types=("ijepa",),
+    prefix=r"ijepa\.",
+    rules=(Rule(r"embeddings\.position_embeddings", POSITIONS), *_NEWER_RULES),
+    drops=(_MASK_TOKEN, _POOLER),
+    settings={**_PRE_NORM, "use_cls_token": False},
+    facts={},
+)
+PIXIO = replace(
+    DINOV2,
+    family="pixio",
+    title="transformers' Pixio",
+    model_types=("pixio",),
+    prefix=r"pixio\.",
+    rules=(
+        Rule(r"embeddings\.cls_token", CLS_TOKEN, first_and_registers),
+        Rule(r"embeddings\.position_embeddings", POSITIONS, any_positions),
+        *_NEWER_RULES,
+    ),
+    settings={**_PRE_NORM, "pooling": "prefix"},
+    facts={},
+)
+
+
+# --- towers of models of text and images ----------------------------------------------------------
+
+
+def _pooling_head(switch: str, kind: str) -> Callable[[Mapping[str, Any]], str]:
+    """A reader of whether the tower ends in a head that pools."""
+
+    def read(config: Mapping[str, Any]) -> str:
+        return kind if config.get(switch, True) else "none"
+
+    return read
+
+
+_OTHER_TOWER = (
+    (r"text_model\..*|text_projection\..*", "text tower"),
+    (r"visual_projection\..*", "projection to the text's space"),
+    (r"logit_(?:scale|bias)", "scale of the similarities"),
+    (r"embeddings\.position_ids", "position index"),
+)
+SIGLIP = Layout(
+    family="siglip",
+    title="the vision tower of transformers' SigLIP",
+    model_types=("siglip", "siglip_vision_model"),
+    prefix=r"vision_model\.",
+    rules=(
+        Rule(r"embeddings\.patch_embedding\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        Rule(r"embeddings\.position_embedding\.weight", POSITIONS, table_rows),
+        *_NEWER_RULES,
+        Rule(r"post_layernorm\.(weight|bias)", r"norm.\1"),
+        Rule(r"head\.probe", "attention_pooling.query"),
+        Rule(
+            r"head\.attention\.in_proj_(weight|bias)",
+            r"attention_pooling.*_proj.\1",
+            split_qkv,
+        ),
+        Rule(r"head\.attention\.out_proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
+        Rule(r"head\.layernorm\.(weight|bias)", r"attention_pooling.norm.\1"),
+        Rule(r"head\.(mlp\.fc[12]\.(?:weight|bias))", r"attention_pooling.\1"),
+    ),
+    drops=_OTHER_TOWER,
+    settings={**_PRE_NORM, "use_cls_token": False},
+    facts={"pooling_head": _pooling_head("vision_use_head", "attention_mlp")},
+    preprocessing=lambda contents: HALF,
+)
+# reads patches that were cut out beforehand, by a linear layer; images of any shape
+SIGLIP2 = replace(
+    SIGLIP,
+    family="siglip2",
+    title="the vision tower of transformers' SigLIP 2 (NaFlex)",
+    model_types=("siglip2", "siglip2_vision_model"),
+    rules=(
+        Rule(
+            r"embeddings\.patch_embedding\.weight",
+            r"embeddings.patch_embeddings.weight",
+            as_kernel,
+        ),
+        *SIGLIP.rules,
+    ),
+    settings={**SIGLIP.settings, "position_resampling": "bilinear_antialias"},
+)
+# its last norm is for the pooled vector alone
+CLIP = Layout(
+    family="clip",
+    title="the vision tower of transformers' CLIP",
+    model_types=("clip", "clip_vision_model"),
+    prefix=r"vision_model\.",
+    rules=(
+        Rule(r"embeddings\.class_embedding", CLS_TOKEN, as_token),
+        Rule(r"embeddings\.patch_embedding\.weight", r"embeddings.patch_embeddings.weight"),
+        Rule(r"embeddings\.position_embedding\.weight", POSITIONS, cls_and_table_rows),
+        *_NEWER_RULES,
+        Rule(r"pre_layrnorm\.(weight|bias)", r"embeddings.norm.\1"),
+        Rule(r"post_layernorm\.(weight|bias)", r"pooled_norm.\1"),
+    ),
+    drops=_OTHER_TOWER,
+    settings={
+        **_PRE_NORM,
+        "embedding_norm": True,
+        "patch_bias": False,
+        "final_norm": False,
+        "pooled_norm": True,
+    },
+    preprocessing=lambda contents: _OF_CLIP,
+)
+AIMV2 = Layout(
+    family="aimv2",
+    title="the vision tower of transformers' AIMv2",
+    model_types=("aimv2", "aimv2_vision_model"),
+    prefix=r"vision_model\.",
+    rules=(
+        Rule(r"embeddings\.patch_embed\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        Rule(r"embeddings\.position_embedding\.weight", POSITIONS, table_rows),
+        Rule(r"embeddings\.rms_norm\.weight", "embeddings.patch_norm.weight"),
+        *_NEWER_RULES,
+        Rule(r"rms_norm\.weight", "norm.weight"),
+        Rule(r"head\.cls_token", "attention_pooling.query"),
+        Rule(r"head\.([kv]_proj)\.(weight|bias)", r"attention_pooling.\1.\2"),
+        Rule(r"head\.output_proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
+    ),
+    drops=_OTHER_TOWER,
+    settings={
+        **_PRE_NORM,
+        "use_cls_token": False,
+        "norm_type": "rmsnorm",
+        "patch_norm": True,
+    },
+    facts={
+        "layer_norm_eps": stated("rms_norm_eps"),
+        "position_encoding": lambda config: "sincos" if config.get("is_native") else "absolute",
+        "pooling_head": _pooling_head("use_head", "attention"),
+    },
+    preprocessing=lambda contents: _OF_CLIP,
+)
+
+TRANSFORMERS_LAYOUTS = (
+    VIT_MAE,
+    VIT,
+    BEIT,
+    DATA2VEC_VISION,
+    DINOV2,
+    DINOV2_WITH_REGISTERS,
+    DINOV3,
+    DEIT,
+    VIT_MSN,
+    TRANSFORMERS_IJEPA,
+    PIXIO,
+    SIGLIP,
+    SIGLIP2,
+    CLIP,
+    AIMV2,
+)
+
+__all__ = ["HALF", "POSITION_INDEX", "THEIR_BIAS_TABLE", "TRANSFORMERS_LAYOUTS"]
