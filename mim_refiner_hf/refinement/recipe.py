@@ -153,9 +153,8 @@ class RefineRecipe:
     pooling: Pooling | None = documented(
         None,
         "What the heads read: cls, mean (of the patches), register (the first), prefix (mean of "
-        "CLS and registers), or for the head on the output attention (SigLIP's, AIMv2's) or "
-        "global_repr (CAPI's predictor); heads on earlier blocks then read the mean. "
-        "Auto: the model's.",
+        "CLS and registers), attention (SigLIP, AIMv2) or global_repr (CAPI's predictor), both for "
+        "the head on the output; heads on earlier blocks read the mean. Auto: the model's.",
     )
     # ---- heads
     head_blocks: BlockNumbers | Literal["auto"] | None = documented(
