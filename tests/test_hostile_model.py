@@ -26,7 +26,7 @@ from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.model.configuration_mim_refiner import (
     ConfigurationError,
     MimRefinerConfig,
-    abbreviated,
+    brief,
 )
 from mim_refiner_hf.model.image_processing_mim_refiner import (
     MimRefinerImageProcessor,
@@ -291,8 +291,8 @@ def test_a_string_without_an_end_takes_no_quadratic_time() -> None:
 
 @given(value=VALUES | st.just(10**50_000) | st.just([[["a"] * 10**5] * 10**5]))
 def test_a_value_is_shown_short(value: Any) -> None:
-    assert len(abbreviated(value)) < 700
-    assert "\n" not in abbreviated(value)
+    assert len(brief(value)) < 700
+    assert "\n" not in brief(value)
 
 
 def test_an_index_of_any_names_is_refused(own_folder: Path, tmp_path: Path) -> None:

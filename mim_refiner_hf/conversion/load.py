@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig, abbreviated
+from ..model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig, brief
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .containers import inner_encoder, named_tensors, without_wrappers
@@ -223,7 +223,7 @@ def _unknown_family(
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
         return CheckpointError(
-            f"{name} has model_type={abbreviated(model_type)}, not a plain ViT known here ({known})"
+            f"{name} has model_type={brief(model_type)}, not a plain ViT known here ({known})"
         )
 
     tensors = dict(named_tensors(contents))
@@ -254,7 +254,7 @@ def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) 
     size = as_size(asked)
     if asked is not None and size is None:
         raise CheckpointError(
-            f"image_size={abbreviated(asked)} is no size; give (height, width) or one side, in pixels"
+            f"image_size={brief(asked)} is no size; give (height, width) or one side, in pixels"
         )
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
@@ -296,13 +296,13 @@ def _read_config(
         if states.get("num_attention_heads", num_heads) != num_heads:
             raise CheckpointError(
                 f"num_heads={num_heads}, but {found.name} states "
-                f"{abbreviated(states['num_attention_heads'])}; leave it out"
+                f"{brief(states['num_attention_heads'])}; leave it out"
             )
         fields["num_attention_heads"] = num_heads
     if fields["num_attention_heads"] is None:
         raise CheckpointError(
             f"{found.name} does not state its number of attention heads, and its width "
-            f"{abbreviated(fields['hidden_size'])} is none of the published ones "
+            f"{brief(fields['hidden_size'])} is none of the published ones "
             f"({', '.join(map(str, HEADS_OF_WIDTH))}); pass num_heads="
         )
 
@@ -323,7 +323,7 @@ def _compare_blocks(name: str, held: Mapping[str, Any], states: Mapping[str, Any
         count = states.get(field_name)
         if isinstance(count, int) and count > held[field_name]:
             raise CheckpointError(
-                f"{name} states {field_name}={abbreviated(count)}, but its weights have "
+                f"{name} states {field_name}={brief(count)}, but its weights have "
                 f"{held[field_name]} such blocks; the tensors of the others are missing: get its "
                 "config.json and its weights again"
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.configuration_mim_refiner import abbreviated
+from ..model.configuration_mim_refiner import brief
 from ..runtime.files import CheckpointError
 from .layout import Layout, listed
 from .shapes import most_frequent
@@ -51,7 +51,7 @@ def place_all(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Place
         except (IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{name}: {listed([source_name])} has the unexpected shape "
-                f"{abbreviated(list(tensor.shape))}"
+                f"{brief(list(tensor.shape))}"
             ) from error
         if parts is None:
             unknown.append(source_name)
@@ -110,7 +110,7 @@ def check_shapes(
     misshapen = {}
     for key, tensor in placed.items():
         if tensor.shape != wanted[key].shape:
-            found = abbreviated(list(tensor.shape))
+            found = brief(list(tensor.shape))
             misshapen[key] = f" is {found}, expected {list(wanted[key].shape)}"
     _refuse(name, placement, "have wrong shapes", misshapen)
 

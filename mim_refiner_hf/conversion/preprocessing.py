@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from ..model.configuration_mim_refiner import MimRefinerConfig, abbreviated
+from ..model.configuration_mim_refiner import MimRefinerConfig, brief
 from ..model.image_processing_mim_refiner import (
     MimRefinerImageProcessor,
     check_settings,
@@ -57,7 +57,7 @@ def image_processor(
     for key in _FOREIGN:
         if source.get(key):
             raise ValueError(
-                f"{whose} {key} {abbreviated(source[key])}, which is not supported; "
+                f"{whose} {key} {brief(source[key])}, which is not supported; "
                 "preprocess the images yourself, and take it out"
             )
 
@@ -100,7 +100,7 @@ def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> l
         numbers *= len(default)
     if len(numbers) != len(default):
         raise ValueError(
-            f"{_FILE} of the model says {key} {abbreviated(value)}; it must be {len(default)} numbers, "
+            f"{_FILE} of the model says {key} {brief(value)}; it must be {len(default)} numbers, "
             "one for each channel that the model reads"
         )
     return numbers

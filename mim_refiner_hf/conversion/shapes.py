@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.configuration_mim_refiner import abbreviated
+from ..model.configuration_mim_refiner import brief
 from ..runtime.files import CheckpointError
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, listed
 
@@ -40,7 +40,7 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
     if kernel.ndim != 4 or not kernel.numel():
         what = "is missing"
         if KERNEL in placed:
-            what = f"is {abbreviated(list(kernel.shape))}, expected (D, C, P, P)"
+            what = f"is {brief(list(kernel.shape))}, expected (D, C, P, P)"
         raise CheckpointError(
             f"{name} has no patch embedding: {KERNEL} {what}; it has {listed(list(placed))}"
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.configuration_mim_refiner import abbreviated
+from ..model.configuration_mim_refiner import brief
 from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
 from ..runtime.text import one_line
@@ -72,7 +72,7 @@ def in_our_words(found: Source) -> Source:
     pretrained = found.config.get("pretrained_cfg")
     if pretrained is not None and not isinstance(pretrained, Mapping):
         raise CheckpointError(
-            f"{found.name} has pretrained_cfg {abbreviated(pretrained)}; it must be an object, {{..}}"
+            f"{found.name} has pretrained_cfg {brief(pretrained)}; it must be an object, {{..}}"
         )
     arguments = found.config.get("model_args") or {}
     _check_arguments(found, arguments)
@@ -85,7 +85,7 @@ def in_our_words(found: Source) -> Source:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{found.name} is timm's {abbreviated(architecture)}, which cannot be built as it says: "
+            f"{found.name} is timm's {brief(architecture)}, which cannot be built as it says: "
             f"{one_line(reason)[:200]}; correct its config.json"
         ) from error
 
@@ -103,7 +103,7 @@ def _check_arguments(found: Source, arguments: Any) -> None:
         known |= inspect.signature(kind).parameters.keys()
     if not isinstance(arguments, Mapping):
         raise CheckpointError(
-            f"{found.name} cannot be built as it says: model_args is {abbreviated(arguments)}; it must "
+            f"{found.name} cannot be built as it says: model_args is {brief(arguments)}; it must "
             "be an object, {..}"
         )
 
@@ -114,8 +114,8 @@ def _check_arguments(found: Source, arguments: Any) -> None:
         wrong = [n for n in numbers if isinstance(n, int | float) and not abs(n) <= most]
         if key not in known or len(numbers) > 2 or wrong:
             raise CheckpointError(
-                f"{found.name} cannot be built as it says: model_args has {abbreviated(key)} "
-                f"{abbreviated(value)}; allowed are the arguments of timm's VisionTransformer and Beit, "
+                f"{found.name} cannot be built as it says: model_args has {brief(key)} "
+                f"{brief(value)}; allowed are the arguments of timm's VisionTransformer and Beit, "
                 f"with numbers up to {most}"
             )
 
@@ -146,7 +146,7 @@ def _build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
 
     if not timm.is_model(architecture):
         raise CheckpointError(
-            f"{name} is timm's {abbreviated(architecture)}, which timm {timm.__version__} does not know; "
+            f"{name} is timm's {brief(architecture)}, which timm {timm.__version__} does not know; "
             "update timm"
         )
     with torch.device("meta"):
@@ -212,7 +212,7 @@ def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     if size and pretrained.get("crop_mode", "center") == "center":
         if not isinstance(size, list | tuple) or len(size) != 3:
             raise CheckpointError(
-                f"pretrained_cfg of the model says input_size {abbreviated(size)}; it must be "
+                f"pretrained_cfg of the model says input_size {brief(size)}; it must be "
                 "(channels, height, width)"
             )
         _, height, width = size
