@@ -147,6 +147,7 @@ def test_any_value_of_a_configuration_is_refused_in_one_line_or_used(
 @example(key="size", value={"shortest_edge": -3}, centre=False)
 @example(key="size", value={"shortest_edge": 10**9}, centre=False)
 @example(key="size", value=[1, 2], centre=False)
+@example(key="size", value=1, centre=False)
 @example(key="crop_size", value={"height": 60_000, "width": 60_000}, centre=True)
 @example(key="image_mean", value="abc", centre=False)
 @example(key="image_std", value=[], centre=False)

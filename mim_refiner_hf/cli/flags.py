@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The parser of one command of `mim-refiner`; no flag may be abbreviated."""
+    """The parser of one command of `mim-refiner`; no flag may be brief."""
     return argparse.ArgumentParser(
         prog=f"mim-refiner {name}", description=description, allow_abbrev=False
     )
