@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from golden_cases import GOLDENS, SHARED, contents, facts
@@ -23,6 +24,11 @@ from mim_refiner_hf import RefineRecipe
 torch.set_num_threads(1)
 # a server of a test, the stand-in Hub too, ends within 20 ms instead of half a second
 socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
+
+
+# no test is timed: another machine is slower
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def configs(draw: Any) -> MimRefinerConfig:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     config=configs(), images=st.integers(2, 10**7), gpu=st.booleans(), processes=st.integers(1, 8)
 )
@@ -67,7 +67,7 @@ def test_nothing_stated_fits(
     assert misfits(found) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(images=st.integers(2, 10**6), batch=st.integers(2, 512), queue=st.integers(1, 4096))
 def test_open_settings_follow_stated_ones(images: int, batch: int, queue: int) -> None:
     config = MimRefinerConfig(hidden_size=192, num_attention_heads=3)

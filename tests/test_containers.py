@@ -51,7 +51,7 @@ words = st.sampled_from(["module", "_orig_mod", "model", "encoder", "backbone", 
 containers = st.sampled_from(["", "state_dict", "model", "model_state_dict", "state_dict_ema", "y"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(words=st.lists(words, max_size=3), container=containers, whole=st.booleans())
 def test_any_container_and_any_prefix(words: list[str], container: str, whole: bool) -> None:
     prefix = "".join(f"{word}." for word in words)
@@ -62,7 +62,7 @@ def test_any_container_and_any_prefix(words: list[str], container: str, whole: b
 
 
 @given(wrapper=st.sampled_from(["_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"]))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_wrappers_inside_the_names(wrapper: str) -> None:
     inside = {name.replace("blocks.1.", f"blocks.1.{wrapper}."): MEANT[name] for name in MEANT}
     assert_meant(under("backbone.", inside))

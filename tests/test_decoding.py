@@ -64,7 +64,7 @@ def pixels_of(image: Image.Image | str) -> np.ndarray:
     return np.asarray(image)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     form=st.sampled_from(MODES),
     orientation=st.integers(1, 8),
@@ -121,7 +121,7 @@ def test_every_format_is_turned_once(kind: str, orientation: int) -> None:
     assert np.abs(np.asarray(found).astype(int) - upright).mean() < 8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(["uint8", "uint16", "int16", "int32", "float16", "float32", "float64"]),
     channels=st.sampled_from([0, 1, 3]),

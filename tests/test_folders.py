@@ -62,7 +62,7 @@ TREE = st.lists(st.tuples(st.lists(NAME, max_size=3), NAME, ENDING), min_size=1,
 
 
 @given(tree=TREE)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_every_file_of_a_tree_is_listed_once(
     tree: list[tuple[list[str], str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_line_says_that_stray_images_take_the_labels(
     edges=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=8),
     follow=st.booleans(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_every_real_image_counts_once_however_folders_are_linked(
     edges: list[tuple[int, int]], follow: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -204,7 +204,7 @@ CELLS = st.sampled_from(
 
 
 @given(cells=CELLS, ending=st.sampled_from(["csv", "jsonl", "parquet"]), nested=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_metadata_labels_images_as_datasets_has_it(
     cells: list[str | int],
     ending: str,
@@ -281,7 +281,7 @@ def test_words_of_a_streamed_table_get_the_numbers_of_the_data_set(tmp_path: Pat
     rows=st.sampled_from(["[:50%]", "[2:]", "[-3:]", "[10%:60%]", "[1:2]", "[:]"]),
     count=st.integers(4, 9),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 def test_a_slice_of_a_folder_is_that_of_a_table(
     rows: str, count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -39,7 +39,6 @@ from mim_refiner_hf.runtime.strangers import parse_json, read_json
 PICTURE = Image.fromarray(np.arange(20 * 24 * 3, dtype=np.uint8).reshape(20, 24, 3))
 DEEP = "[" * 100_000 + "]" * 100_000
 SHARED = settings(
-    deadline=None,
     max_examples=50,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -71,7 +71,7 @@ JSON = st.recursive(
 
 
 @given(metadata=JSON)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_metadata_for_datasets_are_believed_only_where_they_make_sense(
     metadata: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

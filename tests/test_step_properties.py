@@ -13,7 +13,7 @@ from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 
 small = st.integers(1, 4)
-many = settings(max_examples=220, deadline=None, derandomize=True)
+many = settings(max_examples=220, derandomize=True)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -199,7 +199,7 @@ def own_module(heads: IdHeads, head: int) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-@settings(max_examples=70, deadline=None, derandomize=True)
+@settings(max_examples=70, derandomize=True)
 @given(
     small,
     st.integers(2, 20),
