@@ -215,7 +215,7 @@ def missing_places(images: ImageDataset, store: FeatureStore | None) -> NDArray[
 
 def finite(values: Tensor, column: str, images: ImageDataset) -> Tensor:
     """`values` (N, D) as they are; ValueError, naming an image, where they are not finite."""
-    refuse_not_finite(values.numpy(), column, images.describe)
+    refuse_not_finite(values.numpy(), column, lambda row: images.describe(row))
     return values
 
 
