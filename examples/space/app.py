@@ -55,7 +55,8 @@ from comparison import (
 from mim_refiner_hf import load_encoder, read_recipe, refine
 from mim_refiner_hf.data.images import ImageDataset, evenly_spaced, open_images
 from mim_refiner_hf.data.sources import Entries, FoundImages
-from mim_refiner_hf.publishing.cluster_folder import load_thumbnail, printable
+from mim_refiner_hf.publishing.cluster_folder import load_thumbnail
+from mim_refiner_hf.runtime.text import spelt_out
 
 QUICKSTART = Path("outputs/quickstart")
 # of one upload, and of one file: a free Space has 2 cores
@@ -92,7 +93,7 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
     )
     return Collection(
         images,
-        [printable(Path(file.get("orig_name") or file["path"]).name) for file in files or ()],
+        [spelt_out(Path(file.get("orig_name") or file["path"]).name) for file in files or ()],
     )
 
 
@@ -115,7 +116,7 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
     for name, images in found.items():
         images = evenly_spaced(images, MAX_IMAGES)
         names = [
-            printable(images.describe(i)).removeprefix(f"{images.name}/")
+            spelt_out(images.describe(i)).removeprefix(f"{images.name}/")
             for i in range(len(images))
         ]
         collections[name] = Collection(images, names)
