@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -240,3 +241,35 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert metrics[1]["hardware"].startswith("2 x")
     assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
     assert (tmp_path / "two/model/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, environment, threads",
+    [
+        ([], {}, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)),
+        (["--num_cpu_threads_per_process", "1"], {}, 1),
+        (["--num-cpu-threads-per-process=1"], {}, 1),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_a_process_launched_alone_computes_on_all_cores_unless_told_a_number(
+    tmp_path, flags, environment, threads
+):
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import torch\n"
+        "from mim_refiner_hf.runtime.launch import take_the_cores\n"
+        "take_the_cores()\n"
+        "print('threads', torch.get_num_threads())\n"
+    )
+    settings = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    settings += ["--dynamo_backend", "no", *flags]
+    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *settings, str(script)],
+        env={**given, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["threads", str(threads)], done.stderr[-3000:]

@@ -74,7 +74,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     from ..refinement.failure import NotBetterError
     from ..runtime.distributed import LostProcessError, lost_processes_named, rank
     from ..runtime.held import LostFolderError
-    from ..runtime.launch import launch_processes, launched_short
+    from ..runtime.launch import launch_processes, launched_short, take_the_cores
     from ..runtime.room import SaveError, room_to_write
     from ..runtime.signals import Ended, Interrupted, ended_by_signals
     from ..runtime.text import VisibleFormatter, on_terminal
@@ -90,6 +90,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         processes = launched_short()
         if processes:
             return launch_processes(processes)
+        take_the_cores()
     lost = (LostFolderError, LostProcessError)
     failures = (PushError, ExportError, FloatingPointError, OSError, *lost)
     try:

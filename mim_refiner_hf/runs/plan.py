@@ -8,6 +8,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import torch
+
 from ..clustering.channels import is_picture
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..refinement.memory import (
@@ -149,8 +151,9 @@ def _batch_text(recipe: ResolvedRecipe, device: str) -> str:
         passes = ", as many at a time through the encoder as fit (auto; exact)"
     elif recipe.micro_batch_size is not None:
         passes = f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+    threads = f" ({torch.get_num_threads()} threads)" if device == "cpu" else ""
     return (
-        f"{recipe.batch_size} images over {recipe.processes} process(es) on {device}, "
+        f"{recipe.batch_size} images over {recipe.processes} process(es) on {device}{threads}, "
         f"{precision}{passes}"
     )
 

@@ -55,13 +55,40 @@ def launched_short() -> int | None:
     if not on_the_cpu or "MASTER_PORT" not in os.environ or "WORLD_SIZE" in os.environ:
         return None
 
+    count = _asked_of_the_launcher("--num_processes")
+    return count if count is not None and count > 1 else None
+
+
+def _asked_of_the_launcher(flag: str) -> int | None:
+    """The number behind `flag` on the command line of the process that started this one."""
     words = psutil.Process().parent().cmdline()
     for place, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if flag == "--num_processes":
-            count = int(value or words[place + 1])
-            return count if count > 1 else None
+        name, _, value = word.partition("=")
+        # accelerate takes either spelling
+        if name.replace("-", "_") == flag.replace("-", "_"):
+            return int(value or words[place + 1])
     return None
+
+
+def take_the_cores() -> None:
+    """All cores for a process that `accelerate launch` started alone and nobody gave a number.
+
+    accelerate (1.15) sets OMP_NUM_THREADS to 1 where nobody else did, and a laptop would compute on
+    one core. Started otherwise, or with `--num_cpu_threads_per_process`, it stays as it is.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if not by_accelerate or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    launcher = psutil.Process().parent()
+    if launcher is None or "OMP_NUM_THREADS" in launcher.environ():
+        return
+    if _asked_of_the_launcher("--num_cpu_threads_per_process") is not None:
+        return
+    # those that this process may use, which a container or `taskset` can make fewer
+    usable = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
+    torch.set_num_threads(min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 def launch_processes(count: int) -> int:
@@ -93,4 +120,10 @@ def workers_per_process(processes: int) -> int:
     return min(16, (os.cpu_count() or 1) // processes)
 
 
-__all__ = ["job_of_processes", "launch_processes", "launched_short", "workers_per_process"]
+__all__ = [
+    "job_of_processes",
+    "launch_processes",
+    "launched_short",
+    "take_the_cores",
+    "workers_per_process",
+]
