@@ -9,16 +9,22 @@ heads). The file is long because families are read beside each other, most of th
 that stands above.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
+    REGISTERS,
     Layout,
     Rule,
     any_positions,
     cls_and_patches,
+    split_gate,
+    split_kv,
     split_qkv,
     stated,
     without_first_row,
@@ -122,7 +128,35 @@ WHOLE_MAES = tuple(
     for layout in (DBOT, CROSSMAE, MAE)
 )
 
-_CLASSIFIER_HEAD = (r"(?:head|head_dist|fc_norm)\..*", "classifier")
+_CLASSIFIER_HEAD = (r"(?:head|head_dist)\..*", "classifier")
+# of the mean of the patches; the blocks then end without a norm
+_POOLED_NORM = Rule(r"fc_norm\.(weight|bias)", r"pooled_norm.\1")
+_PRE_TRANSFORMER_NORM = Rule(r"norm_pre\.(weight|bias)", r"embeddings.norm.\1")
+_ATTENTION_POOLING = (
+    Rule(r"attn_pool\.latent", "attention_pooling.query"),
+    Rule(r"attn_pool\.q\.(weight|bias)", r"attention_pooling.q_proj.\1"),
+    Rule(r"attn_pool\.kv\.(weight|bias)", r"attention_pooling.*_proj.\1", split_kv),
+    Rule(r"attn_pool\.proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
+    Rule(r"attn_pool\.(norm|mlp\.fc[12])\.(weight|bias)", r"attention_pooling.\1.\2"),
+)
+
+
+def _split_packed_gates(placed: dict[str, Any]) -> dict[str, Any]:
+    """First layers of MLPs (2 W, D) of which the second takes W: gate and first layer in one.
+
+    In place of a tensor there may be the name that it came from: it is for both.
+    """
+    split = {}
+    for name, value in placed.items():
+        inner = placed.get(re.sub(r"fc1\.(weight|bias)$", "fc2.weight", name))
+        packed = isinstance(value, Tensor) and name.endswith(("mlp.fc1.weight", "mlp.fc1.bias"))
+        if packed and inner is not None and inner.ndim == 2 and len(value) == 2 * inner.shape[1]:
+            split |= split_gate(name.replace("fc1", "*"), value)
+        else:
+            split[name] = value
+    return split
+
+
 _LAYER_SCALE = Rule(
     r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
 )
@@ -130,19 +164,23 @@ PLAIN_VIT = Layout(
     family="plain_vit",
     title="a bare ViT state dict (MAWS, DINO, timm)",
     paths=_BARE,
-    model_types=("timm.VisionTransformer",),
+    model_types=("timm.VisionTransformer", "timm.VisionTransformerDistilled"),
     signature=MAE.signature,
     rules=(
         _CLS,
-        Rule(r"reg_token", "embeddings.register_tokens"),
+        Rule(r"reg_token|dist_token", REGISTERS),
         Rule(r"pos_embed", POSITIONS, any_positions),
         _PATCHES,
         *_TIMM_BLOCKS,
         _LAYER_SCALE,
         _FINAL_NORM,
+        _POOLED_NORM,
+        _PRE_TRANSFORMER_NORM,
+        *_ATTENTION_POOLING,
     ),
     drops=(_CLASSIFIER_HEAD,),
-    settings={**_ABSOLUTE, "norm_placement": "pre"},
+    settings={"position_encoding": "absolute", "norm_placement": "pre"},
+    finish=_split_packed_gates,
 )
 
 
@@ -167,10 +205,26 @@ PLAIN_BEIT = Layout(
         *_TIMM_BLOCKS,
         _LAYER_SCALE,
         _FINAL_NORM,
+        _POOLED_NORM,
     ),
     drops=(_CLASSIFIER_HEAD, POSITION_INDEX),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
     preprocessing=lambda contents: HALF,
+)
+# those with DINOv3's rotary positions, which stand in no tensor (`timm_models.py` looks at them)
+TIMM_EVA = replace(
+    PLAIN_VIT,
+    family="timm_eva",
+    title="timm's Eva with DINOv3's rotary positions",
+    model_types=("timm.Eva",),
+    signature=(),
+    rules=(
+        Rule(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layers.\1.attention.\2_proj.bias"),
+        Rule(r"blocks\.(\d+)\.mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
+        Rule(r"blocks\.(\d+)\.mlp\.fc1_x\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+        *PLAIN_VIT.rules,
+    ),
+    settings={"position_encoding": "rope", "norm_placement": "pre"},
 )
 CONMIM = replace(
     PLAIN_BEIT,
@@ -362,10 +416,11 @@ LAYOUTS: tuple[Layout, ...] = (
     MAE,
     *WHOLE_MAES,
     PLAIN_BEIT,
+    TIMM_EVA,
     PLAIN_VIT,
 )
 
-CLASSIFIER = r"(?:.*\.)?(?:head|head_dist|fc_norm|classifier|cls_classifier)\.(?:weight|bias)"
+CLASSIFIER = r"(?:.*\.)?(?:head|head_dist|classifier|cls_classifier)\.(?:weight|bias)"
 """Tensors that only a fine-tuned classifier has, in any family."""
 DECODER = r"(?:module\.)?(?:decoder.*|mask_token|dec_norms\..*|wfm\..*)"
 """Names of a masked autoencoder's decoder, in any family."""

@@ -135,7 +135,8 @@ def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, 
         return
     named = []
     for key, what in broken.items():
-        origin = placement.came_from[key]
+        # what `finish` has made is of several names, or of a part of one
+        origin = placement.came_from.get(key, key)
         named.append(key + what + (f" (from {origin})" if origin != key else ""))
     raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 

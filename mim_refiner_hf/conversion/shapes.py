@@ -49,6 +49,8 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
     width = most_frequent([len(kernel), *norms])
     inner_widths = [len(weight) for weight in _ending(placed, ".mlp.fc1.weight") if weight.ndim]
     registers = placed.get(REGISTERS, torch.empty(0))
+    gated = any(".mlp.gate." in key for key in placed)
+    pooled_norm = any(key.startswith("pooled_norm.") for key in placed)
     predictor_blocks = {key.split(".")[2] for key in placed if key.startswith("predictor.blocks.")}
 
     fields: dict[str, Any] = {
@@ -56,7 +58,7 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_channels": channels,
         "patch_size": patch,
         "intermediate_size": most_frequent(inner_widths or [width]),
-        "gated_mlp": any(".mlp.gate." in key for key in placed),
+        "gated_mlp": gated,
         "num_hidden_layers": depth,
         "num_attention_heads": HEADS_OF_WIDTH.get(width),
         "use_cls_token": CLS_TOKEN in placed or CLS_POSITION in placed,
@@ -68,6 +70,15 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "layer_scale_init": 0.1 if any(".layer_scale" in key for key in placed) else None,
         "position_encoding": _position_encoding(placed),
     }
+    # every published one is SwiGLU
+    if gated:
+        fields["hidden_act"] = "silu"
+    # a norm of its own is of the mean of the patches; CLIP's layout knows of its other one
+    if pooled_norm:
+        fields |= {"pooled_norm": True, "pooling": "mean"}
+    if any(key.startswith("attention_pooling.") for key in placed):
+        has_mlp = any(key.startswith("attention_pooling.mlp.") for key in placed)
+        fields["pooling_head"] = "attention_mlp" if has_mlp else "attention"
     return fields | _heads_and_size(placed, width, patch)
 
 

@@ -28,10 +28,17 @@ from .layout import Source
 # of an argument of timm's models, in either direction; `depth` is compared with the weights
 _LARGEST_ARGUMENT = 2**16
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_KINDS = ("timm.VisionTransformer", "timm.VisionTransformerDistilled", "timm.Beit", "timm.Eva")
+_POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
 # Pillow's numbers
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 # transformers' words for timm's classes
-_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+_ACTIVATIONS = {
+    "QuickGELU": "quick_gelu",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "GELU": "gelu",
+    "SiLU": "silu",
+}
 
 
 def hub_name(name: str) -> str:
@@ -96,10 +103,11 @@ def _check_arguments(found: Source, arguments: Any) -> None:
     Only those are built: a stranger's numbers, given to any architecture, would have no end.
     """
     from timm.models.beit import Beit
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     known: set[str] = set()
-    for kind in (VisionTransformer, Beit):
+    for kind in (VisionTransformer, Beit, Eva):
         known |= inspect.signature(kind).parameters.keys()
     if not isinstance(arguments, Mapping):
         raise CheckpointError(
@@ -115,8 +123,8 @@ def _check_arguments(found: Source, arguments: Any) -> None:
         if key not in known or len(numbers) > 2 or wrong:
             raise CheckpointError(
                 f"{found.name} cannot be built as it says: model_args has {brief(key)} "
-                f"{brief(value)}; allowed are the arguments of timm's VisionTransformer and Beit, "
-                f"with numbers up to {most}"
+                f"{brief(value)}; allowed are the arguments of timm's VisionTransformer, Beit and "
+                f"Eva, with numbers up to {most}"
             )
 
 
@@ -129,8 +137,10 @@ def model_in_our_words(
         pretrained: timm's `pretrained_cfg`; None for the model's own.
     """
     config = {"model_type": f"timm.{type(model).__name__}"}
-    if config["model_type"] in ("timm.VisionTransformer", "timm.Beit"):
+    if config["model_type"] in _KINDS:
         config |= _config_fields(found.name, model)
+    if config["model_type"] == "timm.Eva":
+        config |= _rope_fields(found.name, model)
     if pretrained is None:
         # a model may be built for another size than its weights were trained at
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -160,8 +170,10 @@ def _activation(name: str, mlp: nn.Module) -> str | None:
 
     None for another kind of MLP, whose tensors will have no place.
     """
-    if type(mlp).__name__ != "Mlp":
+    if type(mlp).__name__ not in ("Mlp", "GluMlp", "SwiGLU"):
         return None
+    if getattr(mlp, "gate_last", False):
+        raise CheckpointError(f"{name} has an MLP whose gate comes last; ours comes first")
     kind = type(mlp.act).__name__
     if kind not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
@@ -194,8 +206,28 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),
-        "pooling": {"token": "cls", "avg": "mean"}.get(model.global_pool),
+        "pooling": _POOLINGS.get(model.global_pool),
+        "patch_bias": model.patch_embed.proj.bias is not None,
     }
+
+
+def _rope_fields(name: str, model: Any) -> dict[str, Any]:
+    """The base of DINOv3's rotary positions; CheckpointError for positions of another kind."""
+    rope = model.rope
+    settings = ("normalize_coords", "rotate_half", "min_period", "max_period", "grid_offset")
+    theirs = tuple(getattr(rope, setting, None) for setting in settings)
+    if type(rope).__name__ != "RotaryEmbeddingDinoV3" or theirs != (
+        "separate",
+        True,
+        None,
+        None,
+        0.0,
+    ):
+        raise CheckpointError(
+            f"{name} is timm's Eva with {type(rope).__name__} positions; of this class, those of "
+            "DINOv3 are known here (vit_*_dinov3)"
+        )
+    return {"position_encoding": "rope", "rope_theta": float(rope.temperature)}
 
 
 def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:

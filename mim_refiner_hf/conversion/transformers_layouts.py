@@ -94,6 +94,7 @@ BEIT = Layout(
     prefix=r"beit\.",
     rules=(
         *_TRANSFORMERS_RULES,
+        Rule(r"pooler\.layernorm\.(weight|bias)", r"pooled_norm.\1"),
         Rule(_HF_BLOCK + r"lambda_([12])", r"layers.\1.layer_scale\2.weight"),
         Rule(
             _HF_BLOCK + rf"(?:attention\.attention\.)?relative_position_bias\.{THEIR_BIAS_TABLE}",
@@ -105,7 +106,6 @@ BEIT = Layout(
         ),
     ),
     drops=(
-        (r"pooler\..*", "pooler"),
         (r"lm_head\..*|embeddings\.mask_token", "decoder"),
         POSITION_INDEX,
     ),
@@ -316,6 +316,7 @@ CLIP = Layout(
         "patch_bias": False,
         "final_norm": False,
         "pooled_norm": True,
+        "pooling": "cls",
     },
     preprocessing=lambda contents: _OF_CLIP,
 )
