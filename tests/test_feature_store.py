@@ -50,6 +50,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+# --- as a data set --------------------------------------------------------------------------------
+
+
+def test_a_data_set_finds_neighbours_as_a_full_search_does(photos: Path, tmp_path: Path) -> None:
+    store = embed(photos, tmp_path / "store", columns=["block1.cls", "block3.cls"])
+    found = store.as_dataset("block3.cls")
+    assert found.column_names == ["index", "path", "label", "embedding"]
+    assert found.features["label"].names == ["cat", "dog"]
+    assert found["path"][:] == store.paths and found["label"][:] == store.labels.tolist()
+
+    rows = store.features("block3.cls")
+    embedding = found.with_format("numpy")["embedding"][:]
+    assert np.array_equal(embedding, rows.numpy())
+    found.add_faiss_index("embedding")
+    for query in (0, 11, COUNT - 1):
+        _, nearest = found.get_nearest_examples("embedding", rows[query].numpy(), k=4)
+        expected = torch.cdist(rows[query : query + 1], rows)[0].topk(4, largest=False).indices
+        assert nearest["index"] == store.indices[expected].tolist()
+
+    with pytest.raises(ValueError, match=r"has no column 'block9\.cls'; it has block1\.cls"):
+        store.as_dataset("block9.cls")
+
+
 # --- what is in it --------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@
     for rows in store.batches("block23.cls"): # the same, at most 1024 rows at a time, in bounded
         ...                                   # memory
     store.labels, store.indices, store.paths, store.class_names, store.broken
+    store.as_dataset("block23.cls")           # a `datasets.Dataset`, to search with faiss
     feature_set(store)                        # what `extract_features` returns, for the protocols
 
 | in the folder          | is                                                                     |
@@ -37,7 +38,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,9 @@ from ..runtime.files import sha256_of, whole_file, write_json
 from ..runtime.text import read_back, spelt_out
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from .features import FeatureSet, check_blocks
+
+if TYPE_CHECKING:
+    import datasets
 
 _FORMAT = "mim_refiner_hf features, version "
 STORE_FORMAT = f"{_FORMAT}{FORMAT_VERSIONS['features']}"
@@ -321,10 +325,7 @@ class FeatureStore:
 
         ValueError for a column that is not there.
         """
-        if column not in self.columns:
-            raise ValueError(
-                f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}"
-            )
+        self._check_column(column)
         for array in self._read(column):
             values = array.flatten().to_numpy(zero_copy_only=False, writable=True)
             yield torch.from_numpy(values.reshape(-1, self.columns[column]))
@@ -337,6 +338,36 @@ class FeatureStore:
             features[start : start + len(rows)] = rows
             start += len(rows)
         return features
+
+    def as_dataset(self, column: str) -> "datasets.Dataset":
+        """The store as a `datasets.Dataset`, mapped from an Arrow copy in that library's cache.
+
+            found = store.as_dataset("block23.cls").add_faiss_index("embedding")
+            scores, nearest = found.get_nearest_examples("embedding", query, k=10)  # query: (D,)
+
+        Its columns are `index`, `path`, `label` (a `ClassLabel` where the classes have names) and
+        `embedding`, float32 of the column's width. Odd bytes of a path stay spelt out.
+
+        Raises:
+            ValueError: for a column that is not there, or a store without a row.
+        """
+        import datasets
+
+        self._check_column(column)
+        if not len(self):
+            raise ValueError(f"{self.folder} has no row: none of its images could be read")
+        files = [str(shard_file(self.folder, shard)) for shard in self.shards]
+        names = ["index", "path", "label", column]
+        table = datasets.Dataset.from_parquet(files, columns=names).select_columns(names)
+        if self.class_names:
+            table = table.cast_column("label", datasets.ClassLabel(names=self.class_names))
+        return table.rename_column(column, "embedding")
+
+    def _check_column(self, column: str) -> None:
+        if column not in self.columns:
+            raise ValueError(
+                f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}"
+            )
 
     def _read(self, column: str) -> Iterator[Any]:
         """The Arrow arrays of a column, row group by row group."""
