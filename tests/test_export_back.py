@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from random_weights import randomise
 from small_checkpoints import TINY
 from test_transformers_encoders import (
@@ -135,7 +137,7 @@ def test_a_refined_encoder_goes_back_too(tmp_path: Path, name: str) -> None:
 
 
 def test_the_class_reads_the_same_pixels(tmp_path: Path) -> None:
-    picture = transformers.image_utils.PIL.Image.effect_mandelbrot((60, 44), (-2, -1.5, 1, 1.5), 60)
+    picture = Image.effect_mandelbrot((60, 44), (-2, -1.5, 1, 1.5), 60)
     for name in ("dinov2", "clip", "siglip2"):
         saved(tmp_path / name, CASES[name])
         ours = load_encoder(tmp_path / name).image_processor
@@ -297,3 +299,48 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "loaded back as native, it differs from" in capsys.readouterr().out
     card = (tmp_path / "native/README.md").read_text()
     assert "library_name: transformers" in card and "--to native" in card
+
+
+# --- beside the result of a run -------------------------------------------------------------------
+
+
+def run_words(tmp_path: Path, name: str) -> list[str]:
+    """A refinement of three steps of the case `name` on 16 images of noise, saved as native."""
+    saved(tmp_path / "start", EVERY[name])
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    for number, picture in enumerate(noise):
+        Image.fromarray(picture).save(tmp_path / f"photos/{number}.png")
+    return [
+        *("refine", str(tmp_path / "photos"), "--model", str(tmp_path / "start")),
+        *("--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--num_workers", "0"),
+        *("--report_to", "none", "--save_as", "native"),
+    ]
+
+
+def test_a_run_leaves_its_result_as_the_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_words(tmp_path, "dinov2")) == 0
+    assert f"The same for native: {tmp_path / 'out/native'}" in capsys.readouterr().out
+    shipped = load_encoder(tmp_path / "out/model")
+    assert type(compare("dinov2", shipped, tmp_path / "out/native")).__name__ == "Dinov2Model"
+
+
+def test_what_cannot_be_saved_so_is_said_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*run_words(tmp_path, "dinov2"), "--pooling", "mean"]
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "--save_as native: transformers' Dinov2Model has no pooling='mean'" in message
+    assert main([*words, "--dry_run", "true"]) == 2
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "out/native").mkdir(parents=True)
+    (tmp_path / "out/native/photo.jpg").write_bytes(b"mine")
+    assert main(words[:-2]) == 2
+    assert "out/native" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main([*words[:-3], "tf"])
+    assert caught.value.code == 2

@@ -13,12 +13,14 @@ and which encoders a format cannot express: `export_timm.py`, `export_back.py` (
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
 
 from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder, write_text
 from ..runtime.finite import check_finite
@@ -88,11 +90,11 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
 
     encoder = load_encoder(source)
     processor = encoder.image_processor
-    format_ = import_module(f".{EXPORT_FORMATS[to]}", __package__)
-    reason = format_.refusal(encoder.config)
+    reason = why_not_exported(encoder.config, to)
     if reason:
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
 
+    format_ = _module_of(to)
     encoder.float()
     check_finite(encoder.state_dict(), str(destination), f"get {source} again")
     with staged_folder(folder, check_model_folder) as new:
@@ -105,6 +107,16 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
             return _compare_twins(encoder, twins, [native], _TOLERANCE)
         sizes = [native, format_.other_size(encoder.config)]
         return _compare_twins(encoder, twins, filter(None, sizes), _TOLERANCE_OF_A_CLASS)
+
+
+def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
+    """Why an encoder cannot be exported to one of `EXPORT_FORMATS`, in a sentence, or None."""
+    reason: str | None = _module_of(to).refusal(config)
+    return reason
+
+
+def _module_of(to: str) -> Any:
+    return import_module(f".{EXPORT_FORMATS[to]}", __package__)
 
 
 def _card(name: str, source: str, to: str, licence: Licence) -> str:
@@ -180,4 +192,4 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: 
     return difference
 
 
-__all__ = ["EXPORT_FORMATS", "ExportError", "export"]
+__all__ = ["EXPORT_FORMATS", "ExportError", "export", "why_not_exported"]
