@@ -119,11 +119,12 @@ def assert_equal(first: MimRefinerModel, second: MimRefinerModel) -> None:
     )
     ours, theirs = (encoder.config.to_diff_dict() for encoder in (first, second))
     different = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
-    # a start value is no property of trained weights
+    # a start value is no property of trained weights, nor is where they came from
     assert different <= {
         "architectures",
         "dtype",
         "layer_scale_init",
+        "source_model_type",
     }
 
 
@@ -443,7 +444,9 @@ def test_the_destination_is_neither_the_source_nor_someone_elses_folder(tmp_path
     (tmp_path / "photos/config.json").write_text("{}")
     with pytest.raises(ValueError, match="would overwrite the source"):
         export(tmp_path / "photos/model", tmp_path / "photos", "timm")
-    with pytest.raises(ValueError, match="to='tf' is not a format; allowed: timm, vit, onnx"):
+    with pytest.raises(
+        ValueError, match="to='tf' is not a format; allowed: native, timm, vit, onnx"
+    ):
         export(tmp_path / "photos/model", tmp_path / "tf", "tf")
     assert files(tmp_path) == {"photos"}
 

@@ -94,7 +94,8 @@ def run_export(arguments: Sequence[str]) -> None:
         "--to",
         choices=EXPORT_FORMATS,
         required=True,
-        help="timm, transformers' own classes, or ONNX",
+        help="native: the class of transformers that it came from; timm; vit: transformers' ViT, "
+        "BEiT or data2vec; onnx",
     )
     options = parser.parse_args(arguments)
 

@@ -43,6 +43,7 @@ from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
 from .timm_models import in_our_words
+from .transformers_layouts import TRANSFORMERS_LAYOUTS
 from .transformers_models import stated_in_full, why_not
 
 logger = logging.getLogger(__name__)
@@ -297,6 +298,10 @@ def _read_config(
     for name, read in layout.facts.items():
         states[name] = read(found.config or found.contents)
     states = {name: value for name, value in states.items() if value is not None}
+    # a model of ours says itself where it came from
+    model_type = found.config.get("model_type")
+    if layout in TRANSFORMERS_LAYOUTS and model_type in layout.model_types:
+        states["source_model_type"] = model_type
     if size is not None:
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 

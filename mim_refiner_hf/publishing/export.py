@@ -1,21 +1,26 @@
 """`export`: an encoder in the format of timm, of transformers' own classes, or of ONNX.
 
     mim-refiner export out/model out/timm --to timm      # a folder that timm.create_model loads
-    mim-refiner export out/model out/vit --to vit        # transformers without custom code
+    mim-refiner export out/model out/native --to native  # the class that it came from
+    mim-refiner export out/model out/vit --to vit        # transformers' ViT, whatever it came from
     mim-refiner export facebook/vit-mae-large out/onnx --to onnx      # model.onnx, preprocessing
 
 What was written is reloaded by that library and compared before it counts. What each folder holds,
-and which encoders a format cannot express: `export_timm.py`, `export_native.py`, `export_onnx.py`.
+and which encoders a format cannot express: `export_timm.py`, `export_back.py` (native),
+`export_native.py` (vit), `export_onnx.py`.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
 
 from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder, write_text
 from ..runtime.finite import check_finite
@@ -25,14 +30,20 @@ from .hub import check_model_folder
 from .model_card import is_hub_name
 from .twins import Twin
 
-EXPORT_FORMATS = {"timm": "export_timm", "vit": "export_native", "onnx": "export_onnx"}
+EXPORT_FORMATS = {
+    "native": "export_back",
+    "timm": "export_timm",
+    "vit": "export_native",
+    "onnx": "export_onnx",
+}
 """Name after `--to` -> module, imported when asked for: timm is slow, and onnx is an extra."""
 
 # of each format, as the Hub calls it
-_LIBRARIES = {"timm": "timm", "vit": "transformers", "onnx": "onnx"}
+_LIBRARIES = {"native": "transformers", "timm": "timm", "vit": "transformers", "onnx": "onnx"}
 
 # largest difference allowed, in units of the output's largest value, or of 1 where all are smaller
 _TOLERANCE = 1e-4
+_TOLERANCE_OF_A_CLASS = 1e-5
 _BATCHES = (1, 3)
 
 
@@ -47,12 +58,14 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
         source: anything `load_encoder` takes: a Hub name, a model folder, an original checkpoint.
         destination: folder to write, in fp32, with a card that states the source's licence; an
             earlier model there is replaced.
-        to: "timm", "vit" (transformers' own classes) or "onnx".
+        to: "native" (the class of transformers that the encoder came from), "timm", "vit" (its
+            ViT, BEiT or data2vec, whatever it came from) or "onnx".
 
     Returns:
         Worst absolute difference between the encoder and its reloaded twin on random images in
         batches of 1 and 3, for "tokens" (`last_hidden_state`) and, where the format pools,
-        "features" (`pooler_output`); at most 1e-4 of their scale.
+        "features" (`pooler_output`); at most 1e-4 of their scale. Of "native" at most 1e-5, and at
+        another size too, where the class takes one.
 
     Raises:
         ValueError: for an unknown `to`, a destination that holds something else or the source, an
@@ -77,18 +90,33 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
 
     encoder = load_encoder(source)
     processor = encoder.image_processor
-    format_ = import_module(f".{EXPORT_FORMATS[to]}", __package__)
-    reason = format_.refusal(encoder.config)
+    reason = why_not_exported(encoder.config, to)
     if reason:
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
 
+    format_ = _module_of(to)
     encoder.float()
     check_finite(encoder.state_dict(), str(destination), f"get {source} again")
     with staged_folder(folder, check_model_folder) as new:
         format_.write(new, encoder, processor)
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
         write_text(new / CARD, text)
-        return _compare_twins(encoder, format_.load(new))
+        twins = format_.load(new)
+        native = encoder.config.image_hw
+        if to != "native":
+            return _compare_twins(encoder, twins, [native], _TOLERANCE)
+        sizes = [native, format_.other_size(encoder.config)]
+        return _compare_twins(encoder, twins, filter(None, sizes), _TOLERANCE_OF_A_CLASS)
+
+
+def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
+    """Why an encoder cannot be exported to one of `EXPORT_FORMATS`, in a sentence, or None."""
+    reason: str | None = _module_of(to).refusal(config)
+    return reason
+
+
+def _module_of(to: str) -> Any:
+    return import_module(f".{EXPORT_FORMATS[to]}", __package__)
 
 
 def _card(name: str, source: str, to: str, licence: Licence) -> str:
@@ -119,26 +147,33 @@ def _card(name: str, source: str, to: str, licence: Licence) -> str:
 
 
 @torch.no_grad()
-def _compare_twins(encoder: MimRefinerModel, twins: dict[str, Twin]) -> dict[str, float]:
-    """Worst absolute difference of each output over all twins and batch sizes.
+def _compare_twins(
+    encoder: MimRefinerModel,
+    twins: dict[str, Twin],
+    sizes: Iterable[tuple[int, int]],
+    tolerance: float,
+) -> dict[str, float]:
+    """Worst absolute difference of each output over all twins, sizes of images and batch sizes.
 
     Raises:
         ExportError: beyond the tolerance, or for outputs of another shape.
     """
-    size = (max(_BATCHES), encoder.config.num_channels, *encoder.config.image_hw)
-    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     worst: dict[str, float] = {}
-    for batch in _BATCHES:
-        output = encoder(images[:batch])
-        ours = {"tokens": output.last_hidden_state, "features": output.pooler_output}
-        for way, twin in twins.items():
-            for name, theirs in twin(images[:batch]).items():
-                difference = _difference(f"{way}: {name}", ours[name], theirs)
-                worst[name] = max(worst.get(name, 0.0), difference)
+    for size in sizes:
+        shape = (max(_BATCHES), encoder.config.num_channels, *size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for batch in _BATCHES:
+            output = encoder(images[:batch], interpolate_pos_encoding=True)
+            ours = {"tokens": output.last_hidden_state, "features": output.pooler_output}
+            for way, twin in twins.items():
+                for name, theirs in twin(images[:batch]).items():
+                    what = f"{way}: {name}"
+                    difference = _difference(what, ours[name], theirs, tolerance)
+                    worst[name] = max(worst.get(name, 0.0), difference)
     return worst
 
 
-def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> float:
     """The largest absolute difference of two outputs; ExportError if it is too large."""
     if theirs.shape != ours.shape:
         raise ExportError(f"{what} come back as {list(theirs.shape)}, not {list(ours.shape)}")
@@ -148,7 +183,7 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
             "can be compared; nothing was written"
         )
     difference = (theirs - ours).abs().max().item()
-    allowed = _TOLERANCE * max(1.0, ours.abs().max().item())
+    allowed = tolerance * max(1.0, ours.abs().max().item())
     # not `>`: NaN must fail too
     if not difference <= allowed:
         raise ExportError(
@@ -157,4 +192,4 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return difference
 
 
-__all__ = ["EXPORT_FORMATS", "ExportError", "export"]
+__all__ = ["EXPORT_FORMATS", "ExportError", "export", "why_not_exported"]

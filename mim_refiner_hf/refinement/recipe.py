@@ -313,8 +313,7 @@ class RefineRecipe:
         "Folder of the result: model/, metrics.json, clusters.png, curves.png, log.jsonl.",
     )
     save_every: NonNegativeInt | None = documented(
-        None,
-        "Steps between checkpoints; 0 for none. Auto: a tenth of all steps, at most 500.",
+        None, "Steps between checkpoints; 0 for none. Auto: a tenth of all steps, at most 500."
     )
     keep: PositiveInt = documented(2, "Checkpoints kept.")
     report_to: str = documented(
@@ -322,6 +321,9 @@ class RefineRecipe:
         "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
     )
     log_every: PositiveInt = documented(10, "Steps between lines in the log.")
+    save_as: Literal["native", "timm", "vit", "onnx"] | None = documented(
+        None, "Write what ships in this format of `export` too, beside model/."
+    )
     push_to_hub: RepositoryName | None = documented(
         None, "Publish the result under this name, user/name."
     )

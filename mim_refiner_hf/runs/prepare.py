@@ -61,6 +61,7 @@ _FREE_FIELDS = frozenset(
         "log_every",
         "save_every",
         "keep",
+        "save_as",
         "push_to_hub",
         "license",
         "fail_if_not_better",

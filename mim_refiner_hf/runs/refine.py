@@ -34,6 +34,7 @@ from ..runtime.tracking import LogCallback
 from .prepare import START, Given
 from .run import RunResult, run
 from .run_record import GROUPS, NEIGHBOURS
+from .save_as import save_as
 
 SHIPPED = "model"
 """Folder of what ships."""
@@ -51,9 +52,10 @@ def refine(
     """Refine an encoder on images and write the result to `output_dir`.
 
     Leaves `model/` (weights, configuration, preprocessing, code, card), `metrics.json`, pictures
-    and `log.jsonl`; with `push_to_hub` it publishes `model/`. A result that is not judged better
-    than its start (`runs/verdict.py`) does not ship: `model/` holds the start, and
-    `refined_not_shipped/` what was trained.
+    and `log.jsonl`; with `save_as` also what ships in that format, such as `native/`; with
+    `push_to_hub` it publishes `model/`. A result that is not judged better than its start
+    (`runs/verdict.py`) does not ship: `model/` holds the start, and `refined_not_shipped/` what was
+    trained.
 
     Args:
         images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
@@ -88,7 +90,7 @@ def refine(
     output = Path(recipe.output_dir)
     if recipe.push_to_hub is not None:
         check_repo_id(recipe.push_to_hub)
-    for name in (SHIPPED, NOT_SHIPPED):
+    for name in filter(None, (SHIPPED, NOT_SHIPPED, recipe.save_as)):
         check_model_folder(output / name)
     if recipe.dry_run:
         return run(recipe, given)
@@ -173,6 +175,9 @@ def _publish(result: RunResult, recipe: RefineRecipe) -> None:
         # of an earlier run of this recipe: it is older than what ships
         shutil.rmtree(kept_back)
     write_card(output)
+    if recipe.save_as is not None:
+        check_held()
+        print(save_as(folder, recipe.save_as))
 
     # the run is complete: nothing is left to resume
     check_held()

@@ -47,6 +47,7 @@ from .plan import plan_text
 from .prepare import NOTHING, Given, Prepared, prepare, start_folder
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
+from .save_as import check_save_as
 from .verdict import Verdict, judge_run, load_start
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ def run(
     # denormal numbers slow the CPU down and mean nothing here
     torch.set_flush_denormal(True)
     prepared = prepare(recipe, given)
+    if recipe.save_as is not None:
+        check_save_as(recipe.save_as, prepared.start.config, prepared.recipe.pooling)
     accelerator = _accelerator(prepared, callbacks)
     if accelerator.is_main_process:
         print(_plan(prepared, accelerator), flush=True)
