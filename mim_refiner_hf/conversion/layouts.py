@@ -20,6 +20,7 @@ from .layout import (
     any_positions,
     cls_and_patches,
     split_qkv,
+    square_positions,
     stated,
     without_first_row,
 )
@@ -229,9 +230,26 @@ RELEASED_POSTNORM = replace(
     rules=(*_RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
     settings=_POST_NORM,
 )
-# names as above, so it is recognised as that, which computes the same
+# a CLS token, and positions of the patches alone: of a bare file it would be a guess, so its family
+# is asked for, or named by the zoo
 MAE_CT = replace(
-    RELEASED_PRENORM, family="maect", title="MAE-CT (ml-jku/MAE-CT)", model_types=(), signature=()
+    RELEASED_PRENORM,
+    family="maect",
+    title="MAE-CT (ml-jku/MAE-CT)",
+    model_types=(),
+    signature=(),
+    rules=(
+        _CLS,
+        Rule(r"pos_embed", POSITIONS, square_positions),
+        *RELEASED_PRENORM.rules,
+    ),
+)
+# its ViT-B/16 were tuned, and evaluated, on the mean of the patches
+MAE_CT_MEAN = replace(
+    MAE_CT,
+    family="maect_mean",
+    title="MAE-CT's ViT-B/16 (ml-jku/MAE-CT)",
+    settings={**_PRE_NORM, "pooling": "mean"},
 )
 
 
@@ -351,6 +369,7 @@ LAYOUTS: tuple[Layout, ...] = (
     RELEASED_POSTNORM,
     RELEASED_PRENORM,
     MAE_CT,
+    MAE_CT_MEAN,
     DATA2VEC2,
     IBOT,
     IJEPA,

@@ -67,6 +67,21 @@ def _entries(
     ]
 
 
+def _mae_ct(title: str, stem: str, *sizes: str) -> list[ZooEntry]:
+    """Entries of MAE-CT's authors; their ViT-B/16 are read by the mean of the patches."""
+    entries = []
+    for size in sizes:
+        # base16 is B/16
+        letter = size[0].upper()
+        entries += _entries(
+            title,
+            "maect_mean" if letter == "B" else "maect",
+            _MAE_CT,
+            (f"{stem}_{size}", f"{letter}/{size[-2:]}", f"{stem}_{size}.th"),
+        )
+    return entries
+
+
 _PRE_NORM = "mim_refiner_prenorm"
 _POST_NORM = "mim_refiner_postnorm"
 _BY_NC = "cc-by-nc-4.0"
@@ -105,24 +120,11 @@ ZOO_ENTRIES = (
         _REFINED,
         ("crossmae_refined_l16", "L/16", "crossmaerefined_l16.th"),
     ),
-    *_entries(
-        "MAE-CT",
-        _PRE_NORM,
-        _MAE_CT,
-        ("maect_base16", "B/16", "maect_base16.th"),
-        ("maect_large16", "L/16", "maect_large16.th"),
-        ("maect_huge16", "H/16", "maect_huge16.th"),
-        ("maect_huge14", "H/14", "maect_huge14.th"),
+    *_mae_ct("MAE-CT", "maect", "base16", "large16", "huge16", "huge14"),
+    *_mae_ct(
+        "MAE-CT with colour augmentations", "maectaug", "base16", "large16", "huge16", "huge14"
     ),
-    *_entries(
-        "MAE-CT with colour augmentations",
-        _PRE_NORM,
-        _MAE_CT,
-        ("maectaug_base16", "B/16", "maectaug_base16.th"),
-        ("maectaug_large16", "L/16", "maectaug_large16.th"),
-        ("maectaug_huge16", "H/16", "maectaug_huge16.th"),
-        ("maectaug_huge14", "H/14", "maectaug_huge14.th"),
-    ),
+    *_mae_ct("MAE by MAE-CT's authors", "mae_reimpl", "base16", "large16", "huge16"),
     *_entries(
         "MAE",
         "mae",
