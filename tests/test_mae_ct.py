@@ -29,7 +29,7 @@ def by_name(monkeypatch: pytest.MonkeyPatch, name: str, file: str) -> MimRefiner
 def test_the_names_are_those_of_the_authors() -> None:
     sizes = ("base16", "large16", "huge16", "huge14")
     tuned = [f"{stem}_{size}" for stem in ("maect", "maectaug") for size in sizes]
-    assert NAMES == [*tuned, *(f"mae_reimpl_{size}" for size in sizes[:3])]
+    assert [*tuned, *(f"mae_reimpl_{size}" for size in sizes[:3])] == NAMES
     for name in NAMES:
         assert ZOO[name].url == f"https://ml.jku.at/research/maect/download/{name}.th"
 

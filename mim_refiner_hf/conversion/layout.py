@@ -72,6 +72,12 @@ def split_qkv(target: str, tensor: Tensor) -> Placed:
     return {target.replace("*", name): part for name, part in parts}
 
 
+def split_kv(target: str, tensor: Tensor) -> Placed:
+    """A fused (2 D, ...) projection as two (D, ...); `*` in the target stands for k and v."""
+    parts = zip("kv", tensor.chunk(2), strict=True)
+    return {target.replace("*", name): part for name, part in parts}
+
+
 def cls_and_patches(target: str, tensor: Tensor) -> Placed:
     """Positions (1, 1 + N, D) whose first row is added to the CLS token: kept for that."""
     return {CLS_POSITION: tensor[:, :1], target: tensor[:, 1:]}
@@ -253,6 +259,7 @@ __all__ = [
     "listed",
     "registers_if_any",
     "split_gate",
+    "split_kv",
     "split_qkv",
     "square_positions",
     "stated",

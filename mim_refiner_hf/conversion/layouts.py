@@ -12,13 +12,16 @@ that stands above.
 from dataclasses import replace
 from typing import Any
 
+from .birder_models import BIRDER
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
+    REGISTERS,
     Layout,
     Rule,
     any_positions,
     cls_and_patches,
+    split_kv,
     split_qkv,
     square_positions,
     stated,
@@ -352,6 +355,51 @@ CAPI = Layout(
 )
 
 
+# --- birder: the RoPE ViTs of its CAPI models; `birder_models.py` reads what a file states --------
+
+_BIRDER_BLOCK = r"encoder\.block\.(\d+)\."
+_BIRDER_POOL = r"attn_pool\."
+BIRDER_ROPE_VIT = Layout(
+    family=BIRDER,
+    title="a RoPE ViT of birder (birder-project/birder), such as its CAPI models",
+    paths=(("state",),),
+    model_types=(BIRDER,),
+    rules=(
+        Rule(r"class_token", CLS_TOKEN),
+        Rule(r"reg_tokens", REGISTERS),
+        Rule(r"pos_embedding", POSITIONS),
+        Rule(r"conv_proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        Rule(
+            _BIRDER_BLOCK + r"attn\.qkv\.(weight|bias)",
+            r"layers.\1.attention.*_proj.\2",
+            split_qkv,
+        ),
+        Rule(_BIRDER_BLOCK + r"attn\.proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+        Rule(_BIRDER_BLOCK + r"(norm[12])\.(weight|bias)", r"layers.\1.\2.\3"),
+        Rule(_BIRDER_BLOCK + r"mlp\.(?:0|fc1_x)\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+        Rule(_BIRDER_BLOCK + r"mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
+        Rule(_BIRDER_BLOCK + r"mlp\.(?:3|fc2)\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+        _FINAL_NORM,
+        Rule(_BIRDER_POOL + r"latent", "attention_pooling.query"),
+        Rule(_BIRDER_POOL + r"q\.(weight|bias)", r"attention_pooling.q_proj.\1"),
+        Rule(_BIRDER_POOL + r"kv\.(weight|bias)", r"attention_pooling.*_proj.\1", split_kv),
+        Rule(_BIRDER_POOL + r"proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
+        Rule(_BIRDER_POOL + r"norm\.(weight|bias)", r"attention_pooling.norm.\1"),
+        Rule(_BIRDER_POOL + r"mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
+        Rule(_BIRDER_POOL + r"mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
+    ),
+    drops=((r"classifier\.(?:weight|bias)", "classifier"),),
+    settings={
+        "norm_placement": "pre",
+        "layer_norm_eps": 1e-6,
+        "embedding_norm": False,
+        "position_encoding": "absolute+rope",
+        "rope_theta": 100.0,
+        "rope_places": "index",
+    },
+)
+
+
 # --- our own -------------------------------------------------------------------------------------
 
 OURS = Layout(
@@ -374,6 +422,7 @@ LAYOUTS: tuple[Layout, ...] = (
     IBOT,
     IJEPA,
     CAPI,
+    BIRDER_ROPE_VIT,
     CONMIM,
     CONMIM_EMA,
     DBOT,
