@@ -124,10 +124,8 @@ def birder_in_our_words(found: Source, family: str | None) -> Source:
     config.update(_overridden(found))
 
     preprocessing = {
-        # of this type: the whole image is resized to this shape
-        "image_processor_type": "MimRefinerImageProcessor",
         "size": {"height": height, "width": width},
-        "do_center_crop": False,
+        "squash": True,
         "resample": _BICUBIC,
         **mean_and_std,
     }

@@ -64,7 +64,9 @@ def image_processor(
     native = {"height": height, "width": width}
     size = _sides(source.get("size"), native)
     crop = _sides(source.get("crop_size"), native)
-    whole = _keeps_all(source) and "height" in size
+    # files of others mean that by a height and a width, and are read by the shortest edge and the
+    # centre, as in the paper
+    squash = bool(source.get("squash")) and "height" in size
     if "height" in size and not source.get("do_center_crop"):
         crop = size
     if source.get("crop_pct") is not None:
@@ -81,8 +83,8 @@ def image_processor(
     mean, std = _of_unit_pixels(source, mean, std)
     resample = source.get("resample")
     return MimRefinerImageProcessor(
-        size=size if whole else {"shortest_edge": max(size.values())},
-        do_center_crop=not whole,
+        size=size if squash else {"shortest_edge": max(size.values())},
+        squash=squash,
         crop_size=crop,
         image_mean=mean,
         image_std=std,
@@ -90,16 +92,6 @@ def image_processor(
         do_convert_rgb=config.num_channels == 3,
         value_range=source.get("value_range"),
     )
-
-
-def _keeps_all(source: Mapping[str, Any]) -> bool:
-    """Whether whole images are resized to a shape that need not be theirs, as birder does.
-
-    Our own files mean that by a height and a width. Those of others are read by the shortest edge
-    and the centre, as in the paper.
-    """
-    ours = str(source.get("image_processor_type") or "").startswith("MimRefinerImageProcessor")
-    return ours and not source.get("do_center_crop", True)
 
 
 def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> list[float]:
