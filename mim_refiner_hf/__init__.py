@@ -41,7 +41,7 @@ from .model.modeling_mim_refiner import (
 
 if TYPE_CHECKING:
     from .cli import refine_command
-    from .conversion import CheckpointError, LoadReport, load_encoder
+    from .conversion import CheckpointError, LoadReport, load_classifier, load_encoder
     from .refinement.recipe import RefineRecipe
     from .refinement.recipe_files import read_recipe
     from .runs.cluster import Groups, cluster
@@ -76,6 +76,7 @@ PIPELINE_REGISTRY.supported_tasks[FEATURES_TASK]["impl"] = ImageRowsPipeline
 _LAZY = {
     "CheckpointError": ".conversion",
     "LoadReport": ".conversion",
+    "load_classifier": ".conversion",
     "load_encoder": ".conversion",
     "RefineRecipe": ".refinement.recipe",
     "read_recipe": ".refinement.recipe_files",
@@ -114,6 +115,7 @@ __all__ = [
     "cluster",
     "embed",
     "evaluate",
+    "load_classifier",
     "load_encoder",
     "read_recipe",
     "refine",

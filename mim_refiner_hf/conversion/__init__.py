@@ -4,6 +4,7 @@
 """
 
 from ..runtime.files import CheckpointError
+from .classifiers import load_classifier
 from .load import LoadReport, load_encoder
 
-__all__ = ["CheckpointError", "LoadReport", "load_encoder"]
+__all__ = ["CheckpointError", "LoadReport", "load_classifier", "load_encoder"]

@@ -88,6 +88,14 @@ def any_positions(target: str, tensor: Tensor) -> Placed:
     return {ANY_POSITIONS: tensor[:, :0], target: tensor}
 
 
+def square_positions(target: str, tensor: Tensor) -> Placed:
+    """Positions (1, N, D) of a square of patches, or (1, 1 + N, D) with a first row for CLS."""
+    rows = tensor.shape[1]
+    if math.isqrt(rows) ** 2 == rows:
+        return {target: tensor}
+    return cls_and_patches(target, tensor)
+
+
 def without_first_row(target: str, tensor: Tensor) -> Placed:
     """Positions (1, 1 + N, D) whose first row is never used (CrossMAE adds none to its CLS)."""
     return {target: tensor[:, 1:]}
@@ -253,6 +261,7 @@ __all__ = [
     "split_gate",
     "split_kv",
     "split_qkv",
+    "square_positions",
     "stated",
     "table_rows",
     "without_first_row",

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .birder_models import BIRDER
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
@@ -26,6 +27,7 @@ from .layout import (
     split_gate,
     split_kv,
     split_qkv,
+    square_positions,
     stated,
     without_first_row,
 )
@@ -283,9 +285,26 @@ RELEASED_POSTNORM = replace(
     rules=(*_RELEASED_RULES, Rule(r"(?:embed_)?norm\.(weight|bias)", r"embeddings.norm.\1")),
     settings=_POST_NORM,
 )
-# names as above, so it is recognised as that, which computes the same
+# a CLS token, and positions of the patches alone: of a bare file it would be a guess, so its family
+# is asked for, or named by the zoo
 MAE_CT = replace(
-    RELEASED_PRENORM, family="maect", title="MAE-CT (ml-jku/MAE-CT)", model_types=(), signature=()
+    RELEASED_PRENORM,
+    family="maect",
+    title="MAE-CT (ml-jku/MAE-CT)",
+    model_types=(),
+    signature=(),
+    rules=(
+        _CLS,
+        Rule(r"pos_embed", POSITIONS, square_positions),
+        *RELEASED_PRENORM.rules,
+    ),
+)
+# its ViT-B/16 were tuned, and evaluated, on the mean of the patches
+MAE_CT_MEAN = replace(
+    MAE_CT,
+    family="maect_mean",
+    title="MAE-CT's ViT-B/16 (ml-jku/MAE-CT)",
+    settings={**_PRE_NORM, "pooling": "mean"},
 )
 
 
@@ -388,6 +407,51 @@ CAPI = Layout(
 )
 
 
+# --- birder: the RoPE ViTs of its CAPI models; `birder_models.py` reads what a file states --------
+
+_BIRDER_BLOCK = r"encoder\.block\.(\d+)\."
+_BIRDER_POOL = r"attn_pool\."
+BIRDER_ROPE_VIT = Layout(
+    family=BIRDER,
+    title="a RoPE ViT of birder (birder-project/birder), such as its CAPI models",
+    paths=(("state",),),
+    model_types=(BIRDER,),
+    rules=(
+        Rule(r"class_token", CLS_TOKEN),
+        Rule(r"reg_tokens", REGISTERS),
+        Rule(r"pos_embedding", POSITIONS),
+        Rule(r"conv_proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
+        Rule(
+            _BIRDER_BLOCK + r"attn\.qkv\.(weight|bias)",
+            r"layers.\1.attention.*_proj.\2",
+            split_qkv,
+        ),
+        Rule(_BIRDER_BLOCK + r"attn\.proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+        Rule(_BIRDER_BLOCK + r"(norm[12])\.(weight|bias)", r"layers.\1.\2.\3"),
+        Rule(_BIRDER_BLOCK + r"mlp\.(?:0|fc1_x)\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+        Rule(_BIRDER_BLOCK + r"mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
+        Rule(_BIRDER_BLOCK + r"mlp\.(?:3|fc2)\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+        _FINAL_NORM,
+        Rule(_BIRDER_POOL + r"latent", "attention_pooling.query"),
+        Rule(_BIRDER_POOL + r"q\.(weight|bias)", r"attention_pooling.q_proj.\1"),
+        Rule(_BIRDER_POOL + r"kv\.(weight|bias)", r"attention_pooling.*_proj.\1", split_kv),
+        Rule(_BIRDER_POOL + r"proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
+        Rule(_BIRDER_POOL + r"norm\.(weight|bias)", r"attention_pooling.norm.\1"),
+        Rule(_BIRDER_POOL + r"mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
+        Rule(_BIRDER_POOL + r"mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
+    ),
+    drops=((r"classifier\.(?:weight|bias)", "classifier"),),
+    settings={
+        "norm_placement": "pre",
+        "layer_norm_eps": 1e-6,
+        "embedding_norm": False,
+        "position_encoding": "absolute+rope",
+        "rope_theta": 100.0,
+        "rope_places": "index",
+    },
+)
+
+
 # --- our own -------------------------------------------------------------------------------------
 
 OURS = Layout(
@@ -405,10 +469,12 @@ LAYOUTS: tuple[Layout, ...] = (
     RELEASED_POSTNORM,
     RELEASED_PRENORM,
     MAE_CT,
+    MAE_CT_MEAN,
     DATA2VEC2,
     IBOT,
     IJEPA,
     CAPI,
+    BIRDER_ROPE_VIT,
     CONMIM,
     CONMIM_EMA,
     DBOT,

@@ -32,6 +32,7 @@ from ..model.configuration_mim_refiner import (
 )
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
+from .birder_models import birder_in_our_words
 from .containers import inner_encoder, named_tensors, without_wrappers
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
@@ -115,6 +116,7 @@ def load_encoder(
         found = source_of_object(source)
     else:
         found = in_our_words(read_source(source, revision))
+        found = birder_in_our_words(found, family or found.family)
     # another format may name its tensors otherwise
     if found.config.get("model_type") == MimRefinerConfig.model_type:
         _refuse_newer(found)

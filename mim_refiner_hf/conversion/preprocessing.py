@@ -64,6 +64,9 @@ def image_processor(
     native = {"height": height, "width": width}
     size = _sides(source.get("size"), native)
     crop = _sides(source.get("crop_size"), native)
+    # files of others mean that by a height and a width, and are read by the shortest edge and the
+    # centre, as in the paper
+    squash = bool(source.get("squash")) and "height" in size
     if "height" in size and not source.get("do_center_crop"):
         crop = size
     if source.get("crop_pct") is not None:
@@ -80,7 +83,8 @@ def image_processor(
     mean, std = _of_unit_pixels(source, mean, std)
     resample = source.get("resample")
     return MimRefinerImageProcessor(
-        size={"shortest_edge": max(size.values())},
+        size=size if squash else {"shortest_edge": max(size.values())},
+        squash=squash,
         crop_size=crop,
         image_mean=mean,
         image_std=std,

@@ -20,8 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..runtime.files import CheckpointError, in_bytes, say_left_aside
 from ..runtime.retry import patiently
 from ..runtime.strangers import check_contents, parse_json, read_json
-from ..runtime.tensor_files import read_tensor_file
+from ..runtime.tensor_files import read_header, read_tensor_file
 from ..runtime.text import one_line
+from .birder_models import contents_of_header
 from .digests import DIGESTS, SETTINGS, check_digests, check_file_digests
 from .layout import Source, listed
 from .licence import CARD, Licence, licence_beside
@@ -153,7 +154,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             tensors = read_tensor_file(path)
             check_contents(path, tensors)
-            return tensors
+            return contents_of_header(path, tensors, read_header(path))
         _refuse_packed(path)
         # plain data; the official dBOT, ConMIM and iBOT files carry a Namespace
         with torch.serialization.safe_globals([Namespace]):

@@ -4,9 +4,9 @@
     path = fetch("mae_refined_l16")   # ~/.cache/huggingface/mim_refiner_hf/mae_refined_l16.th
 
 Files lie under `HF_HOME`, each beside a JSON record of its address, size and sha256
-(`download.py`). The authors publish no checksums, so the recorded sha256 is that of the first
-download. `facebook/data2vec-vision-base` and `-large` need no entry: they are model folders on the
-Hub under these very names.
+(`download.py`). Where the authors publish a sha256 (birder does), the file has to have it; else the
+recorded one is that of the first download. `facebook/data2vec-vision-base` and `-large` need no
+entry: they are model folders on the Hub under these very names.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..runtime.files import CheckpointError, sha256_of
 from ..runtime.retry import patiently
+from .birder_models import BIRDER
 from .download import Record, download
 
 
@@ -34,6 +35,7 @@ class ZooEntry:
         url: address of the file; empty where it lies on the Hub.
         repo: "user/name" on the Hub.
         filename: path within `repo`.
+        sha256: of the file, as its authors publish it; empty where they do not.
         licence: Hub identifier of the licence that the authors state for the weights; None where
             their pages name none.
     """
@@ -45,6 +47,7 @@ class ZooEntry:
     url: str = ""
     repo: str = ""
     filename: str = ""
+    sha256: str = ""
     licence: str | None = None
 
     @property
@@ -65,6 +68,41 @@ def _entries(
         ZooEntry(name, title, family, f"ViT-{architecture}", f"{folder}/{file}", licence=licence)
         for name, architecture, file in rows
     ]
+
+
+def _mae_ct(title: str, stem: str, *sizes: str) -> list[ZooEntry]:
+    """Entries of MAE-CT's authors; their ViT-B/16 are read by the mean of the patches."""
+    entries = []
+    for size in sizes:
+        # base16 is B/16
+        letter = size[0].upper()
+        entries += _entries(
+            title,
+            "maect_mean" if letter == "B" else "maect",
+            _MAE_CT,
+            (f"{stem}_{size}", f"{letter}/{size[-2:]}", f"{stem}_{size}.th"),
+        )
+    return entries
+
+
+def _birder(letter: str, stem: str, rows: tuple[tuple[str, str], ...]) -> list[ZooEntry]:
+    """birder's CAPI models: each row is what follows the stem of a name, and the file's sha256."""
+    entries = []
+    for rest, sha256 in rows:
+        name = stem + rest
+        entry = ZooEntry(
+            name,
+            "birder's CAPI",
+            BIRDER,
+            f"ViT-{letter}/14",
+            # the smaller iNaturalist model lies beside the larger one
+            repo=f"birder-project/{name.removesuffix('-224px')}",
+            filename=f"{name}.pt",
+            sha256=sha256,
+            licence="apache-2.0",
+        )
+        entries.append(entry)
+    return entries
 
 
 _PRE_NORM = "mim_refiner_prenorm"
@@ -105,24 +143,11 @@ ZOO_ENTRIES = (
         _REFINED,
         ("crossmae_refined_l16", "L/16", "crossmaerefined_l16.th"),
     ),
-    *_entries(
-        "MAE-CT",
-        _PRE_NORM,
-        _MAE_CT,
-        ("maect_base16", "B/16", "maect_base16.th"),
-        ("maect_large16", "L/16", "maect_large16.th"),
-        ("maect_huge16", "H/16", "maect_huge16.th"),
-        ("maect_huge14", "H/14", "maect_huge14.th"),
+    *_mae_ct("MAE-CT", "maect", "base16", "large16", "huge16", "huge14"),
+    *_mae_ct(
+        "MAE-CT with colour augmentations", "maectaug", "base16", "large16", "huge16", "huge14"
     ),
-    *_entries(
-        "MAE-CT with colour augmentations",
-        _PRE_NORM,
-        _MAE_CT,
-        ("maectaug_base16", "B/16", "maectaug_base16.th"),
-        ("maectaug_large16", "L/16", "maectaug_large16.th"),
-        ("maectaug_huge16", "H/16", "maectaug_huge16.th"),
-        ("maectaug_huge14", "H/14", "maectaug_huge14.th"),
-    ),
+    *_mae_ct("MAE by MAE-CT's authors", "mae_reimpl", "base16", "large16", "huge16"),
     *_entries(
         "MAE",
         "mae",
@@ -182,6 +207,31 @@ ZOO_ENTRIES = (
             ("in1k", "ImageNet-1K", "capi_vitl14_in1k"),
         )
     ),
+    *_birder(
+        "B",
+        "rope_vit_reg4_b14_capi",
+        (
+            ("", "175378d81734649567bfe82aac9557f9b0bf48dbd562f26e338b1958fa057472"),
+            ("-imagenet21k", "1325f35f0d8dff3270d6ce645f81865e9b8de7bacf17f94a9f5e2ef0cd66f56d"),
+            ("-places365", "4d3ef700eb0d454c9406e9b5c11f70106b46ed4a6ca24c1d89a60097ad78ea9a"),
+            ("-inat21", "25befb5a460cc80a5a7961db61e747916461bf6967f3d39d9294ee474bd31304"),
+            ("-inat21-224px", "fb98a4f29a1c6e552a4e22eaf614b0f2d2adedefe2d510fa7e69309208dc0f9f"),
+            (
+                "-intermediate-eu-common",
+                "5f9529dbb354ac755ee7c584fdc9227f469233ca35a09998ddf57afa54199e44",
+            ),
+        ),
+    ),
+    # the one whose published sha256 was not at hand
+    *_birder("B", "rope_vit_reg8_b14_nps_avg_capi-dino-bio", (("", ""),)),
+    *_birder(
+        "So150M",
+        "rope_vit_reg8_so150m_p14_swiglu_rms",
+        (
+            ("_avg_capi", "84808bdb7a46c70eb13a67a766c2c3c9a4a9a37a90679e03fd75619aa5517e80"),
+            ("_ap_rotnet-capi", "57465120826faa1e61accfb0e51b529c6ae431cc1f6960e4cdd5278d8dbd1edf"),
+        ),
+    ),
 )
 ZOO: Mapping[str, ZooEntry] = {entry.name: entry for entry in ZOO_ENTRIES}
 """Every name that `load_encoder` and the commands resolve by themselves."""
@@ -197,8 +247,9 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
 
     Raises:
         CheckpointError: for an unknown name, without a connection (or with `HF_HUB_OFFLINE=1`),
-            for an answer that is no file, and when the disk is full. What has arrived is kept; the
-            message says how to go on.
+            for an answer that is no file, for a file that has not the sha256 that its authors
+            publish, and when the disk is full. What has arrived is kept; the message says how to
+            go on.
         ConnectionError: the Hub does not answer, not even asked again.
     """
     if isinstance(entry, str):
@@ -213,8 +264,11 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if entry.url:
-                return download(entry.url, path)
-            return _fetch_from_hub(entry.name, entry.repo, entry.filename, path)
+                kept = download(entry.url, path)
+            else:
+                kept = _fetch_from_hub(entry.name, entry.repo, entry.filename, path)
+            _check_published(entry, kept, path)
+            return kept
     except ConnectionError:
         raise
     # of this disk: what the network does is caught where it happens
@@ -223,6 +277,19 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
             f"{entry.name} cannot be kept in {folder}: {error}; free space there or set HF_HOME to "
             "another disk, then run the same command again"
         ) from error
+
+
+def _check_published(entry: ZooEntry, kept: Path, path: Path) -> None:
+    """CheckpointError where the file is not the one that its authors publish a sha256 of.
+
+    Both ways of downloading have written what they got into the record of `path`.
+    """
+    got = Record.read(path).sha256
+    if entry.sha256 and got != entry.sha256:
+        raise CheckpointError(
+            f"{entry.name}: {kept} has the sha256 {got or 'nobody knows'}, but its authors publish "
+            f"{entry.sha256}; delete the file and run the same command again"
+        )
 
 
 def _fetch_from_hub(name: str, repo: str, filename: str, path: Path) -> Path:

@@ -43,6 +43,14 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file, which was read, states beside its tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return dict(header.get("__metadata__") or {})
+
+
 class ShardedTensors(Mapping[str, Tensor]):
     """Whole tensors by name, on the CPU.
 
@@ -124,6 +132,7 @@ __all__ = [
     "PLACES",
     "TENSORS",
     "ShardedTensors",
+    "read_header",
     "read_tensor_file",
     "read_tensors",
     "tensor_files",
