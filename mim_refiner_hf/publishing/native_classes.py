@@ -24,6 +24,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "norm_placement": ("pre",),
     "norm_type": ("layernorm",),
     "position_encoding": ("absolute",),
+    "rope_places": ("centre",),
     "position_resampling": ("bicubic",),
     "bias": ("all", "no_key", "no_qkv", "none"),
     "patch_bias": (True, False),
