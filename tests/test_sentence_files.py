@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from random_weights import randomise
 from small_checkpoints import TINY
+from test_transformers_encoders import CASES
+from test_transformers_encoders import saved as saved_by_transformers
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, load_encoder
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.convert import convert
+from mim_refiner_hf.publishing.export import export
 from mim_refiner_hf.publishing.sentence_files import SENTENCE_FILES
 
 INSTALL = "needs sentence-transformers, of the extra test"
@@ -119,3 +122,13 @@ def test_without_the_package(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dinov3", "siglip", "clip", "pixio", "aimv2"])
+def test_an_exported_class_gives_the_same(tmp_path: Path, name: str) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason=INSTALL)
+    saved_by_transformers(tmp_path / "theirs", CASES[name])
+    export(tmp_path / "theirs", tmp_path / "native", "native")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "native"), device="cpu")
+    expected = vectors_of(load_encoder(tmp_path / "theirs"), pictures())
+    np.testing.assert_allclose(model.encode(pictures()), expected, atol=1e-5, rtol=0)

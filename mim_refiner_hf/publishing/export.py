@@ -10,7 +10,7 @@ and which encoders a format cannot express: `export_timm.py`, `export_back.py` (
 `export_native.py` (vit), `export_onnx.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..runtime.text import ODD_BYTES, fenced, plain
 from .card_licence import licence_line
 from .hub import check_model_folder
 from .model_card import is_hub_name
+from .sentence_files import write_sentence_files
 from .twins import Twin
 
 EXPORT_FORMATS = {
@@ -102,11 +103,16 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
         write_text(new / CARD, text)
         twins = format_.load(new)
-        native = encoder.config.image_hw
-        if to != "native":
-            return _compare_twins(encoder, twins, [native], _TOLERANCE)
-        sizes = [native, format_.other_size(encoder.config)]
-        return _compare_twins(encoder, twins, filter(None, sizes), _TOLERANCE_OF_A_CLASS)
+        sizes = [encoder.config.image_hw]
+        tolerance = _TOLERANCE
+        if to == "native":
+            sizes += filter(None, [format_.other_size(encoder.config)])
+            tolerance = _TOLERANCE_OF_A_CLASS
+        differences = _compare_twins(encoder, twins, sizes, tolerance)
+        # without a word it would take the mean of all tokens
+        if _LIBRARIES[to] == "transformers" and "features" in differences:
+            write_sentence_files(new)
+    return differences
 
 
 def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
@@ -150,7 +156,7 @@ def _card(name: str, source: str, to: str, licence: Licence) -> str:
 def _compare_twins(
     encoder: MimRefinerModel,
     twins: dict[str, Twin],
-    sizes: Iterable[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
     tolerance: float,
 ) -> dict[str, float]:
     """Worst absolute difference of each output over all twins, sizes of images and batch sizes.
