@@ -26,6 +26,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefine
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.publishing import export_native, export_onnx, export_timm, save_model_folder
 from mim_refiner_hf.publishing.export import ExportError, export
+from mim_refiner_hf.publishing.sentence_files import SENTENCE_FILES
 
 BEIT: dict[str, Any] = {"position_encoding": "relative", "bias": "no_key", "layer_scale_init": 0.1}
 KINDS: dict[str, dict[str, Any]] = {
@@ -220,12 +221,15 @@ def test_timm_prepares_images_as_we_do(tmp_path: Path, shortest_edge: int) -> No
 def test_native_classes_compute_the_same(tmp_path: Path, kind: str) -> None:
     encoder = saved(tmp_path / "model", **KINDS[kind])
     differences = export(tmp_path / "model", tmp_path / "vit", "vit")
-    assert files(tmp_path / "vit") == {
+    expected_files = {
         "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
     }
+    if "features" in differences:
+        expected_files |= set(SENTENCE_FILES)
+    assert files(tmp_path / "vit") == expected_files
     native, info = AutoModel.from_pretrained(tmp_path / "vit", output_loading_info=True)
     assert type(native).__name__ == CLASSES[kind]
     # also the pooler: nothing is drawn at random
@@ -335,8 +339,9 @@ def test_onnx_computes_the_same_at_any_batch_size(
     export(tmp_path / "model", tmp_path / "onnx", "onnx")
     weights = ["model.onnx", "model.onnx.data"][: 1 + split]
     settings_and_card = {"config.json", "preprocessor_config.json", "README.md"}
-    assert files(tmp_path / "onnx") == {*settings_and_card, *weights}
-    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
+    assert files(tmp_path / "onnx") == {*settings_and_card, "onnx"}
+    assert files(tmp_path / "onnx/onnx") == set(weights)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/onnx/model.onnx")
     assert [(entry.name, entry.shape) for entry in session.get_inputs()] == [
         ("pixel_values", ["batch", encoder.config.num_channels, *encoder.config.image_hw])
     ]
@@ -348,6 +353,38 @@ def test_onnx_computes_the_same_at_any_batch_size(
             expected = encoder(pixels)
         np.testing.assert_allclose(tokens, expected.last_hidden_state, atol=1e-4, rtol=0)
         np.testing.assert_allclose(features, expected.pooler_output, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, CAPI], ids=["mae", "capi"])
+def test_onnx_in_half_precision_keeps_the_direction(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    encoder = saved(tmp_path / "model", **settings)
+    export(tmp_path / "model", tmp_path / "web", "onnx", fp16=True)
+    assert files(tmp_path / "web/onnx") == {"model.onnx", "model_fp16.onnx"}
+    sizes = [
+        (tmp_path / f"web/onnx/{name}.onnx").stat().st_size for name in ("model", "model_fp16")
+    ]
+    assert sizes[1] < sizes[0]
+    session = onnxruntime.InferenceSession(tmp_path / "web/onnx/model_fp16.onnx")
+    assert {entry.type for entry in session.get_inputs()} == {"tensor(float)"}
+    pixels = images(encoder, 5)
+    _, found = session.run(None, {"pixel_values": pixels.numpy()})
+    with torch.no_grad():
+        expected = encoder(pixels).pooler_output
+    assert torch.cosine_similarity(torch.from_numpy(found), expected).min() >= 0.999
+
+
+def test_half_precision_that_turns_vectors_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "model")
+    monkeypatch.setattr(export_onnx, "write_half", lambda *_: float("nan"))
+    with pytest.raises(ExportError, match="in fp16 the pooled vector has a cosine of nan"):
+        export(tmp_path / "model", tmp_path / "web", "onnx", fp16=True)
+    with pytest.raises(ValueError, match=r"fp16.* is for .*onnx"):
+        export(tmp_path / "model", tmp_path / "web", "timm", fp16=True)
+    assert files(tmp_path) == {"model"}
 
 
 def test_onnx_without_its_extra_says_what_to_install(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.publishing import PushError, check_repo_id, push_folder, save_model_folder
+from mim_refiner_hf.publishing.sentence_files import SENTENCE_FILES
 from mim_refiner_hf.runtime import retry as patience
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -200,6 +201,7 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
         "README.md",
         *weights,
         *code,
+        *SENTENCE_FILES,
     }
     assert not [path for path in tiny["root"].iterdir() if path.name.startswith(".")]
     assert "auto_map" not in json.loads((tiny["model"] / "preprocessor_config.json").read_text())

@@ -97,10 +97,13 @@ def run_export(arguments: Sequence[str]) -> None:
         help="native: the class of transformers that it came from; timm; vit: transformers' ViT, "
         "BEiT or data2vec; onnx",
     )
+    parser.add_argument(
+        "--fp16", action="store_true", help="onnx: half precision too, onnx/model_fp16.onnx"
+    )
     options = parser.parse_args(arguments)
 
     with sole_run(options.destination, "DESTINATION", beside=True):
-        differences = export(options.source, options.destination, options.to)
+        differences = export(options.source, options.destination, options.to, fp16=options.fp16)
     worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
     print(
         f"{options.destination}: loaded back as {options.to}, it differs from {options.source} "

@@ -3,14 +3,15 @@
     mim-refiner export out/model out/timm --to timm      # a folder that timm.create_model loads
     mim-refiner export out/model out/native --to native  # the class that it came from
     mim-refiner export out/model out/vit --to vit        # transformers' ViT, whatever it came from
-    mim-refiner export facebook/vit-mae-large out/onnx --to onnx      # model.onnx, preprocessing
+    mim-refiner export facebook/vit-mae-large out/onnx --to onnx      # onnx/model.onnx, for
+                                                        # transformers.js and optimum
 
 What was written is reloaded by that library and compared before it counts. What each folder holds,
 and which encoders a format cannot express: `export_timm.py`, `export_back.py` (native),
 `export_native.py` (vit), `export_onnx.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import staged_folder, write_text
 from ..runtime.finite import check_finite
 from ..runtime.text import ODD_BYTES, fenced, plain
+from ..runtime.wording import setting
 from .card_licence import licence_line
 from .hub import check_model_folder
 from .model_card import is_hub_name
+from .sentence_files import write_sentence_files
 from .twins import Twin
 
 EXPORT_FORMATS = {
@@ -45,13 +48,17 @@ _LIBRARIES = {"native": "transformers", "timm": "timm", "vit": "transformers", "
 _TOLERANCE = 1e-4
 _TOLERANCE_OF_A_CLASS = 1e-5
 _BATCHES = (1, 3)
+# of vectors in half precision with those in fp32
+_LEAST_COSINE = 0.999
 
 
 class ExportError(RuntimeError):
     """What was written does not compute what it should; it was removed again."""
 
 
-def export(source: str | Path, destination: str | Path, to: str) -> dict[str, float]:
+def export(
+    source: str | Path, destination: str | Path, to: str, *, fp16: bool = False
+) -> dict[str, float]:
     """Write an encoder in another format, all or nothing, once the reloaded files compute the same.
 
     Args:
@@ -60,6 +67,8 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
             earlier model there is replaced.
         to: "native" (the class of transformers that the encoder came from), "timm", "vit" (its
             ViT, BEiT or data2vec, whatever it came from) or "onnx".
+        fp16: of "onnx" write half precision too; its pooled vector has to keep its direction, at a
+            cosine of 0.999.
 
     Returns:
         Worst absolute difference between the encoder and its reloaded twin on random images in
@@ -77,6 +86,8 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
     """
     if to not in EXPORT_FORMATS:
         raise ValueError(f"to={to!r} is not a format; allowed: {', '.join(EXPORT_FORMATS)}")
+    if fp16 and to != "onnx":
+        raise ValueError(f"{setting('fp16')} is for {setting('to', 'onnx')}; leave it out")
     folder = check_model_folder(Path(destination))
     origin = Path(source).expanduser().resolve()
     if folder == origin or folder in origin.parents:
@@ -102,11 +113,24 @@ def export(source: str | Path, destination: str | Path, to: str) -> dict[str, fl
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
         write_text(new / CARD, text)
         twins = format_.load(new)
-        native = encoder.config.image_hw
-        if to != "native":
-            return _compare_twins(encoder, twins, [native], _TOLERANCE)
-        sizes = [native, format_.other_size(encoder.config)]
-        return _compare_twins(encoder, twins, filter(None, sizes), _TOLERANCE_OF_A_CLASS)
+        sizes = [encoder.config.image_hw]
+        tolerance = _TOLERANCE
+        if to == "native":
+            sizes += filter(None, [format_.other_size(encoder.config)])
+            tolerance = _TOLERANCE_OF_A_CLASS
+        differences = _compare_twins(encoder, twins, sizes, tolerance)
+        # without a word it would take the mean of all tokens
+        if _LIBRARIES[to] == "transformers" and "features" in differences:
+            write_sentence_files(new)
+        if fp16:
+            cosine = format_.write_half(new, encoder.config.num_channels, encoder.config.image_hw)
+            # not `<`: NaN must fail too
+            if not cosine >= _LEAST_COSINE:
+                raise ExportError(
+                    f"in fp16 the pooled vector has a cosine of {cosine:.4f} with that in fp32, "
+                    f"less than {_LEAST_COSINE}; nothing was written; leave fp16 out"
+                )
+    return differences
 
 
 def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
@@ -150,7 +174,7 @@ def _card(name: str, source: str, to: str, licence: Licence) -> str:
 def _compare_twins(
     encoder: MimRefinerModel,
     twins: dict[str, Twin],
-    sizes: Iterable[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
     tolerance: float,
 ) -> dict[str, float]:
     """Worst absolute difference of each output over all twins, sizes of images and batch sizes.

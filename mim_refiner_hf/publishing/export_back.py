@@ -57,7 +57,8 @@ def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProc
     if hasattr(model, "pooler") and hasattr(model.pooler, "dense"):
         # x I + 0 is the CLS token
         reversed_weights["pooler.dense.weight"] = torch.eye(encoder.config.hidden_size)
-    model.load_state_dict(reversed_weights, strict=False)
+    # buffers stay
+    model.load_state_dict(model.state_dict() | reversed_weights)
     model.save_pretrained(folder)
     _own_processor(kind, encoder.config, processor).save_pretrained(folder)
 

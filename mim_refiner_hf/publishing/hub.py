@@ -31,6 +31,7 @@ from ..runtime.retry import patiently
 from ..runtime.wording import setting
 from .card_licence import state_licence
 from .model_card import REPO_PLACEHOLDER
+from .sentence_files import write_sentence_files
 
 # of a file of weights; so that writing takes no second copy of them all
 MAX_SHARD_SIZE = "2GB"
@@ -69,8 +70,9 @@ def save_model_folder(folder: Path, encoder: MimRefinerModel, processor: Any) ->
 def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: torch.dtype) -> None:
     """Write a model's files into an empty folder, its weights cast to `dtype`.
 
-    `config.json`, safetensors, `preprocessor_config.json`, the flat Python files, and a digest of
-    every tensor and of the two JSON files, by which `load_encoder` notices any later change.
+    `config.json`, safetensors, `preprocessor_config.json`, the flat Python files, what
+    sentence-transformers reads, and a digest of every tensor and of the first two JSON files, by
+    which `load_encoder` notices any later change.
 
     Raises:
         NotFiniteTensorError: for weights that hold NaN or infinity, or do so in `dtype`.
@@ -87,6 +89,7 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
     processor.save_pretrained(folder)
     announce_code(folder, dtype=str(dtype).removeprefix("torch."))
     add_file_digests(folder)
+    write_sentence_files(folder)
 
     package = Path(__file__).resolve().parents[1]
     for name in _TRAVELLING:
