@@ -39,6 +39,9 @@ FAMILIES = {  # as a reader knows them -> checkpoint under the fixtures
     "data2vec 2.0": "data2vec2/checkpoint.pt",
     "MIM-Refiner (post-norm)": "mimrefiner-postnorm/checkpoint.th",
     "CAPI": "capi/checkpoint.pth",
+    "birder's CAPI (B/14)": "birder-b14/rope_vit_reg4_b14_capi.pt",
+    "birder's CAPI (So150M/14, attention pooling)": "birder-so150m-ap-rotnet/"
+    "rope_vit_reg8_so150m_p14_swiglu_rms_ap_rotnet-capi.pt",
 }
 VERSIONS = ("torch", "transformers", "timm", "onnx", "onnxruntime", "onnxscript")
 Row = dict[str, str]
@@ -58,13 +61,21 @@ def original(fixtures: Path, checkpoint: str) -> tuple[MimRefinerModel, float]:
     """The encoder, and the worst difference of its blocks from those of the authors' code."""
     file = fixtures / checkpoint
     states = json.loads((file.parent / "config.json").read_text())
-    encoder = load_encoder(file, num_heads=states["num_heads"])
+    # birder's cases state their settings as birder does
+    heads = states.get("num_heads") or states["model_config"]["num_heads"]
+    encoder = load_encoder(file, num_heads=heads)
     pixels = load_file(file.parent / "inputs.safetensors")["pixel_values"]
     expected = load_file(file.parent / "outputs.safetensors")["blocks"]
     hidden = encoder(
         pixels, interpolate_pos_encoding=True, output_hidden_states=True
     ).hidden_states[1:]
-    return encoder, worst(torch.stack(hidden), expected)
+    config = encoder.config
+    if config.use_cls_token and config.num_register_tokens:
+        # birder has CLS behind the registers
+        order = [*range(1, config.num_prefix_tokens), 0]
+        order += range(len(order), expected.shape[2])
+        hidden = [tokens[:, order] for tokens in hidden]
+    return encoder, worst(torch.stack(list(hidden)), expected)
 
 
 def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
