@@ -43,8 +43,8 @@ def load_classifier(
     """
     found = read_source(source, None)
     state = found.contents.get("state")
-    is_classifier = is_birder(found.contents) and isinstance(state, dict)
-    if not is_classifier or "classifier.weight" not in state:
+    of_birder = is_birder(found.contents) and isinstance(state, dict)
+    if not of_birder or state is None or "classifier.weight" not in state:
         raise CheckpointError(
             f"{found.name} is no classifier that is known here, which are birder's files with "
             "classifier.weight; load_encoder reads an encoder alone"

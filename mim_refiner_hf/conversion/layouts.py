@@ -148,7 +148,7 @@ def _split_packed_gates(placed: dict[str, Any]) -> dict[str, Any]:
 
     In place of a tensor there may be the name that it came from: it is for both.
     """
-    split = {}
+    split: dict[str, Any] = {}
     for name, value in placed.items():
         inner = placed.get(re.sub(r"fc1\.(weight|bias)$", "fc2.weight", name))
         packed = isinstance(value, Tensor) and name.endswith(("mlp.fc1.weight", "mlp.fc1.bias"))
