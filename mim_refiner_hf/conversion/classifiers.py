@@ -42,9 +42,8 @@ def load_classifier(
             do not fit each other, and as of `load_encoder`.
     """
     found = read_source(source, None)
-    state = found.contents.get("state")
-    is_classifier = is_birder(found.contents) and isinstance(state, dict)
-    if not is_classifier or "classifier.weight" not in state:
+    state = dict(found.contents["state"]) if is_birder(found.contents) else {}
+    if "classifier.weight" not in state:
         raise CheckpointError(
             f"{found.name} is no classifier that is known here, which are birder's files with "
             "classifier.weight; load_encoder reads an encoder alone"
