@@ -42,9 +42,8 @@ def load_classifier(
             do not fit each other, and as of `load_encoder`.
     """
     found = read_source(source, None)
-    state = found.contents.get("state")
-    of_birder = is_birder(found.contents) and isinstance(state, dict)
-    if not of_birder or state is None or "classifier.weight" not in state:
+    state = dict(found.contents["state"]) if is_birder(found.contents) else {}
+    if "classifier.weight" not in state:
         raise CheckpointError(
             f"{found.name} is no classifier that is known here, which are birder's files with "
             "classifier.weight; load_encoder reads an encoder alone"
@@ -57,8 +56,7 @@ def load_classifier(
     shapes = {"weight": (len(names), width), "bias": (len(names),)}
     weights = {}
     for key, shape in shapes.items():
-        tensor = state.get(f"classifier.{key}")
-        _check(found.name, key, tensor, shape)
+        tensor = _checked(found.name, key, state.get(f"classifier.{key}"), shape)
         weights[key] = tensor.to(dtype, copy=True).contiguous()
 
     config = copy.deepcopy(encoder.config)
@@ -75,8 +73,8 @@ def load_classifier(
     return model.train(False)
 
 
-def _check(name: str, key: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """CheckpointError for a tensor of the classifier that does not fit the classes."""
+def _checked(name: str, key: str, tensor: object, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of the classifier; CheckpointError for one that does not fit the classes."""
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         has = list(tensor.shape) if isinstance(tensor, Tensor) else "missing"
         raise CheckpointError(
@@ -87,6 +85,7 @@ def _check(name: str, key: str, tensor: Tensor | None, shape: tuple[int, ...]) -
         raise CheckpointError(
             f"{name}: classifier.{key} holds NaN, infinite or integer values; get the file again"
         )
+    return tensor
 
 
 __all__ = ["load_classifier"]
