@@ -31,6 +31,17 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """What a test has logged travels to xdist's main process as UTF-8, which odd names are not."""
+    report = yield
+    report.sections = [
+        (heading, text.encode(errors="backslashreplace").decode())
+        for heading, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -96,7 +96,11 @@ def test_json_gives_the_name_again(tmp_path: Path) -> None:
 
 
 def test_groups_are_matched_back_to_their_files(
-    photos: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     groups = tmp_path / "groups"
     words = ["cluster", str(photos), "--model", str(model)]
@@ -110,14 +114,20 @@ def test_groups_are_matched_back_to_their_files(
     summary = json.loads((again / "summary.json").read_text())
     assert (summary["new_images"], summary["left_out"]) == (0, [])
     assert "are not among these" not in capsys.readouterr().err
+    # whoever calls it from Python has handlers of their own
+    assert "brok" in caplog.text
+    caplog.text.encode()
     assert sum(link.is_file() for link in again.glob("group-*/*")) == 2 * (len(NAMES) + 8)
 
 
-def test_pictures_and_report_spell_names_out(photos: Path, model: Path, tmp_path: Path) -> None:
+def test_pictures_and_report_spell_names_out(
+    photos: Path, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = in_folder(tmp_path, b"o\xe9")
     words = ["evaluate", str(photos), "--model", str(model), "--num_workers", "0"]
     assert cli.main([*words, "--output_dir", str(out)]) == 0
     assert (out / "confusion.png").is_file()
+    caplog.text.encode()
 
 
 def test_a_class_is_one_line_in_pictures() -> None:

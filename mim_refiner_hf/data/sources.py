@@ -222,7 +222,10 @@ def _with_rows(files: Sequence[str], path: Path) -> list[str]:
         raise ValueError("it has no rows")
     if len(full) < len(files) and rank() == 0:
         logger.warning(
-            "%d of %d files of %s have no rows", len(files) - len(full), len(files), path
+            "%d of %d files of %s have no rows",
+            len(files) - len(full),
+            len(files),
+            one_line(path),
         )
     return full
 

@@ -32,6 +32,7 @@ from ..data.loading import Loading
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
+from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .embed import grow_store, intact_shards
 from .feature_store import (
@@ -234,7 +235,7 @@ def gather_rows(images: ImageDataset, store: FeatureStore | None) -> ImageRows:
     left = images
     if not readable.all():
         left = images.subset(np.flatnonzero(readable))
-        first = images.describe(int(readable.argmin()))
+        first = one_line(images.describe(int(readable.argmin())))
         lost = len(images) - len(left)
         logger.warning("%d images cannot be read and are left out, such as %s", lost, first)
 

@@ -12,6 +12,7 @@ from ..conversion.preprocessing import image_processor
 from ..data.channels import ChannelStatistics, channels_of, measure_channels
 from ..data.images import ImageDataset, ImageStream
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.text import one_line
 from ..runtime.wording import setting
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def fit_and_tell(
     if done:
         logger.warning(
             "%s reads %d channels, the images have %s; what it makes of them is a start to refine",
-            encoder.config.name_or_path or "the model",
+            one_line(encoder.config.name_or_path or "the model"),
             encoder.config.num_channels,
             done,
         )

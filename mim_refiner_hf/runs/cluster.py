@@ -43,6 +43,7 @@ from ..publishing.cluster_folder import (
 )
 from ..publishing.corrections import match_corrections
 from ..runtime.files import staged_folder
+from ..runtime.text import one_line
 from ..runtime.wording import kind_of, setting, written
 from .channels import fit_and_tell
 from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
@@ -228,7 +229,7 @@ def _of_images(
             "%d of %d images cannot be read and are in no group (label -1), first: %s",
             len(broken),
             len(images),
-            broken[0]["error"],
+            one_line(broken[0]["error"]),
         )
     return Groups(
         labels,

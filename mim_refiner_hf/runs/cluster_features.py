@@ -34,7 +34,7 @@ from ..evaluation.embed import embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest, read_record, recorded_shards
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
-from ..runtime.text import spelt_out
+from ..runtime.text import one_line, spelt_out
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def from_store(store: FeatureStore) -> KnownFeatures:
             "without a picture",
             len(lost),
             len(paths),
-            images.describe(lost[0]),
+            one_line(images.describe(lost[0])),
         )
 
     readable = len(store)

@@ -36,6 +36,7 @@ from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
 from .sharding import own_parts
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
+from .text import one_line
 from .versions import FORMAT_VERSIONS, NewerFormatError, check_format
 from .wording import setting
 
@@ -326,7 +327,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("skipping a checkpoint: %s", error)
+            logger.warning("skipping a checkpoint: %s", one_line(error))
             broken.append(path.name)
 
     if broken:

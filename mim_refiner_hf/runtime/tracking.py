@@ -19,6 +19,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 
 from .files import write_text
 from .held import check_held
+from .text import one_line
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,12 @@ class JsonlTracker(GeneralTracker):
                     file.write(b"\n".join(damaged) + b"\n")
                 logger.warning(
                     "%s: %d damaged lines are set aside in %s; the log lacks their steps",
-                    self.path,
+                    one_line(self.path),
                     len(damaged),
                     aside.name,
                 )
             if not kept:
-                logger.warning("%s lacks the steps up to %d", self.path, self.start_step)
+                logger.warning("%s lacks the steps up to %d", one_line(self.path), self.start_step)
         write_text(self.path, "".join(kept))
 
     @on_main_process
