@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification
 from ..runtime.files import CheckpointError
 from .birder_models import class_names, is_birder
-from .load import load_encoder
+from .load import encoder_from
 from .read import read_source
 
 
@@ -48,7 +48,7 @@ def load_classifier(
             f"{found.name} is no classifier that is known here, which are birder's files with "
             "classifier.weight; load_encoder reads an encoder alone"
         )
-    encoder = load_encoder(source, family=family, num_heads=num_heads)
+    encoder = encoder_from(found, family=family, num_heads=num_heads)
     names = class_names(found)
 
     width = encoder.config.hidden_size

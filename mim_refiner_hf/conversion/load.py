@@ -116,7 +116,18 @@ def load_encoder(
         found = source_of_object(source)
     else:
         found = in_our_words(read_source(source, revision))
-        found = birder_in_our_words(found, family or found.family)
+    return encoder_from(found, family=family, num_heads=num_heads, image_size=image_size)
+
+
+def encoder_from(
+    found: Source,
+    *,
+    family: str | None = None,
+    num_heads: int | None = None,
+    image_size: int | Size | None = None,
+) -> MimRefinerModel:
+    """The encoder of a source that was read already; arguments and errors as of `load_encoder`."""
+    found = birder_in_our_words(found, family or found.family)
     # another format may name its tensors otherwise
     if found.config.get("model_type") == MimRefinerConfig.model_type:
         _refuse_newer(found)
@@ -368,4 +379,4 @@ def _shape_as_ours(placed: dict[str, Tensor]) -> None:
             placed[CLS_TOKEN] = token + position
 
 
-__all__ = ["LoadReport", "image_processor", "load_encoder"]
+__all__ = ["LoadReport", "encoder_from", "image_processor", "load_encoder"]
