@@ -179,8 +179,8 @@ def _add_linked(
         if target in known:
             repeated.append(link)
             continue
-        # what leads nowhere is a broken image each time
-        if os.path.exists(target):  # noqa: PTH110
+        # what leads nowhere, or to a device, is a broken image each time
+        if os.path.isfile(target):  # noqa: PTH113
             known.add(target)
         files.append(link)
     return repeated
