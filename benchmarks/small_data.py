@@ -8,9 +8,10 @@ A cell is one run as a user gives it: n photos of a set in a flat folder, withou
 was trained, are then measured by labels on images that no run saw: k-NN accuracy with a bank of
 training images, cluster accuracy and NMI, each beside the start's, errors paired by image.
 
-Finished cells stay in --work, so the same command goes on; every cell writes the table in
-benchmarks/results/small-data.md anew, out of all cells there are. With two workers on two cores a
-cell of 300 photos takes about 8 minutes and one of 1 000 about 15.
+Finished cells stay in benchmarks/results/small-data.jsonl, so the same command goes on, on any
+machine; every cell writes the table in benchmarks/results/small-data.md anew, out of all cells
+there are. With two workers on two cores a cell of 300 photos takes about 8 minutes and one of 1 000
+about 15.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +43,13 @@ from mim_refiner_hf.evaluation.scores import Score
 from mim_refiner_hf.refinement.auto import Situation, fit
 from mim_refiner_hf.refinement.recipe import RefineRecipe
 from mim_refiner_hf.runs.comparison import errors_of
+from mim_refiner_hf.runtime.files import write_text
 
 SETS = ("imagenette", "sign-digits", "gtsrb", "cifar10", "tiny-imagenet-100", "imagenet-sample")
 BANK = 1000
 TEST = 500
 RESULTS = Path(__file__).parent / "results" / "small-data.md"
+CELLS = RESULTS.with_suffix(".jsonl")
 # one image a class: groups of its classes cannot be told, those of a set of like photos can
 JUDGED_BY = {"imagenet-sample": "imagenette"}
 SCORES = ("knn_accuracy", "cluster_accuracy", "nmi")
@@ -68,17 +72,20 @@ SABOTAGES = {
 
 
 class Cell(NamedTuple):
-    """One run: which photos, how many, which seed, and how it is spoiled ("" for not at all)."""
+    """One run: which photos, how many, which seed, how it is spoiled ("" for not at all), and
+    the name of the start's folder.
+    """
 
     data: str
     size: int
     seed: int
-    sabotage: str = ""
+    sabotage: str
+    start: str
 
     @property
     def name(self) -> str:
         """A file's name."""
-        parts = (self.data, str(self.size), str(self.seed), self.sabotage.replace(" ", "-"))
+        parts = (str(part).replace(" ", "-") for part in self)
         return "_".join(part for part in parts if part)
 
 
@@ -168,7 +175,7 @@ def run_cell(cell: Cell, shared: Path, work: Path, model: str) -> dict[str, Any]
         "outcome": verdict.outcome,
         "weights_change": verdict.weights_change,
         "before": {name: before[name].value for name in SCORES},
-        "after": {name: after[name].value for name in SCORES},
+        "change": {name: change.difference for name, change in changes.items()},
         "error": {name: change.error for name, change in changes.items()},
         "label_free": [verdict.before, verdict.after],
     }
@@ -179,7 +186,7 @@ def run_cell(cell: Cell, shared: Path, work: Path, model: str) -> dict[str, Any]
 
 def points(found: dict[str, Any], name: str) -> float:
     """The change of a score by the training, shipped or not, in points."""
-    return 100 * float(found["after"][name] - found["before"][name])
+    return 100 * float(found["change"][name])
 
 
 def line(cell: Cell, found: dict[str, Any]) -> str:
@@ -190,6 +197,7 @@ def line(cell: Cell, found: dict[str, Any]) -> str:
         cell.data,
         str(cell.size),
         str(cell.seed),
+        cell.start,
         SABOTAGES.get(cell.sabotage, "nothing"),
         f"{found['minutes']:.1f}",
         f"{100 * found['before']['knn_accuracy']:.1f}",
@@ -267,9 +275,9 @@ def write(cells: dict[Cell, dict[str, Any]]) -> None:
         "",
         *(f"- {summary(kind, part)}" for kind, part in kinds if part),
         "",
-        "| photos | n | seed | set wrong | min | k-NN before | k-NN | ACC | NMI | weights moved |"
-        " d' | MRR | ARI | RankMe | verdict | ships |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---|---|---|---|---|---:|",
+        "| photos | n | seed | start | set wrong | min | k-NN before | k-NN | ACC | NMI |"
+        " weights moved | d' | MRR | ARI | RankMe | verdict | ships |",
+        "|---|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---|---|---|---|---|---:|",
         *(line(cell, found) for part in (plain, spoiled) for cell, found in sorted(part.items())),
         "",
         "How the label-free numbers rank these runs by their k-NN change (Spearman, of the change",
@@ -291,50 +299,56 @@ def write(cells: dict[Cell, dict[str, Any]]) -> None:
 def main(options: argparse.Namespace) -> None:
     """Run what is not finished, and write the page after every cell."""
     work = options.work
-    cells_folder = work / "cells"
-    cells_folder.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     if not (options.shared / "data/imagenette/train.parquet").is_file():
         raise SystemExit(f"{options.shared} has no data/imagenette; name the folder that has data/")
-    model = str(options.model or options.shared / "models/mae-tiny-cifar10")
+    model = options.model or options.shared / "models/mae-tiny-cifar10"
     if options.cell:
         data, size, seed, sabotage = options.cell
-        cell = Cell(data, int(size), int(seed), sabotage)
+        cell = Cell(data, int(size), int(seed), sabotage, model.name)
         torch.set_num_threads(1)
-        found = run_cell(cell, options.shared, work, model)
-        (cells_folder / f"{cell.name}.json").write_text(json.dumps([cell, found]))
+        found = run_cell(cell, options.shared, work, str(model))
+        (work / f"{cell.name}.json").write_text(json.dumps(found))
         return
 
     kinds = tuple(SABOTAGES) if options.sabotage else ("",)
     asked = [
-        Cell(data, size, seed, kind)
+        Cell(data, size, seed, kind, model.name)
         for size in options.sizes
         for kind in kinds
         for seed in options.seeds
         for data in options.sets
     ]
+    cells = finished()
+    lock = Lock()
 
     def work_on(cell: Cell) -> None:
-        if (cells_folder / f"{cell.name}.json").is_file():
+        if cell in cells:
             return
         command = [sys.executable, "-m", "benchmarks.small_data", str(options.shared)]
-        command += ["--work", str(work), "--model", model, "--cell", *map(str, cell)]
+        command += ["--work", str(work), "--model", str(model), "--cell", *map(str, cell[:4])]
         with (work / f"{cell.name}.log").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
         print(cell.name, "done" if done.returncode == 0 else f"FAILED: {log.name}", flush=True)
-        write(finished(cells_folder))
+        if done.returncode:
+            return
+        with lock:
+            cells[cell] = json.loads((work / f"{cell.name}.json").read_text())
+            lines = [json.dumps([cell, found]) for cell, found in sorted(cells.items())]
+            write_text(CELLS, "\n".join(lines) + "\n")
+            write(cells)
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(work_on, asked))
-    write(finished(cells_folder))
+    write(cells)
 
 
-def finished(folder: Path) -> dict[Cell, dict[str, Any]]:
+def finished() -> dict[Cell, dict[str, Any]]:
     """Every cell that is there."""
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        cell, values = json.loads(file.read_text())
-        found[Cell(*cell)] = values
-    return found
+    if not CELLS.is_file():
+        return {}
+    rows = [json.loads(row) for row in CELLS.read_text(encoding="utf-8").splitlines()]
+    return {Cell(*cell): found for cell, found in rows}
 
 
 if __name__ == "__main__":
