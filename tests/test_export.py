@@ -355,18 +355,29 @@ def test_onnx_computes_the_same_at_any_batch_size(
         np.testing.assert_allclose(features, expected.pooler_output, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("split", [False, True], ids=["one-file", "split"])
 @pytest.mark.parametrize("settings", [{}, CAPI], ids=["mae", "capi"])
-def test_onnx_in_half_precision_keeps_the_direction(
-    tmp_path: Path, settings: dict[str, Any]
+def test_onnx_in_lower_precision_keeps_the_direction(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    split: bool,
+    precision: str,
 ) -> None:
+    if split:  # as if it were beyond 2 GB
+        monkeypatch.setattr(export_onnx, "ONE_FILE", 0)
     encoder = saved(tmp_path / "model", **settings)
-    export(tmp_path / "model", tmp_path / "web", "onnx", fp16=True)
-    assert files(tmp_path / "web/onnx") == {"model.onnx", "model_fp16.onnx"}
+    export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
+    smaller = {"fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}[precision]
+    ends = ["", ".data"][: 1 + split]
+    names = ("model.onnx", smaller)
+    assert files(tmp_path / "web/onnx") == {name + end for name in names for end in ends}
     sizes = [
-        (tmp_path / f"web/onnx/{name}.onnx").stat().st_size for name in ("model", "model_fp16")
+        sum((tmp_path / f"web/onnx/{name}{end}").stat().st_size for end in ends) for name in names
     ]
     assert sizes[1] < sizes[0]
-    session = onnxruntime.InferenceSession(tmp_path / "web/onnx/model_fp16.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "web/onnx" / smaller)
     assert {entry.type for entry in session.get_inputs()} == {"tensor(float)"}
     pixels = images(encoder, 5)
     _, found = session.run(None, {"pixel_values": pixels.numpy()})
@@ -375,15 +386,16 @@ def test_onnx_in_half_precision_keeps_the_direction(
     assert torch.cosine_similarity(torch.from_numpy(found), expected).min() >= 0.999
 
 
-def test_half_precision_that_turns_vectors_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precision_that_turns_vectors_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     saved(tmp_path / "model")
-    monkeypatch.setattr(export_onnx, "write_half", lambda *_: float("nan"))
-    with pytest.raises(ExportError, match="in fp16 the pooled vector has a cosine of nan"):
-        export(tmp_path / "model", tmp_path / "web", "onnx", fp16=True)
-    with pytest.raises(ValueError, match=r"fp16.* is for .*onnx"):
-        export(tmp_path / "model", tmp_path / "web", "timm", fp16=True)
+    monkeypatch.setattr(export_onnx, "write_smaller", lambda *_: float("nan"))
+    with pytest.raises(ExportError, match=f"in {precision} the pooled vector has a cosine of nan"):
+        export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
+    with pytest.raises(ValueError, match=rf"{precision}.* is for .*onnx"):
+        export(tmp_path / "model", tmp_path / "web", "timm", **{precision: True})
     assert files(tmp_path) == {"model"}
 
 

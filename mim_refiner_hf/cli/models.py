@@ -100,10 +100,21 @@ def run_export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--fp16", action="store_true", help="onnx: half precision too, onnx/model_fp16.onnx"
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="onnx: weights of 8 bits too, onnx/model_quantized.onnx",
+    )
     options = parser.parse_args(arguments)
 
     with sole_run(options.destination, "DESTINATION", beside=True):
-        differences = export(options.source, options.destination, options.to, fp16=options.fp16)
+        differences = export(
+            options.source,
+            options.destination,
+            options.to,
+            fp16=options.fp16,
+            int8=options.int8,
+        )
     worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
     print(
         f"{options.destination}: loaded back as {options.to}, it differs from {options.source} "

@@ -48,7 +48,7 @@ _LIBRARIES = {"native": "transformers", "timm": "timm", "vit": "transformers", "
 _TOLERANCE = 1e-4
 _TOLERANCE_OF_A_CLASS = 1e-5
 _BATCHES = (1, 3)
-# of vectors in half precision with those in fp32
+# of vectors in lower precision with those in fp32
 _LEAST_COSINE = 0.999
 
 
@@ -57,7 +57,12 @@ class ExportError(RuntimeError):
 
 
 def export(
-    source: str | Path, destination: str | Path, to: str, *, fp16: bool = False
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    *,
+    fp16: bool = False,
+    int8: bool = False,
 ) -> dict[str, float]:
     """Write an encoder in another format, all or nothing, once the reloaded files compute the same.
 
@@ -67,8 +72,8 @@ def export(
             earlier model there is replaced.
         to: "native" (the class of transformers that the encoder came from), "timm", "vit" (its
             ViT, BEiT or data2vec, whatever it came from) or "onnx".
-        fp16: of "onnx" write half precision too; its pooled vector has to keep its direction, at a
-            cosine of 0.999.
+        fp16, int8: of "onnx" write half precision, and weights of 8 bits, too; the pooled vector
+            has to keep its direction, at a cosine of 0.999.
 
     Returns:
         Worst absolute difference between the encoder and its reloaded twin on random images in
@@ -86,8 +91,9 @@ def export(
     """
     if to not in EXPORT_FORMATS:
         raise ValueError(f"to={to!r} is not a format; allowed: {', '.join(EXPORT_FORMATS)}")
-    if fp16 and to != "onnx":
-        raise ValueError(f"{setting('fp16')} is for {setting('to', 'onnx')}; leave it out")
+    smaller = [name for name, asked in (("fp16", fp16), ("int8", int8)) if asked]
+    if smaller and to != "onnx":
+        raise ValueError(f"{setting(smaller[0])} is for {setting('to', 'onnx')}; leave it out")
     folder = check_model_folder(Path(destination))
     origin = Path(source).expanduser().resolve()
     if folder == origin or folder in origin.parents:
@@ -122,13 +128,15 @@ def export(
         # without a word it would take the mean of all tokens
         if _LIBRARIES[to] == "transformers" and "features" in differences:
             write_sentence_files(new)
-        if fp16:
-            cosine = format_.write_half(new, encoder.config.num_channels, encoder.config.image_hw)
+        for precision in smaller:
+            images = _random_images(encoder.config, 4, encoder.config.image_hw)
+            cosine = format_.write_smaller(new, precision, images)
             # not `<`: NaN must fail too
             if not cosine >= _LEAST_COSINE:
                 raise ExportError(
-                    f"in fp16 the pooled vector has a cosine of {cosine:.4f} with that in fp32, "
-                    f"less than {_LEAST_COSINE}; nothing was written; leave fp16 out"
+                    f"in {precision} the pooled vector has a cosine of {cosine:.4f} with that in "
+                    f"fp32, less than {_LEAST_COSINE}; nothing was written; leave "
+                    f"{setting(precision)} out"
                 )
     return differences
 
@@ -170,6 +178,11 @@ def _card(name: str, source: str, to: str, licence: Licence) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _random_images(config: MimRefinerConfig, count: int, size: tuple[int, int]) -> torch.Tensor:
+    shape = (count, config.num_channels, *size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def _compare_twins(
     encoder: MimRefinerModel,
@@ -184,8 +197,7 @@ def _compare_twins(
     """
     worst: dict[str, float] = {}
     for size in sizes:
-        shape = (max(_BATCHES), encoder.config.num_channels, *size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        images = _random_images(encoder.config, max(_BATCHES), size)
         for batch in _BATCHES:
             output = encoder(images[:batch], interpolate_pos_encoding=True)
             ours = {"tokens": output.last_hidden_state, "features": output.pooler_output}
