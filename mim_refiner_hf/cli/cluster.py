@@ -21,6 +21,7 @@ from .flags import (
 def run_cluster(arguments: Sequence[str]) -> None:
     """`mim-refiner cluster`."""
     from ..clustering.pipeline_image_clustering import METHODS
+    from ..publishing.annotation_tools import TOOLS
     from ..runs.cluster import cluster
     from ..runtime.lock import sole_run
 
@@ -52,6 +53,13 @@ def run_cluster(arguments: Sequence[str]) -> None:
         default=Path("groups"),
         help="folder to write; earlier groups there are replaced",
     )
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=(),
+        choices=TOOLS,
+        help="tools to write the groups for too",
+    )
     add_image_column(parser)
     add_follow_links(parser)
     add_batch_size(parser, 32)
@@ -67,6 +75,7 @@ def run_cluster(arguments: Sequence[str]) -> None:
             method=options.method,
             start=options.start,
             out=options.out,
+            also=options.also,
             image_column=options.image_column,
             follow_links=options.follow_links,
             batch_size=options.batch_size,

@@ -14,13 +14,14 @@
 | `near-duplicates.csv` | path and set of every image that is nearly the same as another, if any   |
 | `broken.csv`          | path and error of every image that could not be read, if any             |
 | `left-out.csv`        | path of every image that a correction leaves out, if any                 |
+| `fiftyone/`, `label-studio.*` | for these tools, with `--also` (`annotation_tools.py`)       |
 
 After a correction `groups.csv` also has the name of the group, and "moved" as the state of an image
 that was put there by hand.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
 from ..runtime.files import check_folder, write_json, write_text
 from ..runtime.text import spelt_out
+from .annotation_tools import GroupedImage, write_for_tools
 from .cluster_page import (
     Beside,
     Tile,
@@ -115,11 +117,15 @@ def write_groups(
     entries: Sequence[dict[str, Any]],
     pipe: ImageClusteringPipeline,
     corrected: Corrected | None = None,
+    also: Sequence[str] = (),
+    home: Path | None = None,
 ) -> dict[str, Any]:
     """Write what `pipe` found about `images`, its `entries`, into an empty folder.
 
     Args:
         corrected: of groups that people have corrected.
+        also: tools to write the groups for too, of `annotation_tools.TOOLS`.
+        home: where the folder will lie when it is whole; None for where it is.
 
     Returns:
         The summary.
@@ -141,6 +147,9 @@ def write_groups(
     exemplars = pipe.summary["exemplars"]
     typical = [indices[group[0]] for group in exemplars]
     write_exemplars(folder, [links[index] for index in typical if index in links])
+    names_of_groups = default_names(len(exemplars)) if corrected is None else corrected.names
+    grouped = _grouped_images(home or folder, images, entries, links, names_of_groups)
+    write_for_tools(folder, grouped, names_of_groups, also)
 
     alike: list[list[int]] = []
     if len(entries) <= COMPARED:
@@ -175,6 +184,25 @@ def write_groups(
     page = render_page(title, summary["note"], tiles, features, summary["sizes"], beside)
     write_text(folder / "index.html", page)
     return summary
+
+
+def _grouped_images(
+    home: Path,
+    images: ImageDataset,
+    entries: Sequence[dict[str, Any]],
+    links: Mapping[int, str],
+    groups: Sequence[str],
+) -> list[GroupedImage]:
+    """The images that are there, by their own files, or those written for them."""
+    grouped = []
+    for entry in entries:
+        index = entry["index"]
+        if index not in links:
+            continue
+        source = images.found.sources[int(images.indices[index])]
+        path = source.resolve() if isinstance(source, Path) else home / links[index]
+        grouped.append(GroupedImage(path, groups[entry["cluster"]], float(entry["score"])))
+    return grouped
 
 
 def _tiles(

@@ -16,6 +16,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from ..data.found import SourceOptions
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
+from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
     check_apart,
     check_groups_folder,
@@ -100,6 +102,7 @@ def cluster(
     method: str = "kmeans",
     start: str | Path | None = None,
     out: str | Path | None = None,
+    also: Sequence[str] = (),
     image_column: str | None = None,
     follow_links: bool = False,
     seed: int = 0,
@@ -121,6 +124,8 @@ def cluster(
             nearest of these groups.
         out: a folder to write: a page, a table, links by group; of images only. Earlier groups
             there are replaced. A call that was interrupted goes on where it was.
+        also: tools to write the groups for too, into `out`: "fiftyone", "label-studio"
+            (`publishing/annotation_tools.py`).
         image_column: of a table of images; None to find it.
         follow_links: of a folder, enter links to folders, wherever they lead.
         seed: of everything random.
@@ -130,11 +135,15 @@ def cluster(
         ValueError, FileNotFoundError: for images, vectors, a model, a number or a folder that will
             not do; nothing is written.
     """
+    also = [also] if isinstance(also, str) else also
+    check_tools(also)
     if _holds_numbers(images) and images.ndim < 3:
-        _refuse_for_vectors(model=model, out=out, start=start)
+        _refuse_for_vectors(model=model, out=out, start=start, also=also or None)
         return _of_vectors(images, num_clusters, method, seed)
     corrections = None if start is None else open_corrections(start, num_clusters, method)
     folder = None
+    if also and out is None:
+        raise ValueError(f"{setting('also', also[0])}: needs {setting('out')}, a folder to write")
     if out is not None:
         folder = check_groups_folder(Path(out))
         check_apart(folder, Path(out), images)
@@ -173,7 +182,7 @@ def cluster(
     summary["note"] = describe_groups(summary)
     if folder is not None:
         with staged_folder(folder, check_groups_folder) as new:
-            summary = write_groups(new, known.images, entries, pipe, corrected)
+            summary = write_groups(new, known.images, entries, pipe, corrected, also, folder)
         _forget(folder)
     return _of_images(known.images, entries, pipe, summary)
 
