@@ -153,8 +153,8 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, groups: Path) -> None
         cluster(images, model=groups.parent / "model", out=tmp_path / "out", also=["csv"])
     with pytest.raises(ValueError, match=r"also.*needs out"):
         cluster(images, model=groups.parent / "model", also=["fiftyone"])
-    with pytest.raises(ValueError, match=r"also.* is for images"):
-        cluster(np.eye(4), also=["fiftyone"])
+    with pytest.raises(ValueError, match=r"out.* is for images"):
+        cluster(np.eye(4), also=["fiftyone"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -200,7 +200,8 @@ def test_snippets_compile_and_their_imports_resolve(page: Path) -> None:
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    importlib.import_module(alias.name)
+                    if alias.name != "fiftyone":  # 2 GB with its own
+                        importlib.import_module(alias.name)
             elif isinstance(node, ast.ImportFrom):
                 if node.module == "gradio_client":  # of the extra `space`
                     continue

@@ -3,6 +3,7 @@
 Heavy rooms are imported when the command runs, so that `mim-refiner --help` is quick.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,9 @@ from .flags import (
 )
 
 
-def run_cluster(arguments: Sequence[str]) -> None:
-    """`mim-refiner cluster`."""
+def _cluster_parser() -> ArgumentParser:
     from ..clustering.pipeline_image_clustering import METHODS
     from ..publishing.annotation_tools import TOOLS
-    from ..runs.cluster import cluster
-    from ..runtime.lock import sole_run
 
     parser = command_parser(
         "cluster",
@@ -65,7 +63,15 @@ def run_cluster(arguments: Sequence[str]) -> None:
     add_batch_size(parser, 32)
     add_workers(parser, 0)
     add_seed(parser)
-    options = parse_model_and_images(parser, arguments, needs_model=False)
+    return parser
+
+
+def run_cluster(arguments: Sequence[str]) -> None:
+    """`mim-refiner cluster`."""
+    from ..runs.cluster import cluster
+    from ..runtime.lock import sole_run
+
+    options = parse_model_and_images(_cluster_parser(), arguments, needs_model=False)
 
     with sole_run(options.out, "out", beside=True):
         groups = cluster(

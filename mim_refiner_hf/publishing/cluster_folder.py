@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
+from torch import Tensor
 
 from ..clustering.channels import as_picture, is_picture
 from ..clustering.decoding import decode_image
@@ -147,16 +148,12 @@ def write_groups(
     exemplars = pipe.summary["exemplars"]
     typical = [indices[group[0]] for group in exemplars]
     write_exemplars(folder, [links[index] for index in typical if index in links])
-    names_of_groups = default_names(len(exemplars)) if corrected is None else corrected.names
-    grouped = _grouped_images(home or folder, images, entries, links, names_of_groups)
-    write_for_tools(folder, grouped, names_of_groups, also)
+    if also:
+        named = default_names(len(exemplars)) if corrected is None else corrected.names
+        grouped = _grouped_images(home or folder, images, entries, links, named)
+        write_for_tools(folder, grouped, named, also)
 
-    alike: list[list[int]] = []
-    if len(entries) <= COMPARED:
-        alike = near_duplicates(pipe.features - pipe.features.mean(0), NEARLY_SAME)
-    if alike:
-        sets = [(paths[place], number) for number, same in enumerate(alike) for place in same]
-        write_table(folder / "near-duplicates.csv", ("path", "set"), sets)
+    alike = _write_near_duplicates(folder, paths, pipe.features)
 
     summary: dict[str, Any] = {
         **pipe.summary,
@@ -184,6 +181,17 @@ def write_groups(
     page = render_page(title, summary["note"], tiles, features, summary["sizes"], beside)
     write_text(folder / "index.html", page)
     return summary
+
+
+def _write_near_duplicates(folder: Path, paths: Sequence[str], features: Tensor) -> list[list[int]]:
+    """`near-duplicates.csv`, if there are any; places in sets."""
+    alike: list[list[int]] = []
+    if len(paths) <= COMPARED:
+        alike = near_duplicates(features - features.mean(0), NEARLY_SAME)
+    if alike:
+        sets = [(paths[place], number) for number, same in enumerate(alike) for place in same]
+        write_table(folder / "near-duplicates.csv", ("path", "set"), sets)
+    return alike
 
 
 def _grouped_images(

@@ -135,15 +135,12 @@ def cluster(
         ValueError, FileNotFoundError: for images, vectors, a model, a number or a folder that will
             not do; nothing is written.
     """
-    also = [also] if isinstance(also, str) else also
-    check_tools(also)
+    also = _tools(also, out)
     if _holds_numbers(images) and images.ndim < 3:
-        _refuse_for_vectors(model=model, out=out, start=start, also=also or None)
+        _refuse_for_vectors(model=model, out=out, start=start)
         return _of_vectors(images, num_clusters, method, seed)
     corrections = None if start is None else open_corrections(start, num_clusters, method)
     folder = None
-    if also and out is None:
-        raise ValueError(f"{setting('also', also[0])}: needs {setting('out')}, a folder to write")
     if out is not None:
         folder = check_groups_folder(Path(out))
         check_apart(folder, Path(out), images)
@@ -185,6 +182,15 @@ def cluster(
             summary = write_groups(new, known.images, entries, pipe, corrected, also, folder)
         _forget(folder)
     return _of_images(known.images, entries, pipe, summary)
+
+
+def _tools(also: str | Sequence[str], out: str | Path | None) -> Sequence[str]:
+    """The tools to write for; ValueError for one that is unknown, or without a place."""
+    tools = [also] if isinstance(also, str) else also
+    check_tools(tools)
+    if tools and out is None:
+        raise ValueError(f"{setting('also', tools[0])}: needs {setting('out')}, a folder to write")
+    return tools
 
 
 def _encode(
