@@ -1,14 +1,13 @@
 """Features in JavaScript: an exported folder in transformers.js, in node and in a browser.
 
 They need a folder with the npm packages `@huggingface/transformers` and `onnxruntime-web`, which
-TRANSFORMERS_JS names (`.ci/run` makes one); the browser's needs Chromium too.
+TRANSFORMERS_JS names (`.ci/run` makes one); the browser is `chromium.py`'s.
 """
 
 import functools
 import http.server
 import json
 import os
-import queue
 import shutil
 import subprocess
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chromium import Chromium, needs_chromium
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -30,7 +30,6 @@ from mim_refiner_hf.publishing.export import export
 PACKAGES = Path(os.environ.get("TRANSFORMERS_JS", "missing")) / "node_modules"
 LIBRARY = PACKAGES / "@huggingface/transformers/dist"
 RUNTIME = PACKAGES / "onnxruntime-web/dist"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 pytestmark = [
     pytest.mark.slow,
@@ -117,42 +116,31 @@ def test_in_node(site: Path) -> None:
     check(site, json.loads(result.stdout.splitlines()[-1]))
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """A static folder, and a place where the page reports what it found."""
-
-    reports: "queue.Queue[Any]"
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        self.server.reports.put(json.loads(self.rfile.read(length)))  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.end_headers()
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A static folder, without a log."""
 
     def log_message(self, *_: Any) -> None:
         return None
 
 
 @pytest.fixture
-def served(site: Path) -> Iterator[http.server.ThreadingHTTPServer]:
+def address(site: Path) -> Iterator[str]:
+    """The site, with the libraries that its page needs, on a port of this machine."""
     library = site / "library"
     shutil.copytree(RUNTIME, library, ignore=shutil.ignore_patterns("*.map"), dirs_exist_ok=True)
     shutil.copy(LIBRARY / "transformers.min.js", library)
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(site))
-    )
-    server.reports = queue.Queue()  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
-def test_in_a_browser(site: Path, served: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+@needs_chromium
+def test_in_a_browser(site: Path, address: str, tmp_path: Path) -> None:
     """A static page, with no host but its own."""
     page = f"""
         <script type="module">
-        const report = (found) => fetch('/', {{method: 'POST', body: JSON.stringify(found)}});
         try {{
             const {{ pipeline, env }} = await import('/library/transformers.min.js');
             {PLACES}
@@ -161,26 +149,15 @@ def test_in_a_browser(site: Path, served: http.server.ThreadingHTTPServer, tmp_p
             env.backends.onnx.wasm.numThreads = 1;
             const [DEVICE, FIRST, SECOND] = ['wasm', 'first.png', 'second.png'];
             {FEATURES}
-            await report(found);
-        }} catch (error) {{ await report({{error: String(error)}}); }}
+            window.found = found;
+        }} catch (error) {{ window.found = {{error: String(error)}}; }}
         </script>
     """
     (site / "index.html").write_text(page)
-    address = f"http://127.0.0.1:{served.server_address[1]}/index.html"
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-    ]
-    # without it the page would be closed as soon as it is loaded
-    command += ["--remote-debugging-port=0", address]
-    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        found = served.reports.get(timeout=180)  # type: ignore[attr-defined]
-    finally:
-        browser.kill()
-        browser.wait()
+    chromium = Chromium(tmp_path)
+    chromium.call("/url", {"url": f"{address}/index.html"})
+    chromium.wait("window.found", 180)
+    found = chromium.run("window.found")
+    chromium.quit()
     assert "error" not in found, found
     check(site, found)

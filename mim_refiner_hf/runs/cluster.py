@@ -147,12 +147,7 @@ def cluster(
 
     places = None
     if _is_store(images):
-        if model is not None:
-            raise ValueError(
-                f"{setting('model', model)}: is for images; {written(_store_name(images))} holds "
-                "features already"
-            )
-        known = from_store(images if isinstance(images, FeatureStore) else FeatureStore(images))
+        known = _stored(images, model)
         if corrections is not None:
             places = match_corrections(corrections, known.images)
     else:
@@ -182,6 +177,16 @@ def cluster(
             summary = write_groups(new, known.images, entries, pipe, corrected, also, folder)
         _forget(folder)
     return _of_images(known.images, entries, pipe, summary)
+
+
+def _stored(store: Any, model: Any) -> KnownFeatures:
+    """The features of a store; ValueError where a model is given too."""
+    if model is not None:
+        raise ValueError(
+            f"{setting('model', model)}: is for images; {written(_store_name(store))} holds "
+            "features already"
+        )
+    return from_store(store if isinstance(store, FeatureStore) else FeatureStore(store))
 
 
 def _tools(also: str | Sequence[str], out: str | Path | None) -> Sequence[str]:
