@@ -20,6 +20,7 @@ from ..refinement.memory import (
     fitting_micro_batch,
     head_parameters,
     memory_estimate,
+    projector_parameters,
 )
 from ..refinement.misfit import misfits
 from ..refinement.resolve import ResolvedRecipe
@@ -224,6 +225,8 @@ def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
     # of each head rows and norms; of all together index, label and age
     row = 4 * len(recipe.head_blocks) * (recipe.embedding_dim + 1) + 24
     of_heads = 12 * head_parameters(recipe, config)
+    if recipe.target_momentum is not None:
+        of_heads += 4 * projector_parameters(recipe, config)
     return 8 * weights.total + 8 * weights.trained + of_heads + recipe.queue_size * row
 
 
