@@ -117,9 +117,12 @@ def _heads_text(recipe: ResolvedRecipe, last: int) -> str:
     heads = ", ".join(names)
     if "head_blocks" in recipe.to_measure:
         heads = f"what measuring all blocks proposes (auto; by default {heads})"
+    momentum = ""
+    if recipe.target_momentum is not None:
+        momentum = f"; targets by projectors with momentum {recipe.target_momentum:g}"
     return (
         f"on {heads} (0-based blocks); they read {_READS[recipe.pooling]}; "
-        f"temperature {recipe.temperature:g}; queue {recipe.queue_size}"
+        f"temperature {recipe.temperature:g}; queue {recipe.queue_size}{momentum}"
     )
 
 
