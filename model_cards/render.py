@@ -20,11 +20,13 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.publishing.convert import COPY_MARK
 from mim_refiner_hf.publishing.model_card import CITATION, card_metadata, eval_results_yaml
+from mim_refiner_hf.refinement.recipe_files import read_recipe
 from mim_refiner_hf.runtime.text import fenced, plain
 
 from .results import (
     DATASETS,
     METRICS,
+    PLACES,
     PROTOCOLS,
     Measured,
     Protocol,
@@ -34,7 +36,14 @@ from .results import (
 )
 
 FOLDER = Path(__file__).parent
-PAPER = "https://arxiv.org/abs/2402.10093"
+PAPERS = {
+    "MIM-Refiner": "https://arxiv.org/abs/2402.10093",
+    "MAE-CT": "https://arxiv.org/abs/2304.10520",
+}
+CITATIONS = {
+    "MIM-Refiner": CITATION,
+    "MAE-CT": (FOLDER / "citation_mae_ct.bib").read_text(encoding="utf-8").strip(),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,9 @@ class Table:
 
 def found_by(row: Reported | Measured) -> str:
     """Who found a number, in the words that mark it wherever it is shown."""
-    if isinstance(row, Reported):
-        return "reported by the paper"
-    return "measured by us"
+    if isinstance(row, Measured):
+        return "measured by us"
+    return f"reported by the {'authors' if row.stated else 'paper'}"
 
 
 def tables_of(rows: Sequence[Reported | Measured]) -> list[Table]:
@@ -78,13 +87,15 @@ def _cells(row: Reported | Measured) -> dict[str, str]:
 
 
 def source(row: Reported | Measured) -> dict[str, Any]:
-    """The paper and its tables, as the metadata name a source.
+    """The paper and its tables, or another place, as the metadata name a source.
 
     Nothing for what we measured: its source is the repository itself.
     """
     if isinstance(row, Measured):
         return {}
-    return {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPER}
+    if row.stated:
+        return {"source_name": row.source, "source_url": PLACES[row.stated][1]}
+    return {"source_name": f"MIM-Refiner, {row.source}", "source_url": PAPERS["MIM-Refiner"]}
 
 
 def model_index(results: Results) -> list[EvalResult]:
@@ -162,13 +173,15 @@ def render_card(name: str, results: Results, start: Results | None) -> str:
         name=name,
         results=results,
         start=start,
+        colour=results.recipe is not None and read_recipe(results.recipe).colour,
         copy_mark=COPY_MARK.format(results.zoo_name),
         address=entry.url or on_the_hub,
         notes=[plain(note) for note in results.notes],
         reported=tables_of(results.reported),
         measured=tables_of(results.measured),
-        paper=PAPER,
-        citation=fenced(CITATION, "bibtex"),
+        paper=PAPERS[results.method],
+        papers=PAPERS,
+        citation=fenced(CITATIONS[results.method], "bibtex"),
     )
     return str(card)
 
@@ -187,7 +200,7 @@ def render_index(models: dict[str, Results]) -> str:
     others = [name for name in ZOO if name not in carded]
     text = (FOLDER / "zoo_index.md.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
-    return template.render(models=models, scores=scores, others=others, paper=PAPER)
+    return template.render(models=models, scores=scores, others=others, papers=PAPERS)
 
 
 def render_all(folder: Path) -> dict[Path, str]:

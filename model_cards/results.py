@@ -4,9 +4,10 @@
     results.reported[0].score.value, results.reported[0].source              # 81.5, "Tables 2, 13"
 
 A file names an entry of the zoo and lists numbers of two kinds that never share a row or a table:
-`reported` ones, which the paper (arXiv 2402.10093) prints, with their tables; and `measured` ones,
-which we found, with command, date and seed. Every row names a protocol, a data set and a metric of
-the tables below. A key or a word that is not there is an error.
+`reported` ones, which the paper (arXiv 2402.10093) prints, with their tables, or which the authors
+state elsewhere, with the place; and `measured` ones, which we found, with command, date and seed.
+Every row names a protocol, a data set and a metric of the tables below. A key or a word that is not
+there is an error.
 """
 
 import datetime
@@ -21,6 +22,8 @@ from mim_refiner_hf.conversion.zoo import ZOO, ZooEntry
 
 # the tables of the paper with numbers of released models and of their starting points
 TABLES = (2, 3, 4, 5, 7, 8, 9, 13)
+# other places where authors state numbers of their models: in words, and the address
+PLACES = {"maect-readme": ("README of ml-jku/MAE-CT", "https://github.com/ml-jku/MAE-CT")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ PROTOCOLS = {
         "the best of 13 learning rates, of the last block or the last 4, and of CLS with or "
         "without mean patch (C.3; on other data sets C.8). VTAB: mean rank among the 13 models "
         "of Table 8",
+    ),
+    "linear-probe-maect": Protocol(
+        "Linear probe of MAE-CT",
+        "linear classifier on the frozen encoder by the protocol of MAE-CT: 50 epochs of SGD, the "
+        "best of ten learning rates and of the epochs, a batch norm without weights before it, on "
+        "CLS (ViT-B: mean patch)",
     ),
     "low-shot-logistic": Protocol(
         "Low-shot, frozen",
@@ -159,13 +168,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Reported:
-    """A score that the paper prints, in each of `tables`."""
+    """A score that the paper prints, in each of `tables`, or that is `stated` in another place."""
 
     score: Score
-    tables: tuple[int, ...]
+    tables: tuple[int, ...] = ()
+    stated: str = ""
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.tables, tuple) and len(self.tables) > 0
+        if self.stated and self.stated not in list(PLACES):
+            raise ValueError(f"stated {self.stated!r} is unknown; allowed: {', '.join(PLACES)}")
+        is_list = isinstance(self.tables, tuple) and (len(self.tables) > 0 or self.stated)
         if not is_list or not set(self.tables) <= set(TABLES):
             allowed = ", ".join(map(str, TABLES))
             raise ValueError(f"tables {self.tables!r} must be a list of some of {allowed}")
@@ -174,7 +186,11 @@ class Reported:
     def source(self) -> str:
         """Where it is printed."""
         word = "Table" if len(self.tables) == 1 else "Tables"
-        return f"{word} {', '.join(map(str, self.tables))}"
+        printed = f"{word} {', '.join(map(str, self.tables))}"
+        if not self.stated:
+            return printed
+        place = PLACES[self.stated][0]
+        return f"{place}; MIM-Refiner, {printed}" if self.tables else place
 
 
 @dataclass(frozen=True)
@@ -244,6 +260,11 @@ class Results:
     def entry(self) -> ZooEntry:
         """The zoo's entry."""
         return ZOO[self.zoo_name]
+
+    @property
+    def method(self) -> str:
+        """What it was refined by, or is a starting point of: "MIM-Refiner" or "MAE-CT"."""
+        return "MAE-CT" if self.entry.family.startswith("maect") else "MIM-Refiner"
 
     @property
     def rows(self) -> tuple[Reported | Measured, ...]:

@@ -4,6 +4,7 @@ Loss, gradients, queue, whole runs.
 """
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -44,6 +45,16 @@ SHAPE = {
 BATCH, STEPS, TOPK, QUEUE = 8, 3, 4, 20
 # by the number of processes: images at a time
 MICRO_BATCHES = {2: (None, 3), 4: (None, 1)}
+MOMENTUM = 0.9
+# what heads and refiner are made with, by method
+HEADS: dict[str, dict[str, Any]] = {
+    "mim-refiner": {},
+    "mae-ct": {"activation": "relu", "predictor_norm": False},
+}
+REFINERS: dict[str, dict[str, Any]] = {
+    "mim-refiner": {},
+    "mae-ct": {"swap": "all", "norm_views": "apart", "target_momentum": MOMENTUM},
+}
 
 
 def free_port() -> int:
@@ -52,7 +63,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor]:
+def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dict[str, Tensor]:
     """A few steps of a small refiner in double precision on this process's share.
 
     All that it leaves behind, by name.
@@ -60,12 +71,10 @@ def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     freeze(encoder, blocks=0)
-    heads, queue = IdHeads(2, 24, 16, 20, 8), NearestNeighbourQueue(2, QUEUE, 8)
-    refiner = (
-        Refiner(encoder, [1, 2], heads, queue, num_global=2, num_views=5, temperature=0.2)
-        .double()
-        .train()
-    )
+    heads = IdHeads(2, 24, 16, 20, 8, **HEADS[method])
+    queue = NearestNeighbourQueue(2, QUEUE, 8)
+    settings = {"num_global": 2, "num_views": 5, "temperature": 0.2, **REFINERS[method]}
+    refiner = Refiner(encoder, [1, 2], heads, queue, **settings).double().train()
     optimizer = torch.optim.SGD((p for p in refiner.parameters() if p.requires_grad), lr=0.1)
     share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
     for step in range(STEPS):
@@ -98,6 +107,7 @@ def take_steps(rank: int, processes: int, micro: int | None) -> dict[str, Tensor
             kept[f"told.{step}.{name}"] = value / processes
         kept = {name: tensor.clone() for name, tensor in kept.items()}
         optimizer.step()
+        refiner.follow_projectors()
     return kept | {f"state.{name}": tensor.clone() for name, tensor in refiner.state_dict().items()}
 
 
@@ -107,21 +117,26 @@ def process(rank: int, processes: int, port: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes
     )
-    for micro in MICRO_BATCHES[processes]:
-        save_file(take_steps(rank, processes, micro), Path(folder) / f"{micro}-{rank}.safetensors")
+    for method in HEADS:
+        for micro in MICRO_BATCHES[processes]:
+            left = take_steps(rank, processes, micro, method)
+            save_file(left, Path(folder) / f"{method}-{micro}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
     torch.multiprocessing.spawn(process, (processes, free_port(), str(tmp_path)), nprocs=processes)
-    for micro in MICRO_BATCHES[processes]:
-        expected = take_steps(0, 1, micro)
+    for method, micro in itertools.product(HEADS, MICRO_BATCHES[processes]):
+        expected = take_steps(0, 1, micro, method)
         first, *others = (
-            load_file(tmp_path / f"{micro}-{rank}.safetensors") for rank in range(processes)
+            load_file(tmp_path / f"{method}-{micro}-{rank}.safetensors")
+            for rank in range(processes)
         )
         assert all(expected.keys() == found.keys() for found in (first, *others))
         assert sum(name.startswith("gradient.") for name in expected) > 3 * 40
+        copies = sum(name.startswith("state.target_projector.") for name in expected)
+        assert copies == (15 if method == "mae-ct" else 0)
         for name, tensor in expected.items():
             # the processes never drift apart
             assert all(torch.equal(first[name], found[name]) for found in others), name
@@ -132,7 +147,7 @@ def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
                 # what is told for the log is in single precision
                 tolerance = 1e-6 if name.startswith("told.") else 1e-9
                 assert (first[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-12, (
-                    f"{name}, micro-batch {micro}"
+                    f"{name}, {method}, micro-batch {micro}"
                 )
 
 

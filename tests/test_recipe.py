@@ -39,7 +39,9 @@ L16 = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, 
 H14 = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
 TWOB14 = {"hidden_size": 2560, "num_hidden_layers": 24, "num_attention_heads": 32, "patch_size": 14}
 SHAPES = {
+    "b16": {"num_hidden_layers": 12, "patch_size": 16},
     "l16": L16,
+    "h16": {**H14, "patch_size": 16},
     "h14": H14,
     "2b14": TWOB14,
     "tiny": {"num_hidden_layers": 12, "patch_size": 4, "image_size": 32},

@@ -69,7 +69,13 @@ LAST = 8
 
 
 def refiner_after_a_step(
-    rank: int, *, sharded: bool, micro: int | None, bf16: bool, recompute: bool
+    rank: int,
+    *,
+    sharded: bool,
+    micro: int | None,
+    bf16: bool,
+    recompute: bool,
+    **method: Any,
 ) -> tuple[Refiner, Any]:
     """A small refiner with the gradients of a batch of 8, half of it from each process, and what
     the step told.
@@ -79,7 +85,15 @@ def refiner_after_a_step(
     freeze(encoder, blocks=0)
     queue = NearestNeighbourQueue(2, 20, 8)
     refiner = Refiner(
-        encoder, [0, 1], heads, queue, num_global=2, num_views=4, temperature=0.2, bf16=bf16
+        encoder,
+        [0, 1],
+        heads,
+        queue,
+        num_global=2,
+        num_views=4,
+        temperature=0.2,
+        bf16=bf16,
+        **method,
     ).train()
     if recompute:
         renamed = hasattr(encoder, "activation_checkpointing_enable")  # in transformers 5.23
@@ -89,7 +103,8 @@ def refiner_after_a_step(
         )()
     if sharded:
         shard(encoder, encoder.layers)
-        shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
+        for part in filter(None, (heads, refiner.target_projector)):
+            shard(part, [layer for layer in part.modules() if isinstance(layer, GroupedLayer)])
     mine, settings = (
         slice(4 * rank, 4 * rank + 4),
         {"head_weights": [0.5, 1.0], "micro_batch_size": micro},
@@ -99,6 +114,11 @@ def refiner_after_a_step(
         views, torch.arange(8)[mine], torch.zeros(8, dtype=torch.long)[mine], **settings
     )
     average_gradients(refiner.parameters())
+
+    # as if the optimiser had moved them
+    for parameter in refiner.heads.projector.parameters():
+        local(parameter.data).mul_(2)
+    refiner.follow_projectors()
     return refiner, told
 
 
@@ -117,10 +137,16 @@ def whole_gradients(refiner: Refiner) -> dict[str, Tensor]:
 def check_gradients(rank: int) -> None:
     """Sharded or not, the gradients are the same.
 
-    At once, in micro-batches, recomputed, in bf16.
+    At once, in micro-batches, recomputed, in bf16, and as MAE-CT.
     """
-    for micro, bf16, recompute in ((None, False, False), (3, False, True), (3, True, False)):
-        case: dict[str, Any] = {"micro": micro, "bf16": bf16, "recompute": recompute}
+    mae_ct = {"norm_views": "apart", "target_momentum": 0.9, "swap": "all"}
+    for micro, bf16, recompute, method in (
+        (None, False, False, {}),
+        (3, False, True, {}),
+        (3, True, False, {}),
+        (3, False, False, mae_ct),
+    ):
+        case: dict[str, Any] = {"micro": micro, "bf16": bf16, "recompute": recompute, **method}
         plain, sharded = (
             refiner_after_a_step(rank, sharded=way, **case)[0] for way in (False, True)
         )
@@ -130,6 +156,11 @@ def check_gradients(rank: int) -> None:
             assert (found[name] - gradient).norm() <= (
                 1e-2 if bf16 else 1e-5
             ) * gradient.norm() + 1e-7, (name, case)
+        for name, tensor in plain.state_dict().items():
+            other = sharded.state_dict()[name]
+            whole = other.full_tensor() if isinstance(other, DTensor) else other
+            if "target_projector" in name:
+                torch.testing.assert_close(whole, tensor, atol=1e-6, rtol=0, msg=name)
         kept = sum(local(parameter).numel() for parameter in sharded.parameters())
         assert kept <= 0.51 * sum(parameter.numel() for parameter in plain.parameters())
 

@@ -79,7 +79,10 @@ class Situation:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A recipe with nothing of `FITTED` left open, and why each such field has its value."""
+    """A recipe with nothing of `FITTED` left open, and why each such field has its value.
+
+    Open is only `warmup_epochs` where `warmup_share` stands.
+    """
 
     recipe: RefineRecipe
     reasons: dict[str, str]
@@ -96,7 +99,8 @@ def fit(recipe: RefineRecipe, at: Situation) -> Fitted:
 
     # in this order: a rule reads what stands before it
     for name, rule in _RULES.items():
-        if known[name] is not None:
+        shared = name == "warmup_epochs" and recipe.warmup_share is not None
+        if known[name] is not None or shared:
             continue
         choice = rule(Stated(recipe, known), at)
         known[name] = choice.value
@@ -225,10 +229,18 @@ def _embedding_dim(stated: Stated, at: Situation) -> Choice[int]:
 def _queue_size(stated: Stated, at: Situation) -> Choice[int]:
     least = max(stated["batch_size"], stated["topk"] or 1)
     if at.num_images is None:
-        return Choice(max(65536, least), "a stream has images enough")
-    half = 2 ** int(math.log2(max(2, at.num_images) / 2))
-    size = max(min(half, 65536), least)
-    return Choice(size, f"at most half of {at.num_images} images, so that every row is another one")
+        size = max(65536, least)
+        reason = "a stream has images enough"
+    else:
+        half = 2 ** int(math.log2(max(2, at.num_images) / 2))
+        size = max(min(half, 65536), least)
+        reason = f"at most half of {at.num_images} images, so that every row is another one"
+
+    if stated.recipe.target_momentum is not None:
+        batch = stated["batch_size"]
+        size = max(size // batch, math.ceil(least / batch)) * batch
+        reason += "; whole batches"
+    return Choice(size, reason)
 
 
 def _topk(stated: Stated, at: Situation) -> Choice[int]:
@@ -253,6 +265,10 @@ def choose_temperature(width: int) -> Choice[float]:
 
 def _temperature(_: Stated, at: Situation) -> Choice[float]:
     return choose_temperature(at.config.hidden_size)
+
+
+def _head_temperature(stated: Stated, at: Situation) -> Choice[float]:
+    return Choice(stated["temperature"], "that of the refinement")
 
 
 def _pooling(_: Stated, at: Situation) -> Choice[Pooling]:
@@ -311,6 +327,10 @@ def _head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
     return Choice(stated["learning_rate"], "that of the refinement")
 
 
+def _refine_head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
+    return Choice(stated["learning_rate"], "that of the encoder")
+
+
 def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:
     layers = at.config.num_hidden_layers
     decay = min(max(0.85 - 0.2 * (layers - 12) / 12, 0.65), 0.85)
@@ -350,6 +370,7 @@ _RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
     "topk": _topk,
     "swap": _swap,
     "temperature": _temperature,
+    "head_temperature": _head_temperature,
     "global_views": _global_views,
     "local_views": _local_views,
     "global_size": _global_size,
@@ -357,6 +378,7 @@ _RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
     "global_scale": _global_scale,
     "learning_rate": _learning_rate,
     "head_learning_rate": _head_learning_rate,
+    "refine_head_learning_rate": _refine_head_learning_rate,
     "layer_decay": _layer_decay,
     "ema_decay": _ema_decay,
     "num_workers": _num_workers,

@@ -60,12 +60,17 @@ def encoder_parameters(config: MimRefinerConfig, freeze_blocks: int = 0) -> Enco
     )
 
 
+def projector_parameters(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
+    """How many weights the projectors of all heads have."""
+    hidden = recipe.projector_dim
+    of_a_head = hidden * (config.hidden_size + hidden + recipe.embedding_dim)
+    return len(recipe.head_blocks) * of_a_head
+
+
 def head_parameters(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
     """How many weights all heads have: projectors and predictors."""
-    hidden = recipe.projector_dim
-    projector = hidden * (config.hidden_size + hidden + recipe.embedding_dim)
     predictor = 2 * recipe.embedding_dim * recipe.predictor_dim
-    return len(recipe.head_blocks) * (projector + predictor)
+    return projector_parameters(recipe, config) + len(recipe.head_blocks) * predictor
 
 
 class _Group(NamedTuple):
@@ -157,6 +162,8 @@ def _throughout(
         # and their gradients
         "features": 2 * _FP32 * features,
     }
+    if recipe.target_momentum is not None:
+        parts["target projectors"] = _FP32 * projector_parameters(recipe, config) / shards
     if shards > 1:
         block = weights.total / config.num_hidden_layers
         layer = heads * recipe.projector_dim**2
@@ -333,4 +340,5 @@ __all__ = [
     "head_parameters",
     "largest_that_fits",
     "memory_estimate",
+    "projector_parameters",
 ]

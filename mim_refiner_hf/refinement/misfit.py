@@ -59,6 +59,12 @@ def _few_updates(recipe: ResolvedRecipe) -> str:
 
 
 def _long_warmup(recipe: ResolvedRecipe) -> str:
+    if recipe.warmup_share is not None:
+        if recipe.warmup_share <= 0.5:
+            return ""
+        share = setting("warmup_share", recipe.warmup_share)
+        return f"{share}: more than half of the refinement; take 0.2"
+    assert recipe.warmup_epochs is not None
     if recipe.warmup_epochs <= recipe.epochs / 2:
         return ""
     fitting = 0.1 * recipe.epochs

@@ -13,24 +13,17 @@ from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal
 
-from ..data.broken import MAX_BAD_FRACTION
-from ..model.configuration_mim_refiner import Pooling
 from ..runtime.settings import (
     Allowed,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
-    Share,
-    ShareAboveZero,
-    ShareBelowOne,
     check_fields,
     documented,
-    minimum,
 )
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
-from .loss import LossSchedule, Swap
+from .recipe_data import DataFields
+from .recipe_method import MethodFields
 
 START_FIELDS = ("model", "pretrain", "init_from")
 """Where the starting weights are from: exactly one of them is given."""
@@ -43,6 +36,7 @@ FITTED = (
     "embedding_dim",
     "queue_size",
     "temperature",
+    "head_temperature",
     "topk",
     "swap",
     "global_views",
@@ -56,6 +50,7 @@ FITTED = (
     "batch_size",
     "learning_rate",
     "head_learning_rate",
+    "refine_head_learning_rate",
     "layer_decay",
     "ema_decay",
     "num_workers",
@@ -65,225 +60,23 @@ FITTED = (
 `micro_batch_size`, where "auto" means to measure."""
 
 
-def _is_area_range(scale: list[float]) -> bool:
-    return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-
-
 def _is_repository_name(name: str) -> bool:
     return len([part for part in name.split("/") if part]) == 2
 
 
-# their order is checked among the other contradictions
-BlockNumbers = Annotated[list[int], Allowed("numbers of blocks", lambda blocks: True)]
-AreaRange = Annotated[list[float], Allowed("two numbers, 0 < low <= high <= 1", _is_area_range)]
-ChannelCount = Annotated[int, Allowed("1 to 16", lambda count: 1 <= count <= 16)]
-ValueRange = Annotated[
-    list[float],
-    Allowed("two numbers, low < high", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
-]
 RepositoryName = Annotated[str, Allowed("user/name", _is_repository_name)]
 
 
 @dataclass
-class RefineRecipe:
+class RefineRecipe(MethodFields, DataFields):
     """All settings of a refinement; the help texts are the documentation.
+
+    Those of the data stand in `recipe_data.py`, those of the method in `recipe_method.py`.
 
     Raises:
         ValueError: at construction, in one line: which setting, which value, what is allowed.
     """
 
-    recipe: str | None = documented(
-        None, "Name in training/recipes/ or path of a YAML file whose fields become the defaults."
-    )
-    # ---- data
-    dataset: str = documented(
-        "digits",
-        "Image folder (nested, labelled or not), parquet file or folder, Hub name, or 'digits'.",
-    )
-    dataset_config: str | None = documented(None, "Configuration of a Hub data set.")
-    split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
-    image_column: str | None = documented(None, "Column of a table that holds the images.")
-    label_column: str | None = documented(None, "Column of a table that holds the labels.")
-    follow_links: bool = documented(False, "Enter links to folders, wherever they lead.")
-    streaming: bool = documented(False, "Read the data as a stream (needs max_steps), in passing.")
-    eval_dataset: str | None = documented(
-        None,
-        "Images to evaluate on, before and after. None: eval_split of dataset, or a held-out part.",
-    )
-    eval_split: str | None = documented(
-        None, "Split of eval_dataset (or of dataset, if that is None) to evaluate on."
-    )
-    eval_fraction: ShareBelowOne | None = documented(
-        None,
-        "Share of the images held out for evaluation when neither is given; 0 for none. Auto: 0.1, "
-        "but at most 1000 images, and none of fewer than 200.",
-    )
-    num_channels: ChannelCount | None = documented(
-        None,
-        "Channels of the images, 1 to 16. None: the encoder's, or, where the images are arrays, "
-        ".npy files or TIFFs of another number than 3 and 1, theirs.",
-    )
-    value_range: ValueRange | None = documented(
-        None,
-        "Two values that become black and white, where there are other numbers of channels than 3 "
-        "and 1. None: 0 255 for 8 bits, 0 1 for floats that lie there, else measured.",
-    )
-    max_bad_fraction: Share = documented(
-        MAX_BAD_FRACTION,
-        "Stop when more than this share of the images is broken; up to it they are replaced, "
-        "counted, and listed in broken.json.",
-    )
-    # ---- model
-    model: str | None = documented(
-        None, "Starting weights: Hub name, folder, or an original .pth/.pt/.th file."
-    )
-    family: str | None = documented(
-        None, "Family of an original file, when detection should be overruled."
-    )
-    pretrain: str | None = documented(
-        None,
-        "Pre-train the starting weights first, by this pre-training recipe, on the same images.",
-    )
-    init_from: str | None = documented(
-        None,
-        "Start a new run from the weights of another one: its checkpoint or output folder. Encoder "
-        "average, heads and queues come along; steps, optimiser and schedule start anew, without "
-        "head warm-up. To go on with a run, give its own command again.",
-    )
-    pooling: Pooling | None = documented(
-        None,
-        "What the heads read: cls, mean (of the patches), register (the first), prefix (mean of "
-        "CLS and registers), attention (SigLIP, AIMv2) or global_repr (CAPI's predictor), both for "
-        "the head on the output; heads on earlier blocks read the mean. Auto: the model's.",
-    )
-    # ---- heads
-    head_blocks: BlockNumbers | Literal["auto"] | None = documented(
-        None,
-        "0-based blocks with a head, the last block meaning the encoder's output; or auto: chosen "
-        "by measuring the features of all blocks on at most 2000 training images (k-NN accuracy; "
-        "without labels, neighbour agreement). None: the last third.",
-    )
-    num_heads: PositiveInt | None = documented(
-        None, "Heads on the last so many blocks, instead of head_blocks."
-    )
-    projector_dim: PositiveInt | None = documented(
-        None, "Hidden width of the projectors. Auto: 4 times the encoder's, 768 to 2048."
-    )
-    predictor_dim: PositiveInt | None = documented(
-        None, "Hidden width of the predictors. Auto: 5.33 times the encoder's, 1024 to 4096."
-    )
-    embedding_dim: PositiveInt | None = documented(
-        None, "Width of projections and predictions. Auto: 128 below width 384, else 256."
-    )
-    queue_size: PositiveInt | None = documented(
-        None,
-        "Rows of the nearest-neighbour queue of each head; at least batch_size. Auto: a power of "
-        "two, at most half the images and 65536.",
-    )
-    # ---- objective
-    temperature: PositiveFloat | None = documented(
-        None,
-        "Temperature of the loss. Auto: 0.2 up to width 1024 (L), 0.3 up to 1280 (H), else 0.35 "
-        "(2B).",
-    )
-    topk: PositiveInt | None = documented(
-        None,
-        "Neighbours to draw from in the refinement; the head warm-up takes the nearest. Auto: a "
-        "hundredth of the queue, 1 to 20.",
-    )
-    swap: Swap | None = documented(
-        None,
-        "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE). "
-        "Auto: none below 20000 images, whose neighbours are too far, else positive.",
-    )
-    loss_schedule: LossSchedule = documented(
-        "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
-    )
-    freeze_blocks: NonNegativeInt = documented(
-        0, "Keep the embeddings and the first so many blocks as they are."
-    )
-    # ---- views
-    global_views: PositiveInt | None = documented(None, "Global views per image. Auto: 2.")
-    local_views: NonNegativeInt | None = documented(
-        None, "Local views per image. Auto: 10 from 20000 images on and on a GPU, else none."
-    )
-    global_size: PositiveInt | None = documented(
-        None,
-        "Side of a global view in pixels. Auto: 3/4 of the encoder's native size, in whole "
-        "patches; the native size where there are local views.",
-    )
-    local_size: PositiveInt | None = documented(
-        None,
-        "Side of a local view. Auto: 3/7 of the native size, in whole patches (96 or 98 for 224).",
-    )
-    global_scale: AreaRange | None = documented(
-        None,
-        "Range of the area that a global view covers. Auto: 0.25 1 with local views, else 0.3 1.",
-    )
-    local_scale: AreaRange = documented([0.05, 0.25], "Range of the area that a local view covers.")
-    colour: bool = documented(
-        True,
-        "Colour jitter, blur, greyscale and solarise; without them: crop and flip only (paper, "
-        "Table 7).",
-    )
-    views: Literal["exact", "fast"] = documented(
-        "exact",
-        "How views are made: exact, by Pillow, the authors' code bit for bit; or fast, the same "
-        "random choices on tensors (on a GPU colour is done there), a grey level or so apart.",
-    )
-    flip: Share = documented(
-        0.5,
-        "Probability of a horizontal flip; 0 for text, digits and other images with a handedness.",
-    )
-    # ---- schedule
-    stage: Literal["both", "warmup", "refine"] = documented(
-        "both", "Head warm-up, refinement, or one after the other."
-    )
-    epochs: PositiveFloat | None = documented(
-        None,
-        "Epochs of refinement. Auto: 30, but at least 300 updates, and without a GPU at most 600.",
-    )
-    head_epochs: PositiveFloat | None = documented(
-        None,
-        "Epochs of head warm-up on the frozen encoder. Auto: a fifth of the refinement's updates, "
-        "at least 40.",
-    )
-    warmup_epochs: NonNegativeFloat | None = documented(
-        None,
-        "Epochs of linear learning-rate warm-up in each stage. Auto: a tenth of the refinement, "
-        "at most a fifth of the head warm-up and 4 epochs.",
-    )
-    max_steps: PositiveInt | None = documented(None, "Updates per stage at most.")
-    batch_size: Annotated[int, minimum(2)] | None = documented(
-        None,
-        "Images per update, all processes together. Auto: about 4 times the root of the number of "
-        "images, a power of two, 32 to 1024, without a GPU at most 64; never more than half of "
-        "them.",
-    )
-    learning_rate: PositiveFloat | None = documented(
-        None,
-        "Base learning rate of the refinement, encoder and heads; times batch_size / 256. Auto: "
-        "the peak is 0.001 at width 192 and batch 64, less for wider encoders, more for batches.",
-    )
-    head_learning_rate: PositiveFloat | None = documented(
-        None,
-        "Base learning rate of the head warm-up; times batch_size / 256. Auto: the refinement's.",
-    )
-    layer_decay: ShareAboveZero | None = documented(
-        None,
-        "Layer-wise learning-rate decay of the encoder. Auto: 0.85 up to 12 blocks, falling to "
-        "0.65 at 24.",
-    )
-    weight_decay: NonNegativeFloat = documented(0.05, "Weight decay of the encoder.")
-    head_weight_decay: NonNegativeFloat = documented(1e-5, "Weight decay of the heads.")
-    ema_decay: ShareBelowOne | None = documented(
-        None,
-        "Decay of the moving average of the encoder, which is what ships. Auto: it reaches a tenth "
-        "of the updates back, at most 0.9999.",
-    )
-    seed: NonNegativeInt = documented(
-        0, "Data order, views, neighbour draws and head weights are pure functions of it."
-    )
     # ---- efficiency
     micro_batch_size: PositiveInt | Literal["auto"] | None = documented(
         None,
@@ -403,21 +196,24 @@ def _wrong_heads(recipe: RefineRecipe) -> Iterator[str]:
         yield f"{setting('head_blocks', blocks)}: must be different blocks in ascending order"
 
     # what one of them leaves open is checked when it is filled in
-    yield from queue_problems(recipe.queue_size, recipe.batch_size, recipe.topk)
+    if recipe.queue_size is not None:
+        yield from _queue_problems(recipe, recipe.queue_size)
 
 
-def queue_problems(
-    queue_size: int | None, batch_size: int | None, topk: int | None
-) -> Iterator[str]:
+def _queue_problems(recipe: RefineRecipe, queue_size: int) -> Iterator[str]:
     """What is wrong between the queue, what fills it and what is drawn from it."""
-    if queue_size is None:
-        return
     queue = setting("queue_size", queue_size)
-    if batch_size is not None and queue_size < batch_size:
-        batch = setting("batch_size", batch_size)
+    if recipe.topk is not None and recipe.topk > queue_size:
+        yield f"{setting('topk', recipe.topk)}: must be at most {queue}"
+    if recipe.batch_size is None:
+        return
+    batch = setting("batch_size", recipe.batch_size)
+    if queue_size < recipe.batch_size:
         yield f"{queue}: must be at least {batch}, which is enqueued every step"
-    if topk is not None and topk > queue_size:
-        yield f"{setting('topk', topk)}: must be at most {queue}"
+    elif recipe.target_momentum is not None and queue_size % recipe.batch_size:
+        near = queue_size - queue_size % recipe.batch_size
+        momentum = setting("target_momentum", recipe.target_momentum)
+        yield f"{queue}: with {momentum} it must be a multiple of {batch}, for example {near}"
 
 
 def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
@@ -426,8 +222,12 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
             f"{setting('streaming')}: a stream has no length; "
             f"say with {setting('max_steps')} how many updates each stage has"
         )
+    if recipe.warmup_epochs is not None and recipe.warmup_share is not None:
+        share = setting("warmup_share", recipe.warmup_share)
+        both = f"{setting('warmup_epochs', recipe.warmup_epochs)} and {share}"
+        yield f"{both} exclude each other: give one of them"
     if recipe.max_steps is None:
-        yield from warmup_problems(recipe.warmup_epochs, recipe.epochs, recipe.head_epochs)
+        yield from _warmup_problems(recipe.warmup_epochs, recipe.epochs, recipe.head_epochs)
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield (
             f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are "
@@ -435,7 +235,7 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
         )
 
 
-def warmup_problems(
+def _warmup_problems(
     warmup_epochs: float | None, epochs: float | None, head_epochs: float | None
 ) -> Iterator[str]:
     """Which stage is over before its learning rate has warmed up."""
@@ -447,4 +247,4 @@ def warmup_problems(
             yield f"{warmup}: must be less than {setting(name, length)}"
 
 
-__all__ = ["FITTED", "START_FIELDS", "RefineRecipe", "queue_problems", "warmup_problems"]
+__all__ = ["FITTED", "START_FIELDS", "RefineRecipe"]

@@ -14,6 +14,9 @@ blocks the mean of the patches. Targets are the same projector's output on the
 global views, detached; there is no momentum encoder. `backward` leaves gradients in the parameters
 and does nothing else to them.
 
+With `target_momentum`, as MAE-CT, the targets of the refinement and what is enqueued are from a
+copy of the projectors that follows them (`start_momentum`, `follow_projectors`).
+
 The loss is computed from detached features; its gradient at the features then goes back through
 the encoder, one size of views after the other. A batch that does not fit does so in micro-batches,
 exactly: their features are made without a graph, heads, queue and loss see the whole batch once
@@ -27,6 +30,7 @@ micro-batches the largest is not computed twice: its graph waits for its gradien
 (`keeps_a_graph`). Measured: `python -m benchmarks micro-batches micro-batches-half`.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,8 +42,9 @@ from torch import Tensor, nn
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
+from ..runtime.optimisation import update_average
 from ..runtime.sharding import synchronise
-from .heads import IdHeads
+from .heads import IdHeads, NormViews, in_passes
 from .loss import Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
 
@@ -122,7 +127,13 @@ class Refiner(nn.Module):
         num_global, num_views: how many global views, and views in all, an image has.
         temperature: of the loss.
         swap: where the neighbour replaces the target, see `loss.nna_loss`.
+        norm_views: whether the heads' batch norms see all views together or each apart.
+        target_momentum: of the copy of the projectors that gives the targets of the refinement;
+            None for no copy.
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
+
+    Attributes:
+        target_projector: that copy, in training mode as the heads are, never trained.
     """
 
     weights: Tensor
@@ -138,6 +149,8 @@ class Refiner(nn.Module):
         num_views: int,
         temperature: float,
         swap: Swap = "positive",
+        norm_views: NormViews = "together",
+        target_momentum: float | None = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -149,6 +162,11 @@ class Refiner(nn.Module):
         self.num_views = num_views
         self.temperature = temperature
         self.swap = swap
+        self.norm_views = norm_views
+        self.target_momentum = target_momentum
+        self.target_projector: nn.Module | None = None
+        if target_momentum is not None:
+            self.target_projector = copy.deepcopy(heads.projector).requires_grad_(False)
         self.bf16 = bf16
         self.register_buffer("weights", pair_weights(num_global, num_views), persistent=False)
 
@@ -157,6 +175,29 @@ class Refiner(nn.Module):
         """Names for logs: `block16`, ..., and `output` for the head on the encoder's output."""
         last = self.encoder.config.num_hidden_layers - 1
         return ["output" if block == last else f"block{block}" for block in self.head_blocks]
+
+    def start_momentum(self) -> None:
+        """Let the target projectors begin as the projectors are: before the first refinement step.
+
+        Nothing without `target_momentum`.
+        """
+        self._follow(0.0)
+
+    def follow_projectors(self) -> None:
+        """Move the target projectors by the momentum: after a step of the optimiser.
+
+        Statistics of their batch norms are copied. Nothing without `target_momentum`.
+        """
+        self._follow(self.target_momentum or 0.0)
+
+    def _follow(self, momentum: float) -> None:
+        """`target = momentum * target + (1 - momentum) * projector`, of the weights."""
+        target = self.target_projector
+        if target is None:
+            return
+        update_average(target, self.heads.projector, momentum)
+        for own, buffer in zip(target.buffers(), self.heads.projector.buffers(), strict=True):
+            own.copy_(buffer)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pooled features of every head block (H, N, D), of images (N, C, S, S) of any size."""
@@ -186,16 +227,23 @@ class Refiner(nn.Module):
         topk: int = 1,
         draw: Tensor | None = None,
         head_weights: Sequence[float] | None = None,
+        momentum_targets: bool = True,
     ) -> StepResult:
-        """Heads, neighbours, loss and enqueue, for features (H, V * b, D) of this process."""
+        """Heads, neighbours, loss and enqueue, for features (H, V * b, D) of this process.
+
+        Without `momentum_targets` the projectors give the targets, also where they have a copy.
+        """
         batch = len(sample_index)
+        passes = self.num_views if self.norm_views == "apart" else 1
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
-            projected, predicted = self.heads(features)
-        projected = projected.detach().unflatten(1, (self.num_views, batch))  # (H, V, b, E)
-        predicted = predicted.unflatten(1, (self.num_views, batch))
+            projected, predicted = self.heads(features, passes)
+        predicted = predicted.unflatten(1, (self.num_views, batch))  # (H, V, b, E)
 
         # neighbours come from the queue as the steps before left it
-        targets = projected[:, : self.num_global]
+        own = projected.detach().unflatten(1, (self.num_views, batch))
+        targets = own[:, : self.num_global]  # (H, G, b, E)
+        if self.target_projector is not None and momentum_targets:
+            targets = self._momentum_targets(self.target_projector, features, batch)
         neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
         head_losses, alignment = nna_loss(
             targets,
@@ -223,9 +271,18 @@ class Refiner(nn.Module):
             neighbour_accuracy=same.sum(dim=(1, 2)) / known.sum(dim=(1, 2)),
         )
 
-        first_views = all_gather(projected[:, 0], dim=1)
+        first_views = all_gather(targets[:, 0], dim=1)
         self.queue.enqueue(first_views, all_gather(sample_index), all_gather(labels))
         return result
+
+    @torch.no_grad()
+    def _momentum_targets(self, projector: nn.Module, features: Tensor, batch: int) -> Tensor:
+        """What the target projectors make of the global views (H, G, b, E)."""
+        columns = features[:, : self.num_global * batch].transpose(1, 2)
+        passes = self.num_global if self.norm_views == "apart" else 1
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
+            targets = in_passes(projector, columns, passes)
+        return targets.transpose(1, 2).unflatten(1, (self.num_global, batch))
 
     def backward(
         self,
@@ -246,7 +303,8 @@ class Refiner(nn.Module):
             sample_index, labels: place in the data set and label (-1: none) of each sample (b,).
             topk, draw: see `NearestNeighbourQueue.lookup`.
             head_weights: of the loss of every head, see `loss.head_weights`; None weighs all 1.
-            train_encoder: False in the head warm-up, where the encoder runs without a graph.
+            train_encoder: False in the head warm-up, where the encoder runs without a graph and
+                the projectors themselves give the targets.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
         batch = len(sample_index)
@@ -267,6 +325,7 @@ class Refiner(nn.Module):
                 topk=topk,
                 draw=draw,
                 head_weights=head_weights,
+                momentum_targets=train_encoder,
             )
             result.loss.backward()
             if not train_encoder:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
 from ..runtime.wording import setting
 from .auto import Choice, Situation, fit
+from .heads import Activation, HeadInit, NormViews
 from .loss import LossSchedule, Swap
 from .recipe import RefineRecipe
 
@@ -58,6 +59,7 @@ class ResolvedRecipe:
         bf16: whether encoder and heads are computed in bfloat16.
         micro_batch_size: images of one process per pass; None for its whole share of the batch
             in one pass, of which every graph is kept.
+        warmup_epochs: None where `warmup_share` says it.
         save_every: 0 for no checkpoints.
         fitting_rate: the learning rate that `auto` would take for this batch and encoder.
         to_measure: fields whose value is an estimate until the run has measured.
@@ -75,8 +77,14 @@ class ResolvedRecipe:
     predictor_dim: int
     embedding_dim: int
     queue_size: int
+    activation: Activation
+    predictor_norm: bool
+    norm_views: NormViews
+    head_init: HeadInit
     # objective
     temperature: float
+    head_temperature: float
+    target_momentum: float | None
     topk: int
     swap: Swap
     loss_schedule: LossSchedule
@@ -95,10 +103,13 @@ class ResolvedRecipe:
     steps: Steps
     epochs: float
     head_epochs: float
-    warmup_epochs: float
+    warmup_epochs: float | None
+    warmup_share: float | None
     batch_size: int
     learning_rate: float
     head_learning_rate: float
+    refine_head_learning_rate: float
+    end_learning_rate: float
     layer_decay: float
     weight_decay: float
     head_weight_decay: float
@@ -130,6 +141,21 @@ class ResolvedRecipe:
     def process_batch(self) -> int:
         """Images of one process per update."""
         return self.batch_size // self.processes
+
+    @property
+    def warmups(self) -> Steps:
+        """Updates of each stage in which its learning rate warms up."""
+        return Steps(
+            self._warmup(self.steps.warmup, self.head_epochs),
+            self._warmup(self.steps.refine, self.epochs),
+        )
+
+    def _warmup(self, updates: int, epochs: float) -> int:
+        """Of a stage of so many updates and epochs; at least one update is none of it."""
+        if self.warmup_share is not None:
+            return int(self.warmup_share * updates)
+        assert self.warmup_epochs is not None
+        return min(round(updates * self.warmup_epochs / epochs), updates - 1)
 
     def measured(self, name: str, choice: Choice[Any]) -> "ResolvedRecipe":
         """With what the run has measured in the place of an estimate."""

@@ -120,6 +120,9 @@ class Trainer:
             recipe.predictor_dim,
             recipe.embedding_dim,
             seed=recipe.seed,
+            activation=recipe.activation,
+            predictor_norm=recipe.predictor_norm,
+            init=recipe.head_init,
         )
         queue = NearestNeighbourQueue(
             count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed
@@ -133,6 +136,8 @@ class Trainer:
             num_views=recipe.num_views,
             temperature=recipe.temperature,
             swap=recipe.swap,
+            norm_views=recipe.norm_views,
+            target_momentum=recipe.target_momentum,
             bf16=recipe.bf16,
         ).to(device)
         self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
@@ -145,7 +150,8 @@ class Trainer:
         if self.sharded:
             shard(self.encoder, self.encoder.layers)
             shard(self.average, self.average.layers)
-            shard(heads, [layer for layer in heads.modules() if isinstance(layer, GroupedLayer)])
+            for part in filter(None, (heads, self.refiner.target_projector)):
+                shard(part, [layer for layer in part.modules() if isinstance(layer, GroupedLayer)])
 
         self.optimizer = self._optimizer(0)
         listed = Path(recipe.output_dir) / BROKEN
@@ -202,6 +208,7 @@ class Trainer:
                 began = time.perf_counter()
                 if step == self.steps.warmup:
                     self.optimizer = self._optimizer(step)
+                    self.refiner.start_momentum()
                 result = self.update(step, batch)
                 self.broken.add(batch["broken"])
 
@@ -280,6 +287,7 @@ class Trainer:
         # the head warm-up takes the nearest neighbour, and weighs all heads alike
         topk = 1
         weights = None
+        self.refiner.temperature = recipe.temperature if refining else recipe.head_temperature
         if refining:
             topk = recipe.topk
             progress = (step - self.steps.warmup) / self.steps.refine
@@ -304,6 +312,7 @@ class Trainer:
         self.optimizer.step()
         if refining:
             update_average(self.average, self.encoder, recipe.ema_decay)
+            self.refiner.follow_projectors()
         return result
 
     def _learning_rate(self, step: int) -> float:
@@ -312,23 +321,26 @@ class Trainer:
         if step < self.steps.warmup:
             first = 0
             total = self.steps.warmup
-            epochs = recipe.head_epochs
+            warmup = recipe.warmups.warmup
             base = recipe.head_learning_rate
         else:
             first = self.steps.warmup
             total = self.steps.refine
-            epochs = recipe.epochs
+            warmup = recipe.warmups.refine
             base = recipe.learning_rate
-        warmup = min(round(total * recipe.warmup_epochs / epochs), total - 1)
-        return learning_rate(step - first, warmup, total, base * recipe.batch_size / 256)
+        peak = base * recipe.batch_size / 256
+        return learning_rate(step - first, warmup, total, peak, recipe.end_learning_rate)
 
     def _optimizer(self, step: int) -> torch.optim.AdamW:
         """AdamW for the stage that `step` belongs to: heads alone, or encoder and heads."""
         recipe = self.recipe
-        groups = head_groups(self.refiner.heads, recipe.head_weight_decay)
+        groups = []
+        head_scale = 1.0
         if step >= self.steps.warmup:
-            encoder = encoder_groups(self.encoder, recipe.layer_decay, recipe.weight_decay)
-            groups = [*encoder, *groups]
+            groups = encoder_groups(self.encoder, recipe.layer_decay, recipe.weight_decay)
+            # the schedule is the encoder's
+            head_scale = recipe.refine_head_learning_rate / recipe.learning_rate
+        groups += head_groups(self.refiner.heads, recipe.head_weight_decay, head_scale)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     # ---- what it says

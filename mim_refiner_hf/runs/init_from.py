@@ -11,9 +11,10 @@ It takes a checkpoint folder, or an output folder, of which the newest intact ch
 Steps, optimiser, schedule and random numbers start anew, so it is not a continuation: that is what
 the same command does in the same output folder. There is no second head warm-up: it is there "to
 ensure a good learning signal from the start of the refinement" (paper, at Table 10), which heads
-that come along give; they come with their queues, as from the warm-up into the refinement. The new
-run keeps what it needs of the other one in its own checkpoints, so it goes on also when the other
-one is gone.
+that come along give; they come with their queues, as from the warm-up into the refinement. Target
+projectors (`target_momentum`) begin as the projectors, as they do after a warm-up. The new run
+keeps what it needs of the other one in its own checkpoints, so it goes on also when the other one
+is gone.
 """
 
 import dataclasses
@@ -45,7 +46,11 @@ from ..runtime.wording import setting, written
 
 # Names of tensors that a new run takes, and of those that it leaves, with what they are.
 _PLACED = ("average.", "refiner.heads.", "refiner.queue.")
-_DROPPED = {"refiner.encoder.": "the encoder beside its average", "optimizer.": "optimiser"}
+_DROPPED = {
+    "refiner.encoder.": "the encoder beside its average",
+    "refiner.target_projector.": "target projectors",
+    "optimizer.": "optimiser",
+}
 
 # What a checkpoint has to say for a run to start from it, see `start_state`.
 _NEEDED_STATE = ("recipe", "encoder", "preprocessing", "data", "warmup_steps")
@@ -58,6 +63,8 @@ _HEAD_FIELDS = (
     "predictor_dim",
     "embedding_dim",
     "queue_size",
+    "activation",
+    "predictor_norm",
 )
 
 
@@ -148,7 +155,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
     """
     where = f"{setting('init_from')}: {start.where}"
     placed = [name for name in start.tensors if name.startswith(_PLACED)]
-    dropped: dict[str, list[str]] = {reason: [] for reason in _DROPPED.values()}
+    dropped: dict[str, list[str]] = {}
     for name in start.tensors.keys() - set(placed):
         prefix = next((prefix for prefix in _DROPPED if name.startswith(prefix)), None)
         if prefix is None:
@@ -156,7 +163,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
                 f"{where}: {name} has no place in a run of this version; "
                 f"start from a model with {setting('model')}"
             )
-        dropped[_DROPPED[prefix]].append(name)
+        dropped.setdefault(_DROPPED[prefix], []).append(name)
 
     encoder = MimRefinerModel(MimRefinerConfig.from_dict(start.state["encoder"]))
     average = {
@@ -194,8 +201,12 @@ def check_heads_fit(recipe: ResolvedRecipe, start: Checkpoint) -> None:
         ValueError: naming every field that differs, with both values.
     """
     differing = []
+    # a version that did not know a field did what leaving it out does
+    old = {field.name: field.default for field in dataclasses.fields(RefineRecipe)}
+    old |= start.state["recipe"]
     for name in _HEAD_FIELDS:
-        own, theirs = getattr(recipe, name), start.state["recipe"][name]
+        own = getattr(recipe, name)
+        theirs = old[name]
         if own != theirs:
             differing.append(f"{setting(name, own)}, there {written(theirs)}")
     if differing:
@@ -225,7 +236,7 @@ def place_heads(
     Raises:
         CheckpointError: naming file and tensor.
     """
-    check_tensors(start, expected)
+    check_tensors(start, expected, beside=("optimizer.", "refiner.target_projector."))
     place_tensors(heads, start, "refiner.heads.")
     place_tensors(queue, start, "refiner.queue.")
     if not same_data:

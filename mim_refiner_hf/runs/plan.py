@@ -20,6 +20,7 @@ from ..refinement.memory import (
     fitting_micro_batch,
     head_parameters,
     memory_estimate,
+    projector_parameters,
 )
 from ..refinement.misfit import misfits
 from ..refinement.resolve import ResolvedRecipe
@@ -116,9 +117,12 @@ def _heads_text(recipe: ResolvedRecipe, last: int) -> str:
     heads = ", ".join(names)
     if "head_blocks" in recipe.to_measure:
         heads = f"what measuring all blocks proposes (auto; by default {heads})"
+    momentum = ""
+    if recipe.target_momentum is not None:
+        momentum = f"; targets by projectors with momentum {recipe.target_momentum:g}"
     return (
         f"on {heads} (0-based blocks); they read {_READS[recipe.pooling]}; "
-        f"temperature {recipe.temperature:g}; queue {recipe.queue_size}"
+        f"temperature {recipe.temperature:g}; queue {recipe.queue_size}{momentum}"
     )
 
 
@@ -224,6 +228,8 @@ def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
     # of each head rows and norms; of all together index, label and age
     row = 4 * len(recipe.head_blocks) * (recipe.embedding_dim + 1) + 24
     of_heads = 12 * head_parameters(recipe, config)
+    if recipe.target_momentum is not None:
+        of_heads += 4 * projector_parameters(recipe, config)
     return 8 * weights.total + 8 * weights.trained + of_heads + recipe.queue_size * row
 
 

@@ -338,10 +338,16 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, Tensor],
+    beside: tuple[str, ...] = ("optimizer.",),
+) -> None:
     """Compare a checkpoint with the tensors that it is to fill: names, shapes, dtypes, no NaN.
 
-    The optimiser's come into being with the first step; `restore_optimizer` checks them.
+    Args:
+        beside: how names begin that are not compared. The optimiser's tensors come into being with
+            the first step; `restore_optimizer` checks them.
 
     Raises:
         CheckpointError: naming file and tensor; nothing has been restored then.
@@ -353,7 +359,8 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
         "or remove this checkpoint"
     )
 
-    own = {name for name in found if not name.startswith("optimizer.")}
+    expected = {name: value for name, value in expected.items() if not name.startswith(beside)}
+    own = {name for name in found if not name.startswith(beside)}
     missing = sorted(expected.keys() - own)
     if missing:
         problem = f"{len(missing)} tensors are missing, first {missing[0]}"

@@ -6,7 +6,7 @@
     set_learning_rate(optimizer, learning_rate(step, warmup, total, peak))
 
 Every parameter group carries `lr_scale`; the schedule's value times it is the group's learning
-rate. The numbers are those of the paper's Table 10.
+rate. The defaults are the numbers of the paper's Table 10.
 """
 
 import math
@@ -22,18 +22,16 @@ from .files import CheckpointError
 from .sharding import local, shard_like
 from .wording import setting
 
-_END_LEARNING_RATE = 1e-6
 
+def learning_rate(step: int, warmup: int, total: int, peak: float, end: float = 1e-6) -> float:
+    """The rate of update `step` (0-based): linear warm-up, then a cosine towards `end`.
 
-def learning_rate(step: int, warmup: int, total: int, peak: float) -> float:
-    """The rate of update `step` (0-based): linear warm-up, then a cosine towards 1e-6.
-
-    The warm-up leaves out 0 and the peak.
+    The warm-up leaves out 0 and the peak, the cosine its end.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / (total - warmup)
-    return peak + 0.5 * (1 - math.cos(math.pi * progress)) * (_END_LEARNING_RATE - peak)
+    return peak + 0.5 * (1 - math.cos(math.pi * progress)) * (end - peak)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -64,6 +64,10 @@ ShareAboveZero = Annotated[
     float, Allowed("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 ]
 
+ShareBetween = Annotated[
+    float, Allowed("greater than 0 and less than 1", lambda value: 0 < value < 1)
+]
+
 
 def documented(default: Any, text: str) -> Any:
     """A dataclass field with the text that `--help` shows; a list is copied for every object."""
@@ -256,6 +260,7 @@ __all__ = [
     "Share",
     "ShareAboveZero",
     "ShareBelowOne",
+    "ShareBetween",
     "check_fields",
     "documented",
     "minimum",
