@@ -121,9 +121,19 @@ def test_momentum_begins_with_the_second_refinement_step(
     assert not any("target_projector" in name for name in final_state(without))
 
 
-def test_rates_and_temperature_of_each_stage(
-    recipe: Recipes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_stage_has_its_temperature(recipe: Recipes, whole: RefineRecipe) -> None:
+    """The warm-up's alone changes its losses; the refinement's alone only those after it."""
+    softer = recipe("softer", **{**MAE_CT, "temperature": 0.5})
+    run(softer)
+    assert losses(softer)[:WARM] == losses(whole)[:WARM]
+    assert losses(softer)[WARM] != losses(whole)[WARM]
+    # with the same temperature as in the refinement, as if none were stated
+    alike = recipe("alike", **{**MAE_CT, "head_temperature": None, "temperature": 0.15})
+    run(alike)
+    assert losses(alike)[:WARM] == losses(whole)[:WARM]
+
+
+def test_rates_of_each_stage(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of heads and final norm, per step: a quarter of a stage warms up, the cosine ends at 0."""
     seen = []
     update = Trainer.update
@@ -134,22 +144,21 @@ def test_rates_and_temperature_of_each_stage(
             name: group["lr"] for group in self.optimizer.param_groups for name in group["names"]
         }
         heads, norm = rates["projector.0.weight"], rates.get("norm.weight")
-        seen.append((heads, norm, self.refiner.temperature))
+        seen.append((heads, norm))
         return result
 
     monkeypatch.setattr(Trainer, "update", watched)
-    asked = recipe("watched", **MAE_CT, temperature=0.35)
+    asked = recipe("watched", **MAE_CT)
     run(asked)
 
     batch = asked.batch_size or 0
     # of 4 updates: half the peak, the peak, then 3/4 and 1/4 of it
     shape = torch.tensor([1 / 2, 1.0, 3 / 4, 1 / 4], dtype=torch.float64) * batch / 256
-    heads = torch.tensor([heads for heads, _, _ in seen], dtype=torch.float64)
-    norms = torch.tensor([norm or 0.0 for _, norm, _ in seen], dtype=torch.float64)
+    heads = torch.tensor([heads for heads, _ in seen], dtype=torch.float64)
+    norms = torch.tensor([norm or 0.0 for _, norm in seen], dtype=torch.float64)
     torch.testing.assert_close(heads[:WARM], (asked.head_learning_rate or 0) * shape)
     torch.testing.assert_close(heads[WARM:], (asked.refine_head_learning_rate or 0) * shape)
     torch.testing.assert_close(norms[WARM:], (asked.learning_rate or 0) * shape)
-    assert [temperature for *_, temperature in seen] == [0.15] * WARM + [0.35] * WARM
     logged = [line["learning_rate"] for line in log_of(asked) if "learning_rate" in line]
     assert logged == pytest.approx([*heads[:WARM].tolist(), *norms[WARM:].tolist()])
 

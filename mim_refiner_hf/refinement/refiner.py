@@ -126,6 +126,7 @@ class Refiner(nn.Module):
         heads, queue: with as many heads as there are head blocks.
         num_global, num_views: how many global views, and views in all, an image has.
         temperature: of the loss.
+        head_temperature: of the loss in the head warm-up; None for the same.
         swap: where the neighbour replaces the target, see `loss.nna_loss`.
         norm_views: whether the heads' batch norms see all views together or each apart.
         target_momentum: of the copy of the projectors that gives the targets of the refinement;
@@ -148,6 +149,7 @@ class Refiner(nn.Module):
         num_global: int,
         num_views: int,
         temperature: float,
+        head_temperature: float | None = None,
         swap: Swap = "positive",
         norm_views: NormViews = "together",
         target_momentum: float | None = None,
@@ -161,6 +163,7 @@ class Refiner(nn.Module):
         self.num_global = num_global
         self.num_views = num_views
         self.temperature = temperature
+        self.head_temperature = head_temperature
         self.swap = swap
         self.norm_views = norm_views
         self.target_momentum = target_momentum
@@ -227,11 +230,12 @@ class Refiner(nn.Module):
         topk: int = 1,
         draw: Tensor | None = None,
         head_weights: Sequence[float] | None = None,
-        momentum_targets: bool = True,
+        refining: bool = True,
     ) -> StepResult:
         """Heads, neighbours, loss and enqueue, for features (H, V * b, D) of this process.
 
-        Without `momentum_targets` the projectors give the targets, also where they have a copy.
+        If not `refining`, it is the head warm-up: the projectors themselves give the targets, and
+        the temperature is its own.
         """
         batch = len(sample_index)
         passes = self.num_views if self.norm_views == "apart" else 1
@@ -242,15 +246,19 @@ class Refiner(nn.Module):
         # neighbours come from the queue as the steps before left it
         own = projected.detach().unflatten(1, (self.num_views, batch))
         targets = own[:, : self.num_global]  # (H, G, b, E)
-        if self.target_projector is not None and momentum_targets:
+        if refining and self.target_projector is not None:
             targets = self._momentum_targets(self.target_projector, features, batch)
         neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
+
+        temperature = self.temperature
+        if not refining and self.head_temperature is not None:
+            temperature = self.head_temperature
         head_losses, alignment = nna_loss(
             targets,
             neighbours.rows,
             all_gather_with_gradient(predicted, dim=2),
             self.weights,
-            temperature=self.temperature,
+            temperature=temperature,
             swap=self.swap,
             first_row=rank() * batch,
         )
@@ -303,8 +311,8 @@ class Refiner(nn.Module):
             sample_index, labels: place in the data set and label (-1: none) of each sample (b,).
             topk, draw: see `NearestNeighbourQueue.lookup`.
             head_weights: of the loss of every head, see `loss.head_weights`; None weighs all 1.
-            train_encoder: False in the head warm-up, where the encoder runs without a graph and
-                the projectors themselves give the targets.
+            train_encoder: False in the head warm-up, where the encoder runs without a graph, see
+                also `align`.
             micro_batch_size: images per pass through the encoder; None for all at once.
         """
         batch = len(sample_index)
@@ -325,7 +333,7 @@ class Refiner(nn.Module):
                 topk=topk,
                 draw=draw,
                 head_weights=head_weights,
-                momentum_targets=train_encoder,
+                refining=train_encoder,
             )
             result.loss.backward()
             if not train_encoder:

@@ -135,6 +135,7 @@ class Trainer:
             num_global=recipe.global_views,
             num_views=recipe.num_views,
             temperature=recipe.temperature,
+            head_temperature=recipe.head_temperature,
             swap=recipe.swap,
             norm_views=recipe.norm_views,
             target_momentum=recipe.target_momentum,
@@ -287,7 +288,6 @@ class Trainer:
         # the head warm-up takes the nearest neighbour, and weighs all heads alike
         topk = 1
         weights = None
-        self.refiner.temperature = recipe.temperature if refining else recipe.head_temperature
         if refining:
             topk = recipe.topk
             progress = (step - self.steps.warmup) / self.steps.refine
