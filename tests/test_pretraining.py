@@ -261,5 +261,5 @@ def test_greyscale_images_pretrain_a_one_channel_encoder(digits: ImageDataset) -
 
 
 def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:
-    with pytest.raises(ValueError, match=r"batch_size 300 .*256 images"):
+    with pytest.raises(ValueError, match=r"batch_size=300: .*256 images"):
         pretrain(tiny_recipe(batch_size=300), digits)

@@ -165,7 +165,7 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
         if own is None:
             # check_fields says so
             return
-        unread = {}
+        unread: dict[str, Any] = {}
         for table in DEFAULTS.values():
             unread |= {name: value for name, value in table.items() if name not in own}
         for objective, kind in _OWN_FIELDS.items():
@@ -236,7 +236,12 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
         )
 
     def steps(self, num_images: int) -> PretrainSteps:
-        """The updates of a training on so many images."""
+        """The updates of a training on so many images; ValueError for fewer than a batch."""
+        if self.batch_size > num_images:
+            raise ValueError(
+                f"{setting('batch_size', self.batch_size)}: exceeds the {num_images} images; "
+                "lower it"
+            )
         per_epoch = num_images // self.batch_size
         total = self.epochs * per_epoch
         warmup = round(self.warmup_epochs * per_epoch)
