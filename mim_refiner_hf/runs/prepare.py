@@ -27,7 +27,7 @@ from ..data.found import SourceOptions
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import PretrainRecipe
+from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
 from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe, resolve

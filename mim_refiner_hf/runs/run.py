@@ -6,10 +6,11 @@
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is
 trained. The output folder holds `recipe.json` and `data.json` (what the data consist of) from the
-start, `start/` (the encoder that is refined; with `--pretrain` `pretrained/`, which stays) and
-`checkpoints/` on the way, `metrics.json`, the pictures (run_record.py) and `log.jsonl` at the end;
-with `--head_blocks auto` also `blocks.png`, the measurement behind the choice, and `broken.json`
-where images could not be read. What ships is what verdict.py says: the result, or the start.
+start, `start/` (the encoder that is refined) and `checkpoints/` on the way, `metrics.json`, the
+pictures (run_record.py) and `log.jsonl` at the end; with `--pretrain` `pretraining/`, its log and
+checkpoints, and `pretrained/`, which stays; with `--head_blocks auto` `blocks.png`, the measurement
+behind the choice; and `broken.json` where images could not be read. What ships is what verdict.py
+says: the result, or the start.
 """
 
 import dataclasses
@@ -30,7 +31,6 @@ from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import pretrain_mae
 from ..refinement.auto import Choice
 from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
@@ -45,6 +45,7 @@ from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
 from .prepare import NOTHING, Given, Prepared, prepare, start_folder
+from .pretrained_start import pretrained_start, remove_checkpoints
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .save_as import check_save_as
@@ -246,6 +247,9 @@ def _train(
     warms_up_only = recipe.asked.stage == "warmup"
     stop = recipe.steps.warmup if warms_up_only else recipe.steps.total
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
+    if accelerator.is_main_process:
+        # from here on the run goes on from the refinement's own checkpoints
+        remove_checkpoints(recipe)
     if warms_up_only:
         accelerator.print(
             f"The heads are warm: {recipe.output_dir}/checkpoints. "
@@ -345,16 +349,8 @@ def starting_encoder(
         # the checkpoint fills it
         encoder = MimRefinerModel(start.config)
     elif encoder is None:
-        images = prepared.images.training
-        assert start.pretraining is not None and isinstance(images, ImageDataset)
         began = time.perf_counter()
-        encoder = pretrain_mae(
-            start.pretraining,
-            images,
-            accelerator,
-            prepared.recipe.num_workers,
-            prepared.recipe.max_bad_fraction,
-        )
+        encoder = pretrained_start(prepared, accelerator)
         seconds["pretrain"] = time.perf_counter() - began
     return encoder.float().to(accelerator.device)
 
