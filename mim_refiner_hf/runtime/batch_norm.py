@@ -1,7 +1,7 @@
 """Batch norm whose statistics are those of the whole batch, whatever the number of processes.
 
-    norm = GroupedBatchNorm(heads=8, channels=2048)
-    normed = norm(columns)    # (8, 2048, columns of this process)
+norm = GroupedBatchNorm(heads=8, channels=2048)
+normed = norm(columns)    # (8, 2048, columns of this process)
 """
 
 import torch

@@ -1,0 +1,355 @@
+"""ConMIM (arXiv 2205.09616): tell each masked patch from the other patches of its own image.
+
+    mim-refiner pretrain photos/ --recipe pretrain-conmim-b16 --output_dir outputs/conmim
+
+The student sees a lightly augmented image in which a token stands for the masked patches. A
+momentum encoder sees the same crop whole, in harder colours. For every masked patch the student has
+to find the momentum encoder's vector of this patch among those of all patches of the image. Both
+read their tokens through a projector with batch norm, which runs over all tokens of the batch. The
+momentum encoder is what ships.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.paired_views import LightAndHard
+from ..data.views import Multicrop
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.positions_mim_refiner import RelativePositionBias
+from ..runtime.batch_norm import GroupedBatchNorm
+from ..runtime.distributed import reduced, world_size
+from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
+from ..runtime.wording import setting
+from .block_masks import (
+    Grid,
+    block_mask,
+    mask_source,
+    masked_squares,
+    shuffled,
+    square_mask,
+    squares_of,
+)
+from .capi_student import grid_of
+from .objective import Losses, Masks, Objective, micro_batches
+from .recipe import PretrainRecipe, Steps
+from .schedules import WarmupCosine
+
+# Shapes below: b images of this process, V views of each, N patches, T tokens, D width of the
+# encoder, E width of what is contrasted, M masked patches of the batch.
+
+_BETAS = (0.9, 0.98)
+_STD = 0.02
+
+
+class ProjectorLayer(nn.Module):
+    """[Linear-BN(-ReLU)] of rows (R, dim_in) -> (R, dim_out), linear without bias."""
+
+    def __init__(self, dim_in: int, dim_out: int, last: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        nn.init.trunc_normal_(self.weight, std=_STD, a=-_STD, b=_STD)
+        self.norm = GroupedBatchNorm(1, dim_out, affine=not last)
+        self.last = last
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.norm(F.linear(tokens, self.weight).T.unsqueeze(0))[0].T
+        return normed if self.last else F.relu(normed)
+
+
+class ConmimHead(nn.Module):
+    """What one of the two networks has beside its encoder: a mask token, and the projector.
+
+    Args:
+        dim: width of the encoder.
+        hidden: width of the projector's hidden layers.
+        size: width of what is contrasted.
+    """
+
+    def __init__(self, dim: int, hidden: int, size: int) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.mask_token, std=_STD, a=-_STD, b=_STD)
+        self.projector = nn.Sequential(
+            ProjectorLayer(dim, hidden, last=False),
+            ProjectorLayer(hidden, hidden, last=False),
+            ProjectorLayer(hidden, size, last=True),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Unit vectors (b, T, E) of all tokens (b, T, D), in single precision."""
+        rows = self.projector(tokens.flatten(0, 1))
+        return F.normalize(rows.float(), dim=-1).view(*tokens.shape[:2], -1)
+
+
+def encode_with_masks(
+    encoder: MimRefinerModel, pixels: Tensor, mask: Tensor | None, mask_token: Tensor
+) -> Tensor:
+    """The encoder's output (b, T, D), with a token in the place of the masked patches.
+
+    Args:
+        pixels: normalised images (b, C, H, W).
+        mask: which patches are masked (b, N); None for none.
+        mask_token: (1, 1, D); it gets the position of its patch, if there are absolute ones.
+    """
+    patches = encoder.embeddings.patches(pixels)
+    if mask is not None:
+        patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
+    grid = grid_of(encoder, pixels)
+    tokens = encoder.embeddings.with_prefix(encoder.embeddings.with_positions(patches, grid))
+    tokens = encoder.encode_tokens(tokens, encoder.places(grid, pixels.device))
+    return encoder.norm(tokens)
+
+
+def contrast(predicted: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """The loss of every masked patch (M,): to be told from all patches of its image.
+
+    Args:
+        predicted, targets: unit vectors of student and momentum encoder (b, N, E).
+        mask: which patches count (b, N).
+    """
+    logits = predicted @ targets.transpose(1, 2) / temperature  # (b, N, N)
+    own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return F.cross_entropy(logits.float()[mask], own[mask], reduction="none")
+
+
+def backward_in_parts(
+    encode: Callable[[slice], Tensor],
+    parts: Sequence[slice],
+    loss_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The loss of the whole batch, whose gradients are left in the parameters; detached.
+
+    In several parts each is encoded twice: without a graph for the loss, which sees all of them,
+    and again for its gradient. The result is that of all at once.
+
+    Args:
+        encode: features of some of the images (images, ...).
+        loss_of: the loss of the features of all of them.
+    """
+    if len(parts) == 1:
+        loss = loss_of(encode(parts[0]))
+        loss.backward()
+        return loss.detach()
+
+    with torch.no_grad():
+        features = torch.cat([encode(part) for part in parts])
+    features.requires_grad_()
+    loss = loss_of(features)
+    loss.backward()
+    assert features.grad is not None
+    for part in parts:
+        encode(part).backward(features.grad[part])
+    return loss.detach()
+
+
+def conmim_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups: vectors, biases, CLS and absolute positions do not decay.
+
+    The mask token and tables of relative positions do.
+    """
+    groups = []
+    for name, parameter in named:
+        # a batch norm's are stacked, which their number of dimensions does not tell
+        is_vector = parameter.ndim <= 1 or ".norm." in name
+        exempt = name.endswith((".bias", "cls_token", "position_embeddings"))
+        decay = 0.0 if is_vector or exempt else weight_decay
+        groups.append((name, parameter, 1.0, decay))
+    return parameter_groups(groups)
+
+
+@torch.no_grad()
+def conmim_start_weights(encoder: MimRefinerModel) -> None:
+    """Give a fresh encoder the authors' initial weights; norms and layer scale have them already.
+
+    Normal with a deviation of 0.02, cut at one deviation; biases and relative positions 0. What
+    each block adds is divided by sqrt(2 block), counted from 1.
+    """
+
+    def draw(tensor: Tensor) -> None:
+        nn.init.trunc_normal_(tensor, std=_STD, a=-_STD, b=_STD)
+
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RelativePositionBias):
+            nn.init.zeros_(module.table)
+    if encoder.embeddings.cls_token is not None:
+        draw(encoder.embeddings.cls_token)
+
+    for number, block in enumerate(encoder.layers, start=1):
+        block.attention.o_proj.weight /= math.sqrt(2 * number)
+        block.mlp.fc2.weight /= math.sqrt(2 * number)
+
+
+class ConmimObjective(Objective):
+    """ConMIM's student and momentum encoder.
+
+    Args:
+        recipe: of the training.
+        steps: how many there are.
+        encoder: to go on from; None for fresh weights.
+
+    Raises:
+        ValueError: for masks that do not fit the grid.
+    """
+
+    def __init__(
+        self, recipe: PretrainRecipe, steps: Steps, encoder: MimRefinerModel | None = None
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.steps = steps
+        config = recipe.encoder_config() if encoder is None else encoder.config
+        self.grid: Grid = config.grid
+        check_masks(recipe, config)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            if encoder is None:
+                encoder = MimRefinerModel(config)
+                conmim_start_weights(encoder)
+            self.encoder = encoder.requires_grad_(True)
+            self.head = ConmimHead(
+                config.hidden_size, recipe.projector_hidden, recipe.projector_size
+            )
+        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.momentum = recipe.momentum_start
+
+        named = [
+            (f"{place}.{name}", parameter)
+            for place, part in (("encoder", self.encoder), ("head", self.head))
+            for name, parameter in part.named_parameters()
+        ]
+        groups = conmim_groups(named, recipe.weight_decay)
+        self._optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=1e-8)]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The student's."""
+        return list(self._optimizers)
+
+    def crops(self) -> Multicrop:
+        """One crop twice: lightly augmented, and in hard colours."""
+        return LightAndHard(self.recipe.image_size, (self.recipe.scale, 1.0), self.recipe.flip)
+
+    def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
+        """ "mask" (b, N), True where a patch is masked."""
+        recipe = self.recipe
+        rows = []
+        for index in sample_index:
+            source = mask_source(recipe.seed, step, index)
+            if recipe.mask_kind == "blocks":
+                most = int(math.prod(self.grid) * recipe.mask_ratio)
+                mask = block_mask(self.grid, most, recipe.smallest_block, source)
+            else:
+                side = recipe.mask_square // recipe.patch_size
+                order = shuffled(math.prod(self.grid) // side**2, source)
+                mask = square_mask(self.grid, side, recipe.mask_ratio, order)
+            rows.append(mask.reshape(-1))
+        return {"mask": torch.from_numpy(np.stack(rows))}
+
+    def backward(self, pixels: Tensor, masks: Masks, micro_batch_size: int | None) -> Losses:
+        """Gradients of the student; batch norm sees all tokens of all processes at once."""
+        light, hard = pixels[:, 0], pixels[:, 1]
+        mask = masks["mask"]
+        parts = list(micro_batches(len(pixels), micro_batch_size))
+        # the mean over all processes' masked patches, whose counts may differ
+        counted = reduced(mask.sum(), "sum") / world_size()
+        prefix = self.encoder.config.num_prefix_tokens
+
+        with torch.no_grad(), self.autocast(pixels):
+            tokens = [
+                encode_with_masks(self.teacher, hard[part], None, self.teacher_head.mask_token)
+                for part in parts
+            ]
+            targets = self.teacher_head(torch.cat(tokens))[:, prefix:]
+
+        def encode(part: slice) -> Tensor:
+            with self.autocast(pixels):
+                return encode_with_masks(
+                    self.encoder, light[part], mask[part], self.head.mask_token
+                )
+
+        def loss_of(tokens: Tensor) -> Tensor:
+            with self.autocast(pixels):
+                predicted = self.head(tokens)[:, prefix:]
+                errors = contrast(predicted, targets, mask, self.recipe.temperature)
+            return errors.sum() / counted
+
+        return {"loss": backward_in_parts(encode, parts, loss_of)}
+
+    def set_schedules(self, step: int) -> None:
+        """The rate, and the momentum, which has no warm-up."""
+        recipe = self.recipe
+        rate = WarmupCosine(
+            self.steps.total,
+            base=recipe.learning_rate,
+            final=recipe.end_learning_rate,
+            warmup=self.steps.warmup,
+        )
+        momentum = WarmupCosine(
+            self.steps.total, base=recipe.momentum_start, final=recipe.momentum_end
+        )
+        set_learning_rate(self._optimizers[0], rate(step))
+        self.momentum = momentum(step)
+
+    def step_optimizers(self, step: int) -> None:
+        """The student, then the momentum encoder with the student as it is now."""
+        super().step_optimizers(step)
+        update_average(self.teacher, self.encoder, self.momentum)
+        update_average(self.teacher_head, self.head, self.momentum)
+
+    def shipped(self) -> MimRefinerModel:
+        """The momentum encoder."""
+        return copy.deepcopy(self.teacher).requires_grad_(True)
+
+
+def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
+    """Refuse masks that do not fit the grid of the encoder's images.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    grid: Grid = config.grid
+    if recipe.mask_kind == "blocks":
+        most = int(math.prod(grid) * recipe.mask_ratio)
+        if not recipe.smallest_block <= most:
+            raise ValueError(
+                f"{setting('smallest_block', recipe.smallest_block)}: of the {math.prod(grid)} "
+                f"patches of an image {most} are masked; take smaller blocks or a larger "
+                f"{setting('mask_ratio')}"
+            )
+        return
+    if recipe.mask_square % config.patch_size:
+        raise ValueError(
+            f"{setting('mask_square', recipe.mask_square)}: must be a multiple of "
+            f"{setting('patch_size', config.patch_size)}"
+        )
+    squares = squares_of(grid, recipe.mask_square // config.patch_size)
+    masked_squares(squares, recipe.mask_ratio)
+
+
+__all__ = [
+    "ConmimHead",
+    "ConmimObjective",
+    "ProjectorLayer",
+    "backward_in_parts",
+    "check_masks",
+    "conmim_groups",
+    "conmim_start_weights",
+    "contrast",
+    "encode_with_masks",
+]

@@ -1,0 +1,241 @@
+"""ConMIM's pre-training against the authors' code: two steps, gradients, updates, and views."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import GOLDENS, facts, tensors
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mim_refiner_hf.conversion import load_encoder
+from mim_refiner_hf.data.paired_views import light_and_hard
+from mim_refiner_hf.data.views import ViewDraw, normalise
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
+from mim_refiner_hf.pretraining.conmim import ConmimObjective, conmim_groups, encode_with_masks
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe, Steps
+
+CASE = "conmim-step"
+LOSS = {"atol": 2e-5, "rtol": 0}
+TOKENS = {"atol": 5e-5, "rtol": 0}
+GRADIENTS = {"atol": 2e-5, "rtol": 1e-3}
+WEIGHTS = {"atol": 2e-5, "rtol": 0}
+
+
+def our_tensors(who: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of the authors' student or teacher under the objective's names."""
+    encoder, head = {"student": ("encoder", "head"), "teacher": ("teacher", "teacher_head")}[who]
+    if name == "mask_token":
+        return {f"{head}.mask_token": tensor}
+    if name.startswith("projectors."):
+        _, number, rest = name.split(".")
+        if rest == "num_batches_tracked":
+            return {}
+        layer, kind = divmod(int(number), 3)
+        # a batch norm of ours is one of several heads
+        if kind == 1:
+            return {f"{head}.projector.{layer}.norm.{rest}": tensor.unsqueeze(0)}
+        return {f"{head}.projector.{layer}.{rest}": tensor}
+
+    if name.endswith("attn.qkv.weight"):
+        stem = name.removesuffix("attn.qkv.weight").replace("blocks.", f"{encoder}.layers.")
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"{stem}attention.{part}_proj.weight": own for part, own in parts}
+    for theirs, ours in (
+        ("rel_pos_bias.relative_position_bias_table", "relative_position_bias.table"),
+        ("cls_token", "embeddings.cls_token"),
+        ("patch_embed.proj.", "embeddings.patch_embeddings."),
+        ("blocks.", "layers."),
+        ("attn.q_bias", "attention.q_proj.bias"),
+        ("attn.v_bias", "attention.v_proj.bias"),
+        ("attn.proj.", "attention.o_proj."),
+        ("gamma_1", "layer_scale1.weight"),
+        ("gamma_2", "layer_scale2.weight"),
+    ):
+        name = name.replace(theirs, ours)
+    return {f"{encoder}.{name}": tensor}
+
+
+def ours_of(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """All tensors `<prefix><who>.<name>` under our names."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        who, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and who in ("student", "teacher"):
+            ours.update(our_tensors(who, rest, tensor))
+    return ours
+
+
+def student_of(folder: Path) -> MimRefinerModel:
+    """The authors' student, as a file of theirs loads."""
+    state = load_file(GOLDENS / CASE / "init.safetensors")
+    model = {
+        name.removeprefix("student."): tensor
+        for name, tensor in state.items()
+        if name.startswith("student.")
+    }
+    torch.save({"model": model}, folder / "student.pth")
+    return load_encoder(folder / "student.pth")
+
+
+def golden_objective(folder: Path) -> ConmimObjective:
+    """The objective with the authors' settings and weights."""
+    case = facts(CASE)
+    dims = case["dims"]
+    first = case["steps"][0]
+    recipe = PretrainRecipe(
+        objective="conmim",
+        image_size=dims["image_size"],
+        patch_size=dims["patch_size"],
+        hidden_size=dims["dim"],
+        num_hidden_layers=dims["depth"],
+        num_attention_heads=dims["num_heads"],
+        batch_size=dims["batch_size"],
+        mask_ratio=0.75,
+        mask_square=2 * dims["patch_size"],
+        temperature=case["objective"]["temperature"],
+        projector_hidden=dims["projector_hidden"],
+        projector_size=dims["projector_out"],
+        learning_rate=first["lr"],
+        weight_decay=first["weight_decay"],
+    )
+    steps = Steps(per_epoch=10, warmup=1, total=10)
+    objective = ConmimObjective(recipe, steps, student_of(folder))
+    start = ours_of(load_file(GOLDENS / CASE / "init.safetensors"))
+    assert start.keys() == objective.state_dict().keys()
+    objective.load_state_dict(start)
+    return objective.train()
+
+
+def golden_batch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Light and hard views, and the mask, of a step."""
+    inputs, _ = tensors(CASE)
+    views = torch.stack([inputs[f"step{step}.light"], inputs[f"step{step}.hard"]], dim=1)
+    return views, {"mask": inputs[f"step{step}.mask"].bool()}
+
+
+def gradients(objective: ConmimObjective) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in objective.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def student_names(name: str) -> str:
+    """One of our names for a tensor of the authors' student."""
+    return next(iter(our_tensors("student", name, torch.zeros(3, 1))))
+
+
+@pytest.mark.usefixtures("goldens")
+@pytest.mark.parametrize("micro", [None, 2])
+def test_two_steps_are_the_authors(tmp_path: Path, micro: int | None) -> None:
+    objective = golden_objective(tmp_path)
+    case = facts(CASE)
+    _, expected = tensors(CASE)
+    no_gradient = {student_names(name) for name in case["zero_gradient_parameters"]}
+    for number, settings in enumerate(case["steps"], start=1):
+        pixels, masks = golden_batch(number)
+        assert masks["mask"].sum(1).tolist() == case["objective"]["masked_per_image"][number - 1]
+        objective.zero_grad()
+        loss = objective.backward(pixels, masks, micro)["loss"]
+        torch.testing.assert_close(loss, expected[f"step{number}.loss"].to(loss), **LOSS)
+
+        found = gradients(objective)
+        prefix = f"step{number}.grad."
+        theirs = {n.removeprefix(prefix): t for n, t in expected.items() if n.startswith(prefix)}
+        for name, tensor in theirs.items():
+            for ours, part in our_tensors("student", name, tensor).items():
+                torch.testing.assert_close(found[ours], part, **GRADIENTS, msg=ours)
+
+        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, case["optimizer"]["clip_grad"])
+        golden_norm = expected[f"step{number}.grad_norm"].to(norm)
+        torch.testing.assert_close(norm, golden_norm, rtol=1e-5, atol=0)
+        for group in objective.optimizers[0].param_groups:
+            group["lr"] = settings["lr"]
+        objective.momentum = settings["momentum"]
+        objective.step_optimizers(number)
+
+        state = objective.state_dict()
+        after = ours_of(expected, f"after_{number}.")
+        assert len(after) > 40
+        for name, tensor in after.items():
+            if name in no_gradient or name.replace("teacher.", "encoder.") in no_gradient:
+                continue
+            # it carries the noise of the parameter without a gradient
+            noisy = number > 1 and name.endswith("projector.0.norm.running_mean")
+            tolerance = {"atol": 1e-3, "rtol": 0} if noisy else WEIGHTS
+            torch.testing.assert_close(state[name], tensor, **tolerance, msg=name)
+
+
+@pytest.mark.usefixtures("goldens")
+def test_tokens_and_features_are_the_authors(tmp_path: Path) -> None:
+    objective = golden_objective(tmp_path)
+    pixels, masks = golden_batch(1)
+    _, expected = tensors(CASE)
+    for who, encoder, head, images, mask in (
+        ("student", objective.encoder, objective.head, pixels[:, 0], masks["mask"]),
+        ("teacher", objective.teacher, objective.teacher_head, pixels[:, 1], None),
+    ):
+        with torch.no_grad():
+            tokens = encode_with_masks(encoder, images, mask, head.mask_token)
+            features = head(tokens)
+        golden = expected[f"step1.{who}_tokens"]
+        torch.testing.assert_close(tokens, golden, **TOKENS)
+        golden = expected[f"step1.{who}_features"].view_as(features)
+        unit = torch.nn.functional.normalize(golden, dim=-1)
+        torch.testing.assert_close(features, unit, **TOKENS)
+
+
+@pytest.mark.usefixtures("goldens")
+def test_parameter_groups_are_the_authors(tmp_path: Path) -> None:
+    objective = golden_objective(tmp_path)
+    trained = [
+        (name, parameter)
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+    ]
+    decays = {
+        name: group["weight_decay"]
+        for group in conmim_groups(trained, 0.5)
+        for name in group["names"]
+    }
+    expected = {}
+    for group in facts(CASE)["optimizer"]["groups"]:
+        for name in group["params"]:
+            for ours in our_tensors("student", name, torch.zeros(3, 1)):
+                expected[ours] = group["weight_decay"]
+    assert decays == expected
+
+
+@pytest.mark.usefixtures("goldens")
+def test_views_are_the_authors() -> None:
+    case = facts("conmim-views")
+    inputs, expected = tensors("conmim-views")
+    pixels = inputs["image_uint8_chw"].permute(1, 2, 0).numpy()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    names = ("brightness", "contrast", "saturation", "hue")
+    for number, view in enumerate(case["views"]):
+        jitter = ()
+        if view["jitter"] is not None:
+            jitter = tuple(
+                (place, view["jitter"][names[place]]) for place in view["jitter"]["order"]
+            )
+        draw = ViewDraw(
+            box=tuple(view["crop_top_left_height_width"]),
+            flip=view["flip"],
+            jitter=jitter,
+            sigma=view["blur_radius"] or 0.0,
+            grey=view["grey"],
+            solarised=view["solarise"],
+        )
+        pair = light_and_hard(image, draw, case["image_size"])
+        for kind, ours in zip(("light", "hard"), pair, strict=True):
+            bits = torch.from_numpy(np.array(ours)).permute(2, 0, 1)
+            normed = normalise(bits, case["mean"], case["std"])
+            torch.testing.assert_close(
+                normed, expected[kind][number], atol=1e-5, rtol=0, msg=f"{kind} {number}"
+            )
