@@ -14,7 +14,8 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.data.paired_views import light_and_hard
 from mim_refiner_hf.data.views import ViewDraw, normalise
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
-from mim_refiner_hf.pretraining.conmim import ConmimObjective, conmim_groups, encode_with_masks
+from mim_refiner_hf.pretraining.conmim import ConmimObjective, conmim_groups
+from mim_refiner_hf.pretraining.conmim_student import encode_with_masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, Steps
 
 CASE = "conmim-step"

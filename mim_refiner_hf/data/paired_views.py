@@ -74,7 +74,7 @@ class LightAndHard:
         )
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Tensor]:
-        draw = draw_view(*image.size, self.spec, rng)
+        draw = draw_view(image.size[0], image.size[1], self.spec, rng)
         if isinstance(image, ChannelImage):
             draw = replace(draw, solarised=False)
             planes = [Image.fromarray(np.ascontiguousarray(each)) for each in image.in_front()]

@@ -10,28 +10,21 @@ clustering layer learns at the same time, with an optimiser of its own. The teac
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.views import Multicrop, MultiCrop, view_specs
+from ..data.views import MultiCrop, Multicrop, view_specs
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank, world_size
 from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
 from ..runtime.wording import setting
-from .block_masks import (
-    Grid,
-    aspect_limits,
-    draw_rectangle,
-    mask_source,
-    predicted_positions,
-    rectangle_mask,
-)
+from .block_masks import Grid
+from .capi_masks import draw_masks, mask_counts
 from .capi_student import PrototypeHead, encode, grid_of, places_of, predict, start_weights
 from .clustering_layer import ClusteringLayer
 from .objective import Losses, Masks, Objective, micro_batches, rows
@@ -48,65 +41,50 @@ MOST_PROTOTYPES = 16384
 _BETAS = (0.9, 0.95)
 
 
-@dataclass(frozen=True)
-class MaskCounts:
-    """How many patches of an image are visible and how many of the masked ones are predicted."""
+def prototypes_of(recipe: PretrainRecipe, positions: int) -> int:
+    """How many prototypes there are: the recipe's, or as many as the batch can be shared among.
 
-    visible: int
-    masked: int
-    predicted: int
-
-
-def mask_counts(grid: Grid, mask_ratio: float, predicted_share: float) -> MaskCounts:
-    """The exact counts of every mask; both shares are rounded down.
+    Args:
+        positions: patches of an image.
 
     Raises:
-        ValueError: for a grid on which nothing is left to see, or to predict, or into which no
-            rectangle of this area fits.
+        ValueError: for more than there are patches to share out, and for a batch of one image.
     """
-    patches = grid[0] * grid[1]
-    masked = int(patches * mask_ratio)
-    predicted = int(masked * predicted_share)
-    if masked == 0 or masked == patches or predicted == 0:
+    batch = recipe.batch_size
+    if batch < 2:
         raise ValueError(
-            f"{setting('predicted_share', predicted_share)}: of a grid of {grid[0]} x {grid[1]} "
-            f"patches {masked} are masked and {predicted} of them predicted; take larger images, "
-            f"smaller patches, or a larger share"
+            f"{setting('batch_size', batch)}: CAPI shares patches out among the images of a batch; "
+            "give 2 or more"
         )
-    aspect_limits(grid, patches - masked)
-    return MaskCounts(patches - masked, masked, predicted)
+    patches = batch if recipe.positionwise else batch * positions
+    asked = recipe.prototypes or MOST_PROTOTYPES
+    if asked <= patches:
+        return asked
+
+    noise = (
+        f"of {asked} the targets would be noise with {setting('batch_size', batch)}, an entropy of "
+        f"at least {math.log(asked / patches):.2f} of {math.log(asked):.2f} nats"
+    )
+    if recipe.prototypes is None:
+        logger.warning("CAPI takes %d prototypes: %s", patches, noise)
+        return patches
+    remedy = "take a larger batch"
+    if recipe.positionwise:
+        remedy = f"set {setting('positionwise')} to false, or take a larger batch"
+    raise ValueError(f"{setting('prototypes', asked)}: {noise}; give {patches} or fewer, {remedy}")
 
 
-def check_prototypes(prototypes: int, batch_size: int, positions: int, positionwise: bool) -> None:
-    """Refuse more prototypes than there are patches to share out among them.
-
-    Raises:
-        ValueError: naming what the targets would be, and for a batch of one image.
-    """
-    if batch_size < 2:
-        raise ValueError(
-            f"{setting('batch_size', batch_size)}: CAPI shares patches out among the images of a "
-            "batch; give 2 or more"
-        )
-    patches = batch_size if positionwise else batch_size * positions
-    if prototypes > patches:
-        hint = f" or {setting('positionwise')} false," if positionwise else ""
-        raise ValueError(
-            f"{setting('prototypes', prototypes)}: with "
-            f"{setting('batch_size', batch_size)} targets would be noise, an entropy of at least "
-            f"{np.log(prototypes / patches):.2f} of {np.log(prototypes):.2f} nats; take "
-            f"{patches} or fewer,{hint} or a larger batch"
-        )
-
-
-def capi_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """The student's parameter groups.
+def capi_groups(parts: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups of the student's parts.
 
     Biases do not decay, norms a tenth; the patch embedding learns at a fifth of the rate, and the
     frequencies of rope not at all. All else decays, tokens too.
     """
+    named = [
+        (f"{place}.{name}", parameter)
+        for place, part in parts.items()
+        for name, parameter in part.named_parameters()
+    ]
     groups = []
     for name, parameter in named:
         scale = 1.0
@@ -152,7 +130,7 @@ class CapiObjective(Objective):
             )
         self.grid: Grid = config.grid
         self.counts = mask_counts(self.grid, recipe.mask_ratio, recipe.predicted_share)
-        prototypes = recipe.prototypes or min(recipe.batch_size, MOST_PROTOTYPES)
+        prototypes = prototypes_of(recipe, math.prod(self.grid))
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -172,22 +150,19 @@ class CapiObjective(Objective):
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.momentum = 1.0
-        self._optimizers = self._make_optimizers()
-
-    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The student's, and the clustering layer's."""
-        named = [("encoder", self.encoder), ("head", self.head)]
-        student = [
-            (f"{place}.{name}", parameter)
-            for place, part in named
-            for name, parameter in part.named_parameters()
+        self._optimizers = [
+            torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=1e-8)
+            for groups in (
+                capi_groups({"encoder": self.encoder, "head": self.head}, recipe.weight_decay),
+                [
+                    {
+                        "params": [*self.clustering.parameters()],
+                        "lr_scale": 1.0,
+                        "weight_decay": recipe.clustering_weight_decay,
+                    }
+                ],
+            )
         ]
-        layer = [
-            (name, parameter, 1.0, self.recipe.clustering_weight_decay)
-            for name, parameter in self.clustering.named_parameters()
-        ]
-        groups = [capi_groups(student, self.recipe.weight_decay), parameter_groups(layer)]
-        return [torch.optim.AdamW(each, lr=0.0, betas=_BETAS, eps=1e-8) for each in groups]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -202,30 +177,16 @@ class CapiObjective(Objective):
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """ "visible" (b, V) and "predicted" (b, P) positions, and "kept" of stochastic depth."""
-        visible = []
-        predicted = []
-        for index in sample_index:
-            source = mask_source(self.recipe.seed, step, index)
-            draw = draw_rectangle(self.grid, self.counts.visible, source, self.recipe.roll)
-            seen = rectangle_mask(self.grid, self.counts.visible, draw)
-            noise = [source.random() for _ in range(self.counts.masked)]
-            visible.append(np.flatnonzero(seen))
-            predicted.append(predicted_positions(~seen, noise, self.counts.predicted))
-
-        masks = {
-            "visible": torch.from_numpy(np.stack(visible)),
-            "predicted": torch.from_numpy(np.stack(predicted)),
-        }
+        seed = self.recipe.seed
+        visible, predicted = draw_masks(
+            self.grid, self.counts, seed, step, sample_index, self.recipe.roll
+        )
+        masks = {"visible": visible, "predicted": predicted}
         if self.recipe.stochastic_depth:
             batch = len(sample_index)
             branches = 2 * (len(self.encoder.layers) + self.recipe.predictor_layers)
-            kept = kept_images(
-                self.recipe.seed,
-                step,
-                batch * world_size(),
-                branches,
-                self.recipe.stochastic_depth,
-            )
+            rate = self.recipe.stochastic_depth
+            kept = kept_images(seed, step, batch * world_size(), branches, rate)
             masks["kept"] = kept[rank() * batch : (rank() + 1) * batch]
         return masks
 
@@ -331,12 +292,4 @@ def with_predictor(encoder: MimRefinerModel, blocks: int) -> MimRefinerModel:
     return encoder.requires_grad_(True)
 
 
-__all__ = [
-    "MOST_PROTOTYPES",
-    "CapiObjective",
-    "MaskCounts",
-    "capi_groups",
-    "check_prototypes",
-    "mask_counts",
-    "with_predictor",
-]
+__all__ = ["MOST_PROTOTYPES", "CapiObjective", "capi_groups", "prototypes_of", "with_predictor"]

@@ -7,6 +7,8 @@
 The encoder is a `MimRefinerModel` with stored rope, registers and a predictor.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +68,8 @@ def encode(
     if kept is None:
         tokens = encoder.encode_tokens(tokens, places)
     else:
-        for block, pair in zip(encoder.layers, kept.split(2, dim=1), strict=True):
+        blocks: Any = encoder.layers
+        for block, pair in zip(blocks, kept.split(2, dim=1), strict=True):
             tokens = run_block(block, tokens, coordinates, pair, factor)
     return encoder.norm(tokens), coordinates
 
@@ -92,7 +95,8 @@ def predict(
         return predictor(output, coordinates, places)
 
     tokens = predictor.mask_token.expand(len(output), places.shape[1], -1)
-    for block, pair in zip(predictor.blocks, kept.split(2, dim=1), strict=True):
+    blocks: Any = predictor.blocks
+    for block, pair in zip(blocks, kept.split(2, dim=1), strict=True):
         tokens = run_block(block, tokens, places, pair, factor, (output, coordinates))
     return predictor.norm(tokens)
 

@@ -23,8 +23,6 @@ from ..data.paired_views import LightAndHard
 from ..data.views import Multicrop
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..model.positions_mim_refiner import RelativePositionBias
-from ..runtime.batch_norm import GroupedBatchNorm
 from ..runtime.distributed import reduced, world_size
 from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
 from ..runtime.wording import setting
@@ -37,7 +35,7 @@ from .block_masks import (
     square_mask,
     squares_of,
 )
-from .capi_student import grid_of
+from .conmim_student import ConmimHead, conmim_start_weights, encode_with_masks
 from .objective import Losses, Masks, Objective, micro_batches
 from .recipe import PretrainRecipe, Steps
 from .schedules import WarmupCosine
@@ -46,66 +44,6 @@ from .schedules import WarmupCosine
 # encoder, E width of what is contrasted, M masked patches of the batch.
 
 _BETAS = (0.9, 0.98)
-_STD = 0.02
-
-
-class ProjectorLayer(nn.Module):
-    """[Linear-BN(-ReLU)] of rows (R, dim_in) -> (R, dim_out), linear without bias."""
-
-    def __init__(self, dim_in: int, dim_out: int, last: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
-        nn.init.trunc_normal_(self.weight, std=_STD, a=-_STD, b=_STD)
-        self.norm = GroupedBatchNorm(1, dim_out, affine=not last)
-        self.last = last
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        normed = self.norm(F.linear(tokens, self.weight).T.unsqueeze(0))[0].T
-        return normed if self.last else F.relu(normed)
-
-
-class ConmimHead(nn.Module):
-    """What one of the two networks has beside its encoder: a mask token, and the projector.
-
-    Args:
-        dim: width of the encoder.
-        hidden: width of the projector's hidden layers.
-        size: width of what is contrasted.
-    """
-
-    def __init__(self, dim: int, hidden: int, size: int) -> None:
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        nn.init.trunc_normal_(self.mask_token, std=_STD, a=-_STD, b=_STD)
-        self.projector = nn.Sequential(
-            ProjectorLayer(dim, hidden, last=False),
-            ProjectorLayer(hidden, hidden, last=False),
-            ProjectorLayer(hidden, size, last=True),
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Unit vectors (b, T, E) of all tokens (b, T, D), in single precision."""
-        rows = self.projector(tokens.flatten(0, 1))
-        return F.normalize(rows.float(), dim=-1).view(*tokens.shape[:2], -1)
-
-
-def encode_with_masks(
-    encoder: MimRefinerModel, pixels: Tensor, mask: Tensor | None, mask_token: Tensor
-) -> Tensor:
-    """The encoder's output (b, T, D), with a token in the place of the masked patches.
-
-    Args:
-        pixels: normalised images (b, C, H, W).
-        mask: which patches are masked (b, N); None for none.
-        mask_token: (1, 1, D); it gets the position of its patch, if there are absolute ones.
-    """
-    patches = encoder.embeddings.patches(pixels)
-    if mask is not None:
-        patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
-    grid = grid_of(encoder, pixels)
-    tokens = encoder.embeddings.with_prefix(encoder.embeddings.with_positions(patches, grid))
-    tokens = encoder.encode_tokens(tokens, encoder.places(grid, pixels.device))
-    return encoder.norm(tokens)
 
 
 def contrast(predicted: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -165,32 +103,6 @@ def conmim_groups(
         decay = 0.0 if is_vector or exempt else weight_decay
         groups.append((name, parameter, 1.0, decay))
     return parameter_groups(groups)
-
-
-@torch.no_grad()
-def conmim_start_weights(encoder: MimRefinerModel) -> None:
-    """Give a fresh encoder the authors' initial weights; norms and layer scale have them already.
-
-    Normal with a deviation of 0.02, cut at one deviation; biases and relative positions 0. What
-    each block adds is divided by sqrt(2 block), counted from 1.
-    """
-
-    def draw(tensor: Tensor) -> None:
-        nn.init.trunc_normal_(tensor, std=_STD, a=-_STD, b=_STD)
-
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            draw(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, RelativePositionBias):
-            nn.init.zeros_(module.table)
-    if encoder.embeddings.cls_token is not None:
-        draw(encoder.embeddings.cls_token)
-
-    for number, block in enumerate(encoder.layers, start=1):
-        block.attention.o_proj.weight /= math.sqrt(2 * number)
-        block.mlp.fc2.weight /= math.sqrt(2 * number)
 
 
 class ConmimObjective(Objective):
@@ -267,7 +179,7 @@ class ConmimObjective(Objective):
         mask = masks["mask"]
         parts = list(micro_batches(len(pixels), micro_batch_size))
         # the mean over all processes' masked patches, whose counts may differ
-        counted = reduced(mask.sum(), "sum") / world_size()
+        counted = reduced(mask.sum(), "sum").clamp(min=1) / world_size()
         prefix = self.encoder.config.num_prefix_tokens
 
         with torch.no_grad(), self.autocast(pixels):
@@ -325,12 +237,13 @@ def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
     """
     grid: Grid = config.grid
     if recipe.mask_kind == "blocks":
-        most = int(math.prod(grid) * recipe.mask_ratio)
-        if not recipe.smallest_block <= most:
+        # a block is smaller than the grid on both sides
+        most = min(int(math.prod(grid) * recipe.mask_ratio), (grid[0] - 1) * (grid[1] - 1))
+        if recipe.smallest_block > most:
             raise ValueError(
-                f"{setting('smallest_block', recipe.smallest_block)}: of the {math.prod(grid)} "
-                f"patches of an image {most} are masked; take smaller blocks or a larger "
-                f"{setting('mask_ratio')}"
+                f"{setting('smallest_block', recipe.smallest_block)}: at most {most} of the "
+                f"{grid[0]} x {grid[1]} patches of an image are masked; take smaller blocks, "
+                f"larger images, or a larger {setting('mask_ratio')}"
             )
         return
     if recipe.mask_square % config.patch_size:
@@ -342,14 +255,4 @@ def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
     masked_squares(squares, recipe.mask_ratio)
 
 
-__all__ = [
-    "ConmimHead",
-    "ConmimObjective",
-    "ProjectorLayer",
-    "backward_in_parts",
-    "check_masks",
-    "conmim_groups",
-    "conmim_start_weights",
-    "contrast",
-    "encode_with_masks",
-]
+__all__ = ["ConmimObjective", "backward_in_parts", "check_masks", "conmim_groups", "contrast"]
