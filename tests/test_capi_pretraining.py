@@ -13,7 +13,7 @@ from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining.capi import CapiObjective
 from mim_refiner_hf.pretraining.capi_student import encode, places_of, predict
 from mim_refiner_hf.pretraining.objective import Masks
-from mim_refiner_hf.pretraining.recipe import PretrainRecipe, Steps
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
 
 CASE = "capi-step"
 LOSS = {"atol": 1e-5, "rtol": 0}
@@ -98,7 +98,7 @@ def golden_objective(folder: Path, stochastic_depth: float = 0.0) -> CapiObjecti
         truncated_cosine=rates["truncate_cos"],
     )
     total = optimizer["total_iters"]
-    steps = Steps(per_epoch=total, warmup=rates["warmup_iters"], total=total)
+    steps = PretrainSteps(per_epoch=total, warmup=rates["warmup_iters"], total=total)
     encoder = network(folder, "student")
     # an image that is no square: the file does not state its size
     encoder.config.image_size = list(case["image"])

@@ -15,8 +15,8 @@ from mim_refiner_hf.data.paired_views import light_and_hard
 from mim_refiner_hf.data.views import ViewDraw, normalise
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining.conmim import ConmimObjective, conmim_groups
-from mim_refiner_hf.pretraining.conmim_student import encode_with_masks
-from mim_refiner_hf.pretraining.recipe import PretrainRecipe, Steps
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
+from mim_refiner_hf.pretraining.student import replaced_input
 
 CASE = "conmim-step"
 LOSS = {"atol": 2e-5, "rtol": 0}
@@ -102,7 +102,7 @@ def golden_objective(folder: Path) -> ConmimObjective:
         learning_rate=first["lr"],
         weight_decay=first["weight_decay"],
     )
-    steps = Steps(per_epoch=10, warmup=1, total=10)
+    steps = PretrainSteps(per_epoch=10, warmup=1, total=10)
     objective = ConmimObjective(recipe, steps, student_of(folder))
     start = ours_of(load_file(GOLDENS / CASE / "init.safetensors"))
     assert start.keys() == objective.state_dict().keys()
@@ -177,12 +177,14 @@ def test_tokens_and_features_are_the_authors(tmp_path: Path) -> None:
     objective = golden_objective(tmp_path)
     pixels, masks = golden_batch(1)
     _, expected = tensors(CASE)
+    whole = torch.zeros_like(masks["mask"])
     for who, encoder, head, images, mask in (
         ("student", objective.encoder, objective.head, pixels[:, 0], masks["mask"]),
-        ("teacher", objective.teacher, objective.teacher_head, pixels[:, 1], None),
+        ("teacher", objective.teacher, objective.teacher_head, pixels[:, 1], whole),
     ):
         with torch.no_grad():
-            tokens = encode_with_masks(encoder, images, mask, head.mask_token)
+            tokens, places = replaced_input(encoder, images, mask, head.mask_token)
+            tokens = encoder.norm(encoder.encode_tokens(tokens, places))
             features = head(tokens)
         golden = expected[f"step1.{who}_tokens"]
         torch.testing.assert_close(tokens, golden, **TOKENS)

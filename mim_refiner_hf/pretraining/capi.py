@@ -25,10 +25,10 @@ from ..runtime.optimisation import parameter_groups, set_learning_rate, update_a
 from ..runtime.wording import setting
 from .block_masks import Grid
 from .capi_masks import draw_masks, mask_counts
-from .capi_student import PrototypeHead, encode, grid_of, places_of, predict, start_weights
+from .capi_student import PrototypeHead, encode, places_of, predict, start_weights
 from .clustering_layer import ClusteringLayer
 from .objective import Losses, Masks, Objective, micro_batches, rows
-from .recipe import PretrainRecipe, Steps
+from .recipe import PretrainRecipe, PretrainSteps
 from .schedules import WarmupCosine
 from .stochastic_depth import kept_count, kept_images
 
@@ -117,7 +117,7 @@ class CapiObjective(Objective):
     """
 
     def __init__(
-        self, recipe: PretrainRecipe, steps: Steps, encoder: MimRefinerModel | None = None
+        self, recipe: PretrainRecipe, steps: PretrainSteps, encoder: MimRefinerModel | None = None
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -150,7 +150,7 @@ class CapiObjective(Objective):
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.momentum = 1.0
-        self._optimizers = [
+        self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=1e-8)
             for groups in (
                 capi_groups({"encoder": self.encoder, "head": self.head}, recipe.weight_decay),
@@ -166,7 +166,7 @@ class CapiObjective(Objective):
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The student's, and the clustering layer's."""
+        """Of the student, and of the clustering layer."""
         return self._optimizers
 
     def crops(self) -> Multicrop:
@@ -220,7 +220,7 @@ class CapiObjective(Objective):
         for part in micro_batches(len(images), micro_batch_size):
             with self.autocast(images):
                 output, _ = encode(self.teacher, images[part])
-            parts.append(output[:, self.teacher.config.num_register_tokens :].float())
+            parts.append(output[:, self.teacher.config.num_register_tokens :])
         return torch.cat(parts)
 
     def logits(self, images: Tensor, masks: Masks, batch: int) -> Tensor:
@@ -240,7 +240,7 @@ class CapiObjective(Objective):
 
         with self.autocast(images):
             output, coordinates = encode(self.encoder, images, masks["visible"], of_encoder, factor)
-            places = places_of(grid_of(self.encoder, images), masks["predicted"])
+            places = places_of(self.grid, masks["predicted"])
             predictions = predict(self.encoder, output, coordinates, places, of_predictor, factor)
         logits: Tensor = self.head(predictions)
         return logits

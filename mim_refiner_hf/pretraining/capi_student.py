@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.positions_mim_refiner import patch_coordinates
 from .stochastic_depth import run_block
+from .student import embedded_patches, visible_input
 
 # Shapes below: b images, R registers, N patches, V of them visible, P predicted, D width of the
 # encoder, K prototypes.
@@ -35,13 +36,7 @@ class PrototypeHead(nn.Module):
         with torch.autocast(predictions.device.type, enabled=False):
             lengths = self.weight_v.norm(dim=1, keepdim=True)
             weight = self.weight_v * (self.weight_g / (lengths + 1e-8))
-            return F.linear(F.normalize(predictions.float(), dim=-1), weight)
-
-
-def grid_of(encoder: MimRefinerModel, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of the patches of images (b, C, H, W)."""
-    size = encoder.config.patch_size
-    return pixels.shape[2] // size, pixels.shape[3] // size
+            return F.linear(F.normalize(predictions.to(weight.dtype), dim=-1), weight)
 
 
 def encode(
@@ -54,16 +49,17 @@ def encode(
     """The encoder's output (b, R + V, D) and the places of its tokens (b, R + V, 2).
 
     Args:
-        pixels: normalised images (b, C, H, W).
+        pixels: normalised images (b, C, H, W) of the encoder's size.
         visible: positions of the patches that are seen (b, V); None for all, places (R + N, 2).
         kept, factor: of stochastic depth, two columns a block: see `run_block`.
     """
-    patches = encoder.embeddings.patches(pixels)
-    if visible is not None:
-        patches = patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    tokens = encoder.embeddings.with_prefix(patches)
+    patches = embedded_patches(encoder, pixels)
+    if visible is None:
+        tokens = encoder.embeddings.with_prefix(patches)
+        places = encoder.places(encoder.config.grid, pixels.device)
+    else:
+        tokens, places = visible_input(encoder, patches, visible)
 
-    places = encoder.places(grid_of(encoder, pixels), pixels.device, visible)
     coordinates: Tensor = places["coordinates"]
     if kept is None:
         tokens = encoder.encode_tokens(tokens, places)
@@ -134,7 +130,6 @@ def start_weights(encoder: MimRefinerModel) -> None:
 __all__ = [
     "PrototypeHead",
     "encode",
-    "grid_of",
     "places_of",
     "predict",
     "start_weights",

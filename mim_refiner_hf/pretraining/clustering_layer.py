@@ -94,7 +94,7 @@ class ClusteringLayer(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (..., K) of features (..., b, D) and their assignments, which have no gradient."""
-        logits = self.layer(F.normalize(features.float(), dim=-1, eps=1e-7))
+        logits = self.layer(F.normalize(features.to(self.layer.weight.dtype), dim=-1, eps=1e-7))
         scaled = logits.detach() / self.target_temperature
         if self.positionwise:
             return logits, sinkhorn(scaled, self.iterations)
@@ -109,12 +109,14 @@ class ClusteringLayer(nn.Module):
             backward: leave the gradients of the loss in the layer.
         """
         batch, positions, _ = features.shape
-        targets = features.new_empty(*predicted.shape, self.layer.out_features, dtype=torch.float32)
-        loss = torch.zeros((), device=features.device)
+        weight = self.layer.weight
+        targets = weight.new_empty(*predicted.shape, len(weight))
+        loss = weight.new_zeros(())
 
         # positions are problems of their own, so that they come in chunks; one alone does not
         chunk = self.chunk if self.positionwise else positions
-        with torch.autocast(features.device.type, enabled=False):
+        full = torch.autocast(features.device.type, enabled=False)
+        with full, torch.set_grad_enabled(backward):
             for first in range(0, positions, chunk):
                 part = features[:, first : first + chunk].transpose(0, 1)  # (n, b, D)
                 logits, assigned = self(part)

@@ -23,6 +23,7 @@ from ..data.paired_views import LightAndHard
 from ..data.views import Multicrop
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.arithmetic import full_precision
 from ..runtime.distributed import reduced, world_size
 from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
 from ..runtime.wording import setting
@@ -35,10 +36,11 @@ from .block_masks import (
     square_mask,
     squares_of,
 )
-from .conmim_student import ConmimHead, conmim_start_weights, encode_with_masks
+from .conmim_student import ConmimHead, conmim_start_weights
 from .objective import Losses, Masks, Objective, micro_batches
-from .recipe import PretrainRecipe, Steps
+from .recipe import PretrainRecipe, PretrainSteps
 from .schedules import WarmupCosine
+from .student import replaced_input
 
 # Shapes below: b images of this process, V views of each, N patches, T tokens, D width of the
 # encoder, E width of what is contrasted, M masked patches of the batch.
@@ -55,7 +57,7 @@ def contrast(predicted: Tensor, targets: Tensor, mask: Tensor, temperature: floa
     """
     logits = predicted @ targets.transpose(1, 2) / temperature  # (b, N, N)
     own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return F.cross_entropy(logits.float()[mask], own[mask], reduction="none")
+    return F.cross_entropy(full_precision(logits)[mask], own[mask], reduction="none")
 
 
 def backward_in_parts(
@@ -118,7 +120,7 @@ class ConmimObjective(Objective):
     """
 
     def __init__(
-        self, recipe: PretrainRecipe, steps: Steps, encoder: MimRefinerModel | None = None
+        self, recipe: PretrainRecipe, steps: PretrainSteps, encoder: MimRefinerModel | None = None
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -183,17 +185,15 @@ class ConmimObjective(Objective):
         prefix = self.encoder.config.num_prefix_tokens
 
         with torch.no_grad(), self.autocast(pixels):
-            tokens = [
-                encode_with_masks(self.teacher, hard[part], None, self.teacher_head.mask_token)
-                for part in parts
-            ]
+            tokens = [self.teacher(hard[part]).last_hidden_state for part in parts]
             targets = self.teacher_head(torch.cat(tokens))[:, prefix:]
 
         def encode(part: slice) -> Tensor:
             with self.autocast(pixels):
-                return encode_with_masks(
+                tokens, places = replaced_input(
                     self.encoder, light[part], mask[part], self.head.mask_token
                 )
+                return self.encoder.norm(self.encoder.encode_tokens(tokens, places))
 
         def loss_of(tokens: Tensor) -> Tensor:
             with self.autocast(pixels):

@@ -12,20 +12,23 @@ class ConmimFields:
 
     mask_kind: Literal["squares", "blocks"] = documented(
         "squares",
-        'ConMIM: "squares" of pixels (the released recipe), or BEiT\'s "blocks", of which the '
+        'conmim: "squares" of pixels (the released recipe), or BEiT\'s "blocks", of which the '
         "authors mask 75 of 196 patches (a mask_ratio of 0.385).",
     )
     mask_square: PositiveInt = documented(
-        32, "ConMIM: side of a masked square in pixels; a multiple of patch_size."
+        32, "conmim: side of a masked square in pixels; a multiple of patch_size."
     )
     smallest_block: PositiveInt = documented(
-        16, "ConMIM: area of the smallest masked block, in patches."
+        16, "conmim: area of the smallest masked block, in patches."
     )
-    temperature: PositiveFloat = documented(0.1, "ConMIM: temperature of the contrast.")
+    layer_scale: PositiveFloat = documented(
+        0.1, "conmim: start of the factor per channel of each branch (authors: S, B 0.1, L 1e-5)."
+    )
+    temperature: PositiveFloat = documented(0.1, "conmim: temperature of the contrast.")
     projector_hidden: PositiveInt = documented(
-        4096, "ConMIM: width of the projector's hidden layers."
+        4096, "conmim: width of the projector's hidden layers."
     )
-    projector_size: PositiveInt = documented(256, "ConMIM: width of what is contrasted.")
+    projector_size: PositiveInt = documented(256, "conmim: width of what is contrasted.")
 
 
 __all__ = ["ConmimFields"]

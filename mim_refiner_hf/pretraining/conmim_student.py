@@ -1,7 +1,7 @@
-"""The networks of ConMIM: an encoder that sees a token for masked patches, and a projector.
+"""What ConMIM's two networks have beside an encoder, and the encoder's start.
 
-    tokens = encode_with_masks(encoder, pixels, mask, head.mask_token)      # (b, T, D)
-    vectors = head(tokens)                                                  # (b, T, E)
+    head = ConmimHead(dim=768, hidden=4096, size=256)
+    vectors = head(tokens)          # (b, T, 768) -> (b, T, 256)
 
 The projector reads every token, CLS too; its batch norm runs over all of them, of all processes.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.positions_mim_refiner import RelativePositionBias
+from ..runtime.arithmetic import full_precision
 from ..runtime.batch_norm import GroupedBatchNorm
-from .capi_student import grid_of
 
 # Shapes below: b images, N patches, T tokens, D width of the encoder, E width of what is
 # contrasted, R rows.
@@ -61,26 +61,7 @@ class ConmimHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Unit vectors (b, T, E) of all tokens (b, T, D), in single precision."""
         rows = self.projector(tokens.flatten(0, 1))
-        return F.normalize(rows.float(), dim=-1).view(*tokens.shape[:2], -1)
-
-
-def encode_with_masks(
-    encoder: MimRefinerModel, pixels: Tensor, mask: Tensor | None, mask_token: Tensor
-) -> Tensor:
-    """The encoder's output (b, T, D), with a token in the place of the masked patches.
-
-    Args:
-        pixels: normalised images (b, C, H, W).
-        mask: which patches are masked (b, N); None for none.
-        mask_token: (1, 1, D); it gets the position of its patch, if there are absolute ones.
-    """
-    patches = encoder.embeddings.patches(pixels)
-    if mask is not None:
-        patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
-    grid = grid_of(encoder, pixels)
-    tokens = encoder.embeddings.with_prefix(encoder.embeddings.with_positions(patches, grid))
-    tokens = encoder.encode_tokens(tokens, encoder.places(grid, pixels.device))
-    return encoder.norm(tokens)
+        return F.normalize(full_precision(rows), dim=-1).view(*tokens.shape[:2], -1)
 
 
 @torch.no_grad()
@@ -110,4 +91,4 @@ def conmim_start_weights(encoder: MimRefinerModel) -> None:
         block.mlp.fc2.weight /= math.sqrt(2 * number)
 
 
-__all__ = ["ConmimHead", "ProjectorLayer", "conmim_start_weights", "encode_with_masks"]
+__all__ = ["ConmimHead", "ProjectorLayer", "conmim_start_weights"]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arithmetic import full_precision
 from .distributed import all_gather_with_gradient, world_size
 
 # Shapes below: H heads, C channels of a head, N columns of this process, P processes.
@@ -57,7 +58,7 @@ class GroupedBatchNorm(nn.Module):
         Every process has as many columns, so the variance of all is the mean of the processes'
         variances plus the variance of their means: E[var_r + (mean_r - mean)^2].
         """
-        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        full = full_precision(x)
         own = torch.stack([full.mean(dim=2), full.var(dim=2, unbiased=False)])
         means, variances = all_gather_with_gradient(own.unsqueeze(0)).unbind(1)  # (P, H, C)
         mean = means.mean(dim=0)
