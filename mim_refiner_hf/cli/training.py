@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .flags import add_splits, add_workers, command_parser, share
+from .flags import add_splits, command_parser
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -23,15 +23,17 @@ def run_refine(arguments: Sequence[str]) -> None:
 
 
 def _pretrain_parser() -> "HfArgumentParser":
-    """The fields of PretrainRecipe, and where images and model are."""
+    """The fields of PretrainRecipe and LoopOptions, and where images and model are."""
     from transformers import HfArgumentParser
 
-    from ..data.broken import MAX_BAD_FRACTION
-    from ..pretraining.mae import PretrainRecipe
+    from ..pretraining.loop import LoopOptions
+    from ..pretraining.recipe import PretrainRecipe
 
     parser = HfArgumentParser(
-        PretrainRecipe,  # type: ignore[arg-type]
-        description="Pre-train an encoder by masked autoencoding.",
+        [PretrainRecipe, LoopOptions],  # type: ignore[list-item]
+        description="Pre-train an encoder on images without labels. The same command goes on "
+        "where it was stopped.",
+        usage="%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags",
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", help="name in training/recipes/ or path of a YAML file")
@@ -40,56 +42,50 @@ def _pretrain_parser() -> "HfArgumentParser":
     )
     add_splits(parser)
     parser.add_argument(
+        "--init_from",
+        metavar="ENCODER",
+        help="go on from this encoder: model folder, Hub name, file, or a name of the zoo; it "
+        "brings its shape",
+    )
+    parser.add_argument(
         "--output_dir",
         type=Path,
         default=Path("outputs/pretrained"),
         help="folder for the model; default: outputs/pretrained",
     )
-    add_workers(parser, 2)
-    parser.add_argument(
-        "--max_bad_fraction",
-        type=share,
-        default=MAX_BAD_FRACTION,
-        help=f"stop when more than this share of the images is broken; default: {MAX_BAD_FRACTION}",
-    )
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and end")
+    parser.set_defaults(num_workers=2)
     return parser
 
 
 def run_pretrain(arguments: Sequence[str]) -> None:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
-    from ..conversion.load import image_processor
-    from ..data.images import open_images
-    from ..pretraining.mae import PretrainRecipe, pretrain_mae
-    from ..publishing.hub import check_model_folder, save_model_folder
-    from ..runtime.launch import job_of_processes
-    from ..runtime.lock import sole_run
+    from ..pretraining.recipe import PretrainRecipe
+    from ..runs.pretrain import run_pretraining
     from ..runtime.settings import read_fields
 
     parser = _pretrain_parser()
+    words = list(arguments)
+    if words and not words[0].startswith("-"):
+        words = ["--dataset", *words]
     # which defaults hold is known only when --recipe has been read
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    name = first.parse_known_args(arguments)[0].recipe
+    name = first.parse_known_args(words)[0].recipe
     if name is not None:
         parser.set_defaults(**read_fields(name, PretrainRecipe))
-    recipe, options = parser.parse_args_into_dataclasses(list(arguments))
+    recipe, options, where = parser.parse_args_into_dataclasses(words)
 
-    check_model_folder(options.output_dir)
-    images = open_images(
-        options.dataset,
-        config=options.dataset_config,
-        split=options.split,
-        num_channels=recipe.num_channels,
+    run_pretraining(
+        recipe,
+        where.output_dir,
+        dataset=where.dataset,
+        dataset_config=where.dataset_config,
+        split=where.split,
+        init_from=where.init_from,
+        options=options,
+        dry_run=where.dry_run,
     )
-    with sole_run(options.output_dir, "output_dir", beside=True):
-        accelerator = job_of_processes()
-        encoder = pretrain_mae(
-            recipe, images, accelerator, options.num_workers, options.max_bad_fraction
-        )
-        if accelerator.is_main_process:
-            processor = image_processor(encoder.config, {})
-            save_model_folder(options.output_dir, encoder, processor)
-            print(f"The pre-trained model: {options.output_dir}")
 
 
 def run_replay(arguments: Sequence[str]) -> None:

@@ -22,17 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.broken import BrokenImages
+from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.batches import crop_batches
 from ..pretraining.mae import (
     MaeDecoder,
-    PretrainRecipe,
     decoder_groups,
-    mae_batches,
     reconstruction_error,
     visible_tokens,
     xavier_uniform,
 )
+from ..pretraining.masks import mae_noise
+from ..pretraining.objective import plain_crop
+from ..pretraining.recipe import PretrainRecipe
 from ..runtime.distributed import average_gradients, progress_bar, rank
 from ..runtime.optimisation import learning_rate, set_learning_rate
 from .features import Preprocess
@@ -100,7 +104,7 @@ def block_errors(
     prefix = encoder.config.num_prefix_tokens
     patch = encoder.config.patch_size
     with torch.no_grad():
-        tokens, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
+        tokens, _, restore = visible_tokens(encoder, pixels, noise, mask_ratio)
     masked = restore >= tokens.shape[1] - prefix
 
     for layer, decoder in zip(encoder.layers, decoders, strict=True):
@@ -129,16 +133,25 @@ def train_decoders(
 
     groups = decoder_groups(decoders, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    per_epoch = len(images) // recipe.batch_size
-    steps = recipe.epochs * per_epoch
-    warmup = round(recipe.warmup_epochs * per_epoch)
+    _, warmup, total = recipe.steps(len(images))
+    patches = math.prod(encoder.config.grid)
 
-    batches = mae_batches(recipe, images, processor, encoder.device, num_workers)
-    progress = progress_bar(
-        batches, total=steps, desc="decoders of all blocks", hidden=rank() > 0, leave=False
+    batches = crop_batches(
+        recipe, plain_crop(recipe), images, stop_step=total, num_workers=num_workers
     )
-    for step, (pixels, noise) in enumerate(progress):
-        set_learning_rate(optimizer, learning_rate(step, warmup, steps, PEAK_LEARNING_RATE))
+    progress = progress_bar(
+        batches, total=total, desc="decoders of all blocks", hidden=rank() > 0, leave=False
+    )
+    broken = BrokenImages(images)
+    for step, batch in enumerate(progress):
+        broken.add(batch["broken"])
+        if step % 50 == 0 or step == total - 1:
+            broken.share()
+        views = batch["global_views"][:, 0].to(encoder.device)
+        pixels = normalise(views, processor.image_mean, processor.image_std)
+        noise = mae_noise(recipe.seed, step, recipe.batch_size, patches).to(encoder.device)
+
+        set_learning_rate(optimizer, learning_rate(step, warmup, total, PEAK_LEARNING_RATE))
         optimizer.zero_grad()
         for error in block_errors(encoder, decoders, pixels, noise, recipe.mask_ratio):
             error.backward()

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data.views import Multicrop
+from ..data.views import MultiCrop, Multicrop, view_specs
 from ..model.modeling_mim_refiner import MimRefinerModel
+from .recipe import PretrainRecipe
 
 Masks = Mapping[str, Tensor]
 """Named tensors that say what is hidden; row i of each belongs to image i of this process."""
@@ -96,6 +97,21 @@ class Objective(nn.Module, ABC):
         return torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16)
 
 
+def plain_crop(recipe: PretrainRecipe) -> MultiCrop:
+    """One random crop of every image, flipped or not, its colours as they are."""
+    specs = view_specs(
+        global_views=1,
+        local_views=0,
+        global_size=recipe.image_size,
+        local_size=recipe.image_size,
+        global_scale=(recipe.scale, 1.0),
+        local_scale=(1.0, 1.0),
+        colour=False,
+        flip=recipe.flip,
+    )
+    return MultiCrop(specs)
+
+
 def micro_batches(count: int, size: int | None) -> Iterator[slice]:
     """The images 0 to `count`, at most `size` at a time; all at once for None."""
     size = size or count
@@ -108,4 +124,4 @@ def rows(masks: Masks, part: slice) -> Masks:
     return {name: tensor[part] for name, tensor in masks.items()}
 
 
-__all__ = ["Losses", "Masks", "Objective", "micro_batches", "rows"]
+__all__ = ["Losses", "Masks", "Objective", "micro_batches", "plain_crop", "rows"]

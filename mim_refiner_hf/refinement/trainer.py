@@ -27,7 +27,13 @@ from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.checkpoint import Checkpoint, check_tensors, save_checkpoint, size_of
+from ..runtime.checkpoint import (
+    Checkpoint,
+    check_tensors,
+    place_tensors,
+    save_checkpoint,
+    size_of,
+)
 from ..runtime.distributed import average_gradients, progress_bar, world_size
 from ..runtime.files import in_bytes
 from ..runtime.optimisation import (
@@ -36,11 +42,12 @@ from ..runtime.optimisation import (
     head_groups,
     learning_rate,
     optimizer_tensors,
+    recompute_blocks,
     restore_optimizer,
     set_learning_rate,
     update_average,
 )
-from ..runtime.sharding import fsdp2_requested, gather_into, shard, shard_like
+from ..runtime.sharding import fsdp2_requested, gather_into, shard
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.wording import setting
 from .auto import Choice
@@ -64,15 +71,6 @@ def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
     """
     for layer in encoder.layers:
         layer.compile(backend=backend)
-
-
-def _recompute_blocks(encoder: MimRefinerModel) -> None:
-    """Recompute every block in the backward pass."""
-    # transformers 5.23 has a new name for it
-    if hasattr(encoder, "activation_checkpointing_enable"):
-        encoder.activation_checkpointing_enable()
-    else:
-        encoder.gradient_checkpointing_enable()
 
 
 @dataclass
@@ -138,7 +136,7 @@ class Trainer:
         self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
 
         if recipe.gradient_checkpointing:
-            _recompute_blocks(self.encoder)
+            recompute_blocks(self.encoder)
         if recipe.compile:
             compile_blocks(self.encoder)
         self.sharded = fsdp2_requested() and world_size() > 1
@@ -407,15 +405,4 @@ class Trainer:
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
 
 
-def place_tensors(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
-    """Put the checkpoint's tensors of a name that begins with `prefix` into a module."""
-    own = module.state_dict()
-    module.load_state_dict(
-        {
-            name: shard_like(checkpoint.tensors[prefix + name], tensor)
-            for name, tensor in own.items()
-        }
-    )
-
-
-__all__ = ["Trainer", "compile_blocks", "place_tensors"]
+__all__ = ["Trainer", "compile_blocks"]

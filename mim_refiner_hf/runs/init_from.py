@@ -32,12 +32,12 @@ from ..refinement.heads import IdHeads
 from ..refinement.queue import NearestNeighbourQueue
 from ..refinement.recipe import RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
-from ..refinement.trainer import place_tensors
 from ..runtime.checkpoint import (
     Checkpoint,
     check_tensors,
     is_checkpoint,
     load_latest,
+    place_tensors,
     read_checkpoint,
 )
 from ..runtime.files import CheckpointError

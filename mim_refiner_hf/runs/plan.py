@@ -102,10 +102,15 @@ def _named(name: str, texts: list[str]) -> list[tuple[str, str]]:
 def _start_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
     asked = recipe.asked
     start = asked.model or asked.init_from or f"pre-trained first by {asked.pretrain}"
+    return f"{start}: {encoder_text(config)}"
+
+
+def encoder_text(config: MimRefinerConfig) -> str:
+    """Size and shape of an encoder, in words."""
     parameters = encoder_parameters(config).total / 1e6
     rows, columns = config.grid
     return (
-        f"{start}: {parameters:.1f} M parameters, {config.num_hidden_layers} blocks of width "
+        f"{parameters:.1f} M parameters, {config.num_hidden_layers} blocks of width "
         f"{config.hidden_size}, {rows}x{columns} patches"
     )
 
@@ -243,4 +248,4 @@ def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
     return text
 
 
-__all__ = ["checkpoint_bytes", "chosen_lines", "disk_text", "plan_text"]
+__all__ = ["checkpoint_bytes", "chosen_lines", "disk_text", "encoder_text", "plan_text"]

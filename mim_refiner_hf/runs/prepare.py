@@ -27,7 +27,7 @@ from ..data.found import SourceOptions
 from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import PretrainRecipe
+from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
 from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe, resolve
@@ -70,6 +70,8 @@ _FREE_FIELDS = frozenset(
 )
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
+# Of the checkpoints and the log of this pre-training.
+PRETRAINING = "pretraining"
 # Of what any other run starts from, until it has ended.
 START = "start"
 
@@ -435,6 +437,7 @@ def check_start_folder(folder: Path) -> Path:
 __all__ = [
     "NOTHING",
     "PRETRAINED",
+    "PRETRAINING",
     "START",
     "Given",
     "Prepared",

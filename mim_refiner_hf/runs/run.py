@@ -6,14 +6,15 @@
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is
 trained. The output folder holds `recipe.json` and `data.json` (what the data consist of) from the
-start, `start/` (the encoder that is refined; with `--pretrain` `pretrained/`, which stays) and
-`checkpoints/` on the way, `metrics.json`, the pictures (run_record.py) and `log.jsonl` at the end;
+start, `start/` (the encoder that is refined; with `--pretrain` `pretrained/`, which stays, and
+`pretraining/`, checkpoints and log of how it came about) and `checkpoints/` on the way, `metrics.json`, the pictures (run_record.py) and `log.jsonl` at the end;
 with `--head_blocks auto` also `blocks.png`, the measurement behind the choice, and `broken.json`
 where images could not be read. What ships is what verdict.py says: the result, or the start.
 """
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,10 +31,11 @@ from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import pretrain_mae
+from ..pretraining.loop import CHECKPOINTS, LoopOptions, pretrain
 from ..refinement.auto import Choice
 from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
+from ..refinement.resolve import ResolvedRecipe
 from ..refinement.trainer import Trainer
 from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.device import available_memory, warn_of_emulation
@@ -44,7 +46,7 @@ from ..runtime.wording import setting
 from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import NOTHING, Given, Prepared, prepare, start_folder
+from .prepare import NOTHING, PRETRAINING, Given, Prepared, prepare, start_folder
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .save_as import check_save_as
@@ -246,6 +248,10 @@ def _train(
     warms_up_only = recipe.asked.stage == "warmup"
     stop = recipe.steps.warmup if warms_up_only else recipe.steps.total
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
+    if accelerator.is_main_process:
+        # the run goes on from the refinement's own from here on
+        checkpoints = Path(recipe.output_dir) / PRETRAINING / CHECKPOINTS
+        shutil.rmtree(checkpoints, ignore_errors=True)
     if warms_up_only:
         accelerator.print(
             f"The heads are warm: {recipe.output_dir}/checkpoints. "
@@ -348,15 +354,25 @@ def starting_encoder(
         images = prepared.images.training
         assert start.pretraining is not None and isinstance(images, ImageDataset)
         began = time.perf_counter()
-        encoder = pretrain_mae(
-            start.pretraining,
-            images,
-            accelerator,
-            prepared.recipe.num_workers,
-            prepared.recipe.max_bad_fraction,
-        )
+        options = _loop_options(prepared.recipe)
+        folder = Path(prepared.recipe.output_dir) / PRETRAINING
+        trained = pretrain(start.pretraining, images, accelerator, options, folder=folder)
+        encoder = trained.shipped()
         seconds["pretrain"] = time.perf_counter() - began
     return encoder.float().to(accelerator.device)
+
+
+def _loop_options(recipe: ResolvedRecipe) -> LoopOptions:
+    """How the run's own pre-training runs: as the refinement does."""
+    return LoopOptions(
+        num_workers=recipe.num_workers,
+        max_bad_fraction=recipe.max_bad_fraction,
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        save_every=recipe.asked.save_every,
+        keep=recipe.keep,
+        log_every=recipe.log_every,
+    )
 
 
 def choose_blocks(

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .distributed import gather_objects, rank, world_size
@@ -34,7 +34,7 @@ from .files import STAGED, CheckpointError, in_bytes, sha256_of, sync_to_disk
 from .finite import NotFiniteTensorError, check_finite
 from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
-from .sharding import own_parts
+from .sharding import own_parts, shard_like
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
 from .text import one_line
 from .versions import FORMAT_VERSIONS, NewerFormatError, check_format
@@ -377,6 +377,17 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> Non
             )
 
 
+def place_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    """Put the checkpoint's tensors of a name that begins with `prefix` into a module."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {
+            name: shard_like(checkpoint.tensors[prefix + name], tensor)
+            for name, tensor in own.items()
+        }
+    )
+
+
 def _shape_and_dtype(tensor: Tensor) -> str:
     """Such as "[96, 4] float32"."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -388,6 +399,7 @@ __all__ = [
     "check_tensors",
     "is_checkpoint",
     "load_latest",
+    "place_tensors",
     "read_checkpoint",
     "save_checkpoint",
     "size_of",

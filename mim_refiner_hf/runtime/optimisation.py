@@ -11,11 +11,12 @@ rate. The numbers are those of the paper's Table 10.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .files import CheckpointError
@@ -40,6 +41,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Give every group `value * lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_scale"]
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Recompute every block in the backward pass: less memory, more time, the same gradient."""
+    # transformers 5.23 has a new name for it
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 # --- what is trained, and in which groups
@@ -150,23 +160,29 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 # --- the optimiser in a checkpoint
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat named tensors, `optimizer.<number of parameter>.<key>`."""
+def optimizer_tensors(*optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimisers' state as flat named tensors, `optimizer.<number of parameter>.<key>`.
+
+    The parameters of several are numbered on, in their order.
+    """
     tensors = {}
-    for number, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value)
+    first = 0
+    for optimizer in optimizers:
+        for number, values in optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer.{first + number}.{key}"] = torch.as_tensor(value)
+        first += len(_parameters(optimizer))
     return tensors
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], checkpoint: Checkpoint) -> None:
     """Put back what `optimizer_tensors` gave, sharded as the parameters are.
 
     Raises:
         CheckpointError: naming file and tensor, for the state of a parameter that does not exist,
             has another shape, or is not whole.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
     names = _names_by_parameter(checkpoint)
     keys = {key for own in names.values() for key in own}
 
@@ -186,8 +202,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) 
                 _refuse_state(checkpoint, number, len(parameters))
             state[number][key] = shard_like(value, parameters[number])
 
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    first = 0
+    for optimizer in optimizers:
+        count = len(_parameters(optimizer))
+        own_state = {
+            number: state[first + number] for number in range(count) if first + number in state
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": own_state, "param_groups": groups})
+        first += count
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """`restore_optimizers` of one."""
+    restore_optimizers([optimizer], checkpoint)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _names_by_parameter(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
@@ -217,7 +249,9 @@ __all__ = [
     "learning_rate",
     "optimizer_tensors",
     "parameter_groups",
+    "recompute_blocks",
     "restore_optimizer",
+    "restore_optimizers",
     "set_learning_rate",
     "update_average",
 ]

@@ -1,0 +1,395 @@
+"""The loop of every pre-training: steps, checkpoints and exact resume, signals, log.
+
+    objective = pretrain(PretrainRecipe(image_size=32, patch_size=4), open_images("my_images/"))
+    encoder = objective.shipped()
+
+    pretrain(recipe, images, accelerator, LoopOptions(save_every=500), folder=Path("out"))
+
+Step s takes batch s of the data order, and everything random in it is a pure function of the seed,
+s and the samples. So a checkpoint is the weights, the optimisers and the number s, and the same
+call goes on from the newest one in `folder`/checkpoints, bit by bit as if nothing had happened.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..conversion.load import image_processor
+from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
+from ..data.images import ImageDataset
+from ..data.views import normalise
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.checkpoint import (
+    Checkpoint,
+    check_tensors,
+    load_latest,
+    place_tensors,
+    save_checkpoint,
+    size_of,
+)
+from ..runtime.device import uses_bf16
+from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.files import in_bytes
+from ..runtime.launch import job_of_processes
+from ..runtime.optimisation import optimizer_tensors, recompute_blocks, restore_optimizers
+from ..runtime.settings import (
+    NonNegativeInt,
+    PositiveInt,
+    Share,
+    check_fields,
+    documented,
+)
+from ..runtime.signals import Interrupted, StopSignals
+from ..runtime.tracking import JsonlTracker
+from ..runtime.wording import setting
+from .batches import crop_batches
+from .objective import Losses, Objective
+from .objectives import make_objective
+from .recipe import PretrainRecipe
+
+logger = logging.getLogger(__name__)
+
+# Folder of the checkpoints in that of a pre-training.
+CHECKPOINTS = "checkpoints"
+
+Evaluate = Callable[[MimRefinerModel], dict[str, float]]
+"""Measures an encoder, in eval mode, on the way."""
+
+
+@dataclass
+class LoopOptions:
+    """Where and how a pre-training runs: nothing of what it computes.
+
+    Raises:
+        ValueError: at construction, in one line.
+    """
+
+    num_workers: NonNegativeInt = documented(0, "Processes that load images beside this one.")
+    max_bad_fraction: Share = documented(
+        MAX_BAD_FRACTION, "Stop when more than this share of the images is broken."
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = documented(
+        "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
+    )
+    micro_batch_size: PositiveInt | None = documented(
+        None, "Images at a time through the networks, exactly; None: all of a process."
+    )
+    gradient_checkpointing: bool = documented(
+        False, "Recompute each block of the student in the backward pass: less memory."
+    )
+    save_every: NonNegativeInt | None = documented(
+        None, "Steps between checkpoints; 0 for none. None: a tenth of all steps, at most 500."
+    )
+    keep: PositiveInt = documented(2, "Checkpoints kept.")
+    log_every: PositiveInt = documented(10, "Steps between lines in the log.")
+    eval_every: NonNegativeInt = documented(
+        0, "Epochs between k-NN measurements on the way, for labelled images; 0 for none."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class Pretrainer:
+    """Networks, data and folder of one pre-training, and the loop over its steps.
+
+    Args:
+        folder: for checkpoints, log and the list of broken images; None keeps nothing.
+        encoder: to go on from; None for fresh weights.
+        evaluate: called after every `eval_every`-th epoch.
+    """
+
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        images: ImageDataset,
+        accelerator: Accelerator,
+        options: LoopOptions,
+        folder: Path | None = None,
+        encoder: MimRefinerModel | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.images = images
+        self.accelerator = accelerator
+        self.options = options
+        self.folder = folder
+        self.evaluate = evaluate
+        self.steps = recipe.steps(len(images))
+        # the preprocessing that the model is used with afterwards
+        own = {} if encoder is None else vars(encoder)
+        objective = make_objective(recipe, self.steps, encoder)
+        config = objective.encoder.config
+        self.processor: Any = own.get("image_processor") or image_processor(config, {})
+
+        objective.bf16 = uses_bf16(options.mixed_precision)
+        if options.gradient_checkpointing:
+            recompute_blocks(objective.encoder)
+        self.objective: Objective = objective.to(accelerator.device).train()
+        listed = None if folder is None else folder / BROKEN
+        self.broken = BrokenImages(images, options.max_bad_fraction, listed)
+        self.seconds = 0.0
+        self._size_said = False
+
+    # ---- the loop
+
+    def fit(self) -> Objective:
+        """Run all steps that are still to be done; the trained networks, in eval mode.
+
+        Raises:
+            Interrupted: after a checkpoint, when a signal asked the run to stop.
+            FloatingPointError: before the update of a step that is not finite.
+            ValueError: for a batch larger than the data set, or too many broken images.
+        """
+        total = self.steps.total
+        start = self._resume()
+        batches = crop_batches(
+            self.recipe,
+            self.objective.crops(),
+            self.images,
+            start_step=start,
+            stop_step=total,
+            num_workers=self.options.num_workers,
+        )
+        log = self._log_file(start)
+        began = time.perf_counter() - self.seconds
+        name = f"pre-training ({self.recipe.objective})"
+        hidden = not self.accelerator.is_local_main_process
+        bar = progress_bar(total=total, initial=start, desc=name, unit="step", hidden=hidden)
+        with bar as progress, StopSignals() as signals:
+            for step, batch in enumerate(batches, start):
+                losses = self.update(step, batch)
+                self.broken.add(batch["broken"])
+
+                # all processes agree on what is due after this step
+                done = step + 1
+                ends = done == total
+                received = 0 if ends else signals.agreed(self.accelerator.device)
+                logs = ends or step % self.options.log_every == 0
+                saves = bool(received) or self._saves_after(done)
+                if logs or saves:
+                    self.broken.share(images_read=done * self.recipe.batch_size)
+                self.seconds = time.perf_counter() - began
+                progress.update()
+
+                if logs:
+                    values = self._values(losses, done)
+                    progress.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                    self._log(log, values, done)
+                if self._evaluates_after(done):
+                    self._log(log, self._measured(), done)
+                if saves:
+                    self.save(done)
+                if received:
+                    raise Interrupted(received, self._interrupted(done))
+        logger.info("pre-trained %d steps in %.0f s", total, self.seconds)
+        for model in (self.objective.shipped(), *self.objective.others().values()):
+            model.requires_grad_(True)
+        return self.objective.eval()
+
+    def update(self, step: int, batch: dict[str, Any]) -> Losses:
+        """One update of the networks on this process's share of a batch.
+
+        Raises:
+            FloatingPointError: before the update, if a loss or a gradient is not finite.
+        """
+        device = self.accelerator.device
+        views = batch["global_views"].to(device)
+        pixels = normalise(views, self.processor.image_mean, self.processor.image_std)
+        masks = self.objective.masks(step, batch["index"].tolist())
+        masks = {name: tensor.to(device) for name, tensor in masks.items()}
+
+        self.objective.set_schedules(step)
+        for optimizer in self.objective.optimizers:
+            optimizer.zero_grad()
+        losses = self.objective.backward(pixels, masks, self.options.micro_batch_size)
+        average_gradients(self.objective.parameters())
+        self._check(losses, step)
+        self._clip()
+        self.objective.step_optimizers(step)
+        return losses
+
+    def _check(self, losses: Losses, step: int) -> None:
+        """FloatingPointError in all processes if a loss or a gradient of any is not finite."""
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm) & torch.stack(list(losses.values())).isfinite().all()
+        if world_size() > 1:
+            finite = finite.int()
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite:
+            return
+        shown = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+        raise FloatingPointError(
+            f"the pre-training is not finite in step {step} ({shown}, gradient {norm.item():g}); "
+            f"the weights were not updated; lower its {setting('learning_rate')}, or use "
+            f"{setting('mixed_precision', 'no')}"
+        )
+
+    def _clip(self) -> None:
+        """Clip the gradients of every optimiser to the recipe's norm."""
+        if not self.recipe.clip_norm:
+            return
+        for optimizer in self.objective.optimizers:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+
+    def _saves_after(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps; one always stands at the end."""
+        every = self.options.save_every
+        if every is None:
+            every = min(max(self.steps.total // 10, 1), 500)
+        if self.folder is None or not every:
+            return False
+        return done == self.steps.total or done % every == 0
+
+    def _interrupted(self, done: int) -> str:
+        """What to say of a run that a signal ended."""
+        if self.folder is None:
+            return f"the pre-training stopped after step {done} of {self.steps.total}; it kept none"
+        return (
+            f"the pre-training stopped after step {done} of {self.steps.total}; "
+            "the same command goes on from the checkpoint there"
+        )
+
+    # ---- what it says
+
+    def _log_file(self, start: int) -> JsonlTracker | None:
+        if self.folder is None:
+            return None
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        log = JsonlTracker(self.folder / "log.jsonl", start)
+        log.start()
+        return log
+
+    @staticmethod
+    def _log(log: JsonlTracker | None, values: dict[str, float], done: int) -> None:
+        if log is not None:
+            log.log(values, step=done)
+
+    def _values(self, losses: Losses, done: int) -> dict[str, float]:
+        """One line of the log: losses over all processes, rate, speed, seconds to go."""
+        values = {}
+        for name, value in losses.items():
+            values[name] = float(self.accelerator.reduce(value.detach(), "mean"))
+        seconds = self.seconds / done
+        rate = self.objective.optimizers[0].param_groups[-1]["lr"]
+        return values | {
+            "learning_rate": float(rate),
+            "images_per_second": self.recipe.batch_size / seconds,
+            "broken_images": float(len(self.broken)),
+            "seconds_left": (self.steps.total - done) * seconds,
+        }
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.options.eval_every
+        if not every or self.evaluate is None:
+            return False
+        return done % (every * self.steps.per_epoch) == 0
+
+    def _measured(self) -> dict[str, float]:
+        """What `evaluate` says of the encoder that would ship."""
+        assert self.evaluate is not None
+        self.objective.eval()
+        measured = self.evaluate(self.objective.shipped())
+        self.objective.train()
+        return measured
+
+    # ---- what it keeps
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps; SaveError on every process if that fails."""
+        if self.folder is None:
+            return
+        folder = self.folder / CHECKPOINTS
+        state = {
+            "pretraining": dataclasses.asdict(self.recipe),
+            "seconds": self.seconds,
+            "broken": self.broken.entries,
+        }
+        tensors = self.tensors() | optimizer_tensors(*self.objective.optimizers)
+        keep = self.options.keep
+        path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
+        if not self._size_said and self.accelerator.is_main_process:
+            self._size_said = True
+            size = in_bytes(size_of(path))
+            print(f"checkpoints (pre-training): {size} each in {folder}, {keep} kept", flush=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the optimisers."""
+        state = self.objective.state_dict()
+        return {f"objective.{name}": tensor for name, tensor in state.items()}
+
+    def _resume(self) -> int:
+        """Stand where the newest checkpoint was written; its step, or 0.
+
+        Raises:
+            ValueError: for a checkpoint of another recipe, or that does not fit (CheckpointError).
+        """
+        found = None if self.folder is None else load_latest(self.folder / CHECKPOINTS)
+        if found is None:
+            return 0
+        check_same_recipe(found, self.recipe)
+        check_tensors(found, self.tensors())
+        restore_optimizers(self.objective.optimizers, found)
+        place_tensors(self.objective, found, "objective.")
+        self.seconds = float(found.state["seconds"])
+        self.broken.add(found.state["broken"])
+        self.broken.share(images_read=found.step * self.recipe.batch_size)
+        return found.step
+
+
+def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
+    """A ValueError, naming the fields, for a checkpoint of another pre-training."""
+    begun = checkpoint.state.get("pretraining", {})
+    changes = []
+    for name, value in dataclasses.asdict(recipe).items():
+        if begun.get(name) != value:
+            changes.append(f"{name} was {begun.get(name)}, is {value}")
+    if changes:
+        raise ValueError(
+            f"{checkpoint.path.parent} holds a pre-training of another recipe "
+            f"({'; '.join(changes)}); name another {setting('output_dir')}, or remove it"
+        )
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    images: ImageDataset,
+    accelerator: Accelerator | None = None,
+    options: LoopOptions | None = None,
+    *,
+    folder: Path | None = None,
+    encoder: MimRefinerModel | None = None,
+    evaluate: Evaluate | None = None,
+) -> Objective:
+    """Train the networks of a recipe's method on `images`; in eval mode, the same on every process.
+
+    Args:
+        accelerator: the job; None for the one that this process belongs to.
+        folder: for checkpoints and log, where the same call goes on; None keeps nothing.
+        encoder: to go on from, of the recipe's shape; None for fresh weights.
+        evaluate: measures the encoder on the way.
+
+    Raises:
+        ValueError: for a batch larger than the data set, too many broken images, or a folder with
+            another pre-training.
+        FloatingPointError: for a loss or gradient that is not finite.
+        Interrupted: after a checkpoint, when a signal asked the run to stop.
+    """
+    accelerator = accelerator or job_of_processes()
+    options = options or LoopOptions()
+    return Pretrainer(recipe, images, accelerator, options, folder, encoder, evaluate).fit()
+
+
+__all__ = ["CHECKPOINTS", "Evaluate", "LoopOptions", "Pretrainer", "check_same_recipe", "pretrain"]

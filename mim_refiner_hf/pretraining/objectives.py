@@ -1,0 +1,23 @@
+"""The methods of pre-training by the name that a recipe states."""
+
+from ..model.modeling_mim_refiner import MimRefinerModel
+from .data2vec2 import Data2vec2Objective
+from .mae import MaeObjective
+from .objective import Objective
+from .recipe import PretrainRecipe, PretrainSteps
+
+OBJECTIVES: dict[str, type[MaeObjective] | type[Data2vec2Objective]] = {
+    "mae": MaeObjective,
+    "data2vec2": Data2vec2Objective,
+}
+"""Every one is made of a recipe, its steps, and an encoder or None."""
+
+
+def make_objective(
+    recipe: PretrainRecipe, steps: PretrainSteps, encoder: MimRefinerModel | None = None
+) -> Objective:
+    """The method of a recipe, with fresh weights or those of an encoder to go on from."""
+    return OBJECTIVES[recipe.objective](recipe, steps, encoder)
+
+
+__all__ = ["OBJECTIVES", "make_objective"]

@@ -1,0 +1,243 @@
+"""The recipe of a pre-training: every setting that decides what is computed, typed and checked.
+
+    PretrainRecipe(image_size=32, patch_size=4, hidden_size=192)          # MAE
+    PretrainRecipe(objective="data2vec2", epochs=100)
+
+One flat class: what several methods read stands here, what only one reads in a small class of its
+own (`data2vec2_fields.py`). Settings whose default depends on the method are None until the recipe
+is made; `DEFAULTS` has the authors' numbers for a ViT-B/16. A setting that the method does not read
+is refused where it is stated.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..runtime.settings import (
+    Allowed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    ShareAboveZero,
+    check_fields,
+    documented,
+)
+from ..runtime.wording import setting
+from .data2vec2_fields import Data2vec2Fields
+
+MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "mae": {
+        "mask_ratio": 0.75,
+        "scale": 0.2,
+        "decoder_size": 512,
+        "decoder_layers": 8,
+        "epochs": 800,
+        "warmup_epochs": 40.0,
+        "batch_size": 4096,
+        "learning_rate": 1.5e-4,
+        "weight_decay": 0.05,
+        "clip_norm": 0.0,
+    },
+    "data2vec2": {
+        "mask_ratio": 0.8,
+        "scale": 0.2,
+        "decoder_size": 768,
+        "decoder_layers": 6,
+        "epochs": 150,
+        "warmup_epochs": 20.0,
+        "batch_size": 512,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "clip_norm": 4.0,
+        "momentum_start": 0.9998,
+        "momentum_end": 0.99999,
+    },
+}
+"""By method: the shared settings that it reads, with the authors' numbers for a ViT-B/16."""
+
+# what the encoder of a method has that is not the configuration's default, MAE's
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mae": {},
+    "data2vec2": {"norm_placement": "post", "embedding_norm": True, "final_norm": False},
+}
+
+
+class PretrainSteps(NamedTuple):
+    """Updates of a pre-training: of an epoch, of the warm-up, and all."""
+
+    per_epoch: int
+    warmup: int
+    total: int
+
+
+@dataclass
+class MaeFields:
+    """Fields of MAE (arXiv 2111.06377) alone."""
+
+    decoder_attention_heads: PositiveInt = documented(
+        16, "mae: attention heads per block of the decoder."
+    )
+
+
+# the classes of settings that one method alone reads
+_OWN_FIELDS: dict[str, type] = {"mae": MaeFields, "data2vec2": Data2vec2Fields}
+
+
+@dataclass
+class PretrainRecipe(Data2vec2Fields, MaeFields):
+    """Method, shape of the encoder and training; the defaults are the authors' for a ViT-B/16.
+
+    Raises:
+        ValueError: at construction, in one line: which flag, which value, what is allowed.
+    """
+
+    objective: Literal["mae", "data2vec2"] = documented(
+        "mae", "Method: mae (pixels of masked patches) or data2vec2 (features of a momentum copy)."
+    )
+    # ---- encoder
+    image_size: int = documented(224, "Side of the square input in pixels.")
+    patch_size: int = documented(16, "Side of a patch; must divide image_size.")
+    num_channels: int = documented(3, "3 for RGB, 1 for greyscale, 1 to 16 of arrays.")
+    hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
+    num_hidden_layers: int = documented(12, "Blocks of the encoder.")
+    num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
+    # ---- method
+    mask_ratio: MaskRatio = documented(
+        None, "Share of the patches taken away. Default: mae 0.75, data2vec2 0.8."
+    )
+    decoder_size: PositiveInt = documented(
+        None, "Width of the decoder, which is thrown away. Default: mae 512, data2vec2 768."
+    )
+    decoder_layers: PositiveInt = documented(
+        None, "Blocks of the decoder. Default: mae 8, data2vec2 6."
+    )
+    momentum_start: Share = documented(
+        None, "Momentum of the teacher's copy at first. Default: data2vec2 0.9998."
+    )
+    momentum_end: Share = documented(
+        None, "Momentum of the teacher's copy at last. Default: data2vec2 0.99999."
+    )
+    # ---- crops
+    scale: ShareAboveZero = documented(
+        None, "Smallest share of the image's area in a crop. Default: 0.2."
+    )
+    flip: Share = documented(0.5, "Probability of a horizontal flip.")
+    # ---- training
+    epochs: PositiveInt = documented(None, "Epochs. Default: mae 800, data2vec2 150.")
+    max_steps: PositiveInt | None = documented(None, "Updates at most; the schedule ends there.")
+    warmup_epochs: NonNegativeFloat = documented(
+        None, "Epochs of linear learning-rate warm-up. Default: mae 40, data2vec2 20."
+    )
+    batch_size: PositiveInt = documented(
+        None, "Images per update, all processes together. Default: mae 4096, data2vec2 512."
+    )
+    learning_rate: PositiveFloat = documented(
+        None,
+        "mae: base learning rate, times batch_size / 256, default 1.5e-4. data2vec2: the peak "
+        "itself, default 1e-3.",
+    )
+    weight_decay: NonNegativeFloat = documented(None, "Weight decay. Default: 0.05.")
+    clip_norm: NonNegativeFloat = documented(
+        None, "Gradients are clipped to this norm; 0 for never. Default: mae 0, data2vec2 4."
+    )
+    seed: NonNegativeInt = documented(
+        0, "Weights, order, crops and masks are pure functions of it."
+    )
+
+    def __post_init__(self) -> None:
+        self._fill()
+        check_fields(self)
+        for problem in self._problems():
+            raise ValueError(problem)
+        # contradictions of the encoder's own fields
+        self.encoder_config()
+
+    def _fill(self) -> None:
+        """Put the method's numbers in the place of what is left open; refuse what it cannot use."""
+        own = DEFAULTS.get(self.objective)
+        if own is None:
+            # check_fields says so
+            return
+        unread = {}
+        for table in DEFAULTS.values():
+            unread |= {name: value for name, value in table.items() if name not in own}
+        for objective, kind in _OWN_FIELDS.items():
+            if objective != self.objective:
+                unread |= {field.name: field.default for field in dataclasses.fields(kind)}
+
+        for name, value in unread.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{setting(name, getattr(self, name))}: is not read with "
+                    f"{setting('objective', self.objective)}; leave it out"
+                )
+        for name, value in {**unread, **own}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _problems(self) -> Iterator[str]:
+        """What contradicts what."""
+        if self.warmup_epochs >= self.epochs:
+            yield (
+                f"{setting('warmup_epochs', self.warmup_epochs)}: must be less than "
+                f"{setting('epochs', self.epochs)}"
+            )
+        width = setting("decoder_size", self.decoder_size)
+        if self.objective == "mae":
+            if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
+                heads = setting("decoder_attention_heads")
+                yield f"{width}: must be a multiple of 4 and of {heads}"
+            return
+
+        groups = setting("decoder_groups", self.decoder_groups)
+        if self.decoder_size % self.decoder_groups or self.hidden_size % self.decoder_groups:
+            sizes = f"{width} and {setting('hidden_size', self.hidden_size)}"
+            yield f"{groups}: must divide {sizes}"
+        if self.target_layers > self.num_hidden_layers:
+            layers = setting("num_hidden_layers", self.num_hidden_layers)
+            yield f"{setting('target_layers', self.target_layers)}: must be at most {layers}"
+        if self.num_visible < 1:
+            yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.encoder_config().grid)
+
+    @property
+    def num_visible(self) -> int:
+        """Patches of an image that stay visible; in floating point, as the authors have it."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    def encoder_config(self) -> MimRefinerConfig:
+        """Configuration of the method's encoder; MLP ratio 4."""
+        return MimRefinerConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=4 * self.hidden_size,
+            **_ARCHITECTURES[self.objective],
+        )
+
+    def steps(self, num_images: int) -> PretrainSteps:
+        """The updates of a training on so many images."""
+        per_epoch = num_images // self.batch_size
+        total = self.epochs * per_epoch
+        warmup = round(self.warmup_epochs * per_epoch)
+        if self.max_steps is not None and self.max_steps < total:
+            total = self.max_steps
+            warmup = min(warmup, total - 1)
+        return PretrainSteps(per_epoch, warmup, total)
+
+
+__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps"]

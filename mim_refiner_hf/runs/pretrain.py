@@ -1,0 +1,281 @@
+"""A pre-training from recipe to model folder: check, plan, train or go on, write.
+
+    run_pretraining(PretrainRecipe(image_size=32, patch_size=4), Path("out"), dataset="photos/")
+
+The output folder holds `recipe.json`, `data.json`, `log.jsonl` and `checkpoints/` on the way. At the
+end the model takes its place as a whole: the encoder, the records of the run beside it, and further
+encoders of the method in folders of their own. A finished model is never overwritten.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..conversion import load_encoder
+from ..data.broken import BROKEN
+from ..data.fingerprint import RECORD, check_data_record, write_data_record
+from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
+from ..data.loading import Loading
+from ..evaluation.report import evaluate_encoder
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.loop import LoopOptions, Pretrainer
+from ..pretraining.objective import Objective
+from ..pretraining.recipe import PretrainRecipe
+from ..publishing.hub import check_model_folder, write_model
+from ..runtime.device import uses_bf16, warn_of_emulation
+from ..runtime.files import in_bytes, staged_folder, write_json
+from ..runtime.launch import job_of_processes
+from ..runtime.lock import check_writable, sole_run
+from ..runtime.versions import FORMAT_VERSIONS, check_format
+from ..runtime.wording import setting
+from .plan import encoder_text
+
+# what the finished folder keeps of the run beside the model
+_RECORDS = ("recipe.json", RECORD, "log.jsonl", BROKEN)
+# share of the images that k-NN on the way classifies, by the others
+_MEASURED = 0.1
+
+
+def run_pretraining(
+    recipe: PretrainRecipe,
+    output_dir: Path,
+    *,
+    dataset: str,
+    dataset_config: str | None = None,
+    split: str | None = None,
+    init_from: str | None = None,
+    options: LoopOptions | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Pre-train as the recipe says and leave the model in `output_dir`.
+
+    Args:
+        dataset, dataset_config, split: the images, as `open_images` takes them.
+        init_from: an encoder to go on from, as `load_encoder` takes it; None for fresh weights.
+        dry_run: print the plan and end.
+
+    Raises:
+        ValueError, FileNotFoundError: for what does not fit; before any work.
+        Interrupted: after a checkpoint, when a signal asked the run to stop.
+    """
+    options = options or LoopOptions()
+    encoder = None
+    if init_from is not None:
+        encoder = load_encoder(init_from)
+        recipe = of_its_shape(recipe, encoder.config, init_from)
+
+    record = {**dataclasses.asdict(recipe), "init_from": init_from}
+    check_writable(output_dir, "output_dir")
+    if is_finished(output_dir, record):
+        print(f"The pre-trained model is finished already: {output_dir}")
+        return
+    check_pretraining_folder(output_dir, record)
+    images = open_images(
+        dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
+    )
+    if options.eval_every and not fully_labelled(images):
+        asked = setting("eval_every", options.eval_every)
+        raise ValueError(f"{asked}: k-NN needs labels, and {images.name} has none; leave it out")
+
+    with sole_run(output_dir, "output_dir", beside=True):
+        accelerator = job_of_processes()
+        _pretrain(recipe, record, images, encoder, output_dir, accelerator, options, dry_run)
+
+
+def _pretrain(
+    recipe: PretrainRecipe,
+    record: dict[str, Any],
+    images: ImageDataset,
+    encoder: MimRefinerModel | None,
+    output: Path,
+    accelerator: Accelerator,
+    options: LoopOptions,
+    dry_run: bool,
+) -> None:
+    """The run itself, on every process; files are written by the main one."""
+    main = accelerator.is_main_process
+    if uses_bf16(options.mixed_precision) and main:
+        warn_of_emulation(setting("mixed_precision", "bf16"), accelerator.device.type)
+    trainer = Pretrainer(recipe, images, accelerator, options, output, encoder)
+    if options.eval_every:
+        trainer.evaluate = lambda model: _knn(model, trainer, images)
+    if main:
+        print(_plan(trainer, output), flush=True)
+    if dry_run:
+        return
+
+    data = output / RECORD
+    if data.exists():
+        check_data_record(data, images)
+    accelerator.wait_for_everyone()
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        version = {"format_version": FORMAT_VERSIONS["recipe"]}
+        write_json(output / "recipe.json", version | record)
+        write_data_record(data, images)
+    accelerator.wait_for_everyone()
+
+    objective = trainer.fit()
+    if main:
+        _write(output, record, objective, trainer.processor)
+        print(f"The pre-trained model: {output}")
+    accelerator.wait_for_everyone()
+
+
+def _write(output: Path, record: dict[str, Any], objective: Objective, processor: Any) -> None:
+    """Put the model in the place of the run, whose records stay."""
+
+    def check(folder: Path) -> Path:
+        return check_pretraining_folder(folder, record)
+
+    with staged_folder(output, check) as new:
+        write_model(new, objective.shipped(), processor, torch.float32)
+        for name, encoder in objective.others().items():
+            (new / name).mkdir()
+            write_model(new / name, encoder, processor, torch.float32)
+        for name in _RECORDS:
+            if (output / name).is_file():
+                shutil.copyfile(output / name, new / name)
+
+
+# ---- before
+
+
+def of_its_shape(
+    recipe: PretrainRecipe, config: MimRefinerConfig, init_from: str
+) -> PretrainRecipe:
+    """The recipe with the shape of the encoder that it goes on from.
+
+    Raises:
+        ValueError: for an encoder that cannot be trained this way.
+    """
+    named = setting("init_from", init_from)
+    height, width = config.image_hw
+    if height != width:
+        raise ValueError(f"{named}: its images are {height}x{width}; pre-training takes squares")
+    if config.relative_positions != "none" and recipe.objective in ("mae", "data2vec2"):
+        raise ValueError(
+            f"{named}: it has relative positions, and {setting('objective', recipe.objective)} "
+            "leaves patches out; name an encoder with absolute positions"
+        )
+    return dataclasses.replace(
+        recipe,
+        image_size=height,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+    )
+
+
+def is_finished(output: Path, record: dict[str, Any]) -> bool:
+    """Whether the folder holds the finished model of this very recipe.
+
+    Raises:
+        ValueError: where it holds another model, which would be overwritten.
+    """
+    if not (output / "config.json").is_file():
+        return False
+    if _changes(output, record) == []:
+        return True
+    raise ValueError(
+        f"{setting('output_dir', output)}: holds a model already, of another recipe or origin; "
+        "name another folder, or remove it"
+    )
+
+
+def check_pretraining_folder(output: Path, record: dict[str, Any]) -> Path:
+    """`output`, resolved, if this pre-training may write there: new, empty, or begun by it.
+
+    Raises:
+        ValueError: for something else, or a pre-training of another recipe, naming the fields.
+    """
+    output = Path(output).resolve()
+    changes = _changes(output, record)
+    if changes is None:
+        return check_model_folder(output)
+    if changes:
+        raise ValueError(
+            f"{setting('output_dir', output)}: holds a pre-training of another recipe "
+            f"({'; '.join(changes)}); name another folder or remove it"
+        )
+    return output
+
+
+def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
+    """How the recipe of the pre-training in a folder differs; None where there is none."""
+    path = output / "recipe.json"
+    if not path.is_file():
+        return None
+    try:
+        begun = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
+            "name another folder or remove it"
+        ) from error
+    check_format("recipe", begun.pop("format_version", None), path)
+    changes = []
+    for name in sorted(begun.keys() | record.keys()):
+        if begun.get(name) != record.get(name):
+            changes.append(f"{name} was {begun.get(name)}, is {record.get(name)}")
+    return changes
+
+
+def _plan(trainer: Pretrainer, output: Path) -> str:
+    """What will be done, as lines for a terminal."""
+    recipe = trainer.recipe
+    options = trainer.options
+    steps = trainer.steps
+    objective = trainer.objective
+    precision = "bf16" if objective.bf16 else "fp32"
+    passes = ""
+    if options.micro_batch_size is not None:
+        passes = f", {options.micro_batch_size} at a time (exact)"
+
+    trained = sum(part.numel() for part in objective.parameters() if part.requires_grad)
+    held = sum(part.numel() for part in objective.state_dict().values())
+    checkpoint = in_bytes(4 * held + 8 * trained)
+    processes = trainer.accelerator.num_processes
+    lines = [
+        ("method", f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters"),
+        ("encoder", encoder_text(objective.encoder.config)),
+        ("data", f"{trainer.images.name}: {len(trainer.images)} images"),
+        (
+            "batch",
+            f"{recipe.batch_size} images over {processes} process(es) on "
+            f"{trainer.accelerator.device.type}, {precision}{passes}",
+        ),
+        ("steps", f"{steps.total}, {steps.warmup} of them warm-up, {steps.per_epoch} an epoch"),
+        ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
+        ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
+    ]
+    return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
+
+
+def _beside(objective: Objective) -> str:
+    return "".join(f", {name}/" for name in objective.others())
+
+
+# ---- on the way
+
+
+def _knn(model: MimRefinerModel, trainer: Pretrainer, images: ImageDataset) -> dict[str, float]:
+    """The k-NN accuracy of a tenth of the images by the others."""
+    bank, queries = hold_out(images, _MEASURED, trainer.recipe.seed)
+    loading = Loading(num_workers=trainer.options.num_workers)
+    seed = trainer.recipe.seed
+    found = evaluate_encoder(
+        model, trainer.processor, bank, queries, seed=seed, loading=loading, per_block=False
+    )
+    return {"knn_accuracy": float(found.metrics["knn_accuracy"])}
+
+
+__all__ = ["check_pretraining_folder", "is_finished", "of_its_shape", "run_pretraining"]
