@@ -13,8 +13,10 @@ from torch import Tensor
 from mim_refiner_hf.pretraining.capi import CapiObjective
 from mim_refiner_hf.pretraining.conmim import ConmimObjective
 from mim_refiner_hf.pretraining.objective import Objective
+from mim_refiner_hf.pretraining.objectives import make_objective
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
 from mim_refiner_hf.runtime.distributed import average_gradients
+from mim_refiner_hf.runtime.optimisation import recompute_blocks
 
 SHAPE: dict[str, Any] = {
     "image_size": 32,
@@ -64,8 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make(case: str, **settings: Any) -> Objective:
     """A small objective in double precision."""
     recipe = PretrainRecipe(**{**SHAPE, "batch_size": BATCH, **CASES[case], **settings})
-    kind = {"capi": CapiObjective, "conmim": ConmimObjective}[recipe.objective]
-    return kind(recipe, STEPS).double().train()
+    return make_objective(recipe, STEPS).double().train()
 
 
 def take_steps(case: str, rank: int, processes: int, micro: int | None) -> dict[str, Tensor]:
@@ -169,3 +170,26 @@ def test_the_momentum_copy_ships(case: str) -> None:
     expected = objective.teacher.eval()(pixels).last_hidden_state
     torch.testing.assert_close(shipped(pixels).last_hidden_state, expected)
     assert all(parameter.requires_grad for parameter in shipped.parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputed_blocks_give_the_same_gradients(case: str) -> None:
+    found = []
+    for recomputes in (False, True):
+        objective = make(case)
+        if recomputes:
+            recompute_blocks(objective.encoder)
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        objective.encoder.layers[1].mlp.register_forward_hook(count)
+        torch.manual_seed(0)
+        pixels = torch.randn(BATCH, 2, 3, 32, 32).double()
+        objective.backward(pixels, objective.masks(0, list(range(BATCH))), None)
+        assert calls == 1 + recomputes
+        found.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.views import MultiCrop, Multicrop, view_specs
+from ..data.views import Multicrop
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank, world_size
 from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
@@ -27,7 +27,7 @@ from .block_masks import Grid
 from .capi_masks import draw_masks, mask_counts
 from .capi_student import PrototypeHead, encode, places_of, predict, start_weights
 from .clustering_layer import ClusteringLayer
-from .objective import Losses, Masks, Objective, micro_batches, rows
+from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
 from .recipe import PretrainRecipe, PretrainSteps
 from .schedules import WarmupCosine
 from .stochastic_depth import kept_count, kept_images
@@ -171,9 +171,7 @@ class CapiObjective(Objective):
 
     def crops(self) -> Multicrop:
         """One view, without colour."""
-        size = self.recipe.image_size
-        scale = (self.recipe.scale, 1.0)
-        return MultiCrop(view_specs(1, 0, size, size, scale, scale, False, self.recipe.flip))
+        return plain_crop(self.recipe)
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """ "visible" (b, V) and "predicted" (b, P) positions, and "kept" of stochastic depth."""
@@ -207,10 +205,10 @@ class CapiObjective(Objective):
             own.backward()
             loss += own.detach()
         return {
-            "loss": loss + clustering_loss,
-            "prediction_loss": loss,
-            "clustering_loss": clustering_loss,
-            "target_entropy": torch.special.entr(targets).sum(dim=-1).mean(),
+            "loss": loss.float() + clustering_loss.float(),
+            "prediction_loss": loss.float(),
+            "clustering_loss": clustering_loss.float(),
+            "target_entropy": torch.special.entr(targets).sum(dim=-1).mean().float(),
         }
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..model.modeling_mim_refiner import MimRefinerLayer
 from ..runtime.seeding import random_generator
@@ -56,6 +57,21 @@ def run_block(
         factor: of what they give.
         context: tokens (b, S, D) to attend to instead, and their places (b, S, 2).
     """
+    if block.gradient_checkpointing and block.training:
+        again = (block, tokens, coordinates, kept, factor, context)
+        return checkpoint(_both_branches, *again, use_reentrant=False)
+    return _both_branches(block, tokens, coordinates, kept, factor, context)
+
+
+def _both_branches(
+    block: MimRefinerLayer,
+    tokens: Tensor,
+    coordinates: Tensor,
+    kept: Tensor,
+    factor: float,
+    context: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Attention, then the MLP; arguments as of `run_block`."""
 
     def attend(images: Tensor) -> Tensor:
         others = None if context is None else (context[0][images], context[1][images])
