@@ -185,7 +185,7 @@ def test_recomputed_blocks_give_the_same_gradients(case: str) -> None:
             nonlocal calls
             calls += 1
 
-        objective.encoder.layers[1].mlp.register_forward_hook(count)
+        objective.encoder.layers[1].mlp.register_forward_pre_hook(count)
         torch.manual_seed(0)
         pixels = torch.randn(BATCH, 2, 3, 32, 32).double()
         objective.backward(pixels, objective.masks(0, list(range(BATCH))), None)
