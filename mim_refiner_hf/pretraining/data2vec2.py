@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from ..data.views import MultiCrop
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.optimisation import encoder_groups, freeze, set_learning_rate, update_average
+from ..runtime.optimisation import freeze, set_learning_rate, update_average
 from ..runtime.seeding import random_generator
-from .mae import decoder_groups
 from .masks import inverse_blocks
 from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
 from .recipe import PretrainRecipe, PretrainSteps
@@ -132,6 +131,7 @@ class Data2vec2Objective(Objective):
         super().__init__()
         self.recipe = recipe
         self.steps = steps
+        self._counts = (recipe.num_visible, recipe.num_centres)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.encoder = encoder or MimRefinerModel(recipe.encoder_config())
@@ -146,12 +146,17 @@ class Data2vec2Objective(Objective):
         )
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups: all in one, or biases and vectors apart."""
+        """Parameter groups: all that is trained in one, or vectors apart, without weight decay."""
         decay = self.recipe.weight_decay
-        if not self.recipe.decay_all:
-            return encoder_groups(self.encoder, 1.0, decay) + decoder_groups(self.decoder, decay)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": trained, "lr_scale": 1.0, "weight_decay": decay}]
+        if self.recipe.decay_all:
+            return [{"params": trained, "lr_scale": 1.0, "weight_decay": decay}]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        return [
+            {"params": matrices, "lr_scale": 1.0, "weight_decay": decay},
+            {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
+        ]
 
     def train(self, mode: bool = True) -> "Data2vec2Objective":
         """As ever; the teacher stays in eval mode."""
@@ -169,9 +174,6 @@ class Data2vec2Objective(Objective):
         """Visible patches (b, M, V), ascending, and the seed of each image's noise (b,)."""
         recipe = self.recipe
         grid = self.encoder.config.grid
-        patches = math.prod(grid)
-        share = 1 - recipe.mask_ratio
-
         visible = []
         seeds = []
         for sample in sample_index:
@@ -180,9 +182,8 @@ class Data2vec2Objective(Objective):
                 grid,
                 rng,
                 rows=recipe.num_masks,
-                # in floating point, as the authors have it: 1 - 0.8 is 0.19999999999999996
-                visible=int(patches * share),
-                centres=int(patches * (share + recipe.mask_adjust) / recipe.mask_length**2),
+                visible=self._counts[0],
+                centres=self._counts[1],
                 length=recipe.mask_length,
             )
             visible.append(chosen)

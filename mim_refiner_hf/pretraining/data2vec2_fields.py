@@ -44,7 +44,7 @@ class Data2vec2Fields:
     )
     decay_all: bool = documented(
         True,
-        "data2vec2: weight decay on biases, norms and CLS too, as the authors' code has it, "
+        "data2vec2: weight decay on biases and norms too, as the authors' code has it, "
         "although it asks for none there.",
     )
 

@@ -282,6 +282,12 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         """Patches of an image that stay visible; in floating point, as the authors have it."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
+    @property
+    def num_centres(self) -> int:
+        """data2vec2: blocks that are drawn to stay visible."""
+        share = 1 - self.mask_ratio + self.mask_adjust
+        return int(self.num_patches * share / self.mask_length**2)
+
     def encoder_config(self) -> MimRefinerConfig:
         """Configuration of the method's encoder; MLP ratio 4."""
         return MimRefinerConfig(

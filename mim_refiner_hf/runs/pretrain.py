@@ -2,9 +2,9 @@
 
     run_pretraining(PretrainRecipe(image_size=32, patch_size=4), Path("out"), dataset="photos/")
 
-The output folder holds `recipe.json`, `data.json`, `log.jsonl` and `checkpoints/` on the way. At the
-end the model takes its place as a whole: the encoder, the records of the run beside it, and further
-encoders of the method in folders of their own. A finished model is never overwritten.
+The output folder holds `recipe.json`, `data.json`, `log.jsonl` and `checkpoints/` on the way. At
+the end the model takes its place as a whole: the encoder, the records of the run beside it, and
+further encoders of the method in folders of their own. A finished model is never overwritten.
 """
 
 import dataclasses

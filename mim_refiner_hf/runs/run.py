@@ -6,10 +6,11 @@
 
 All that can be wrong with recipe, data, weights or output folder is said before anything is
 trained. The output folder holds `recipe.json` and `data.json` (what the data consist of) from the
-start, `start/` (the encoder that is refined; with `--pretrain` `pretrained/`, which stays, and
-`pretraining/`, checkpoints and log of how it came about) and `checkpoints/` on the way, `metrics.json`, the pictures (run_record.py) and `log.jsonl` at the end;
-with `--head_blocks auto` also `blocks.png`, the measurement behind the choice, and `broken.json`
-where images could not be read. What ships is what verdict.py says: the result, or the start.
+start, `start/` (the encoder that is refined) and `checkpoints/` on the way, `metrics.json`, the
+pictures (run_record.py) and `log.jsonl` at the end; with `--pretrain` `pretraining/`, its log and
+checkpoints, and `pretrained/`, which stays; with `--head_blocks auto` `blocks.png`, the measurement
+behind the choice; and `broken.json` where images could not be read. What ships is what verdict.py
+says: the result, or the start.
 """
 
 import dataclasses
