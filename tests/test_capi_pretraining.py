@@ -1,6 +1,7 @@
 """CAPI's pre-training against the authors' code: three steps, gradients, updates, and its parts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from golden_cases import GOLDENS, facts, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mim_refiner_hf import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
-from mim_refiner_hf.pretraining.capi import CapiObjective
+from mim_refiner_hf.model.positions_mim_refiner import rotary_frequencies
+from mim_refiner_hf.pretraining.capi import CapiObjective, capi_groups
 from mim_refiner_hf.pretraining.capi_student import encode, places_of, predict
 from mim_refiner_hf.pretraining.objective import Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
@@ -127,9 +130,7 @@ def golden_batch(prefix: str) -> tuple[Tensor, Masks]:
     return images.unsqueeze(1), masks
 
 
-def compare(
-    ours: dict[str, Tensor], prefix: str, tolerance: dict[str, float], count: int | None = None
-) -> None:
+def compare(ours: dict[str, Tensor], prefix: str, tolerance: dict[str, float]) -> None:
     """All goldens under `prefix` with what we have under our names."""
     _, expected = tensors(CASE)
     theirs = {
@@ -228,6 +229,106 @@ def test_stochastic_depth_is_the_authors(tmp_path: Path, micro: int | None) -> N
 
 
 @pytest.mark.usefixtures("goldens")
-def test_parameter_groups_are_the_authors() -> None:
-    groups = facts("capi-schedules", "schedules.json")["param_groups"]
-    print(groups if isinstance(groups, list) else list(groups.items())[:3])
+def test_parameter_groups_are_the_authors(tmp_path: Path) -> None:
+    objective = golden_objective(tmp_path)
+    parts = {"encoder": objective.encoder, "head": objective.head}
+    found = {}
+    for group in capi_groups(parts, 1.0):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            shape = list(parameter.shape)
+            found[name] = (group["lr_scale"], group["weight_decay"], shape)
+
+    expected = {}
+    for name, facts_of_it in facts("capi-schedules", "schedules.json")["param_groups"].items():
+        numbers = (facts_of_it["lr_multiplier"], facts_of_it["wd_multiplier"])
+        expected[our_name(f"student.{name}")] = (*numbers, facts_of_it["shape"])
+    assert found == expected
+
+
+def recipe(**settings: Any) -> PretrainRecipe:
+    """CAPI for 8 x 8 patches and 16 images a batch."""
+    small = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1}
+    shape = {**small, "num_attention_heads": 2, "registers": 4, "predictor_layers": 1}
+    return PretrainRecipe(objective="capi", **{**shape, "batch_size": 16, **settings})
+
+
+STEPS = PretrainSteps(per_epoch=1, warmup=0, total=2)
+
+
+def test_masks_have_exact_counts() -> None:
+    made = CapiObjective(recipe(predicted_share=0.1), STEPS)
+    masks = made.masks(0, list(range(50)))
+    visible, predicted = masks["visible"], masks["predicted"]
+    masked = int(64 * 0.65)
+    assert visible.shape == (50, 64 - masked) and predicted.shape == (50, int(masked * 0.1))
+    assert (visible.diff(dim=1) > 0).all()
+    for seen, named in zip(visible.tolist(), predicted.tolist(), strict=True):
+        assert len(set(seen) | set(named)) == len(seen) + len(named)
+    # of the 16 images of the batch a fifth is left out, and of each branch others
+    kept = made.masks(0, list(range(16)))["kept"]
+    assert kept.shape == (16, 4) and kept.sum(dim=0).tolist() == [12] * 4
+    assert len(kept.T.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"image_size": 16, "predicted_share": 0.05}, "of a grid of 4 x 4 patches 10 are masked"),
+        ({"prototypes": 17}, "prototypes=17: .*an entropy of at least 0.06 of 2.83 nats"),
+        ({"prototypes": 1025, "positionwise": False}, "give 1024 or fewer"),
+        ({"batch_size": 1}, "batch_size=1: CAPI shares patches out among the images"),
+        ({"registers": 6}, "num_register_tokens=6 must be a multiple of 4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(settings: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        CapiObjective(recipe(**{"predicted_share": 0.1, **settings}), STEPS)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoder_without_rope_is_refused() -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = MimRefinerModel(MimRefinerConfig(image_size=32, patch_size=4, **shape))
+    with pytest.raises(ValueError, match="position_encoding=absolute: CAPI needs rope"):
+        CapiObjective(recipe(predicted_share=0.1), STEPS, encoder)
+
+
+def test_prototypes_follow_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    made = CapiObjective(recipe(predicted_share=0.1), STEPS)
+    assert made.clustering.layer.out_features == 16
+    assert "CAPI takes 16 prototypes: of 16384 the targets would be noise" in caplog.text
+    plain = CapiObjective(recipe(predicted_share=0.1, positionwise=False), STEPS)
+    assert plain.clustering.layer.out_features == 16 * 64
+
+
+def test_fresh_weights_are_the_authors_kind() -> None:
+    made = CapiObjective(recipe(predicted_share=0.1, hidden_size=128, num_attention_heads=4), STEPS)
+    encoder = made.encoder
+    bound = (6 / (128 + 512)) ** 0.5
+    drawn = encoder.layers[0].mlp.fc1.weight
+    assert bound * 0.98 < drawn.abs().max() < bound
+    # the patch embedding counts as a linear layer of 3 x 4 x 4 pixels
+    kernel = encoder.embeddings.patch_embeddings.weight
+    bound = (6 / (128 + 48)) ** 0.5
+    assert bound * 0.98 < kernel.abs().max() < bound
+    assert encoder.embeddings.register_tokens.std().item() == pytest.approx(0.02, rel=0.15)
+    assert made.head.weight_v.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (made.head.weight_g == 1).all() and (made.clustering.layer.bias == 0).all()
+    assert made.clustering.layer.weight.std().item() == pytest.approx(1, rel=0.1)
+    frequencies = rotary_frequencies(32)
+    torch.testing.assert_close(encoder.layers[0].attention.rope.frequencies, frequencies)
+
+
+def test_what_ships_has_the_part_of_the_predictor_that_is_read(tmp_path: Path) -> None:
+    made = CapiObjective(recipe(predicted_share=0.1, predictor_layers=3), STEPS)
+    made.shipped().save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path)
+    assert encoder.config.predictor_layers == 1 and len(made.teacher.predictor.blocks) == 3
+    encoder.config.pooling = "global_repr"
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output, coordinates = encode(made.teacher, pixels)
+        predictor = made.teacher.predictor
+        predictor.blocks = predictor.blocks[:1]
+        read = predictor(output, coordinates, coordinates[4:]).mean(dim=1)
+        torch.testing.assert_close(encoder(pixels).pooler_output, read)

@@ -1,6 +1,7 @@
 """ConMIM's pre-training against the authors' code: two steps, gradients, updates, and views."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mim_refiner_hf.clustering.channels import ChannelImage
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.data.paired_views import light_and_hard
+from mim_refiner_hf.data.paired_views import LightAndHard, light_and_hard
 from mim_refiner_hf.data.views import ViewDraw, normalise
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining.conmim import ConmimObjective, conmim_groups
@@ -242,3 +244,87 @@ def test_views_are_the_authors() -> None:
             torch.testing.assert_close(
                 normed, expected[kind][number], atol=1e-5, rtol=0, msg=f"{kind} {number}"
             )
+
+
+def recipe(**settings: Any) -> PretrainRecipe:
+    """ConMIM for 8 x 8 patches."""
+    small = {"image_size": 32, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 3}
+    shape = {**small, "num_attention_heads": 2, "projector_hidden": 24, "projector_size": 8}
+    return PretrainRecipe(objective="conmim", **{**shape, "mask_square": 8, **settings})
+
+
+STEPS = PretrainSteps(per_epoch=1, warmup=0, total=2)
+
+
+def test_masks_are_whole_squares_or_blocks() -> None:
+    squares = ConmimObjective(recipe(), STEPS).masks(0, list(range(20)))["mask"]
+    assert squares.dtype == torch.bool and squares.sum(dim=1).tolist() == [48] * 20
+    pairs = squares.view(20, 4, 2, 4, 2)
+    assert (pairs == pairs[:, :, :1, :, :1]).all()
+
+    settings = {"mask_kind": "blocks", "mask_ratio": 0.385, "smallest_block": 4}
+    blocks = ConmimObjective(recipe(**settings), STEPS).masks(0, list(range(20)))["mask"]
+    counts = blocks.sum(dim=1)
+    assert counts.max() == int(64 * 0.385) and counts.min() > 12
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"mask_square": 10}, "mask_square=10: must be a multiple of patch_size=4"),
+        ({"mask_square": 12}, "squares of 3 x 3 patches do not divide the grid of 8 x 8"),
+        ({"mask_ratio": 0.99}, "a share of 0.99 masks all 16 squares"),
+        (
+            {"mask_kind": "blocks", "mask_ratio": 0.2, "smallest_block": 16},
+            "smallest_block=16: at most 12 of the 8 x 8 patches",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_in_one_line(settings: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        ConmimObjective(recipe(**settings), STEPS)
+    assert "\n" not in str(refused.value)
+
+
+def test_fresh_weights_are_the_authors_kind() -> None:
+    encoder = ConmimObjective(recipe(), STEPS).encoder
+    for number, block in enumerate(encoder.layers, start=1):
+        cut = 0.02 / (2 * number) ** 0.5
+        for weight, bound in (
+            (block.mlp.fc1.weight, 0.02),
+            (block.mlp.fc2.weight, cut),
+            (block.attention.o_proj.weight, cut),
+        ):
+            assert 0.99 * bound < weight.abs().max() <= bound * (1 + 1e-6)
+        assert (block.attention.q_proj.bias == 0).all()
+        torch.testing.assert_close(block.layer_scale1.weight, torch.full((64,), 0.1))
+    assert (encoder.relative_position_bias.table == 0).all()
+    assert encoder.relative_position_bias.table.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_both_views_show_the_same_crop(mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 60, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    pair = LightAndHard(24, (0.2, 1.0))
+    changed = 0
+    for seed in range(20):
+        views = pair(image, np.random.default_rng(seed))["global_views"]
+        assert views.shape == (2, 3 if mode == "RGB" else 1, 24, 24)
+        again = pair(image, np.random.default_rng(seed))["global_views"]
+        assert torch.equal(views, again)
+        # dark enough that solarisation inverts nothing: colours do not change where things are
+        light, hard = views.double().mean(dim=1).flatten(1)
+        correlation = torch.corrcoef(torch.stack([light, hard]))[0, 1]
+        assert correlation > 0.8
+        changed += not torch.equal(views[0], views[1])
+    assert changed > 10
+
+
+def test_channels_of_no_picture_are_grey_images_of_the_same_crop() -> None:
+    planes = np.random.default_rng(0).integers(0, 256, (40, 60, 5), dtype=np.uint8)
+    views = LightAndHard(24, (0.2, 1.0))(ChannelImage(planes), np.random.default_rng(3))
+    assert views["global_views"].shape == (2, 5, 24, 24)
+    grey = Image.fromarray(np.ascontiguousarray(planes[..., 2]))
+    alone = LightAndHard(24, (0.2, 1.0))(grey, np.random.default_rng(3))["global_views"]
+    assert torch.equal(views["global_views"][0, 2], alone[0, 0])
