@@ -14,7 +14,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.model.positions_mim_refiner import rotary_frequencies
 from mim_refiner_hf.pretraining.capi import CapiObjective, capi_groups
-from mim_refiner_hf.pretraining.capi_student import encode, places_of, predict
+from mim_refiner_hf.pretraining.capi_student import encode_visible, places_of, predict
 from mim_refiner_hf.pretraining.objective import Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
 
@@ -197,7 +197,7 @@ def test_the_student_sees_and_predicts_what_the_authors_does(tmp_path: Path) -> 
     pixels, masks = golden_batch("step0")
     _, expected = tensors(CASE)
     with torch.no_grad():
-        output, coordinates = encode(encoder, pixels[:, 0], masks["visible"])
+        output, coordinates = encode_visible(encoder, pixels[:, 0], masks["visible"])
         places = places_of(encoder.config.grid, masks["predicted"])
         predictions = predict(encoder, output, coordinates, places)
         logits = objective.head(predictions)
@@ -327,7 +327,7 @@ def test_what_ships_has_the_part_of_the_predictor_that_is_read(tmp_path: Path) -
     encoder.config.pooling = "global_repr"
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        output, coordinates = encode(made.teacher, pixels)
+        output, coordinates = encode_visible(made.teacher, pixels)
         predictor = made.teacher.predictor
         predictor.blocks = predictor.blocks[:1]
         read = predictor(output, coordinates, coordinates[4:]).mean(dim=1)

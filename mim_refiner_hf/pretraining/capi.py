@@ -25,7 +25,7 @@ from ..runtime.optimisation import parameter_groups, set_learning_rate, update_a
 from ..runtime.wording import setting
 from .block_masks import Grid
 from .capi_masks import draw_masks, mask_counts
-from .capi_student import PrototypeHead, encode, places_of, predict, start_weights
+from .capi_student import PrototypeHead, encode_visible, places_of, predict, start_weights
 from .clustering_layer import ClusteringLayer
 from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
 from .recipe import PretrainRecipe, PretrainSteps
@@ -217,7 +217,7 @@ class CapiObjective(Objective):
         parts = []
         for part in micro_batches(len(images), micro_batch_size):
             with self.autocast(images):
-                output, _ = encode(self.teacher, images[part])
+                output, _ = encode_visible(self.teacher, images[part])
             parts.append(output[:, self.teacher.config.num_register_tokens :])
         return torch.cat(parts)
 
@@ -237,7 +237,7 @@ class CapiObjective(Objective):
             factor = total / kept_count(total, self.recipe.stochastic_depth)
 
         with self.autocast(images):
-            output, coordinates = encode(self.encoder, images, masks["visible"], of_encoder, factor)
+            output, coordinates = encode_visible(self.encoder, images, masks["visible"], of_encoder, factor)
             places = places_of(self.grid, masks["predicted"])
             predictions = predict(self.encoder, output, coordinates, places, of_predictor, factor)
         logits: Tensor = self.head(predictions)

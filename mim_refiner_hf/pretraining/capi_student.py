@@ -1,6 +1,6 @@
 """The networks of CAPI: what sees the visible patches, predicts others, and names prototypes.
 
-    output, coordinates = encode(encoder, pixels, visible)          # (b, R + V, D), (b, R + V, 2)
+    output, coordinates = encode_visible(encoder, pixels, visible)          # (b, R + V, D), (b, R + V, 2)
     predictions = predict(encoder, output, coordinates, places)     # (b, P, D)
     logits = PrototypeHead(dim=1024, prototypes=16384)(predictions)
 
@@ -39,7 +39,7 @@ class PrototypeHead(nn.Module):
             return F.linear(F.normalize(predictions.to(weight.dtype), dim=-1), weight)
 
 
-def encode(
+def encode_visible(
     encoder: MimRefinerModel,
     pixels: Tensor,
     visible: Tensor | None = None,
@@ -81,7 +81,7 @@ def predict(
     """What the predictor gives for places in the image, (b, P, D).
 
     Args:
-        output, coordinates: of `encode`.
+        output, coordinates: of `encode_visible`.
         places: where to predict (b, P, 2).
         kept, factor: of stochastic depth, two columns a block: see `run_block`.
     """
@@ -129,7 +129,7 @@ def start_weights(encoder: MimRefinerModel) -> None:
 
 __all__ = [
     "PrototypeHead",
-    "encode",
+    "encode_visible",
     "places_of",
     "predict",
     "start_weights",

@@ -48,7 +48,7 @@ from .student import replaced_input
 _BETAS = (0.9, 0.98)
 
 
-def contrast(predicted: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def patch_contrast(predicted: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """The loss of every masked patch (M,): to be told from all patches of its image.
 
     Args:
@@ -198,7 +198,7 @@ class ConmimObjective(Objective):
         def loss_of(tokens: Tensor) -> Tensor:
             with self.autocast(pixels):
                 predicted = self.head(tokens)[:, prefix:]
-                errors = contrast(predicted, targets, mask, self.recipe.temperature)
+                errors = patch_contrast(predicted, targets, mask, self.recipe.temperature)
             return errors.sum() / counted
 
         return {"loss": backward_in_parts(encode, parts, loss_of)}
@@ -255,4 +255,4 @@ def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
     masked_squares(squares, recipe.mask_ratio)
 
 
-__all__ = ["ConmimObjective", "backward_in_parts", "check_masks", "conmim_groups", "contrast"]
+__all__ = ["ConmimObjective", "backward_in_parts", "check_masks", "conmim_groups", "patch_contrast"]

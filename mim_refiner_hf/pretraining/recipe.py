@@ -226,7 +226,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if own is None:
             # check_fields says so
             return
-        unread = {}
+        unread: dict[str, Any] = {}
         for table in DEFAULTS.values():
             unread |= {name: value for name, value in table.items() if name not in own}
         for objective, kind in _OWN_FIELDS.items():
