@@ -14,13 +14,9 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.pretraining import mae
-from mim_refiner_hf.pretraining.mae import (
-    MaeDecoder,
-    PretrainRecipe,
-    mae_loss,
-    patchify,
-    pretrain_mae,
-)
+from mim_refiner_hf.pretraining.loop import pretrain
+from mim_refiner_hf.pretraining.mae import MaeDecoder, MaeObjective, mae_loss, patchify
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe
 
 SMALL = {"patch_size": 4, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
@@ -209,6 +205,11 @@ def tiny_recipe(**changes: Any) -> PretrainRecipe:
     return PretrainRecipe(**{**settings, "batch_size": 64, "learning_rate": 1e-2, **changes})
 
 
+def fresh_objective() -> MaeObjective:
+    recipe = tiny_recipe()
+    return MaeObjective(recipe, recipe.steps(256))
+
+
 def test_loss_falls_and_the_result_is_ready_to_use(
     digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,12 +221,12 @@ def test_loss_falls_and_the_result_is_ready_to_use(
         return loss
 
     monkeypatch.setattr(mae, "mae_loss", recorded)
-    encoder = pretrain_mae(tiny_recipe(), digits)
+    encoder = pretrain(tiny_recipe(), digits).shipped()
     assert len(losses) == 10 * (256 // 64)
     assert np.mean(losses[-8:]) < 0.85 * np.mean(losses[:4]), losses
     assert not encoder.training
     assert all(parameter.requires_grad for parameter in encoder.parameters())
-    fresh, _ = mae._fresh(tiny_recipe())
+    fresh = fresh_objective().encoder
     for (name, before), after in zip(fresh.named_parameters(), encoder.parameters(), strict=True):
         # all but the fixed positions was trained
         assert torch.equal(before, after) == ("position" in name), name
@@ -233,8 +234,8 @@ def test_loss_falls_and_the_result_is_ready_to_use(
 
 def test_no_position_table_is_constant() -> None:
     """A table of zeros trains to nothing: no patch would know where it is."""
-    encoder, decoder = mae._fresh(tiny_recipe())
-    for table in (encoder.embeddings.position_embeddings, decoder.positions):
+    fresh = fresh_objective()
+    for table in (fresh.encoder.embeddings.position_embeddings, fresh.decoder.positions):
         distances = torch.cdist(table[0], table[0]) + 10 * torch.eye(16)
         # every place has a vector of its own
         assert distances.min() > 0.5
@@ -244,7 +245,7 @@ def test_same_seed_same_weights(digits: ImageDataset) -> None:
     def weights(seed: int) -> Tensor:
         # the global generator has no say
         torch.manual_seed(np.random.default_rng().integers(1000))
-        encoder = pretrain_mae(tiny_recipe(epochs=2, seed=seed), digits)
+        encoder = pretrain(tiny_recipe(epochs=2, seed=seed), digits).shipped()
         return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
 
     first = weights(0)
@@ -254,11 +255,11 @@ def test_same_seed_same_weights(digits: ImageDataset) -> None:
 
 def test_greyscale_images_pretrain_a_one_channel_encoder(digits: ImageDataset) -> None:
     grey = ImageDataset(digits.found, num_channels=1, indices=digits.indices[:128])
-    encoder = pretrain_mae(tiny_recipe(epochs=2, num_channels=1), grey)
+    encoder = pretrain(tiny_recipe(epochs=2, num_channels=1), grey).shipped()
     assert encoder.config.num_channels == 1
     assert all(parameter.isfinite().all() for parameter in encoder.parameters())
 
 
 def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:
-    with pytest.raises(ValueError, match=r"batch_size 300 .*256 images"):
-        pretrain_mae(tiny_recipe(batch_size=300), digits)
+    with pytest.raises(ValueError, match=r"batch_size=300: .*256 images"):
+        pretrain(tiny_recipe(batch_size=300), digits)

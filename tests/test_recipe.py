@@ -24,7 +24,7 @@ from mim_refiner_hf import (
 from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.evaluation.fine_tuning import FineTuneRecipe
-from mim_refiner_hf.pretraining.mae import PretrainRecipe
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
 from mim_refiner_hf.runs.plan import plan_text

@@ -299,7 +299,15 @@ OTHER_COMMANDS = [
     ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
     ("pretrain --num_channels 17", ["num_channels is 17", "1 to 16 channels"]),
     ("pretrain --num_workers -1", ["--num_workers", "-1", "at least 0"]),
-    ("pretrain --max_bad_fraction 2", ["--max_bad_fraction", "2:", "between 0 and 1"]),
+    ("pretrain --max_bad_fraction 2", ["--max_bad_fraction 2.0", "between 0 and 1"]),
+    ("pretrain --objective byol", ["--objective", "'byol'", "data2vec2"]),
+    ("pretrain --num_masks 4", ["--num_masks 4", "--objective mae"]),
+    ("pretrain --objective data2vec2 --target_layers 13", ["13", "--num_hidden_layers 12"]),
+    ("pretrain --objective data2vec2 --decoder_groups 5", ["--decoder_groups 5", "768"]),
+    ("pretrain --objective data2vec2 --image_size 32 --mask_ratio 0.9", ["--mask_ratio 0.9"]),
+    ("pretrain --init_from ./gone", ["./gone"]),
+    ("pretrain --eval_every 1 --dataset {tmp}/photos", ["--eval_every 1", "labels"]),
+    ("pretrain --output_dir {model}", ["--output_dir {model}", "holds a model"]),
     ("pretrain --recipe mea", ["--recipe mea", "pretrain-digits"]),
     ("pretrain --recipe pretrain-digits --batch_size 5000", ["batch_size 5000", "1297"]),
     ("pretrain --dataset ./gone", ["./gone"]),
@@ -476,7 +484,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def begun(*args: Any, **settings: Any) -> None:
         raise AssertionError("work began before the mistake was found")
 
-    for name in ("Trainer", "pretrain_mae", "evaluate_encoder"):
+    for name in ("Trainer", "pretrain", "evaluate_encoder"):
         monkeypatch.setattr(run_module, name, begun)
     monkeypatch.setattr(mae, "mae_loss", begun)
 

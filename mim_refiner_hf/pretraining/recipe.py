@@ -312,7 +312,12 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         return fields
 
     def steps(self, num_images: int) -> PretrainSteps:
-        """The updates of a training on so many images."""
+        """The updates of a training on so many images; ValueError for fewer than a batch."""
+        if self.batch_size > num_images:
+            raise ValueError(
+                f"{setting('batch_size', self.batch_size)}: exceeds the {num_images} images; "
+                "lower it"
+            )
         per_epoch = num_images // self.batch_size
         total = self.epochs * per_epoch
         warmup = round(self.warmup_epochs * per_epoch)

@@ -70,8 +70,6 @@ _FREE_FIELDS = frozenset(
 )
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
-# Of the checkpoints and the log of this pre-training.
-PRETRAINING = "pretraining"
 # Of what any other run starts from, until it has ended.
 START = "start"
 
@@ -437,7 +435,6 @@ def check_start_folder(folder: Path) -> Path:
 __all__ = [
     "NOTHING",
     "PRETRAINED",
-    "PRETRAINING",
     "START",
     "Given",
     "Prepared",

@@ -47,13 +47,16 @@ from ..runtime.wording import setting
 from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
-from .prepare import NOTHING, PRETRAINING, Given, Prepared, prepare, start_folder
+from .prepare import NOTHING, Given, Prepared, prepare, start_folder
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .save_as import check_save_as
 from .verdict import Verdict, judge_run, load_start
 
 logger = logging.getLogger(__name__)
+
+# folder of the checkpoints and the log of the run's own pre-training
+_PRETRAINING = "pretraining"
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +254,7 @@ def _train(
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
     if accelerator.is_main_process:
         # the run goes on from the refinement's own from here on
-        checkpoints = Path(recipe.output_dir) / PRETRAINING / CHECKPOINTS
+        checkpoints = Path(recipe.output_dir) / _PRETRAINING / CHECKPOINTS
         shutil.rmtree(checkpoints, ignore_errors=True)
     if warms_up_only:
         accelerator.print(
@@ -356,7 +359,7 @@ def starting_encoder(
         assert start.pretraining is not None and isinstance(images, ImageDataset)
         began = time.perf_counter()
         options = _loop_options(prepared.recipe)
-        folder = Path(prepared.recipe.output_dir) / PRETRAINING
+        folder = Path(prepared.recipe.output_dir) / _PRETRAINING
         trained = pretrain(start.pretraining, images, accelerator, options, folder=folder)
         encoder = trained.shipped()
         seconds["pretrain"] = time.perf_counter() - began

@@ -1,0 +1,323 @@
+"""The loop of every pre-training: a run that was stopped goes on bit by bit, one process or two,
+whole batches or parts of them; and what its command leaves behind.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from test_distributed import free_port
+from torch import Tensor
+
+from mim_refiner_hf import cli
+from mim_refiner_hf.conversion import load_encoder
+from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.pretraining import loop
+from mim_refiner_hf.pretraining.loop import LoopOptions, Pretrainer, pretrain
+from mim_refiner_hf.pretraining.objective import Losses, Objective
+from mim_refiner_hf.pretraining.objectives import OBJECTIVES
+from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.runtime.checkpoint import load_latest
+from mim_refiner_hf.runtime.launch import job_of_processes
+from mim_refiner_hf.runtime.signals import Interrupted
+
+COMMON: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "scale": 0.5,
+    "epochs": 2,
+    "warmup_epochs": 0.5,
+    "batch_size": 16,
+}
+# what a small encoder needs of each method
+OWN: dict[str, dict[str, Any]] = {
+    "mae": {
+        "decoder_size": 16,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "learning_rate": 2e-2,
+    },
+    "data2vec2": {
+        "decoder_size": 16,
+        "decoder_layers": 2,
+        "decoder_groups": 4,
+        "num_masks": 3,
+        "target_layers": 2,
+        "momentum_epochs": 1.5,
+        "momentum_start": 0.9,
+    },
+}
+# 64 images make 4 steps an epoch
+STEPS = 8
+
+
+def recipe_of(objective: str, **changes: Any) -> PretrainRecipe:
+    return PretrainRecipe(objective=objective, **{**COMMON, **OWN[objective], **changes})
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return open_images("digits").subset(range(64))
+
+
+def weights(objective: Objective) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+class Stopped(Exception):
+    """What a test stops a run with."""
+
+
+def stop_at(step: int, patched: pytest.MonkeyPatch) -> None:
+    """The step begins and does not end."""
+    update = Pretrainer.update
+
+    def stopping(self: Pretrainer, at: int, batch: dict[str, Any]) -> Losses:
+        if at == step:
+            raise Stopped
+        return update(self, at, batch)
+
+    patched.setattr(Pretrainer, "update", stopping)
+
+
+def test_every_method_is_tested() -> None:
+    assert OWN.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("objective", OWN)
+def test_a_stopped_run_goes_on_bit_by_bit(
+    objective: str, digits: ImageDataset, tmp_path: Path
+) -> None:
+    recipe = recipe_of(objective)
+    options = LoopOptions(save_every=3, log_every=1)
+    whole = weights(pretrain(recipe, digits, options=options, folder=tmp_path / "whole"))
+    fresh = weights(loop.make_objective(recipe, recipe.steps(64)))
+    assert any(not torch.equal(fresh[name], tensor) for name, tensor in whole.items())
+
+    for step in (5, 7):
+        with pytest.MonkeyPatch.context() as patched:
+            stop_at(step, patched)
+            with pytest.raises(Stopped):
+                pretrain(recipe, digits, options=options, folder=tmp_path / "stopped")
+    again = pretrain(recipe, digits, options=options, folder=tmp_path / "stopped")
+    assert_equal(weights(again), whole)
+
+    # one line a step, those that were done again once
+    logs = []
+    for name in ("whole", "stopped"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    assert [line["step"] for line in logs[1]] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+@pytest.mark.parametrize("objective", OWN)
+def test_a_signal_ends_after_a_checkpoint(
+    objective: str, digits: ImageDataset, tmp_path: Path
+) -> None:
+    recipe = recipe_of(objective)
+    options = LoopOptions(save_every=100)
+    whole = weights(pretrain(recipe, digits, options=options))
+    update = Pretrainer.update
+
+    def signalled(self: Pretrainer, at: int, batch: dict[str, Any]) -> Losses:
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, at, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pretrainer, "update", signalled)
+        with pytest.raises(Interrupted, match="after step 3 of 8") as stopped:
+            pretrain(recipe, digits, options=options, folder=tmp_path)
+    assert stopped.value.exit_code == 143
+    found = load_latest(tmp_path / "checkpoints")
+    assert found is not None and found.step == 3
+    again = pretrain(recipe, digits, options=options, folder=tmp_path)
+    assert_equal(weights(again), whole)
+
+
+def test_another_recipe_is_refused(digits: ImageDataset, tmp_path: Path) -> None:
+    options = LoopOptions(save_every=4)
+    pretrain(recipe_of("mae", max_steps=4), digits, options=options, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"flip was 0\.5, is 0\.0"):
+        pretrain(recipe_of("mae", max_steps=4, flip=0.0), digits, folder=tmp_path)
+
+
+@pytest.mark.parametrize("objective", OWN)
+def test_a_step_that_is_not_finite_changes_nothing(
+    objective: str, digits: ImageDataset, tmp_path: Path
+) -> None:
+    recipe = recipe_of(objective)
+    trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions(), tmp_path)
+    update = Pretrainer.update
+    before: dict[str, Tensor] = {}
+
+    def spoilt(self: Pretrainer, at: int, batch: dict[str, Any]) -> Losses:
+        if at == 3:
+            before.update(weights(self.objective))
+            self.processor.image_std = [0.0] * 3
+        return update(self, at, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pretrainer, "update", spoilt)
+        with pytest.raises(FloatingPointError, match=r"step 3 .*not updated"):
+            trainer.fit()
+    assert_equal(weights(trainer.objective), before)
+
+
+@pytest.mark.parametrize("objective", OWN)
+@pytest.mark.parametrize(
+    "settings", [{"micro_batch_size": 5}, {"gradient_checkpointing": True}], ids=str
+)
+def test_less_memory_gives_the_same_update(
+    objective: str, settings: dict[str, Any], digits: ImageDataset
+) -> None:
+    recipe = recipe_of(objective)
+    batch = next(
+        iter(
+            loop.crop_batches(
+                recipe,
+                loop.make_objective(recipe, recipe.steps(64)).crops(),
+                digits,
+                stop_step=1,
+                num_workers=0,
+            )
+        )
+    )
+    gradients = []
+    for options in (LoopOptions(), LoopOptions(**settings)):
+        trainer = Pretrainer(recipe, digits, job_of_processes(), options)
+        trainer.update(1, batch)
+        named = trainer.objective.named_parameters()
+        gradients.append({name: p.grad for name, p in named if p.grad is not None})
+    whole, cut = gradients
+    assert whole.keys() == cut.keys() and whole
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_gradients_are_clipped(digits: ImageDataset) -> None:
+    recipe = recipe_of("mae", clip_norm=1e-3)
+    trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
+    crops = trainer.objective.crops()
+    batch = next(iter(loop.crop_batches(recipe, crops, digits, stop_step=1, num_workers=0)))
+    trainer.update(0, batch)
+    squares = [p.grad.square().sum() for p in trainer.objective.parameters() if p.grad is not None]
+    assert torch.stack(squares).sum().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+# --- two processes
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    """One of two processes; the first writes what every method leaves behind."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    images = open_images("digits").subset(range(64))
+    for objective in OWN:
+        options = LoopOptions(save_every=3)
+        trained = pretrain(
+            recipe_of(objective), images, options=options, folder=Path(folder) / objective
+        )
+        state = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+        save_file(state, Path(folder) / f"{objective}-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(digits: ImageDataset, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
+    for objective in OWN:
+        first, second = (load_file(tmp_path / f"{objective}-{rank}.safetensors") for rank in (0, 1))
+        assert_equal(second, first)
+        alone = weights(pretrain(recipe_of(objective), digits))
+        fresh = weights(loop.make_objective(recipe_of(objective), recipe_of(objective).steps(64)))
+        for name, tensor in alone.items():
+            # a key's bias has no gradient, and Adam moves by its sign what is next to none
+            if name.endswith("k_proj.bias"):
+                continue
+            moved = (tensor - fresh[name]).norm()
+            assert (first[name] - tensor).norm() <= 1e-2 * moved + 1e-6, name
+
+
+# --- the command
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Iterator[list[str]]:
+    flags = {**COMMON, **OWN["data2vec2"], "objective": "data2vec2", "max_steps": 6}
+    flags |= {"batch_size": 128, "save_every": 2, "num_workers": 0, "output_dir": tmp_path / "out"}
+    words = ["pretrain", "digits"]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    yield words
+
+
+def test_command_leaves_models_and_overwrites_none(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--dry_run"]) == 0
+    assert "data2vec2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(3, patched)
+        with pytest.raises(Stopped):
+            cli.main(words)
+    assert not (tmp_path / "out/config.json").exists()
+    # the folder belongs to this recipe now
+    assert cli.main([*words, "--flip", "0.25"]) == 2
+    assert "flip was 0.5, is 0.25" in capsys.readouterr().err
+
+    assert cli.main(words) == 0
+    assert f"The pre-trained model: {tmp_path / 'out'}" in capsys.readouterr().out
+    student = load_encoder(tmp_path / "out")
+    teacher = load_encoder(tmp_path / "out/momentum_encoder")
+    assert student.config.norm_placement == teacher.config.norm_placement == "post"
+    recipe = json.loads((tmp_path / "out/recipe.json").read_text())
+    begun = PretrainRecipe(**{f.name: recipe[f.name] for f in dataclasses.fields(PretrainRecipe)})
+    expected = pretrain(begun, open_images("digits"))
+    assert_equal(student.state_dict(), expected.shipped().state_dict())
+    assert_equal(teacher.state_dict(), expected.others()["momentum_encoder"].state_dict())
+
+    # nothing is written again, and nothing over it
+    before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    assert cli.main(words) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert cli.main([*words, "--seed", "1"]) == 2
+    assert "holds a model" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_command_goes_on_from_an_encoder(words: list[str], tmp_path: Path) -> None:
+    assert cli.main(words) == 0
+    start = load_encoder(tmp_path / "out")
+    other = ["pretrain", "digits", "--init_from", str(tmp_path / "out"), "--objective", "data2vec2"]
+    flags = {**OWN["data2vec2"], "max_steps": 2, "batch_size": 128, "num_workers": 0}
+    flags["learning_rate"] = 1e-6
+    for name, value in flags.items():
+        other += [f"--{name}", str(value)]
+    assert cli.main([*other, "--output_dir", str(tmp_path / "more")]) == 0
+    found = load_encoder(tmp_path / "more").state_dict()
+    # at such a rate it is that encoder still, and not quite
+    for name, tensor in start.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+    cls = "embeddings.cls_token"
+    assert not torch.equal(found[cls], start.state_dict()[cls])
