@@ -14,6 +14,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.model.positions_mim_refiner import rotary_frequencies
 from mim_refiner_hf.pretraining.capi import CapiObjective, capi_groups
+from mim_refiner_hf.pretraining.capi_start import head_beside, load_for_capi
 from mim_refiner_hf.pretraining.capi_student import encode_visible, places_of, predict
 from mim_refiner_hf.pretraining.objective import Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
@@ -53,13 +54,13 @@ def our_name(name: str) -> str:
     return rest
 
 
-def network(folder: Path, who: str) -> MimRefinerModel:
-    """The encoder of the authors' student or teacher, as a file of theirs loads to go on with."""
+def saved(folder: Path, who: str) -> Path:
+    """The authors' student or its moving average as a file of theirs."""
     state = load_file(GOLDENS / CASE / "init.safetensors")
     prefix = f"{who}."
     own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     save_file(own, folder / f"{who}.safetensors")
-    return load_encoder(folder / f"{who}.safetensors", family="capi_whole")
+    return folder / f"{who}.safetensors"
 
 
 def golden_objective(folder: Path, stochastic_depth: float = 0.0) -> CapiObjective:
@@ -102,7 +103,7 @@ def golden_objective(folder: Path, stochastic_depth: float = 0.0) -> CapiObjecti
     )
     total = optimizer["total_iters"]
     steps = PretrainSteps(per_epoch=total, warmup=rates["warmup_iters"], total=total)
-    encoder = network(folder, "student")
+    encoder = load_for_capi(str(saved(folder, "student")))
     # an image that is no square: the file does not state its size
     encoder.config.image_size = list(case["image"])
     objective = CapiObjective(recipe, steps, encoder)
@@ -332,3 +333,33 @@ def test_what_ships_has_the_part_of_the_predictor_that_is_read(tmp_path: Path) -
         predictor.blocks = predictor.blocks[:1]
         read = predictor(output, coordinates, coordinates[4:]).mean(dim=1)
         torch.testing.assert_close(encoder(pixels).pooler_output, read)
+
+
+@pytest.mark.usefixtures("goldens")
+def test_it_goes_on_from_a_file_of_the_authors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = facts(CASE)
+    encoder = load_for_capi(str(saved(tmp_path, "student_ema")))
+    assert encoder.config.predictor_layers == case["dec"]
+    settings = {"predicted_share": 0.1, "predictor_layers": case["dec"], "prototypes": case["K"]}
+    made = CapiObjective(recipe(**settings, batch_size=case["K"]), STEPS, encoder)
+
+    state = load_file(GOLDENS / CASE / "init.safetensors")
+    for name, tensor in state.items():
+        if name.startswith("student_ema."):
+            for who in ("student", "student_ema"):
+                ours = our_name(f"{who}.{name.removeprefix('student_ema.')}")
+                assert torch.equal(made.state_dict()[ours], tensor), ours
+
+    # a head of other prototypes is of no use, a predictor of another depth neither
+    assert not caplog.text
+    settings = {"predicted_share": 0.1, "predictor_layers": case["dec"] + 1, "prototypes": 3}
+    made = CapiObjective(recipe(**settings), STEPS, encoder)
+    assert f"names {case['K']} prototypes, not 3" in caplog.text
+    assert len(made.encoder.predictor.blocks) == case["dec"] + 1
+
+
+def test_any_other_encoder_brings_no_head(tmp_path: Path) -> None:
+    CapiObjective(recipe(predicted_share=0.1), STEPS).shipped().save_pretrained(tmp_path)
+    assert head_beside(load_for_capi(str(tmp_path))) == {}

@@ -25,6 +25,7 @@ from ..runtime.optimisation import parameter_groups, set_learning_rate, update_a
 from ..runtime.wording import setting
 from .block_masks import Grid
 from .capi_masks import draw_masks, mask_counts
+from .capi_start import head_beside
 from .capi_student import PrototypeHead, encode_visible, places_of, predict, start_weights
 from .clustering_layer import ClusteringLayer
 from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
@@ -138,7 +139,7 @@ class CapiObjective(Objective):
                 encoder = MimRefinerModel(config)
                 start_weights(encoder)
             self.encoder = with_predictor(encoder, recipe.predictor_layers)
-            self.head = PrototypeHead(config.hidden_size, prototypes)
+            self.head = start_head(encoder, prototypes)
             self.clustering = ClusteringLayer(
                 config.hidden_size,
                 prototypes,
@@ -237,7 +238,9 @@ class CapiObjective(Objective):
             factor = total / kept_count(total, self.recipe.stochastic_depth)
 
         with self.autocast(images):
-            output, coordinates = encode_visible(self.encoder, images, masks["visible"], of_encoder, factor)
+            output, coordinates = encode_visible(
+                self.encoder, images, masks["visible"], of_encoder, factor
+            )
             places = places_of(self.grid, masks["predicted"])
             predictions = predict(self.encoder, output, coordinates, places, of_predictor, factor)
         logits: Tensor = self.head(predictions)
@@ -279,6 +282,21 @@ class CapiObjective(Objective):
         return encoder
 
 
+def start_head(encoder: MimRefinerModel, prototypes: int) -> PrototypeHead:
+    """The head that came with the encoder, if it names as many prototypes, else a fresh one."""
+    head = PrototypeHead(encoder.config.hidden_size, prototypes)
+    weights = head_beside(encoder)
+    if weights and weights["weight_v"].shape == head.weight_v.shape:
+        head.load_state_dict(weights)
+    elif weights:
+        logger.warning(
+            "the head that came with the encoder names %d prototypes, not %d: it starts anew",
+            len(weights["weight_v"]),
+            prototypes,
+        )
+    return head
+
+
 def with_predictor(encoder: MimRefinerModel, blocks: int) -> MimRefinerModel:
     """The encoder itself, trainable, with a predictor of so many blocks; a fresh one if need be."""
     if encoder.config.predictor_layers != blocks:
@@ -290,4 +308,11 @@ def with_predictor(encoder: MimRefinerModel, blocks: int) -> MimRefinerModel:
     return encoder.requires_grad_(True)
 
 
-__all__ = ["MOST_PROTOTYPES", "CapiObjective", "capi_groups", "prototypes_of", "with_predictor"]
+__all__ = [
+    "MOST_PROTOTYPES",
+    "CapiObjective",
+    "capi_groups",
+    "prototypes_of",
+    "start_head",
+    "with_predictor",
+]

@@ -1,7 +1,7 @@
 """The networks of CAPI: what sees the visible patches, predicts others, and names prototypes.
 
-    output, coordinates = encode_visible(encoder, pixels, visible)          # (b, R + V, D), (b, R + V, 2)
-    predictions = predict(encoder, output, coordinates, places)     # (b, P, D)
+    output, places = encode_visible(encoder, pixels, visible)       # (b, R + V, D), (b, R + V, 2)
+    predictions = predict(encoder, output, places, of_predicted)    # (b, P, D)
     logits = PrototypeHead(dim=1024, prototypes=16384)(predictions)
 
 The encoder is a `MimRefinerModel` with stored rope, registers and a predictor.

@@ -24,6 +24,7 @@ from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.capi_start import load_for_capi
 from ..pretraining.loop import LoopOptions, Pretrainer
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
@@ -67,7 +68,9 @@ def run_pretraining(
     options = options or LoopOptions()
     encoder = None
     if init_from is not None:
-        encoder = load_encoder(init_from)
+        load = load_for_capi if recipe.objective == "capi" else load_encoder
+        # trained in single precision, whatever it was saved in
+        encoder = load(init_from).float()
         recipe = of_its_shape(recipe, encoder.config, init_from)
 
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
@@ -166,8 +169,15 @@ def of_its_shape(
             f"{named}: it has relative positions, and {setting('objective', recipe.objective)} "
             "leaves patches out; name an encoder with absolute positions"
         )
+    own: dict[str, Any] = {}
+    if recipe.objective == "capi":
+        own["registers"] = config.num_register_tokens
+        # one block is what a folder of ours has kept
+        if config.predictor_layers > 1:
+            own["predictor_layers"] = config.predictor_layers
     return dataclasses.replace(
         recipe,
+        **own,
         image_size=height,
         patch_size=config.patch_size,
         num_channels=config.num_channels,
