@@ -225,7 +225,7 @@ def test_reconstruction_is_refused_where_patches_cannot_be_left_out(digits: Imag
         encoder = make_encoder(**changes)
         with pytest.raises(ValueError, match=message):
             reconstruction_losses(encoder, make_processor(), digits, digits)
-    with pytest.raises(ValueError, match=r"batch_size 32 .*20 images"):
+    with pytest.raises(ValueError, match=r"batch_size=32: .*20 images"):
         reconstruction_losses(make_encoder(), make_processor(), digits.subset(range(20)), digits)
 
 

@@ -144,7 +144,9 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
         with pytest.raises(Stopped):
             run(interrupted)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_module, "pretrain", lambda *_, **__: pytest.fail("pre-trained again"))
+        patched.setattr(
+            run_module, "pretrained_start", lambda *_, **__: pytest.fail("pre-trained again")
+        )
         run(interrupted)
     assert_identical(interrupted, whole)
     # the start is kept, and is what was measured

@@ -484,7 +484,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def begun(*args: Any, **settings: Any) -> None:
         raise AssertionError("work began before the mistake was found")
 
-    for name in ("Trainer", "pretrain", "evaluate_encoder"):
+    for name in ("Trainer", "pretrained_start", "evaluate_encoder"):
         monkeypatch.setattr(run_module, name, begun)
     monkeypatch.setattr(mae, "mae_loss", begun)
 

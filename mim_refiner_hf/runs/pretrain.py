@@ -82,11 +82,11 @@ def run_pretraining(
     images = open_images(
         dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
     )
-    # refuses fewer images than a batch
-    recipe.steps(len(images))
     if options.eval_every and not fully_labelled(images):
         asked = setting("eval_every", options.eval_every)
         raise ValueError(f"{asked}: k-NN needs labels, and {images.name} has none; leave it out")
+    # refuses fewer images than a batch
+    recipe.steps(len(images))
 
     with sole_run(output_dir, "output_dir", beside=True):
         accelerator = job_of_processes()

@@ -15,7 +15,6 @@ says: the result, or the start.
 
 import dataclasses
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,11 +31,9 @@ from ..data.loading import Loading
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.loop import CHECKPOINTS, LoopOptions, pretrain
 from ..refinement.auto import Choice
 from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
-from ..refinement.resolve import ResolvedRecipe
 from ..refinement.trainer import Trainer
 from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.device import available_memory, warn_of_emulation
@@ -48,15 +45,13 @@ from .head_choice import HeadChoice, choose_head_blocks
 from .init_from import data_digest, place_heads, start_state
 from .plan import plan_text
 from .prepare import NOTHING, Given, Prepared, prepare, start_folder
+from .pretrained_start import pretrained_start, remove_checkpoints
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .save_as import check_save_as
 from .verdict import Verdict, judge_run, load_start
 
 logger = logging.getLogger(__name__)
-
-# folder of the checkpoints and the log of the run's own pre-training
-_PRETRAINING = "pretraining"
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,9 +248,8 @@ def _train(
     stop = recipe.steps.warmup if warms_up_only else recipe.steps.total
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
     if accelerator.is_main_process:
-        # the run goes on from the refinement's own from here on
-        checkpoints = Path(recipe.output_dir) / _PRETRAINING / CHECKPOINTS
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        # from here on the run goes on from the refinement's own checkpoints
+        remove_checkpoints(recipe)
     if warms_up_only:
         accelerator.print(
             f"The heads are warm: {recipe.output_dir}/checkpoints. "
@@ -355,28 +349,10 @@ def starting_encoder(
         # the checkpoint fills it
         encoder = MimRefinerModel(start.config)
     elif encoder is None:
-        images = prepared.images.training
-        assert start.pretraining is not None and isinstance(images, ImageDataset)
         began = time.perf_counter()
-        options = _loop_options(prepared.recipe)
-        folder = Path(prepared.recipe.output_dir) / _PRETRAINING
-        trained = pretrain(start.pretraining, images, accelerator, options, folder=folder)
-        encoder = trained.shipped()
+        encoder = pretrained_start(prepared, accelerator)
         seconds["pretrain"] = time.perf_counter() - began
     return encoder.float().to(accelerator.device)
-
-
-def _loop_options(recipe: ResolvedRecipe) -> LoopOptions:
-    """How the run's own pre-training runs: as the refinement does."""
-    return LoopOptions(
-        num_workers=recipe.num_workers,
-        max_bad_fraction=recipe.max_bad_fraction,
-        mixed_precision="bf16" if recipe.bf16 else "no",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        save_every=recipe.asked.save_every,
-        keep=recipe.keep,
-        log_every=recipe.log_every,
-    )
 
 
 def choose_blocks(

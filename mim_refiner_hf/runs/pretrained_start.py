@@ -1,0 +1,54 @@
+"""`refine --pretrain`: the encoder that a run starts from is trained first, on the same images.
+
+    encoder = pretrained_start(prepared, accelerator)
+    ...                                     # the refinement has a checkpoint of its own
+    remove_checkpoints(prepared.recipe)
+
+Its checkpoints and its log lie in `pretraining/`, so that a run which was stopped goes on there.
+"""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..data.images import ImageDataset
+from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.loop import CHECKPOINTS, LoopOptions, pretrain
+from ..refinement.resolve import ResolvedRecipe
+from .prepare import Prepared
+
+_PRETRAINING = "pretraining"
+
+
+def pretrained_start(prepared: Prepared, accelerator: Accelerator) -> MimRefinerModel:
+    """The encoder that the run's pre-training ships; it runs as the refinement does.
+
+    Raises:
+        Interrupted: after a checkpoint, when a signal asked the run to stop.
+        FloatingPointError: for a loss or gradient that is not finite.
+    """
+    recipe = prepared.recipe
+    images = prepared.images.training
+    assert prepared.start.pretraining is not None and isinstance(images, ImageDataset)
+    options = LoopOptions(
+        num_workers=recipe.num_workers,
+        max_bad_fraction=recipe.max_bad_fraction,
+        mixed_precision="bf16" if recipe.bf16 else "no",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        save_every=recipe.asked.save_every,
+        keep=recipe.keep,
+        log_every=recipe.log_every,
+    )
+    folder = Path(recipe.output_dir) / _PRETRAINING
+    trained = pretrain(prepared.start.pretraining, images, accelerator, options, folder=folder)
+    return trained.shipped()
+
+
+def remove_checkpoints(recipe: ResolvedRecipe) -> None:
+    """Let go of the checkpoints of the run's pre-training; its log stays."""
+    checkpoints = Path(recipe.output_dir) / _PRETRAINING / CHECKPOINTS
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+__all__ = ["pretrained_start", "remove_checkpoints"]
