@@ -141,6 +141,7 @@ class ConmimObjective(Objective):
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.momentum = recipe.momentum_start
+        self._seen: list[Tensor] = []
 
         named = [
             (f"{place}.{name}", parameter)
@@ -179,6 +180,8 @@ class ConmimObjective(Objective):
         """Gradients of the student; batch norm sees all tokens of all processes at once."""
         light, hard = pixels[:, 0], pixels[:, 1]
         mask = masks["mask"]
+        # running statistics are kept until the step is taken: one that is not finite changes none
+        before = [buffer.clone() for buffer in self.buffers()]
         parts = list(micro_batches(len(pixels), micro_batch_size))
         # the mean over all processes' masked patches, whose counts may differ
         counted = reduced(mask.sum(), "sum").clamp(min=1) / world_size()
@@ -201,7 +204,10 @@ class ConmimObjective(Objective):
                 errors = patch_contrast(predicted, targets, mask, self.recipe.temperature)
             return errors.sum() / counted
 
-        return {"loss": backward_in_parts(encode, parts, loss_of)}
+        loss = backward_in_parts(encode, parts, loss_of)
+        self._seen = [buffer.clone() for buffer in self.buffers()]
+        torch._foreach_copy_(list(self.buffers()), before)
+        return {"loss": loss}
 
     def set_schedules(self, step: int) -> None:
         """The rate, and the momentum, which has no warm-up."""
@@ -221,6 +227,7 @@ class ConmimObjective(Objective):
     def step_optimizers(self, step: int) -> None:
         """The student, then the momentum encoder with the student as it is now."""
         super().step_optimizers(step)
+        torch._foreach_copy_(list(self.buffers()), self._seen)
         update_average(self.teacher, self.encoder, self.momentum)
         update_average(self.teacher_head, self.head, self.momentum)
 
