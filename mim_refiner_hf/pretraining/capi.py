@@ -69,7 +69,7 @@ def prototypes_of(recipe: PretrainRecipe, positions: int) -> int:
     if recipe.prototypes is None:
         logger.warning("CAPI takes %d prototypes: %s", patches, noise)
         return patches
-    remedy = "take a larger batch"
+    remedy = "or take a larger batch"
     if recipe.positionwise:
         remedy = f"set {setting('positionwise')} to false, or take a larger batch"
     raise ValueError(f"{setting('prototypes', asked)}: {noise}; give {patches} or fewer, {remedy}")

@@ -116,7 +116,7 @@ class ConmimObjective(Objective):
         encoder: to go on from; None for fresh weights.
 
     Raises:
-        ValueError: for masks that do not fit the grid.
+        ValueError: for masks that do not fit the grid, and for a batch of one image.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ConmimObjective(Objective):
         self.steps = steps
         config = recipe.encoder_config() if encoder is None else encoder.config
         self.grid: Grid = config.grid
-        check_masks(recipe, config)
+        check_settings(recipe, config)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -236,13 +236,18 @@ class ConmimObjective(Objective):
         return copy.deepcopy(self.teacher).requires_grad_(True)
 
 
-def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
-    """Refuse masks that do not fit the grid of the encoder's images.
+def check_settings(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
+    """Refuse masks that do not fit the grid of the encoder's images, and a batch of one.
 
     Raises:
         ValueError: naming the setting.
     """
     grid: Grid = config.grid
+    if recipe.batch_size < 2:
+        raise ValueError(
+            f"{setting('batch_size', recipe.batch_size)}: ConMIM's batch norm runs over the images "
+            "of a batch; give 2 or more"
+        )
     if recipe.mask_kind == "blocks":
         # a block is smaller than the grid on both sides
         most = min(int(math.prod(grid) * recipe.mask_ratio), (grid[0] - 1) * (grid[1] - 1))
@@ -258,8 +263,11 @@ def check_masks(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
             f"{setting('mask_square', recipe.mask_square)}: must be a multiple of "
             f"{setting('patch_size', config.patch_size)}"
         )
-    squares = squares_of(grid, recipe.mask_square // config.patch_size)
+    try:
+        squares = squares_of(grid, recipe.mask_square // config.patch_size)
+    except ValueError as error:
+        raise ValueError(f"{setting('mask_square', recipe.mask_square)}: {error}") from error
     masked_squares(squares, recipe.mask_ratio)
 
 
-__all__ = ["ConmimObjective", "backward_in_parts", "check_masks", "conmim_groups", "patch_contrast"]
+__all__ = ["ConmimObjective", "backward_in_parts", "check_settings", "conmim_groups", "patch_contrast"]

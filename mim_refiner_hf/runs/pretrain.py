@@ -171,6 +171,12 @@ def of_its_shape(
         )
     own: dict[str, Any] = {}
     if recipe.objective == "capi":
+        if config.position_encoding != "rope" or config.rope_theta is not None:
+            raise ValueError(
+                f"{named}: its positions are {config.position_encoding}, and "
+                f"{setting('objective', 'capi')} needs rope with frequencies that are stored, as "
+                "CAPI's own encoders have it"
+            )
         own["registers"] = config.num_register_tokens
         # one block is what a folder of ours has kept
         if config.predictor_layers > 1:
