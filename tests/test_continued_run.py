@@ -25,8 +25,10 @@ from torch import Tensor
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.evaluation import report
+from mim_refiner_hf.pretraining.loop import Pretrainer
 from mim_refiner_hf.runs import run as run_module
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.tracking import JsonlTracker
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -118,9 +120,9 @@ def test_finished_run_is_not_trained_again(
         assert torch.equal(tensor, before[f"average.{name}"])
 
 
-def test_pretraining_is_not_repeated_by_a_continued_run(
-    recipe: Callable[..., RefineRecipe], tmp_path: Path
-) -> None:
+@pytest.fixture
+def pretraining(tmp_path: Path) -> dict[str, Any]:
+    """Fields of a run that pre-trains its start in two steps."""
     small = {
         **SHAPE,
         "decoder_size": 16,
@@ -131,13 +133,19 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
     }
     del small["intermediate_size"]
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**small, "batch_size": 100}))
-    settings = {
+    return {
         "model": None,
         "pretrain": str(tmp_path / "small.yaml"),
         "max_steps": 2,
         "eval_fraction": 0.25,
+        "save_every": 1,
     }
-    whole, interrupted = recipe("whole", **settings), recipe("interrupted", **settings)
+
+
+def test_pretraining_is_not_repeated_by_a_continued_run(
+    recipe: Callable[..., RefineRecipe], pretraining: dict[str, Any]
+) -> None:
+    whole, interrupted = recipe("whole", **pretraining), recipe("interrupted", **pretraining)
     run(whole)
     with pytest.MonkeyPatch.context() as patched:
         stop_before(3, patched)
@@ -159,6 +167,30 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
             start, start.image_processor, images.bank, images.evaluation, seed=once.seed
         )
         assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
+
+
+def test_a_run_goes_on_within_its_pretraining(
+    recipe: Callable[..., RefineRecipe], pretraining: dict[str, Any]
+) -> None:
+    whole = recipe("whole", **pretraining)
+    run(whole)
+    midway = recipe("midway", **pretraining)
+    with pytest.MonkeyPatch.context() as patched:
+        update = Pretrainer.update
+
+        def stopping(self: Pretrainer, step: int, batch: dict[str, Any]) -> Any:
+            if step == 1:
+                raise Stopped
+            return update(self, step, batch)
+
+        patched.setattr(Pretrainer, "update", stopping)
+        with pytest.raises(Stopped):
+            run(midway)
+    begun = load_latest(Path(midway.output_dir) / "pretraining/checkpoints")
+    assert begun is not None and begun.step == 1
+    run(midway)
+    assert_identical(midway, whole)
+    assert not (Path(midway.output_dir) / "pretraining/checkpoints").exists()
 
 
 def test_stream(recipe: Callable[..., RefineRecipe], cifar: str) -> None:

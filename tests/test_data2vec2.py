@@ -17,6 +17,7 @@ from mim_refiner_hf.pretraining.data2vec2 import ConvDecoder, Data2vec2Objective
 from mim_refiner_hf.pretraining.masks import exactly, inverse_blocks, squares
 from mim_refiner_hf.pretraining.objective import Losses, Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
+from mim_refiner_hf.runtime.settings import read_fields
 
 DECODER = "modality_encoders.IMAGE.decoder."
 MASKINGS = facts("data2vec2-masking").get("kinds", {"none": {}})
@@ -361,6 +362,39 @@ def test_rates_and_momenta_equal_fairseq(run: str) -> None:
             assert ours.learning_rate(update) == pytest.approx(rate, rel=1e-9, abs=1e-22)
         if momentum is not None:
             assert ours.momentum(update) == pytest.approx(momentum, rel=1e-9)
+
+
+# of our recipes, those that have a run in the authors' schedules
+RECIPES = {"base": "b16", "large": "l16", "huge": "h16", "huge14": "h14"}
+IMAGENET = 1_281_167
+
+
+@pytest.mark.usefixtures("goldens")
+@pytest.mark.parametrize("run", RECIPES)
+def test_recipes_have_the_authors_schedules(run: str) -> None:
+    if run not in RUNS:
+        pytest.skip(f"this set of goldens has no run {run}")
+    name = f"pretrain-data2vec2-{RECIPES[run]}"
+    recipe = PretrainRecipe(**read_fields(name, PretrainRecipe))
+    case = RUNS[run]
+    per_epoch, warmup, total = recipe.steps(IMAGENET)
+    assert (warmup, total) == (case["warmup"], case["max_update"])
+    assert recipe.learning_rate == case["lr"]
+    momentum = (recipe.momentum_start, recipe.momentum_end)
+    assert momentum == (case["ema_start"], case["ema_end"])
+    assert round(recipe.momentum_epochs * per_epoch) == case["ema_anneal_end_step"]
+
+
+@pytest.mark.usefixtures("goldens")
+@pytest.mark.parametrize("kind", ["base", "large", "huge14"])
+def test_recipes_have_the_authors_masks(kind: str) -> None:
+    if kind not in MASKINGS:
+        pytest.skip(f"this set of goldens has no masks {kind}")
+    name = f"pretrain-data2vec2-{RECIPES[kind]}"
+    recipe = PretrainRecipe(**read_fields(name, PretrainRecipe))
+    case = MASKINGS[kind]
+    found = (recipe.num_visible, recipe.num_centres, recipe.mask_length)
+    assert found == (case["visible"], case["centres_per_row"], case["mask_length"])
 
 
 @pytest.mark.usefixtures("goldens")

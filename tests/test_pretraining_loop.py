@@ -307,6 +307,8 @@ def test_command_leaves_models_and_overwrites_none(
     student = load_encoder(tmp_path / "out")
     teacher = load_encoder(tmp_path / "out/momentum_encoder")
     assert student.config.norm_placement == teacher.config.norm_placement == "post"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "data2vec 2.0" in card and "from fresh weights" in card and "1297 of digits" in card
     recipe = json.loads((tmp_path / "out/recipe.json").read_text())
     begun = PretrainRecipe(**{f.name: recipe[f.name] for f in dataclasses.fields(PretrainRecipe)})
     expected = pretrain(begun, open_images("digits"))

@@ -306,6 +306,7 @@ OTHER_COMMANDS = [
     ("pretrain --objective data2vec2 --decoder_groups 5", ["--decoder_groups 5", "768"]),
     ("pretrain --objective data2vec2 --image_size 32 --mask_ratio 0.9", ["--mask_ratio 0.9"]),
     ("pretrain --init_from ./gone", ["./gone"]),
+    ("pretrain photos --dataset digits", ["photos", "--dataset", "give one of them"]),
     ("pretrain --eval_every 1 --dataset {tmp}/photos", ["--eval_every 1", "labels"]),
     ("pretrain --output_dir {model}", ["--output_dir {model}", "holds a model"]),
     ("pretrain --recipe mea", ["--recipe mea", "pretrain-digits"]),

@@ -66,12 +66,16 @@ def run_pretrain(arguments: Sequence[str]) -> None:
 
     parser = _pretrain_parser()
     words = list(arguments)
-    if words and not words[0].startswith("-"):
-        words = ["--dataset", *words]
     # which defaults hold is known only when --recipe has been read
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    name = first.parse_known_args(words)[0].recipe
+    first.add_argument("--dataset")
+    named = first.parse_known_args(words)[0]
+    name = named.recipe
+    if words and not words[0].startswith("-"):
+        if named.dataset is not None:
+            parser.error(f"{words[0]} and --dataset name both the images; give one of them")
+        words = ["--dataset", *words]
     if name is not None:
         parser.set_defaults(**read_fields(name, PretrainRecipe))
     recipe, options, where = parser.parse_args_into_dataclasses(words)

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from ..conversion import load_encoder
+from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
 from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
@@ -29,10 +30,12 @@ from ..pretraining.loop import LoopOptions, Pretrainer
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
 from ..publishing.hub import check_model_folder, write_model
+from ..publishing.pretraining_card import pretraining_card
 from ..runtime.device import uses_bf16, warn_of_emulation
-from ..runtime.files import in_bytes, staged_folder, write_json
+from ..runtime.files import in_bytes, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
+from ..runtime.sharding import fsdp2_requested
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
 from .plan import encoder_text
@@ -128,25 +131,51 @@ def _pretrain(
 
     objective = trainer.fit()
     if main:
-        _write(output, record, objective, trainer.processor)
+        _write(output, record, objective, trainer, encoder)
         print(f"The pre-trained model: {output}")
     accelerator.wait_for_everyone()
 
 
-def _write(output: Path, record: dict[str, Any], objective: Objective, processor: Any) -> None:
+def _write(
+    output: Path,
+    record: dict[str, Any],
+    objective: Objective,
+    trainer: Pretrainer,
+    start: MimRefinerModel | None,
+) -> None:
     """Put the model in the place of the run, whose records stay."""
 
     def check(folder: Path) -> Path:
         return check_pretraining_folder(folder, record)
 
+    licence = UNKNOWN if start is None else vars(start)["licence"]
+    begun = record["init_from"] or ""
+    card = pretraining_card(
+        output.resolve().name, trainer.recipe.objective, _facts(trainer), licence, begun
+    )
     with staged_folder(output, check) as new:
-        write_model(new, objective.shipped(), processor, torch.float32)
+        write_model(new, objective.shipped(), trainer.processor, torch.float32)
+        write_text(new / CARD, card)
         for name, encoder in objective.others().items():
             (new / name).mkdir()
-            write_model(new / name, encoder, processor, torch.float32)
+            write_model(new / name, encoder, trainer.processor, torch.float32)
         for name in _RECORDS:
             if (output / name).is_file():
                 shutil.copyfile(output / name, new / name)
+
+
+def _facts(trainer: Pretrainer) -> dict[str, object]:
+    """What the card says of the training."""
+    recipe = trainer.recipe
+    steps = trainer.steps
+    others = ", ".join(f"{name}/" for name in trainer.objective.others())
+    facts = {
+        "Encoder": encoder_text(trainer.objective.encoder.config),
+        "Images": f"{len(trainer.images)} of {trainer.images.name}",
+        "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
+        "Every setting": "recipe.json",
+    }
+    return facts | ({"Beside it": others} if others else {})
 
 
 # ---- before
@@ -275,6 +304,8 @@ def _plan(trainer: Pretrainer, output: Path) -> str:
         ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
         ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
     ]
+    if fsdp2_requested():
+        lines.append(("shards", "none: a pre-training keeps the weights whole in every process"))
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
 
 
