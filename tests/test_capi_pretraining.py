@@ -12,10 +12,10 @@ from torch import Tensor
 from mim_refiner_hf import MimRefinerConfig
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
-from mim_refiner_hf.model.positions_mim_refiner import rotary_frequencies
+from mim_refiner_hf.model.positions_mim_refiner import patch_coordinates, rotary_frequencies
 from mim_refiner_hf.pretraining.capi import CapiObjective, capi_groups
 from mim_refiner_hf.pretraining.capi_start import head_beside, load_for_capi
-from mim_refiner_hf.pretraining.capi_student import encode_visible, places_of, predict
+from mim_refiner_hf.pretraining.capi_student import encode_visible, predict, predicted_logits
 from mim_refiner_hf.pretraining.objective import Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
 
@@ -199,9 +199,9 @@ def test_the_student_sees_and_predicts_what_the_authors_does(tmp_path: Path) -> 
     _, expected = tensors(CASE)
     with torch.no_grad():
         output, coordinates = encode_visible(encoder, pixels[:, 0], masks["visible"])
-        places = places_of(encoder.config.grid, masks["predicted"])
+        places = patch_coordinates(encoder.config.grid, pixels.device)[masks["predicted"]]
         predictions = predict(encoder, output, coordinates, places)
-        logits = objective.head(predictions)
+        logits = predicted_logits(encoder, objective.head, pixels[:, 0], masks)
     patches = output[:, encoder.config.num_register_tokens :]
     torch.testing.assert_close(patches, expected["step0.student_patches"], **TOKENS)
     torch.testing.assert_close(predictions.flatten(0, 1), expected["step0.predictions"], **TOKENS)

@@ -12,6 +12,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.views import Multicrop
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank, world_size
 from ..runtime.optimisation import parameter_groups, set_learning_rate, update_average
@@ -26,7 +28,7 @@ from ..runtime.wording import setting
 from .block_masks import Grid
 from .capi_masks import draw_masks, mask_counts
 from .capi_start import head_beside
-from .capi_student import PrototypeHead, encode_visible, places_of, predict, start_weights
+from .capi_student import PrototypeHead, encode_visible, predicted_logits, start_weights
 from .clustering_layer import ClusteringLayer
 from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
 from .recipe import PretrainRecipe, PretrainSteps
@@ -103,6 +105,19 @@ def capi_groups(parts: Mapping[str, nn.Module], weight_decay: float) -> list[dic
     return parameter_groups(groups)
 
 
+def check_positions(config: MimRefinerConfig) -> None:
+    """Refuse an encoder that cannot be asked for a place in the image.
+
+    Raises:
+        ValueError: for positions other than rope with stored frequencies.
+    """
+    if config.position_encoding != "rope" or config.rope_theta is not None:
+        raise ValueError(
+            f"position_encoding={config.position_encoding}: CAPI needs rope with frequencies that "
+            "are stored (rope_theta=None), as its own encoders have them"
+        )
+
+
 class CapiObjective(Objective):
     """CAPI's student, teacher and clustering layer.
 
@@ -124,11 +139,7 @@ class CapiObjective(Objective):
         self.recipe = recipe
         self.steps = steps
         config = recipe.encoder_config() if encoder is None else encoder.config
-        if config.position_encoding != "rope" or config.rope_theta is not None:
-            raise ValueError(
-                f"position_encoding={config.position_encoding}: CAPI needs rope with frequencies "
-                "that are stored (rope_theta=None)"
-            )
+        check_positions(config)
         self.grid: Grid = config.grid
         self.counts = mask_counts(self.grid, recipe.mask_ratio, recipe.predicted_share)
         prototypes = prototypes_of(recipe, math.prod(self.grid))
@@ -151,18 +162,14 @@ class CapiObjective(Objective):
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.momentum = 1.0
+        student = capi_groups({"encoder": self.encoder, "head": self.head}, recipe.weight_decay)
+        layer = [
+            (name, parameter, 1.0, recipe.clustering_weight_decay)
+            for name, parameter in self.clustering.named_parameters()
+        ]
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=1e-8)
-            for groups in (
-                capi_groups({"encoder": self.encoder, "head": self.head}, recipe.weight_decay),
-                [
-                    {
-                        "params": [*self.clustering.parameters()],
-                        "lr_scale": 1.0,
-                        "weight_decay": recipe.clustering_weight_decay,
-                    }
-                ],
-            )
+            for groups in (student, parameter_groups(layer))
         ]
 
     @property
@@ -182,11 +189,10 @@ class CapiObjective(Objective):
         )
         masks = {"visible": visible, "predicted": predicted}
         if self.recipe.stochastic_depth:
-            batch = len(sample_index)
             branches = 2 * (len(self.encoder.layers) + self.recipe.predictor_layers)
-            rate = self.recipe.stochastic_depth
-            kept = kept_images(seed, step, batch * world_size(), branches, rate)
-            masks["kept"] = kept[rank() * batch : (rank() + 1) * batch]
+            total = len(sample_index) * world_size()
+            kept = kept_images(seed, step, total, branches, self.recipe.stochastic_depth)
+            masks["kept"] = kept.tensor_split(world_size())[rank()]
         return masks
 
     def backward(self, pixels: Tensor, masks: Masks, micro_batch_size: int | None) -> Losses:
@@ -197,9 +203,14 @@ class CapiObjective(Objective):
             features, masks["predicted"], backward=True
         )
 
+        total = len(images) * world_size()
+        factor = total / kept_count(total, self.recipe.stochastic_depth)
         loss = torch.zeros((), dtype=torch.float64, device=pixels.device)
         for part in micro_batches(len(images), micro_batch_size):
-            logits = self.logits(images[part], rows(masks, part), len(images))
+            with self.autocast(images):
+                logits = predicted_logits(
+                    self.encoder, self.head, images[part], rows(masks, part), factor
+                )
             learnt = F.log_softmax(logits / self.recipe.student_temperature, dim=-1)
             errors = -(targets[part] * learnt).sum(dim=-1)  # (images, P)
             own = errors.double().sum() / targets[..., 0].numel()
@@ -222,48 +233,25 @@ class CapiObjective(Objective):
             parts.append(output[:, self.teacher.config.num_register_tokens :])
         return torch.cat(parts)
 
-    def logits(self, images: Tensor, masks: Masks, batch: int) -> Tensor:
-        """The student's logits at the predicted positions (images, P, K).
-
-        Args:
-            batch: images of this process.
-        """
-        of_encoder = of_predictor = None
-        factor = 1.0
-        if "kept" in masks:
-            branches = 2 * len(self.encoder.layers)
-            of_encoder = masks["kept"][:, :branches]
-            of_predictor = masks["kept"][:, branches:]
-            total = batch * world_size()
-            factor = total / kept_count(total, self.recipe.stochastic_depth)
-
-        with self.autocast(images):
-            output, coordinates = encode_visible(
-                self.encoder, images, masks["visible"], of_encoder, factor
-            )
-            places = places_of(self.grid, masks["predicted"])
-            predictions = predict(self.encoder, output, coordinates, places, of_predictor, factor)
-        logits: Tensor = self.head(predictions)
-        return logits
-
     def set_schedules(self, step: int) -> None:
         """Both rates, and the teacher's momentum."""
         recipe = self.recipe
+        cosine = partial(
+            WarmupCosine,
+            self.steps.total,
+            warmup=self.steps.warmup,
+            truncate=recipe.truncated_cosine,
+        )
         peaks = (recipe.learning_rate, recipe.clustering_learning_rate)
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
-            rate = self._schedule(base=peak, final=recipe.end_learning_rate)
+            rate = cosine(base=peak, final=recipe.end_learning_rate)
             set_learning_rate(optimizer, rate(step))
-        momentum = self._schedule(
+        momentum = cosine(
             base=recipe.momentum_after_warmup,
-            final=recipe.momentum_end,
             start=recipe.momentum_start,
+            final=recipe.momentum_end,
         )
         self.momentum = momentum(step)
-
-    def _schedule(self, base: float, final: float, start: float = 0.0) -> WarmupCosine:
-        return WarmupCosine(
-            self.steps.total, base, final, start, self.steps.warmup, self.recipe.truncated_cosine
-        )
 
     def step_optimizers(self, step: int) -> None:
         """The student, then the teacher with the student as it is now, then the clustering."""
@@ -312,6 +300,7 @@ __all__ = [
     "MOST_PROTOTYPES",
     "CapiObjective",
     "capi_groups",
+    "check_positions",
     "prototypes_of",
     "start_head",
     "with_predictor",

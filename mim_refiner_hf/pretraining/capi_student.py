@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.positions_mim_refiner import patch_coordinates
+from .objective import Masks
 from .stochastic_depth import run_block
 from .student import embedded_patches, visible_input
 
@@ -97,9 +98,31 @@ def predict(
     return predictor.norm(tokens)
 
 
-def places_of(grid: tuple[int, int], positions: Tensor) -> Tensor:
-    """The places (b, P, 2) of patches by their positions (b, P), in the whole image."""
-    return patch_coordinates(grid, positions.device)[positions]
+def predicted_logits(
+    encoder: MimRefinerModel,
+    head: PrototypeHead,
+    pixels: Tensor,
+    masks: Masks,
+    factor: float = 1.0,
+) -> Tensor:
+    """The student's logits at the predicted positions (b, P, K).
+
+    Args:
+        masks: positions "visible" (b, V) and "predicted" (b, P); with stochastic depth "kept", two
+            columns a block, the encoder's first: see `run_block`.
+        factor: of stochastic depth.
+    """
+    of_encoder = of_predictor = None
+    if "kept" in masks:
+        branches = 2 * len(encoder.layers)
+        of_encoder = masks["kept"][:, :branches]
+        of_predictor = masks["kept"][:, branches:]
+
+    output, coordinates = encode_visible(encoder, pixels, masks["visible"], of_encoder, factor)
+    # a place is one in the whole image, whatever is visible
+    places = patch_coordinates(encoder.config.grid, pixels.device)[masks["predicted"]]
+    logits: Tensor = head(predict(encoder, output, coordinates, places, of_predictor, factor))
+    return logits
 
 
 @torch.no_grad()
@@ -130,7 +153,7 @@ def start_weights(encoder: MimRefinerModel) -> None:
 __all__ = [
     "PrototypeHead",
     "encode_visible",
-    "places_of",
     "predict",
+    "predicted_logits",
     "start_weights",
 ]

@@ -270,4 +270,10 @@ def check_settings(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
     masked_squares(squares, recipe.mask_ratio)
 
 
-__all__ = ["ConmimObjective", "backward_in_parts", "check_settings", "conmim_groups", "patch_contrast"]
+__all__ = [
+    "ConmimObjective",
+    "backward_in_parts",
+    "check_settings",
+    "conmim_groups",
+    "patch_contrast",
+]
