@@ -127,7 +127,7 @@ class ConmimObjective(Objective):
         self.steps = steps
         config = recipe.encoder_config() if encoder is None else encoder.config
         self.grid: Grid = config.grid
-        check_settings(recipe, config)
+        check_masks_fit(recipe, config)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -236,7 +236,7 @@ class ConmimObjective(Objective):
         return copy.deepcopy(self.teacher).requires_grad_(True)
 
 
-def check_settings(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
+def check_masks_fit(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
     """Refuse masks that do not fit the grid of the encoder's images, and a batch of one.
 
     Raises:
@@ -273,7 +273,7 @@ def check_settings(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
 __all__ = [
     "ConmimObjective",
     "backward_in_parts",
-    "check_settings",
+    "check_masks_fit",
     "conmim_groups",
     "patch_contrast",
 ]
