@@ -44,8 +44,8 @@ REPO_PLACEHOLDER = "your-name/your-model"
 CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").strip()
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-# as the trainer writes `starting_model`
-_PRETRAINED_HERE = "a MAE pre-trained in this run"
+# as run_record.py ends `starting_model`
+_PRETRAINED_HERE = "pre-trained in this run"
 _BEGIN = "<!-- evaluation: {} -->"
 _END = "<!-- end of evaluation -->"
 
@@ -156,7 +156,7 @@ class CardData:
         verdict, judgement: whether the result is better, and by which numbers, as `runs/verdict.py`
             has it; None for a run before there were verdicts.
         pixels: scores of the images without an encoder, of a run that pre-trained its start.
-        starting_model: Hub name, path, or "a MAE pre-trained in this run".
+        starting_model: Hub name, path, or such as "a MAE pre-trained in this run".
         dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
             `num_classes`.
         protocol: how each group of metrics was measured, in words.
@@ -341,7 +341,7 @@ class CardData:
             if value not in (None, ""):
                 data[name] = plain(value)
 
-        is_pretrained_here = self.starting_model == _PRETRAINED_HERE
+        is_pretrained_here = self.starting_model.endswith(_PRETRAINED_HERE)
         stages = []
         for stage, spent in self.stage_seconds.items():
             if spent:

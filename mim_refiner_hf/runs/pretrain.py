@@ -169,13 +169,15 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
     recipe = trainer.recipe
     steps = trainer.steps
     others = ", ".join(f"{name}/" for name in trainer.objective.others())
-    facts = {
+    facts: dict[str, object] = {
         "Encoder": encoder_text(trainer.objective.encoder.config),
         "Images": f"{len(trainer.images)} of {trainer.images.name}",
         "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
         "Every setting": "recipe.json",
     }
-    return facts | ({"Beside it": others} if others else {})
+    if others:
+        facts["Beside it"] = others
+    return facts
 
 
 # ---- before

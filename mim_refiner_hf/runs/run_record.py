@@ -91,9 +91,11 @@ def run_record(
         seconds: that each stage took.
     """
     asked = prepared.recipe.asked
-    begun = "a MAE pre-trained in this run"
-    if asked.init_from is not None:
-        begun = f"the weights of the run {asked.init_from}"
+    begun = f"the weights of the run {asked.init_from}"
+    pretraining = prepared.start.pretraining
+    if pretraining is not None:
+        method = "MAE" if pretraining.objective == "mae" else f"{pretraining.objective} encoder"
+        begun = f"a {method} pre-trained in this run"
     words = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {
         "before": measured.before,
