@@ -123,6 +123,7 @@ def blocks(kind: dict[str, Any], source: random.Random) -> np.ndarray:
         kind["min_patches_per_block"],
         source,
         kind["min_aspect"],
+        kind["max_patches_per_block"],
     )
 
 

@@ -105,8 +105,8 @@ def test_targets_spread_over_more_prototypes_than_there_are_patches() -> None:
     assert ClusteringLayer(16, 4).entropy_floor(8, 4) == 0
 
 
-def half(rank: int, processes: int, port: int, folder: str, positionwise: bool) -> None:
-    """One of several processes, with its share of the golden's images."""
+def share_of(rank: int, processes: int, port: int, folder: str, positionwise: bool) -> None:
+    """One of several processes, with its share of the case's images."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=processes
@@ -126,12 +126,13 @@ def half(rank: int, processes: int, port: int, folder: str, positionwise: bool) 
 
 @pytest.mark.usefixtures("goldens")
 @pytest.mark.parametrize("variant", ["positional", "plain"])
-def test_two_processes_share_out_what_one_does(tmp_path: Path, variant: str) -> None:
+def test_processes_share_out_what_one_does(tmp_path: Path, variant: str) -> None:
+    # shares are equal: two processes, or the next number that divides the images
     images = facts(CASE)["B"]
-    assert images % 2 == 0
-    settings = (2, free_port(), str(tmp_path), variant == "positional")
-    torch.multiprocessing.spawn(half, settings, nprocs=2)
-    parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    processes = next(count for count in range(2, images + 1) if images % count == 0)
+    settings = (processes, free_port(), str(tmp_path), variant == "positional")
+    torch.multiprocessing.spawn(share_of, settings, nprocs=processes)
+    parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(processes)]
 
     _, expected = tensors(CASE)
     targets = torch.cat([part["targets"] for part in parts])

@@ -95,7 +95,12 @@ _TRIES = 10
 
 
 def block_mask(
-    grid: Grid, most: int, smallest: int, source: random.Random, min_aspect: float = 0.3
+    grid: Grid,
+    most: int,
+    smallest: int,
+    source: random.Random,
+    min_aspect: float = 0.3,
+    largest: int | None = None,
 ) -> np.ndarray:
     """BEiT's mask (arXiv 2106.08254): rectangles, one after the other, at most `most` patches.
 
@@ -105,10 +110,12 @@ def block_mask(
         most: patches that are masked if all goes well.
         smallest: area of the smallest rectangle that is drawn, in patches.
         min_aspect: rows to columns of a rectangle are between this and its inverse.
+        largest: patches that one rectangle adds at most; None for what is still to be masked.
     """
     mask = np.zeros(grid, dtype=bool)
     while (left_over := most - int(mask.sum())) > 0:
-        if not _add_block(mask, left_over, smallest, source, min_aspect):
+        allowed = left_over if largest is None else min(left_over, largest)
+        if not _add_block(mask, allowed, smallest, source, min_aspect):
             break
     return mask
 
