@@ -231,6 +231,23 @@ def test_less_memory_gives_the_same_update(
         torch.testing.assert_close(cut[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("objective", OWN)
+def test_bf16_gives_nearly_the_same_losses(objective: str, digits: ImageDataset) -> None:
+    recipe = recipe_of(objective)
+    crops = loop.make_objective(recipe, recipe.steps(64)).crops()
+    batch = next(iter(loop.crop_batches(recipe, crops, digits, stop_step=1, num_workers=0)))
+    found = []
+    for precision in ("no", "bf16"):
+        options = LoopOptions(mixed_precision=precision)
+        trainer = Pretrainer(recipe, digits, job_of_processes(), options)
+        found.append(trainer.update(1, batch))
+        assert all(p.dtype == torch.float32 for p in trainer.objective.parameters())
+    exact, rounded = found
+    for name, loss in exact.items():
+        assert rounded[name].dtype == torch.float32 and not torch.equal(rounded[name], loss)
+        torch.testing.assert_close(rounded[name], loss, atol=0, rtol=0.02, msg=name)
+
+
 def test_gradients_are_clipped(digits: ImageDataset) -> None:
     recipe = recipe_of("mae", clip_norm=1e-3)
     trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())

@@ -306,6 +306,11 @@ OTHER_COMMANDS = [
     ("pretrain --objective data2vec2 --decoder_groups 5", ["--decoder_groups 5", "768"]),
     ("pretrain --objective data2vec2 --image_size 32 --mask_ratio 0.9", ["--mask_ratio 0.9"]),
     ("pretrain --init_from ./gone", ["./gone"]),
+    ("pretrain --init_from {model} --hidden_size 32", ["--hidden_size 32", "{model}", "leave"]),
+    (
+        "pretrain --init_from {no_cls} --objective data2vec2 --target_layers 1 --mask_ratio 0.5",
+        ["CLS"],
+    ),
     ("pretrain photos --dataset digits", ["photos", "--dataset", "give one of them"]),
     ("pretrain --eval_every 1 --dataset {tmp}/photos", ["--eval_every 1", "labels"]),
     ("pretrain --output_dir {model}", ["--output_dir {model}", "holds a model"]),

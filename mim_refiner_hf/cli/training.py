@@ -60,24 +60,31 @@ def _pretrain_parser() -> "HfArgumentParser":
 
 def run_pretrain(arguments: Sequence[str]) -> None:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
+    from ..conversion import load_encoder
+    from ..pretraining.capi_start import load_for_capi
     from ..pretraining.recipe import PretrainRecipe
-    from ..runs.pretrain import run_pretraining
+    from ..runs.pretrain import run_pretraining, shape_of
     from ..runtime.settings import read_fields
 
     parser = _pretrain_parser()
     words = list(arguments)
-    # which defaults hold is known only when --recipe has been read
+    # which defaults hold is known only when these have been read
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--dataset")
+    for flag in ("--recipe", "--dataset", "--init_from", "--objective"):
+        first.add_argument(flag)
     named = first.parse_known_args(words)[0]
-    name = named.recipe
     if words and not words[0].startswith("-"):
         if named.dataset is not None:
             parser.error(f"{words[0]} and --dataset name both the images; give one of them")
         words = ["--dataset", *words]
-    if name is not None:
-        parser.set_defaults(**read_fields(name, PretrainRecipe))
+    if named.recipe is not None:
+        parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
+    encoder = None
+    if named.init_from is not None:
+        objective = named.objective or parser.get_default("objective")
+        load = load_for_capi if objective == "capi" else load_encoder
+        encoder = load(named.init_from)
+        parser.set_defaults(**shape_of(encoder.config, objective))
     recipe, options, where = parser.parse_args_into_dataclasses(words)
 
     run_pretraining(
@@ -87,6 +94,7 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         dataset_config=where.dataset_config,
         split=where.split,
         init_from=where.init_from,
+        encoder=encoder,
         options=options,
         dry_run=where.dry_run,
     )

@@ -9,6 +9,7 @@ further encoders of the method in folders of their own. A finished model is neve
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..conversion import load_encoder
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
 from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
-from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.capi_start import load_for_capi
 from ..pretraining.loop import LoopOptions, Pretrainer
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
@@ -39,6 +38,8 @@ from ..runtime.sharding import fsdp2_requested
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
 from .plan import encoder_text
+
+logger = logging.getLogger(__name__)
 
 # what the finished folder keeps of the run beside the model
 _RECORDS = ("recipe.json", RECORD, "log.jsonl", BROKEN)
@@ -54,6 +55,7 @@ def run_pretraining(
     dataset_config: str | None = None,
     split: str | None = None,
     init_from: str | None = None,
+    encoder: MimRefinerModel | None = None,
     options: LoopOptions | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -61,7 +63,8 @@ def run_pretraining(
 
     Args:
         dataset, dataset_config, split: the images, as `open_images` takes them.
-        init_from: an encoder to go on from, as `load_encoder` takes it; None for fresh weights.
+        init_from: what the encoder to go on from is called; None for fresh weights.
+        encoder: that encoder, as `load_encoder` gives it, of the recipe's shape.
         dry_run: print the plan and end.
 
     Raises:
@@ -69,12 +72,8 @@ def run_pretraining(
         Interrupted: after a checkpoint, when a signal asked the run to stop.
     """
     options = options or LoopOptions()
-    encoder = None
-    if init_from is not None:
-        load = load_for_capi if recipe.objective == "capi" else load_encoder
-        # trained in single precision, whatever it was saved in
-        encoder = load(init_from).float()
-        recipe = of_its_shape(recipe, encoder.config, init_from)
+    if encoder is not None:
+        encoder = fitted(encoder.float(), recipe, setting("init_from", init_from))
 
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
     check_writable(output_dir, "output_dir")
@@ -183,45 +182,75 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
 # ---- before
 
 
-def of_its_shape(
-    recipe: PretrainRecipe, config: MimRefinerConfig, init_from: str
-) -> PretrainRecipe:
-    """The recipe with the shape of the encoder that it goes on from.
+def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
+    """The fields of a method's recipe that an encoder to go on from decides.
 
     Raises:
-        ValueError: for an encoder that cannot be trained this way.
+        ValueError: for an encoder of images that are no squares.
     """
-    named = setting("init_from", init_from)
     height, width = config.image_hw
     if height != width:
-        raise ValueError(f"{named}: its images are {height}x{width}; pre-training takes squares")
-    if config.relative_positions != "none" and recipe.objective in ("mae", "data2vec2"):
         raise ValueError(
-            f"{named}: it has relative positions, and {setting('objective', recipe.objective)} "
-            "leaves patches out; name an encoder with absolute positions"
+            f"{setting('init_from')}: the encoder's images are {height}x{width}; pre-training "
+            "takes squares"
         )
-    own: dict[str, Any] = {}
-    if recipe.objective == "capi":
-        if config.position_encoding != "rope" or config.rope_theta is not None:
-            raise ValueError(
-                f"{named}: its positions are {config.position_encoding}, and "
-                f"{setting('objective', 'capi')} needs rope with frequencies that are stored, as "
-                "CAPI's own encoders have it"
-            )
+    own = {}
+    if objective == "capi":
         own["registers"] = config.num_register_tokens
-        # one block is what a folder of ours has kept
+        # one block is what a folder of ours has kept; it takes the recipe's number
         if config.predictor_layers > 1:
             own["predictor_layers"] = config.predictor_layers
-    return dataclasses.replace(
-        recipe,
-        **own,
-        image_size=height,
-        patch_size=config.patch_size,
-        num_channels=config.num_channels,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-    )
+    return own | {
+        "image_size": height,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+    }
+
+
+def fitted(encoder: MimRefinerModel, recipe: PretrainRecipe, named: str) -> MimRefinerModel:
+    """The encoder, if the method can train it; without weights that pool and would stay behind.
+
+    Args:
+        named: what messages call it.
+
+    Raises:
+        ValueError: for one that the method cannot train, or of another shape than the recipe's.
+    """
+    config = encoder.config
+    for name, value in shape_of(config, recipe.objective).items():
+        if getattr(recipe, name) != value:
+            stated = setting(name, getattr(recipe, name))
+            raise ValueError(f"{stated}: {named} has {value}; leave {setting(name)} out")
+
+    method = setting("objective", recipe.objective)
+    if recipe.objective in ("mae", "data2vec2") and config.relative_positions != "none":
+        raise ValueError(
+            f"{named}: it has relative positions, and {method} leaves patches out; name an "
+            "encoder with absolute or rotary positions"
+        )
+    is_stored_rope = config.position_encoding == "rope" and config.rope_theta is None
+    if recipe.objective == "capi" and not is_stored_rope:
+        raise ValueError(
+            f"{named}: its positions are {config.position_encoding}, and {method} needs rope with "
+            "frequencies that are stored, as CAPI's own encoders have it"
+        )
+    if recipe.objective == "data2vec2" and not config.use_cls_token:
+        raise ValueError(f"{named}: it has no CLS token, which {method} trains; name another one")
+
+    if recipe.objective in ("mae", "data2vec2") and config.pooling in LEARNED_POOLINGS:
+        pooling: Pooling = "cls" if config.use_cls_token else "mean"
+        logger.warning(
+            "%s: %s trains no weights that pool: they are left out, and the result is pooled by %s",
+            named,
+            method,
+            pooling,
+        )
+        config.pooling = pooling
+        encoder.drop_predictor()
+    return encoder
 
 
 def is_finished(output: Path, record: dict[str, Any]) -> bool:
@@ -329,4 +358,4 @@ def _knn(model: MimRefinerModel, trainer: Pretrainer, images: ImageDataset) -> d
     return {"knn_accuracy": float(found.metrics["knn_accuracy"])}
 
 
-__all__ = ["check_pretraining_folder", "is_finished", "of_its_shape", "run_pretraining"]
+__all__ = ["check_pretraining_folder", "fitted", "is_finished", "run_pretraining", "shape_of"]
