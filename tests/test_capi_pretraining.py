@@ -1,5 +1,6 @@
 """CAPI's pre-training against the authors' code: three steps, gradients, updates, and its parts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from golden_cases import GOLDENS, facts, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner_hf import MimRefinerConfig
+from mim_refiner_hf import MimRefinerConfig, cli
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.model.positions_mim_refiner import patch_coordinates, rotary_frequencies
@@ -363,3 +364,38 @@ def test_it_goes_on_from_a_file_of_the_authors(
 def test_any_other_encoder_brings_no_head(tmp_path: Path) -> None:
     CapiObjective(recipe(predicted_share=0.1), STEPS).shipped().save_pretrained(tmp_path)
     assert head_beside(load_for_capi(str(tmp_path))) == {}
+
+
+def command(objective: str, output: Path, **flags: Any) -> list[str]:
+    """The words of a pre-training of one step on the bundled digits."""
+    words = ["pretrain", "digits", "--objective", objective, "--output_dir", str(output)]
+    own = {"epochs": 1, "max_steps": 1, "warmup_epochs": 0, "batch_size": 16, "num_workers": 0}
+    for name, value in {**own, **flags}.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def test_the_command_goes_on_from_a_model_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2}
+    own = {"predictor_layers": 2, "predicted_share": 0.2}
+    first = {**shape, **own, "registers": 4, "prototypes": 8}
+    assert cli.main(command("capi", tmp_path / "first", **first)) == 0
+    again = command("capi", tmp_path / "again", **own, init_from=tmp_path / "first")
+    assert cli.main(again) == 0
+    written = json.loads((tmp_path / "again/recipe.json").read_text())
+    # registers come with the encoder, the depth of the predictor does not
+    assert (written["registers"], written["predictor_layers"]) == (4, 2)
+    assert load_encoder(tmp_path / "again").config.num_register_tokens == 4
+    capsys.readouterr()
+
+    assert cli.main([*again, "--registers", "8", "--output_dir", str(tmp_path / "no")]) == 2
+    assert "has 4; leave --registers out" in capsys.readouterr().err
+    conmim = {**shape, "mask_square": 4, "projector_hidden": 8, "projector_size": 4}
+    assert cli.main(command("conmim", tmp_path / "conmim", **conmim)) == 0
+    other = command("capi", tmp_path / "no", **own, init_from=tmp_path / "conmim")
+    assert cli.main(other) == 2
+    error = capsys.readouterr().err
+    assert "its positions are shared_relative" in error and error.count("error:") == 1
