@@ -61,6 +61,7 @@ def _pretrain_parser() -> "HfArgumentParser":
 def run_pretrain(arguments: Sequence[str]) -> None:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
     from ..conversion import load_encoder
+    from ..pretraining.capi_start import load_for_capi
     from ..pretraining.recipe import PretrainRecipe
     from ..runs.pretrain import run_pretraining, shape_of
     from ..runtime.settings import read_fields
@@ -69,7 +70,7 @@ def run_pretrain(arguments: Sequence[str]) -> None:
     words = list(arguments)
     # which defaults hold is known only when these have been read
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--recipe", "--dataset", "--init_from"):
+    for flag in ("--recipe", "--dataset", "--init_from", "--objective"):
         first.add_argument(flag)
     named = first.parse_known_args(words)[0]
     if words and not words[0].startswith("-"):
@@ -80,8 +81,10 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
     encoder = None
     if named.init_from is not None:
-        encoder = load_encoder(named.init_from)
-        parser.set_defaults(**shape_of(encoder.config))
+        objective = named.objective or parser.get_default("objective")
+        load = load_for_capi if objective == "capi" else load_encoder
+        encoder = load(named.init_from)
+        parser.set_defaults(**shape_of(encoder.config, objective))
     recipe, options, where = parser.parse_args_into_dataclasses(words)
 
     run_pretraining(

@@ -406,6 +406,16 @@ CAPI = Layout(
     },
 )
 
+# to go on with CAPI, which needs the whole predictor: asked for by name
+CAPI_WHOLE = replace(
+    CAPI,
+    family="capi_whole",
+    title="CAPI with its whole predictor (facebookresearch/capi)",
+    signature=(),
+    rules=(*CAPI.rules, *_capi_blocks(r"decoder\.blocks\.(\d+)", r"predictor.blocks.\1")),
+    drops=CAPI.drops[:1],
+)
+
 
 # --- birder: the RoPE ViTs of its CAPI models; `birder_models.py` reads what a file states --------
 
@@ -474,6 +484,7 @@ LAYOUTS: tuple[Layout, ...] = (
     IBOT,
     IJEPA,
     CAPI,
+    CAPI_WHOLE,
     BIRDER_ROPE_VIT,
     CONMIM,
     CONMIM_EMA,

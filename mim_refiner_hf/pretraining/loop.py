@@ -283,7 +283,7 @@ class Pretrainer:
         for name, value in losses.items():
             values[name] = float(self.accelerator.reduce(value.detach(), "mean"))
         seconds = self.seconds / done
-        rate = self.objective.optimizers[0].param_groups[-1]["lr"]
+        rate = max(group["lr"] for group in self.objective.optimizers[0].param_groups)
         return values | {
             "learning_rate": float(rate),
             "images_per_second": self.recipe.batch_size / seconds,

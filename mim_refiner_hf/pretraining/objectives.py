@@ -1,14 +1,22 @@
 """The methods of pre-training by the name that a recipe states."""
 
+from collections.abc import Callable
+
 from ..model.modeling_mim_refiner import MimRefinerModel
+from .capi import CapiObjective
+from .conmim import ConmimObjective
 from .data2vec2 import Data2vec2Objective
 from .mae import MaeObjective
 from .objective import Objective
 from .recipe import PretrainRecipe, PretrainSteps
 
-OBJECTIVES: dict[str, type[MaeObjective] | type[Data2vec2Objective]] = {
+Maker = Callable[[PretrainRecipe, PretrainSteps, MimRefinerModel | None], Objective]
+
+OBJECTIVES: dict[str, Maker] = {
     "mae": MaeObjective,
     "data2vec2": Data2vec2Objective,
+    "conmim": ConmimObjective,
+    "capi": CapiObjective,
 }
 """Every one is made of a recipe, its steps, and an encoder or None."""
 

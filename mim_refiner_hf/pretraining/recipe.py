@@ -28,6 +28,8 @@ from ..runtime.settings import (
     documented,
 )
 from ..runtime.wording import setting
+from .capi_fields import CapiFields
+from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
 
 MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
@@ -59,6 +61,32 @@ DEFAULTS: dict[str, dict[str, float]] = {
         "momentum_start": 0.9998,
         "momentum_end": 0.99999,
     },
+    "conmim": {
+        "mask_ratio": 0.75,
+        "scale": 0.08,
+        "epochs": 300,
+        "warmup_epochs": 5.0,
+        "batch_size": 2048,
+        "learning_rate": 5e-4,
+        "end_learning_rate": 1e-5,
+        "weight_decay": 0.05,
+        "clip_norm": 1.0,
+        "momentum_start": 0.996,
+        "momentum_end": 1.0,
+    },
+    "capi": {
+        "mask_ratio": 0.65,
+        "scale": 0.6,
+        "epochs": 500,
+        "warmup_epochs": 50.0,
+        "batch_size": 16384,
+        "learning_rate": 1e-3,
+        "end_learning_rate": 0.0,
+        "weight_decay": 0.1,
+        "clip_norm": 0.0,
+        "momentum_start": 1.0,
+        "momentum_end": 1.0,
+    },
 }
 """By method: the shared settings that it reads, with the authors' numbers for a ViT-B/16."""
 
@@ -66,6 +94,15 @@ DEFAULTS: dict[str, dict[str, float]] = {
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mae": {},
     "data2vec2": {"norm_placement": "post", "embedding_norm": True, "final_norm": False},
+    "conmim": {"position_encoding": "shared_relative", "bias": "no_key"},
+    "capi": {
+        "norm_type": "rmsnorm",
+        "layer_norm_eps": 1e-5,
+        "position_encoding": "rope",
+        "bias": "none",
+        "use_cls_token": False,
+        "final_norm_affine": False,
+    },
 }
 
 
@@ -87,19 +124,26 @@ class MaeFields:
 
 
 # the classes of settings that one method alone reads
-_OWN_FIELDS: dict[str, type] = {"mae": MaeFields, "data2vec2": Data2vec2Fields}
+_OWN_FIELDS: dict[str, type] = {
+    "mae": MaeFields,
+    "data2vec2": Data2vec2Fields,
+    "conmim": ConmimFields,
+    "capi": CapiFields,
+}
 
 
 @dataclass
-class PretrainRecipe(Data2vec2Fields, MaeFields):
+class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     """Method, shape of the encoder and training; the defaults are the authors' for a ViT-B/16.
 
     Raises:
         ValueError: at construction, in one line: which flag, which value, what is allowed.
     """
 
-    objective: Literal["mae", "data2vec2"] = documented(
-        "mae", "Method: mae (pixels of masked patches) or data2vec2 (features of a momentum copy)."
+    objective: Literal["mae", "data2vec2", "conmim", "capi"] = documented(
+        "mae",
+        "Method: mae (pixels of masked patches), data2vec2 (features of a momentum copy), conmim "
+        "(which patch of the image it is), or capi (the cluster of its features).",
     )
     # ---- encoder
     image_size: int = documented(224, "Side of the square input in pixels.")
@@ -110,7 +154,9 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
     num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
     # ---- method
     mask_ratio: MaskRatio = documented(
-        None, "Share of the patches taken away. Default: mae 0.75, data2vec2 0.8."
+        None,
+        "Share of the patches taken away. Default: mae 0.75, data2vec2 0.8, conmim 0.75, capi "
+        "0.65.",
     )
     decoder_size: PositiveInt = documented(
         None, "Width of the decoder, which is thrown away. Default: mae 512, data2vec2 768."
@@ -119,33 +165,48 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
         None, "Blocks of the decoder. Default: mae 8, data2vec2 6."
     )
     momentum_start: Share = documented(
-        None, "Momentum of the teacher's copy at first. Default: data2vec2 0.9998."
+        None,
+        "Momentum of the teacher's copy at first. Default: data2vec2 0.9998, conmim 0.996, capi "
+        "1 (and momentum_after_warmup later).",
     )
     momentum_end: Share = documented(
-        None, "Momentum of the teacher's copy at last. Default: data2vec2 0.99999."
+        None,
+        "Momentum of the teacher's copy at last. Default: data2vec2 0.99999, conmim and capi 1.",
     )
     # ---- crops
     scale: ShareAboveZero = documented(
-        None, "Smallest share of the image's area in a crop. Default: 0.2."
+        None,
+        "Smallest share of the image's area in a crop. Default: mae and data2vec2 0.2, conmim "
+        "0.08, capi 0.6.",
     )
     flip: Share = documented(0.5, "Probability of a horizontal flip.")
     # ---- training
-    epochs: PositiveInt = documented(None, "Epochs. Default: mae 800, data2vec2 150.")
+    epochs: PositiveInt = documented(
+        None, "Epochs. Default: mae 800, data2vec2 150, conmim 300, capi 500."
+    )
     max_steps: PositiveInt | None = documented(None, "Updates at most; the schedule ends there.")
     warmup_epochs: NonNegativeFloat = documented(
-        None, "Epochs of linear learning-rate warm-up. Default: mae 40, data2vec2 20."
+        None,
+        "Epochs of linear learning-rate warm-up. Default: mae 40, data2vec2 20, conmim 5, capi 50.",
     )
     batch_size: PositiveInt = documented(
-        None, "Images per update, all processes together. Default: mae 4096, data2vec2 512."
+        None,
+        "Images per update, all processes together. Default: mae 4096, data2vec2 512, conmim "
+        "2048, capi 16384.",
     )
     learning_rate: PositiveFloat = documented(
         None,
-        "mae: base learning rate, times batch_size / 256, default 1.5e-4. data2vec2: the peak "
-        "itself, default 1e-3.",
+        "mae: base learning rate, times batch_size / 256, default 1.5e-4. Others: the peak "
+        "itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
     )
-    weight_decay: NonNegativeFloat = documented(None, "Weight decay. Default: 0.05.")
+    end_learning_rate: NonNegativeFloat = documented(
+        None, "Where the cosine of the learning rate leads. Default: conmim 1e-5, capi 0."
+    )
+    weight_decay: NonNegativeFloat = documented(None, "Weight decay. Default: 0.05, capi 0.1.")
     clip_norm: NonNegativeFloat = documented(
-        None, "Gradients are clipped to this norm; 0 for never. Default: mae 0, data2vec2 4."
+        None,
+        "Gradients are clipped to this norm; 0 for never. Default: mae 0, data2vec2 4, "
+        "conmim 1, capi 0.",
     )
     seed: NonNegativeInt = documented(
         0, "Weights, order, crops and masks are pure functions of it."
@@ -189,13 +250,18 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
                 f"{setting('warmup_epochs', self.warmup_epochs)}: must be less than "
                 f"{setting('epochs', self.epochs)}"
             )
-        width = setting("decoder_size", self.decoder_size)
         if self.objective == "mae":
-            if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
-                heads = setting("decoder_attention_heads")
-                yield f"{width}: must be a multiple of 4 and of {heads}"
-            return
+            yield from self._problems_of_mae()
+        if self.objective == "data2vec2":
+            yield from self._problems_of_data2vec2()
 
+    def _problems_of_mae(self) -> Iterator[str]:
+        if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
+            width = setting("decoder_size", self.decoder_size)
+            yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"
+
+    def _problems_of_data2vec2(self) -> Iterator[str]:
+        width = setting("decoder_size", self.decoder_size)
         groups = setting("decoder_groups", self.decoder_groups)
         if self.decoder_size % self.decoder_groups or self.hidden_size % self.decoder_groups:
             sizes = f"{width} and {setting('hidden_size', self.hidden_size)}"
@@ -232,8 +298,18 @@ class PretrainRecipe(Data2vec2Fields, MaeFields):
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=4 * self.hidden_size,
-            **_ARCHITECTURES[self.objective],
+            **self._architecture(),
         )
+
+    def _architecture(self) -> dict[str, Any]:
+        """Fields of the configuration by which the method's encoder differs from MAE's."""
+        fields = dict(_ARCHITECTURES[self.objective])
+        if self.objective == "conmim":
+            fields["layer_scale_init"] = self.layer_scale
+        if self.objective == "capi":
+            fields["num_register_tokens"] = self.registers
+            fields["predictor_layers"] = self.predictor_layers
+        return fields
 
     def steps(self, num_images: int) -> PretrainSteps:
         """The updates of a training on so many images; ValueError for fewer than a batch."""

@@ -14,6 +14,8 @@ from .model_card import REPO_PLACEHOLDER, card_metadata, is_hub_name
 _METHODS = {
     "mae": "MAE (masked autoencoding, arXiv 2111.06377)",
     "data2vec2": "data2vec 2.0 (arXiv 2212.07525)",
+    "conmim": "ConMIM (arXiv 2205.09616)",
+    "capi": "CAPI (arXiv 2502.08769)",
 }
 
 _SNIPPET = f"""from transformers import AutoImageProcessor, AutoModel

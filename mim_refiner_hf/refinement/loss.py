@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..runtime.arithmetic import full_precision
+
 Swap = Literal["positive", "all", "none"]
 LossSchedule = Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
 
@@ -94,7 +96,7 @@ class _SoftmaxOverPairs(torch.autograd.Function):
         heads, num_global, batch, _ = rows.shape
         logits = torch.bmm(rows.flatten(1, 2), unit.flatten(1, 2).transpose(1, 2))
         # the softmax is never taken in bf16
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = full_precision(logits)
         logits = logits.view(heads, num_global, batch, *unit.shape[1:3])  # (H, G, b, V, B)
 
         # the positives, a view into the logits: what is written there is written in both

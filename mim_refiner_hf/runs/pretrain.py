@@ -182,8 +182,8 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
 # ---- before
 
 
-def shape_of(config: MimRefinerConfig) -> dict[str, int]:
-    """The fields of a recipe that an encoder to go on from decides.
+def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
+    """The fields of a method's recipe that an encoder to go on from decides.
 
     Raises:
         ValueError: for an encoder of images that are no squares.
@@ -194,7 +194,13 @@ def shape_of(config: MimRefinerConfig) -> dict[str, int]:
             f"{setting('init_from')}: the encoder's images are {height}x{width}; pre-training "
             "takes squares"
         )
-    return {
+    own = {}
+    if objective == "capi":
+        own["registers"] = config.num_register_tokens
+        # one block is what a folder of ours has kept; it takes the recipe's number
+        if config.predictor_layers > 1:
+            own["predictor_layers"] = config.predictor_layers
+    return own | {
         "image_size": height,
         "patch_size": config.patch_size,
         "num_channels": config.num_channels,
@@ -216,7 +222,7 @@ def fitted_to_method(
         ValueError: for one that the method cannot train, or of another shape than the recipe's.
     """
     config = encoder.config
-    for name, value in shape_of(config).items():
+    for name, value in shape_of(config, recipe.objective).items():
         if getattr(recipe, name) != value:
             stated = setting(name, getattr(recipe, name))
             raise ValueError(f"{stated}: {named} has {value}; leave {setting(name)} out")
@@ -226,6 +232,12 @@ def fitted_to_method(
         raise ValueError(
             f"{named}: it has relative positions, and {method} leaves patches out; name an "
             "encoder with absolute or rotary positions"
+        )
+    is_stored_rope = config.position_encoding == "rope" and config.rope_theta is None
+    if recipe.objective == "capi" and not is_stored_rope:
+        raise ValueError(
+            f"{named}: its positions are {config.position_encoding}, and {method} needs rope with "
+            "frequencies that are stored, as CAPI's own encoders have it"
         )
     if recipe.objective == "data2vec2" and not config.use_cls_token:
         raise ValueError(f"{named}: it has no CLS token, which {method} trains; name another one")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .distributed import rank, world_size
 
@@ -49,4 +50,9 @@ def say_changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-__all__ = ["arithmetic", "say_changes"]
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in single precision at least: half precisions are widened."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+__all__ = ["arithmetic", "full_precision", "say_changes"]

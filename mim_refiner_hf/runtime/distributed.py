@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,15 @@ def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def reduced(tensor: Tensor, how: Literal["sum", "max"]) -> Tensor:
+    """Sum or maximum of the tensors of all processes, element by element; no gradient."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return total
+
+
 def all_gather_with_gradient(tensor: Tensor, dim: int = 0) -> Tensor:
     """`all_gather` whose backward gives each process the summed gradient of its own part."""
     if world_size() == 1:
@@ -209,6 +218,7 @@ __all__ = [
     "patience",
     "progress_bar",
     "rank",
+    "reduced",
     "wait_for_everyone",
     "world_size",
 ]

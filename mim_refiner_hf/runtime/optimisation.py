@@ -119,10 +119,19 @@ def _groups(
 
     Biases, tensors of at most one dimension, CLS and register tokens do not decay.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    rows = []
     for name, parameter, scale in named:
         exempt = name.endswith((".bias", "_token", "_tokens")) or parameter.ndim <= 1
-        decay = 0.0 if exempt else weight_decay
+        rows.append((name, parameter, scale, 0.0 if exempt else weight_decay))
+    return parameter_groups(rows)
+
+
+def parameter_groups(
+    rows: Iterable[tuple[str, nn.Parameter, float, float]],
+) -> list[dict[str, Any]]:
+    """One group per (scale, decay) of (name, parameter, scale, decay)."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter, scale, decay in rows:
         empty = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
@@ -237,6 +246,7 @@ __all__ = [
     "layer_scale",
     "learning_rate",
     "optimizer_tensors",
+    "parameter_groups",
     "recompute_blocks",
     "restore_optimizer",
     "restore_optimizers",
