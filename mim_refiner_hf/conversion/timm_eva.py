@@ -1,12 +1,12 @@
 """timm's class `Eva` in our words: EVA-02, RoPE-ViT, DINOv3, and what else is built of it.
 
-    eva_fields(name, model)        # {"position_encoding": "absolute+rope", "rope_theta": 10000.0, ..}
-    eva_finish(model)              # what puts the channels of its heads in our order
+    eva_fields(name, model)     # {"position_encoding": "absolute+rope", "rope_theta": 10000.0, ..}
+    eva_finish(model)           # what puts the channels of its heads in our order
 
-Rotary positions turn pairs of channels of the queries and keys. timm pairs neighbours, (2 i, 2 i + 1),
-or halves, (i, i + d / 2), and counts either rows or columns first; our model pairs halves and counts
-rows first. A score is a sum over the channels of a head, in any order: those of queries and keys are
-put in ours when they are loaded, and nothing else changes.
+Rotary positions turn pairs of channels of the queries and keys. timm pairs neighbours,
+(2 i, 2 i + 1), or halves, (i, i + d / 2), and counts either rows or columns first; our model pairs
+halves and counts rows first. A score is a sum over the channels of a head, in any order: those of
+queries and keys are put in ours when they are loaded, and nothing else changes.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..runtime.files import CheckpointError
 
 _KNOWN = "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*) and DINOv3 (vit_*_dinov3) load"
-_NO_OFFSET = 0.0
+_TURNED = tuple(f".{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
 
 def eva_fields(name: str, model: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def eva_fields(name: str, model: Any) -> dict[str, Any]:
     lacking = _lacking(model)
     if lacking:
         raise CheckpointError(
-            f"{name} is timm's Eva with {' and '.join(lacking)}, which no encoder here has; {_KNOWN}"
+            f"{name} is timm's Eva with {' and '.join(lacking)}, which is not known here; {_KNOWN}"
         )
     kinds = []
     fields: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def _lacking_of_rope(rope: Any) -> list[str]:
     if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
         return [f"{kind} positions"]
 
-    known = {"grid_offset": _NO_OFFSET, "normalize_coords": "separate"}
+    known: dict[str, Any] = {"grid_offset": 0.0, "normalize_coords": "separate"}
     if kind == "RotaryEmbeddingCat":
         known["grid_type"] = "index"
     else:
@@ -125,9 +125,6 @@ def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] |
         return arranged
 
     return finish
-
-
-_TURNED = tuple(f".{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
 
 def head_order(head_dim: int, *, neighbours: bool, columns_first: bool) -> Tensor:

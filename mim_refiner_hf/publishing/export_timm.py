@@ -25,6 +25,14 @@ from transformers.image_utils import PILImageResampling
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
+from .export_timm_eva import (
+    eva_architecture,
+    eva_model_args,
+    eva_refusal,
+    eva_state_dict,
+    is_eva,
+    takes_any_size,
+)
 from .twins import (
     Names,
     Twin,
@@ -82,6 +90,8 @@ def _has_cls_position(config: MimRefinerConfig) -> bool:
 
 def refusal(config: MimRefinerConfig) -> str | None:
     """Why timm has no such encoder, or None."""
+    if is_eva(config):
+        return eva_refusal(config)
     lacking = unsupported(config)
     if config.hidden_act != "gelu":
         lacking.append(f"activation but GELU (hidden_act={config.hidden_act!r})")
@@ -100,6 +110,8 @@ def refusal(config: MimRefinerConfig) -> str | None:
 def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
     """The weights under timm's names: q, k and v fused, positions with a row for CLS."""
     config = encoder.config
+    if is_eva(config):
+        return eva_state_dict(encoder)
     is_beit = _is_beit(config)
     state = complete_state(encoder)
     for block in range(config.num_hidden_layers):
@@ -121,8 +133,10 @@ def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
 
 def timm_architecture(config: MimRefinerConfig) -> str:
     """timm's name of the model of this size, patch and resolution, else of its base model."""
-    kind = "beit" if _is_beit(config) else "vit"
     size = _SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
+    if is_eva(config):
+        return eva_architecture(config, size)
+    kind = "beit" if _is_beit(config) else "vit"
     name = f"{kind}_{size}_patch{config.patch_size}_{config.image_hw[0]}"
     if timm.is_model(name):
         return name
@@ -146,9 +160,11 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "mlp_ratio": mlp_ratio,
-        "qkv_bias": True,
-        "init_values": layer_scale_value(config.layer_scale_init),
     }
+    if is_eva(config):
+        return shared | eva_model_args(config)
+    shared["qkv_bias"] = True
+    shared["init_values"] = layer_scale_value(config.layer_scale_init)
     if _is_beit(config):
         return shared | {
             "use_abs_pos_emb": config.has_absolute_positions,
@@ -168,19 +184,19 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
 
 
 def _pretrained_cfg(
-    num_channels: int, image_hw: tuple[int, int], processor: MimRefinerImageProcessor
+    config: MimRefinerConfig, processor: MimRefinerImageProcessor
 ) -> dict[str, Any]:
     """What `timm.data.resolve_model_data_config` reads: our preprocessing in timm's words."""
     # timm divides and cuts off: the quotient must not be less than the size
-    crop = max(image_hw)
+    crop = max(config.image_hw)
     size = int(processor.size["shortest_edge"])
     crop_pct = crop / size
     if math.floor(crop / crop_pct) < size:
         crop_pct = math.nextafter(crop_pct, 0)
 
     return {
-        "input_size": [num_channels, *image_hw],
-        "fixed_input_size": True,
+        "input_size": [config.num_channels, *config.image_hw],
+        "fixed_input_size": not (is_eva(config) and takes_any_size(config)),
         "interpolation": PILImageResampling(processor.resample).name.lower(),
         "crop_pct": crop_pct,
         "crop_mode": "center",
@@ -204,7 +220,7 @@ def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProc
         "num_classes": 0,
         "num_features": config.hidden_size,
         "model_args": timm_model_args(config),
-        "pretrained_cfg": _pretrained_cfg(config.num_channels, config.image_hw, processor),
+        "pretrained_cfg": _pretrained_cfg(config, processor),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
