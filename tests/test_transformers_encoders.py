@@ -23,6 +23,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, refi
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
 from mim_refiner_hf.publishing import export_timm
+from mim_refiner_hf.publishing.export import export
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
@@ -183,10 +184,11 @@ def three_steps(encoder: MimRefinerModel) -> None:
     recipe = resolve(RefineRecipe(model="start", dataset="noise"), encoder.config, 16)
     freeze(encoder, recipe.freeze_blocks)
     count = len(recipe.head_blocks)
+    width = encoder.config.hidden_size
     refiner = Refiner(
         encoder,
         recipe.head_blocks,
-        IdHeads(count, 32, 16, 16, 8, seed=0),
+        IdHeads(count, width, 16, 16, 8, seed=0),
         NearestNeighbourQueue(count, 32, 8, seed=0),
         num_global=2,
         num_views=3,
@@ -248,10 +250,8 @@ def test_a_saved_encoder_is_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "first"),
     [
-        ("dinov2-swiglu", "gated MLP"),
-        ("dinov3", "rotary positions"),
         ("siglip", "pooling but of CLS or patches"),
-        ("clip", "norm before the first block .* and no norm of the pooled vector"),
+        ("clip", r"timm's Eva.* has no activation but gelu .*hidden_act='quick_gelu'"),
         ("aimv2-native", "computed table of positions"),
     ],
 )
@@ -260,6 +260,18 @@ def test_what_timm_cannot_say_is_refused(tmp_path: Path, name: str, first: str) 
     reason = export_timm.refusal(load_encoder(tmp_path).config)
     assert reason is not None
     assert re.search(first, reason)
+
+
+@pytest.mark.parametrize("name", ["dinov2-swiglu", "dinov3", "dinov3-7b", "clip-gelu"])
+def test_what_timms_eva_can_say_goes_there(tmp_path: Path, name: str) -> None:
+    saved(tmp_path / "theirs", CASES[name])
+    encoder = load_encoder(tmp_path / "theirs")
+    differences = export(tmp_path / "theirs", tmp_path / "timm", "timm")
+    assert max(differences.values()) < TOLERANCE
+    again = load_encoder(tmp_path / "timm")
+    state = again.state_dict()
+    equal = {key for key, tensor in encoder.state_dict().items() if torch.equal(tensor, state[key])}
+    assert equal == encoder.state_dict().keys()
 
 
 def test_preprocessing_is_the_sources_own(tmp_path: Path) -> None:

@@ -187,6 +187,16 @@ def _activation(name: str, mlp: nn.Module) -> str | None:
     return _ACTIVATIONS[kind]
 
 
+def _pooling(name: str, global_pool: str) -> str | None:
+    """Our word for timm's pooling; None where it has none."""
+    if global_pool and global_pool not in _POOLINGS:
+        raise CheckpointError(
+            f"{name} has global_pool={brief(global_pool)}; allowed: {', '.join(_POOLINGS)}, or '' "
+            "for none"
+        )
+    return _POOLINGS.get(global_pool)
+
+
 def _config_fields(name: str, model: Any) -> dict[str, Any]:
     """The fields of `MimRefinerConfig` that timm's `VisionTransformer` or `Beit` states."""
     block = model.blocks[0]
@@ -210,7 +220,7 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),
-        "pooling": _POOLINGS.get(model.global_pool),
+        "pooling": _pooling(name, str(model.global_pool)),
         "patch_bias": model.patch_embed.proj.bias is not None,
     }
 

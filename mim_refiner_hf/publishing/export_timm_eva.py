@@ -69,15 +69,19 @@ def eva_refusal(config: MimRefinerConfig) -> str | None:
 def eva_architecture(config: MimRefinerConfig, size: str) -> str:
     """timm's name of such a model of this size, else of its base model.
 
-    The name decides what no argument can: the epsilon of norms, 1e-5 in DINOv3's models alone, and
-    None, which timm takes for its own default of `ref_feat_shape` (EVA-02's) or `init_values`.
+    The name decides what no argument can: the epsilon of norms, 1e-5 in DINOv3's and Perception
+    Encoder's models alone, and None, which timm takes for that model's own default of
+    `ref_feat_shape` (rotary positions of type "cat" alone read it) or of `init_values`.
     """
     patch = config.patch_size
     scaled = config.layer_scale_init is not None
+    default_grid_harms = config.rope_places == "index_axial" and config.rope_grid is None
+    if config.layer_norm_eps > _BETWEEN_EPSILONS and scaled:
+        return _known(f"vit_{size}_patch{patch}_dinov3", "vit_base_patch16_dinov3")
+    if config.layer_norm_eps > _BETWEEN_EPSILONS and not default_grid_harms:
+        return "vit_pe_spatial_base_patch16_512"
     if config.rope_grid is not None:
         return _known(f"eva02_{size}_patch{patch}_{config.image_hw[0]}", "eva02_base_patch14_224")
-    if scaled and config.layer_norm_eps > _BETWEEN_EPSILONS:
-        return _known(f"vit_{size}_patch{patch}_dinov3", "vit_base_patch16_dinov3")
     if scaled:
         kind = "rope_mixed" if config.rope_places == "index_mixed" else "rope"
         return _known(f"vit_{size}_patch{patch}_{kind}_224", f"vit_base_patch16_{kind}_224")
@@ -102,6 +106,7 @@ def eva_model_args(config: MimRefinerConfig) -> dict[str, Any]:
             "rope_temperature": float(config.rope_theta or 10.0),
             "rope_rotate_half": config.rope_places == "centre",
             "rope_grid_indexing": "ij",
+            "rope_grid_offset": 0.0,
         }
     if config.rope_grid is not None:
         optional["ref_feat_shape"] = list(config.rope_grid)
