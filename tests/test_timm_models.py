@@ -99,6 +99,17 @@ def save(model: Any, path: Path, form: str) -> Path:
     return path / "model.pth"
 
 
+# architectures with other blocks, and what is said of them
+REFUSED = {
+    "vit_pe_core_tiny_patch16_384": (
+        r"Eva with other heads in its pooling .* and rotary positions of grid_offset=1\.0 "
+        r"\(only 0\.0\), which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
+    ),
+    "vit_base_patch16_sapiens2": r"with norms of queries and keys \(qk_norm\) and layer scale",
+    "eva02_enormous_patch14_clip_224": r"norms behind its branches \(use_post_norm\)",
+    "swin_tiny_patch4_window7_224": "model_type='timm.SwinTransformer', not a plain ViT",
+}
+UNKNOWN = ("vit_of_tomorrow", "hf-hub:someone/evil")
 EVAS = [name for name in MODELS if name.startswith("eva")]
 # what a bare file does not say: rotary positions, and whether CLIP's patches have a bias
 FOLDER_ONLY = (*EVAS, "vit-norm-pre", "vit-clip")
@@ -340,21 +351,8 @@ def test_what_we_cannot_express_is_named(
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     """Of class `Eva` by the settings that are not known here."""
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    for architecture, message in (
-        (
-            "vit_pe_core_tiny_patch16_384",
-            r"Eva with other heads in its pooling .* and rotary positions of grid_offset=1\.0 "
-            r"\(only 0\.0\), which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-",
-        ),
-        (
-            "vit_base_patch16_sapiens2",
-            r"with norms of queries and keys \(qk_norm\) and layer scale",
-        ),
-        ("eva02_enormous_patch14_clip_224", r"norms behind its branches \(use_post_norm\)"),
-        ("swin_tiny_patch4_window7_224", "model_type='timm.SwinTransformer', not a plain ViT"),
-        ("vit_of_tomorrow", "timm's 'vit_of_tomorrow', which timm .* does not know; update timm"),
-        ("hf-hub:someone/evil", "timm's 'hf-hub:someone/evil', which timm .* does not know"),
-    ):
+    unknown = {name: f"timm's '{name}', which timm .* does not know" for name in UNKNOWN}
+    for architecture, message in {**REFUSED, **unknown}.items():
         (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
         with pytest.raises(CheckpointError, match=message):
             load_encoder(tmp_path)
