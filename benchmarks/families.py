@@ -1,9 +1,9 @@
 """Every class of transformers and model of timm, in, refined and out: python -m benchmarks.families
 
 Takes the cases of the tests (tests/test_transformers_encoders.py, tests/test_export_back.py and
-tests/test_timm_models.py): each is built tiny and random, loaded, compared with itself at two sizes,
-refined for three steps, and exported back to its own library. Writes
-benchmarks/results/families.md. Needs the extra `test`. About three minutes on one core.
+tests/test_timm_models.py): each is built tiny and random, loaded, compared with itself at two
+sizes, refined for three steps, and exported back to its own library. Writes
+benchmarks/results/families.md. Needs the extra `test`. About two minutes on one core.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from mim_refiner_hf.publishing.hub import save_model_folder
 
 # the cases stand in the tests, which are no package
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import test_export_back as back  # noqa: E402
-import test_timm_models as timms  # noqa: E402
-import test_transformers_encoders as classes  # noqa: E402
+import test_export_back as back
+import test_timm_models as timms
+import test_transformers_encoders as classes
 
 VERSIONS = ("torch", "transformers", "timm")
 SIZES = ((32, 32), (48, 24))
@@ -66,6 +66,11 @@ class Row:
 def shown(difference: float) -> str:
     """One digit is enough; a true zero stands out."""
     return f"{difference:.0e}" if difference else "0"
+
+
+def shape(size: tuple[int, int]) -> str:
+    """Height and width as a reader writes them."""
+    return " x ".join(map(str, size))
 
 
 def differences(encoder: MimRefinerModel, theirs: Source, size: tuple[int, int]) -> tuple[str, str]:
@@ -123,7 +128,7 @@ def refused(title: str, folder: Path, stated: dict[str, Any]) -> Row:
     # which classes there are says the table itself
     before, bracket, after = reason.partition(" known here (")
     if bracket:
-        reason = before + after.partition(")")[2]
+        reason = before + after.partition(")")[2].removesuffix("; give one of these")
     empty = (NONE,) * 5
     return Row((title, *empty, reason, NONE), came_in=False, went_out=False)
 
@@ -218,17 +223,17 @@ def main(page: Path) -> None:
     versions = ", ".join(f"{package} {version(package)}" for package in VERSIONS)
 
     text = [
-        f"{came_in} of {len(every)} sources come in, {went_out} go out.",
-        "",
-        "# Every encoder in and out",
+        f"# {came_in} of {len(every)} sources come in, {went_out} go out",
         "",
         "Each source is built tiny and random (2 blocks, 32 or 48 wide, random values in every",
         "parameter), loaded, and compared with itself: worst absolute difference of all tokens and",
-        f"of the pooled vector at {SIZES[0]} pixels and at {SIZES[1]}, fp32. Then it is refined for",
-        "three steps, saved, and exported back to its own library, loaded by that and compared",
-        "(tokens and vector; of transformers' classes at two sizes). A sentence says what is in the",
-        "way. timm resizes tables of positions with antialiasing: its plain ViTs are compared at the",
-        '"other size" with `encoder.config.position_resampling = "bicubic_antialias"`.',
+        f"of the pooled vector at {shape(SIZES[0])} pixels and at {shape(SIZES[1])}, fp32. Then it",
+        "is refined for three steps, saved, and exported back to its own library, loaded by that",
+        "and compared (tokens and vector; of transformers' classes at two sizes). A sentence says",
+        "what is in the way. timm resizes tables of positions with antialiasing: its plain ViTs",
+        "are compared at the other size with",
+        '`encoder.config.position_resampling = "bicubic_antialias"`. A size that the source does',
+        "not take has no figures.",
         "",
         "```bash",
         "python -m benchmarks.families",
