@@ -23,6 +23,7 @@ from ..model.configuration_mim_refiner import brief
 from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
 from ..runtime.text import one_line
+from .birder_models import is_birder
 from .layout import Source
 from .timm_eva import eva_fields, eva_finish
 
@@ -75,7 +76,7 @@ def in_our_words(found: Source) -> Source:
             an activation that we do not have.
     """
     architecture = found.config.get("architecture")
-    if architecture is None:
+    if architecture is None or is_birder(found.contents):
         return found
     pretrained = found.config.get("pretrained_cfg")
     if pretrained is not None and not isinstance(pretrained, Mapping):
