@@ -270,8 +270,8 @@ def test_a_saved_encoder_is_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "first"),
     [
-        ("siglip", "pooling but of CLS or patches"),
-        ("clip", r"timm's Eva.* has no activation but gelu .*hidden_act='quick_gelu'"),
+        ("pixio", "pooling but of CLS, patches or attention .pooling='prefix'"),
+        ("dinov2-no-qkv-bias", "activation but gelu, .*hidden_act='relu'"),
         ("aimv2-native", "computed table of positions"),
     ],
 )
@@ -282,8 +282,10 @@ def test_what_timm_cannot_say_is_refused(tmp_path: Path, name: str, first: str) 
     assert re.search(first, reason)
 
 
-@pytest.mark.parametrize("name", ["dinov2-swiglu", "dinov3", "dinov3-7b", "clip-gelu"])
-def test_what_timms_eva_can_say_goes_there(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["dinov2-swiglu", "dinov3", "dinov3-7b", "siglip", "siglip2", "clip", "clip-gelu"]
+)
+def test_what_timm_can_say_goes_there(tmp_path: Path, name: str) -> None:
     saved(tmp_path / "theirs", CASES[name])
     encoder = load_encoder(tmp_path / "theirs")
     differences = export(tmp_path / "theirs", tmp_path / "timm", "timm")

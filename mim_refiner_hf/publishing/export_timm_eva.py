@@ -45,7 +45,13 @@ _NAMES: Names = (
 
 def is_eva(config: MimRefinerConfig) -> bool:
     """Whether the encoder has what timm's `Eva` has and its `VisionTransformer` has not."""
-    asked = config.has_rope or any(getattr(config, name) for name in _BESIDE if name != "rope")
+    asked = (
+        config.has_rope
+        or config.gated_mlp
+        or config.mlp_norm
+        or config.attention_norm
+        or (config.final_norm and config.pooled_norm)
+    )
     return asked and config.relative_positions == "none" and config.norm_placement == "pre"
 
 
