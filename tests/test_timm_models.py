@@ -207,7 +207,7 @@ def test_an_eva_is_refined_and_goes_back_to_timm(tmp_path: Path, name: str) -> N
 ELSEWHERE = {
     "vit-distilled": "VisionTransformer",
     "vit-swiglu": "Eva",
-    "beit-absolute": "VisionTransformer",
+    "beit-absolute": "Eva",
 }
 
 

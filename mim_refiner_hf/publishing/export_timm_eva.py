@@ -44,7 +44,12 @@ _NAMES: Names = (
 
 
 def is_eva(config: MimRefinerConfig) -> bool:
-    """Whether the encoder has what timm's `Eva` has and its `VisionTransformer` has not."""
+    """Whether the encoder has what timm's `Eva` has and its `VisionTransformer` has not.
+
+    One that lacks nothing but biases of its keys goes there too, where that can say the rest.
+    """
+    if config.relative_positions != "none" or config.norm_placement != "pre":
+        return False
     asked = (
         config.has_rope
         or config.gated_mlp
@@ -52,7 +57,7 @@ def is_eva(config: MimRefinerConfig) -> bool:
         or config.attention_norm
         or (config.final_norm and config.pooled_norm)
     )
-    return asked and config.relative_positions == "none" and config.norm_placement == "pre"
+    return asked or (config.bias == "no_key" and eva_refusal(config) is None)
 
 
 def eva_refusal(config: MimRefinerConfig) -> str | None:
