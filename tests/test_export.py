@@ -421,16 +421,33 @@ def test_onnx_without_its_extra_says_what_to_install(
         (
             "timm",
             KINDS["data2vec2"],
-            r"timm's VisionTransformer has no norm of the sum.*'post'.*no norm before the first "
-            r"block",
+            r"timm's VisionTransformer has no norm of the sum.*'post'.*no bias of the patches "
+            r"before a norm",
         ),
         ("timm", {"features": "last_block"}, "no pooling before the final norm"),
         (
             "timm",
             CAPI,
-            "no norm but a LayerNorm.*no rotary positions.*no pooling but of CLS or patches",
+            "no norm but a LayerNorm.*no pooling but of CLS or patches.*"
+            "no rotary positions of stored",
         ),
-        ("timm", {"hidden_act": "relu"}, "no activation but GELU"),
+        ("timm", {"hidden_act": "relu"}, "no activation but gelu, gelu_pytorch_tanh, quick_gelu"),
+        ("timm", {**BEIT, "hidden_act": "silu"}, "timm's Beit.*no activation but GELU"),
+        ("timm", {**BEIT, "pooled_norm": True}, "timm's Beit.*no second norm"),
+        ("timm", {"gated_mlp": True}, "timm's Eva.*no activation but silu with gated_mlp=True"),
+        (
+            "timm",
+            {"pooling_head": "attention"},
+            "timm's VisionTransformer has no attention pooling of this kind",
+        ),
+        (
+            "timm",
+            {"position_encoding": "absolute+rope", "rope_theta": 10, "rope_places": "index"},
+            "timm's Eva.*no rotary positions as birder's",
+        ),
+        ("vit", {"mlp_norm": True}, "no norm inside the MLP"),
+        ("vit", {"attention_norm": True}, "no norm before the projection of the attention"),
+        ("native", {"mlp_norm": True}, r"no mlp_norm=True \(only False\)"),
         ("timm", KINDS["data2vec-vision"], "timm's Beit.*no way to leave out the final norm"),
         (
             "timm",

@@ -24,15 +24,19 @@ from urllib.parse import urlsplit
 import datasets
 import pytest
 import torch
+from golden_cases import facts
 from huggingface_hub import close_session, constants
+from test_birder import files_of
 
 from mim_refiner_hf import (
     MimRefinerConfig,
     MimRefinerImageProcessor,
     MimRefinerModel,
     cli,
+    load_classifier,
     load_encoder,
 )
+from mim_refiner_hf.conversion import CheckpointError
 from mim_refiner_hf.publishing import hub, push_folder, save_model_folder
 from mim_refiner_hf.runtime import retry as patience
 
@@ -179,6 +183,44 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def on_the_hub(stub: Any) -> set[str]:
     return set(stub.repos[REPOSITORY]["files"])
+
+
+@pytest.mark.usefixtures("goldens", "trouble")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_repository_of_birder_is_a_source(suffix: str, stub_hub: Any) -> None:
+    """Its weights are called as the repository; its config.json is not one of ours."""
+    case = "birder-b14"
+    file = next(path for path in files_of(case) if path.suffix == suffix)
+    name = "birder-project/rope_vit_reg4_b14_capi-places365"
+    files = {
+        f"{name.partition('/')[2]}{suffix}": file.read_bytes(),
+        "README.md": b"---\nlicense: apache-2.0\n---\n",
+        "config.json": b'{"architecture": "rope_vit_reg4_b14"}',
+        "other.pt": b"not that",
+    }
+    stub_hub.repos[name] = {"files": files, "commits": [], "private": False, "sha": "0" * 40}
+
+    heads = facts(case)["model_config"]["num_heads"]
+    encoder = load_encoder(name, num_heads=heads)
+    assert encoder.load_report.family == "birder"
+    assert encoder.licence.identifier == "apache-2.0"
+    expected = load_encoder(file, num_heads=heads).state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in encoder.state_dict().items())
+    classifier = load_classifier(name, num_heads=heads)
+    of_the_file = load_classifier(file, num_heads=heads)
+    assert classifier.config.id2label == of_the_file.config.id2label
+    assert torch.equal(classifier.classifier.weight, of_the_file.classifier.weight)
+
+
+@pytest.mark.usefixtures("trouble")
+def test_a_repository_without_weights_says_what_it_lacks(stub_hub: Any) -> None:
+    files = {"README.md": b"a card"}
+    name = "birder-project/nothing"
+    stub_hub.repos[name] = {"files": files, "commits": [], "private": False, "sha": "0" * 40}
+    with pytest.raises(
+        CheckpointError, match=r"nothing holds no model\.safetensors and no pytorch"
+    ):
+        load_encoder(name)
 
 
 HOW = [429, 500, 503, "reset"]

@@ -9,10 +9,16 @@ import timm
 import torch
 from random_weights import randomise
 from safetensors.torch import save_file
+from test_transformers_encoders import three_steps
+from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models import save_for_hf
 from torch import nn
 
+from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
+from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
+from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.publishing.export import export
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -38,7 +44,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-attention": (VIT, {"global_pool": "map", "class_token": False}),
     "vit-distilled": ("deit_tiny_distilled_patch16_224", {}),
     "vit-swiglu": ("vit_giant_patch14_dinov2", {"mlp_ratio": 4.0}),
+    "eva-02-tiny": ("eva02_tiny_patch14_224", {}),
+    "eva-02-base": ("eva02_base_patch14_224", {}),
+    "eva-02-cls": ("eva02_large_patch14_448", {"global_pool": "token", "num_classes": 5}),
+    "eva-02-clip": ("eva02_large_patch14_clip_224", {}),
+    "eva-01": ("eva_giant_patch14_224", {}),
+    "eva-rope": ("vit_small_patch16_rope_224", {}),
+    "eva-rope-halves": ("vit_small_patch16_rope_224", {"rope_rotate_half": True}),
+    "eva-rope-ape": ("vit_small_patch16_rope_ape_224", {}),
+    "eva-rope-mixed": ("vit_small_patch16_rope_mixed_224", {}),
+    "eva-rope-mixed-ape": ("vit_small_patch16_rope_mixed_ape_224", {"rope_grid_indexing": "ij"}),
+    "eva-rope-reg1-gap": ("vit_medium_patch16_rope_reg1_gap_256", {}),
+    "eva-rope-reg1-gap-no-bias": ("vit_mediumd_patch16_rope_reg1_gap_256", {}),
+    "eva-rope-reg4-gap": ("vit_betwixt_patch16_rope_reg4_gap_256", {"use_abs_pos_emb": True}),
+    "eva-lingbot": ("vit_small_patch16_lingbot", {}),
     "eva-dinov3": ("vit_small_patch16_dinov3", {}),
+    "eva-dinov3-neighbours": (
+        "vit_small_patch16_dinov3",
+        {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
+    ),
     "eva-dinov3-biases": ("vit_small_patch16_dinov3_qkvb", {}),
     "eva-dinov3-swiglu": ("vit_small_patch16_dinov3", {"swiglu_mlp": True}),
     "vit-norm-pre": (VIT, {"pre_norm": True}),
@@ -75,8 +99,20 @@ def save(model: Any, path: Path, form: str) -> Path:
     return path / "model.pth"
 
 
+# architectures with other blocks, and what is said of them
+REFUSED = {
+    "vit_pe_core_tiny_patch16_384": (
+        r"Eva with other heads in its pooling .* and rotary positions of grid_offset=1\.0 "
+        r"\(only 0\.0\), which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
+    ),
+    "vit_base_patch16_sapiens2": r"with norms of queries and keys \(qk_norm\) and layer scale",
+    "eva02_enormous_patch14_clip_224": r"norms behind its branches \(use_post_norm\)",
+    "swin_tiny_patch4_window7_224": "model_type='timm.SwinTransformer', not a plain ViT",
+}
+UNKNOWN = ("vit_of_tomorrow", "hf-hub:someone/evil")
+EVAS = [name for name in MODELS if name.startswith("eva")]
 # what a bare file does not say: rotary positions, and whether CLIP's patches have a bias
-FOLDER_ONLY = ("eva-dinov3", "eva-dinov3-biases", "eva-dinov3-swiglu", "vit-norm-pre", "vit-clip")
+FOLDER_ONLY = (*EVAS, "vit-norm-pre", "vit-clip")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +133,7 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
     encoder = load_encoder(source, num_heads=None if form == "folder" else 3, image_size=size)
     family = {"beit": "plain_beit", "eva": "timm_eva"}.get(name.split("-")[0], "plain_vit")
     assert encoder.load_report.family == family
-    assert ("classifier" in encoder.load_report.dropped) == ("classifier" in name)
+    assert ("classifier" in encoder.load_report.dropped) == ("num_classes" in settings)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         ours, theirs = encoder(pixels), model.forward_features(pixels)
@@ -115,21 +151,133 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
         torch.testing.assert_close(ours.pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit-mean-of-patches-beside-cls", "vit-attention", "eva-dinov3"])
+@pytest.mark.parametrize("name", ["vit-mean-of-patches-beside-cls", "vit-attention", *EVAS])
 def test_a_model_object_and_its_other_sizes_are_timms(name: str) -> None:
     architecture, settings = MODELS[name]
     model = tiny(architecture, dynamic_img_size=True, **settings)
     encoder = load_encoder(model)
-    pixels = torch.randn(2, 3, 32, 48)
+    for size in ((32, 48), (24, 16)):
+        pixels = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            ours = encoder(pixels, interpolate_pos_encoding=True)
+            theirs = model.forward_features(pixels)
+            pooled = model.forward_head(theirs, pre_logits=True)
+        assert ours.last_hidden_state.shape == theirs.shape
+        # the tables of other classes are resized as their authors do, without antialiasing
+        if name in EVAS:
+            torch.testing.assert_close(ours.last_hidden_state, theirs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours.pooler_output, pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVAS)
+def test_an_eva_is_refined_and_goes_back_to_timm(tmp_path: Path, name: str) -> None:
+    """Loaded, refined, saved, exported: timm's blocks at two sizes, and the weights read again."""
+    architecture, settings = MODELS[name]
+    model = tiny(architecture, **settings)
+    encoder = load_encoder(model)
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    three_steps(encoder)
+    after = encoder.eval().state_dict()
+    same = [key for key, tensor in after.items() if torch.equal(tensor, before[key])]
+    assert same == [key for key in before if "position_embeddings" in key or ".rope." in key]
+
+    save_model_folder(tmp_path / "model", encoder, encoder.image_processor)
+    export(tmp_path / "model", tmp_path / "timm", "timm")
+    twin = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert type(twin) is type(model)
+    for size in ((32, 32), (24, 48)):
+        pixels = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            ours = encoder(pixels, interpolate_pos_encoding=True)
+            tokens = twin.forward_features(pixels)
+            torch.testing.assert_close(tokens, ours.last_hidden_state, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(twin(pixels), ours.pooler_output, atol=1e-5, rtol=1e-5)
+
+    for folder in ("model", "timm"):
+        again = load_encoder(tmp_path / folder)
+        assert again.load_report.total == len(after)
+        state = again.state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in after.items())
+        told = [loaded.config.to_diff_dict() for loaded in (encoder, again)]
+        differ = {key for key in told[0] | told[1] if told[0].get(key) != told[1].get(key)}
+        assert differ <= {"architectures", "dtype", "layer_scale_init"}
+
+
+# timm says the same by another of its classes
+ELSEWHERE = {
+    "vit-distilled": "VisionTransformer",
+    "vit-swiglu": "Eva",
+    "beit-absolute": "Eva",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in EVAS])
+def test_every_other_model_goes_back_to_timm(tmp_path: Path, name: str) -> None:
+    architecture, settings = MODELS[name]
+    model = tiny(architecture, **settings)
+    encoder = load_encoder(model)
+    save_model_folder(tmp_path / "model", encoder, encoder.image_processor)
+    export(tmp_path / "model", tmp_path / "timm", "timm")
+    twin = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert type(twin).__name__ == ELSEWHERE.get(name, type(model).__name__)
+    pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        ours = encoder(pixels, interpolate_pos_encoding=True)
-        theirs = model.forward_features(pixels)
-        pooled = model.forward_head(theirs, pre_logits=True)
-    # timm resizes tables with antialiasing, which moves them
-    if "eva" in name:
-        torch.testing.assert_close(ours.last_hidden_state, theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours.pooler_output, pooled, atol=1e-5, rtol=1e-5)
-    assert ours.last_hidden_state.shape == theirs.shape
+        ours = encoder(pixels)
+        tokens = twin.forward_features(pixels)
+        torch.testing.assert_close(tokens, model.forward_features(pixels), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens, ours.last_hidden_state, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(twin(pixels), ours.pooler_output, atol=1e-5, rtol=1e-5)
+    state = load_encoder(tmp_path / "timm").state_dict()
+    assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_mixed_frequencies_start_as_timms() -> None:
+    """Their lengths; the angle of each head is drawn."""
+    model = MimRefinerModel(
+        MimRefinerConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=32,
+            position_encoding="rope",
+            rope_places="index_mixed",
+        )
+    )
+    ours = model.layers[0].attention.rope.frequencies
+    theirs = init_random_2d_freqs(16, 1, 2)[:, 0]
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours.norm(dim=0), theirs.norm(dim=0))
+    # the second half is at right angles to the first
+    first, second = ours.chunk(2, dim=-1)
+    torch.testing.assert_close((first * second).sum(dim=0), torch.zeros(2, 4), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_places": "index_axial"}, "rope_places='index_axial' needs a rope_theta"),
+        ({"rope_places": "index_mixed"}, "rope_places='index_mixed' needs position_encoding="),
+        (
+            {"position_encoding": "rope", "rope_places": "index_mixed", "rope_theta": 10.0},
+            "and rope_theta=None: its frequencies are stored",
+        ),
+        (
+            {"position_encoding": "rope", "rope_places": "index_mixed", "rope_grid": [2, 2]},
+            r"rope_grid=\[2, 2\] needs rope_places='index' or 'index_axial'",
+        ),
+        (
+            {"position_encoding": "rope", "rope_places": "index_mixed", "predictor_layers": 1},
+            "predictor_layers=1 needs .* rope_theta=None with rope_places='centre'",
+        ),
+        ({"rope_places": "axial"}, "rope_places"),
+        ({"mlp_norm": 1}, "mlp_norm"),
+        ({"attention_norm": "yes"}, "attention_norm"),
+    ],
+)
+def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        MimRefinerConfig(**fields)
 
 
 def test_names_of_create_model_are_hub_names(
@@ -229,21 +377,16 @@ def test_what_we_cannot_express_is_named(
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    """EVA's rotary positions are in no tensor.
-
-    Only the architecture tells that its file is no plain ViT.
-    """
+    """Of class `Eva` by the settings that are not known here."""
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    for architecture, message in (
-        ("vit_small_patch16_rope_ape_224", "timm's Eva with RotaryEmbeddingCat positions"),
-        ("eva02_tiny_patch14_224", "timm's Eva with RotaryEmbeddingCat positions"),
-        ("swin_tiny_patch4_window7_224", "model_type='timm.SwinTransformer', not a plain ViT"),
-        ("vit_of_tomorrow", "timm's 'vit_of_tomorrow', which timm .* does not know; update timm"),
-        ("hf-hub:someone/evil", "timm's 'hf-hub:someone/evil', which timm .* does not know"),
-    ):
+    unknown = {name: f"timm's '{name}', which timm .* does not know" for name in UNKNOWN}
+    for architecture, message in {**REFUSED, **unknown}.items():
         (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
         with pytest.raises(CheckpointError, match=message):
             load_encoder(tmp_path)
+    for pool in ("max", "avgmax"):
+        with pytest.raises(CheckpointError, match=f"has global_pool='{pool}'; allowed: token"):
+            load_encoder(tiny(VIT, global_pool=pool))
     for arguments in ({"pretrained": True}, {"no_such_setting": 1}, {"act_layer": "relu"}):
         (tmp_path / "config.json").write_text(
             json.dumps({"architecture": VIT, "model_args": arguments})

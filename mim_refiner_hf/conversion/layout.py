@@ -42,6 +42,7 @@ class Source:
         config, preprocessing: the JSON files beside it; empty where there are none.
         family: where the name says it; None where the weights have to.
         licence: what the card beside the weights, or the zoo, states.
+        finish: what its configuration asks for once all is placed, given by our names.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source:
     preprocessing: Mapping[str, Any]
     family: str | None = None
     licence: Licence = UNKNOWN
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 def listed(names: list[str], limit: int = 8) -> str:
@@ -130,6 +132,12 @@ def split_gate(target: str, tensor: Tensor) -> Placed:
     """A fused (2 W, ...) gate and first layer of an MLP; `*` in the target stands for them."""
     gate, inner = tensor.chunk(2)
     return {target.replace("*", "gate"): gate, target.replace("*", "fc1"): inner}
+
+
+def by_blocks(target: str, tensor: Tensor) -> Placed:
+    """A tensor (2, L, ...) of all blocks as L of (2, ...); `*` stands for the number of a block."""
+    parts = tensor.unbind(1)
+    return {target.replace("*", str(block)): part for block, part in enumerate(parts)}
 
 
 def as_kernel(target: str, tensor: Tensor) -> Placed:
@@ -253,6 +261,7 @@ __all__ = [
     "any_positions",
     "as_kernel",
     "as_token",
+    "by_blocks",
     "cls_and_patches",
     "cls_and_table_rows",
     "first_and_registers",

@@ -23,6 +23,7 @@ from .layout import (
     Layout,
     Rule,
     any_positions,
+    by_blocks,
     cls_and_patches,
     split_gate,
     split_kv,
@@ -213,20 +214,27 @@ PLAIN_BEIT = Layout(
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
     preprocessing=lambda contents: HALF,
 )
-# those with DINOv3's rotary positions, which stand in no tensor (`timm_models.py` looks at them)
+# rotary positions stand in no tensor, or in another order (`timm_models.py` looks at them)
 TIMM_EVA = replace(
     PLAIN_VIT,
     family="timm_eva",
-    title="timm's Eva with DINOv3's rotary positions",
+    title="timm's Eva (EVA-02, RoPE-ViT, DINOv3)",
     model_types=("timm.Eva",),
     signature=(),
     rules=(
         Rule(r"blocks\.(\d+)\.attn\.([qv])_bias", r"layers.\1.attention.\2_proj.bias"),
+        Rule(
+            r"blocks\.(\d+)\.attn\.([qkv])_proj\.(weight|bias)",
+            r"layers.\1.attention.\2_proj.\3",
+        ),
+        Rule(r"blocks\.(\d+)\.attn\.norm\.(weight|bias)", r"layers.\1.attention.norm.\2"),
         Rule(r"blocks\.(\d+)\.mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
         Rule(r"blocks\.(\d+)\.mlp\.fc1_x\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+        Rule(r"blocks\.(\d+)\.mlp\.norm\.(weight|bias)", r"layers.\1.mlp.norm.\2"),
+        Rule(r"rope\.freqs", "layers.*.attention.rope.frequencies", by_blocks),
         *PLAIN_VIT.rules,
     ),
-    settings={"position_encoding": "rope", "norm_placement": "pre"},
+    settings={"norm_placement": "pre"},
 )
 CONMIM = replace(
     PLAIN_BEIT,

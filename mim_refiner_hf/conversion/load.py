@@ -135,6 +135,8 @@ def encoder_from(
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = place_all(found.name, layout, tensors)
     check_values(found.name, placement)
+    if found.finish is not None:
+        placement = replace(placement, tensors=found.finish(placement.tensors))
     size = _settle(found, placement.tensors, image_size)
     config = _read_config(found, layout, placement.tensors, num_heads, size)
     _shape_as_ours(placement.tensors)

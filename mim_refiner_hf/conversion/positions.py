@@ -119,12 +119,15 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
     if count == 0:
         return
     positions = placed[POSITIONS]
-    placed[CLS_POSITION] = positions[:, :1]
     placed[POSITIONS] = positions[:, count:]
-    rows = positions[:, 1:count]
-    # of another shape they are wrong, which the check of the shapes will say
-    if count > 1 and placed[REGISTERS].shape == rows.shape:
+    first = int(CLS_TOKEN in placed)
+    rows = positions[:, first:count]
+    fit = REGISTERS in placed and placed[REGISTERS].shape == rows.shape
+    if fit:
         placed[REGISTERS] = placed[REGISTERS] + rows
+    # of another shape they are wrong, which the check of the shapes will say
+    if first or not fit:
+        placed[CLS_POSITION] = positions[:, :1]
 
 
 __all__ = ["Size", "as_size", "settle_positions"]

@@ -65,19 +65,30 @@ def read_source(source: str | Path, revision: str | None) -> Source:
             )
         repository = hub_name(name)
         path = _hub_folder(repository, revision)
-        return _read_folder(name, path, licence_beside(path, repository))
+        licence = licence_beside(path, repository)
+        return _read_folder(name, path, licence, _named_as(repository))
     return _read_folder(name, path, licence_beside(path))
 
 
-def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
-    """The weights and the JSON files of a model folder; `name` is what its user calls it."""
+def _named_as(repository: str) -> tuple[str, ...]:
+    """Weights that are called as their repository, which is how birder's are."""
+    name = repository.rpartition("/")[2]
+    return f"{name}.safetensors", f"{name}.pt"
+
+
+def _read_folder(name: str, folder: Path, licence: Licence, more: tuple[str, ...] = ()) -> Source:
+    """The weights and the JSON files of a model folder; `name` is what its user calls it.
+
+    Args:
+        more: names of weights besides `WEIGHTS`.
+    """
     digests = read_json(folder / DIGESTS)
     config, preprocessing = (read_json(folder / file) for file in SETTINGS)
     # as transformers: one that is nested in the processor's file comes first
     preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or preprocessing
 
     contents: dict[str, Any] = {}
-    for file in weight_files(folder, name):
+    for file in weight_files(folder, name, more):
         contents.update(read_weights(file))
 
     if digests:
@@ -86,17 +97,18 @@ def _read_folder(name: str, folder: Path, licence: Licence) -> Source:
     return Source(name, contents, config, preprocessing, licence=licence)
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path, name: str, more: tuple[str, ...] = ()) -> list[Path]:
     """The files that transformers would read of a model folder, which its user calls `name`.
 
     That is model.safetensors, else the shards that its index names, else the same of
-    pytorch_model.bin. Whatever lies beside them is another model.
+    pytorch_model.bin, else a file of one of the names `more`. Whatever lies beside them is another
+    model.
 
     Raises:
         CheckpointError: where there is none, and for an index that names a file elsewhere, or one
             that is missing.
     """
-    for file in WEIGHTS:
+    for file in (*WEIGHTS, *more):
         if (folder / file).is_file():
             return [folder / file]
         index = folder / f"{file}.index.json"
@@ -125,9 +137,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _hub_folder(name: str, revision: str | None) -> Path:
-    """The Hub cache's folder of a model: JSON, card, and what comes first of `WEIGHTS`."""
+    """The Hub cache's folder of a model: JSON, card, and what comes first of its weights."""
     try:
-        for file in WEIGHTS:
+        for file in (*WEIGHTS, *_named_as(name)):
             # the index, and the shards that it may name
             stem, _, suffix = file.rpartition(".")
             weights = [file, f"{file}.index.json", f"{stem}-*-of-*.{suffix}"]

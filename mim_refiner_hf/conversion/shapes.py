@@ -59,6 +59,8 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "intermediate_size": most_frequent(inner_widths or [width]),
         "gated_mlp": gated,
+        "mlp_norm": bool(_ending(placed, ".mlp.norm.weight")),
+        "attention_norm": bool(_ending(placed, ".attention.norm.weight")),
         "num_hidden_layers": depth,
         "num_attention_heads": HEADS_OF_WIDTH.get(width),
         "use_cls_token": CLS_TOKEN in placed or CLS_POSITION in placed,
@@ -128,8 +130,12 @@ def _heads_and_size(placed: Mapping[str, Tensor], width: int, patch: int) -> dic
     fields: dict[str, Any] = {}
     grid: tuple[int, int] | None = None
 
-    # rotary positions: (2, head dim) frequencies in each block
-    head_dims = [tensor.numel() // 2 for tensor in _ending(placed, ".rope.frequencies")]
+    # rotary positions: (2, head dim) frequencies in each block, or (2, heads, head dim / 2)
+    frequencies = _ending(placed, ".rope.frequencies")
+    by_heads = [tensor.shape[1] for tensor in frequencies if tensor.ndim == 3]
+    if by_heads:
+        fields["num_attention_heads"] = most_frequent(by_heads)
+    head_dims = [tensor.numel() // 2 for tensor in frequencies if tensor.ndim != 3]
     if head_dims:
         fields["num_attention_heads"] = width // max(most_frequent(head_dims), 1)
 

@@ -23,7 +23,9 @@ from ..model.configuration_mim_refiner import brief
 from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
 from ..runtime.text import one_line
+from .birder_models import is_birder
 from .layout import Source
+from .timm_eva import eva_fields, eva_finish
 
 # of an argument of timm's models, in either direction; `depth` is compared with the weights
 _LARGEST_ARGUMENT = 2**16
@@ -74,7 +76,7 @@ def in_our_words(found: Source) -> Source:
             an activation that we do not have.
     """
     architecture = found.config.get("architecture")
-    if architecture is None:
+    if architecture is None or is_birder(found.contents):
         return found
     pretrained = found.config.get("pretrained_cfg")
     if pretrained is not None and not isinstance(pretrained, Mapping):
@@ -137,17 +139,20 @@ def model_in_our_words(
         pretrained: timm's `pretrained_cfg`; None for the model's own.
     """
     config = {"model_type": f"timm.{type(model).__name__}"}
+    finish = None
     if config["model_type"] in _KINDS:
         config |= _config_fields(found.name, model)
     if config["model_type"] == "timm.Eva":
-        config |= _rope_fields(found.name, model)
+        config |= eva_fields(found.name, model)
+        finish = eva_finish(model)
     if pretrained is None:
         # a model may be built for another size than its weights were trained at
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         pretrained = dict(getattr(model, "pretrained_cfg", None) or {})
         if size is not None and tuple(pretrained.get("input_size", ()))[1:] != tuple(size):
             pretrained.update(input_size=(3, *size), crop_pct=1.0)
-    return replace(found, config=config, preprocessing=_preprocessor_fields(pretrained or {}))
+    preprocessing = _preprocessor_fields(pretrained or {})
+    return replace(found, config=config, preprocessing=preprocessing, finish=finish)
 
 
 def _build(name: str, architecture: str, arguments: Mapping[str, Any]) -> Any:
@@ -183,6 +188,16 @@ def _activation(name: str, mlp: nn.Module) -> str | None:
     return _ACTIVATIONS[kind]
 
 
+def _pooling(name: str, global_pool: str) -> str | None:
+    """Our word for timm's pooling; None where it has none."""
+    if global_pool and global_pool not in _POOLINGS:
+        raise CheckpointError(
+            f"{name} has global_pool={brief(global_pool)}; allowed: {', '.join(_POOLINGS)}, or '' "
+            "for none"
+        )
+    return _POOLINGS.get(global_pool)
+
+
 def _config_fields(name: str, model: Any) -> dict[str, Any]:
     """The fields of `MimRefinerConfig` that timm's `VisionTransformer` or `Beit` states."""
     block = model.blocks[0]
@@ -206,28 +221,9 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),
-        "pooling": _POOLINGS.get(model.global_pool),
+        "pooling": _pooling(name, str(model.global_pool)),
         "patch_bias": model.patch_embed.proj.bias is not None,
     }
-
-
-def _rope_fields(name: str, model: Any) -> dict[str, Any]:
-    """The base of DINOv3's rotary positions; CheckpointError for positions of another kind."""
-    rope = model.rope
-    settings = ("normalize_coords", "rotate_half", "min_period", "max_period", "grid_offset")
-    theirs = tuple(getattr(rope, setting, None) for setting in settings)
-    if type(rope).__name__ != "RotaryEmbeddingDinoV3" or theirs != (
-        "separate",
-        True,
-        None,
-        None,
-        0.0,
-    ):
-        raise CheckpointError(
-            f"{name} is timm's Eva with {type(rope).__name__} positions; of this class, those of "
-            "DINOv3 are known here (vit_*_dinov3)"
-        )
-    return {"position_encoding": "rope", "rope_theta": float(rope.temperature)}
 
 
 def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,14 @@ from transformers.image_utils import PILImageResampling
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
+from .export_timm_eva import (
+    eva_architecture,
+    eva_model_args,
+    eva_refusal,
+    eva_state_dict,
+    is_eva,
+    takes_any_size,
+)
 from .twins import (
     Names,
     Twin,
@@ -45,6 +53,19 @@ _SIZES = {
     (1280, 32): "huge",
 }
 
+# what timm's `VisionTransformer` and `Beit` have beyond transformers' plain ViTs
+_BESIDE = ("embedding_norm", "pooled_norm", "pooling")
+_BESIDE_OF_BEIT = ("pooled_norm",)
+# ours, and timm's word for it
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
+_POOLINGS = {"cls": "token", "mean": "avg", "attention": "map"}
+_BETWEEN_EPSILONS = 5e-6
+
 _COMMON_NAMES: Names = (
     (r"embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"embeddings\.cls_token", r"cls_token"),
@@ -53,9 +74,15 @@ _COMMON_NAMES: Names = (
     (r"layers\.(\d+)\.attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
     (r"layers\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
     (r"norm\.(weight|bias)", r"norm.\1"),
+    (r"pooled_norm\.(weight|bias)", r"fc_norm.\1"),
 )
 _VIT_NAMES: Names = (
     *_COMMON_NAMES,
+    (r"embeddings\.norm\.(weight|bias)", r"norm_pre.\1"),
+    (r"attention_pooling\.query", r"attn_pool.latent"),
+    (r"attention_pooling\.(q|kv)_proj\.(weight|bias)", r"attn_pool.\1.\2"),
+    (r"attention_pooling\.o_proj\.(weight|bias)", r"attn_pool.proj.\1"),
+    (r"attention_pooling\.(norm|mlp\.fc[12])\.(weight|bias)", r"attn_pool.\1.\2"),
     (r"embeddings\.register_tokens", r"reg_token"),
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.ls\2.gamma"),
 )
@@ -82,13 +109,17 @@ def _has_cls_position(config: MimRefinerConfig) -> bool:
 
 def refusal(config: MimRefinerConfig) -> str | None:
     """Why timm has no such encoder, or None."""
-    lacking = unsupported(config)
+    if is_eva(config):
+        return eva_refusal(config)
+    if not _is_beit(config):
+        return refused("timm's VisionTransformer", _lacking_of_vit(config))
+
+    lacking = unsupported(config, beside=_BESIDE_OF_BEIT)
     if config.hidden_act != "gelu":
         lacking.append(f"activation but GELU (hidden_act={config.hidden_act!r})")
-    if not _is_beit(config):
-        return refused("timm's VisionTransformer", lacking)
-
-    if not config.final_norm:
+    if config.final_norm and config.pooled_norm:
+        lacking.append("second norm (final_norm=True, pooled_norm=True)")
+    if not config.final_norm and not config.pooled_norm:
         lacking.append("way to leave out the final norm (final_norm=False)")
     if not config.use_cls_token:
         lacking.append("way to leave out the CLS token (use_cls_token=False)")
@@ -97,9 +128,30 @@ def refusal(config: MimRefinerConfig) -> str | None:
     return refused("timm's Beit, its ViT with relative positions,", lacking)
 
 
+def _lacking_of_vit(config: MimRefinerConfig) -> list[str]:
+    """What timm's `VisionTransformer` has not, in words."""
+    lacking = unsupported(config, beside=_BESIDE)
+    if config.hidden_act not in _ACTIVATIONS:
+        allowed = ", ".join(_ACTIVATIONS)
+        lacking.append(f"activation but {allowed} (hidden_act={config.hidden_act!r})")
+    if config.embedding_norm and config.patch_bias:
+        lacking.append("bias of the patches before a norm (patch_bias=True, embedding_norm=True)")
+
+    pooling = config.pooling
+    known = {"cls": ("none",), "mean": ("none",), "attention": ("attention_mlp",)}
+    if pooling not in known:
+        lacking.append(f"pooling but of CLS, patches or attention (pooling={pooling!r})")
+    elif config.pooling_head not in known[pooling]:
+        heads = f"(pooling={pooling!r}, pooling_head={config.pooling_head!r})"
+        lacking.append(f"attention pooling of this kind {heads}")
+    return lacking
+
+
 def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
     """The weights under timm's names: q, k and v fused, positions with a row for CLS."""
     config = encoder.config
+    if is_eva(config):
+        return eva_state_dict(encoder)
     is_beit = _is_beit(config)
     state = complete_state(encoder)
     for block in range(config.num_hidden_layers):
@@ -114,19 +166,33 @@ def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
         else:
             state[f"{attention}qkv.bias"] = torch.cat(biases)
 
+    if config.embedding_norm:
+        del state["embeddings.patch_embeddings.bias"]
+    if config.pooling == "attention":
+        for kind in ("weight", "bias"):
+            pair = [state.pop(f"attention_pooling.{name}_proj.{kind}") for name in "kv"]
+            state[f"attention_pooling.kv_proj.{kind}"] = torch.cat(pair)
     if _has_cls_position(config):
         add_cls_position(state)
     return rename(state, _BEIT_NAMES if is_beit else _VIT_NAMES)
 
 
 def timm_architecture(config: MimRefinerConfig) -> str:
-    """timm's name of the model of this size, patch and resolution, else of its base model."""
-    kind = "beit" if _is_beit(config) else "vit"
+    """timm's name of the model of this size, patch and resolution, else of its base model.
+
+    No argument states the epsilon of norms: of its plain ViTs those of CLIP have 1e-5.
+    """
     size = _SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
-    name = f"{kind}_{size}_patch{config.patch_size}_{config.image_hw[0]}"
+    if is_eva(config):
+        return eva_architecture(config, size)
+    kind = "beit" if _is_beit(config) else "vit"
+    end = ""
+    if kind == "vit" and config.layer_norm_eps > _BETWEEN_EPSILONS:
+        end = "_clip"
+    name = f"{kind}_{size}_patch{config.patch_size}{end}_{config.image_hw[0]}"
     if timm.is_model(name):
         return name
-    return f"{kind}_base_patch16_224"
+    return f"{kind}_base_patch16{end}_224"
 
 
 def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
@@ -141,46 +207,50 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "in_chans": config.num_channels,
         "num_classes": 0,
-        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "global_pool": _POOLINGS[str(config.pooling)],
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "mlp_ratio": mlp_ratio,
-        "qkv_bias": True,
-        "init_values": layer_scale_value(config.layer_scale_init),
     }
+    if is_eva(config):
+        return shared | eva_model_args(config)
+    shared["qkv_bias"] = True
+    shared["init_values"] = layer_scale_value(config.layer_scale_init)
     if _is_beit(config):
         return shared | {
             "use_abs_pos_emb": config.has_absolute_positions,
             "use_rel_pos_bias": config.relative_positions == "relative",
             "use_shared_rel_pos_bias": config.relative_positions == "shared_relative",
-            "use_fc_norm": False,
+            "use_fc_norm": config.pooled_norm,
         }
 
-    # mean pooling comes after the norm, as ours does
+    # timm's final norm comes before the pooling or, as `fc_norm`, after it
     return shared | {
         "class_token": config.use_cls_token,
         "reg_tokens": config.num_register_tokens,
         "no_embed_class": config.num_register_tokens > 0,
-        "final_norm": config.final_norm,
-        "fc_norm": False,
+        "pre_norm": config.embedding_norm,
+        "final_norm": config.final_norm or config.pooled_norm,
+        "fc_norm": config.pooled_norm,
+        "act_layer": _ACTIVATIONS[config.hidden_act],
     }
 
 
 def _pretrained_cfg(
-    num_channels: int, image_hw: tuple[int, int], processor: MimRefinerImageProcessor
+    config: MimRefinerConfig, processor: MimRefinerImageProcessor
 ) -> dict[str, Any]:
     """What `timm.data.resolve_model_data_config` reads: our preprocessing in timm's words."""
     # timm divides and cuts off: the quotient must not be less than the size
-    crop = max(image_hw)
+    crop = max(config.image_hw)
     size = int(processor.size["shortest_edge"])
     crop_pct = crop / size
     if math.floor(crop / crop_pct) < size:
         crop_pct = math.nextafter(crop_pct, 0)
 
     return {
-        "input_size": [num_channels, *image_hw],
-        "fixed_input_size": True,
+        "input_size": [config.num_channels, *config.image_hw],
+        "fixed_input_size": not (is_eva(config) and takes_any_size(config)),
         "interpolation": PILImageResampling(processor.resample).name.lower(),
         "crop_pct": crop_pct,
         "crop_mode": "center",
@@ -204,7 +274,7 @@ def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProc
         "num_classes": 0,
         "num_features": config.hidden_size,
         "model_args": timm_model_args(config),
-        "pretrained_cfg": _pretrained_cfg(config.num_channels, config.image_hw, processor),
+        "pretrained_cfg": _pretrained_cfg(config, processor),
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -35,6 +35,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "final_norm": (True,),
     "final_norm_affine": (True,),
     "gated_mlp": (False,),
+    "mlp_norm": (False,),
+    "attention_norm": (False,),
     "pooling_head": ("none",),
     "pooled_norm": (False,),
     "pooling": ("cls",),

@@ -6,7 +6,7 @@ A twin is the same function in another library's format (`export_timm.py`, `expo
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ Names = Iterable[tuple[str, str]]
 """(pattern of our name, replacement) rows; every name must match one in full."""
 Twin = Callable[[Tensor], Mapping[str, Tensor]]
 """A reloaded twin: pixels (B, C, H, W) -> "tokens" (B, T, D) and, where it pools, "features"."""
+
+# fields that are True or False, in words
+_NORMS_AND_GATES = {
+    "gated_mlp": "gated MLP",
+    "mlp_norm": "norm inside the MLP",
+    "attention_norm": "norm before the projection of the attention",
+    "patch_norm": "norm of the patches before their positions",
+    "pooled_norm": "norm of the pooled vector",
+}
 
 
 def complete_state(encoder: MimRefinerModel) -> dict[str, Tensor]:
@@ -67,34 +76,37 @@ def layer_scale_value(layer_scale_init: float | None) -> float:
     return float(layer_scale_init or 1.0)
 
 
-def unsupported(config: MimRefinerConfig) -> list[str]:
-    """Settings that neither timm's nor transformers' plain ViTs have, in words."""
-    lacking = []
+def unsupported(config: MimRefinerConfig, beside: Collection[str] = ()) -> list[str]:
+    """Settings that neither timm's nor transformers' plain ViTs have, in words.
+
+    Args:
+        beside: what a class has beyond a plain ViT: fields of the configuration, and "rope".
+    """
+    lacking: dict[str, str] = {}
     if config.norm_placement == "post":
-        lacking.append("norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)")
+        lacking["norm_placement"] = (
+            "norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)"
+        )
     if config.embedding_norm:
-        lacking.append("norm before the first block (embedding_norm=True)")
+        lacking["embedding_norm"] = "norm before the first block (embedding_norm=True)"
     if config.norm_type != "layernorm":
-        lacking.append(f"norm but a LayerNorm (norm_type={config.norm_type!r})")
-    if "rope" in config.position_encoding:
-        lacking.append(f"rotary positions (position_encoding={config.position_encoding!r})")
+        lacking["norm_type"] = f"norm but a LayerNorm (norm_type={config.norm_type!r})"
+    if config.has_rope:
+        lacking["rope"] = f"rotary positions (position_encoding={config.position_encoding!r})"
     if config.position_encoding == "sincos":
-        lacking.append("computed table of positions (position_encoding='sincos')")
-    if config.gated_mlp:
-        lacking.append("gated MLP (gated_mlp=True)")
-    if config.patch_norm:
-        lacking.append("norm of the patches before their positions (patch_norm=True)")
-    if config.pooled_norm:
-        lacking.append("norm of the pooled vector (pooled_norm=True)")
+        lacking["sincos"] = "computed table of positions (position_encoding='sincos')"
+    for name, words in _NORMS_AND_GATES.items():
+        if getattr(config, name):
+            lacking[name] = f"{words} ({name}=True)"
     if config.final_norm and not config.final_norm_affine:
-        lacking.append("final norm without weights (final_norm_affine=False)")
+        lacking["final_norm_affine"] = "final norm without weights (final_norm_affine=False)"
     if config.features == "last_block" and config.final_norm:
-        lacking.append("pooling before the final norm (features='last_block')")
+        lacking["features"] = "pooling before the final norm (features='last_block')"
     if config.pooling not in ("cls", "mean"):
-        lacking.append(f"pooling but of CLS or patches (pooling={config.pooling!r})")
+        lacking["pooling"] = f"pooling but of CLS or patches (pooling={config.pooling!r})"
     elif config.pooling_head != "none":
-        lacking.append(f"attention pooling (pooling_head={config.pooling_head!r})")
-    return lacking
+        lacking["pooling"] = f"attention pooling (pooling_head={config.pooling_head!r})"
+    return [words for name, words in lacking.items() if name not in beside]
 
 
 def refused(architecture: str, lacking: list[str]) -> str | None:

@@ -1,0 +1,150 @@
+"""timm's class `Eva` in our words: EVA-02, RoPE-ViT, DINOv3, and what else is built of it.
+
+    eva_fields(name, model)     # {"position_encoding": "absolute+rope", "rope_theta": 10000.0, ..}
+    eva_finish(model)           # what puts the channels of its heads in our order
+
+Rotary positions turn pairs of channels of the queries and keys. timm pairs neighbours,
+(2 i, 2 i + 1), or halves, (i, i + d / 2), and counts either rows or columns first; our model pairs
+halves and counts rows first. A score is a sum over the channels of a head, in any order: those of
+queries and keys are put in ours when they are loaded, and nothing else changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.files import CheckpointError
+
+_KNOWN = "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*) and DINOv3 (vit_*_dinov3) load"
+_TURNED = tuple(f".{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
+
+
+def eva_fields(name: str, model: Any) -> dict[str, Any]:
+    """The fields of the configuration that only this class of timm has; its positions among them.
+
+    Raises:
+        CheckpointError: for settings of the class that ours has no word for; it names them.
+    """
+    lacking = _lacking(model)
+    if lacking:
+        raise CheckpointError(
+            f"{name} is timm's Eva with {' and '.join(lacking)}, which is not known here; {_KNOWN}"
+        )
+    kinds = []
+    fields: dict[str, Any] = {}
+    if model.pos_embed is not None:
+        kinds.append("absolute")
+        # as timm resizes it
+        fields["position_resampling"] = "bicubic_antialias"
+    if model.rope is not None:
+        kinds.append("rope")
+        fields |= _rope_fields(model.rope)
+    return {**fields, "position_encoding": "+".join(kinds)}
+
+
+def _rope_fields(rope: Any) -> dict[str, Any]:
+    """The rotary positions of a model whose settings are all known."""
+    kind = type(rope).__name__
+    if kind == "RotaryEmbeddingMixed":
+        return {"rope_places": "index_mixed"}
+    theta = float(rope.temperature)
+    if kind == "RotaryEmbeddingDinoV3":
+        return {"rope_theta": theta}
+    grid = rope.ref_feat_shape
+    return {
+        "rope_theta": theta,
+        "rope_places": "index_axial",
+        "rope_grid": None if grid is None else list(grid),
+    }
+
+
+def _lacking(model: Any) -> list[str]:
+    """What a model of this class has that ours has no word for, in timm's words."""
+    block = model.blocks[0]
+    attention = block.attn
+    lacking = []
+    if type(block).__name__ != "EvaBlock":
+        lacking.append("norms behind its branches (use_post_norm)")
+    if not isinstance(attention.q_norm, nn.Identity):
+        lacking.append("norms of queries and keys (qk_norm)")
+    if attention.gate is not None:
+        lacking.append("a gate on its attention (gated_attn)")
+    if getattr(attention, "num_kv_groups", 1) != 1:
+        lacking.append("fewer heads of keys than of queries (num_kv_heads)")
+    if getattr(block, "gamma_1", None) is not None and getattr(block, "gamma_2", None) is None:
+        lacking.append("layer scale of the attention alone (attn_only_layer_scale)")
+    if model.attn_pool is not None and model.attn_pool.num_heads != attention.num_heads:
+        lacking.append("other heads in its pooling (attn_pool_num_heads)")
+    return lacking + _lacking_of_rope(model.rope)
+
+
+def _lacking_of_rope(rope: Any) -> list[str]:
+    """The same for its rotary positions; None for a model that has none."""
+    kind = type(rope).__name__
+    if rope is None or kind == "RotaryEmbeddingMixed":
+        return []
+    if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
+        return [f"{kind} positions"]
+
+    known: dict[str, Any] = {"grid_offset": 0.0, "normalize_coords": "separate"}
+    if kind == "RotaryEmbeddingCat":
+        known["grid_type"] = "index"
+    else:
+        known |= {"min_period": None, "max_period": None}
+    settings = [(key, getattr(rope, key, value), value) for key, value in known.items()]
+    return [
+        f"rotary positions of {key}={theirs!r} (only {value!r})"
+        for key, theirs, value in settings
+        if theirs != value
+    ]
+
+
+def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What turns the placed tensors of such a model into ours; None without rotary positions."""
+    rope = model.rope
+    if rope is None:
+        return None
+    is_mixed = type(rope).__name__ == "RotaryEmbeddingMixed"
+    columns_first = rope.grid_indexing == "xy"
+    order = head_order(
+        model.blocks[0].attn.head_dim,
+        neighbours=not getattr(rope, "rotate_half", False),
+        columns_first=columns_first and not is_mixed,
+    )
+
+    def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
+        arranged = {}
+        for name, tensor in placed.items():
+            if name.endswith(_TURNED) and len(tensor) % len(order) == 0:
+                tensor = in_order(tensor, order)
+            elif name.endswith(".rope.frequencies") and columns_first:
+                tensor = tensor.flip(0)
+            arranged[name] = tensor
+        return arranged
+
+    return finish
+
+
+def head_order(head_dim: int, *, neighbours: bool, columns_first: bool) -> Tensor:
+    """Which of their channels is each of our channels of a head, (head_dim,).
+
+    Args:
+        neighbours: they pair (2 i, 2 i + 1), and not (i, i + head_dim / 2) as we do.
+        columns_first: their first pairs are turned by the column of a patch.
+    """
+    pairs = torch.arange(head_dim // 2)
+    if columns_first:
+        pairs = pairs.roll(head_dim // 4)
+    if neighbours:
+        return torch.cat([2 * pairs, 2 * pairs + 1])
+    return torch.cat([pairs, pairs + head_dim // 2])
+
+
+def in_order(tensor: Tensor, order: Tensor) -> Tensor:
+    """Rows (heads * d, ...) of a projection, those of each head in this order (d,)."""
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+__all__ = ["eva_fields", "eva_finish", "head_order", "in_order"]
