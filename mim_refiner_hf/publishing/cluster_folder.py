@@ -68,23 +68,6 @@ def check_groups_folder(folder: Path) -> Path:
     return check_folder(folder, GROUPS_TABLE, "groups")
 
 
-def check_apart(folder: Path, out: Path, images: Any) -> None:
-    """ValueError where the folder of the groups and that of the images lie within each other.
-
-    Args:
-        folder: `out`, resolved.
-        images: a path or a name; other objects lie nowhere.
-    """
-    if not isinstance(images, str | Path) or not Path(images).expanduser().exists():
-        return
-    origin = Path(images).expanduser().resolve()
-    if origin == folder or origin in folder.parents or folder in origin.parents:
-        raise ValueError(
-            f"{out} and the images in {images} lie within each other; name another folder for the "
-            "groups"
-        )
-
-
 @dataclass(frozen=True)
 class Corrected:
     """What a correction says of groups, when they are written.
@@ -360,7 +343,6 @@ def describe_groups(summary: dict[str, Any]) -> str:
 
 __all__ = [
     "Corrected",
-    "check_apart",
     "check_groups_folder",
     "describe_groups",
     "write_groups",

@@ -38,13 +38,12 @@ from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
 from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
-    check_apart,
     check_groups_folder,
     describe_groups,
     write_groups,
 )
 from ..publishing.corrections import match_corrections
-from ..runtime.files import staged_folder
+from ..runtime.files import check_apart, staged_folder
 from ..runtime.text import one_line
 from ..runtime.wording import kind_of, setting, written
 from .channels import fit_and_tell
@@ -143,7 +142,7 @@ def cluster(
     folder = None
     if out is not None:
         folder = check_groups_folder(Path(out))
-        check_apart(folder, Path(out), images)
+        check_apart(Path(out), images)
 
     places = None
     if _is_store(images):

@@ -8,7 +8,6 @@ Whatever is wrong is a ValueError or FileNotFoundError that names the setting an
 """
 
 import dataclasses
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -29,45 +28,21 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
-from ..refinement.recipe import FITTED, RefineRecipe
+from ..refinement.recipe import RefineRecipe
 from ..refinement.resolve import ResolvedRecipe, resolve
 from ..runtime.checkpoint import Checkpoint, load_latest
 from ..runtime.device import check_compile, uses_bf16
 from ..runtime.files import check_folder
-from ..runtime.lock import check_writable
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
-from ..runtime.versions import check_format
 from ..runtime.wording import setting
+from .begun import as_begun, check_output, check_same_recipe
 from .channels import fit_channels
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
 logger = logging.getLogger(__name__)
 
-# Fields that may differ when a run is continued: they say where and how it runs, not what is
-# computed.
-_FREE_FIELDS = frozenset(
-    [
-        "recipe",
-        "max_bad_fraction",
-        "output_dir",
-        "stage",
-        "num_workers",
-        "micro_batch_size",
-        "compile",
-        "gradient_checkpointing",
-        "report_to",
-        "log_every",
-        "save_every",
-        "keep",
-        "save_as",
-        "push_to_hub",
-        "license",
-        "fail_if_not_better",
-        "dry_run",
-    ]
-)
 # Folder of the encoder that a run with `--pretrain` starts from.
 PRETRAINED = "pretrained"
 # Of what any other run starts from, until it has ended.
@@ -153,6 +128,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     check_compile(recipe.compile)
 
     output = Path(recipe.output_dir)
+    check_output(output, recipe)
     recipe = as_begun(recipe, output)
     training, evaluation = open_run_images(recipe, num_channels=3, given=given)
     resume = None if recipe.dry_run else load_latest(output / "checkpoints")
@@ -173,7 +149,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
         _check_pretraining(recipe.pretrain, start.pretraining.batch_size, num_images)
 
     # the output folder, and a run that it may hold
-    check_run_folder(output, resolved)
+    check_same_recipe(output, resolved)
     check_start_folder(start_folder(resolved))
     if start.checkpoint is not None and resume is None:
         check_heads_fit(resolved, start.checkpoint)
@@ -342,86 +318,10 @@ def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -
         )
 
 
-def check_run_folder(output: Path, recipe: ResolvedRecipe) -> None:
-    """Refuse an output folder that belongs to another recipe, or that cannot be one.
-
-    Raises:
-        ValueError: naming the fields that differ.
-    """
-    check_writable(output, "output_dir")
-    old = _saved_recipe(output)
-    if old is None:
-        return
-    unknown = sorted(old.keys() - recipe.as_written().keys())
-    if unknown:
-        raise ValueError(
-            f"{setting('output_dir', output)}: its recipe.json has settings that this version does "
-            f"not know ({', '.join(unknown)}); go on with the version of mim_refiner_hf that began "
-            "the run, or name another folder"
-        )
-    changes = []
-    lacking = []
-    defaults = {field.name: field.default for field in dataclasses.fields(RefineRecipe)}
-    for name, value in recipe.as_written().items():
-        if name in _FREE_FIELDS or (name in old and old[name] == value):
-            continue
-        # a version that did not know the field did what leaving it out does
-        if name not in old and getattr(recipe.asked, name) == defaults[name]:
-            lacking.append(f"{name} {value}")
-            continue
-        changes.append(f"{name} was {old.get(name)}, is {value}")
-    if changes:
-        raise ValueError(
-            f"{setting('output_dir', output)}: holds a run of another recipe "
-            f"({'; '.join(changes)}); choose another folder or remove it"
-        )
-    if lacking:
-        logger.warning(
-            "the recipe of the run in %s is of an older version; it goes on with %s",
-            output,
-            ", ".join(lacking),
-        )
-
-
 def start_folder(recipe: ResolvedRecipe) -> Path:
     """Where a run keeps the encoder that it starts from, to be judged by and perhaps to ship."""
     name = START if recipe.asked.pretrain is None else PRETRAINED
     return Path(recipe.output_dir) / name
-
-
-def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
-    """The recipe with what it leaves open as the run in `output`, if there is one, began.
-
-    Whatever fits another machine better, a run ends as it began.
-    """
-    old = _saved_recipe(output)
-    if old is None:
-        return recipe
-    names = [name for name in FITTED if name not in _FREE_FIELDS]
-    if recipe.num_heads is None:
-        names.append("head_blocks")
-
-    begun = {}
-    for name in names:
-        if getattr(recipe, name) is None and old.get(name) is not None:
-            begun[name] = old[name]
-    return dataclasses.replace(recipe, **begun)
-
-
-def _saved_recipe(output: Path) -> dict[str, Any] | None:
-    """The recipe.json of a run's folder; None where there is none."""
-    saved = output / "recipe.json"
-    if not saved.is_file():
-        return None
-    try:
-        recipe = dict(json.loads(saved.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
-            "name another folder or remove it"
-        ) from error
-    check_format("recipe", recipe.pop("format_version", None), saved)
-    return recipe
 
 
 def check_start_folder(folder: Path) -> Path:
@@ -440,7 +340,6 @@ __all__ = [
     "Prepared",
     "RunImages",
     "Start",
-    "check_run_folder",
     "check_start_folder",
     "open_run_images",
     "open_starting_weights",

@@ -140,6 +140,23 @@ def check_folder(folder: Path, marker: str, kind: str) -> Path:
     )
 
 
+def check_apart(out: Path, images: Any) -> None:
+    """ValueError where a folder to write and the images, or their folder, lie within each other.
+
+    Args:
+        images: a path or a name; other objects lie nowhere.
+    """
+    if not isinstance(images, str | Path) or not Path(images).expanduser().exists():
+        return
+    folder = out.expanduser().resolve()
+    origin = Path(images).expanduser().resolve()
+    if origin == folder or origin in folder.parents or folder in origin.parents:
+        raise ValueError(
+            f"{out} and the images in {images} lie within each other; name another folder for what "
+            "is written"
+        )
+
+
 @contextmanager
 def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]:
     """A new empty folder that becomes `folder` when the block ends well, and else vanishes.
