@@ -20,6 +20,7 @@ from torch import Tensor
 from mim_refiner_hf import cli
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining import loop
 from mim_refiner_hf.pretraining.loop import LoopOptions, Pretrainer, pretrain
 from mim_refiner_hf.pretraining.objective import Losses, Objective
@@ -169,6 +170,26 @@ def test_a_signal_ends_after_a_checkpoint(
     assert found is not None and found.step == 3
     again = pretrain(recipe, digits, options=options, folder=tmp_path)
     assert_equal(weights(again), whole)
+
+
+@pytest.mark.parametrize("objective", OWN)
+def test_measuring_on_the_way_changes_nothing(
+    objective: str, digits: ImageDataset, tmp_path: Path
+) -> None:
+    measured: list[MimRefinerModel] = []
+
+    def evaluate(encoder: MimRefinerModel) -> dict[str, float]:
+        assert not encoder.training
+        measured.append(encoder)
+        return {"knn_accuracy": 0.5}
+
+    recipe = recipe_of(objective)
+    options = LoopOptions(eval_every=1, save_every=0)
+    watched = pretrain(recipe, digits, options=options, folder=tmp_path, evaluate=evaluate)
+    assert_equal(weights(watched), weights(pretrain(recipe, digits)))
+    assert measured == [watched.shipped()] * recipe.epochs
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn_accuracy" in line] == [4, 8]
 
 
 def test_another_recipe_is_refused(digits: ImageDataset, tmp_path: Path) -> None:
@@ -340,6 +361,17 @@ def test_command_leaves_models_and_overwrites_none(
     assert "holds a model" in capsys.readouterr().err
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_command_measures_labelled_images(words: list[str], tmp_path: Path) -> None:
+    place = words.index("--max_steps")
+    words = [*words[:place], *words[place + 2 :], "--epochs", "1", "--eval_every", "1"]
+    assert cli.main([*words, "--warmup_epochs", "0.5"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "knn_accuracy" in line]
+    assert [line["step"] for line in measured] == [1297 // 128]
+    # of ten digits
+    assert measured[0]["knn_accuracy"] > 0.2
 
 
 def test_command_goes_on_from_an_encoder(words: list[str], tmp_path: Path) -> None:

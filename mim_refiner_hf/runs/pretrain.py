@@ -73,7 +73,7 @@ def run_pretraining(
     """
     options = options or LoopOptions()
     if encoder is not None:
-        encoder = fitted(encoder.float(), recipe, setting("init_from", init_from))
+        encoder = fitted_to_method(encoder.float(), recipe, setting("init_from", init_from))
 
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
     check_writable(output_dir, "output_dir")
@@ -210,7 +210,9 @@ def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
     }
 
 
-def fitted(encoder: MimRefinerModel, recipe: PretrainRecipe, named: str) -> MimRefinerModel:
+def fitted_to_method(
+    encoder: MimRefinerModel, recipe: PretrainRecipe, named: str
+) -> MimRefinerModel:
     """The encoder, if the method can train it; without weights that pool and would stay behind.
 
     Args:
@@ -358,4 +360,10 @@ def _knn(model: MimRefinerModel, trainer: Pretrainer, images: ImageDataset) -> d
     return {"knn_accuracy": float(found.metrics["knn_accuracy"])}
 
 
-__all__ = ["check_pretraining_folder", "fitted", "is_finished", "run_pretraining", "shape_of"]
+__all__ = [
+    "check_pretraining_folder",
+    "fitted_to_method",
+    "is_finished",
+    "run_pretraining",
+    "shape_of",
+]
