@@ -9,14 +9,24 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.order import BatchSampler
+from mim_refiner_hf.data.views import MultiCrop, ViewDataset, normalise, view_specs
 from mim_refiner_hf.pretraining import mae
 from mim_refiner_hf.pretraining.loop import pretrain
 from mim_refiner_hf.pretraining.mae import MaeDecoder, MaeObjective, mae_loss, patchify
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.runtime.optimisation import (
+    encoder_groups,
+    freeze,
+    learning_rate,
+    set_learning_rate,
+)
 
 SMALL = {"patch_size": 4, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 DECODER = {"decoder_size": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
@@ -239,6 +249,46 @@ def test_no_position_table_is_constant() -> None:
         distances = torch.cdist(table[0], table[0]) + 10 * torch.eye(16)
         # every place has a vector of its own
         assert distances.min() > 0.5
+
+
+def plain_loop(recipe: PretrainRecipe, images: ImageDataset) -> MimRefinerModel:
+    """MAE as it was before there was a loop for all methods, written out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
+        mae.xavier_uniform(encoder)
+        mae.xavier_uniform(decoder)
+    encoder.train()
+    freeze(encoder, blocks=0)
+    groups = encoder_groups(encoder, 1.0, recipe.weight_decay)
+    groups += mae.decoder_groups(decoder, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+    per_epoch = len(images) // recipe.batch_size
+    steps, warmup = recipe.epochs * per_epoch, round(recipe.warmup_epochs * per_epoch)
+    size, whole = recipe.image_size, (1.0, 1.0)
+    specs = view_specs(1, 0, size, size, (recipe.scale, 1.0), whole, False, recipe.flip)
+    sampler = BatchSampler(images, batch_size=recipe.batch_size, seed=recipe.seed, steps=steps)
+    views = ViewDataset(images, MultiCrop(specs), recipe.seed)
+    processor = image_processor(encoder.config, {})
+    for step, batch in enumerate(DataLoader(views, batch_sampler=sampler)):
+        shape = (recipe.batch_size, (size // recipe.patch_size) ** 2)
+        drawn = np.random.default_rng([recipe.seed, step]).random(shape, dtype=np.float32)
+        pixels = normalise(batch["global_views"][:, 0], processor.image_mean, processor.image_std)
+        loss = mae_loss(encoder, decoder, pixels, torch.from_numpy(drawn), recipe.mask_ratio)
+        optimizer.zero_grad()
+        loss.backward()
+        peak = recipe.learning_rate * recipe.batch_size / 256
+        set_learning_rate(optimizer, learning_rate(step, warmup, steps, peak))
+        optimizer.step()
+    return encoder
+
+
+def test_the_loop_of_all_methods_gives_the_bits_of_the_plain_one(digits: ImageDataset) -> None:
+    recipe = tiny_recipe(epochs=2, flip=0.5, scale=0.5, seed=3)
+    expected = plain_loop(recipe, digits).state_dict()
+    for name, tensor in pretrain(recipe, digits).shipped().state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_same_seed_same_weights(digits: ImageDataset) -> None:

@@ -1,7 +1,7 @@
 """`mim-refiner`: the commands, and the job behind `accelerate launch training/refine.py`.
 
     mim-refiner refine --model facebook/vit-mae-large --dataset my_images/ --output_dir out
-    mim-refiner pretrain --recipe pretrain-digits --dataset my_images/ --output_dir out
+    mim-refiner pretrain my_images/ --objective data2vec2 --output_dir out
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16
     mim-refiner evaluate my_images/ --model out/model --against facebook/vit-mae-large
     mim-refiner embed photos/ --model facebook/vit-mae-large --out features/ --blocks 11 23

@@ -28,6 +28,7 @@ from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
 from ..data.images import ImageDataset
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.checkpoint import (
     Checkpoint,
     check_tensors,
@@ -138,6 +139,7 @@ class Pretrainer:
         listed = None if folder is None else folder / BROKEN
         self.broken = BrokenImages(images, options.max_bad_fraction, listed)
         self.seconds = 0.0
+        self._arithmetic = arithmetic(options.micro_batch_size)
         self._size_said = False
 
     # ---- the loop
@@ -315,6 +317,7 @@ class Pretrainer:
         state = {
             "pretraining": dataclasses.asdict(self.recipe),
             "seconds": self.seconds,
+            "arithmetic": self._arithmetic,
             "broken": self.broken.entries,
         }
         tensors = self.tensors() | optimizer_tensors(*self.objective.optimizers)
@@ -343,9 +346,15 @@ class Pretrainer:
         check_tensors(found, self.tensors())
         restore_optimizers(self.objective.optimizers, found)
         place_tensors(self.objective, found, "objective.")
+        begun = found.state["arithmetic"]
+        say_changes(begun, self._arithmetic)
+        self._arithmetic = begun
         self.seconds = float(found.state["seconds"])
         self.broken.add(found.state["broken"])
         self.broken.share(images_read=found.step * self.recipe.batch_size)
+        self.accelerator.print(
+            f"the pre-training goes on after step {found.step} of {self.steps.total}", flush=True
+        )
         return found.step
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
-from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
+from ..data.images import fully_labelled, hold_out, open_images
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
@@ -30,7 +29,7 @@ from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
 from ..publishing.hub import check_model_folder, write_model
 from ..publishing.pretraining_card import pretraining_card
-from ..runtime.device import uses_bf16, warn_of_emulation
+from ..runtime.device import warn_of_emulation
 from ..runtime.files import in_bytes, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
@@ -92,45 +91,41 @@ def run_pretraining(
 
     with sole_run(output_dir, "output_dir", beside=True):
         accelerator = job_of_processes()
-        _pretrain(recipe, record, images, encoder, output_dir, accelerator, options, dry_run)
+        trainer = Pretrainer(recipe, images, accelerator, options, output_dir, encoder)
+        if options.eval_every:
+            trainer.evaluate = lambda model: _knn(model, trainer)
+        if accelerator.is_main_process:
+            if trainer.objective.bf16:
+                asked = setting("mixed_precision", options.mixed_precision)
+                warn_of_emulation(asked, accelerator.device.type)
+            print(_plan(trainer, output_dir), flush=True)
+        if not dry_run:
+            _train_and_write(trainer, record, output_dir, encoder)
 
 
-def _pretrain(
-    recipe: PretrainRecipe,
+def _train_and_write(
+    trainer: Pretrainer,
     record: dict[str, Any],
-    images: ImageDataset,
-    encoder: MimRefinerModel | None,
     output: Path,
-    accelerator: Accelerator,
-    options: LoopOptions,
-    dry_run: bool,
+    start: MimRefinerModel | None,
 ) -> None:
     """The run itself, on every process; files are written by the main one."""
+    accelerator = trainer.accelerator
     main = accelerator.is_main_process
-    if uses_bf16(options.mixed_precision) and main:
-        warn_of_emulation(setting("mixed_precision", "bf16"), accelerator.device.type)
-    trainer = Pretrainer(recipe, images, accelerator, options, output, encoder)
-    if options.eval_every:
-        trainer.evaluate = lambda model: _knn(model, trainer, images)
-    if main:
-        print(_plan(trainer, output), flush=True)
-    if dry_run:
-        return
-
     data = output / RECORD
     if data.exists():
-        check_data_record(data, images)
+        check_data_record(data, trainer.images)
     accelerator.wait_for_everyone()
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
         write_json(output / "recipe.json", version | record)
-        write_data_record(data, images)
+        write_data_record(data, trainer.images)
     accelerator.wait_for_everyone()
 
     objective = trainer.fit()
     if main:
-        _write(output, record, objective, trainer, encoder)
+        _write(output, record, objective, trainer, start)
         print(f"The pre-trained model: {output}")
     accelerator.wait_for_everyone()
 
@@ -349,9 +344,9 @@ def _beside(objective: Objective) -> str:
 # ---- on the way
 
 
-def _knn(model: MimRefinerModel, trainer: Pretrainer, images: ImageDataset) -> dict[str, float]:
+def _knn(model: MimRefinerModel, trainer: Pretrainer) -> dict[str, float]:
     """The k-NN accuracy of a tenth of the images by the others."""
-    bank, queries = hold_out(images, _MEASURED, trainer.recipe.seed)
+    bank, queries = hold_out(trainer.images, _MEASURED, trainer.recipe.seed)
     loading = Loading(num_workers=trainer.options.num_workers)
     seed = trainer.recipe.seed
     found = evaluate_encoder(
