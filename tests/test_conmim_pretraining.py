@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import GOLDENS, facts, tensors
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -329,3 +329,16 @@ def test_channels_of_no_picture_are_grey_images_of_the_same_crop() -> None:
     grey = Image.fromarray(np.ascontiguousarray(planes[..., 2]))
     alone = LightAndHard(24, (0.2, 1.0))(grey, np.random.default_rng(3))["global_views"]
     assert torch.equal(views["global_views"][0, 2], alone[0, 0])
+
+
+def test_hard_colours_come_in_the_order_of_the_authors() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    draw = ViewDraw(box=(0, 0, 24, 24), flip=False, sigma=1.5, grey=True, solarised=True)
+    light, hard = light_and_hard(image, draw, 24)
+    expected = ImageOps.grayscale(image).convert("RGB").filter(ImageFilter.GaussianBlur(1.5))
+    np.testing.assert_array_equal(np.asarray(light), pixels)
+    np.testing.assert_array_equal(np.asarray(hard), np.asarray(ImageOps.solarize(expected, 128)))
+    # the other way round other bits come out
+    other = ImageOps.grayscale(image.filter(ImageFilter.GaussianBlur(1.5))).convert("RGB")
+    assert np.asarray(other).tolist() != np.asarray(expected).tolist()

@@ -169,7 +169,6 @@ def test_the_momentum_copy_ships(case: str) -> None:
     assert isinstance(objective, CapiObjective | ConmimObjective)
     expected = objective.teacher.eval()(pixels).last_hidden_state
     torch.testing.assert_close(shipped(pixels).last_hidden_state, expected)
-    assert all(parameter.requires_grad for parameter in shipped.parameters())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -233,7 +233,7 @@ class ConmimObjective(Objective):
 
     def shipped(self) -> MimRefinerModel:
         """The momentum encoder."""
-        return copy.deepcopy(self.teacher).requires_grad_(True)
+        return self.teacher
 
 
 def check_masks_fit(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:

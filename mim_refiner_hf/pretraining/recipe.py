@@ -94,7 +94,8 @@ DEFAULTS: dict[str, dict[str, float]] = {
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mae": {},
     "data2vec2": {"norm_placement": "post", "embedding_norm": True, "final_norm": False},
-    "conmim": {"position_encoding": "shared_relative", "bias": "no_key"},
+    # no loss reads CLS, and the authors fine-tune the mean of the patches
+    "conmim": {"position_encoding": "shared_relative", "bias": "no_key", "pooling": "mean"},
     "capi": {
         "norm_type": "rmsnorm",
         "layer_norm_eps": 1e-5,
