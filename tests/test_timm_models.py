@@ -57,6 +57,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-rope-reg1-gap": ("vit_medium_patch16_rope_reg1_gap_256", {}),
     "eva-rope-reg1-gap-no-bias": ("vit_mediumd_patch16_rope_reg1_gap_256", {}),
     "eva-rope-reg4-gap": ("vit_betwixt_patch16_rope_reg4_gap_256", {"use_abs_pos_emb": True}),
+    # 8 heads pool, of 6 channels
+    "eva-pe-core": ("vit_pe_core_tiny_patch16_384", {}),
+    "eva-pe-core-without-cls": ("vit_pe_core_gigantic_patch14_448", {"mlp_ratio": 4.0}),
+    "eva-pe-lang": ("vit_pe_lang_large_patch14_448", {}),
+    "eva-pe-spatial": ("vit_pe_spatial_small_patch16_512", {}),
     "eva-lingbot": ("vit_small_patch16_lingbot", {}),
     "eva-dinov3": ("vit_small_patch16_dinov3", {}),
     "eva-dinov3-neighbours": (
@@ -101,11 +106,10 @@ def save(model: Any, path: Path, form: str) -> Path:
 
 # architectures with other blocks, and what is said of them
 REFUSED = {
-    "vit_pe_core_tiny_patch16_384": (
-        r"Eva with other heads in its pooling .* and rotary positions of grid_offset=1\.0 "
-        r"\(only 0\.0\), which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
+    "vit_base_patch16_sapiens2": (
+        r"Eva with norms of queries and keys \(qk_norm\) and layer scale of the attention alone .*"
+        r", which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
     ),
-    "vit_base_patch16_sapiens2": r"with norms of queries and keys \(qk_norm\) and layer scale",
     "eva02_enormous_patch14_clip_224": r"norms behind its branches \(use_post_norm\)",
     "swin_tiny_patch4_window7_224": "model_type='timm.SwinTransformer', not a plain ViT",
 }
@@ -271,6 +275,10 @@ def test_mixed_frequencies_start_as_timms() -> None:
             "predictor_layers=1 needs .* rope_theta=None with rope_places='centre'",
         ),
         ({"rope_places": "axial"}, "rope_places"),
+        ({"rope_offset": 1.0}, "rope_offset=1.0 needs rope_places='index' or 'index_axial'"),
+        ({"rope_offset": -1}, "rope_offset=-1 must be a number from 0.0"),
+        ({"pooling_heads": 2}, "pooling_heads=2 needs a pooling_head"),
+        ({"pooling_head": "attention", "pooling_heads": 7}, "must divide hidden_size=768"),
         ({"mlp_norm": 1}, "mlp_norm"),
         ({"attention_norm": "yes"}, "attention_norm"),
     ],
