@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from random_weights import randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_transformers_encoders import three_steps
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models import save_for_hf
@@ -233,6 +233,29 @@ def test_every_other_model_goes_back_to_timm(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(twin(pixels), ours.pooler_output, atol=1e-5, rtol=1e-5)
     state = load_encoder(tmp_path / "timm").state_dict()
     assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "shape", "message"),
+    [
+        ("eva-02-tiny", "blocks.1.attn.q_bias", (), r"q_proj\.bias is \[\], expected \[48\]"),
+        ("eva-02-tiny", "blocks.1.attn.q_bias", (47,), r"q_proj\.bias is \[47\], expected \[48\]"),
+        ("eva-02-base", "blocks.0.mlp.norm.weight", (3,), r"mlp\.norm\.weight is \[3\], expected"),
+        ("eva-rope-mixed", "rope.freqs", (2,), r"rope\.freqs has the unexpected shape \[2\]"),
+        ("eva-rope-mixed", "rope.freqs", (2, 1, 3, 8), r"layers\.1\..*rope\.frequencies"),
+        ("eva-rope-mixed", "rope.freqs", (3, 2, 3, 8), r"frequencies is \[3, 3, 8\], expected \[2"),
+    ],
+)
+def test_misshapen_tensors_of_an_eva_are_named(
+    tmp_path: Path, name: str, broken: str, shape: tuple[int, ...], message: str
+) -> None:
+    architecture, settings = MODELS[name]
+    source = save(tiny(architecture, **settings), tmp_path, "folder")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, broken: torch.ones(shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_encoder(source)
+    assert "\n" not in str(caught.value)
 
 
 def test_mixed_frequencies_start_as_timms() -> None:

@@ -122,7 +122,9 @@ def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] |
     def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
         arranged = {}
         for name, tensor in placed.items():
-            if name.endswith(_TURNED) and len(tensor) % len(order) == 0:
+            # what is misshapen is named where all shapes are checked
+            fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
+            if name.endswith(_TURNED) and fits:
                 tensor = in_order(tensor, order)
             elif name.endswith(".rope.frequencies") and columns_first:
                 tensor = tensor.flip(0)
