@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import growth, views_quality
+from benchmarks import families, growth, views_quality
 from benchmarks.rows import LeftOut, Row, Seconds, interleaved
 
 
@@ -114,3 +114,21 @@ def test_verdicts_on_the_quality_of_views() -> None:
         } | {("start", 0): dict.fromkeys(views_quality.METRICS, 0.25)}
         found = views_quality.lines("digits", scores)
         assert len(found) == 3 and all(verdict in line and "| 25.0 |" in line for line in found)
+
+
+def test_the_rows_of_families(tmp_path: Path) -> None:
+    """One of each kind; the page itself runs all cases."""
+    row = families.timm_row("eva-02-base", tmp_path / "timm")
+    assert row.came_in and row.went_out
+    assert row.cells[0] == "`eva02_base_patch14_224` (eva-02-base)"
+    assert row.cells[5:7] == ("finite loss", "`eva02_base_patch14_224`")
+    assert all(float(cell) < 1e-5 for cell in (*row.cells[1:5], row.cells[7]))
+
+    row = families.class_row("ijepa", tmp_path / "class")
+    assert row.came_in and row.went_out and row.cells[6] == "`IJepaModel`"
+
+    (tmp_path / "other").mkdir()
+    row = families.refused("`swin`", tmp_path / "other", {"model_type": "swin"})
+    assert not row.came_in and not row.went_out
+    assert row.cells[6].endswith("its tokens change in width and number from stage to stage")
+    assert len(families.table_of([row])) == 3

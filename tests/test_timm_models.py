@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from random_weights import randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_transformers_encoders import three_steps
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models import save_for_hf
@@ -57,6 +57,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-rope-reg1-gap": ("vit_medium_patch16_rope_reg1_gap_256", {}),
     "eva-rope-reg1-gap-no-bias": ("vit_mediumd_patch16_rope_reg1_gap_256", {}),
     "eva-rope-reg4-gap": ("vit_betwixt_patch16_rope_reg4_gap_256", {"use_abs_pos_emb": True}),
+    # 8 heads pool, of 6 channels
+    "eva-pe-core": ("vit_pe_core_tiny_patch16_384", {}),
+    "eva-pe-core-without-cls": ("vit_pe_core_gigantic_patch14_448", {"mlp_ratio": 4.0}),
+    "eva-pe-lang": ("vit_pe_lang_large_patch14_448", {}),
+    "eva-pe-spatial": ("vit_pe_spatial_small_patch16_512", {}),
     "eva-lingbot": ("vit_small_patch16_lingbot", {}),
     "eva-dinov3": ("vit_small_patch16_dinov3", {}),
     "eva-dinov3-neighbours": (
@@ -101,11 +106,10 @@ def save(model: Any, path: Path, form: str) -> Path:
 
 # architectures with other blocks, and what is said of them
 REFUSED = {
-    "vit_pe_core_tiny_patch16_384": (
-        r"Eva with other heads in its pooling .* and rotary positions of grid_offset=1\.0 "
-        r"\(only 0\.0\), which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
+    "vit_base_patch16_sapiens2": (
+        r"Eva with norms of queries and keys \(qk_norm\) and layer scale of the attention alone .*"
+        r", which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
     ),
-    "vit_base_patch16_sapiens2": r"with norms of queries and keys \(qk_norm\) and layer scale",
     "eva02_enormous_patch14_clip_224": r"norms behind its branches \(use_post_norm\)",
     "swin_tiny_patch4_window7_224": "model_type='timm.SwinTransformer', not a plain ViT",
 }
@@ -231,6 +235,29 @@ def test_every_other_model_goes_back_to_timm(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "shape", "message"),
+    [
+        ("eva-02-tiny", "blocks.1.attn.q_bias", (), r"q_proj\.bias is \[\], expected \[48\]"),
+        ("eva-02-tiny", "blocks.1.attn.q_bias", (47,), r"q_proj\.bias is \[47\], expected \[48\]"),
+        ("eva-02-base", "blocks.0.mlp.norm.weight", (3,), r"mlp\.norm\.weight is \[3\], expected"),
+        ("eva-rope-mixed", "rope.freqs", (2,), r"rope\.freqs has the unexpected shape \[2\]"),
+        ("eva-rope-mixed", "rope.freqs", (2, 1, 3, 8), r"layers\.1\..*rope\.frequencies"),
+        ("eva-rope-mixed", "rope.freqs", (3, 2, 3, 8), r"frequencies is \[3, 3, 8\], expected \[2"),
+    ],
+)
+def test_misshapen_tensors_of_an_eva_are_named(
+    tmp_path: Path, name: str, broken: str, shape: tuple[int, ...], message: str
+) -> None:
+    architecture, settings = MODELS[name]
+    source = save(tiny(architecture, **settings), tmp_path, "folder")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, broken: torch.ones(shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_encoder(source)
+    assert "\n" not in str(caught.value)
+
+
 def test_mixed_frequencies_start_as_timms() -> None:
     """Their lengths; the angle of each head is drawn."""
     model = MimRefinerModel(
@@ -271,6 +298,10 @@ def test_mixed_frequencies_start_as_timms() -> None:
             "predictor_layers=1 needs .* rope_theta=None with rope_places='centre'",
         ),
         ({"rope_places": "axial"}, "rope_places"),
+        ({"rope_offset": 1.0}, "rope_offset=1.0 needs rope_places='index' or 'index_axial'"),
+        ({"rope_offset": -1}, "rope_offset=-1 must be a number from 0.0"),
+        ({"pooling_heads": 2}, "pooling_heads=2 needs a pooling_head"),
+        ({"pooling_head": "attention", "pooling_heads": 7}, "must divide hidden_size=768"),
         ({"mlp_norm": 1}, "mlp_norm"),
         ({"attention_norm": "yes"}, "attention_norm"),
     ],

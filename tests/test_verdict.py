@@ -246,7 +246,8 @@ def test_the_start_ships_where_nothing_got_better(
 def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     asked = recipe(**BETTER)
     output = Path(asked.output_dir)
-    # of an earlier run into the same folder
+    # an earlier run into the same folder, that shipped its start
+    begin_folder(prepare(asked))
     shutil.copytree(asked.model or "", output / "refined_not_shipped")
     result = refine(asked)
     assert result is not None and result.verdict.outcome == "better", result.verdict

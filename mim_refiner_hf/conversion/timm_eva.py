@@ -1,4 +1,4 @@
-"""timm's class `Eva` in our words: EVA-02, RoPE-ViT, DINOv3, and what else is built of it.
+"""timm's class `Eva` in our words: EVA-02, RoPE-ViT, Perception Encoder, DINOv3, and the like.
 
     eva_fields(name, model)     # {"position_encoding": "absolute+rope", "rope_theta": 10000.0, ..}
     eva_finish(model)           # what puts the channels of its heads in our order
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from ..runtime.files import CheckpointError
 
-_KNOWN = "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*) and DINOv3 (vit_*_dinov3) load"
-_TURNED = tuple(f".{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
+_KNOWN = (
+    "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*), Perception Encoder (vit_pe_*) and "
+    "DINOv3 (vit_*_dinov3) load"
+)
+_TURNED = tuple(f".attention.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
 
 def eva_fields(name: str, model: Any) -> dict[str, Any]:
@@ -41,6 +44,9 @@ def eva_fields(name: str, model: Any) -> dict[str, Any]:
     if model.rope is not None:
         kinds.append("rope")
         fields |= _rope_fields(model.rope)
+    pool = model.attn_pool
+    if pool is not None and pool.num_heads != model.blocks[0].attn.num_heads:
+        fields["pooling_heads"] = pool.num_heads
     return {**fields, "position_encoding": "+".join(kinds)}
 
 
@@ -57,6 +63,7 @@ def _rope_fields(rope: Any) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_places": "index_axial",
         "rope_grid": None if grid is None else list(grid),
+        "rope_offset": float(rope.grid_offset),
     }
 
 
@@ -75,8 +82,6 @@ def _lacking(model: Any) -> list[str]:
         lacking.append("fewer heads of keys than of queries (num_kv_heads)")
     if getattr(block, "gamma_1", None) is not None and getattr(block, "gamma_2", None) is None:
         lacking.append("layer scale of the attention alone (attn_only_layer_scale)")
-    if model.attn_pool is not None and model.attn_pool.num_heads != attention.num_heads:
-        lacking.append("other heads in its pooling (attn_pool_num_heads)")
     return lacking + _lacking_of_rope(model.rope)
 
 
@@ -88,11 +93,11 @@ def _lacking_of_rope(rope: Any) -> list[str]:
     if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
         return [f"{kind} positions"]
 
-    known: dict[str, Any] = {"grid_offset": 0.0, "normalize_coords": "separate"}
+    known: dict[str, Any] = {"normalize_coords": "separate"}
     if kind == "RotaryEmbeddingCat":
-        known["grid_type"] = "index"
+        known |= {"grid_type": "index"}
     else:
-        known |= {"min_period": None, "max_period": None}
+        known |= {"grid_offset": 0.0, "min_period": None, "max_period": None}
     settings = [(key, getattr(rope, key, value), value) for key, value in known.items()]
     return [
         f"rotary positions of {key}={theirs!r} (only {value!r})"
@@ -117,7 +122,9 @@ def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] |
     def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
         arranged = {}
         for name, tensor in placed.items():
-            if name.endswith(_TURNED) and len(tensor) % len(order) == 0:
+            # what is misshapen is named where all shapes are checked
+            fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
+            if name.endswith(_TURNED) and fits:
                 tensor = in_order(tensor, order)
             elif name.endswith(".rope.frequencies") and columns_first:
                 tensor = tensor.flip(0)

@@ -26,11 +26,14 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .export_timm_eva import (
+    END_NAMES,
     eva_architecture,
     eva_model_args,
     eva_refusal,
     eva_state_dict,
+    fuse_ends,
     is_eva,
+    shared_gaps,
     takes_any_size,
 )
 from .twins import (
@@ -73,16 +76,10 @@ _COMMON_NAMES: Names = (
     (r"layers\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
     (r"layers\.(\d+)\.attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
     (r"layers\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
-    (r"norm\.(weight|bias)", r"norm.\1"),
-    (r"pooled_norm\.(weight|bias)", r"fc_norm.\1"),
+    *END_NAMES,
 )
 _VIT_NAMES: Names = (
     *_COMMON_NAMES,
-    (r"embeddings\.norm\.(weight|bias)", r"norm_pre.\1"),
-    (r"attention_pooling\.query", r"attn_pool.latent"),
-    (r"attention_pooling\.(q|kv)_proj\.(weight|bias)", r"attn_pool.\1.\2"),
-    (r"attention_pooling\.o_proj\.(weight|bias)", r"attn_pool.proj.\1"),
-    (r"attention_pooling\.(norm|mlp\.fc[12])\.(weight|bias)", r"attn_pool.\1.\2"),
     (r"embeddings\.register_tokens", r"reg_token"),
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.ls\2.gamma"),
 )
@@ -134,17 +131,7 @@ def _lacking_of_vit(config: MimRefinerConfig) -> list[str]:
     if config.hidden_act not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
         lacking.append(f"activation but {allowed} (hidden_act={config.hidden_act!r})")
-    if config.embedding_norm and config.patch_bias:
-        lacking.append("bias of the patches before a norm (patch_bias=True, embedding_norm=True)")
-
-    pooling = config.pooling
-    known = {"cls": ("none",), "mean": ("none",), "attention": ("attention_mlp",)}
-    if pooling not in known:
-        lacking.append(f"pooling but of CLS, patches or attention (pooling={pooling!r})")
-    elif config.pooling_head not in known[pooling]:
-        heads = f"(pooling={pooling!r}, pooling_head={config.pooling_head!r})"
-        lacking.append(f"attention pooling of this kind {heads}")
-    return lacking
+    return lacking + shared_gaps(config)
 
 
 def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
@@ -166,12 +153,7 @@ def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
         else:
             state[f"{attention}qkv.bias"] = torch.cat(biases)
 
-    if config.embedding_norm:
-        del state["embeddings.patch_embeddings.bias"]
-    if config.pooling == "attention":
-        for kind in ("weight", "bias"):
-            pair = [state.pop(f"attention_pooling.{name}_proj.{kind}") for name in "kv"]
-            state[f"attention_pooling.kv_proj.{kind}"] = torch.cat(pair)
+    fuse_ends(state, config)
     if _has_cls_position(config):
         add_cls_position(state)
     return rename(state, _BEIT_NAMES if is_beit else _VIT_NAMES)

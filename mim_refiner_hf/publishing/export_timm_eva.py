@@ -21,25 +21,41 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from .twins import Names, complete_state, refused, rename, unsupported
 
 # fields that this class has and a plain ViT has not
-_BESIDE = ("embedding_norm", "rope", "gated_mlp", "mlp_norm", "attention_norm", "pooled_norm")
+_BESIDE = (
+    "embedding_norm",
+    "rope",
+    "gated_mlp",
+    "mlp_norm",
+    "attention_norm",
+    "pooled_norm",
+    "pooling",
+)
 _BETWEEN_EPSILONS = 5e-6
 _ROPE_TYPES = {"centre": "dinov3", "index_axial": "cat", "index_mixed": "mixed"}
 
+END_NAMES: Names = (
+    (r"embeddings\.norm\.(weight|bias)", r"norm_pre.\1"),
+    (r"norm\.(weight|bias)", r"norm.\1"),
+    (r"pooled_norm\.(weight|bias)", r"fc_norm.\1"),
+    (r"attention_pooling\.query", r"attn_pool.latent"),
+    (r"attention_pooling\.(q|kv)_proj\.(weight|bias)", r"attn_pool.\1.\2"),
+    (r"attention_pooling\.o_proj\.(weight|bias)", r"attn_pool.proj.\1"),
+    (r"attention_pooling\.(norm|mlp\.fc[12])\.(weight|bias)", r"attn_pool.\1.\2"),
+)
+"""Of what stands before and behind the blocks, as all of timm's classes call it."""
 _LAYER = r"layers\.(\d+)\."
 _NAMES: Names = (
     (r"embeddings\.patch_embeddings\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"embeddings\.cls_token", r"cls_token"),
     (r"embeddings\.register_tokens", r"reg_token"),
     (r"embeddings\.position_embeddings", r"pos_embed"),
-    (r"embeddings\.norm\.(weight|bias)", r"norm_pre.\1"),
     (_LAYER + r"attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
     (_LAYER + r"attention\.norm\.(weight|bias)", r"blocks.\1.attn.norm.\2"),
     (_LAYER + r"attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
     (_LAYER + r"(norm[12]|mlp\.(?:fc1|fc1_g|fc1_x|norm|fc2))\.(weight|bias)", r"blocks.\1.\2.\3"),
     (_LAYER + r"layer_scale([12])\.weight", r"blocks.\1.gamma_\2"),
     (r"rope\.freqs", r"rope.freqs"),
-    (r"norm\.(weight|bias)", r"norm.\1"),
-    (r"pooled_norm\.(weight|bias)", r"fc_norm.\1"),
+    *END_NAMES,
 )
 
 
@@ -56,6 +72,7 @@ def is_eva(config: MimRefinerConfig) -> bool:
         or config.mlp_norm
         or config.attention_norm
         or (config.final_norm and config.pooled_norm)
+        or config.pooling_heads is not None
     )
     return asked or (config.bias == "no_key" and eva_refusal(config) is None)
 
@@ -67,14 +84,31 @@ def eva_refusal(config: MimRefinerConfig) -> str | None:
         lacking.append("rotary positions of stored frequencies as CAPI's (rope_theta=None)")
     elif config.has_rope and config.rope_places not in _ROPE_TYPES:
         lacking.append(f"rotary positions as birder's (rope_places={config.rope_places!r})")
-    if config.embedding_norm and config.patch_bias:
-        lacking.append("bias of the patches before a norm (patch_bias=True, embedding_norm=True)")
+    lacking += shared_gaps(config)
+    if config.pooling == "attention" and (config.gated_mlp or config.mlp_norm):
+        lacking.append("attention pooling whose MLP is gated or has a norm")
 
     activation = "silu" if config.gated_mlp else "gelu"
     if config.hidden_act != activation:
         gated = f" with gated_mlp={config.gated_mlp}"
         lacking.append(f"activation but {activation}{gated} (hidden_act={config.hidden_act!r})")
     return refused("timm's Eva, its ViT with rotary positions,", lacking)
+
+
+def shared_gaps(config: MimRefinerConfig) -> list[str]:
+    """What this class and timm's `VisionTransformer` both lack of what they have, in words."""
+    lacking = []
+    if config.embedding_norm and config.patch_bias:
+        lacking.append("bias of the patches before a norm (patch_bias=True, embedding_norm=True)")
+
+    pooling = config.pooling
+    known = {"cls": ("none",), "mean": ("none",), "attention": ("attention_mlp",)}
+    if pooling not in known:
+        lacking.append(f"pooling but of CLS, patches or attention (pooling={pooling!r})")
+    elif config.pooling_head not in known[pooling]:
+        heads = f"(pooling={pooling!r}, pooling_head={config.pooling_head!r})"
+        lacking.append(f"attention pooling of this kind {heads}")
+    return lacking
 
 
 def eva_architecture(config: MimRefinerConfig, size: str) -> str:
@@ -117,10 +151,12 @@ def eva_model_args(config: MimRefinerConfig) -> dict[str, Any]:
             "rope_temperature": float(config.rope_theta or 10.0),
             "rope_rotate_half": config.rope_places == "centre",
             "rope_grid_indexing": "ij",
-            "rope_grid_offset": 0.0,
+            "rope_grid_offset": float(config.rope_offset),
         }
     if config.rope_grid is not None:
         optional["ref_feat_shape"] = list(config.rope_grid)
+    if config.pooling_heads is not None:
+        optional["attn_pool_num_heads"] = config.pooling_heads
     if config.layer_scale_init is not None:
         optional["init_values"] = float(config.layer_scale_init)
     return {
@@ -149,9 +185,7 @@ def eva_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
     """The weights under timm's names."""
     config = encoder.config
     state = complete_state(encoder)
-    if config.embedding_norm:
-        del state["embeddings.patch_embeddings.bias"]
-
+    fuse_ends(state, config)
     frequencies = []
     for block in range(config.num_hidden_layers):
         _fuse_attention(state, config, f"layers.{block}.attention.")
@@ -162,6 +196,16 @@ def eva_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
     if frequencies:
         state["rope.freqs"] = torch.stack(frequencies, dim=1)
     return rename(state, _NAMES)
+
+
+def fuse_ends(state: dict[str, Tensor], config: MimRefinerConfig) -> None:
+    """What stands before and behind the blocks as timm's classes have it; in place."""
+    if config.embedding_norm:
+        del state["embeddings.patch_embeddings.bias"]
+    if config.pooling == "attention":
+        for kind in ("weight", "bias"):
+            pair = [state.pop(f"attention_pooling.{name}_proj.{kind}") for name in "kv"]
+            state[f"attention_pooling.kv_proj.{kind}"] = torch.cat(pair)
 
 
 def _fuse_attention(state: dict[str, Tensor], config: MimRefinerConfig, attention: str) -> None:
@@ -199,10 +243,13 @@ def _fuse_gate(state: dict[str, Tensor], config: MimRefinerConfig, mlp: str) -> 
 
 
 __all__ = [
+    "END_NAMES",
     "eva_architecture",
     "eva_model_args",
     "eva_refusal",
     "eva_state_dict",
+    "fuse_ends",
     "is_eva",
+    "shared_gaps",
     "takes_any_size",
 ]
