@@ -428,8 +428,8 @@ def test_onnx_without_its_extra_says_what_to_install(
         (
             "timm",
             CAPI,
-            "no norm but a LayerNorm.*no pooling but of CLS or patches.*"
-            "no rotary positions of stored",
+            "no norm but a LayerNorm.*no rotary positions of stored.*"
+            "no pooling but of CLS, patches or attention",
         ),
         ("timm", {"hidden_act": "relu"}, "no activation but gelu, gelu_pytorch_tanh, quick_gelu"),
         ("timm", {**BEIT, "hidden_act": "silu"}, "timm's Beit.*no activation but GELU"),
