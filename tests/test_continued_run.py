@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from small_runs import (
     SHAPE,
     Stopped,
@@ -27,6 +28,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.evaluation import report
 from mim_refiner_hf.pretraining.loop import Pretrainer
 from mim_refiner_hf.runs import run as run_module
+from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.tracking import JsonlTracker
@@ -215,6 +217,67 @@ def test_another_recipe_does_not_continue(
 ) -> None:
     with pytest.raises(ValueError, match=r"another recipe \(temperature was 0.2, is 0.5"):
         run(dataclasses.replace(uninterrupted, temperature=0.5))
+
+
+def test_another_spelling_of_a_path_is_the_same_recipe(
+    recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped run goes on where its data set and model are written in another way."""
+    asked = recipe("spelt")
+    stop_before(3, monkeypatch)
+    with pytest.raises(Stopped):
+        run(asked)
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(asked.dataset).parent)
+    again = f"./{Path(asked.dataset).name}"
+    assert again != asked.dataset
+    check_same = dataclasses.replace(asked, dataset=again, model=f"{asked.model}/")
+    prepare(check_same)
+    with pytest.raises(ValueError, match=r"another recipe \(dataset was"):
+        prepare(dataclasses.replace(asked, dataset="digits"))
+
+
+def test_a_changed_setting_is_named_before_what_it_contradicts(
+    recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer epochs than the warm-up that the run in the folder began with."""
+    asked = recipe("changed", warmup_epochs=None, epochs=4.0)
+    stop_before(3, monkeypatch)
+    with pytest.raises(Stopped):
+        run(asked)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"another recipe \(epochs was 4\.0, is 0\.01\)"):
+        prepare(dataclasses.replace(asked, epochs=0.01))
+
+
+@pytest.mark.parametrize("place", ["among", "around", "same"])
+def test_no_run_is_written_among_its_images(
+    recipe: Callable[..., RefineRecipe], tmp_path: Path, place: str
+) -> None:
+    """Its pictures would be images of the next run."""
+    photos = tmp_path / "outer/photos"
+    photos.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    folder = {"among": photos / "out", "around": tmp_path / "outer", "same": photos}[place]
+    asked = dataclasses.replace(recipe(), dataset=str(photos), output_dir=str(folder))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="lie within each other"):
+        prepare(asked)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_run_is_written_into_the_folder_of_others(
+    recipe: Callable[..., RefineRecipe], tmp_path: Path
+) -> None:
+    """Such as that of `cluster`; hidden files, and a lock, are nobody's."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / ".run.lock").touch()
+    asked = dataclasses.replace(recipe(), output_dir=str(folder))
+    prepare(asked)
+    (folder / "groups.csv").touch()
+    with pytest.raises(ValueError, match=r"holds groups\.csv and is no run's folder"):
+        prepare(asked)
 
 
 @pytest.mark.parametrize("field", ["swap", "views", "loss_schedule", "freeze_blocks", "flip"])

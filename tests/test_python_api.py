@@ -587,6 +587,33 @@ def test_normalised_images_are_remarked(
     assert "before they are normalised" in caplog.text
 
 
+def test_floats_without_data_and_of_two_ranges_are_remarked(
+    pixels: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each image finds its own range, and has black where it has no data: both are said."""
+    open_images(pixels.astype(np.float32) / 255)
+    open_images(pixels.astype(np.float32))
+    assert caplog.text == ""
+    given = pixels.astype(np.float32)
+    given[1, :3] = np.nan
+    given[2, 0, 0, 0] = np.inf
+    given[3] /= 255
+    open_images(given)
+    assert "2 images hold NaN or infinity; these pixels become black" in caplog.text
+    rest = len(pixels) - 1
+    assert f"of 1 images of floats 1 is white, for no value is above it, and of {rest}" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize("number", [2.5, True, "3", np.float32(2)])
+def test_a_number_of_groups_is_a_whole_number(number: Any) -> None:
+    vectors = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"num_clusters is .*; it must be a whole number, or None"):
+        cluster(vectors, num_clusters=number)
+    assert cluster(vectors, num_clusters=np.int64(2)).num_clusters == 2
+
+
 def test_the_fingerprint_is_that_of_the_content(pixels: np.ndarray, folder: Path) -> None:
     assert open_images(list(pixels)).fingerprint == open_images(pixels.copy()).fingerprint
     changed = pixels.copy()

@@ -28,7 +28,8 @@ from mim_refiner_hf.evaluation.label_free import (
 )
 from mim_refiner_hf.publishing import CardData
 from mim_refiner_hf.refinement.failure import NotBetterError
-from mim_refiner_hf.runs.prepare import RunImages
+from mim_refiner_hf.runs.prepare import RunImages, prepare
+from mim_refiner_hf.runs.run_folder import begin_folder
 from mim_refiner_hf.runs.verdict import GUARD, LEAST_PHOTOS, judging_photos, verdict_on
 
 Recipes = Callable[..., RefineRecipe]

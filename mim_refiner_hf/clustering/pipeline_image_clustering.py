@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def check_num_clusters(num_clusters: int | None, num_images: int, method: str = 
         raise ValueError("There are no images, so there is nothing to group.")
 
     least = _FEWEST_GROUPS[method]
+    whole = isinstance(num_clusters, Integral) and not isinstance(num_clusters, bool)
+    if num_clusters is not None and not whole:
+        raise ValueError(
+            f"num_clusters is {str(num_clusters)[:40]!r}, a {type(num_clusters).__name__}; it must "
+            "be a whole number, or None."
+        )
     if num_clusters is not None and not least <= num_clusters <= num_images:
         allowed = f"{least} to {num_images} with method {method!r}, or None"
         raise ValueError(

@@ -195,7 +195,7 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
     about = []
     labels: list[Any] = []
     broken: list[str] = []
-    lowest = 0.0
+    floats = _FloatImages()
     for place in _in_sight(len(items)):
         # an item that cannot be read is a broken image, which whoever decodes will say
         try:
@@ -205,7 +205,7 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
                 about.append(str(item))
                 continue
             image = read_item(item)
-            lowest = min(lowest, _lowest(image))
+            floats.look_at(image)
             about.append(_line_about(image))
         except _LabelError as error:
             raise ValueError(f"Image {place} of {name} {error}") from error
@@ -217,13 +217,8 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
     if len(broken) == len(items):
         reason = " ".join(broken[0].split())[:300]
         raise ValueError(f"None of the {len(items)} images can be read, the first: {reason}")
-    if lowest < 0:
-        logger.warning(
-            "%s: values down to %.3g, as after Normalize, are stretched from the lowest to the "
-            "highest of each image; give the images before they are normalised",
-            name,
-            lowest,
-        )
+    for line in floats.remarks():
+        logger.warning("%s: %s", name, line)
     numbers, class_names = _numbered_labels(labels, getattr(source, "classes", None), name)
     stated = class_names is not None and not any(isinstance(label, str) for label in labels)
     entries = Entries.of(range(len(items)), about)
@@ -252,13 +247,56 @@ def _line_about(image: Any) -> str:
     return f"{pixels.dtype} {pixels.shape} {hashlib.sha256(pixels.data).hexdigest()}"
 
 
-def _lowest(image: Any) -> float:
-    """The lowest value of an image of floats; 0 of any other."""
-    # of channels that are no picture the range is one of the whole run
-    if not isinstance(image, np.ndarray | Tensor) or count_channels(image):
-        return 0.0
-    pixels = np.asarray(image)
-    return float(pixels.min()) if pixels.dtype.kind == "f" and pixels.size else 0.0
+class _FloatImages:
+    """What is remarkable about images that are arrays of floats: each finds its range by itself."""
+
+    def __init__(self) -> None:
+        self.lowest = 0.0
+        self.highest = 0.0
+        self.within_one = 0
+        self.beyond_one = 0
+        self.without_data = 0
+
+    def look_at(self, image: Any) -> None:
+        if not isinstance(image, np.ndarray | Tensor):
+            return
+        pixels = np.asarray(image)
+        if pixels.dtype.kind != "f" or pixels.size == 0:
+            return
+        has_data = np.isfinite(pixels)
+        # of channels that are no picture the range is one of the whole run
+        if count_channels(np.where(has_data, pixels, 0)):
+            return
+        finite = pixels[has_data]
+        self.without_data += finite.size < pixels.size
+        if finite.size == 0:
+            return
+        self.lowest = min(self.lowest, float(finite.min()))
+        self.highest = max(self.highest, float(finite.max()))
+        # as `scale_to_bytes` has it
+        dark = float(finite.max()) <= 1.05
+        self.within_one += dark
+        self.beyond_one += not dark
+
+    def remarks(self) -> list[str]:
+        """A line for each thing that those who gave them may not have meant."""
+        lines = []
+        if self.lowest < 0:
+            lines.append(
+                f"values down to {self.lowest:.3g}, as after Normalize, are stretched from the "
+                "lowest to the highest of each image; give the images before they are normalised"
+            )
+        if self.without_data:
+            lines.append(
+                f"{self.without_data} images hold NaN or infinity; these pixels become black"
+            )
+        if self.within_one and self.beyond_one and self.lowest >= 0:
+            lines.append(
+                f"of {self.within_one} images of floats 1 is white, for no value is above it, and "
+                f"of {self.beyond_one} more is, for values reach {self.highest:.3g}; if all are "
+                "meant in one range, give them as uint8, or divided into 0 to 1"
+            )
+        return lines
 
 
 class _LabelError(ValueError):

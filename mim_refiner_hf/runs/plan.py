@@ -71,7 +71,7 @@ def plan_text(
     lines.append(("steps", _steps_text(recipe)))
     lines += _named("memory", _memory_lines(recipe, config, available))
     disk = disk_text(recipe, config) if recipe.save_every else "no checkpoints"
-    files = "metrics.json, clusters.png, curves.png, log.jsonl"
+    files = "metrics.json, neighbours.png, groups_before_after.png, curves.png, log.jsonl"
     lines += [("disk", disk), ("result", f"{recipe.output_dir}/model, {files}")]
     lines += _named("chosen", chosen_lines(recipe))
     lines += _named("careful", misfits(recipe))
