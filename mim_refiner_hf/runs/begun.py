@@ -2,7 +2,7 @@
 
 check_output(output, recipe)            # nothing of others is there
 recipe = as_begun(recipe, output)       # what is left open is as it was
-check_same_recipe(output, resolved)     # and the rest is the same
+check_as_begun(output, resolved)     # and the rest is the same
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
     return dataclasses.replace(recipe, **begun)
 
 
-def check_same_recipe(output: Path, recipe: ResolvedRecipe) -> None:
+def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
     """Refuse an output folder that belongs to a run of another recipe.
 
     Raises:
@@ -174,4 +174,4 @@ def _saved_recipe(output: Path) -> dict[str, Any] | None:
     return recipe
 
 
-__all__ = ["as_begun", "check_output", "check_same_recipe"]
+__all__ = ["as_begun", "check_as_begun", "check_output"]

@@ -36,7 +36,7 @@ from ..runtime.files import check_folder
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
-from .begun import as_begun, check_output, check_same_recipe
+from .begun import as_begun, check_as_begun, check_output
 from .channels import fit_channels
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
@@ -149,7 +149,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
         _check_pretraining(recipe.pretrain, start.pretraining.batch_size, num_images)
 
     # the output folder, and a run that it may hold
-    check_same_recipe(output, resolved)
+    check_as_begun(output, resolved)
     check_start_folder(start_folder(resolved))
     if start.checkpoint is not None and resume is None:
         check_heads_fit(resolved, start.checkpoint)
