@@ -152,6 +152,8 @@ def test_any_value_of_a_configuration_is_refused_in_one_line_or_used(
 @example(key="image_std", value=[], centre=False)
 @example(key="resample", value=99, centre=False)
 @example(key="resample", value=5, centre=False)
+@example(key="rescale_factor", value=10**9, centre=False)
+@example(key="rescale_factor", value=1e-9, centre=False)
 @SHARED
 def test_any_value_of_the_preprocessing_is_refused_in_one_line_or_used(
     own_folder: Path, tmp_path: Path, key: str, value: Any, centre: bool
