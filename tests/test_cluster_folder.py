@@ -461,7 +461,11 @@ def test_wrong_use_leaves_nothing_behind(
 
 
 def test_an_earlier_result_is_replaced_only_by_a_whole_one(
-    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     words = [
         "cluster",
@@ -473,6 +477,7 @@ def test_an_earlier_result_is_replaced_only_by_a_whole_one(
         "--num_clusters",
     ]
     assert cli.main([*words, "3"]) == 0
+    assert "are replaced" not in caplog.text
     before = everything(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(
@@ -485,5 +490,6 @@ def test_an_earlier_result_is_replaced_only_by_a_whole_one(
     assert kept
     assert {path: after[path] for path in after.keys() - kept} == before
     assert cli.main([*words, "2"]) == 0
+    assert f"the earlier groups in {tmp_path}/groups are replaced" in caplog.text
     assert {row["cluster"] for row in table(tmp_path / "groups" / "groups.csv")} == {"0", "1"}
     assert os.listdir(tmp_path) == ["groups"] and not (tmp_path / "groups" / "group-02").exists()  # noqa: PTH208

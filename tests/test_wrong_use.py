@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+import mim_refiner_hf
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, cli
 from mim_refiner_hf.pretraining import mae
 from mim_refiner_hf.publishing.hub import save_model_folder
@@ -592,6 +593,11 @@ def test_wrong_use_of_the_other_commands(
         assert fragment.format(**places) in said, said
     assert "error: " in said and len(said) < 1200
     assert everything(tmp_path) == [] and everything(Path(places["tmp"])) == before
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--version"]) == 0
+    assert capsys.readouterr().out == f"mim-refiner {mim_refiner_hf.__version__}\n"
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ embed). `mim-refiner COMMAND --help` explains every setting.
 
 Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed), 3 `refine
 --fail_if_not_better` whose result was not judged better than its start, 1 something else failed,
-130 interrupted.
+130 and 143 interrupted (Ctrl-C, SIGTERM).
 """
 
 import argparse
@@ -25,6 +25,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from .cluster import run_cluster
 from .measuring import run_embed, run_evaluate
@@ -136,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="mim-refiner",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"mim-refiner {version('mim_refiner_hf')}"
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(words[:1]).command

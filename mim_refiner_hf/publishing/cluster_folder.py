@@ -342,6 +342,7 @@ def describe_groups(summary: dict[str, Any]) -> str:
 
 
 __all__ = [
+    "GROUPS_TABLE",
     "Corrected",
     "check_groups_folder",
     "describe_groups",

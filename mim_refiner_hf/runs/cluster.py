@@ -38,6 +38,7 @@ from ..data.loading import Loading
 from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
 from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
+    GROUPS_TABLE,
     check_groups_folder,
     describe_groups,
     write_groups,
@@ -172,6 +173,8 @@ def cluster(
         summary |= corrected.summary(known.images)
     summary["note"] = describe_groups(summary)
     if folder is not None:
+        if (folder / GROUPS_TABLE).is_file():
+            logger.warning("the earlier groups in %s are replaced", one_line(str(out)))
         with staged_folder(folder, check_groups_folder) as new:
             summary = write_groups(new, known.images, entries, pipe, corrected, also, folder)
         _forget(folder)
