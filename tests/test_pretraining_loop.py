@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mim_refiner_hf import cli
 from mim_refiner_hf.conversion import load_encoder
+from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining import loop
@@ -79,6 +80,12 @@ BEFORE_A_NORM = {"encoder.norm.bias", "teacher.norm.bias"} | {
 }
 # 64 images make 4 steps an epoch
 STEPS = 8
+
+
+def first_batch(recipe: Any, crops: Any, images: ImageDataset) -> dict[str, Any]:
+    """The views of the first step."""
+    settings = {"batch_size": recipe.batch_size, "seed": recipe.seed}
+    return next(iter(batches_of_views(images, crops, **settings, stop_step=1, num_workers=0)))
 
 
 def recipe_of(objective: str, **changes: Any) -> PretrainRecipe:
@@ -231,17 +238,7 @@ def test_less_memory_gives_the_same_update(
     objective: str, settings: dict[str, Any], digits: ImageDataset
 ) -> None:
     recipe = recipe_of(objective)
-    batch = next(
-        iter(
-            loop.crop_batches(
-                recipe,
-                loop.make_objective(recipe, recipe.steps(64)).crops(),
-                digits,
-                stop_step=1,
-                num_workers=0,
-            )
-        )
-    )
+    batch = first_batch(recipe, loop.make_objective(recipe, recipe.steps(64)).crops(), digits)
     gradients = []
     for options in (LoopOptions(), LoopOptions(**settings)):
         trainer = Pretrainer(recipe, digits, job_of_processes(), options)
@@ -258,7 +255,7 @@ def test_less_memory_gives_the_same_update(
 def test_bf16_gives_nearly_the_same_losses(objective: str, digits: ImageDataset) -> None:
     recipe = recipe_of(objective)
     crops = loop.make_objective(recipe, recipe.steps(64)).crops()
-    batch = next(iter(loop.crop_batches(recipe, crops, digits, stop_step=1, num_workers=0)))
+    batch = first_batch(recipe, crops, digits)
     found = []
     for precision in ("no", "bf16"):
         options = LoopOptions(mixed_precision=precision)
@@ -275,7 +272,7 @@ def test_gradients_are_clipped(digits: ImageDataset) -> None:
     recipe = recipe_of("mae", clip_norm=1e-3)
     trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
     crops = trainer.objective.crops()
-    batch = next(iter(loop.crop_batches(recipe, crops, digits, stop_step=1, num_workers=0)))
+    batch = first_batch(recipe, crops, digits)
     trainer.update(0, batch)
     squares = [p.grad.square().sum() for p in trainer.objective.parameters() if p.grad is not None]
     assert torch.stack(squares).sum().sqrt().item() == pytest.approx(1e-3, rel=1e-3)

@@ -27,6 +27,7 @@ from mim_refiner_hf import (
     Groups,
     MimRefinerModel,
     RefineRecipe,
+    cli,
     cluster,
     embed,
     evaluate,
@@ -239,11 +240,15 @@ def test_refine_leaves_the_model_object_as_it_was(
     assert all("loss" in values for _, values in lines)
 
 
-def test_refine_takes_a_recipe_and_fields_over_it(models: dict[str, str], folder: Path) -> None:
-    recipe = RefineRecipe(model=models["vit_mae"], dataset=str(folder), **RUN)
+def test_refine_takes_a_recipe_and_fields_over_it(
+    models: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    # a folder of its own: tests that run beside it would meet in the default one
+    own = {**RUN, "output_dir": str(tmp_path / "out")}
+    recipe = RefineRecipe(model=models["vit_mae"], dataset=str(folder), **own)
     assert refine(recipe, dry_run=True) is None
     assert refine(recipe=recipe, dry_run=True, seed=3) is None
-    assert refine(dataset=folder, model=Path(models["vit_mae"]), dry_run=True, **RUN) is None
+    assert refine(dataset=folder, model=Path(models["vit_mae"]), dry_run=True, **own) is None
     with pytest.raises(ValueError, match="images and dataset"):
         refine(folder, dataset=folder, model=models["vit_mae"])
 
@@ -585,6 +590,20 @@ def test_normalised_images_are_remarked(
 ) -> None:
     open_images(torch.from_numpy(pixels) / 127.5 - 1)
     assert "before they are normalised" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain"])
+def test_nothing_is_written_among_the_images(
+    folder: Path, models: dict[str, str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of a report, or a model, would lie between the photos of the next run."""
+    before = sorted(folder.rglob("*"))
+    words = [str(folder), "--output_dir", str(folder / "out")]
+    if command == "evaluate":
+        words += ["--model", models["vit_mae"]]
+    assert cli.main([command, *words]) == 2
+    assert "lie within each other" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_floats_without_data_and_of_two_ranges_are_remarked(

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.batches import batches_of_views
 from ..data.broken import BrokenImages
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.batches import crop_batches
 from ..pretraining.mae import (
     MaeDecoder,
     decoder_groups,
@@ -136,8 +136,13 @@ def train_decoders(
     _, warmup, total = recipe.steps(len(images))
     patches = math.prod(encoder.config.grid)
 
-    batches = crop_batches(
-        recipe, plain_crop(recipe), images, stop_step=total, num_workers=num_workers
+    batches = batches_of_views(
+        images,
+        plain_crop(recipe),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        stop_step=total,
+        num_workers=num_workers,
     )
     progress = progress_bar(
         batches, total=total, desc="decoders of all blocks", hidden=rank() > 0, leave=False

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..conversion.load import image_processor
+from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
 from ..data.images import ImageDataset
 from ..data.views import normalise
@@ -52,7 +53,6 @@ from ..runtime.settings import (
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.tracking import JsonlTracker
 from ..runtime.wording import setting
-from .batches import crop_batches
 from .objective import Losses, Objective
 from .objectives import make_objective
 from .recipe import PretrainRecipe
@@ -154,10 +154,11 @@ class Pretrainer:
         """
         total = self.steps.total
         start = self._resume()
-        batches = crop_batches(
-            self.recipe,
-            self.objective.crops(),
+        batches = batches_of_views(
             self.images,
+            self.objective.crops(),
+            batch_size=self.recipe.batch_size,
+            seed=self.recipe.seed,
             start_step=start,
             stop_step=total,
             num_workers=self.options.num_workers,

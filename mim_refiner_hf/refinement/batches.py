@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.batches import batches_of_views
 from ..data.fast_views import FastMultiCrop
 from ..data.images import ImageDataset, ImageStream
-from ..data.order import BatchSampler
-from ..data.views import MultiCrop, ViewDataset, view_specs
-from ..runtime.distributed import rank, world_size
-from ..runtime.signals import ignore_stop_signals
+from ..data.views import MultiCrop, view_specs
 from .resolve import ResolvedRecipe
 
 
@@ -46,21 +44,15 @@ def view_batches(
     else:
         multicrop = FastMultiCrop(specs, hand_over=on_gpu)
 
-    sampler = BatchSampler(
+    return batches_of_views(
         images,
+        multicrop,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        steps=stop_step,
         start_step=start_step,
-        rank=rank(),
-        world_size=world_size(),
-    )
-    return DataLoader(
-        ViewDataset(images, multicrop, recipe.seed, value_range),
-        batch_sampler=sampler,
+        stop_step=stop_step,
         num_workers=recipe.num_workers,
-        pin_memory=on_gpu,
-        worker_init_fn=ignore_stop_signals,
+        value_range=value_range,
     )
 
 

@@ -78,7 +78,7 @@ def as_begun(recipe: RefineRecipe, output: Path) -> RefineRecipe:
     Raises:
         ValueError: for a stated setting that was another.
     """
-    old = _saved_recipe(output)
+    old = saved_recipe(output)
     if old is None:
         return recipe
     names = [name for name in FITTED if name not in _FREE_FIELDS]
@@ -105,7 +105,7 @@ def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
     Raises:
         ValueError: naming the fields that differ.
     """
-    old = _saved_recipe(output)
+    old = saved_recipe(output)
     if old is None:
         return
     unknown = sorted(old.keys() - recipe.as_written().keys())
@@ -140,7 +140,7 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
         before = old.get(name)
         if name in _FREE_FIELDS or (name in old and before == value):
             continue
-        if name in _PLACES and _same_place(before, value):
+        if name in _PLACES and same_place(before, value):
             continue
         changes.append(f"{name} was {before}, is {value}")
     if changes:
@@ -150,7 +150,7 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
         )
 
 
-def _same_place(before: Any, now: Any) -> bool:
+def same_place(before: Any, now: Any) -> bool:
     """Whether two spellings, such as `photos` and `./photos/`, are of one file or folder."""
     if not isinstance(before, str) or not isinstance(now, str):
         return False
@@ -158,8 +158,12 @@ def _same_place(before: Any, now: Any) -> bool:
     return all(place.exists() for place in places) and places[0].samefile(places[1])
 
 
-def _saved_recipe(output: Path) -> dict[str, Any] | None:
-    """The recipe.json of a run's folder; None where there is none."""
+def saved_recipe(output: Path) -> dict[str, Any] | None:
+    """The recipe.json of a run's or a pre-training's folder; None where there is none.
+
+    Raises:
+        ValueError: where it cannot be read, or is of a later version.
+    """
     saved = output / _RECIPE
     if not saved.is_file():
         return None
@@ -174,4 +178,4 @@ def _saved_recipe(output: Path) -> dict[str, Any] | None:
     return recipe
 
 
-__all__ = ["as_begun", "check_as_begun", "check_output"]
+__all__ = ["as_begun", "check_as_begun", "check_output", "same_place", "saved_recipe"]

@@ -51,6 +51,7 @@ from ..evaluation.report import BANK_SIZE
 from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
+from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
@@ -131,7 +132,7 @@ def evaluate(
     """
     began = time.perf_counter()
     fine_tune = check_protocols(protocols, recipe, transfer, seed)
-    output_dir, features = checked_folders(output_dir, features)
+    output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
     encoders = load_encoders(model, against)
     *others, name_of_model = encoders
     check_channels_of(encoders[name_of_model], protocols)
@@ -172,12 +173,19 @@ def evaluate(
 
 
 def checked_folders(
-    output_dir: str | Path | None, features: str | Path | None
+    output_dir: str | Path | None, features: str | Path | None, images: Sequence[Any]
 ) -> tuple[Path | None, Path | None]:
-    """The folders as paths; ValueError for one that holds something else."""
+    """The folders as paths.
+
+    Raises:
+        ValueError: for one that holds something else, and for a report among the images, whose
+            pictures would be some of the next measurement's.
+    """
     report = None if output_dir is None else Path(output_dir)
     if report is not None:
         check_report_folder(report)
+        for source in images:
+            check_apart(report, source)
     kept = None if features is None else Path(features)
     if kept is not None:
         check_features(kept)

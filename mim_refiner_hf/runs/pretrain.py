@@ -8,7 +8,6 @@ further encoders of the method in folders of their own. A finished model is neve
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -30,12 +29,13 @@ from ..pretraining.recipe import PretrainRecipe
 from ..publishing.hub import check_model_folder, write_model
 from ..publishing.pretraining_card import pretraining_card
 from ..runtime.device import warn_of_emulation
-from ..runtime.files import in_bytes, staged_folder, write_json, write_text
+from ..runtime.files import check_apart, in_bytes, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
 from ..runtime.sharding import fsdp2_requested
-from ..runtime.versions import FORMAT_VERSIONS, check_format
+from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
+from .begun import same_place, saved_recipe
 from .plan import encoder_text
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def run_pretraining(
 
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
     check_writable(output_dir, "output_dir")
+    check_apart(output_dir, dataset)
     if is_finished(output_dir, record):
         print(f"The pre-trained model is finished already: {output_dir}")
         return
@@ -286,21 +287,14 @@ def check_pretraining_folder(output: Path, record: dict[str, Any]) -> Path:
 
 def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
     """How the recipe of the pre-training in a folder differs; None where there is none."""
-    path = output / "recipe.json"
-    if not path.is_file():
+    begun = saved_recipe(output)
+    if begun is None:
         return None
-    try:
-        begun = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "
-            "name another folder or remove it"
-        ) from error
-    check_format("recipe", begun.pop("format_version", None), path)
     changes = []
     for name in sorted(begun.keys() | record.keys()):
-        if begun.get(name) != record.get(name):
-            changes.append(f"{name} was {begun.get(name)}, is {record.get(name)}")
+        before, now = begun.get(name), record.get(name)
+        if before != now and not (name == "init_from" and same_place(before, now)):
+            changes.append(f"{name} was {before}, is {now}")
     return changes
 
 

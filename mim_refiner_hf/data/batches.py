@@ -1,42 +1,49 @@
-"""The views of every batch of a pre-training, in the order of its steps."""
+"""The views of every batch of a training, in the order of its steps."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.images import ImageDataset
-from ..data.order import BatchSampler
-from ..data.views import Multicrop, ViewDataset
 from ..runtime.distributed import rank, world_size
 from ..runtime.signals import ignore_stop_signals
-from .recipe import PretrainRecipe
+from .images import ImageDataset, ImageStream
+from .order import BatchSampler
+from .views import Multicrop, ViewDataset
 
 
-def crop_batches(
-    recipe: PretrainRecipe,
-    crops: Multicrop,
-    images: ImageDataset,
+def batches_of_views(
+    images: ImageDataset | ImageStream,
+    multicrop: Multicrop,
     *,
+    batch_size: int,
+    seed: int,
     start_step: int = 0,
     stop_step: int,
     num_workers: int,
+    value_range: Sequence[float] | None = None,
 ) -> DataLoader[dict[str, Tensor]]:
     """This process's share of the views of every batch from `start_step` to `stop_step`.
+
+    Args:
+        batch_size: images of all processes together.
+        value_range: as of `ViewDataset`.
 
     Raises:
         ValueError: for a batch larger than the data set.
     """
     sampler = BatchSampler(
         images,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
+        batch_size=batch_size,
+        seed=seed,
         steps=stop_step,
         start_step=start_step,
         rank=rank(),
         world_size=world_size(),
     )
     return DataLoader(
-        ViewDataset(images, crops, recipe.seed),
+        ViewDataset(images, multicrop, seed, value_range),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -44,4 +51,4 @@ def crop_batches(
     )
 
 
-__all__ = ["crop_batches"]
+__all__ = ["batches_of_views"]
