@@ -9,7 +9,7 @@
 That is where transformers.js and optimum look for it, beside `config.json` and
 `preprocessor_config.json`: `pipeline("image-feature-extraction", folder)` there. Smaller ones lie
 beside it, where they are asked for: `onnx/model_fp16.onnx`, half the size, is `dtype: "fp16"` of
-transformers.js; `onnx/model_quantized.onnx`, with weights of 8 bits, about 30 % of it, is "q8".
+transformers.js; `onnx/model_quantized.onnx`, with weights of 8 bits, is "q8".
 
 Takes every encoder. Needs `pip install "mim_refiner_hf[onnx]"` (about 110 MB). Beyond protobuf's
 limit of 2 GB the weights lie in `model.onnx.data` beside the graph; the files belong together.
