@@ -47,6 +47,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs within a test compute in fp32 on every machine: "auto" finds a CPU without bfloat16."""
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False
+    )
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """`../shared`: goldens of the authors' code, small real data, a small real MAE.

@@ -7,15 +7,23 @@ computes the same.
 import importlib.util
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from small_encoder import make_encoder
 from test_step_cost import gradients, small_refiner
 from torch._dynamo.utils import counters
 
 from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.refinement.trainer import compile_blocks
-from mim_refiner_hf.runtime.device import check_compile, emulates_bf16, warn_of_emulation
+from mim_refiner_hf.runtime.attention import NAME, attend_in_fp32, fp32_on_cpu
+from mim_refiner_hf.runtime.device import (
+    check_compile,
+    emulates_bf16,
+    uses_bf16,
+    warn_of_emulation,
+)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -103,3 +111,46 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     assert counters["stats"]["unique_graphs"] > 0 and not breaks
     assert counters["frames"]["total"] == counters["frames"]["ok"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [({"avx512_bf16": True}, True), ({"avx512_bf16": False}, False), ({}, False)],
+)
+def test_auto_computes_in_bf16_on_a_cpu_that_says_it_can(
+    capability: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capability, raising=False)
+    assert uses_bf16("auto") == expected
+    assert uses_bf16("bf16") and not uses_bf16("no")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_fp32_is_the_formula_whatever_autocast_says(masked: bool) -> None:
+    query, key, value = torch.randn(3, 2, 3, 17, 8, dtype=torch.bfloat16).requires_grad_()
+    mask = torch.randn(1, 3, 17, 17, dtype=torch.bfloat16) if masked else None
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = fp32_on_cpu(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+
+    logits = 0.3 * query.double() @ key.double().mT
+    if mask is not None:
+        logits = logits + mask.double()
+    expected = (logits.softmax(-1) @ value.double()).transpose(1, 2)
+    assert output.dtype == torch.bfloat16
+    # half a unit in the last place of bfloat16
+    assert torch.allclose(output.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_only_sdpa_is_replaced_and_nothing_of_it_is_saved(tmp_path: Path) -> None:
+    pixels = torch.randn(2, 3, 16, 16)
+    for kind, expected in [("sdpa", NAME), ("eager", "eager")]:
+        encoder = make_encoder()
+        encoder.set_attn_implementation(kind)
+        before = encoder(pixels).pooler_output
+        attend_in_fp32(torch.nn.ModuleList([encoder]))
+        assert encoder.config._attn_implementation == expected
+        assert torch.allclose(encoder(pixels).pooler_output, before, atol=1e-6)
+        encoder.save_pretrained(tmp_path)
+        assert NAME not in (tmp_path / "config.json").read_text()

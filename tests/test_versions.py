@@ -115,8 +115,15 @@ def test_the_version_is_no_part_of_what_a_model_computes() -> None:
 
 
 def test_what_decides_the_bits_is_said_where_it_differs(caplog: pytest.LogCaptureFixture) -> None:
-    begun = arithmetic(8)
-    assert begun.keys() == {"torch", "device", "processes", "threads", "micro_batch_size"}
+    begun = arithmetic(8, bf16=False)
+    assert begun.keys() == {
+        "torch",
+        "device",
+        "processes",
+        "threads",
+        "micro_batch_size",
+        "precision",
+    }
     say_changes(begun, begun)
     # an older version recorded none
     say_changes({}, begun)

@@ -30,6 +30,7 @@ from ..data.images import ImageDataset
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
+from ..runtime.attention import attend_in_fp32
 from ..runtime.checkpoint import (
     Checkpoint,
     check_tensors,
@@ -79,7 +80,7 @@ class LoopOptions:
         MAX_BAD_FRACTION, "Stop when more than this share of the images is broken."
     )
     mixed_precision: Literal["auto", "no", "bf16"] = documented(
-        "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
+        "auto", "bf16 autocast on fp32 weights; auto: on a GPU or CPU that computes it."
     )
     micro_batch_size: PositiveInt | None = documented(
         None, "Images at a time through the networks, exactly; None: all of a process."
@@ -133,13 +134,15 @@ class Pretrainer:
         self.processor: Any = own.get("image_processor") or image_processor(config, {})
 
         objective.bf16 = uses_bf16(options.mixed_precision)
+        if objective.bf16:
+            attend_in_fp32(objective)
         if options.gradient_checkpointing:
             recompute_blocks(objective.encoder)
         self.objective: Objective = objective.to(accelerator.device).train()
         listed = None if folder is None else folder / BROKEN
         self.broken = BrokenImages(images, options.max_bad_fraction, listed)
         self.seconds = 0.0
-        self._arithmetic = arithmetic(options.micro_batch_size)
+        self._arithmetic = arithmetic(options.micro_batch_size, objective.bf16)
         self._size_said = False
 
     # ---- the loop

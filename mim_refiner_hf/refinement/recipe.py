@@ -84,7 +84,7 @@ class RefineRecipe(MethodFields, DataFields):
         "not divide the batch. Auto: as many as fit into memory.",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = documented(
-        "auto", "bf16 autocast on fp32 weights; auto: on a GPU that has it."
+        "auto", "bf16 autocast on fp32 weights; auto: on a GPU or CPU that computes it."
     )
     gradient_checkpointing: bool = documented(
         False, "Recompute each block in the backward pass: less memory, about 1.3x the time."

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
+from ..runtime.attention import attend_in_fp32
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..runtime.optimisation import update_average
 from ..runtime.sharding import synchronise
@@ -171,6 +172,8 @@ class Refiner(nn.Module):
         if target_momentum is not None:
             self.target_projector = copy.deepcopy(heads.projector).requires_grad_(False)
         self.bf16 = bf16
+        if bf16:
+            attend_in_fp32(encoder)
         self.register_buffer("weights", pair_weights(num_global, num_views), persistent=False)
 
     @property

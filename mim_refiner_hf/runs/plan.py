@@ -153,8 +153,11 @@ def _views_text(recipe: ResolvedRecipe, num_channels: int) -> str:
 def _batch_text(recipe: ResolvedRecipe, device: str) -> str:
     precision = "fp32"
     if recipe.bf16:
-        emulated = ", emulated and slower than fp32 on this CPU" if emulates_bf16(device) else ""
-        precision = f"bf16{emulated}"
+        precision = "bf16"
+        if emulates_bf16(device):
+            precision = "bf16, emulated and slower than fp32 on this CPU"
+        elif device == "cpu" and recipe.asked.mixed_precision == "auto":
+            precision = "bf16 (auto: this CPU computes it)"
     passes = ""
     if "micro_batch_size" in recipe.to_measure:
         passes = ", as many at a time through the encoder as fit (auto; exact)"

@@ -224,7 +224,7 @@ def _train(
     trainer = make_trainer(prepared, accelerator, encoder, choice, seconds)
     trainer.broken.add(unreadable)
     trainer.broken.share()
-    now = arithmetic(trainer.recipe.micro_batch_size)
+    now = arithmetic(trainer.recipe.micro_batch_size, trainer.recipe.bf16)
     begun = resume.state.get("arithmetic", now) if resume else now
     say_changes(begun, now)
     state = {

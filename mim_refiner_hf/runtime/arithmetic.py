@@ -1,11 +1,12 @@
 """What decides the last bits of a run beside its recipe, kept from its start and compared.
 
-    state["arithmetic"] = arithmetic(micro_batch_size=8)   # into every checkpoint
-    say_changes(begun, arithmetic(micro_batch_size=4))     # a run that goes on somewhere else
+    state["arithmetic"] = arithmetic(micro_batch_size=8, bf16=True)   # into every checkpoint
+    say_changes(begun, arithmetic(micro_batch_size=4, bf16=True))     # a run that goes on elsewhere
 
 A sum of floats depends on its order, which the number of threads, of processes and of micro-batches
 decides, and every version of torch and every device has kernels of its own. None of that makes a
-result wrong: it makes it another one in the last bits, which is said in one line.
+result wrong: it makes it another one in the last bits, of another precision in more of them, which
+is said in one line.
 """
 
 import logging
@@ -20,9 +21,12 @@ from .distributed import rank, world_size
 logger = logging.getLogger(__name__)
 
 
-def arithmetic(micro_batch_size: int | None) -> dict[str, Any]:
+def arithmetic(micro_batch_size: int | None, bf16: bool) -> dict[str, Any]:
     """What decides the bits here and now, by name, as JSON."""
     device = "CPU"
+    precision = "fp32"
+    if bf16:
+        precision = "bf16"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return {
@@ -31,6 +35,7 @@ def arithmetic(micro_batch_size: int | None) -> dict[str, Any]:
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "micro_batch_size": micro_batch_size,
+        "precision": precision,
     }
 
 

@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def uses_bf16(mixed_precision: str) -> bool:
-    """Whether encoder and heads run in bfloat16: as asked; "auto" means on a GPU that has it.
+    """Whether encoder and heads run in bfloat16: as asked; "auto" means where it is faster.
+
+    That is on a GPU that has it, and on a CPU that says it computes it (AMX or AVX-512 BF16).
 
     Raises:
         ValueError: for bf16 on a GPU that can only emulate it, which is slower than fp32.
@@ -31,14 +33,20 @@ def uses_bf16(mixed_precision: str) -> bool:
             f"{setting('mixed_precision', 'bf16')}: {torch.cuda.get_device_name()} has no bfloat16 "
             "arithmetic; leave it out, or use no"
         )
+    if not torch.accelerator.is_available():
+        native = _cpu_bf16() is True
     return mixed_precision == "bf16" or (mixed_precision == "auto" and native)
 
 
 def emulates_bf16(device: str) -> bool:
     """Whether bfloat16 is slower than fp32 here: on a CPU without AMX or AVX-512 BF16."""
-    # torch 2.10 cannot tell; then nothing is said
+    return device == "cpu" and _cpu_bf16() is False
+
+
+def _cpu_bf16() -> bool | None:
+    """Whether this CPU computes bfloat16; None where torch cannot tell, as 2.10 cannot."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cpu" and not capabilities.get("avx512_bf16", True)
+    return capabilities.get("avx512_bf16")
 
 
 def warn_of_emulation(asked: str, device: str) -> None:
