@@ -1,6 +1,6 @@
 """Does a run with nothing set help on few photos, and does its verdict know when it did not?
 
-    python -m benchmarks.small_data ../shared [--sets imagenette] [--sizes 300] [--seeds 0]
+    python -m benchmarks.small_data ../shared [--sets imagenette] [--sizes 300 1000 all] [--seeds 0]
     python -m benchmarks.small_data ../shared --sabotage [--sets imagenette sign-digits]
 
 A cell is one run as a user gives it: n photos of a set in a flat folder, without labels, and
@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from mim_refiner_hf.evaluation.scores import Score
 from mim_refiner_hf.refinement.auto import Situation, fit
 from mim_refiner_hf.refinement.recipe import RefineRecipe
 from mim_refiner_hf.runs.comparison import errors_of
+from mim_refiner_hf.runtime.device import uses_bf16
 from mim_refiner_hf.runtime.files import write_text
 
 SETS = ("imagenette", "sign-digits", "gtsrb", "cifar10", "tiny-imagenet-100", "imagenet-sample")
@@ -110,6 +112,12 @@ def photos(shared: Path, data: str, size: int, work: Path, first: int = 0) -> Pa
     return folder
 
 
+def size_of(shared: Path, data: str, asked: int | None) -> int:
+    """How many photos a cell has: as many as asked, at most all there are; None for all."""
+    rows = parquet.read_metadata(shared / f"data/{data}/train.parquet").num_rows
+    return rows if asked is None else min(asked, rows)
+
+
 def bank_and_test(shared: Path, data: str) -> tuple[ImageDataset, ImageDataset]:
     """Training images from the end of the photos' order, for the k-NN bank, and test images."""
     source = shared / f"data/{JUDGED_BY.get(data, data)}"
@@ -172,6 +180,7 @@ def run_cell(cell: Cell, shared: Path, work: Path, model: str) -> dict[str, Any]
     verdict = result.verdict
     return {
         "minutes": minutes,
+        "precision": "bf16" if uses_bf16("auto") else "fp32",
         "outcome": verdict.outcome,
         "weights_change": verdict.weights_change,
         "before": {name: before[name].value for name in SCORES},
@@ -199,7 +208,7 @@ def line(cell: Cell, found: dict[str, Any]) -> str:
         str(cell.seed),
         cell.start,
         SABOTAGES.get(cell.sabotage, "nothing"),
-        f"{found['minutes']:.1f}",
+        f"{found['minutes']:.1f} {found.get('precision', 'fp32')}",
         f"{100 * found['before']['knn_accuracy']:.1f}",
         f"{points(found, 'knn_accuracy'):+.1f} ± {error:.1f}",
         f"{points(found, 'cluster_accuracy'):+.1f}",
@@ -271,7 +280,8 @@ def write(cells: dict[Cell, dict[str, Any]]) -> None:
         f"{BANK} training images) and k-means groups on at most {TEST} test images; the error of a",
         "change is paired by image. `imagenet-sample` has one image a class: its runs are judged",
         "on imagenette. The changes are those of what was trained; `ships` is what a user gets.",
-        "d', MRR, ARI and RankMe: start → trained, known without labels.",
+        "d', MRR, ARI and RankMe: start → trained, known without labels. Minutes stand beside what",
+        "the processor computed in: bf16 where it can (auto).",
         "",
         *(f"- {summary(kind, part)}" for kind, part in kinds if part),
         "",
@@ -312,13 +322,9 @@ def main(options: argparse.Namespace) -> None:
         return
 
     kinds = tuple(SABOTAGES) if options.sabotage else ("",)
-    asked = [
-        Cell(data, size, seed, kind, model.name)
-        for size in options.sizes
-        for kind in kinds
-        for seed in options.seeds
-        for data in options.sets
-    ]
+    asked = []
+    for size, kind, seed, data in product(options.sizes, kinds, options.seeds, options.sets):
+        asked.append(Cell(data, size_of(options.shared, data, size), seed, kind, model.name))
     cells = finished()
     lock = Lock()
 
@@ -351,6 +357,11 @@ def finished() -> dict[Cell, dict[str, Any]]:
     return {Cell(*cell): found for cell, found in rows}
 
 
+def number_or_all(text: str) -> int | None:
+    """A number of photos; None for "all"."""
+    return None if text == "all" else int(text)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -358,7 +369,7 @@ if __name__ == "__main__":
     parser.add_argument("shared", type=Path, help="folder with data/ and models/")
     parser.add_argument("--model", type=Path, help="the start; default: models/mae-tiny-cifar10")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[300, 1000])
+    parser.add_argument("--sizes", nargs="+", type=number_or_all, default=[300, 1000, None])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--sabotage", action="store_true", help="spoiled runs instead")
     parser.add_argument("--workers", type=int, default=2, help="cells at a time, one core each")

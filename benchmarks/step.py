@@ -291,6 +291,8 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
     refiner = make_refiner(bf16)
     (views, index, draw) = a_batch()
     other = copy.deepcopy(refiner)
+    # attention as whoever writes it plainly calls it
+    other.encoder.set_attn_implementation("sdpa")
     plain = PlainStep(other)
     parts = [
         (refiner.encoder, [refiner.heads]),
