@@ -22,6 +22,8 @@ from mim_refiner_hf import RefineRecipe
 
 # tiny models: waiting for each other costs threads more than they bring
 torch.set_num_threads(1)
+# "auto" finds a CPU without bfloat16, so that runs compute in fp32 on every machine
+torch.cpu.get_capabilities = lambda: {"avx512_bf16": False}
 # a server of a test, the stand-in Hub too, ends within 20 ms instead of half a second
 socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
@@ -45,14 +47,6 @@ def pytest_runtest_makereport() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs within a test compute in fp32 on every machine: "auto" finds a CPU without bfloat16."""
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False
-    )
 
 
 @pytest.fixture(scope="session")
