@@ -288,7 +288,7 @@ def process(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = open_images("digits").subset(range(64))
     for objective in OWN:
-        options = LoopOptions(save_every=3)
+        options = LoopOptions(save_every=3, mixed_precision="no")
         trained = pretrain(
             recipe_of(objective), images, options=options, folder=Path(folder) / objective
         )
