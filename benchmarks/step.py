@@ -1,6 +1,6 @@
 """Rows about one refinement step on one CPU thread.
 
-    python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16
+    python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16 attention-bf16
 
 The peer is `plain_step.py`, the same step written straight from the method, with the same weights;
 before anything is timed, losses and gradients of both are compared. `queue-lightly` compares with
@@ -13,12 +13,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.runtime.attention import fp32_on_cpu
 from mim_refiner_hf.runtime.device import emulates_bf16
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups, update_average
 
@@ -277,17 +279,49 @@ def micro_batches(name: str, parts: int) -> Row:
     )
 
 
+def check_bf16() -> None:
+    """LeftOut on a CPU without bfloat16: every way then spends its time on emulating it."""
+    if emulates_bf16("cpu"):
+        raise LeftOut(
+            "this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16), where it is slower than"
+            " fp32 whoever writes it"
+        )
+
+
+def attention_bf16() -> Row:
+    """Attention under bf16 autocast, forward and backward, against torch's kernel in bf16."""
+    check_bf16()
+    batch, heads, tokens, head_dim = 64, 3, 37, 64
+    shape = (3, batch, heads, tokens, head_dim)
+    inputs = torch.randn(shape).bfloat16().requires_grad_()
+    gradient = torch.randn(batch, tokens, heads, head_dim).bfloat16()
+    module = torch.nn.Identity()
+    module.is_causal = False  # type: ignore[assignment]
+
+    def attend(way: Callable[..., tuple[Tensor, object]]) -> Tensor:
+        inputs.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = way(module, *inputs, None)
+        output.backward(gradient)
+        assert inputs.grad is not None
+        return inputs.grad
+
+    assert_close(attend(fp32_on_cpu), attend(sdpa_attention_forward), 0.02)
+    measured, peer = interleaved(
+        lambda: attend(fp32_on_cpu), lambda: attend(sdpa_attention_forward), rounds=15
+    )
+    note = f"{batch} x {tokens} tokens, {heads} heads of {head_dim}; torch's kernel in bf16"
+    return Row("attention-bf16", 1.5, measured, peer, None, note)
+
+
 def whole_step(name: str, bf16: bool, target: float) -> Row:
     """Gradients, optimiser and moving average, against the plain step.
 
     The plain one has `torch.optim.AdamW`'s loop, and an average in a loop. LeftOut for bf16 on a
     CPU without its arithmetic: both ways then spend their time on emulating it.
     """
-    if bf16 and emulates_bf16("cpu"):
-        raise LeftOut(
-            "this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16), where it is slower than"
-            " fp32 whoever writes it"
-        )
+    if bf16:
+        check_bf16()
     refiner = make_refiner(bf16)
     (views, index, draw) = a_batch()
     other = copy.deepcopy(refiner)
@@ -352,5 +386,6 @@ ROWS: dict[str, Callable[[], Row]] = {
     "micro-batches-half": lambda: micro_batches("micro-batches-half", 2),
     "step": lambda: whole_step("step", bf16=False, target=1.15),
     "step-bf16": lambda: whole_step("step-bf16", bf16=True, target=1.35),
+    "attention-bf16": attention_bf16,
 }
 """The rows of this file by name."""

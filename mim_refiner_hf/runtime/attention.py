@@ -2,9 +2,9 @@
 
     attend_in_fp32(encoder)     # once, before training under autocast
 
-torch's attention for CPUs is slow backward in bfloat16: at 17 to 101 tokens four times as slow as
-in single precision, at 577 still slower, while matrix products are twice as fast. So the products
-run in bfloat16 and attention does not. `python -m benchmarks step-bf16` measures both together.
+torch's attention for CPUs is slower backward in bfloat16 than in single precision, the more so the
+fewer the tokens, while matrix products are faster. So the products run in bfloat16 and attention
+does not; `python -m benchmarks attention-bf16 step-bf16` measures it.
 """
 
 from typing import Any
