@@ -5,6 +5,7 @@ whole batches or parts of them; and what its command leaves behind.
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from mim_refiner_hf.pretraining.objectives import OBJECTIVES
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.launch import job_of_processes
+from mim_refiner_hf.runtime.sharding import local
 from mim_refiner_hf.runtime.signals import Interrupted
 
 COMMON: dict[str, Any] = {
@@ -281,24 +283,35 @@ def test_gradients_are_clipped(digits: ImageDataset) -> None:
 # --- two processes
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    """One of two processes; the first writes what every method leaves behind."""
+def process(rank: int, port: int, folder: str, sharded: bool) -> None:
+    """One of two processes; both write what every method leaves behind."""
     torch.set_num_threads(1)
+    if sharded:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = open_images("digits").subset(range(64))
     for objective in OWN:
+        # with what else changes nothing
         options = LoopOptions(save_every=3)
-        trained = pretrain(
-            recipe_of(objective), images, options=options, folder=Path(folder) / objective
-        )
+        if sharded:
+            options = LoopOptions(save_every=3, micro_batch_size=5, gradient_checkpointing=True)
+        recipe = recipe_of(objective)
+        place = Path(folder) / objective
+        if sharded:
+            trainer = Pretrainer(recipe, images, job_of_processes(), options, place)
+            share = sum(local(part).numel() for part in trainer.objective.parameters())
+            all_of_it = sum(part.numel() for part in trainer.objective.parameters())
+            assert share < 0.8 * all_of_it, (objective, share / all_of_it)
+        trained = pretrain(recipe, images, options=options, folder=place)
         state = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
         save_file(state, Path(folder) / f"{objective}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(digits: ImageDataset, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "FSDP2"])
+def test_two_processes_are_one(sharded: bool, digits: ImageDataset, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path), sharded), nprocs=2)
     for objective in OWN:
         first, second = (load_file(tmp_path / f"{objective}-{rank}.safetensors") for rank in (0, 1))
         assert_equal(second, first)
@@ -309,6 +322,16 @@ def test_two_processes_are_one(digits: ImageDataset, tmp_path: Path) -> None:
                 continue
             moved = (tensor - fresh[name]).norm()
             assert (first[name] - tensor).norm() <= 1e-2 * moved + 1e-6, name
+
+        # one process goes on from what two have written
+        goes_on = tmp_path / objective
+        shutil.rmtree(goes_on / f"checkpoints/step-{STEPS:08}")
+        again = weights(pretrain(recipe_of(objective), digits, folder=goes_on))
+        for name, tensor in alone.items():
+            if name.endswith("k_proj.bias") or (objective == "conmim" and name in BEFORE_A_NORM):
+                continue
+            moved = (tensor - fresh[name]).norm()
+            assert (again[name] - tensor).norm() <= 1e-2 * moved + 1e-6, name
 
 
 # --- the command

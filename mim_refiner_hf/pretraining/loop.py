@@ -50,12 +50,14 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
+from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.tracking import JsonlTracker
 from ..runtime.wording import setting
 from .objective import Losses, Objective
 from .objectives import make_objective
 from .recipe import PretrainRecipe
+from .sharded import clip_gradients, gradient_norm, shard_networks
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,9 @@ class Pretrainer:
         if options.gradient_checkpointing:
             recompute_blocks(objective.encoder)
         self.objective: Objective = objective.to(accelerator.device).train()
+        self.sharded = fsdp2_requested() and world_size() > 1
+        if self.sharded:
+            shard_networks(self.objective)
         listed = None if folder is None else folder / BROKEN
         self.broken = BrokenImages(images, options.max_bad_fraction, listed)
         self.seconds = 0.0
@@ -195,9 +200,19 @@ class Pretrainer:
                 if received:
                     raise Interrupted(received, self._interrupted(done))
         logger.info("pre-trained %d steps in %.0f s", total, self.seconds)
-        for model in (self.objective.shipped(), *self.objective.others().values()):
+        trained = self.whole()
+        for model in (trained.shipped(), *trained.others().values()):
             model.requires_grad_(True)
-        return self.objective.eval()
+        return trained.eval()
+
+    def whole(self) -> Objective:
+        """The networks as one process has them; under FSDP2 a copy, whole in every process."""
+        if not self.sharded:
+            return self.objective
+        encoder = MimRefinerModel(self.objective.encoder.config)
+        objective = make_objective(self.recipe, self.steps, encoder)
+        gather_into(objective, self.objective)
+        return objective.to(self.accelerator.device)
 
     def update(self, step: int, batch: dict[str, Any]) -> Losses:
         """One update of the networks on this process's share of a batch.
@@ -223,8 +238,7 @@ class Pretrainer:
 
     def _check(self, losses: Losses, step: int) -> None:
         """FloatingPointError in all processes if a loss or a gradient of any is not finite."""
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(self.objective.parameters())
         finite = torch.isfinite(norm) & torch.stack(list(losses.values())).isfinite().all()
         if world_size() > 1:
             finite = finite.int()
@@ -244,7 +258,7 @@ class Pretrainer:
             return
         for optimizer in self.objective.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+            clip_gradients(parameters, self.recipe.clip_norm)
 
     def _saves_after(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` steps; one always stands at the end."""
@@ -303,8 +317,7 @@ class Pretrainer:
     def _measured(self) -> dict[str, float]:
         """What `evaluate` says of the encoder that would ship."""
         assert self.evaluate is not None
-        self.objective.eval()
-        measured = self.evaluate(self.objective.shipped())
+        measured = self.evaluate(self.whole().eval().shipped())
         self.objective.train()
         return measured
 
