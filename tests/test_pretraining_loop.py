@@ -385,6 +385,29 @@ def test_command_leaves_models_and_overwrites_none(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_command_reports_to_tensorboard(words: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.main([*words, "--log_every", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "out/tensorboard/mim-refiner"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
+    assert len(shown) > 2
+
+    assert cli.main([*words, "--output_dir", str(tmp_path / "none"), "--report_to", "none"]) == 0
+    assert not (tmp_path / "none/tensorboard").exists()
+
+
+def test_command_refuses_loggers_that_there_are_not(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--report_to", "papyrus"]) == 2
+    said = capsys.readouterr().err
+    assert "--report_to papyrus: allowed are tensorboard, wandb, trackio" in said
+
+
 def test_command_measures_labelled_images(words: list[str], tmp_path: Path) -> None:
     place = words.index("--max_steps")
     words = [*words[:place], *words[place + 2 :], "--epochs", "1", "--eval_every", "1"]

@@ -13,7 +13,7 @@ call goes on from the newest one in `folder`/checkpoints, bit by bit as if nothi
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ from ..runtime.settings import (
 )
 from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
-from ..runtime.tracking import JsonlTracker
+from ..runtime.tracking import JsonlTracker, LogCallback, logger_names
 from ..runtime.wording import setting
 from .objective import Losses, Objective
 from .objectives import make_objective
@@ -93,6 +93,10 @@ class LoopOptions:
         None, "Steps between checkpoints; 0 for none. None: a tenth of all steps, at most 500."
     )
     keep: PositiveInt = documented(2, "Checkpoints kept.")
+    report_to: str = documented(
+        "tensorboard",
+        "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
+    )
     log_every: PositiveInt = documented(10, "Steps between lines in the log.")
     eval_every: NonNegativeInt = documented(
         0, "Epochs between k-NN measurements on the way, for labelled images; 0 for none."
@@ -100,6 +104,7 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        logger_names(self.report_to)
 
 
 class Pretrainer:
@@ -109,6 +114,7 @@ class Pretrainer:
         folder: for checkpoints, log and the list of broken images; None keeps nothing.
         encoder: to go on from; None for fresh weights.
         evaluate: called after every `eval_every`-th epoch.
+        callbacks: called with (step, values) for every line of the log.
     """
 
     def __init__(
@@ -120,8 +126,10 @@ class Pretrainer:
         folder: Path | None = None,
         encoder: MimRefinerModel | None = None,
         evaluate: Evaluate | None = None,
+        callbacks: Sequence[LogCallback] = (),
     ) -> None:
         self.recipe = recipe
+        self.callbacks = callbacks
         self.images = images
         self.accelerator = accelerator
         self.options = options
@@ -285,7 +293,7 @@ class Pretrainer:
             return None
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        log = JsonlTracker(self.folder / "log.jsonl", start)
+        log = JsonlTracker(self.folder / "log.jsonl", start, self.callbacks)
         log.start()
         return log
 

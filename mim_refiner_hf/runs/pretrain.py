@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
@@ -33,6 +35,7 @@ from ..runtime.files import check_apart, in_bytes, staged_folder, write_json, wr
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.tracking import installed_loggers, logger_names
 from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
 from .begun import same_place, saved_recipe
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 # what the finished folder keeps of the run beside the model
 _RECORDS = ("recipe.json", RECORD, "log.jsonl", BROKEN)
+_TENSORBOARD = "tensorboard"
 # share of the images that k-NN on the way classifies, by the others
 _MEASURED = 0.1
 
@@ -91,8 +95,9 @@ def run_pretraining(
     recipe.steps(len(images))
 
     with sole_run(output_dir, "output_dir", beside=True):
-        accelerator = job_of_processes()
+        accelerator = _accelerator(options, output_dir)
         trainer = Pretrainer(recipe, images, accelerator, options, output_dir, encoder)
+        trainer.callbacks = [lambda step, values: accelerator.log(values, step=step)]
         if options.eval_every:
             trainer.evaluate = lambda model: _knn(model, trainer)
         if accelerator.is_main_process:
@@ -102,6 +107,16 @@ def run_pretraining(
             print(_plan(trainer, output_dir), flush=True)
         if not dry_run:
             _train_and_write(trainer, record, output_dir, encoder)
+
+
+def _accelerator(options: LoopOptions, output: Path) -> Accelerator:
+    """The processes of the run, and its loggers beside log.jsonl."""
+    return job_of_processes(
+        log_with=installed_loggers(logger_names(options.report_to)) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / _TENSORBOARD)
+        ),
+    )
 
 
 def _train_and_write(
@@ -124,7 +139,9 @@ def _train_and_write(
         write_data_record(data, trainer.images)
     accelerator.wait_for_everyone()
 
+    accelerator.init_trackers("mim-refiner")
     objective = trainer.fit()
+    accelerator.end_training()
     if main:
         _write(output, record, objective, trainer, start)
         print(f"The pre-trained model: {output}")
@@ -157,6 +174,8 @@ def _write(
         for name in _RECORDS:
             if (output / name).is_file():
                 shutil.copyfile(output / name, new / name)
+        if (output / _TENSORBOARD).is_dir():
+            shutil.copytree(output / _TENSORBOARD, new / _TENSORBOARD)
 
 
 def _facts(trainer: Pretrainer) -> dict[str, object]:
@@ -327,8 +346,18 @@ def _plan(trainer: Pretrainer, output: Path) -> str:
         ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
     ]
     if fsdp2_requested():
-        lines.append(("shards", "none: a pre-training keeps the weights whole in every process"))
+        lines.append(("shards", _shards_text(processes)))
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
+
+
+def _shards_text(processes: int) -> str:
+    """What FSDP2 does to a pre-training."""
+    if processes == 1:
+        return "FSDP2 is on, but one process has nothing to share"
+    return (
+        f"FSDP2: each of {processes} processes keeps 1/{processes} of attention and MLP of every "
+        "block, of their gradients and of AdamW's moments; embeddings, norms and heads are whole"
+    )
 
 
 def _beside(objective: Objective) -> str:
