@@ -5,6 +5,7 @@ whole batches or parts of them; and what its command leaves behind.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from mim_refiner_hf.pretraining.loop import LoopOptions, Pretrainer, pretrain
 from mim_refiner_hf.pretraining.objective import Losses, Objective
 from mim_refiner_hf.pretraining.objectives import OBJECTIVES
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.pretraining.trial import GraphBytes, try_step
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.launch import job_of_processes
 from mim_refiner_hf.runtime.sharding import local
@@ -254,6 +256,51 @@ def test_less_memory_gives_the_same_update(
 
 
 @pytest.mark.parametrize("objective", OWN)
+def test_a_trial_changes_nothing_and_counts(objective: str, digits: ImageDataset) -> None:
+    recipe = recipe_of(objective)
+    trained = []
+    for tries in (False, True):
+        trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
+        before = weights(trainer.objective)
+        if tries:
+            trial = try_step(trainer)
+            assert_equal(weights(trainer.objective), before)
+            assert all(part.grad is None for part in trainer.objective.parameters())
+        trained.append(weights(trainer.fit()))
+    assert_equal(*trained)
+
+    # AdamW has two moments of what has a gradient
+    own = sum(tensor.numel() for tensor in trainer.objective.state_dict().values())
+    moments = sum(
+        value.numel()
+        for optimizer in trainer.objective.optimizers
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    )
+    assert trial.held == pytest.approx(4 * (own + 1.5 * moments), rel=0.02)
+    assert trial.images == 16 and trial.seconds > 0
+
+    # twice the width of an MLP is kept at least twice by each block, per token that is seen
+    recipe = recipe_of(objective, hidden_size=48)
+    wider = try_step(Pretrainer(recipe, digits, job_of_processes(), LoopOptions()))
+    assert 1.3 * trial.graph < wider.graph < 2.5 * trial.graph
+    options = LoopOptions(gradient_checkpointing=True)
+    less = try_step(Pretrainer(recipe, digits, job_of_processes(), options))
+    assert less.graph < wider.graph
+
+
+def test_graph_bytes_are_those_of_the_largest_graph() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    counter = GraphBytes({"weight": weight})
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
+        # tanh keeps its output, a product its input; the weight is there anyway
+        (torch.randn(8, 4) @ weight).tanh().sum().backward()
+        (torch.randn(2, 4) @ weight).tanh().sum().backward()
+    assert counter.largest == 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("objective", OWN)
 def test_bf16_gives_nearly_the_same_losses(objective: str, digits: ImageDataset) -> None:
     recipe = recipe_of(objective)
     crops = loop.make_objective(recipe, recipe.steps(64)).crops()
@@ -351,7 +398,10 @@ def test_command_leaves_models_and_overwrites_none(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*words, "--dry_run"]) == 0
-    assert "data2vec2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    plan = capsys.readouterr().out
+    assert "data2vec2" in plan and not (tmp_path / "out").exists()
+    assert re.search(r"memory  about \d\.\d\d GiB per process of .* for 128 images", plan)
+    assert re.search(r"time    about \d+:\d\d:\d\d \(h:mm:ss\), .* from 16 images", plan)
 
     with pytest.MonkeyPatch.context() as patched:
         stop_at(3, patched)

@@ -56,7 +56,7 @@ from ..runtime.tracking import JsonlTracker, LogCallback, logger_names
 from ..runtime.wording import setting
 from .objective import Losses, Objective
 from .objectives import make_objective
-from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe, changed_settings
 from .sharded import clip_gradients, gradient_norm, shard_networks
 
 logger = logging.getLogger(__name__)
@@ -382,11 +382,7 @@ class Pretrainer:
 
 def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
     """A ValueError, naming the fields, for a checkpoint of another pre-training."""
-    begun = checkpoint.state.get("pretraining", {})
-    changes = []
-    for name, value in dataclasses.asdict(recipe).items():
-        if begun.get(name) != value:
-            changes.append(f"{name} was {begun.get(name)}, is {value}")
+    changes = changed_settings(checkpoint.state.get("pretraining", {}), recipe)
     if changes:
         raise ValueError(
             f"{checkpoint.path.parent} holds a pre-training of another recipe "

@@ -11,7 +11,7 @@ is refused where it is stated.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -44,6 +44,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
         "warmup_epochs": 40.0,
         "batch_size": 4096,
         "learning_rate": 1.5e-4,
+        "end_learning_rate": 1e-6,
         "weight_decay": 0.05,
         "clip_norm": 0.0,
     },
@@ -122,6 +123,9 @@ class MaeFields:
     decoder_attention_heads: PositiveInt = documented(
         16, "mae: attention heads per block of the decoder."
     )
+    crops_per_image: PositiveInt = documented(
+        1, "mae: crops of every image in a step (MAE-CT: 2); a batch_size counts images."
+    )
 
 
 # the classes of settings that one method alone reads
@@ -197,11 +201,11 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     )
     learning_rate: PositiveFloat = documented(
         None,
-        "mae: base learning rate, times batch_size / 256, default 1.5e-4. Others: the peak "
-        "itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
+        "mae: base learning rate, times batch_size * crops_per_image / 256, default 1.5e-4. "
+        "Others: the peak itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
     )
     end_learning_rate: NonNegativeFloat = documented(
-        None, "Where the cosine of the learning rate leads. Default: conmim 1e-5, capi 0."
+        None, "Where the cosine of the learning rate leads. Default: mae 1e-6, conmim 1e-5, capi 0."
     )
     weight_decay: NonNegativeFloat = documented(None, "Weight decay. Default: 0.05, capi 0.1.")
     clip_norm: NonNegativeFloat = documented(
@@ -328,4 +332,18 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         return PretrainSteps(per_epoch, warmup, total)
 
 
-__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps"]
+def changed_settings(begun: Mapping[str, Any], recipe: PretrainRecipe) -> list[str]:
+    """How a recipe differs from the one that a folder was begun with, by field.
+
+    A field that was not there yet counts as having its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
+    changes = []
+    for name, value in dataclasses.asdict(recipe).items():
+        before = begun.get(name, defaults[name])
+        if before != value:
+            changes.append(f"{name} was {before}, is {value}")
+    return changes
+
+
+__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps", "changed_settings"]

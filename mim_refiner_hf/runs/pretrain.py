@@ -28,18 +28,19 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.loop import LoopOptions, Pretrainer
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
+from ..pretraining.trial import try_step
 from ..publishing.hub import check_model_folder, write_model
 from ..publishing.pretraining_card import pretraining_card
 from ..runtime.device import warn_of_emulation
-from ..runtime.files import check_apart, in_bytes, staged_folder, write_json, write_text
+from ..runtime.files import check_apart, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
-from ..runtime.sharding import fsdp2_requested
 from ..runtime.tracking import installed_loggers, logger_names
 from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
 from .begun import same_place, saved_recipe
 from .plan import encoder_text
+from .pretrain_plan import plan_of_pretraining
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +101,12 @@ def run_pretraining(
         trainer.callbacks = [lambda step, values: accelerator.log(values, step=step)]
         if options.eval_every:
             trainer.evaluate = lambda model: _knn(model, trainer)
+        trial = try_step(trainer)
         if accelerator.is_main_process:
             if trainer.objective.bf16:
                 asked = setting("mixed_precision", options.mixed_precision)
                 warn_of_emulation(asked, accelerator.device.type)
-            print(_plan(trainer, output_dir), flush=True)
+            print(plan_of_pretraining(trainer, trial, output_dir), flush=True)
         if not dry_run:
             _train_and_write(trainer, record, output_dir, encoder)
 
@@ -309,59 +311,14 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
     begun = saved_recipe(output)
     if begun is None:
         return None
+    # a version that did not know a field did what its default does
+    defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
     changes = []
     for name in sorted(begun.keys() | record.keys()):
-        before, now = begun.get(name), record.get(name)
+        before, now = begun.get(name, defaults.get(name)), record.get(name)
         if before != now and not (name == "init_from" and same_place(before, now)):
             changes.append(f"{name} was {before}, is {now}")
     return changes
-
-
-def _plan(trainer: Pretrainer, output: Path) -> str:
-    """What will be done, as lines for a terminal."""
-    recipe = trainer.recipe
-    options = trainer.options
-    steps = trainer.steps
-    objective = trainer.objective
-    precision = "bf16" if objective.bf16 else "fp32"
-    passes = ""
-    if options.micro_batch_size is not None:
-        passes = f", {options.micro_batch_size} at a time (exact)"
-
-    trained = sum(part.numel() for part in objective.parameters() if part.requires_grad)
-    held = sum(part.numel() for part in objective.state_dict().values())
-    checkpoint = in_bytes(4 * held + 8 * trained)
-    processes = trainer.accelerator.num_processes
-    lines = [
-        ("method", f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters"),
-        ("encoder", encoder_text(objective.encoder.config)),
-        ("data", f"{trainer.images.name}: {len(trainer.images)} images"),
-        (
-            "batch",
-            f"{recipe.batch_size} images over {processes} process(es) on "
-            f"{trainer.accelerator.device.type}, {precision}{passes}",
-        ),
-        ("steps", f"{steps.total}, {steps.warmup} of them warm-up, {steps.per_epoch} an epoch"),
-        ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
-        ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
-    ]
-    if fsdp2_requested():
-        lines.append(("shards", _shards_text(processes)))
-    return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
-
-
-def _shards_text(processes: int) -> str:
-    """What FSDP2 does to a pre-training."""
-    if processes == 1:
-        return "FSDP2 is on, but one process has nothing to share"
-    return (
-        f"FSDP2: each of {processes} processes keeps 1/{processes} of attention and MLP of every "
-        "block, of their gradients and of AdamW's moments; embeddings, norms and heads are whole"
-    )
-
-
-def _beside(objective: Objective) -> str:
-    return "".join(f", {name}/" for name in objective.others())
 
 
 # ---- on the way
