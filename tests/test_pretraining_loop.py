@@ -205,6 +205,20 @@ def test_measuring_on_the_way_changes_nothing(
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [4, 8]
 
 
+def test_a_batch_that_is_left_open_fits_the_images(
+    digits: ImageDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 64 images: the authors' 4096 does not fit, and what is stated is taken
+    stated = {name: value for name, value in COMMON.items() if name != "batch_size"}
+    recipe = PretrainRecipe(**stated, **OWN["mae"], max_steps=2)
+    assert recipe.batch_size == 4096
+    trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
+    assert trainer.recipe.batch_size == 8
+    assert "--batch_size 8" in caplog.text or "batch_size=8" in caplog.text
+    assert recipe.fitted(10**6).batch_size == 4096 and recipe.fitted(3).batch_size == 2
+    assert recipe_of("mae", batch_size=64).fitted(64).batch_size == 64
+
+
 def test_another_recipe_is_refused(digits: ImageDataset, tmp_path: Path) -> None:
     options = LoopOptions(save_every=4)
     pretrain(recipe_of("mae", max_steps=4), digits, options=options, folder=tmp_path)

@@ -128,6 +128,7 @@ class Pretrainer:
         evaluate: Evaluate | None = None,
         callbacks: Sequence[LogCallback] = (),
     ) -> None:
+        recipe = recipe.fitted(len(images))
         self.recipe = recipe
         self.callbacks = callbacks
         self.images = images

@@ -10,6 +10,7 @@ is refused where it is stated.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from ..runtime.wording import setting
 from .capi_fields import CapiFields
 from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
+
+logger = logging.getLogger(__name__)
 
 MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
@@ -231,6 +234,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if own is None:
             # check_fields says so
             return
+        self._left_open = [name for name in own if getattr(self, name) is None]
         unread: dict[str, Any] = {}
         for table in DEFAULTS.values():
             unread |= {name: value for name, value in table.items() if name not in own}
@@ -315,6 +319,23 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             fields["num_register_tokens"] = self.registers
             fields["predictor_layers"] = self.predictor_layers
         return fields
+
+    def fitted(self, num_images: int) -> "PretrainRecipe":
+        """The recipe for so many images: a batch that was left open is at most an eighth of them.
+
+        A power of two, at least 2; the change is said.
+        """
+        most = max(num_images // 8, 2)
+        if "batch_size" not in self._left_open or self.batch_size <= most:
+            return self
+        size = 2 ** int(math.log2(most))
+        logger.warning(
+            "%s: chosen for %d images; the authors' is %d",
+            setting("batch_size", size),
+            num_images,
+            self.batch_size,
+        )
+        return dataclasses.replace(self, batch_size=size)
 
     def steps(self, num_images: int) -> PretrainSteps:
         """The updates of a training on so many images; ValueError for fewer than a batch."""

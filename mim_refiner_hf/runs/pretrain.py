@@ -79,16 +79,17 @@ def run_pretraining(
     if encoder is not None:
         encoder = fitted_to_method(encoder.float(), recipe, setting("init_from", init_from))
 
-    record = {**dataclasses.asdict(recipe), "init_from": init_from}
     check_writable(output_dir, "output_dir")
     check_apart(output_dir, dataset)
+    images = open_images(
+        dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
+    )
+    recipe = recipe.fitted(len(images))
+    record = {**dataclasses.asdict(recipe), "init_from": init_from}
     if is_finished(output_dir, record):
         print(f"The pre-trained model is finished already: {output_dir}")
         return
     check_pretraining_folder(output_dir, record)
-    images = open_images(
-        dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
-    )
     if options.eval_every and not fully_labelled(images):
         asked = setting("eval_every", options.eval_every)
         raise ValueError(f"{asked}: k-NN needs labels, and {images.name} has none; leave it out")
