@@ -360,6 +360,12 @@ def test_greyscale_images_pretrain_a_one_channel_encoder(digits: ImageDataset) -
     assert all(parameter.isfinite().all() for parameter in encoder.parameters())
 
 
+def test_a_mask_of_everything_is_refused() -> None:
+    # of 16 patches not one
+    with pytest.raises(ValueError, match=r"mask_ratio.*0\.95.* leaves no patch visible; lower it"):
+        tiny_recipe(mask_ratio=0.95)
+
+
 def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:
     with pytest.raises(ValueError, match=r"batch_size=300: .*256 images"):
         pretrain(tiny_recipe(batch_size=300), digits)

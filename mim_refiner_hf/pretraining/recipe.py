@@ -261,10 +261,17 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             )
         if self.objective == "mae":
             yield from self._problems_of_mae()
+        if self.objective == "capi" and self.registers % 4:
+            yield (
+                f"{setting('registers', self.registers)}: must be a multiple of 4: they sit on the "
+                "four edges of the image"
+            )
         if self.objective == "data2vec2":
             yield from self._problems_of_data2vec2()
 
     def _problems_of_mae(self) -> Iterator[str]:
+        if self.num_visible < 1:
+            yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             width = setting("decoder_size", self.decoder_size)
             yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"

@@ -30,12 +30,17 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
         passes = f", {options.micro_batch_size} at a time (exact)"
 
     trained = sum(part.numel() for part in objective.parameters() if part.requires_grad)
+    kept = sum(part.numel() for part in objective.encoder.parameters() if part.requires_grad)
     held = sum(part.numel() for part in objective.state_dict().values())
     checkpoint = in_bytes(4 * held + 8 * trained)
     processes = trainer.accelerator.num_processes
     beside = "".join(f", {name}/" for name in objective.others())
     lines = [
-        ("method", f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters"),
+        (
+            "method",
+            f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters, of which "
+            f"{(trained - kept) / 1e6:.1f} M are thrown away",
+        ),
         ("encoder", encoder_text(objective.encoder.config)),
         ("data", f"{trainer.images.name}: {len(trainer.images)} images"),
         (
