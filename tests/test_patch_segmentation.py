@@ -111,7 +111,7 @@ def camvid_patches(shared: Path) -> tuple[Any, Any, Any, dict[str, Any]]:
 def test_camvid_by_neighbours_as_scikit_learn_has_it(shared: Path) -> None:
     encoder, train, test, settings = camvid_patches(shared)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patch_segmentation, "NEIGHBOURS", (1,))
+        patched.setattr(patch_segmentation, "PATCH_NEIGHBOURS", (1,))
         patched.setattr(patch_segmentation, "DISTANCES", ("Euclidean",))
         result = segmentation_knn(encoder, train_images=train, eval_images=test, **settings)
     assert encoder.training

@@ -49,7 +49,7 @@ from .scores import ProtocolResult, Score
 from .segmentation import bootstrap_miou, check_same_classes, mean_iou, pixel_counts
 from .segmentation_data import VOID, Crops, SegmentationDataset
 
-NEIGHBOURS = (1, 3, 10, 30)
+PATCH_NEIGHBOURS = (1, 3, 10, 30)
 DISTANCES = ("cosine", "Euclidean")
 # the authors' 8 values between 1e-6 and 1e5
 STRENGTHS = tuple(10.0**power for power in np.linspace(-6, 5, 8))
@@ -181,7 +181,7 @@ def segmentation_knn(
     count = len(train_images.class_names)
     methods: dict[str, Method] = {}
     for distance in DISTANCES:
-        for k in NEIGHBOURS:
+        for k in PATCH_NEIGHBOURS:
             noun = "neighbour" if k == 1 else "neighbours"
             methods[f"{k} {noun}, {distance}"] = partial(
                 by_neighbours, k=k, distance=distance, num_classes=count
