@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -470,6 +471,34 @@ def test_command_refuses_loggers_that_there_are_not(
     assert cli.main([*words, "--report_to", "papyrus"]) == 2
     said = capsys.readouterr().err
     assert "--report_to papyrus: allowed are tensorboard, wandb, trackio" in said
+
+
+def test_command_streams_and_goes_on_bit_by_bit(tmp_path: Path, capsys: Any) -> None:
+    pictures = [image.image for image in open_images("digits").subset(range(48))]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": pictures}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    flags = {**COMMON, **OWN["conmim"], "objective": "conmim", "save_every": 2, "num_workers": 0}
+    words = ["pretrain", str(tmp_path / "train.parquet"), "--streaming"]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "a stream has no length; say with --max_steps" in capsys.readouterr().err
+
+    words += ["--max_steps", "7"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert "a stream of" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(5, patched)
+        with pytest.raises(Stopped):
+            cli.main([*words, "--output_dir", str(tmp_path / "out")])
+    # whether it streams decides the order of the images
+    words.remove("--streaming")
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "streaming was True" in capsys.readouterr().err
+    assert cli.main([*words, "--streaming", "--output_dir", str(tmp_path / "out")]) == 0
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert_equal(again, whole)
 
 
 def test_command_measures_labelled_images(words: list[str], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..conversion.load import image_processor
 from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
@@ -120,7 +120,7 @@ class Pretrainer:
     def __init__(
         self,
         recipe: PretrainRecipe,
-        images: ImageDataset,
+        images: ImageDataset | ImageStream,
         accelerator: Accelerator,
         options: LoopOptions,
         folder: Path | None = None,
@@ -128,7 +128,8 @@ class Pretrainer:
         evaluate: Evaluate | None = None,
         callbacks: Sequence[LogCallback] = (),
     ) -> None:
-        recipe = recipe.fitted(len(images))
+        length = len(images) if isinstance(images, ImageDataset) else None
+        recipe = recipe.fitted(length)
         self.recipe = recipe
         self.callbacks = callbacks
         self.images = images
@@ -136,7 +137,7 @@ class Pretrainer:
         self.options = options
         self.folder = folder
         self.evaluate = evaluate
-        self.steps = recipe.steps(len(images))
+        self.steps = recipe.steps(length)
         # the preprocessing that the model is used with afterwards
         own = {} if encoder is None else vars(encoder)
         objective = make_objective(recipe, self.steps, encoder)
@@ -393,7 +394,7 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
 
 def pretrain(
     recipe: PretrainRecipe,
-    images: ImageDataset,
+    images: ImageDataset | ImageStream,
     accelerator: Accelerator | None = None,
     options: LoopOptions | None = None,
     *,

@@ -327,11 +327,13 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             fields["predictor_layers"] = self.predictor_layers
         return fields
 
-    def fitted(self, num_images: int) -> "PretrainRecipe":
+    def fitted(self, num_images: int | None) -> "PretrainRecipe":
         """The recipe for so many images: a batch that was left open is at most an eighth of them.
 
-        A power of two, at least 2; the change is said.
+        A power of two, at least 2; the change is said. None for a stream, which counts as many.
         """
+        if num_images is None:
+            return self
         most = max(num_images // 8, 2)
         if "batch_size" not in self._left_open or self.batch_size <= most:
             return self
@@ -344,8 +346,23 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         )
         return dataclasses.replace(self, batch_size=size)
 
-    def steps(self, num_images: int) -> PretrainSteps:
-        """The updates of a training on so many images; ValueError for fewer than a batch."""
+    def steps(self, num_images: int | None) -> PretrainSteps:
+        """The updates of a training on so many images, None for a stream.
+
+        Of a stream, which has no length, `max_steps` are all `epochs`.
+
+        Raises:
+            ValueError: for fewer images than a batch, and a stream without `max_steps`.
+        """
+        if num_images is None:
+            if self.max_steps is None:
+                raise ValueError(
+                    f"{setting('streaming')}: a stream has no length; say with "
+                    f"{setting('max_steps')} how many updates there are"
+                )
+            total = self.max_steps
+            warmup = min(round(total * self.warmup_epochs / self.epochs), total - 1)
+            return PretrainSteps(max(total // self.epochs, 1), warmup, total)
         if self.batch_size > num_images:
             raise ValueError(
                 f"{setting('batch_size', self.batch_size)}: exceeds the {num_images} images; "

@@ -20,7 +20,14 @@ from accelerate.utils import ProjectConfiguration
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
-from ..data.images import fully_labelled, hold_out, open_images
+from ..data.images import (
+    ImageDataset,
+    ImageStream,
+    fully_labelled,
+    hold_out,
+    open_images,
+    open_stream,
+)
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
@@ -40,7 +47,7 @@ from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
 from .begun import same_place, saved_recipe
 from .plan import encoder_text
-from .pretrain_plan import plan_of_pretraining
+from .pretrain_plan import images_text, plan_of_pretraining
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ def run_pretraining(
     dataset: str,
     dataset_config: str | None = None,
     split: str | None = None,
+    streaming: bool = False,
     init_from: str | None = None,
     encoder: MimRefinerModel | None = None,
     options: LoopOptions | None = None,
@@ -67,6 +75,7 @@ def run_pretraining(
 
     Args:
         dataset, dataset_config, split: the images, as `open_images` takes them.
+        streaming: read them in passing, as `open_stream` does.
         init_from: what the encoder to go on from is called; None for fresh weights.
         encoder: that encoder, as `load_encoder` gives it, of the recipe's shape.
         dry_run: print the plan and end.
@@ -81,20 +90,28 @@ def run_pretraining(
 
     check_writable(output_dir, "output_dir")
     check_apart(output_dir, dataset)
-    images = open_images(
+    opened = open_stream if streaming else open_images
+    images: ImageDataset | ImageStream = opened(
         dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
     )
-    recipe = recipe.fitted(len(images))
+    length = len(images) if isinstance(images, ImageDataset) else None
+    recipe = recipe.fitted(length)
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
+    if streaming:
+        record["streaming"] = True
     if is_finished(output_dir, record):
         print(f"The pre-trained model is finished already: {output_dir}")
         return
     check_pretraining_folder(output_dir, record)
-    if options.eval_every and not fully_labelled(images):
+    labelled = isinstance(images, ImageDataset) and fully_labelled(images)
+    if options.eval_every and not labelled:
         asked = setting("eval_every", options.eval_every)
-        raise ValueError(f"{asked}: k-NN needs labels, and {images.name} has none; leave it out")
+        raise ValueError(
+            f"{asked}: k-NN needs labelled images that are no stream, and {images.name} has none; "
+            "leave it out"
+        )
     # refuses fewer images than a batch
-    recipe.steps(len(images))
+    recipe.steps(length)
 
     with sole_run(output_dir, "output_dir", beside=True):
         accelerator = _accelerator(options, output_dir)
@@ -132,14 +149,16 @@ def _train_and_write(
     accelerator = trainer.accelerator
     main = accelerator.is_main_process
     data = output / RECORD
-    if data.exists():
-        check_data_record(data, trainer.images)
+    images = trainer.images
+    if data.exists() and isinstance(images, ImageDataset):
+        check_data_record(data, images)
     accelerator.wait_for_everyone()
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
         write_json(output / "recipe.json", version | record)
-        write_data_record(data, trainer.images)
+        if isinstance(images, ImageDataset):
+            write_data_record(data, images)
     accelerator.wait_for_everyone()
 
     accelerator.init_trackers("mim-refiner")
@@ -188,7 +207,7 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
     others = ", ".join(f"{name}/" for name in trainer.objective.others())
     facts: dict[str, object] = {
         "Encoder": encoder_text(trainer.objective.encoder.config),
-        "Images": f"{len(trainer.images)} of {trainer.images.name}",
+        "Images": images_text(trainer.images),
         "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
         "Every setting": "recipe.json",
     }
@@ -327,6 +346,7 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
 
 def _knn(model: MimRefinerModel, trainer: Pretrainer) -> dict[str, float]:
     """The k-NN accuracy of a tenth of the images by the others."""
+    assert isinstance(trainer.images, ImageDataset)
     bank, queries = hold_out(trainer.images, _MEASURED, trainer.recipe.seed)
     loading = Loading(num_workers=trainer.options.num_workers)
     seed = trainer.recipe.seed

@@ -8,6 +8,7 @@ Memory and time are measured on a few images, and are what a whole run takes onl
 from datetime import timedelta
 from pathlib import Path
 
+from ..data.images import ImageDataset, ImageStream
 from ..pretraining.loop import Pretrainer
 from ..pretraining.trial import Trial
 from ..refinement.memory import GIGA, HEADROOM
@@ -42,7 +43,7 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
             f"{(trained - kept) / 1e6:.1f} M are thrown away",
         ),
         ("encoder", encoder_text(objective.encoder.config)),
-        ("data", f"{trainer.images.name}: {len(trainer.images)} images"),
+        ("data", images_text(trainer.images)),
         (
             "batch",
             f"{recipe.batch_size} images over {processes} process(es) on "
@@ -59,6 +60,12 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
         ("result", f"{output}: the encoder{beside}, log.jsonl"),
     ]
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
+
+
+def images_text(images: ImageDataset | ImageStream) -> str:
+    """How many images of what, in words."""
+    count = str(len(images)) if isinstance(images, ImageDataset) else "a stream"
+    return f"{count} of {images.name}"
 
 
 def _shards_text(processes: int) -> str:
@@ -107,4 +114,4 @@ def _time_text(trainer: Pretrainer, trial: Trial) -> str:
     )
 
 
-__all__ = ["plan_of_pretraining"]
+__all__ = ["images_text", "plan_of_pretraining"]
