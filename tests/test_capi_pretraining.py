@@ -279,7 +279,7 @@ def test_masks_have_exact_counts() -> None:
         ({"prototypes": 17}, "prototypes=17: .*an entropy of at least 0.06 of 2.83 nats"),
         ({"prototypes": 1025, "positionwise": False}, "give 1024 or fewer"),
         ({"batch_size": 1}, "batch_size=1: CAPI shares patches out among the images"),
-        ({"registers": 6}, "num_register_tokens=6 must be a multiple of 4"),
+        ({"registers": 6}, "registers=6: must be a multiple of 4"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(settings: Any, words: str) -> None:

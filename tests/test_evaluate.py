@@ -23,7 +23,7 @@ from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder, extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans_runs, matched
 from mim_refiner_hf.publishing import save_model_folder
-from mim_refiner_hf.runs.comparison import HELD_OUT
+from mim_refiner_hf.runs.comparison import HELD_OUT, ON_MASKS
 
 PICTURES = {"clusters.png", "map.png", "block_profile.png", "confusion.png", "neighbours.png"}
 
@@ -379,6 +379,8 @@ def test_masks_are_measured_by_the_segmentation_probe(
         str(tmp_path / "masks"),
         "--protocols",
         "segmentation",
+        "segmentation_knn",
+        "segmentation_logistic",
     ]
     command += [
         "--against",
@@ -391,12 +393,12 @@ def test_masks_are_measured_by_the_segmentation_probe(
     assert main(command) == 2
     assert main([*command, "--eval_split", "test"]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(report["after"]) == {"segmentation_miou", "segmentation_miou_standard_error"}
-    assert (
-        set(report["changes"]) == {"segmentation_miou"}
-        and report["after"]["segmentation_miou"] > 0.4
-    )
-    assert "only the segmentation probe was run" in (tmp_path / "out" / "report.md").read_text()
+    scores = {f"{name}_miou" for name in ON_MASKS}
+    assert set(report["after"]) == scores | {f"{name}_standard_error" for name in scores}
+    assert set(report["changes"]) == scores
+    # dark and bright are told apart by every one
+    assert all(report["after"][name] > 0.4 for name in scores)
+    assert "only segmentation was" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -443,6 +445,11 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
             ["--dataset", "digits", "--protocols", "segmentation", "low_shot"],
             "a run of its own",
         ),
+        (
+            ["--dataset", "digits", "--protocols", "attentive_probe", "segmentation_knn"],
+            "--protocols segmentation_knn: it needs masks",
+        ),
+        (["--dataset", "digits", "--protocols", "segmentation_knn"], "name the images to measure"),
         (["--dataset", "digits", "--protocols", "fine_tuning", "--recipe", "no-such"], "no-such"),
     ],
 )

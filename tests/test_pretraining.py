@@ -14,6 +14,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.order import BatchSampler
 from mim_refiner_hf.data.views import MultiCrop, ViewDataset, normalise, view_specs
@@ -291,6 +292,55 @@ def test_the_loop_of_all_methods_gives_the_bits_of_the_plain_one(digits: ImageDa
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_several_crops_of_an_image_are_as_many_images() -> None:
+    recipe = tiny_recipe(crops_per_image=2, batch_size=6, end_learning_rate=0.0)
+    objective = MaeObjective(recipe, recipe.steps(60))
+    masks = objective.masks(3, range(6))
+    pixels = torch.randn(6, 2, 3, recipe.image_size, recipe.image_size)
+    found = {}
+    for size in (None, 4):
+        objective.zero_grad()
+        loss = objective.backward(pixels, masks, size)["loss"]
+        found[size] = (loss, objective.encoder.layers[0].mlp.fc1.weight.grad.clone())
+    torch.testing.assert_close(found[4], found[None], atol=1e-6, rtol=1e-5)
+
+    # each image's second crop has noise of its own, and all twelve count alike
+    patches = masks["noise"].shape[1] // 2
+    noise = masks["noise"].view(12, patches)
+    assert len(noise.unique(dim=0)) == 12
+    objective.zero_grad()
+    loss = mae_loss(
+        objective.encoder, objective.decoder, pixels.flatten(0, 1), noise, recipe.mask_ratio
+    )
+    loss.backward()
+    gradient = objective.encoder.layers[0].mlp.fc1.weight.grad
+    torch.testing.assert_close(found[None], (loss.detach(), gradient), atol=1e-6, rtol=1e-5)
+
+    # the views differ, and the rate is that of twice the images; it goes to the end that is stated
+    images = open_images("digits").subset(range(60))
+    views = next(
+        iter(
+            batches_of_views(
+                images, objective.crops(), batch_size=6, seed=0, stop_step=1, num_workers=0
+            )
+        )
+    )
+    first, second = views["global_views"].unbind(dim=1)
+    assert len(first) == 6 and not torch.equal(first, second)
+    one = MaeObjective(tiny_recipe(batch_size=12), tiny_recipe(batch_size=12).steps(120))
+    assert one.steps == objective.steps
+    objective.set_schedules(objective.steps.warmup)
+    one.set_schedules(objective.steps.warmup)
+    rates = [each.optimizers[0].param_groups[0]["lr"] for each in (objective, one)]
+    assert rates[0] == rates[1]
+    last = objective.steps.total - 1
+    share = 0.5 * (
+        1 + math.cos(math.pi * (last - one.steps.warmup) / (last + 1 - one.steps.warmup))
+    )
+    objective.set_schedules(last)
+    assert objective.optimizers[0].param_groups[0]["lr"] == pytest.approx(rates[0] * share)
+
+
 def test_same_seed_same_weights(digits: ImageDataset) -> None:
     def weights(seed: int) -> Tensor:
         # the global generator has no say
@@ -308,6 +358,12 @@ def test_greyscale_images_pretrain_a_one_channel_encoder(digits: ImageDataset) -
     encoder = pretrain(tiny_recipe(epochs=2, num_channels=1), grey).shipped()
     assert encoder.config.num_channels == 1
     assert all(parameter.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_a_mask_of_everything_is_refused() -> None:
+    # of 16 patches not one
+    with pytest.raises(ValueError, match=r"mask_ratio.*0\.95.* leaves no patch visible; lower it"):
+        tiny_recipe(mask_ratio=0.95)
 
 
 def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:

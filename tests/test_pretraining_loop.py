@@ -5,11 +5,14 @@ whole batches or parts of them; and what its command leaves behind.
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,8 +30,10 @@ from mim_refiner_hf.pretraining.loop import LoopOptions, Pretrainer, pretrain
 from mim_refiner_hf.pretraining.objective import Losses, Objective
 from mim_refiner_hf.pretraining.objectives import OBJECTIVES
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.pretraining.trial import GraphBytes, try_step
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.launch import job_of_processes
+from mim_refiner_hf.runtime.sharding import local
 from mim_refiner_hf.runtime.signals import Interrupted
 
 COMMON: dict[str, Any] = {
@@ -201,6 +206,20 @@ def test_measuring_on_the_way_changes_nothing(
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [4, 8]
 
 
+def test_a_batch_that_is_left_open_fits_the_images(
+    digits: ImageDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 64 images: the authors' 4096 does not fit, and what is stated is taken
+    stated = {name: value for name, value in COMMON.items() if name != "batch_size"}
+    recipe = PretrainRecipe(**stated, **OWN["mae"], max_steps=2)
+    assert recipe.batch_size == 4096
+    trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
+    assert trainer.recipe.batch_size == 8
+    assert "--batch_size 8" in caplog.text or "batch_size=8" in caplog.text
+    assert recipe.fitted(10**6).batch_size == 4096 and recipe.fitted(3).batch_size == 2
+    assert recipe_of("mae", batch_size=64).fitted(64).batch_size == 64
+
+
 def test_another_recipe_is_refused(digits: ImageDataset, tmp_path: Path) -> None:
     options = LoopOptions(save_every=4)
     pretrain(recipe_of("mae", max_steps=4), digits, options=options, folder=tmp_path)
@@ -252,6 +271,51 @@ def test_less_memory_gives_the_same_update(
 
 
 @pytest.mark.parametrize("objective", OWN)
+def test_a_trial_changes_nothing_and_counts(objective: str, digits: ImageDataset) -> None:
+    recipe = recipe_of(objective)
+    trained = []
+    for tries in (False, True):
+        trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
+        before = weights(trainer.objective)
+        if tries:
+            trial = try_step(trainer)
+            assert_equal(weights(trainer.objective), before)
+            assert all(part.grad is None for part in trainer.objective.parameters())
+        trained.append(weights(trainer.fit()))
+    assert_equal(*trained)
+
+    # AdamW has two moments of what has a gradient
+    own = sum(tensor.numel() for tensor in trainer.objective.state_dict().values())
+    moments = sum(
+        value.numel()
+        for optimizer in trainer.objective.optimizers
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    )
+    assert trial.held == pytest.approx(4 * (own + 1.5 * moments), rel=0.02)
+    assert trial.images == 16 and trial.seconds > 0
+
+    # twice the width of an MLP is kept at least twice by each block, per token that is seen
+    recipe = recipe_of(objective, hidden_size=48)
+    wider = try_step(Pretrainer(recipe, digits, job_of_processes(), LoopOptions()))
+    assert 1.3 * trial.graph < wider.graph < 2.5 * trial.graph
+    options = LoopOptions(gradient_checkpointing=True)
+    less = try_step(Pretrainer(recipe, digits, job_of_processes(), options))
+    assert less.graph < wider.graph
+
+
+def test_graph_bytes_are_those_of_the_largest_graph() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    counter = GraphBytes({"weight": weight})
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
+        # tanh keeps its output, a product its input; the weight is there anyway
+        (torch.randn(8, 4) @ weight).tanh().sum().backward()
+        (torch.randn(2, 4) @ weight).tanh().sum().backward()
+    assert counter.largest == 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize("objective", OWN)
 def test_bf16_gives_nearly_the_same_losses(objective: str, digits: ImageDataset) -> None:
     recipe = recipe_of(objective)
     crops = loop.make_objective(recipe, recipe.steps(64)).crops()
@@ -281,24 +345,35 @@ def test_gradients_are_clipped(digits: ImageDataset) -> None:
 # --- two processes
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    """One of two processes; the first writes what every method leaves behind."""
+def process(rank: int, port: int, folder: str, sharded: bool) -> None:
+    """One of two processes; both write what every method leaves behind."""
     torch.set_num_threads(1)
+    if sharded:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     images = open_images("digits").subset(range(64))
     for objective in OWN:
+        # with what else changes nothing
         options = LoopOptions(save_every=3, mixed_precision="no")
-        trained = pretrain(
-            recipe_of(objective), images, options=options, folder=Path(folder) / objective
-        )
+        if sharded:
+            options = dataclasses.replace(options, micro_batch_size=5, gradient_checkpointing=True)
+        recipe = recipe_of(objective)
+        place = Path(folder) / objective
+        if sharded:
+            trainer = Pretrainer(recipe, images, job_of_processes(), options, place)
+            share = sum(local(part).numel() for part in trainer.objective.parameters())
+            all_of_it = sum(part.numel() for part in trainer.objective.parameters())
+            assert share < 0.8 * all_of_it, (objective, share / all_of_it)
+        trained = pretrain(recipe, images, options=options, folder=place)
         state = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
         save_file(state, Path(folder) / f"{objective}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(digits: ImageDataset, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "FSDP2"])
+def test_two_processes_are_one(sharded: bool, digits: ImageDataset, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path), sharded), nprocs=2)
     for objective in OWN:
         first, second = (load_file(tmp_path / f"{objective}-{rank}.safetensors") for rank in (0, 1))
         assert_equal(second, first)
@@ -309,6 +384,16 @@ def test_two_processes_are_one(digits: ImageDataset, tmp_path: Path) -> None:
                 continue
             moved = (tensor - fresh[name]).norm()
             assert (first[name] - tensor).norm() <= 1e-2 * moved + 1e-6, name
+
+        # one process goes on from what two have written
+        goes_on = tmp_path / objective
+        shutil.rmtree(goes_on / f"checkpoints/step-{STEPS:08}")
+        again = weights(pretrain(recipe_of(objective), digits, folder=goes_on))
+        for name, tensor in alone.items():
+            if name.endswith("k_proj.bias") or (objective == "conmim" and name in BEFORE_A_NORM):
+                continue
+            moved = (tensor - fresh[name]).norm()
+            assert (again[name] - tensor).norm() <= 1e-2 * moved + 1e-6, name
 
 
 # --- the command
@@ -328,7 +413,10 @@ def test_command_leaves_models_and_overwrites_none(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*words, "--dry_run"]) == 0
-    assert "data2vec2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    plan = capsys.readouterr().out
+    assert "data2vec2" in plan and not (tmp_path / "out").exists()
+    assert re.search(r"memory  about \d\.\d\d GiB per process of .* for 128 images", plan)
+    assert re.search(r"time    about \d+:\d\d:\d\d \(h:mm:ss\), .* from 16 images", plan)
 
     with pytest.MonkeyPatch.context() as patched:
         stop_at(3, patched)
@@ -360,6 +448,57 @@ def test_command_leaves_models_and_overwrites_none(
     assert "holds a model" in capsys.readouterr().err
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_command_reports_to_tensorboard(words: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.main([*words, "--log_every", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "out/tensorboard/mim-refiner"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
+    assert len(shown) > 2
+
+    assert cli.main([*words, "--output_dir", str(tmp_path / "none"), "--report_to", "none"]) == 0
+    assert not (tmp_path / "none/tensorboard").exists()
+
+
+def test_command_refuses_loggers_that_there_are_not(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--report_to", "papyrus"]) == 2
+    said = capsys.readouterr().err
+    assert "--report_to papyrus: allowed are tensorboard, wandb, trackio" in said
+
+
+def test_command_streams_and_goes_on_bit_by_bit(tmp_path: Path, capsys: Any) -> None:
+    pictures = [image.image for image in open_images("digits").subset(range(48))]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": pictures}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    flags = {**COMMON, **OWN["conmim"], "objective": "conmim", "save_every": 2, "num_workers": 0}
+    words = ["pretrain", str(tmp_path / "train.parquet"), "--streaming"]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "a stream has no length; say with --max_steps" in capsys.readouterr().err
+
+    words += ["--max_steps", "7"]
+    assert cli.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert "a stream of" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(5, patched)
+        with pytest.raises(Stopped):
+            cli.main([*words, "--output_dir", str(tmp_path / "out")])
+    # whether it streams decides the order of the images
+    words.remove("--streaming")
+    assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "streaming was True" in capsys.readouterr().err
+    assert cli.main([*words, "--streaming", "--output_dir", str(tmp_path / "out")]) == 0
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert_equal(again, whole)
 
 
 def test_command_measures_labelled_images(words: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.evaluation.fine_tuning import FineTuneRecipe
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.refinement.recipe import START_FIELDS
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
 from mim_refiner_hf.runs.plan import plan_text
@@ -406,6 +407,20 @@ def test_no_arguments_are_the_quickstart() -> None:
 def test_a_model_or_data_of_ones_own_is_not_the_quickstart() -> None:
     recipe = parse_recipe(["--model", "facebook/vit-mae-large", "--dataset", "photos"])
     assert recipe == RefineRecipe(model="facebook/vit-mae-large", dataset="photos")
+
+
+def test_a_start_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    for field, value in (("pretrain", "pretrain-digits"), ("model", "a")):
+        for name in ("cifar10-tiny", "quickstart"):
+            recipe = parse_recipe(["--recipe", name, f"--{field}", value])
+            started = [each for each in START_FIELDS if getattr(recipe, each) is not None]
+            assert started == [field] and getattr(recipe, field) == value
+            assert read_recipe(name, **{field: value}) == recipe
+    # how a model's file is read is the recipe's still, of what is pre-trained it is nothing
+    (tmp_path / "own.yaml").write_text("base: paper\nmodel: a.pth\nfamily: mae\n")
+    own = str(tmp_path / "own.yaml")
+    assert read_recipe(own, model="b.pth").family == "mae"
+    assert read_recipe(own, pretrain="pretrain-digits").family is None
 
 
 def test_other_data_do_not_inherit_the_splits_of_a_recipe() -> None:

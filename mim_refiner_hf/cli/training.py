@@ -53,6 +53,11 @@ def _pretrain_parser() -> "HfArgumentParser":
         default=Path("outputs/pretrained"),
         help="folder for the model; default: outputs/pretrained",
     )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the images in passing, without a download first; needs --max_steps",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the plan and end")
     parser.set_defaults(num_workers=2)
     return parser
@@ -93,6 +98,7 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         dataset=where.dataset,
         dataset_config=where.dataset_config,
         split=where.split,
+        streaming=where.streaming,
         init_from=where.init_from,
         encoder=encoder,
         options=options,

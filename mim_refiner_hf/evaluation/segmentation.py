@@ -295,15 +295,28 @@ def check_segmentation(
         raise ValueError(
             f"the segmentation probe crops squares, but the encoder takes {height} x {width} pixels"
         )
+    check_same_classes(train_images, eval_images, "the segmentation probe")
+    check_grid(epochs, learning_rates)
+
+
+def check_same_classes(
+    train_images: SegmentationDataset, eval_images: SegmentationDataset, protocol: str
+) -> None:
+    """ValueError, naming the `protocol`, for a part without images, and for different classes."""
     for images in (train_images, eval_images):
         if len(images) == 0:
-            raise ValueError(f"{images.name} has no images, but the segmentation probe needs some")
+            raise ValueError(f"{images.name} has no images, but {protocol} needs some")
     if train_images.class_names != eval_images.class_names:
         raise ValueError(
             f"{train_images.name} and {eval_images.name} have different classes; they must be the "
             "same, in order"
         )
-    check_grid(epochs, learning_rates)
 
 
-__all__ = ["mean_iou", "segmentation_probe"]
+__all__ = [
+    "bootstrap_miou",
+    "check_same_classes",
+    "mean_iou",
+    "pixel_counts",
+    "segmentation_probe",
+]

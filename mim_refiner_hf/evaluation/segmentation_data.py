@@ -155,18 +155,26 @@ def names_beside(dataset: str) -> list[str]:
 class Crops(Dataset[tuple[Tensor, Tensor]]):
     """Pixels (C, H, W) uint8 and targets (H, W) at the encoder's size.
 
-    Key (epoch, i) gives a random crop of image i, key i its centre.
+    Key (epoch, i) gives a random crop of image i, key i its centre, or all of it if `squash`.
     """
 
-    def __init__(self, images: SegmentationDataset, config: MimRefinerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        images: SegmentationDataset,
+        config: MimRefinerConfig,
+        seed: int,
+        *,
+        squash: bool = False,
+    ) -> None:
         self.images = images
         self.seed = seed
+        self.squash = squash
         self.height, self.width = config.image_hw
         self.mode = "RGB" if config.num_channels == 3 else "L"
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         if isinstance(key, int):
-            image, mask = self.centre_crop(*self.images[key])
+            image, mask = self.whole(*self.images[key])
         else:
             epoch, i = key
             image, mask = self.random_crop(*self.images[i], epoch, i)
@@ -175,9 +183,12 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         pixels = pixels.view(self.height, self.width, -1).permute(2, 0, 1)
         return pixels, self.images.targets(mask)
 
-    def centre_crop(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """The largest centre of the encoder's shape, resized to it."""
+    def whole(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
+        """The largest centre of the encoder's shape, resized to it, or the squashed image."""
         size = (self.width, self.height)
+        if self.squash:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+            return image, mask.resize(size, Image.Resampling.NEAREST)
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
         return image, ImageOps.fit(mask, size, Image.Resampling.NEAREST)
 

@@ -13,7 +13,7 @@ call goes on from the newest one in `folder`/checkpoints, bit by bit as if nothi
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..conversion.load import image_processor
 from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
@@ -51,12 +51,14 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
+from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
-from ..runtime.tracking import JsonlTracker
+from ..runtime.tracking import JsonlTracker, LogCallback, logger_names
 from ..runtime.wording import setting
 from .objective import Losses, Objective
 from .objectives import make_objective
-from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe, changed_settings
+from .sharded import clip_gradients, gradient_norm, shard_networks
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,10 @@ class LoopOptions:
         None, "Steps between checkpoints; 0 for none. None: a tenth of all steps, at most 500."
     )
     keep: PositiveInt = documented(2, "Checkpoints kept.")
+    report_to: str = documented(
+        "tensorboard",
+        "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
+    )
     log_every: PositiveInt = documented(10, "Steps between lines in the log.")
     eval_every: NonNegativeInt = documented(
         0, "Epochs between k-NN measurements on the way, for labelled images; 0 for none."
@@ -99,6 +105,7 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        logger_names(self.report_to)
 
 
 class Pretrainer:
@@ -108,25 +115,30 @@ class Pretrainer:
         folder: for checkpoints, log and the list of broken images; None keeps nothing.
         encoder: to go on from; None for fresh weights.
         evaluate: called after every `eval_every`-th epoch.
+        callbacks: called with (step, values) for every line of the log.
     """
 
     def __init__(
         self,
         recipe: PretrainRecipe,
-        images: ImageDataset,
+        images: ImageDataset | ImageStream,
         accelerator: Accelerator,
         options: LoopOptions,
         folder: Path | None = None,
         encoder: MimRefinerModel | None = None,
         evaluate: Evaluate | None = None,
+        callbacks: Sequence[LogCallback] = (),
     ) -> None:
+        length = len(images) if isinstance(images, ImageDataset) else None
+        recipe = recipe.fitted(length)
         self.recipe = recipe
+        self.callbacks = callbacks
         self.images = images
         self.accelerator = accelerator
         self.options = options
         self.folder = folder
         self.evaluate = evaluate
-        self.steps = recipe.steps(len(images))
+        self.steps = recipe.steps(length)
         # the preprocessing that the model is used with afterwards
         own = {} if encoder is None else vars(encoder)
         objective = make_objective(recipe, self.steps, encoder)
@@ -139,6 +151,9 @@ class Pretrainer:
         if options.gradient_checkpointing:
             recompute_blocks(objective.encoder)
         self.objective: Objective = objective.to(accelerator.device).train()
+        self.sharded = fsdp2_requested() and world_size() > 1
+        if self.sharded:
+            shard_networks(self.objective)
         listed = None if folder is None else folder / BROKEN
         self.broken = BrokenImages(images, options.max_bad_fraction, listed)
         self.seconds = 0.0
@@ -198,9 +213,19 @@ class Pretrainer:
                 if received:
                     raise Interrupted(received, self._interrupted(done))
         logger.info("pre-trained %d steps in %.0f s", total, self.seconds)
-        for model in (self.objective.shipped(), *self.objective.others().values()):
+        trained = self.whole()
+        for model in (trained.shipped(), *trained.others().values()):
             model.requires_grad_(True)
-        return self.objective.eval()
+        return trained.eval()
+
+    def whole(self) -> Objective:
+        """The networks as one process has them; under FSDP2 a copy, whole in every process."""
+        if not self.sharded:
+            return self.objective
+        encoder = MimRefinerModel(self.objective.encoder.config)
+        objective = make_objective(self.recipe, self.steps, encoder)
+        gather_into(objective, self.objective)
+        return objective.to(self.accelerator.device)
 
     def update(self, step: int, batch: dict[str, Any]) -> Losses:
         """One update of the networks on this process's share of a batch.
@@ -226,8 +251,7 @@ class Pretrainer:
 
     def _check(self, losses: Losses, step: int) -> None:
         """FloatingPointError in all processes if a loss or a gradient of any is not finite."""
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(self.objective.parameters())
         finite = torch.isfinite(norm) & torch.stack(list(losses.values())).isfinite().all()
         if world_size() > 1:
             finite = finite.int()
@@ -247,7 +271,7 @@ class Pretrainer:
             return
         for optimizer in self.objective.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+            clip_gradients(parameters, self.recipe.clip_norm)
 
     def _saves_after(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` steps; one always stands at the end."""
@@ -274,7 +298,7 @@ class Pretrainer:
             return None
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        log = JsonlTracker(self.folder / "log.jsonl", start)
+        log = JsonlTracker(self.folder / "log.jsonl", start, self.callbacks)
         log.start()
         return log
 
@@ -306,8 +330,7 @@ class Pretrainer:
     def _measured(self) -> dict[str, float]:
         """What `evaluate` says of the encoder that would ship."""
         assert self.evaluate is not None
-        self.objective.eval()
-        measured = self.evaluate(self.objective.shipped())
+        measured = self.evaluate(self.whole().eval().shipped())
         self.objective.train()
         return measured
 
@@ -364,11 +387,7 @@ class Pretrainer:
 
 def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
     """A ValueError, naming the fields, for a checkpoint of another pre-training."""
-    begun = checkpoint.state.get("pretraining", {})
-    changes = []
-    for name, value in dataclasses.asdict(recipe).items():
-        if begun.get(name) != value:
-            changes.append(f"{name} was {begun.get(name)}, is {value}")
+    changes = changed_settings(checkpoint.state.get("pretraining", {}), recipe)
     if changes:
         raise ValueError(
             f"{checkpoint.path.parent} holds a pre-training of another recipe "
@@ -378,7 +397,7 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
 
 def pretrain(
     recipe: PretrainRecipe,
-    images: ImageDataset,
+    images: ImageDataset | ImageStream,
     accelerator: Accelerator | None = None,
     options: LoopOptions | None = None,
     *,

@@ -184,25 +184,24 @@ class MaeObjective(Objective):
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def crops(self) -> MultiCrop:
-        """One random crop, flipped or not."""
-        return plain_crop(self.recipe)
+        """One random crop, flipped or not, or several."""
+        return plain_crop(self.recipe, self.recipe.crops_per_image)
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
-        """The noise of all images, drawn at once for the whole batch."""
-        patches = math.prod(self.encoder.config.grid)
+        """The noise of all images (b, V * N), drawn at once for the whole batch."""
+        patches = math.prod(self.encoder.config.grid) * self.recipe.crops_per_image
         return {"noise": mae_noise(self.recipe.seed, step, self.recipe.batch_size, patches)}
 
     def backward(self, pixels: Tensor, masks: Masks, micro_batch_size: int | None) -> Losses:
         """The gradient of the mean error; every image has as many masked patches as any other."""
-        images = pixels[:, 0]
-        noise = masks["noise"]
+        noise = masks["noise"].unflatten(1, (pixels.shape[1], -1))  # (b, V, N)
         total = torch.zeros((), device=pixels.device)
-        for part in micro_batches(len(images), micro_batch_size):
+        for part in micro_batches(len(pixels), micro_batch_size):
+            crops = pixels[part].flatten(0, 1)
+            of_crops = noise[part].flatten(0, 1)
             with self.autocast(pixels):
-                loss = mae_loss(
-                    self.encoder, self.decoder, images[part], noise[part], self.recipe.mask_ratio
-                )
-            loss = loss * (len(images[part]) / len(images))
+                loss = mae_loss(self.encoder, self.decoder, crops, of_crops, self.recipe.mask_ratio)
+            loss = loss * (len(pixels[part]) / len(pixels))
             loss.backward()
             total += loss.detach()
         return {"loss": total}
@@ -213,9 +212,11 @@ class MaeObjective(Objective):
         return [self._optimizer]
 
     def set_schedules(self, step: int) -> None:
-        """Linear warm-up, then a cosine; the peak grows with the batch."""
-        peak = self.recipe.learning_rate * self.recipe.batch_size / 256
-        rate = learning_rate(step, self.steps.warmup, self.steps.total, peak)
+        """Linear warm-up, then a cosine; the peak grows with the crops of a batch."""
+        recipe = self.recipe
+        peak = recipe.learning_rate * recipe.batch_size * recipe.crops_per_image / 256
+        end = recipe.end_learning_rate
+        rate = learning_rate(step, self.steps.warmup, self.steps.total, peak, end)
         set_learning_rate(self._optimizer, rate)
 
 

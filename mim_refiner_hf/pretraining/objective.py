@@ -97,10 +97,10 @@ class Objective(nn.Module, ABC):
         return torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def plain_crop(recipe: PretrainRecipe) -> MultiCrop:
-    """One random crop of every image, flipped or not, its colours as they are."""
+def plain_crop(recipe: PretrainRecipe, count: int = 1) -> MultiCrop:
+    """Random crops of every image, flipped or not, their colours as they are."""
     specs = view_specs(
-        global_views=1,
+        global_views=count,
         local_views=0,
         global_size=recipe.image_size,
         local_size=recipe.image_size,

@@ -10,8 +10,9 @@ is refused where it is stated.
 """
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -32,6 +33,8 @@ from .capi_fields import CapiFields
 from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
 
+logger = logging.getLogger(__name__)
+
 MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -44,6 +47,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
         "warmup_epochs": 40.0,
         "batch_size": 4096,
         "learning_rate": 1.5e-4,
+        "end_learning_rate": 1e-6,
         "weight_decay": 0.05,
         "clip_norm": 0.0,
     },
@@ -122,6 +126,9 @@ class MaeFields:
     decoder_attention_heads: PositiveInt = documented(
         16, "mae: attention heads per block of the decoder."
     )
+    crops_per_image: PositiveInt = documented(
+        1, "mae: crops of every image in a step (MAE-CT: 2); a batch_size counts images."
+    )
 
 
 # the classes of settings that one method alone reads
@@ -197,11 +204,11 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     )
     learning_rate: PositiveFloat = documented(
         None,
-        "mae: base learning rate, times batch_size / 256, default 1.5e-4. Others: the peak "
-        "itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
+        "mae: base learning rate, times batch_size * crops_per_image / 256, default 1.5e-4. "
+        "Others: the peak itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
     )
     end_learning_rate: NonNegativeFloat = documented(
-        None, "Where the cosine of the learning rate leads. Default: conmim 1e-5, capi 0."
+        None, "Where the cosine of the learning rate leads. Default: mae 1e-6, conmim 1e-5, capi 0."
     )
     weight_decay: NonNegativeFloat = documented(None, "Weight decay. Default: 0.05, capi 0.1.")
     clip_norm: NonNegativeFloat = documented(
@@ -227,6 +234,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if own is None:
             # check_fields says so
             return
+        self._left_open = [name for name in own if getattr(self, name) is None]
         unread: dict[str, Any] = {}
         for table in DEFAULTS.values():
             unread |= {name: value for name, value in table.items() if name not in own}
@@ -253,10 +261,17 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             )
         if self.objective == "mae":
             yield from self._problems_of_mae()
+        if self.objective == "capi" and self.registers % 4:
+            yield (
+                f"{setting('registers', self.registers)}: must be a multiple of 4: they sit on the "
+                "four edges of the image"
+            )
         if self.objective == "data2vec2":
             yield from self._problems_of_data2vec2()
 
     def _problems_of_mae(self) -> Iterator[str]:
+        if self.num_visible < 1:
+            yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             width = setting("decoder_size", self.decoder_size)
             yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"
@@ -312,8 +327,42 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             fields["predictor_layers"] = self.predictor_layers
         return fields
 
-    def steps(self, num_images: int) -> PretrainSteps:
-        """The updates of a training on so many images; ValueError for fewer than a batch."""
+    def fitted(self, num_images: int | None) -> "PretrainRecipe":
+        """The recipe for so many images: a batch that was left open is at most an eighth of them.
+
+        A power of two, at least 2; the change is said. None for a stream, which counts as many.
+        """
+        if num_images is None:
+            return self
+        most = max(num_images // 8, 2)
+        if "batch_size" not in self._left_open or self.batch_size <= most:
+            return self
+        size = 2 ** int(math.log2(most))
+        logger.warning(
+            "%s: chosen for %d images; the authors' is %d",
+            setting("batch_size", size),
+            num_images,
+            self.batch_size,
+        )
+        return dataclasses.replace(self, batch_size=size)
+
+    def steps(self, num_images: int | None) -> PretrainSteps:
+        """The updates of a training on so many images, None for a stream.
+
+        Of a stream, which has no length, `max_steps` are all `epochs`.
+
+        Raises:
+            ValueError: for fewer images than a batch, and a stream without `max_steps`.
+        """
+        if num_images is None:
+            if self.max_steps is None:
+                raise ValueError(
+                    f"{setting('streaming')}: a stream has no length; say with "
+                    f"{setting('max_steps')} how many updates there are"
+                )
+            total = self.max_steps
+            warmup = min(round(total * self.warmup_epochs / self.epochs), total - 1)
+            return PretrainSteps(max(total // self.epochs, 1), warmup, total)
         if self.batch_size > num_images:
             raise ValueError(
                 f"{setting('batch_size', self.batch_size)}: exceeds the {num_images} images; "
@@ -328,4 +377,18 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         return PretrainSteps(per_epoch, warmup, total)
 
 
-__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps"]
+def changed_settings(begun: Mapping[str, Any], recipe: PretrainRecipe) -> list[str]:
+    """How a recipe differs from the one that a folder was begun with, by field.
+
+    A field that was not there yet counts as having its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
+    changes = []
+    for name, value in dataclasses.asdict(recipe).items():
+        before = begun.get(name, defaults[name])
+        if before != value:
+            changes.append(f"{name} was {before}, is {value}")
+    return changes
+
+
+__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps", "changed_settings"]

@@ -20,6 +20,7 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
+from ..runtime.tracking import logger_names
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
 from .recipe_data import DataFields
@@ -141,12 +142,12 @@ class RefineRecipe(MethodFields, DataFields):
         check_fields(self)
         for problem in _contradictions(self):
             raise ValueError(problem)
+        logger_names(self.report_to)
 
     @property
     def loggers(self) -> list[str]:
         """The names in `report_to`."""
-        names = map(str.strip, self.report_to.split(","))
-        return [name for name in names if name not in ("", "none")]
+        return logger_names(self.report_to)
 
 
 def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
@@ -158,9 +159,6 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     if recipe.global_views == 1 and recipe.local_views == 0:
         views = f"{setting('global_views', 1)} {setting('local_views', 0)}"
         yield f"{views}: at least two views are needed"
-    if set(recipe.loggers) - {"tensorboard", "wandb", "trackio"}:
-        allowed = "allowed are tensorboard, wandb, trackio (comma-separated), or none"
-        yield f"{setting('report_to', recipe.report_to)}: {allowed}"
 
 
 def _wrong_starts(recipe: RefineRecipe) -> Iterator[str]:

@@ -9,7 +9,7 @@ recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,27 +25,31 @@ _DATA_FIELDS = frozenset(
 )
 
 
-def _defaults(name: str, dataset: str | None, init_from: str | None) -> dict[str, Any]:
-    """The fields of the recipe `name`, without those that the rest of the settings make void.
+def _defaults(name: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe `name`, without those that the `stated` settings make void.
 
-    Another `dataset` has splits of its own, and `init_from` brings its own starting weights.
+    Another `dataset` has splits of its own, and a start takes the place of the recipe's.
     """
     values = {"recipe": name, **read_fields(name, RefineRecipe)}
     void: set[str] = set()
-    if dataset is not None and dataset != values.get("dataset"):
+    if stated.get("dataset") not in (None, values.get("dataset")):
         void |= _DATA_FIELDS
-    if init_from is not None:
-        void |= {*START_FIELDS, "family"}
+    starts = [field for field in START_FIELDS if stated.get(field) is not None]
+    if starts:
+        void |= set(START_FIELDS)
+    if starts and starts != ["model"]:
+        # it says how a file is to be read
+        void.add("family")
     return {key: value for key, value in values.items() if key not in void}
 
 
 def read_recipe(name: str, **changes: Any) -> RefineRecipe:
     """The recipe `name` with some fields changed.
 
-    With another `dataset`, its splits and configuration are not taken over, with `init_from` not
-    its starting weights.
+    With another `dataset`, its splits and configuration are not taken over, with another start
+    (`model`, `pretrain`, `init_from`) not its own.
     """
-    values = _defaults(name, changes.get("dataset"), changes.get("init_from"))
+    values = _defaults(name, changes)
     return RefineRecipe(**{**values, **changes})
 
 
@@ -138,7 +142,7 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     try:
         with in_the_shell():
             if name is not None:
-                parser.set_defaults(**_defaults(name, start.dataset, start.init_from))
+                parser.set_defaults(**_defaults(name, vars(start)))
             stated, left_open = _without_auto(words)
             values = vars(parser.parse_args(stated))
             values |= dict.fromkeys(left_open)

@@ -32,6 +32,7 @@ from ..data.images import (
     open_images,
 )
 from ..data.loading import Loading
+from ..evaluation.attentive_probe import attentive_probe
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, change_between, measure, measure_mean
 from ..evaluation.feature_cache import evaluation_columns, for_altered_images, read_rows
@@ -40,6 +41,7 @@ from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
+from ..evaluation.patch_segmentation import segmentation_knn, segmentation_logistic
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
 from ..evaluation.robustness import robustness
 from ..evaluation.scores import ProtocolResult, Score, as_metrics
@@ -59,11 +61,17 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "low_shot": low_shot,
     "linear_probe": linear_probe,
     "linear_probe_fast": partial(linear_probe, augment=False),
+    "attentive_probe": attentive_probe,
     "robustness": robustness,
     "fine_tuning": fine_tuning,
     "segmentation": segmentation_probe,
+    "segmentation_knn": segmentation_knn,
+    "segmentation_logistic": segmentation_logistic,
 }
-"""What `--protocols` can add. All need labels but the last, which needs masks instead."""
+"""What `--protocols` can add. All need labels but those of `ON_MASKS`."""
+ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
+# it reads patches, and a store keeps pooled features
+_WITHOUT_FEATURES = ("attentive_probe",)
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,12 @@ def open_evaluation_data(
     if masks:
         if not is_named or not isinstance(other, str | Path):
             raise ValueError(
-                f"{setting('protocols', 'segmentation')}: masks are read from a data set that is "
+                f"{setting('protocols')} on masks: they are read from a data set that is "
                 "named; give its folder, file or name"
             )
         if not named:
             raise ValueError(
-                f"{setting('protocols', 'segmentation')}: name the images to measure on, with "
+                f"{setting('protocols')} on masks: name the images to measure on, with "
                 f"{setting('eval_split')} or {setting('eval_dataset')}"
             )
         train = open_segmentation(str(dataset), config=config, split=split)
@@ -242,7 +250,7 @@ def measure_side(
 
     Args:
         data: readable images.
-        protocols: names of `PROTOCOLS`; "segmentation" alone, on masks.
+        protocols: names of `PROTOCOLS`; on masks those of `ON_MASKS` alone.
         seed: of everything random.
         features: see `read_rows`.
         recipe: for "fine_tuning".
@@ -273,9 +281,9 @@ def measure_side(
         run = partial(PROTOCOLS[protocol], seed=seed, loading=loading)
         if protocol == "fine_tuning":
             run = partial(run, recipe=recipe)
-        elif protocol == "segmentation":
+        elif protocol in ON_MASKS:
             run = partial(run, loading=replace(loading, batch_size=_SEGMENTATION_BATCH))
-        else:
+        elif protocol not in _WITHOUT_FEATURES:
             run = partial(run, features=features)
         processor = vars(encoder)["image_processor"]
         result = run(encoder, processor, data.train, data.evaluated)
@@ -361,6 +369,7 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
 
 __all__ = [
     "HELD_OUT",
+    "ON_MASKS",
     "PROTOCOLS",
     "Data",
     "Side",

@@ -56,6 +56,7 @@ from ..runtime.lock import scratch_folder
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
 from .comparison import (
+    ON_MASKS,
     PROTOCOLS,
     Data,
     Side,
@@ -71,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
 # protocols whose corruptions, augmentations or masks are those of pictures
-_OF_PICTURES = ("robustness", "fine_tuning", "segmentation")
+_OF_PICTURES = ("robustness", "fine_tuning", *ON_MASKS)
 _TRANSFER_PROTOCOLS = ("linear_probe_fast",)
 
 
@@ -113,8 +114,8 @@ def evaluate(
             bank, as `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
-        protocols: names of `PROTOCOLS`; "segmentation", which needs masks in place of labels,
-            stands alone.
+        protocols: names of `PROTOCOLS`; those of `ON_MASKS`, which need masks in place of labels,
+            stand alone.
         recipe: of "fine_tuning": name in training/recipes/ or path of a YAML file; None: defaults.
         transfer: other data sets, opened with the same splits: k-NN, clustering and the fast linear
             probe on each.
@@ -143,7 +144,7 @@ def evaluate(
         eval_split=eval_split,
         seed=seed,
         num_channels=encoders[name_of_model].config.num_channels,
-        masks="segmentation" in protocols,
+        masks=any(name in ON_MASKS for name in protocols),
     )
     own = {"config": dataset_config, "eval_dataset": eval_dataset}
     data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
@@ -204,9 +205,10 @@ def check_protocols(
         raise ValueError(
             f"{setting('protocols', unknown[0])}: must be one of {', '.join(PROTOCOLS)}"
         )
-    if "segmentation" in protocols and (len(protocols) > 1 or transfer):
+    on_masks = [name for name in protocols if name in ON_MASKS]
+    if on_masks and (len(on_masks) < len(protocols) or transfer):
         raise ValueError(
-            f"{setting('protocols', 'segmentation')}: it needs masks and all else needs labels; "
+            f"{setting('protocols', on_masks[0])}: it needs masks and all else needs labels; "
             "give it a run of its own"
         )
     if recipe is not None and "fine_tuning" not in protocols:

@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
-from ..data.images import fully_labelled, hold_out, open_images
+from ..data.images import (
+    ImageDataset,
+    ImageStream,
+    fully_labelled,
+    hold_out,
+    open_images,
+    open_stream,
+)
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
@@ -26,22 +35,25 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.loop import LoopOptions, Pretrainer
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
+from ..pretraining.trial import try_step
 from ..publishing.hub import check_model_folder, write_model
 from ..publishing.pretraining_card import pretraining_card
 from ..runtime.device import warn_of_emulation
-from ..runtime.files import check_apart, in_bytes, staged_folder, write_json, write_text
+from ..runtime.files import check_apart, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
-from ..runtime.sharding import fsdp2_requested
+from ..runtime.tracking import installed_loggers, logger_names
 from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
 from .begun import same_place, saved_recipe
 from .plan import encoder_text
+from .pretrain_plan import images_text, plan_of_pretraining
 
 logger = logging.getLogger(__name__)
 
 # what the finished folder keeps of the run beside the model
 _RECORDS = ("recipe.json", RECORD, "log.jsonl", BROKEN)
+_TENSORBOARD = "tensorboard"
 # share of the images that k-NN on the way classifies, by the others
 _MEASURED = 0.1
 
@@ -53,6 +65,7 @@ def run_pretraining(
     dataset: str,
     dataset_config: str | None = None,
     split: str | None = None,
+    streaming: bool = False,
     init_from: str | None = None,
     encoder: MimRefinerModel | None = None,
     options: LoopOptions | None = None,
@@ -62,6 +75,7 @@ def run_pretraining(
 
     Args:
         dataset, dataset_config, split: the images, as `open_images` takes them.
+        streaming: read them in passing, as `open_stream` does.
         init_from: what the encoder to go on from is called; None for fresh weights.
         encoder: that encoder, as `load_encoder` gives it, of the recipe's shape.
         dry_run: print the plan and end.
@@ -74,34 +88,55 @@ def run_pretraining(
     if encoder is not None:
         encoder = fitted_to_method(encoder.float(), recipe, setting("init_from", init_from))
 
-    record = {**dataclasses.asdict(recipe), "init_from": init_from}
     check_writable(output_dir, "output_dir")
     check_apart(output_dir, dataset)
+    opened = open_stream if streaming else open_images
+    images: ImageDataset | ImageStream = opened(
+        dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
+    )
+    length = len(images) if isinstance(images, ImageDataset) else None
+    recipe = recipe.fitted(length)
+    record = {**dataclasses.asdict(recipe), "init_from": init_from}
+    if streaming:
+        record["streaming"] = True
     if is_finished(output_dir, record):
         print(f"The pre-trained model is finished already: {output_dir}")
         return
     check_pretraining_folder(output_dir, record)
-    images = open_images(
-        dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
-    )
-    if options.eval_every and not fully_labelled(images):
+    labelled = isinstance(images, ImageDataset) and fully_labelled(images)
+    if options.eval_every and not labelled:
         asked = setting("eval_every", options.eval_every)
-        raise ValueError(f"{asked}: k-NN needs labels, and {images.name} has none; leave it out")
+        raise ValueError(
+            f"{asked}: k-NN needs labelled images that are no stream, and {images.name} has none; "
+            "leave it out"
+        )
     # refuses fewer images than a batch
-    recipe.steps(len(images))
+    recipe.steps(length)
 
     with sole_run(output_dir, "output_dir", beside=True):
-        accelerator = job_of_processes()
+        accelerator = _accelerator(options, output_dir)
         trainer = Pretrainer(recipe, images, accelerator, options, output_dir, encoder)
+        trainer.callbacks = [lambda step, values: accelerator.log(values, step=step)]
         if options.eval_every:
             trainer.evaluate = lambda model: _knn(model, trainer)
+        trial = try_step(trainer)
         if accelerator.is_main_process:
             if trainer.objective.bf16:
                 asked = setting("mixed_precision", options.mixed_precision)
                 warn_of_emulation(asked, accelerator.device.type)
-            print(_plan(trainer, output_dir), flush=True)
+            print(plan_of_pretraining(trainer, trial, output_dir), flush=True)
         if not dry_run:
             _train_and_write(trainer, record, output_dir, encoder)
+
+
+def _accelerator(options: LoopOptions, output: Path) -> Accelerator:
+    """The processes of the run, and its loggers beside log.jsonl."""
+    return job_of_processes(
+        log_with=installed_loggers(logger_names(options.report_to)) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(output), logging_dir=str(output / _TENSORBOARD)
+        ),
+    )
 
 
 def _train_and_write(
@@ -114,17 +149,21 @@ def _train_and_write(
     accelerator = trainer.accelerator
     main = accelerator.is_main_process
     data = output / RECORD
-    if data.exists():
-        check_data_record(data, trainer.images)
+    images = trainer.images
+    if data.exists() and isinstance(images, ImageDataset):
+        check_data_record(data, images)
     accelerator.wait_for_everyone()
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
         write_json(output / "recipe.json", version | record)
-        write_data_record(data, trainer.images)
+        if isinstance(images, ImageDataset):
+            write_data_record(data, images)
     accelerator.wait_for_everyone()
 
+    accelerator.init_trackers("mim-refiner")
     objective = trainer.fit()
+    accelerator.end_training()
     if main:
         _write(output, record, objective, trainer, start)
         print(f"The pre-trained model: {output}")
@@ -157,6 +196,8 @@ def _write(
         for name in _RECORDS:
             if (output / name).is_file():
                 shutil.copyfile(output / name, new / name)
+        if (output / _TENSORBOARD).is_dir():
+            shutil.copytree(output / _TENSORBOARD, new / _TENSORBOARD)
 
 
 def _facts(trainer: Pretrainer) -> dict[str, object]:
@@ -166,7 +207,7 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
     others = ", ".join(f"{name}/" for name in trainer.objective.others())
     facts: dict[str, object] = {
         "Encoder": encoder_text(trainer.objective.encoder.config),
-        "Images": f"{len(trainer.images)} of {trainer.images.name}",
+        "Images": images_text(trainer.images),
         "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
         "Every setting": "recipe.json",
     }
@@ -290,49 +331,14 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
     begun = saved_recipe(output)
     if begun is None:
         return None
+    # a version that did not know a field did what its default does
+    defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
     changes = []
     for name in sorted(begun.keys() | record.keys()):
-        before, now = begun.get(name), record.get(name)
+        before, now = begun.get(name, defaults.get(name)), record.get(name)
         if before != now and not (name == "init_from" and same_place(before, now)):
             changes.append(f"{name} was {before}, is {now}")
     return changes
-
-
-def _plan(trainer: Pretrainer, output: Path) -> str:
-    """What will be done, as lines for a terminal."""
-    recipe = trainer.recipe
-    options = trainer.options
-    steps = trainer.steps
-    objective = trainer.objective
-    precision = "bf16" if objective.bf16 else "fp32"
-    passes = ""
-    if options.micro_batch_size is not None:
-        passes = f", {options.micro_batch_size} at a time (exact)"
-
-    trained = sum(part.numel() for part in objective.parameters() if part.requires_grad)
-    held = sum(part.numel() for part in objective.state_dict().values())
-    checkpoint = in_bytes(4 * held + 8 * trained)
-    processes = trainer.accelerator.num_processes
-    lines = [
-        ("method", f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters"),
-        ("encoder", encoder_text(objective.encoder.config)),
-        ("data", f"{trainer.images.name}: {len(trainer.images)} images"),
-        (
-            "batch",
-            f"{recipe.batch_size} images over {processes} process(es) on "
-            f"{trainer.accelerator.device.type}, {precision}{passes}",
-        ),
-        ("steps", f"{steps.total}, {steps.warmup} of them warm-up, {steps.per_epoch} an epoch"),
-        ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
-        ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
-    ]
-    if fsdp2_requested():
-        lines.append(("shards", "none: a pre-training keeps the weights whole in every process"))
-    return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
-
-
-def _beside(objective: Objective) -> str:
-    return "".join(f", {name}/" for name in objective.others())
 
 
 # ---- on the way
@@ -340,6 +346,7 @@ def _beside(objective: Objective) -> str:
 
 def _knn(model: MimRefinerModel, trainer: Pretrainer) -> dict[str, float]:
     """The k-NN accuracy of a tenth of the images by the others."""
+    assert isinstance(trainer.images, ImageDataset)
     bank, queries = hold_out(trainer.images, _MEASURED, trainer.recipe.seed)
     loading = Loading(num_workers=trainer.options.num_workers)
     seed = trainer.recipe.seed

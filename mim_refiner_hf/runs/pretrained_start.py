@@ -38,6 +38,8 @@ def pretrained_start(prepared: Prepared, accelerator: Accelerator) -> MimRefiner
         gradient_checkpointing=recipe.gradient_checkpointing,
         save_every=recipe.asked.save_every,
         keep=recipe.keep,
+        # the run's own begin with the refinement
+        report_to="none",
         log_every=recipe.log_every,
     )
     folder = Path(recipe.output_dir) / _PRETRAINING

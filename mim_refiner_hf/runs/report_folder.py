@@ -138,8 +138,8 @@ def scores_section(report: Mapping[str, Any], has_evaluation: bool) -> str:
         paragraphs.append(summary(report))
     if not has_evaluation:
         paragraphs.append(
-            "The data is measured by its masks: only the segmentation probe was run, for k-NN and "
-            "clustering need labels."
+            "The data is measured by its masks: only segmentation was, for k-NN and clustering "
+            "need labels."
         )
     elif "knn" not in report["after"]:
         paragraphs.append(

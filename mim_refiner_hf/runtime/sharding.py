@@ -85,18 +85,27 @@ def shard(module: nn.Module, units: Iterable[nn.Module]) -> None:
         module: on its device, and the same in all processes.
         units: the parts that are gathered one at a time; what is in none of them is one more unit.
     """
+    shard_units((*units, module))
+
+
+def shard_units(units: Iterable[nn.Module]) -> None:
+    """Leave to this process its share of the parameters of some modules, and nothing of others.
+
+    Each is gathered when it is called and let go afterwards, and comes before what it is a part of.
+    """
     # heads and poolers return views, every step; nothing here writes into a module's output, which
     # is what is warned of
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    kind = type(module)
-    mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
-    for unit in (*units, module):
+    mesh = None
+    for unit in units:
+        kind = type(unit)
+        mesh = mesh or init_device_mesh(next(unit.parameters()).device.type, (world_size(),))
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=_placement)
 
-    # fully_shard gives the module a class of another name, and transformers goes by the name to
-    # record hidden states
-    type(module).__module__ = kind.__module__
-    type(module).__qualname__ = kind.__qualname__
+        # fully_shard gives the module a class of another name, and transformers goes by the name to
+        # record hidden states
+        type(unit).__module__ = kind.__module__
+        type(unit).__qualname__ = kind.__qualname__
 
 
 def _placement(parameter: nn.Parameter) -> Shard:
@@ -202,5 +211,6 @@ __all__ = [
     "own_parts",
     "shard",
     "shard_like",
+    "shard_units",
     "synchronise",
 ]
