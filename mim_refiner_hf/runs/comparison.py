@@ -63,7 +63,7 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "fine_tuning": fine_tuning,
     "segmentation": segmentation_probe,
 }
-"""What `--protocols` can add. All need labels but the last, which needs masks instead."""
+"""By what `--protocols` can add (`choices.Protocol`), the function."""
 
 
 @dataclass(frozen=True)

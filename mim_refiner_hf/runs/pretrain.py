@@ -21,9 +21,11 @@ from ..data.fingerprint import RECORD, check_data_record, write_data_record
 from ..data.images import fully_labelled, hold_out, open_images
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.loop import LoopOptions, Pretrainer
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
+from ..pretraining.loop import Pretrainer
+from ..pretraining.loop_options import LoopOptions
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
 from ..publishing.hub import check_model_folder, write_model
