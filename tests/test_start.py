@@ -17,6 +17,7 @@ import mim_refiner_hf
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, cli
 from mim_refiner_hf.cli import cluster as cluster_cli
 from mim_refiner_hf.clustering.pipeline_image_clustering import METHODS
+from mim_refiner_hf.pretraining.loop_options import LoopOptions
 from mim_refiner_hf.runs.choices import Protocol
 from mim_refiner_hf.runs.comparison import PROTOCOLS
 from mim_refiner_hf.runtime.lazy import argument_parser
@@ -123,8 +124,9 @@ for module in sys.argv[2:]:
 import mim_refiner_hf
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, pipeline
 from transformers import AutoModelForImageClassification
-kinds = (AutoConfig, AutoModel, AutoBackbone, AutoModelForImageClassification, AutoImageProcessor)
+kinds = (AutoConfig, AutoModel, AutoModelForImageClassification, AutoImageProcessor)
 found = [type(kind.from_pretrained(sys.argv[1])).__name__ for kind in kinds]
+found.append(type(AutoBackbone.from_config(AutoConfig.from_pretrained(sys.argv[1]))).__name__)
 for task in ("image-clustering", "image-feature-extraction"):
     found.append(type(pipeline(task, model=sys.argv[1])).__name__)
 print("#", json.dumps(found))
@@ -137,13 +139,9 @@ print("#", json.dumps(found))
         "mim_refiner_hf",
         "transformers",
         "transformers.pipelines",
-        "transformers.models.auto.modeling_auto",
-        "mim_refiner_hf.model.configuration_mim_refiner",
         "mim_refiner_hf.model.modeling_mim_refiner",
-        "mim_refiner_hf.model.image_processing_mim_refiner",
         "mim_refiner_hf.clustering.pipeline_image_clustering",
         "mim_refiner_hf.clustering.pipeline_image_features",
-        "mim_refiner_hf.runs.cluster",
     ],
 )
 def test_auto_classes_know_the_model_whatever_came_first(first: str, tmp_path: Path) -> None:
@@ -160,9 +158,9 @@ def test_auto_classes_know_the_model_whatever_came_first(first: str, tmp_path: P
     assert in_a_process(LOAD, str(tmp_path), first) == [
         "MimRefinerConfig",
         "MimRefinerModel",
-        "MimRefinerBackbone",
         "MimRefinerForImageClassification",
         "MimRefinerImageProcessor",
+        "MimRefinerBackbone",
         "ImageClusteringPipeline",
         "ImageRowsPipeline",
     ]
@@ -181,9 +179,9 @@ def test_every_public_name_is_there_and_listed() -> None:
 def test_the_parser_is_that_of_transformers() -> None:
     from transformers import HfArgumentParser
 
-    parser = argument_parser(mim_refiner_hf.RefineRecipe)
+    parser = argument_parser(LoopOptions)
     assert type(parser).__name__ == HfArgumentParser.__name__
-    own = HfArgumentParser(mim_refiner_hf.RefineRecipe)  # type: ignore[arg-type]
+    own = HfArgumentParser(LoopOptions)  # type: ignore[arg-type]
     assert parser.format_help() == own.format_help()
 
 
