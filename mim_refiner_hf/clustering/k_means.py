@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
 from .lloyd import (
-    SAMPLE_PASSES,
+    FULL_RUNS,
     Batches,
     Rows,
     bad_rows,
@@ -258,14 +258,16 @@ def kmeans(
     initial: Tensor | None = None,
     refits: int = 8,
 ) -> Clustering:
-    """k-means: many restarts on a sample, all at once, then full passes for the best of them.
+    """k-means: restarts on a sample, then passes over all rows for the best of them.
 
-    The sample is 4096 rows, or 4 per group if that is more; the restarts begin with greedy
-    k-means++, and after every second pass over the sample the half of them with the higher inertia
-    is dropped. The last one goes on over all rows until it has converged. From the same `initial`
-    and without `spherical`, the result is scikit-learn's (`KMeans(algorithm="lloyd", n_init=1)`):
-    its rule for stopping, and its repair: empty groups get the rows farthest from their own
-    centroids.
+    The sample is 4096 rows, or 20 per group if that is more. The restarts begin with greedy
+    k-means++; after every second pass over the sample the half of them with the higher inertia is
+    dropped. The last one goes on over all rows until the inertia hardly falls. Centroids go farther
+    than to the means of their rows while that pays (`lloyd.best_centroids`).
+
+    From `initial` every step is Lloyd's, and without `spherical` the result is scikit-learn's
+    (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair: empty groups get
+    the rows farthest from their own centroids.
 
     Then `refits` second clusterings of the same kind, of 16384 sampled rows or 16 per group, tell
     how far the groups can be trusted: all have another seed, three of four also learn from two
@@ -277,7 +279,8 @@ def kmeans(
             sums, counts and inertia), and each gets its own rows' assignments. bf16 rows are
             multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
         num_clusters: K.
-        runs: restarts.
+        runs: restarts for at most 100 groups; for more groups fewer, as they differ less and cost
+            more: a tenth of them for 1000.
         iterations: most passes.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.
@@ -305,10 +308,13 @@ def kmeans(
         start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
         start = prepared(start, spherical)
     else:
-        starts = greedy_starts(sample, num_clusters, runs, torch.Generator().manual_seed(seed))
-        passes = min(iterations, SAMPLE_PASSES)
-        start = best_centroids(Rows(sample, spherical), starts, passes, limit)
-    centroids = best_centroids(rows, start[None], iterations, limit)
+        begun = min(runs, max(1, runs * FULL_RUNS // num_clusters))
+        starts = greedy_starts(sample, num_clusters, begun, torch.Generator().manual_seed(seed))
+        # two for each halving of the restarts, and two for the last one
+        passes = min(iterations, 2 * begun.bit_length() + 2)
+        start = best_centroids(Rows(sample, spherical), starts, passes, limit, strides=True)
+    strides = initial is None
+    centroids = best_centroids(rows, start[None], iterations, limit, strides=strides)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:
         return _grouped(rows, centroids, temperature, None)
