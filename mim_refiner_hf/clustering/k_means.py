@@ -260,7 +260,7 @@ def kmeans(
 ) -> Clustering:
     """k-means: restarts on a sample, then passes over all rows for the best of them.
 
-    The sample is 4096 rows, or 20 per group if that is more. The restarts begin with greedy
+    The sample is 4096 rows, or 40 per group if that is more, 20 per group from 1000 groups on. The restarts begin with greedy
     k-means++; after every second pass over the sample the half of them with the higher inertia is
     dropped. The last one goes on over all rows until the inertia hardly falls. Centroids go farther
     than to the means of their rows while that pays (`lloyd.best_centroids`).
