@@ -260,10 +260,10 @@ def kmeans(
 ) -> Clustering:
     """k-means: restarts on a sample, then passes over all rows for the best of them.
 
-    The sample is 4096 rows, or 40 per group if that is more, 20 per group from 1000 groups on. The restarts begin with greedy
-    k-means++; after every second pass over the sample the half of them with the higher inertia is
-    dropped. The last one goes on over all rows until the inertia hardly falls. Centroids go farther
-    than to the means of their rows while that pays (`lloyd.best_centroids`).
+    The sample is 4096 rows, or 40 per group if that is more, from 1000 groups on 20. The restarts
+    begin with greedy k-means++; after every second pass over the sample the half of them with the
+    higher inertia is dropped. The last one goes on over all rows until the inertia hardly falls.
+    Centroids go farther than to the means of their rows while that pays (`lloyd.best_centroids`).
 
     From `initial` every step is Lloyd's, and without `spherical` the result is scikit-learn's
     (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair: empty groups get
