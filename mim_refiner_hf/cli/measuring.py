@@ -5,9 +5,9 @@ Heavy rooms are imported when a command runs, so that `mim-refiner --help` is qu
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..model.poolings_mim_refiner import Pooling
 from ..runs.choices import Protocol
@@ -156,7 +156,8 @@ def _embed_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=get_args(Precision),
         default="fp32",
-        help="of the computation; float32 is stored",
+        help="of the computation; float32 is stored; auto: bf16 where this machine computes it, "
+        "or what the folder has",
     )
     add_batch_size(parser, 256)
     add_workers(parser, None)
@@ -176,8 +177,10 @@ def parse_embed(arguments: Sequence[str]) -> Work:
         from ..runtime.launch import job_of_processes, workers_per_process
 
         # says so now if the folder is something else
-        read_manifest(options.out)
+        begun = read_manifest(options.out)
         accelerator = job_of_processes()
+        if options.dtype == "auto":
+            options.dtype = _chosen(begun, accelerator)
         if options.dtype == "bf16" and accelerator.is_main_process:
             warn_of_emulation("--dtype bf16", accelerator.device.type)
         if options.num_workers is None:
@@ -186,6 +189,24 @@ def parse_embed(arguments: Sequence[str]) -> Work:
         _embed(options, command, accelerator)
 
     return work
+
+
+def _chosen(begun: Mapping[str, Any] | None, accelerator: "Accelerator") -> str:
+    """What `--dtype auto` means here, which the first process says."""
+    from ..evaluation.embed import PRECISIONS
+    from ..runtime.device import feature_precision
+
+    precision: str = feature_precision("auto", accelerator.device.type)
+    why = f"as this {accelerator.device.type} computes bfloat16"
+    if precision == "fp32":
+        why = f"as this {accelerator.device.type} is not known to compute bfloat16"
+    if begun is not None:
+        names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
+        precision = names.get(begun["dtype"], precision)
+        why = "as the features that are there"
+    if accelerator.is_main_process:
+        print(f"--dtype auto: {precision}, {why}")
+    return precision
 
 
 def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator") -> None:

@@ -9,10 +9,12 @@ import importlib.util
 import logging
 import os
 import shutil
+from typing import Literal
 
 import psutil
 import torch
 
+from .precision import Precision
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,22 @@ def warn_of_emulation(asked: str, device: str) -> None:
             "%s: this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16); fp32 is faster here"
         )
         logger.warning(message, asked)
+
+
+def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16"]:
+    """In which numbers features are computed: as asked; "auto" means bf16 where it is fast.
+
+    That is on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch 2.10 cannot tell; then it is fp32
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device == "cpu" and capabilities.get("avx512_bf16", False)
+    return "bf16" if native else "fp32"
 
 
 def check_compile(requested: bool) -> None:
@@ -86,4 +104,11 @@ def available_memory(device: str, processes: int = 1) -> int:
     return int(psutil.virtual_memory().available) // processes
 
 
-__all__ = ["available_memory", "check_compile", "emulates_bf16", "uses_bf16", "warn_of_emulation"]
+__all__ = [
+    "available_memory",
+    "check_compile",
+    "emulates_bf16",
+    "feature_precision",
+    "uses_bf16",
+    "warn_of_emulation",
+]

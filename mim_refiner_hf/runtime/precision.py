@@ -2,6 +2,7 @@
 
 from typing import Literal
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
+"""auto: bf16 where the device computes it, `device.feature_precision`."""
 
 __all__ = ["Precision"]
