@@ -21,8 +21,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
-from mim_refiner_hf.clustering.lloyd import Rows, best_centroids, greedy_starts, start_size
+from mim_refiner_hf.clustering.lloyd import Rows, best_centroids
 from mim_refiner_hf.clustering.merging import merge_tree
+from mim_refiner_hf.clustering.starts import greedy_starts, start_size
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,10 @@ from torch import Tensor
 
 from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
 from .lloyd import (
-    FULL_RUNS,
     Batches,
     Rows,
     bad_rows,
     best_centroids,
-    greedy_starts,
     membership,
     own_distances,
     prepared,
@@ -42,6 +40,7 @@ from .lloyd import (
     variance_between,
 )
 from .prototype_heads import PrototypeHeads
+from .starts import best_start, start_size
 
 # of a file; 1 and 2, of earlier versions, hold no calibration
 _FORMAT = "mim_refiner_hf.clustering.3"
@@ -281,7 +280,7 @@ def kmeans(
         num_clusters: K.
         runs: restarts for at most 100 groups; for more groups fewer, as they differ less and cost
             more: a tenth of them for 1000.
-        iterations: most passes.
+        iterations: most passes over all rows.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.
         seed: all random choices; they do not depend on the number of processes.
@@ -294,27 +293,22 @@ def kmeans(
         ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument
             is impossible.
     """
-    for name, value in (("runs", runs), ("iterations", iterations)):
+    for name, value in (("runs", runs), ("iterations", iterations), ("refits", refits + 1)):
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-
-    if refits < 0:
-        raise ValueError(f"refits={refits} must be at least 0")
+            least = 0 if name == "refits" else 1
+            raise ValueError(f"{name}={value - 1 + least} must be at least {least}")
 
     rows = Rows(features, spherical)
-    sample, variance = survey(rows, num_clusters, seed)
+    sample, variance = survey(rows, num_clusters, seed, start_size(num_clusters))
     limit = tolerance * variance
     if initial is not None:
         start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
         start = prepared(start, spherical)
     else:
-        begun = min(runs, max(1, runs * FULL_RUNS // num_clusters))
-        starts = greedy_starts(sample, num_clusters, begun, torch.Generator().manual_seed(seed))
-        # two for each halving of the restarts, and two for the last one
-        passes = min(iterations, 2 * begun.bit_length() + 2)
-        start = best_centroids(Rows(sample, spherical), starts, passes, limit, strides=True)
-    strides = initial is None
-    centroids = best_centroids(rows, start[None], iterations, limit, strides=strides)
+        start = best_start(
+            sample, num_clusters, runs=runs, seed=seed, spherical=spherical, limit=limit
+        )
+    centroids = best_centroids(rows, start[None], iterations, limit, strides=initial is None)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:
         return _grouped(rows, centroids, temperature, None)
