@@ -23,10 +23,16 @@ from pathlib import Path
 
 import torch
 
-from . import evaluation, kmeans, step, views
+from . import evaluation, kmeans, start, step, views
 from .rows import LeftOut, Row
 
-ROWS: dict[str, Callable[[], Row]] = {**step.ROWS, **evaluation.ROWS, **views.ROWS, **kmeans.ROWS}
+ROWS: dict[str, Callable[[], Row]] = {
+    **step.ROWS,
+    **evaluation.ROWS,
+    **views.ROWS,
+    **kmeans.ROWS,
+    **start.ROWS,
+}
 """Every row by name; a file with rows adds its dict here."""
 
 

@@ -1,6 +1,6 @@
 """Rows about evaluation on one CPU thread.
 
-    python -m benchmarks knn knn-floor features features-floor linear-probe
+    python -m benchmarks knn knn-floor features features-bf16 features-floor linear-probe
 
 The floors are bare matrix products of the shapes that cannot be done without; the rows named after
 them promise how close ours come. Before anything is timed, the answers of both ways are compared:
@@ -24,8 +24,9 @@ from mim_refiner_hf.evaluation.features import encode
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
+from mim_refiner_hf.runtime.device import emulates_bf16
 
-from .rows import Row, interleaved
+from .rows import LeftOut, Row, interleaved
 from .step import assert_close
 
 BANK = 50_000
@@ -141,8 +142,8 @@ def vit_products() -> Callable[[], None]:
     return products
 
 
-def feature_ways() -> list[Callable[[], Tensor]]:
-    """CLS of a ViT-B/16 by ours, timm's and transformers' model with the same weights."""
+def feature_encoder() -> tuple[MimRefinerModel, Tensor]:
+    """A ViT-B/16, always with the same weights, and images for it."""
     torch.manual_seed(0)
     shape = {
         "hidden_size": WIDTH,
@@ -153,8 +154,13 @@ def feature_ways() -> list[Callable[[], Tensor]]:
     encoder = MimRefinerModel(
         MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)
     ).eval()
+    return encoder, torch.randn(IMAGES, 3, 224, 224)
+
+
+def feature_ways() -> list[Callable[[], Tensor]]:
+    """CLS of a ViT-B/16 by ours, timm's and transformers' model with the same weights."""
+    encoder, pixels = feature_encoder()
     config = encoder.config
-    pixels = torch.randn(IMAGES, 3, 224, 224)
     of_timm = timm.create_model(
         export_timm.timm_architecture(config), **export_timm.timm_model_args(config)
     ).eval()
@@ -203,6 +209,26 @@ def features_floor() -> Row:
         f"{FEATURE_SIZES}; our products alone",
         at_most=True,
     )
+
+
+@torch.inference_mode()
+def features_bf16() -> Row:
+    """Features in bfloat16 against ours in fp32, whose cosine is to stay above 0.999."""
+    if emulates_bf16("cpu"):
+        raise LeftOut("this CPU emulates bfloat16 (neither AMX nor AVX-512 BF16)")
+    exact, *others = feature_ways()
+    in_fp32 = exact()
+    encoder, pixels = feature_encoder()
+    encoder.to(torch.bfloat16)
+
+    def in_bf16() -> Tensor:
+        return encode(encoder, pixels, ["output.cls"])["output.cls"]
+
+    cosine = float(F.cosine_similarity(in_bf16(), in_fp32).min())
+    assert cosine >= 0.999, f"the cosine of bf16 features with fp32 ones is {cosine:.5f}"
+    measured, *peers = interleaved(in_bf16, *others, rounds=3)
+    note = f"ViT-B/16, {IMAGES} images of 224 px, bf16; the faster of timm and transformers in fp32"
+    return Row("features-bf16", 2.0, measured, min(peers), None, f"{note}; cosine {cosine:.5f}")
 
 
 def linear_probe() -> Row:
@@ -260,6 +286,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "knn": knn,
     "knn-floor": knn_floor,
     "features": features,
+    "features-bf16": features_bf16,
     "features-floor": features_floor,
     "linear-probe": linear_probe,
 }

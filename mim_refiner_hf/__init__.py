@@ -13,35 +13,25 @@ groups = cluster("photos/", model=result.encoder)            # or cluster(vector
 report = evaluate(result.encoder, "photos/", against=encoder)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
+from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline
-from .clustering.pipeline_image_features import FEATURES_TASK, ImageRowsPipeline
-from .model.configuration_mim_refiner import MimRefinerConfig
-from .model.image_processing_mim_refiner import (
-    MimRefinerImageProcessor,
-    MimRefinerImageProcessorPil,
-)
-from .model.modeling_mim_refiner import (
-    MimRefinerBackbone,
-    MimRefinerForImageClassification,
-    MimRefinerModel,
-)
+from .runtime.lazy import after_import, lazy_names
 
 if TYPE_CHECKING:
     from .cli import refine_command
+    from .clustering.pipeline_image_clustering import ImageClusteringPipeline
     from .conversion import CheckpointError, LoadReport, load_classifier, load_encoder
+    from .model.configuration_mim_refiner import MimRefinerConfig
+    from .model.image_processing_mim_refiner import (
+        MimRefinerImageProcessor,
+        MimRefinerImageProcessorPil,
+    )
+    from .model.modeling_mim_refiner import (
+        MimRefinerBackbone,
+        MimRefinerForImageClassification,
+        MimRefinerModel,
+    )
     from .refinement.recipe import RefineRecipe
     from .refinement.recipe_files import read_recipe
     from .runs.cluster import Groups, cluster
@@ -49,55 +39,117 @@ if TYPE_CHECKING:
     from .runs.evaluate import evaluate
     from .runs.refine import refine
 
+# --- registrations, each when transformers' own table of that kind is there
 
-AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
-AutoModel.register(MimRefinerConfig, MimRefinerModel, exist_ok=True)
-AutoModelForImageClassification.register(
-    MimRefinerConfig, MimRefinerForImageClassification, exist_ok=True
-)
-AutoBackbone.register(MimRefinerConfig, MimRefinerBackbone, exist_ok=True)
-AutoImageProcessor.register(
-    MimRefinerConfig,
-    image_processor_classes={
-        "torchvision": MimRefinerImageProcessor,
-        "pil": MimRefinerImageProcessorPil,
+
+def _register_configuration() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .model.configuration_mim_refiner import MimRefinerConfig
+
+    AutoConfig.register("mim_refiner", MimRefinerConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers.models.auto.modeling_auto import (
+        AutoBackbone,
+        AutoModel,
+        AutoModelForImageClassification,
+    )
+
+    from .model.configuration_mim_refiner import MimRefinerConfig
+    from .model.modeling_mim_refiner import (
+        MimRefinerBackbone,
+        MimRefinerForImageClassification,
+        MimRefinerModel,
+    )
+
+    AutoModel.register(MimRefinerConfig, MimRefinerModel, exist_ok=True)
+    AutoModelForImageClassification.register(
+        MimRefinerConfig, MimRefinerForImageClassification, exist_ok=True
+    )
+    AutoBackbone.register(MimRefinerConfig, MimRefinerBackbone, exist_ok=True)
+
+
+def _register_image_processors() -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from .model.configuration_mim_refiner import MimRefinerConfig
+    from .model.image_processing_mim_refiner import (
+        MimRefinerImageProcessor,
+        MimRefinerImageProcessorPil,
+    )
+
+    AutoImageProcessor.register(
+        MimRefinerConfig,
+        image_processor_classes={
+            "torchvision": MimRefinerImageProcessor,
+            "pil": MimRefinerImageProcessorPil,
+        },
+        exist_ok=True,
+    )
+
+
+def _register_pipelines() -> None:
+    from transformers.models.auto.modeling_auto import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .clustering.pipeline_image_clustering import TASK, ImageClusteringPipeline
+    from .clustering.pipeline_image_features import FEATURES_TASK, ImageRowsPipeline
+
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image"
+    )
+    # One row per image from our encoders, and nothing else for others than transformers gives.
+    PIPELINE_REGISTRY.supported_tasks[FEATURES_TASK]["impl"] = ImageRowsPipeline
+
+
+def _registered_later() -> None:
+    """torch and the rest come with transformers' tables; who prints a help needs neither."""
+    auto = "transformers.models.auto"
+    configuration = f"{__name__}.model.configuration_mim_refiner"
+    models = f"{__name__}.model.modeling_mim_refiner"
+    processors = f"{__name__}.model.image_processing_mim_refiner"
+    pipelines = [
+        f"{__name__}.clustering.pipeline_image_clustering",
+        f"{__name__}.clustering.pipeline_image_features",
+    ]
+    after_import(f"{auto}.configuration_auto", _register_configuration, [configuration])
+    after_import(f"{auto}.modeling_auto", _register_models, [configuration, models])
+    after_import(
+        f"{auto}.image_processing_auto", _register_image_processors, [configuration, processors]
+    )
+    after_import("transformers.pipelines", _register_pipelines, pipelines)
+
+
+_registered_later()
+
+# --- names, each imported on first use
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "cli": ["refine_command"],
+        "clustering.pipeline_image_clustering": ["ImageClusteringPipeline"],
+        "conversion": ["CheckpointError", "LoadReport", "load_classifier", "load_encoder"],
+        "model.configuration_mim_refiner": ["MimRefinerConfig"],
+        "model.image_processing_mim_refiner": [
+            "MimRefinerImageProcessor",
+            "MimRefinerImageProcessorPil",
+        ],
+        "model.modeling_mim_refiner": [
+            "MimRefinerBackbone",
+            "MimRefinerForImageClassification",
+            "MimRefinerModel",
+        ],
+        "refinement.recipe": ["RefineRecipe"],
+        "refinement.recipe_files": ["read_recipe"],
+        "runs.cluster": ["Groups", "cluster"],
+        "runs.embed": ["embed"],
+        "runs.evaluate": ["evaluate"],
+        "runs.refine": ["refine"],
     },
-    exist_ok=True,
 )
-PIPELINE_REGISTRY.register_pipeline(
-    TASK, pipeline_class=ImageClusteringPipeline, pt_model=AutoModel, type="image"
-)
-
-# One row per image from our encoders, and nothing else for others than transformers gives.
-PIPELINE_REGISTRY.supported_tasks[FEATURES_TASK]["impl"] = ImageRowsPipeline
-
-# Loaded on first use: whoever only wants features need not import accelerate, datasets,
-# matplotlib and scikit-learn.
-_LAZY = {
-    "CheckpointError": ".conversion",
-    "LoadReport": ".conversion",
-    "load_classifier": ".conversion",
-    "load_encoder": ".conversion",
-    "RefineRecipe": ".refinement.recipe",
-    "read_recipe": ".refinement.recipe_files",
-    "Groups": ".runs.cluster",
-    "cluster": ".runs.cluster",
-    "embed": ".runs.embed",
-    "evaluate": ".runs.evaluate",
-    "refine": ".runs.refine",
-    "refine_command": ".cli",
-}
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "CheckpointError",

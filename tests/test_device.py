@@ -21,6 +21,7 @@ from mim_refiner_hf.runtime.attention import NAME, attend_in_fp32, fp32_on_cpu
 from mim_refiner_hf.runtime.device import (
     check_compile,
     emulates_bf16,
+    feature_precision,
     uses_bf16,
     warn_of_emulation,
 )
@@ -40,6 +41,20 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
     assert len(said) == (not native) and all(
         "--dtype bf16" in line and "fp32 is faster" in line for line in said
     )
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")],
+)
+def test_auto_takes_bf16_where_the_processor_says_that_it_has_it(
+    capabilities: dict[str, bool], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert feature_precision("auto", "cpu") == chosen
+    assert feature_precision("fp32", "cpu") == "fp32"
+    assert feature_precision("bf16", "cpu") == "bf16"
+    assert feature_precision("auto", "mps") == "fp32"
 
 
 def test_a_row_in_emulated_bf16_is_left_out_with_the_reason(

@@ -23,7 +23,8 @@ from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder, extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans_runs, matched
 from mim_refiner_hf.publishing import save_model_folder
-from mim_refiner_hf.runs.comparison import HELD_OUT, ON_MASKS
+from mim_refiner_hf.runs.choices import ON_MASKS
+from mim_refiner_hf.runs.comparison import HELD_OUT
 
 PICTURES = {"clusters.png", "map.png", "block_profile.png", "confusion.png", "neighbours.png"}
 

@@ -320,6 +320,10 @@ def test_command_writes_a_store(
     assert list(store.columns) == [
         f"{place}.{way}" for place in ("block1", "output", "last4") for way in ("cls", "mean")
     ]
+    # a folder that is there decides, whatever this machine computes
+    auto = [word.replace("bf16", "auto") for word in words]
+    assert main(auto) == 0
+    assert "--dtype auto: bf16, as the features that are there" in capsys.readouterr().out
     assert store.manifest["encoder"]["name"] == model and store.manifest["command"] == " ".join(
         ["mim-refiner", *words]
     )

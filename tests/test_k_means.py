@@ -21,8 +21,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
-from mim_refiner_hf.clustering.lloyd import greedy_starts
+from mim_refiner_hf.clustering.lloyd import Rows, best_centroids
 from mim_refiner_hf.clustering.merging import merge_tree
+from mim_refiner_hf.clustering.starts import greedy_starts, start_size
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,35 @@ def test_restarts_find_what_many_runs_of_scikit_learn_find(digits: Tensor) -> No
     assert as_one_partition(kmeans(rows, 25, spherical=False).assignments, labels)
     theirs = KMeans(10, n_init=10, random_state=0).fit(digits.numpy())
     assert kmeans(digits, 10, spherical=False).inertia <= 1.002 * theirs.inertia_
+
+
+def test_many_groups_are_found_as_well_as_by_scikit_learn() -> None:
+    """There is one restart then; groups that overlap, three for each that is asked for."""
+    rows, _ = blobs(9000, groups=600, width=12, spread=1.0)
+    theirs = [KMeans(200, n_init=1, random_state=seed).fit(rows.numpy()) for seed in range(3)]
+    found = [kmeans(rows, 200, seed=seed, spherical=False, refits=0) for seed in range(3)]
+    least = np.mean([each.inertia_ for each in theirs])
+    assert np.mean([each.inertia for each in found]) <= 1.002 * least
+
+
+def test_strides_end_lower_and_where_every_centroid_is_a_mean() -> None:
+    rows, _ = blobs(6000, groups=300, width=12, spread=1.0)
+    whole = Rows(rows, spherical=False)
+    ends = {True: 0.0, False: 0.0}
+    for seed in range(4):
+        starts = greedy_starts(rows, 100, 1, torch.Generator().manual_seed(seed))
+        for strides in ends:
+            end = best_centroids(whole, starts, 50, 0.0, strides=strides)
+            distances, labels = torch.cdist(rows, end).min(1)
+            ends[strides] += float(distances.square().sum())
+            means = torch.stack([rows[labels == group].mean(0) for group in range(100)])
+            assert float((means - end).norm()) < 0.02 * float(end.norm())
+    assert ends[True] < ends[False]
+
+
+def test_the_sample_for_the_starts_is_bounded() -> None:
+    sizes = {2: 4096, 200: 8000, 1000: 20_000, 6553: 131_060, 10_000: 131_072, 100_000: 400_000}
+    assert {count: start_size(count) for count in sizes} == sizes
 
 
 def test_spherical_is_dhillon_and_modhas_loop(digits: Tensor) -> None:

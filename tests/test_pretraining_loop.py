@@ -26,7 +26,8 @@ from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining import loop
-from mim_refiner_hf.pretraining.loop import LoopOptions, Pretrainer, pretrain
+from mim_refiner_hf.pretraining.loop import Pretrainer, pretrain
+from mim_refiner_hf.pretraining.loop_options import LoopOptions
 from mim_refiner_hf.pretraining.objective import Losses, Objective
 from mim_refiner_hf.pretraining.objectives import OBJECTIVES
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe

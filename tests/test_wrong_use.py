@@ -294,9 +294,9 @@ OTHER_COMMANDS = [
     ("pretrain --hidden_size x", ["--hidden_size", "'x'"]),
     (
         "pretrain --hidden_size 10 --num_attention_heads 3",
-        ["num_attention_heads=3", "hidden_size=10"],
+        ["--num_attention_heads 3", "--hidden_size 10"],
     ),
-    ("pretrain --image_size 20 --patch_size 8", ["patch_size=8", "image_size=20"]),
+    ("pretrain --image_size 20 --patch_size 8", ["--patch_size 8", "--image_size 20"]),
     ("pretrain --decoder_size 30", ["--decoder_size 30", "multiple of 4"]),
     ("pretrain --num_channels 17", ["num_channels is 17", "1 to 16 channels"]),
     ("pretrain --num_workers -1", ["--num_workers", "-1", "at least 0"]),

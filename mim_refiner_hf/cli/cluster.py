@@ -7,7 +7,9 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..publishing.choices import TOOLS
 from .flags import (
+    Work,
     add_batch_size,
     add_follow_links,
     add_image_column,
@@ -18,11 +20,11 @@ from .flags import (
     parse_model_and_images,
 )
 
+# the names in `clustering.pipeline_image_clustering.METHODS`
+_METHODS = ("kmeans", "heads")
+
 
 def _cluster_parser() -> ArgumentParser:
-    from ..clustering.pipeline_image_clustering import METHODS
-    from ..publishing.annotation_tools import TOOLS
-
     parser = command_parser(
         "cluster",
         "A pile of images as groups of alike ones: a web page, a CSV file, and a folder of links "
@@ -37,7 +39,7 @@ def _cluster_parser() -> ArgumentParser:
         "--num_clusters", type=int, help="number of groups; default: proposed from the images"
     )
     parser.add_argument(
-        "--method", choices=METHODS, default="kmeans", help="k-means, or cluster heads: slower"
+        "--method", choices=_METHODS, default="kmeans", help="k-means, or cluster heads: slower"
     )
     parser.add_argument(
         "--start",
@@ -66,34 +68,37 @@ def _cluster_parser() -> ArgumentParser:
     return parser
 
 
-def run_cluster(arguments: Sequence[str]) -> None:
+def parse_cluster(arguments: Sequence[str]) -> Work:
     """`mim-refiner cluster`."""
-    from ..runs.cluster import cluster
-    from ..runtime.lock import sole_run
-
     options = parse_model_and_images(_cluster_parser(), arguments, needs_model=False)
 
-    with sole_run(options.out, "out", beside=True):
-        groups = cluster(
-            options.dataset,
-            options.model,
-            num_clusters=options.num_clusters,
-            method=options.method,
-            start=options.start,
-            out=options.out,
-            also=options.also,
-            image_column=options.image_column,
-            follow_links=options.follow_links,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            num_workers=options.num_workers,
-        )
-    print(groups)
-    page = options.out / "index.html"
-    if page.is_file():
-        print(f"The page: {page}")
-    else:
-        print(f"None of the images is there any more, so there is no page: {options.out}")
+    def work() -> None:
+        from ..runs.cluster import cluster
+        from ..runtime.lock import sole_run
+
+        with sole_run(options.out, "out", beside=True):
+            groups = cluster(
+                options.dataset,
+                options.model,
+                num_clusters=options.num_clusters,
+                method=options.method,
+                start=options.start,
+                out=options.out,
+                also=options.also,
+                image_column=options.image_column,
+                follow_links=options.follow_links,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                num_workers=options.num_workers,
+            )
+        print(groups)
+        page = options.out / "index.html"
+        if page.is_file():
+            print(f"The page: {page}")
+        else:
+            print(f"None of the images is there any more, so there is no page: {options.out}")
+
+    return work
 
 
-__all__ = ["run_cluster"]
+__all__ = ["parse_cluster"]

@@ -10,6 +10,11 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
+from ..data.missing import refuse_missing
+
+Work = Callable[[], None]
+"""What a command does once its words are understood; only then heavy rooms are imported."""
+
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """The parser of one command of `mim-refiner`; no flag may be brief."""
@@ -88,6 +93,7 @@ def parse_model_and_images(
         parser.error("give IMAGES --model MODEL, or MODEL --dataset IMAGES; one of them is missing")
     if missing:
         parser.error(f"the following are required: {', '.join(f'--{flag}' for flag in missing)}")
+    refuse_missing(options.dataset)
     return options
 
 
@@ -149,6 +155,7 @@ def add_seed(parser: argparse.ArgumentParser, of: str = "everything random") -> 
 
 
 __all__ = [
+    "Work",
     "add_batch_size",
     "add_columns",
     "add_follow_links",

@@ -27,22 +27,28 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from .cluster import run_cluster
-from .measuring import run_embed, run_evaluate
-from .models import run_convert, run_export, run_push
-from .training import run_pretrain, run_refine, run_replay
+from ..runtime.ending import CommandFailure, EarlyEnd
+from ..runtime.room import SaveError, room_to_write
+from ..runtime.text import VisibleFormatter, on_terminal
+from ..runtime.wording import in_the_shell
+from .cluster import parse_cluster
+from .flags import Work
+from .measuring import parse_embed, parse_evaluate
+from .models import parse_convert, parse_export, parse_push
+from .training import parse_pretrain, parse_refine, parse_replay
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "refine": run_refine,
-    "pretrain": run_pretrain,
-    "convert": run_convert,
-    "cluster": run_cluster,
-    "push": run_push,
-    "evaluate": run_evaluate,
-    "export": run_export,
-    "embed": run_embed,
-    "replay": run_replay,
+COMMANDS: dict[str, Callable[[Sequence[str]], Work]] = {
+    "refine": parse_refine,
+    "pretrain": parse_pretrain,
+    "convert": parse_convert,
+    "cluster": parse_cluster,
+    "push": parse_push,
+    "evaluate": parse_evaluate,
+    "export": parse_export,
+    "embed": parse_embed,
+    "replay": parse_replay,
 }
+"""What each reads from its words, and then does."""
 
 # The commands that several processes do together.
 _SHARED = ("refine", "pretrain", "evaluate", "embed")
@@ -69,48 +75,27 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: its words; None for those of this process.
     """
-    # now, not at the top: a mere `mim-refiner --help` needs none of it
-    from ..publishing.export import ExportError
-    from ..publishing.hub import PushError
-    from ..refinement.failure import NotBetterError
-    from ..runtime.distributed import LostProcessError, lost_processes_named, rank
-    from ..runtime.held import LostFolderError
-    from ..runtime.launch import launch_processes, launched_short, take_the_cores
-    from ..runtime.room import SaveError, room_to_write
-    from ..runtime.signals import Ended, Interrupted, ended_by_signals
-    from ..runtime.text import VisibleFormatter, on_terminal
-    from ..runtime.wording import in_the_shell
-
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as stderr is: a name with odd bytes must not end the command that prints it
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    if arguments is None:
-        processes = launched_short()
-        if processes:
-            return launch_processes(processes)
-        take_the_cores()
-    lost = (LostFolderError, LostProcessError)
-    failures = (PushError, ExportError, FloatingPointError, OSError, *lost)
     try:
         check_alone(name)
-        with in_the_shell(), ended_by_signals(), room_to_write(), lost_processes_named():
-            COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
+        # heavy rooms are imported once the words are understood
+        with in_the_shell():
+            work = COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
+            return _done(work, launched=arguments is None)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         return 2
-    except Interrupted as interruption:
-        if rank() == 0:
-            print(on_terminal(interruption), file=sys.stderr)
-        return interruption.exit_code
-    except NotBetterError as error:
-        if rank() == 0:
-            print(on_terminal(error), file=sys.stderr)
-        return 3
+    except EarlyEnd as end:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(on_terminal(end), file=sys.stderr)
+        return end.exit_code
     # OSError: disk full, read-only, the network
-    except failures as error:
+    except (CommandFailure, FloatingPointError, OSError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         if isinstance(error, SaveError) and arguments is None:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
@@ -121,7 +106,27 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
             "from the last checkpoint where there is one",
             file=sys.stderr,
         )
-        return 143 if isinstance(interruption, Ended) else 130
+        # 143 after SIGTERM, which raises a kind of its own
+        return getattr(interruption, "exit_code", 130)
+
+
+def _done(work: Work, launched: bool) -> int:
+    """Do the work, or have it done by the processes that a launcher meant; the exit code.
+
+    Args:
+        launched: the words are those of this process, so that it can be started anew.
+    """
+    from ..runtime.distributed import lost_processes_named
+    from ..runtime.launch import launch_processes, launched_short, take_the_cores
+    from ..runtime.signals import ended_by_signals
+
+    if launched:
+        processes = launched_short()
+        if processes:
+            return launch_processes(processes)
+        take_the_cores()
+    with ended_by_signals(), room_to_write(), lost_processes_named():
+        work()
     return 0
 
 

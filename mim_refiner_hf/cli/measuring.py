@@ -5,11 +5,15 @@ Heavy rooms are imported when a command runs, so that `mim-refiner --help` is qu
 
 import argparse
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..model.poolings_mim_refiner import Pooling
+from ..runs.choices import Protocol
+from ..runtime.precision import Precision
 from .flags import (
+    Work,
     add_batch_size,
     add_columns,
     add_model_and_images,
@@ -20,8 +24,11 @@ from .flags import (
     parse_model_and_images,
 )
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
+
+def _evaluate_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "evaluate",
         "How good an encoder is, and whether it got better than another: scores with errors, "
@@ -38,7 +45,11 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--against", help="the model to compare with, such as the starting weights")
     parser.add_argument(
-        "--protocols", nargs="+", default=[], choices=protocols, help="slower protocols to add"
+        "--protocols",
+        nargs="+",
+        default=[],
+        choices=get_args(Protocol),
+        help="slower protocols to add",
     )
     parser.add_argument(
         "--recipe",
@@ -68,30 +79,31 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def run_evaluate(arguments: Sequence[str]) -> None:
+def parse_evaluate(arguments: Sequence[str]) -> Work:
     """`mim-refiner evaluate`."""
-    from ..conversion.licence import CARD
-    from ..evaluation.tables import report_table
-    from ..publishing.model_card import update_card
-    from ..runs.comparison import PROTOCOLS
-    from ..runs.evaluate import evaluate
-    from ..runtime.launch import job_of_processes
-    from ..runtime.lock import sole_run
-
-    parser = _evaluate_parser(PROTOCOLS)
-    options = vars(parse_model_and_images(parser, arguments))
+    options = vars(parse_model_and_images(_evaluate_parser(), arguments))
     model, dataset = options.pop("model"), options.pop("dataset")
 
-    accelerator = job_of_processes()
-    with sole_run(options["output_dir"], "output_dir", beside=True):
-        report = evaluate(model, dataset, **options)
-    if not accelerator.is_main_process:
-        return
-    print(report_table(report))
-    print(f"The report: {options['output_dir']}/report.md")
-    folder = Path(report["model"])
-    if (folder / CARD).is_file():
-        print(f"The card: {update_card(folder, report)}")
+    def work() -> None:
+        from ..conversion.licence import CARD
+        from ..evaluation.tables import report_table
+        from ..publishing.model_card import update_card
+        from ..runs.evaluate import evaluate
+        from ..runtime.launch import job_of_processes
+        from ..runtime.lock import sole_run
+
+        accelerator = job_of_processes()
+        with sole_run(options["output_dir"], "output_dir", beside=True):
+            report = evaluate(model, dataset, **options)
+        if not accelerator.is_main_process:
+            return
+        print(report_table(report))
+        print(f"The report: {options['output_dir']}/report.md")
+        folder = Path(report["model"])
+        if (folder / CARD).is_file():
+            print(f"The card: {update_card(folder, report)}")
+
+    return work
 
 
 def _block(word: str) -> int | Literal["output"]:
@@ -103,7 +115,7 @@ def _block(word: str) -> int | Literal["output"]:
     return int(word)
 
 
-def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argparse.ArgumentParser:
+def _embed_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "embed",
         "Features of every image, once, as parquet shards: the same command resumes; under "
@@ -135,13 +147,17 @@ def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argpars
     parser.add_argument(
         "--pooling",
         nargs="+",
-        choices=poolings,
+        choices=get_args(Pooling),
         default=[],
         help="default: what the model's configuration says",
     )
     parser.add_argument("--last4", action="store_true", help="also the last 4 blocks side by side")
     parser.add_argument(
-        "--dtype", choices=precisions, default="fp32", help="of the computation; float32 is stored"
+        "--dtype",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of the computation; float32 is stored; auto: bf16 where this machine computes it, "
+        "or what the folder has",
     )
     add_batch_size(parser, 256)
     add_workers(parser, None)
@@ -151,27 +167,54 @@ def _embed_parser(poolings: Iterable[str], precisions: Iterable[str]) -> argpars
     return parser
 
 
-def run_embed(arguments: Sequence[str]) -> None:
+def parse_embed(arguments: Sequence[str]) -> Work:
     """`mim-refiner embed`."""
+    options = parse_model_and_images(_embed_parser(), arguments)
+
+    def work() -> None:
+        from ..evaluation.feature_store import read_manifest
+        from ..runtime.device import warn_of_emulation
+        from ..runtime.launch import job_of_processes, workers_per_process
+
+        # says so now if the folder is something else
+        begun = read_manifest(options.out)
+        accelerator = job_of_processes()
+        if options.dtype == "auto":
+            options.dtype = _chosen(begun, accelerator)
+        if options.dtype == "bf16" and accelerator.is_main_process:
+            warn_of_emulation("--dtype bf16", accelerator.device.type)
+        if options.num_workers is None:
+            options.num_workers = workers_per_process(accelerator.num_processes)
+        command = shlex.join(["mim-refiner", "embed", *arguments])
+        _embed(options, command, accelerator)
+
+    return work
+
+
+def _chosen(begun: Mapping[str, Any] | None, accelerator: "Accelerator") -> str:
+    """What `--dtype auto` means here, which the first process says."""
+    from ..evaluation.embed import PRECISIONS
+    from ..runtime.device import feature_precision
+
+    precision: str = feature_precision("auto", accelerator.device.type)
+    why = f"as this {accelerator.device.type} computes bfloat16"
+    if precision == "fp32":
+        why = f"as this {accelerator.device.type} is not known to compute bfloat16"
+    if begun is not None:
+        names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
+        precision = names.get(begun["dtype"], precision)
+        why = "as the features that are there"
+    if accelerator.is_main_process:
+        print(f"--dtype auto: {precision}, {why}")
+    return precision
+
+
+def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator") -> None:
+    """What was asked for, in the job of all processes; the first says what there is."""
     from ..data.broken import BROKEN
     from ..data.loading import Loading
-    from ..evaluation.embed import PRECISIONS
-    from ..evaluation.feature_store import read_manifest
-    from ..model.configuration_mim_refiner import Pooling
     from ..runs.embed import store_features
-    from ..runtime.device import warn_of_emulation
-    from ..runtime.launch import job_of_processes, workers_per_process
 
-    parser = _embed_parser(get_args(Pooling), PRECISIONS)
-    options = parse_model_and_images(parser, arguments)
-
-    # says so now if the folder is something else
-    read_manifest(options.out)
-    accelerator = job_of_processes()
-    if options.dtype == "bf16" and accelerator.is_main_process:
-        warn_of_emulation("--dtype bf16", accelerator.device.type)
-    if options.num_workers is None:
-        options.num_workers = workers_per_process(accelerator.num_processes)
     store = store_features(
         options.model,
         options.dataset,
@@ -188,7 +231,7 @@ def run_embed(arguments: Sequence[str]) -> None:
         dtype=options.dtype,
         loading=Loading(options.batch_size, options.num_workers, accelerator.device),
         shard_size=options.shard_size,
-        command=shlex.join(["mim-refiner", "embed", *arguments]),
+        command=command,
     )
 
     if accelerator.is_main_process:
@@ -199,4 +242,4 @@ def run_embed(arguments: Sequence[str]) -> None:
             print(f"Images that could not be read: {len(store.broken)}, listed in {listed}")
 
 
-__all__ = ["run_embed", "run_evaluate"]
+__all__ = ["parse_embed", "parse_evaluate"]

@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .flags import command_parser
+from ..publishing.choices import DTYPES, EXPORT_FORMATS
+from .flags import Work, command_parser
 
 
 def _add_publishing(parser: argparse.ArgumentParser) -> None:
@@ -19,27 +20,27 @@ def _add_publishing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_push(arguments: Sequence[str]) -> None:
+def parse_push(arguments: Sequence[str]) -> Work:
     """`mim-refiner push`."""
-    from ..publishing.hub import push_folder
-
     parser = command_parser("push", "Publish a model folder: weights first, the card last.")
     parser.add_argument("folder", type=Path, help="what a run left as <output_dir>/model")
     parser.add_argument("repository", help="user/name on the Hub")
     _add_publishing(parser)
     options = parser.parse_args(arguments)
-    address = push_folder(
-        options.folder, options.repository, private=options.private, license=options.license
-    )
-    print(f"Published: {address}")
+
+    def work() -> None:
+        from ..publishing.hub import push_folder
+
+        address = push_folder(
+            options.folder, options.repository, private=options.private, license=options.license
+        )
+        print(f"Published: {address}")
+
+    return work
 
 
-def run_convert(arguments: Sequence[str]) -> None:
+def parse_convert(arguments: Sequence[str]) -> Work:
     """`mim-refiner convert`."""
-    from ..publishing.convert import DTYPES, convert
-    from ..publishing.hub import check_repo_id, push_folder
-    from ..runtime.lock import sole_run
-
     parser = command_parser(
         "convert",
         "Any masked-image-modeling checkpoint as a model folder for the Hub, verified by loading "
@@ -60,30 +61,34 @@ def run_convert(arguments: Sequence[str]) -> None:
     _add_publishing(parser)
     options = parser.parse_args(arguments)
 
-    if options.push is not None:
-        check_repo_id(options.push)
-    with sole_run(options.destination, "DESTINATION", beside=True):
-        summary = convert(
-            options.source,
-            options.destination,
-            family=options.family,
-            dtype=options.dtype,
-            num_heads=options.num_heads,
-            revision=options.revision,
-            license=options.license,
-            publish=options.push is not None,
-        )
-        print(summary, flush=True)
-    if options.push is not None:
-        address = push_folder(options.destination, options.push, private=options.private)
-        print(f"Published: {address}")
+    def work() -> None:
+        from ..publishing.convert import convert
+        from ..publishing.hub import check_repo_id, push_folder
+        from ..runtime.lock import sole_run
+
+        if options.push is not None:
+            check_repo_id(options.push)
+        with sole_run(options.destination, "DESTINATION", beside=True):
+            summary = convert(
+                options.source,
+                options.destination,
+                family=options.family,
+                dtype=options.dtype,
+                num_heads=options.num_heads,
+                revision=options.revision,
+                license=options.license,
+                publish=options.push is not None,
+            )
+            print(summary, flush=True)
+        if options.push is not None:
+            address = push_folder(options.destination, options.push, private=options.private)
+            print(f"Published: {address}")
+
+    return work
 
 
-def run_export(arguments: Sequence[str]) -> None:
+def parse_export(arguments: Sequence[str]) -> Work:
     """`mim-refiner export`."""
-    from ..publishing.export import EXPORT_FORMATS, export
-    from ..runtime.lock import sole_run
-
     parser = command_parser(
         "export",
         "An encoder in another library's format, compared with it after loading it back.",
@@ -107,19 +112,25 @@ def run_export(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    with sole_run(options.destination, "DESTINATION", beside=True):
-        differences = export(
-            options.source,
-            options.destination,
-            options.to,
-            fp16=options.fp16,
-            int8=options.int8,
+    def work() -> None:
+        from ..publishing.export import export
+        from ..runtime.lock import sole_run
+
+        with sole_run(options.destination, "DESTINATION", beside=True):
+            differences = export(
+                options.source,
+                options.destination,
+                options.to,
+                fp16=options.fp16,
+                int8=options.int8,
+            )
+        worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
+        print(
+            f"{options.destination}: loaded back as {options.to}, it differs from "
+            f"{options.source} by at most {', '.join(worst)}"
         )
-    worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
-    print(
-        f"{options.destination}: loaded back as {options.to}, it differs from {options.source} "
-        f"by at most {', '.join(worst)}"
-    )
+
+    return work
 
 
-__all__ = ["run_convert", "run_export", "run_push"]
+__all__ = ["parse_convert", "parse_export", "parse_push"]

@@ -8,29 +8,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .flags import add_splits, command_parser
+from ..data.missing import refuse_missing
+from ..runtime.lazy import argument_parser
+from .flags import Work, add_splits, command_parser
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
+    from ..model.modeling_mim_refiner import MimRefinerModel
 
-def run_refine(arguments: Sequence[str]) -> None:
+
+def parse_refine(arguments: Sequence[str]) -> Work:
     """`mim-refiner refine`; its flags are the fields of RefineRecipe."""
     from ..refinement.recipe_files import parse_recipe
-    from ..runs.refine import refine
 
-    refine(parse_recipe(arguments))
+    recipe = parse_recipe(arguments)
+    refuse_missing(recipe.dataset)
+
+    def work() -> None:
+        from ..runs.refine import refine
+
+        refine(recipe)
+
+    return work
 
 
 def _pretrain_parser() -> "HfArgumentParser":
     """The fields of PretrainRecipe and LoopOptions, and where images and model are."""
-    from transformers import HfArgumentParser
-
-    from ..pretraining.loop import LoopOptions
+    from ..pretraining.loop_options import LoopOptions
     from ..pretraining.recipe import PretrainRecipe
 
-    parser = HfArgumentParser(
-        [PretrainRecipe, LoopOptions],  # type: ignore[list-item]
+    parser = argument_parser(
+        PretrainRecipe,
+        LoopOptions,
         description="Pre-train an encoder on images without labels. The same command goes on "
         "where it was stopped.",
         usage="%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags",
@@ -63,12 +73,9 @@ def _pretrain_parser() -> "HfArgumentParser":
     return parser
 
 
-def run_pretrain(arguments: Sequence[str]) -> None:
+def parse_pretrain(arguments: Sequence[str]) -> Work:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
-    from ..conversion import load_encoder
-    from ..pretraining.capi_start import load_for_capi
     from ..pretraining.recipe import PretrainRecipe
-    from ..runs.pretrain import run_pretraining, shape_of
     from ..runtime.settings import read_fields
 
     parser = _pretrain_parser()
@@ -86,30 +93,44 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
     encoder = None
     if named.init_from is not None:
-        objective = named.objective or parser.get_default("objective")
-        load = load_for_capi if objective == "capi" else load_encoder
-        encoder = load(named.init_from)
-        parser.set_defaults(**shape_of(encoder.config, objective))
+        encoder = _start(named.init_from, named.objective, parser)
     recipe, options, where = parser.parse_args_into_dataclasses(words)
+    refuse_missing(where.dataset)
 
-    run_pretraining(
-        recipe,
-        where.output_dir,
-        dataset=where.dataset,
-        dataset_config=where.dataset_config,
-        split=where.split,
-        streaming=where.streaming,
-        init_from=where.init_from,
-        encoder=encoder,
-        options=options,
-        dry_run=where.dry_run,
-    )
+    def work() -> None:
+        from ..runs.pretrain import run_pretraining
+
+        run_pretraining(
+            recipe,
+            where.output_dir,
+            dataset=where.dataset,
+            dataset_config=where.dataset_config,
+            split=where.split,
+            streaming=where.streaming,
+            init_from=where.init_from,
+            encoder=encoder,
+            options=options,
+            dry_run=where.dry_run,
+        )
+
+    return work
 
 
-def run_replay(arguments: Sequence[str]) -> None:
+def _start(source: str, objective: str | None, parser: "HfArgumentParser") -> "MimRefinerModel":
+    """The encoder to go on from, whose shape becomes the parser's defaults."""
+    from ..conversion import load_encoder
+    from ..pretraining.capi_start import load_for_capi
+    from ..runs.pretrain import shape_of
+
+    objective = objective or parser.get_default("objective")
+    load = load_for_capi if objective == "capi" else load_encoder
+    encoder = load(source)
+    parser.set_defaults(**shape_of(encoder.config, objective))
+    return encoder
+
+
+def parse_replay(arguments: Sequence[str]) -> Work:
     """`mim-refiner replay`."""
-    from ..runs.replay import replay
-
     parser = command_parser(
         "replay",
         "Run the step again at which a refinement stopped, watch its parts, and say where it goes "
@@ -121,7 +142,16 @@ def run_replay(arguments: Sequence[str]) -> None:
         "--mixed_precision", choices=("no", "bf16"), help="default: as the run had it"
     )
     options = parser.parse_args(arguments)
-    print(replay(options.output_dir, step=options.step, mixed_precision=options.mixed_precision))
+
+    def work() -> None:
+        from ..runs.replay import replay
+
+        told = replay(
+            options.output_dir, step=options.step, mixed_precision=options.mixed_precision
+        )
+        print(told)
+
+    return work
 
 
-__all__ = ["run_pretrain", "run_refine", "run_replay"]
+__all__ = ["parse_pretrain", "parse_refine", "parse_replay"]

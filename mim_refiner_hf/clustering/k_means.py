@@ -27,12 +27,10 @@ from torch import Tensor
 
 from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
 from .lloyd import (
-    SAMPLE_PASSES,
     Batches,
     Rows,
     bad_rows,
     best_centroids,
-    greedy_starts,
     membership,
     own_distances,
     prepared,
@@ -42,6 +40,7 @@ from .lloyd import (
     variance_between,
 )
 from .prototype_heads import PrototypeHeads
+from .starts import best_start, start_size
 
 # of a file; 1 and 2, of earlier versions, hold no calibration
 _FORMAT = "mim_refiner_hf.clustering.3"
@@ -258,14 +257,16 @@ def kmeans(
     initial: Tensor | None = None,
     refits: int = 8,
 ) -> Clustering:
-    """k-means: many restarts on a sample, all at once, then full passes for the best of them.
+    """k-means: restarts on a sample, then passes over all rows for the best of them.
 
-    The sample is 4096 rows, or 4 per group if that is more; the restarts begin with greedy
-    k-means++, and after every second pass over the sample the half of them with the higher inertia
-    is dropped. The last one goes on over all rows until it has converged. From the same `initial`
-    and without `spherical`, the result is scikit-learn's (`KMeans(algorithm="lloyd", n_init=1)`):
-    its rule for stopping, and its repair: empty groups get the rows farthest from their own
-    centroids.
+    The sample is 4096 rows, or 40 per group if that is more, from 1000 groups on 20. The restarts
+    begin with greedy k-means++; after every second pass over the sample the half of them with the
+    higher inertia is dropped. The last one goes on over all rows until the inertia hardly falls.
+    Centroids go farther than to the means of their rows while that pays (`lloyd.best_centroids`).
+
+    From `initial` every step is Lloyd's, and without `spherical` the result is scikit-learn's
+    (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair: empty groups get
+    the rows farthest from their own centroids.
 
     Then `refits` second clusterings of the same kind, of 16384 sampled rows or 16 per group, tell
     how far the groups can be trusted: all have another seed, three of four also learn from two
@@ -277,8 +278,9 @@ def kmeans(
             sums, counts and inertia), and each gets its own rows' assignments. bf16 rows are
             multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
         num_clusters: K.
-        runs: restarts.
-        iterations: most passes.
+        runs: restarts for at most 100 groups; for more groups fewer, as they differ less and cost
+            more: a tenth of them for 1000.
+        iterations: most passes over all rows.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.
         seed: all random choices; they do not depend on the number of processes.
@@ -291,24 +293,22 @@ def kmeans(
         ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument
             is impossible.
     """
-    for name, value in (("runs", runs), ("iterations", iterations)):
+    for name, value in (("runs", runs), ("iterations", iterations), ("refits", refits + 1)):
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-
-    if refits < 0:
-        raise ValueError(f"refits={refits} must be at least 0")
+            least = 0 if name == "refits" else 1
+            raise ValueError(f"{name}={value - 1 + least} must be at least {least}")
 
     rows = Rows(features, spherical)
-    sample, variance = survey(rows, num_clusters, seed)
+    sample, variance = survey(rows, num_clusters, seed, start_size(num_clusters))
     limit = tolerance * variance
     if initial is not None:
         start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
         start = prepared(start, spherical)
     else:
-        starts = greedy_starts(sample, num_clusters, runs, torch.Generator().manual_seed(seed))
-        passes = min(iterations, SAMPLE_PASSES)
-        start = best_centroids(Rows(sample, spherical), starts, passes, limit)
-    centroids = best_centroids(rows, start[None], iterations, limit)
+        start = best_start(
+            sample, num_clusters, runs=runs, seed=seed, spherical=spherical, limit=limit
+        )
+    centroids = best_centroids(rows, start[None], iterations, limit, strides=initial is None)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:
         return _grouped(rows, centroids, temperature, None)

@@ -3,8 +3,28 @@
 `open_images` reads folders, tables, Hub data sets and streams; `views` and `order` feed a training.
 """
 
-from .images import ImageDataset, ImageStream, Sample, hold_out, open_images, open_stream
-from .order import BatchSampler
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .images import ImageDataset, ImageStream, Sample, hold_out, open_images, open_stream
+    from .order import BatchSampler
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "images": [
+            "ImageDataset",
+            "ImageStream",
+            "Sample",
+            "hold_out",
+            "open_images",
+            "open_stream",
+        ],
+        "order": ["BatchSampler"],
+    },
+)
 
 __all__ = [
     "BatchSampler",

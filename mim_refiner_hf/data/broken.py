@@ -22,13 +22,11 @@ from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
 from ..runtime.files import write_json
 from ..runtime.wording import setting
 from .images import Broken, ImageDataset, ImageStream
+from .limits import MAX_BAD_FRACTION
 
 logger = logging.getLogger(__name__)
 
 BROKEN = "broken.json"
-# A crawl of the web has a percent or two of broken images; what is wrong as a whole, such as a
-# half-finished copy, has far more.
-MAX_BAD_FRACTION = 0.05
 # images of a stream that are read before a share of them says anything
 _ENOUGH = 1000
 # broken images named in the log; the list has all

@@ -8,7 +8,6 @@
 holds the rules for names and splits, and the sentences for what goes wrong.
 """
 
-import difflib
 import logging
 import re
 import tarfile
@@ -31,6 +30,7 @@ from .folders import (
     tell_left_aside,
 )
 from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, file_size
+from .missing import refuse_missing
 
 # `datasets` is imported where it is needed: it costs seconds that an image folder does not need.
 
@@ -117,7 +117,7 @@ def load_table(
 
     path = Path(dataset).expanduser()
     if not path.exists():
-        _refuse_local_looking(dataset, path)
+        refuse_missing(dataset, EXTENSIONS)
     try:
         if path.exists():
             return _load_local(path, split, options, streaming=streaming)
@@ -160,33 +160,6 @@ def _read_as_stored(builder: Any, split: str, *, streaming: bool) -> Any:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
-
-
-def _refuse_local_looking(dataset: str, path: Path) -> None:
-    """Raise a FileNotFoundError for a missing path that cannot be a name on the Hub.
-
-    It must not end as an opaque answer of the Hub, whose names are `name` or `owner/name`.
-    """
-    suffixes = EXTENSIONS | {".parquet", ".tar", ".zip", ".csv"}
-    looks_local = (
-        not dataset
-        or dataset.startswith((".", "/", "~"))
-        or dataset.endswith("/")
-        or dataset.count("/") > 1
-        or "\\" in dataset
-        or path.suffix.lower() in suffixes
-    )
-    if not looks_local:
-        return
-
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    hint = (
-        "give a folder of images, a .parquet file, 'digits' or the name of a data set on the Hub."
-    )
-    if close:
-        hint = f"did you mean {path.parent / close[0]}?"
-    raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
 
 
 def _load_local(path: Path, split: str | None, options: SourceOptions, *, streaming: bool) -> Any:

@@ -37,8 +37,9 @@ from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, Sample
 from ..data.loading import Loading
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.distributed import all_gather, progress_bar, rank, world_size
 
 # Shapes below: N images, B images of a batch, D the width of the encoder.

@@ -14,9 +14,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ..conversion.load import image_processor
 from ..data.batches import batches_of_views
-from ..data.broken import BROKEN, MAX_BAD_FRACTION, BrokenImages
+from ..data.broken import BROKEN, BrokenImages
 from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -44,17 +43,11 @@ from ..runtime.distributed import average_gradients, progress_bar, rank, world_s
 from ..runtime.files import in_bytes
 from ..runtime.launch import job_of_processes
 from ..runtime.optimisation import optimizer_tensors, recompute_blocks, restore_optimizers
-from ..runtime.settings import (
-    NonNegativeInt,
-    PositiveInt,
-    Share,
-    check_fields,
-    documented,
-)
 from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
-from ..runtime.tracking import JsonlTracker, LogCallback, logger_names
+from ..runtime.tracking import JsonlTracker, LogCallback
 from ..runtime.wording import setting
+from .loop_options import LoopOptions
 from .objective import Losses, Objective
 from .objectives import make_objective
 from .recipe import PretrainRecipe, changed_settings
@@ -67,45 +60,6 @@ CHECKPOINTS = "checkpoints"
 
 Evaluate = Callable[[MimRefinerModel], dict[str, float]]
 """Measures an encoder, in eval mode, on the way."""
-
-
-@dataclass
-class LoopOptions:
-    """Where and how a pre-training runs: nothing of what it computes.
-
-    Raises:
-        ValueError: at construction, in one line.
-    """
-
-    num_workers: NonNegativeInt = documented(0, "Processes that load images beside this one.")
-    max_bad_fraction: Share = documented(
-        MAX_BAD_FRACTION, "Stop when more than this share of the images is broken."
-    )
-    mixed_precision: Literal["auto", "no", "bf16"] = documented(
-        "auto", "bf16 autocast on fp32 weights; auto: on a GPU or CPU that computes it."
-    )
-    micro_batch_size: PositiveInt | None = documented(
-        None, "Images at a time through the networks, exactly; None: all of a process."
-    )
-    gradient_checkpointing: bool = documented(
-        False, "Recompute each block of the student in the backward pass: less memory."
-    )
-    save_every: NonNegativeInt | None = documented(
-        None, "Steps between checkpoints; 0 for none. None: a tenth of all steps, at most 500."
-    )
-    keep: PositiveInt = documented(2, "Checkpoints kept.")
-    report_to: str = documented(
-        "tensorboard",
-        "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",
-    )
-    log_every: PositiveInt = documented(10, "Steps between lines in the log.")
-    eval_every: NonNegativeInt = documented(
-        0, "Epochs between k-NN measurements on the way, for labelled images; 0 for none."
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        logger_names(self.report_to)
 
 
 class Pretrainer:
@@ -424,4 +378,4 @@ def pretrain(
     return Pretrainer(recipe, images, accelerator, options, folder, encoder, evaluate).fit()
 
 
-__all__ = ["CHECKPOINTS", "Evaluate", "LoopOptions", "Pretrainer", "check_same_recipe", "pretrain"]
+__all__ = ["CHECKPOINTS", "Evaluate", "Pretrainer", "check_same_recipe", "pretrain"]

@@ -14,9 +14,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..runtime.settings import (
     Allowed,
     NonNegativeFloat,
@@ -32,6 +31,9 @@ from ..runtime.wording import setting
 from .capi_fields import CapiFields
 from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
+
+if TYPE_CHECKING:
+    from ..model.configuration_mim_refiner import MimRefinerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +261,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
                 f"{setting('warmup_epochs', self.warmup_epochs)}: must be less than "
                 f"{setting('epochs', self.epochs)}"
             )
+        yield from self._problems_of_shape()
         if self.objective == "mae":
             yield from self._problems_of_mae()
         if self.objective == "capi" and self.registers % 4:
@@ -268,6 +271,13 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             )
         if self.objective == "data2vec2":
             yield from self._problems_of_data2vec2()
+
+    def _problems_of_shape(self) -> Iterator[str]:
+        """Said here, though the configuration says it too: that comes with torch."""
+        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
+            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
+                size = setting(whole, getattr(self, whole))
+                yield f"{setting(part, getattr(self, part))}: must divide {size}"
 
     def _problems_of_mae(self) -> Iterator[str]:
         if self.num_visible < 1:
@@ -304,8 +314,11 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         share = 1 - self.mask_ratio + self.mask_adjust
         return int(self.num_patches * share / self.mask_length**2)
 
-    def encoder_config(self) -> MimRefinerConfig:
+    def encoder_config(self) -> "MimRefinerConfig":
         """Configuration of the method's encoder; MLP ratio 4."""
+        # it comes with torch, which what is refused before need not wait for
+        from ..model.configuration_mim_refiner import MimRefinerConfig
+
         return MimRefinerConfig(
             image_size=self.image_size,
             patch_size=self.patch_size,

@@ -22,11 +22,9 @@ from xml.sax.saxutils import quoteattr
 from ..runtime.files import write_json, write_text
 from ..runtime.text import ODD_BYTES, UNSEEN, spelt_out
 from ..runtime.wording import setting
+from .choices import TOOLS
 
 logger = logging.getLogger(__name__)
-
-TOOLS = ("fiftyone", "label-studio")
-"""What `also` may name."""
 
 
 class GroupedImage(NamedTuple):
@@ -120,4 +118,4 @@ def _write_label_studio(
     write_text(folder / "label-studio.xml", interface)
 
 
-__all__ = ["TOOLS", "GroupedImage", "check_tools", "write_for_tools"]
+__all__ = ["GroupedImage", "check_tools", "write_for_tools"]

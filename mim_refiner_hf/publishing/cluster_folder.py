@@ -108,7 +108,7 @@ def write_groups(
 
     Args:
         corrected: of groups that people have corrected.
-        also: tools to write the groups for too, of `annotation_tools.TOOLS`.
+        also: tools to write the groups for too, of `choices.TOOLS`.
         home: where the folder will lie when it is whole; None for where it is.
 
     Returns:

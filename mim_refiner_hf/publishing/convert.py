@@ -28,10 +28,10 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import sha256_of, shipped_folder, staged_folder, write_text
 from ..runtime.text import plain
 from ..runtime.wording import setting
+from .choices import DTYPES
 from .hub import check_model_folder, write_model
 from .model_card import conversion_card
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # largest difference of the outputs, written and read back, relative to the largest output
 READ_BACK_TOLERANCE = 1e-5
 
@@ -118,7 +118,7 @@ def convert(
 
         rounding = 0.0
         if dtype is not None:
-            rounding = _cast(encoder, DTYPES[dtype])
+            rounding = _cast(encoder, getattr(torch, dtype))
         written_dtype = encoder.dtype
         expected = encode_fixed_input(encoder)
         # which tensor it is says more, so that comes first

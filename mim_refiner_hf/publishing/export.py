@@ -23,23 +23,17 @@ from ..conversion import load_encoder
 from ..conversion.licence import CARD, Licence
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.ending import CommandFailure
 from ..runtime.files import staged_folder, write_text
 from ..runtime.finite import check_finite
 from ..runtime.text import ODD_BYTES, fenced, plain
 from ..runtime.wording import setting
 from .card_licence import licence_line
+from .choices import EXPORT_FORMATS
 from .hub import check_model_folder
 from .model_card import is_hub_name
 from .sentence_files import write_sentence_files
 from .twins import Twin
-
-EXPORT_FORMATS = {
-    "native": "export_back",
-    "timm": "export_timm",
-    "vit": "export_native",
-    "onnx": "export_onnx",
-}
-"""Name after `--to` -> module, imported when asked for: timm is slow, and onnx is an extra."""
 
 # of each format, as the Hub calls it
 _LIBRARIES = {"native": "transformers", "timm": "timm", "vit": "transformers", "onnx": "onnx"}
@@ -52,7 +46,7 @@ _BATCHES = (1, 3)
 _LEAST_COSINE = 0.999
 
 
-class ExportError(RuntimeError):
+class ExportError(CommandFailure):
     """What was written does not compute what it should; it was removed again."""
 
 
@@ -228,4 +222,4 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: 
     return difference
 
 
-__all__ = ["EXPORT_FORMATS", "ExportError", "export", "why_not_exported"]
+__all__ = ["ExportError", "export", "why_not_exported"]

@@ -25,6 +25,7 @@ from ..clustering.pipeline_image_clustering import announce_code
 from ..conversion.digests import add_file_digests, write_digests
 from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.ending import CommandFailure
 from ..runtime.files import STAGED, check_folder, say_left_aside, staged_folder
 from ..runtime.finite import check_finite
 from ..runtime.retry import patiently
@@ -43,7 +44,7 @@ _TRAVELLING = (
 )
 
 
-class PushError(RuntimeError):
+class PushError(CommandFailure):
     """The Hub did not take the upload; nothing local changed, and the message says how to go on."""
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ..model.configuration_mim_refiner import MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.poolings_mim_refiner import Pooling
 from ..runtime.launch import workers_per_process
 from ..runtime.wording import setting
 from .recipe import FITTED, RefineRecipe

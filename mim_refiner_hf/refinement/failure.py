@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..runtime.distributed import all_gather, world_size
+from ..runtime.ending import EarlyEnd
 from ..runtime.sharding import local
 from ..runtime.wording import setting
 from .refiner import Refiner, StepResult
@@ -129,7 +130,7 @@ def describe_failure(
     )
 
 
-class NotBetterError(RuntimeError):
+class NotBetterError(EarlyEnd):
     """A finished run whose result was not judged better, where `fail_if_not_better` was asked for.
 
     Everything is written before it is raised. The message says why.
@@ -137,6 +138,8 @@ class NotBetterError(RuntimeError):
     Attributes:
         result: what `refine` would have returned.
     """
+
+    exit_code = 3
 
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)

@@ -14,17 +14,13 @@ batch statistics are those of one view: `heads(features, passes=views)`.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.batch_norm import GroupedBatchNorm
-
-Activation = Literal["gelu", "relu"]
-HeadInit = Literal["xavier", "kaiming"]
-NormViews = Literal["together", "apart"]
+from .choices import Activation, HeadInit
 
 # Shapes below: H heads, N columns (views * images of this process).
 
@@ -139,10 +135,7 @@ def in_passes(layers: nn.Module, x: Tensor, passes: int) -> Tensor:
 
 
 __all__ = [
-    "Activation",
     "GroupedLayer",
-    "HeadInit",
     "IdHeads",
-    "NormViews",
     "in_passes",
 ]

@@ -17,7 +17,7 @@ intended pairs.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..runtime.arithmetic import full_precision
-
-Swap = Literal["positive", "all", "none"]
-LossSchedule = Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
+from .choices import LossSchedule, Swap
 
 # Shapes below: H heads, G global views, V views, b images of this process, B images of all
 # processes, E the width of a projection.
@@ -193,4 +191,4 @@ def _one_hot_weight(progress: float, begin: float, end: float) -> float:
     return 0.0
 
 
-__all__ = ["LossSchedule", "Swap", "head_weights", "nna_loss", "pair_weights"]
+__all__ = ["head_weights", "nna_loss", "pair_weights"]

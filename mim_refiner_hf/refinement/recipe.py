@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Literal
 
+from ..runtime.loggers import logger_names
 from ..runtime.settings import (
     Allowed,
     NonNegativeInt,
@@ -20,7 +21,6 @@ from ..runtime.settings import (
     check_fields,
     documented,
 )
-from ..runtime.tracking import logger_names
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
 from .recipe_data import DataFields

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..data.broken import MAX_BAD_FRACTION
-from ..model.configuration_mim_refiner import Pooling
+from ..data.limits import MAX_BAD_FRACTION
+from ..model.poolings_mim_refiner import Pooling
 from ..runtime.settings import Allowed, Share, ShareBelowOne, documented
 
 ChannelCount = Annotated[int, Allowed("1 to 16", lambda count: 1 <= count <= 16)]

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from ..runtime.lazy import argument_parser
 from ..runtime.settings import documented, read_fields
 from ..runtime.wording import in_the_shell
 from .recipe import FITTED, START_FIELDS, RefineRecipe
@@ -124,8 +123,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     usage = "%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags"
-    parser = HfArgumentParser(
-        _Flags,  # type: ignore[arg-type]
+    parser = argument_parser(
+        _Flags,
         description=__doc__.split("\n")[0],
         usage=usage,
         allow_abbrev=False,

@@ -20,8 +20,7 @@ from ..runtime.settings import (
     documented,
     minimum,
 )
-from .heads import Activation, HeadInit, NormViews
-from .loss import LossSchedule, Swap
+from .choices import Activation, HeadInit, LossSchedule, NormViews, Swap
 
 
 def _is_area_range(scale: list[float]) -> bool:

@@ -39,14 +39,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS
 from ..runtime.attention import attend_in_fp32
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..runtime.optimisation import update_average
 from ..runtime.sharding import synchronise
-from .heads import IdHeads, NormViews, in_passes
-from .loss import Swap, nna_loss, pair_weights
+from .choices import NormViews, Swap
+from .heads import IdHeads, in_passes
+from .loss import nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
 
 # Shapes below: H heads, G global views, V views, b images of this process, N columns of views

@@ -18,11 +18,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.wording import setting
 from .auto import Choice, Situation, fit
-from .heads import Activation, HeadInit, NormViews
-from .loss import LossSchedule, Swap
+from .choices import Activation, HeadInit, LossSchedule, NormViews, Swap
 from .recipe import RefineRecipe
 
 

@@ -25,8 +25,8 @@ from ..data.broken import BROKEN, BrokenImages
 from ..data.fast_views import VIEW_KINDS, finished_views
 from ..data.images import ImageDataset, ImageStream
 from ..data.views import normalise
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS
 from ..runtime.checkpoint import (
     Checkpoint,
     check_tensors,

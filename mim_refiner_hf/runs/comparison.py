@@ -49,6 +49,7 @@ from ..evaluation.segmentation import segmentation_probe
 from ..evaluation.segmentation_data import SegmentationDataset, open_segmentation
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.wording import setting
+from .choices import ON_MASKS
 
 # of the images, where no evaluation images are named
 HELD_OUT = 0.2
@@ -68,8 +69,7 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "segmentation_knn": segmentation_knn,
     "segmentation_logistic": segmentation_logistic,
 }
-"""What `--protocols` can add. All need labels but those of `ON_MASKS`."""
-ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
+"""By what `--protocols` can add (`choices.Protocol`), the function."""
 # it reads patches, and a store keeps pooled features
 _WITHOUT_FEATURES = ("attentive_probe",)
 
@@ -369,7 +369,6 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
 
 __all__ = [
     "HELD_OUT",
-    "ON_MASKS",
     "PROTOCOLS",
     "Data",
     "Side",

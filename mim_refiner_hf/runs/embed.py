@@ -26,7 +26,7 @@ from ..data.loading import Loading
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest
 from ..evaluation.features import feature_columns
-from ..model.configuration_mim_refiner import Pooling
+from ..model.poolings_mim_refiner import Pooling
 from ..runtime.distributed import rank
 from ..runtime.wording import setting
 from .channels import fit_and_tell

@@ -55,8 +55,8 @@ from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
+from .choices import ON_MASKS
 from .comparison import (
-    ON_MASKS,
     PROTOCOLS,
     Data,
     Side,

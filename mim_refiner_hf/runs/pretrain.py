@@ -30,9 +30,11 @@ from ..data.images import (
 )
 from ..data.loading import Loading
 from ..evaluation.report import evaluate_encoder
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.loop import LoopOptions, Pretrainer
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
+from ..pretraining.loop import Pretrainer
+from ..pretraining.loop_options import LoopOptions
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
 from ..pretraining.trial import try_step
@@ -42,7 +44,8 @@ from ..runtime.device import warn_of_emulation
 from ..runtime.files import check_apart, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
-from ..runtime.tracking import installed_loggers, logger_names
+from ..runtime.loggers import logger_names
+from ..runtime.tracking import installed_loggers
 from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
 from .begun import same_place, saved_recipe

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 
 from ..data.images import ImageDataset
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.loop import CHECKPOINTS, LoopOptions, pretrain
+from ..pretraining.loop import CHECKPOINTS, pretrain
+from ..pretraining.loop_options import LoopOptions
 from ..refinement.resolve import ResolvedRecipe
 from .prepare import Prepared
 

@@ -7,7 +7,8 @@ save_as(Path("out/model"), "native")                # out/native, compared with 
 import copy
 from pathlib import Path
 
-from ..model.configuration_mim_refiner import LEARNED_POOLINGS, MimRefinerConfig, Pooling
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..publishing.export import export, why_not_exported
 from ..runtime.wording import setting
 

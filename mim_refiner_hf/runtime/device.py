@@ -9,10 +9,12 @@ import importlib.util
 import logging
 import os
 import shutil
+from typing import Literal
 
 import psutil
 import torch
 
+from .precision import Precision
 from .wording import setting
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,19 @@ def warn_of_emulation(asked: str, device: str) -> None:
         logger.warning(message, asked)
 
 
+def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16"]:
+    """In which numbers features are computed: as asked; "auto" means bf16 where it is fast.
+
+    That is on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16.
+    """
+    if asked != "auto":
+        return asked
+    native = device == "cpu" and _cpu_bf16() is True
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
 def check_compile(requested: bool) -> None:
     """Raise a ValueError where `compile` is asked for and torch.compile would not work.
 
@@ -94,4 +109,11 @@ def available_memory(device: str, processes: int = 1) -> int:
     return int(psutil.virtual_memory().available) // processes
 
 
-__all__ = ["available_memory", "check_compile", "emulates_bf16", "uses_bf16", "warn_of_emulation"]
+__all__ = [
+    "available_memory",
+    "check_compile",
+    "emulates_bf16",
+    "feature_precision",
+    "uses_bf16",
+    "warn_of_emulation",
+]

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from .ending import CommandFailure
+
 TIMEOUT = "MIM_REFINER_TIMEOUT"
 """Environment variable: seconds that a process waits for the others of its job."""
 
@@ -43,7 +45,7 @@ _NO_ANSWER = re.compile(
 )
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(CommandFailure):
     """Another process of the job was killed, or hangs, so that this one cannot go on."""
 
 

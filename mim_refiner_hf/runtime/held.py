@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .ending import CommandFailure
 
-class LostFolderError(RuntimeError):
+
+class LostFolderError(CommandFailure):
     """The folder that this run writes to was removed, renamed or taken; nothing was written."""
 
 

@@ -31,13 +31,14 @@ import torch
 import torch.distributed as dist
 
 from .distributed import rank, world_size
+from .ending import EarlyEnd
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 # Windows knows no SIGUSR1 and SIGUSR2
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-class Interrupted(RuntimeError):
+class Interrupted(EarlyEnd):
     """A signal ended the run after a checkpoint; the message says where it stands and goes on.
 
     Attributes:
@@ -51,6 +52,8 @@ class Interrupted(RuntimeError):
 
 class Ended(KeyboardInterrupt):
     """SIGTERM, SIGUSR1 or SIGUSR2 came where Ctrl-C would end the command; the exit code is 143."""
+
+    exit_code = 143
 
 
 def _in_main_thread() -> bool:

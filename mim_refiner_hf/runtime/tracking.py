@@ -24,8 +24,6 @@ from .wording import setting
 
 logger = logging.getLogger(__name__)
 
-_LOGGERS = ("tensorboard", "wandb", "trackio")
-
 LogCallback = Callable[[int | None, dict[str, Any]], Any]
 """What is called with (step, values) for every line of the log."""
 
@@ -104,20 +102,6 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def logger_names(report_to: str) -> list[str]:
-    """The names of `report_to`, which stand between commas; none for "none".
-
-    Raises:
-        ValueError: for one that there is not.
-    """
-    named = [name.strip() for name in report_to.split(",")]
-    names = [name for name in named if name not in ("", "none")]
-    if not set(names) <= set(_LOGGERS):
-        allowed = f"allowed are {', '.join(_LOGGERS)} (comma-separated), or none"
-        raise ValueError(f"{setting('report_to', report_to)}: {allowed}")
-    return names
-
-
 def installed_loggers(names: Sequence[str]) -> list[str]:
     """Those of the loggers that are installed; a missing one is said, not fatal."""
     found = []
@@ -138,4 +122,4 @@ def trackers(
     return [own, *installed_loggers(names)]
 
 
-__all__ = ["JsonlTracker", "LogCallback", "installed_loggers", "logger_names", "trackers"]
+__all__ = ["JsonlTracker", "LogCallback", "installed_loggers", "trackers"]

@@ -1,0 +1,21 @@
+"""The words that settings of a run can be; nothing is imported here, as `--help` shows them."""
+
+from typing import Literal
+
+Protocol = Literal[
+    "low_shot",
+    "linear_probe",
+    "linear_probe_fast",
+    "attentive_probe",
+    "robustness",
+    "fine_tuning",
+    "segmentation",
+    "segmentation_knn",
+    "segmentation_logistic",
+]
+"""What `--protocols` can add. All need labels but those of `ON_MASKS`."""
+
+ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
+"""These need masks instead."""
+
+__all__ = ["ON_MASKS", "Protocol"]

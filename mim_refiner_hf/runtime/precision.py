@@ -1,0 +1,8 @@
+"""In which numbers an encoder computes features, by name."""
+
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "bf16"]
+"""auto: bf16 where the device computes it, `device.feature_precision`."""
+
+__all__ = ["Precision"]
