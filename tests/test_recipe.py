@@ -195,7 +195,7 @@ def test_bases_form_a_chain(tmp_path: Path) -> None:
     [
         ("base: mine.yaml", "the bases go in a circle: mine -> mine"),
         ("base: other.yaml", "the bases go in a circle: mine -> other -> mine"),
-        ("base: d2v2", "mine.yaml has base d2v2: unknown; there are ablation-freeze-12"),
+        ("base: d2v2", "mine.yaml has base d2v2: unknown; there are cifar10-tiny"),
         ("base: gone.yaml", "gone.yaml: no such file"),
         ("base: [d2v2-l16]", "has base ['d2v2-l16']; it must be the name of a recipe"),
     ],

@@ -110,8 +110,7 @@ def run_pretraining(
     if options.eval_every and not labelled:
         asked = setting("eval_every", options.eval_every)
         raise ValueError(
-            f"{asked}: k-NN needs labelled images that are no stream, and {images.name} has none; "
-            "leave it out"
+            f"{asked}: k-NN needs labels, and {images.name} has none or is a stream; leave it out"
         )
     # refuses fewer images than a batch
     recipe.steps(length)

@@ -184,9 +184,12 @@ def recipe_file(name: str, asked: str = "") -> Path:
     folder = shipped_folder("recipes", in_repository="training/recipes")
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        names = sorted(path.stem for path in folder.glob("*.yaml"))
+        # many of one kind would bury the others
+        known = ", ".join(each for each in names if not each.startswith("ablation-"))
         raise FileNotFoundError(
-            f"{asked}: unknown; there are {known}; or give the path of a .yaml file"
+            f"{asked}: unknown; there are {known}, and ablation-...; or give the path of a .yaml "
+            "file"
         )
     return path
 
