@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
 from ..runtime.files import write_json
 from ..runtime.wording import setting
-from .images import Broken, ImageDataset, ImageStream
+from .images import Broken, ImageDataset
+from .stream import ImageStream
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..data.broken import BROKEN, BrokenImages
 from ..data.fast_views import VIEW_KINDS, finished_views
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import LEARNED_POOLINGS
 from ..model.modeling_mim_refiner import MimRefinerModel
