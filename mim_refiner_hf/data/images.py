@@ -271,7 +271,14 @@ def evenly_spaced(images: ImageDataset, limit: int) -> ImageDataset:
     """At most `limit` of the images, evenly spaced over the data set."""
     if len(images) <= limit:
         return images
-    return images.subset([index * len(images) // limit for index in range(limit)])
+    return images.subset(evenly_spaced_places(len(images), limit))
+
+
+def evenly_spaced_places(count: int, limit: int) -> list[int]:
+    """At most `limit` of `count` places, evenly spaced."""
+    if count <= limit:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
 
 
 def fully_labelled(images: ImageDataset) -> bool:
