@@ -322,7 +322,11 @@ def _plan(trainer: Pretrainer, output: Path) -> str:
             f"{recipe.batch_size} images over {processes} process(es) on "
             f"{trainer.accelerator.device.type}, {precision}{passes}",
         ),
-        ("steps", f"{steps.total}, {steps.warmup} of them warm-up, {steps.per_epoch} an epoch"),
+        (
+            "steps",
+            f"{steps.total}, {steps.warmup} of them warm-up, {steps.per_epoch} an epoch; how long "
+            "they take is said once the first ones are timed",
+        ),
         ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
         ("result", f"{output}: the encoder{_beside(objective)}, log.jsonl"),
     ]
