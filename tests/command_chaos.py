@@ -6,20 +6,25 @@
 A command runs once undisturbed, on real images. Then it is hit at moments drawn over that time, in
 turn by SIGKILL of its process group (every third time by SIGTERM or SIGINT), up to three times in a
 row, and given again. A case is good when the last one ends with exit code 0, what it wrote is what
-the undisturbed one wrote, and nothing lies beside it. Exits with 1 if a case is not.
+the undisturbed one wrote, and nothing lies beside it. Of `push` that is also what the
+Hub in memory has, which lies in ../shared; without that it is left out. Exits with 1 if a case is
+not.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from sklearn.datasets import load_digits
@@ -29,6 +34,8 @@ if __package__:
     sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos import save_start, wait
+from golden_cases import SHARED, hub_in_memory
+from huggingface_hub import constants
 from PIL import Image
 
 from mim_refiner_hf import cli
@@ -60,6 +67,7 @@ COMMANDS: Mapping[str, str] = {
         "--batch_size 64 --num_workers 0 --output_dir {out}"
     ),
     "refine": f"refine {{images}} --model {{model}} --output_dir {{out}} {REFINE}",
+    "push": "push {out} tester/{name} --license mit",
 }
 """What is hit, by a name."""
 
@@ -107,27 +115,50 @@ def start(words: Sequence[str], log: Path) -> int:
         os._exit(code)
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Every file below, and a digest of those that are the same each time."""
-    return {
-        path.relative_to(folder).as_posix(): (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in COMPARED else ""
-        )
+def content(folder: Path, hub: Any) -> dict[str, str]:
+    """Every file below, and on the Hub, and a digest of those that are the same each time."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
+    }
+
+    repository = f"tester/{folder.parent.name}"
+    if hub is not None and repository in hub.repos:
+        for name, data in hub.repos[repository]["files"].items():
+            files[f"on the Hub: {name}"] = data
+    return {
+        name: hashlib.sha256(data).hexdigest() if name.endswith(COMPARED) else ""
+        for name, data in files.items()
     }
 
 
 def words_of(command: str, folder: Path, out: Path) -> list[str]:
     """The words of a command."""
-    places = {"model": folder / "model", "images": folder / "images", "out": out}
+    places = {
+        "model": folder / "model",
+        "images": folder / "images",
+        "out": out,
+        "name": out.parent.name,
+    }
     return COMMANDS[command].format(**places).split()
 
 
-def hit(command: str, folder: Path, number: int, draw: random.Random, seconds: float) -> Case:
-    """Hit a command up to three times, and give it once more."""
-    place = folder / f"{command}-{number}"
+def prepare(command: str, folder: Path, name: str) -> Path:
+    """A place for a command, and in it what it needs of its own."""
+    place = folder / name
     place.mkdir()
+    if command == "push":
+        # it writes the licence into the card
+        shutil.copytree(folder / "model", place / "out")
+    return place
+
+
+def hit(
+    command: str, folder: Path, number: int, draw: random.Random, seconds: float, hub: Any
+) -> Case:
+    """Hit a command up to three times, and give it once more."""
+    place = prepare(command, folder, f"{command}-{number}")
     words = words_of(command, folder, place / "out")
     hits = []
     for again in range(draw.randint(1, 3)):
@@ -141,12 +172,26 @@ def hit(command: str, folder: Path, number: int, draw: random.Random, seconds: f
     code = wait(start(words, folder / "said.txt"))
     expected = {"out", "out-kept"} if "-kept" in COMMANDS[command] else {"out"}
     beside = sorted(path.name for path in place.iterdir() if path.name not in expected)
-    same = code == 0 and content(place / "out") == content(folder / command / "out")
+    undisturbed = content(folder / command / "out", hub)
+    same = code == 0 and content(place / "out", hub) == undisturbed
     return Case(command, hits, code, same, beside)
 
 
-def chaos(folder: Path, commands: Sequence[str], hits: int, seed: int = 0) -> list[Case]:
-    """All cases; the moments are drawn by `seed`."""
+@contextlib.contextmanager
+def hub_for_commands() -> Iterator[Any]:
+    """A Hub in memory, which every command takes for the Hub."""
+    with hub_in_memory() as hub:
+        # it tells at length of every client that was killed
+        hub.srv.handle_error = lambda *_: None
+        changed = {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True}
+        with mock.patch.multiple(constants, **changed), mock.patch.dict(os.environ, hub.env()):
+            yield hub
+
+
+def chaos(
+    folder: Path, commands: Sequence[str], hits: int, seed: int = 0, hub: Any = None
+) -> list[Case]:
+    """All cases; the moments are drawn by `seed`. `hub` is where `push` publishes."""
     draw = random.Random(seed)
     # threads do not survive a fork
     torch.set_num_threads(1)
@@ -154,14 +199,14 @@ def chaos(folder: Path, commands: Sequence[str], hits: int, seed: int = 0) -> li
     write_images(folder / "images")
     cases = []
     for command in commands:
-        (folder / command).mkdir()
+        prepare(command, folder, command)
         began = time.perf_counter()
         words = words_of(command, folder, folder / command / "out")
         if wait(start(words, folder / "said.txt")) != 0:
             raise RuntimeError(f"{command}: {(folder / 'said.txt').read_text()[-2000:]}")
         seconds = time.perf_counter() - began
         for number in range(hits):
-            case = hit(command, folder, number, draw, seconds)
+            case = hit(command, folder, number, draw, seconds, hub)
             cases.append(case)
             print(f"{'good' if case.good else 'BAD '} {case}", file=sys.stderr, flush=True)
     return cases
@@ -176,8 +221,13 @@ def main() -> int:
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cases = chaos(Path(folder), options.commands, options.hits, options.seed)
+    commands = [word for word in options.commands if word != "push" or SHARED.is_dir()]
+    if len(commands) < len(options.commands):
+        print(f"push is left out: the Hub in memory is not at {SHARED}", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        hub = stack.enter_context(hub_for_commands()) if "push" in commands else None
+        cases = chaos(folder, commands, options.hits, options.seed, hub)
     good = sum(case.good for case in cases)
     print(f"{good} of {len(cases)} commands ended as if they had not been hit")
     return 0 if good == len(cases) else 1

@@ -1,6 +1,5 @@
 """Fixtures for all tests: the shared material, and a quiet, offline, one-thread machine."""
 
-import importlib.util
 import os
 import socketserver
 import sys
@@ -15,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
-from golden_cases import GOLDENS, SHARED, contents, facts
+from golden_cases import GOLDENS, SHARED, contents, facts, hub_in_memory
 from small_runs import shorten, small_recipes, write_cifar, write_models
 
 from mim_refiner_hf import RefineRecipe
@@ -111,9 +110,5 @@ def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stub_hub(shared: Path) -> Iterator[Any]:
     """A Hub in memory: `url`, `repos`, and `env()` for a process that is to talk to it."""
-    spec = importlib.util.spec_from_file_location("hub_stub", shared / "tools" / "hub_stub.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.HubStub() as hub:
+    with hub_in_memory() as hub:
         yield hub

@@ -11,6 +11,7 @@ tensors: it takes them from `facts`, or counts them.
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -45,6 +46,16 @@ BESIDE_THE_ENCODER: dict[str, dict[str, str]] = {
     },
 }
 """What files hold beside an encoder, by family: the word of the report -> names in the file."""
+
+
+def hub_in_memory() -> Any:
+    """The shared folder's stand-in Hub, to be entered: `url`, `repos`, `env()` for a process."""
+    file = SHARED / "tools" / "hub_stub.py"
+    spec = importlib.util.spec_from_file_location("hub_stub", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HubStub()
 
 
 @functools.cache

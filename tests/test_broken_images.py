@@ -25,8 +25,10 @@ from mim_refiner_hf.clustering import decoding
 from mim_refiner_hf.clustering.decoding import decode_image
 from mim_refiner_hf.data import broken as broken_images
 from mim_refiner_hf.data.broken import BROKEN, BrokenImages, readable
-from mim_refiner_hf.data.images import ImageDataset, open_images, open_stream, read_sample
+from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.order import BatchSampler, epoch_order
+from mim_refiner_hf.data.reading import read_sample
+from mim_refiner_hf.data.stream import open_stream
 from mim_refiner_hf.data.views import MultiCrop, ViewDataset, view_specs
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)

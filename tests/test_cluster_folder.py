@@ -410,13 +410,16 @@ def everything(folder: Path) -> dict[str, bytes]:
         (["{tmp}/empty", "--model", "{model}"], ["No images in {tmp}/empty"]),
         (
             ["{tmp}/three", "--model", "{model}", "--num_clusters", "10"],
-            ["num_clusters is 10 for 3 images", "1 to 3"],
+            ["error: --num_clusters is 10 for 3 images", "1 to 3", "or leave it out"],
         ),
-        (["{tmp}/three", "--model", "{model}", "--num_clusters", "0"], ["num_clusters is 0"]),
+        (
+            ["{tmp}/three", "--model", "{model}", "--num_clusters", "0"],
+            ["error: --num_clusters is 0"],
+        ),
         (["{tmp}/spoilt", "--model", "{model}"], ["None of the 2 images can be read", "0.jpg"]),
         (
             ["{tmp}/spoilt", "--model", "{model}", "--num_clusters", "3"],
-            ["num_clusters is 3 for 2 images"],
+            ["error: --num_clusters is 3 for 2 images"],
         ),
         (
             ["{tmp}/three", "--model", "{nan}"],

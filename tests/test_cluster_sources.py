@@ -158,8 +158,6 @@ def test_it_says_how_long_it_will_take(
     assert group(photos, tmp_path / "groups", *words) == 0
     said = capsys.readouterr().err
     assert "24 images at about" in said and "then the groups" in said
-    assert cluster_features.time_in_words(600) == "10 min"
-    assert cluster_features.time_in_words(7200) == "2.0 h"
 
 
 # --- the model ------------------------------------------------------------------------------------

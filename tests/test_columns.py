@@ -12,7 +12,8 @@ from PIL import Image
 
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.found import SourceOptions
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.stream import open_stream
 
 PICTURE = datasets.Image()
 

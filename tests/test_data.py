@@ -16,8 +16,9 @@ from sklearn.datasets import load_digits
 
 from mim_refiner_hf.clustering.decoding import decode_image
 from mim_refiner_hf.data import images as data
-from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images, open_stream
+from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images
 from mim_refiner_hf.data.order import BatchSampler, epoch_order
+from mim_refiner_hf.data.stream import open_stream
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (16, 1))  # (16, 32), dark left to bright right
 

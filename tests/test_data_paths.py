@@ -23,8 +23,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from mim_refiner_hf.data.found import SourceOptions
-from mim_refiner_hf.data.images import decode_image, open_images, open_stream
+from mim_refiner_hf.data.images import decode_image, open_images
 from mim_refiner_hf.data.paths import own_file
+from mim_refiner_hf.data.stream import open_stream
 from mim_refiner_hf.evaluation.segmentation_data import open_segmentation
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -22,6 +22,7 @@ from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.images import hold_out, open_images
 from mim_refiner_hf.evaluation import evaluate_encoder, extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy, kmeans_runs, matched
+from mim_refiner_hf.evaluation.label_free import label_free_scores, similarities, two_views
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.runs.choices import ON_MASKS
 from mim_refiner_hf.runs.comparison import HELD_OUT
@@ -301,17 +302,28 @@ def test_without_labels_what_needs_none_is_measured(
     assert "needs a label" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*command, "--against", str(models[1])]) == 0
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    names = {"rankme", "neighbour_agreement", "silhouette"}
-    assert set(report["after"]) == names | {
-        "neighbour_agreement_standard_error",
-        "silhouette_standard_error",
-    }
+    copies = {"separation", "retrieval", "cluster_stability"}
+    judged = copies | {"neighbour_agreement"}
+    scores = judged | {"silhouette"}
+    errors = {f"{name}_standard_error" for name in scores}
+    assert set(report["after"]) == scores | errors | {"rankme"}
     # a silhouette is of each model's own space
-    assert set(report["changes"]) == {"neighbour_agreement"}
-    assert (
-        0 <= report["after"]["neighbour_agreement"] <= 1
-        and "not judged" in (tmp_path / "out" / "report.md").read_text()
-    )
+    assert set(report["changes"]) == judged
+    assert 0 <= report["after"]["neighbour_agreement"] <= 1
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "not judged" in page and "separation d'" in page and "(MRR)" in page
+
+    # as the verdict on a run has them, from its own way
+    encoder = load_encoder(models[0])
+    _, held_out = hold_out(open_images(str(tmp_path / "photos"), num_channels=1), HELD_OUT, 0)
+    views = two_views(encoder, held_out, vars(encoder)["image_processor"], seed=0)
+    for name, score in label_free_scores(views, seed=0).metrics.items():
+        assert report["after"][name] == pytest.approx(score, abs=1e-4), name
+    # reciprocal ranks written out
+    near = similarities(views)
+    places = [1 + int((row > row[place]).sum()) for place, row in enumerate(near)]
+    mrr = sum(1 / place for place in places) / len(places)
+    assert report["after"]["retrieval"] == pytest.approx(mrr, abs=1e-4)
 
 
 def test_broken_images_are_left_out_on_both_sides(

@@ -6,8 +6,10 @@ Loaded by those libraries alone, they compute what the encoder computes.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +370,7 @@ def test_onnx_in_lower_precision_keeps_the_direction(
     if split:  # as if it were beyond 2 GB
         monkeypatch.setattr(export_onnx, "ONE_FILE", 0)
     encoder = saved(tmp_path / "model", **settings)
-    export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
+    differences = export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
     smaller = {"fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}[precision]
     ends = ["", ".data"][: 1 + split]
     names = ("model.onnx", smaller)
@@ -379,11 +381,27 @@ def test_onnx_in_lower_precision_keeps_the_direction(
     assert sizes[1] < sizes[0]
     session = onnxruntime.InferenceSession(tmp_path / "web/onnx" / smaller)
     assert {entry.type for entry in session.get_inputs()} == {"tensor(float)"}
-    pixels = images(encoder, 5)
+    # those that it compared with
+    shape = (4, encoder.config.num_channels, *encoder.config.image_hw)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     _, found = session.run(None, {"pixel_values": pixels.numpy()})
     with torch.no_grad():
         expected = encoder(pixels).pooler_output
-    assert torch.cosine_similarity(torch.from_numpy(found), expected).min() >= 0.999
+    cosine = torch.cosine_similarity(torch.from_numpy(found), expected).min().item()
+    assert cosine >= 0.999 and differences[precision] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_the_command_prints_the_cosine_that_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "web"), "--to", "onnx"]
+    assert main([*words, "--fp16", "--int8"]) == 0
+    printed = capsys.readouterr().out
+    for precision in ("fp16", "int8"):
+        line = rf"In {precision}, its features .* have a cosine of at least (\d\.\d{{5}}) with"
+        found = re.findall(line, printed)
+        assert len(found) == 1 and 0.999 <= float(found[0]) <= 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -391,9 +409,17 @@ def test_lower_precision_that_turns_vectors_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     saved(tmp_path / "model")
-    monkeypatch.setattr(export_onnx, "write_smaller", lambda *_: float("nan"))
-    with pytest.raises(ExportError, match=f"in {precision} the pooled vector has a cosine of nan"):
-        export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
+    other = randomise(MimRefinerModel(MimRefinerConfig(**TINY)))
+
+    def turned(factor: float, folder: Path, precision: str, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return other(pixels).pooler_output * factor
+
+    for factor, cosine in ((1.0, r"-?0\.\d{5}"), (float("nan"), "nan")):
+        monkeypatch.setattr(export_onnx, "write_smaller", partial(turned, factor))
+        says = f"in {precision} the pooled vector has a cosine of ({cosine}) with PyTorch's"
+        with pytest.raises(ExportError, match=says):
+            export(tmp_path / "model", tmp_path / "web", "onnx", **{precision: True})
     with pytest.raises(ValueError, match=rf"{precision}.* is for .*onnx"):
         export(tmp_path / "model", tmp_path / "web", "timm", **{precision: True})
     assert files(tmp_path) == {"model"}

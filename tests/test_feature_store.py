@@ -3,6 +3,7 @@ use.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from small_store import (
 from torch import Tensor
 
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.found import SourceOptions
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.loading import Loading
+from mim_refiner_hf.data.stream import open_stream
 from mim_refiner_hf.evaluation import (
     FeatureStore,
     embed_images,
@@ -213,6 +216,87 @@ def test_a_stream_gives_what_the_table_gives(photos: Path, tmp_path: Path) -> No
         assert [image["index"] for image in store.broken] == [7] and store.manifest[
             "num_images"
         ] == COUNT
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_words_of_a_stream_are_numbered(photos: Path, tmp_path: Path, kind: str) -> None:
+    """Each image keeps its class by name, whoever had read the stream before, with labels left out.
+
+    Damaged shards are computed again with the same numbers.
+    """
+    encoded = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
+    words = [["zebra", "ant", "", "cow", None][place % 5] for place in range(COUNT)]
+    table = datasets.Dataset.from_dict({"image": encoded, "species": words})
+    options = SourceOptions(label_column="species")
+    source = tmp_path / "data"
+    if kind == "saved":
+        table.save_to_disk(source)
+    else:
+        source.mkdir()
+        table.to_parquet(source / "train.parquet")
+
+    stores = []
+    for name, opened in (("table", open_images), ("stream", open_stream), ("stream", open_stream)):
+        images = opened(str(source), options=options)
+        folder = tmp_path / name
+        for damaged in (folder / "shards").glob("00001.parquet"):
+            damaged.write_bytes(b"")
+        loading = Loading(BATCH)
+        stores.append(
+            embed_images(
+                make_encoder(), images, make_processor(), folder, shard_size=SHARD, loading=loading
+            )
+        )
+    for store in stores:
+        assert store.class_names is not None and sorted(store.class_names) == [
+            "ant",
+            "cow",
+            "zebra",
+        ]
+        named = [store.class_names[label] if label >= 0 else None for label in store.labels]
+        assert named == [word or None for word in words]
+
+
+def test_a_stream_says_what_labels_nothing(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scores are no classes, and a column of nulls beside another is named."""
+    encoded = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
+    nulls: list[Any] = [None] * COUNT
+    for labels, says in (
+        ({"label": [0.5] * COUNT}, "column label has the label 0.5; .* count as unlabelled"),
+        ({"label": nulls, "labels": [1] * COUNT}, "its column label; it also has labels: name one"),
+    ):
+        features = {"image": datasets.Value("binary"), "labels": datasets.Value("int64")}
+        features = {name: kind for name, kind in features.items() if name in {"image", *labels}}
+        table = datasets.Dataset.from_dict(
+            {"image": encoded, **labels},
+            features=datasets.Features({**features, "label": datasets.Value("float64")}),
+        )
+        folder = tmp_path / str(len(labels))
+        table.save_to_disk(folder / "data")
+        caplog.clear()
+        stream = open_stream(str(folder / "data"))
+        store = embed_images(make_encoder(), stream, make_processor(), folder / "features")
+        assert len(store) == COUNT and set(store.labels.tolist()) == {-1}
+        assert len(re.findall(says, caplog.text)) == 1
+        # in training too
+        examples = list(stream.iterate(0, 0))
+        assert len(examples) == COUNT and {stream.decode(each)[1] for _, each in examples} == {-1}
+
+
+def test_training_tells_the_words_of_a_stream_apart(tmp_path: Path, photos: Path) -> None:
+    encoded = [path.read_bytes() for path in sorted(photos.rglob("*.png"))][:6]
+    words = ["a", "b", "", "a", "b", "c"]
+    datasets.Dataset.from_dict({"image": encoded, "label": words}).save_to_disk(tmp_path / "data")
+    numbers: dict[str, set[int]] = {}
+    for epoch in range(2):
+        stream = open_stream(str(tmp_path / "data"))
+        for _, example in stream.iterate(0, epoch):
+            numbers.setdefault(example["label"], set()).add(stream.decode(example)[1])
+    assert numbers.pop("") == {-1}
+    assert {len(of_word) for of_word in numbers.values()} == {1}
+    assert len(set.union(*numbers.values())) == 3
 
 
 def test_reading_takes_bounded_memory(tmp_path: Path) -> None:

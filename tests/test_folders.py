@@ -15,7 +15,8 @@ from PIL import Image
 
 from mim_refiner_hf.clustering.image_items import image_files, images_at, list_folder
 from mim_refiner_hf.data.found import SourceOptions
-from mim_refiner_hf.data.images import ImageDataset, open_images, open_stream
+from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.data.stream import open_stream
 
 KINDS = {".jfif": "JPEG", ".jpe": "JPEG", ".jp2": "JPEG2000", ".avif": "AVIF", ".heic": "HEIF"}
 

@@ -16,7 +16,8 @@ import torch
 from small_encoder import SHAPE, make_encoder, make_processor, open_digits
 
 from mim_refiner_hf import MimRefinerModel, RefineRecipe
-from mim_refiner_hf.data.images import ImageDataset, ImageStream, open_stream
+from mim_refiner_hf.data.images import ImageDataset
+from mim_refiner_hf.data.stream import ImageStream, open_stream
 from mim_refiner_hf.evaluation import BlockProfile, propose_head_blocks
 from mim_refiner_hf.evaluation.block_analysis import assemble
 from mim_refiner_hf.publishing.hub import save_model_folder

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.stream import open_stream
 
 COUNT = 6
 

@@ -18,8 +18,14 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.utils import logging as bars
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf import (
+    MimRefinerConfig,
+    MimRefinerImageProcessor,
+    MimRefinerModel,
+    load_encoder,
+)
 from mim_refiner_hf.publishing import PushError, check_repo_id, push_folder, save_model_folder
 from mim_refiner_hf.publishing.sentence_files import SENTENCE_FILES
 from mim_refiner_hf.runtime import retry as patience
@@ -259,6 +265,22 @@ def test_malformed_repository_names_are_refused(repo_id: str) -> None:
 
 def test_well_formed_repository_names_pass() -> None:
     assert check_repo_id("ada/mae-refined_l16.v2") == "ada/mae-refined_l16.v2"
+
+
+def test_saving_draws_no_bar_and_leaves_others_alone(
+    tiny: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = bars.is_progress_bar_enabled()
+    bars.enable_progress_bar()
+    encoder = load_encoder(tiny["model"])
+    capfd.readouterr()
+    save_model_folder(tmp_path / "model", encoder, encoder.image_processor)
+    assert capfd.readouterr().err == "" and bars.is_progress_bar_enabled()
+    # transformers itself draws one
+    encoder.save_pretrained(tmp_path / "theirs")
+    assert "%|" in capfd.readouterr().err
+    if not before:
+        bars.disable_progress_bar()
 
 
 def test_pushing_something_else_than_a_model_is_refused(tmp_path: Path) -> None:

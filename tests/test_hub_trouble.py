@@ -374,6 +374,67 @@ def test_loading_in_lasting_trouble_ends_with_one_sentence(
     assert len(trouble.seen) < 50 and not (tmp_path / "out").exists()
 
 
+NO_WAY = [
+    socket.gaierror(-2, "Name or service not known"),
+    socket.gaierror(-3, "Temporary failure in name resolution"),
+    ConnectionRefusedError(111, "Connection refused"),
+    OSError(101, "Network is unreachable"),
+    OSError(113, "No route to host"),
+]
+
+
+class ConnectError(Exception):
+    """As the library below huggingface_hub has it, under either of its names."""
+
+    __module__ = "httpx"
+
+
+class Calls:
+    """Something to be done patiently, that fails in these ways before it works."""
+
+    def __init__(self, *failures: OSError) -> None:
+        self.failures = list(failures)
+        self.count = 0
+
+    def __call__(self) -> str:
+        self.count += 1
+        if self.failures:
+            # as the libraries wrap it
+            raise ConnectError("from the network") from self.failures.pop(0)
+        return "done"
+
+
+@pytest.mark.parametrize("failure", NO_WAY, ids=str)
+def test_a_host_without_a_way_to_it_is_asked_once(
+    failure: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PAUSE", 0.0)
+    call = Calls(failure)
+    with pytest.raises(ConnectionError, match="no way to that host, so it was asked only once"):
+        patience.patiently(call, "loading ada/birds")
+    assert call.count == 1
+
+    # one that was reached before is waited for, and so are time-outs
+    for first in (ConnectionResetError(), TimeoutError()):
+        call = Calls(first, failure, failure)
+        assert patience.patiently(call, "loading ada/birds") == "done" and call.count == 4
+
+
+def test_a_model_of_a_closed_port_is_refused_in_one_line(
+    trouble: Trouble,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "PAUSE", 1000.0)
+    trouble.server.shutdown()
+    trouble.server.server_close()
+    assert cli.main(["convert", "ada/birds", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "Connection refused: no way to that host, so it was asked only once" in said[-1]
+    assert "check the name and the network" in said[-1] and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_a_data_set_in_lasting_trouble_ends_with_one_sentence(
     how: int | str,

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mim_refiner_hf.publishing import CardData, write_card
-from mim_refiner_hf.publishing.model_card import duration, is_hub_name
+from mim_refiner_hf.publishing.model_card import is_hub_name
 from mim_refiner_hf.runtime.text import fenced, plain
 
 BEFORE = {
@@ -242,14 +242,6 @@ def test_escaped_text_shows_as_written() -> None:
     escaped = plain(text)
     assert re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), escaped) == text
     assert plain("mim_refiner_hf 0.1.0 (x86_64): 3/4") == "mim_refiner_hf 0.1.0 (x86_64): 3/4"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (89, "89 s"), (90, "1.5 min"), (5399, "90.0 min"), (7200, "2.0 h")],
-)
-def test_durations_are_readable(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_unfinished_runs_are_named(tmp_path: Path) -> None:

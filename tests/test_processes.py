@@ -29,8 +29,9 @@ from torch import Tensor
 
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.clustering import ArrayBatches, kmeans
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.loading import Loading
+from mim_refiner_hf.data.stream import open_stream
 from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.publishing import save_model_folder

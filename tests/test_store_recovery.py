@@ -27,8 +27,9 @@ from small_store import (
 )
 
 from mim_refiner_hf import MimRefinerModel
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.loading import Loading
+from mim_refiner_hf.data.stream import open_stream
 from mim_refiner_hf.evaluation import FeatureStore, embed_images
 
 

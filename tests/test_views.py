@@ -17,8 +17,9 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from mim_refiner_hf.data import views as V
-from mim_refiner_hf.data.images import open_images, open_stream
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.order import BatchSampler
+from mim_refiner_hf.data.stream import open_stream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

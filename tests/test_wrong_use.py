@@ -75,6 +75,11 @@ CASES = [
     ),
     Case("eval fraction 1", {"eval_fraction": 1}, ["--eval_fraction 1", "less than 1"]),
     Case(
+        "nearly all held back",
+        {"eval_fraction": 0.99},
+        ["--batch_size", "are left to train on", "--eval_fraction 0.99", "lower one of them"],
+    ),
+    Case(
         "batch larger than the data",
         {"batch_size": 1200, "queue_size": 1200},
         ["--batch_size 1200", "only 1167"],

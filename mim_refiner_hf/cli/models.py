@@ -124,11 +124,18 @@ def parse_export(arguments: Sequence[str]) -> Work:
                 fp16=options.fp16,
                 int8=options.int8,
             )
+        smaller = [name for name in ("fp16", "int8") if name in differences]
+        cosines = {name: differences.pop(name) for name in smaller}
         worst = [f"{difference:.1e} in its {output}" for output, difference in differences.items()]
         print(
             f"{options.destination}: loaded back as {options.to}, it differs from "
             f"{options.source} by at most {', '.join(worst)}"
         )
+        for precision, cosine in cosines.items():
+            print(
+                f"In {precision}, its features of random images have a cosine of at least "
+                f"{cosine:.5f} with PyTorch's in fp32"
+            )
 
     return work
 

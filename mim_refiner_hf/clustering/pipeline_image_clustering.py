@@ -92,10 +92,15 @@ def _change_json(path: Path, changes: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_num_clusters(num_clusters: int | None, num_images: int, method: str = "kmeans") -> None:
+def check_num_clusters(
+    num_clusters: int | None,
+    num_images: int,
+    method: str = "kmeans",
+    name: str = "num_clusters",
+) -> None:
     """A ValueError unless `method` can put that many images into that many groups.
 
-    None for `num_clusters` asks for a proposal.
+    None for `num_clusters` asks for a proposal. `name` is what the message calls it.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed are {', '.join(map(repr, METHODS))}.")
@@ -106,13 +111,13 @@ def check_num_clusters(num_clusters: int | None, num_images: int, method: str = 
     whole = isinstance(num_clusters, Integral) and not isinstance(num_clusters, bool)
     if num_clusters is not None and not whole:
         raise ValueError(
-            f"num_clusters is {str(num_clusters)[:40]!r}, a {type(num_clusters).__name__}; it must "
-            "be a whole number, or None."
+            f"{name} is {str(num_clusters)[:40]!r}, a {type(num_clusters).__name__}; it must be a "
+            "whole number, or left out."
         )
     if num_clusters is not None and not least <= num_clusters <= num_images:
-        allowed = f"{least} to {num_images} with method {method!r}, or None"
+        allowed = f"{least} to {num_images} with method {method!r}, or leave it out"
         raise ValueError(
-            f"num_clusters is {num_clusters} for {num_images} images; allowed are {allowed}."
+            f"{name} is {num_clusters} for {num_images} images; allowed are {allowed}."
         )
 
 
@@ -190,6 +195,9 @@ class ImageClusteringPipeline(Pipeline):
         clustering: the groups; `clustering.save(path)` keeps them for later images.
         features: (N, D) fp32, one row per returned image.
     """
+
+    # what messages call this argument
+    number_called = "num_clusters"
 
     _load_processor = False  # type: ignore[assignment]
     # None: where none can be loaded, as of a model object, the model is asked
@@ -331,7 +339,8 @@ class ImageClusteringPipeline(Pipeline):
                 not fit, features that are not finite.
         """
         items = find_items(images)
-        check_num_clusters(None if clustering else num_clusters, len(items), method)
+        name = self.number_called
+        check_num_clusters(None if clustering else num_clusters, len(items), method, name)
 
         batch_size = batch_size or self._batch_size or _BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
@@ -339,7 +348,7 @@ class ImageClusteringPipeline(Pipeline):
         refuse_infinite(features, names)
 
         if clustering is None:
-            check_num_clusters(num_clusters, len(kept), method)
+            check_num_clusters(num_clusters, len(kept), method, name)
             clustering, why = find_groups(features, num_clusters, seed, method)
         else:
             assignments, confidence = clustering.assign(features)

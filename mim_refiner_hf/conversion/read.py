@@ -150,7 +150,8 @@ def _hub_folder(name: str, revision: str | None) -> Path:
                 break
     except ConnectionError as error:
         raise ConnectionError(
-            f"{name}: the Hub does not answer ({error}); run the same command again later"
+            f"{name}: the Hub does not answer ({error}); check the name and the "
+            "network, and run the same command again later"
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().splitlines()[0]

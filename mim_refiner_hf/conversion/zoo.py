@@ -308,7 +308,8 @@ def _fetch_from_hub(name: str, repo: str, filename: str, path: Path) -> Path:
             kept = Path(hf_hub_download(repo, filename, force_download=True)).resolve()
     except ConnectionError as error:
         raise ConnectionError(
-            f"{name}: the Hub does not answer ({error}); run the same command again later"
+            f"{name}: the Hub does not answer ({error}); check the name and the "
+            "network, and run the same command again later"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         first_line = str(error).strip().splitlines()[0]

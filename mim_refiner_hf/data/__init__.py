@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING
 from ..runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .images import ImageDataset, ImageStream, Sample, hold_out, open_images, open_stream
+    from .images import ImageDataset, Sample, hold_out, open_images
     from .order import BatchSampler
+    from .stream import ImageStream, open_stream
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "images": [
-            "ImageDataset",
-            "ImageStream",
-            "Sample",
-            "hold_out",
-            "open_images",
-            "open_stream",
-        ],
+        "images": ["ImageDataset", "Sample", "hold_out", "open_images"],
         "order": ["BatchSampler"],
+        "stream": ["ImageStream", "open_stream"],
     },
 )
 

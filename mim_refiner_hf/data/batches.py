@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 from ..runtime.distributed import rank, world_size
 from ..runtime.signals import ignore_stop_signals
-from .images import ImageDataset, ImageStream
+from .images import ImageDataset
 from .order import BatchSampler
+from .stream import ImageStream
 from .views import Multicrop, ViewDataset
 
 

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
 from ..runtime.files import write_json
 from ..runtime.wording import setting
-from .images import Broken, ImageDataset, ImageStream
+from .images import Broken, ImageDataset
 from .limits import MAX_BAD_FRACTION
+from .stream import ImageStream
 
 logger = logging.getLogger(__name__)
 

@@ -7,18 +7,10 @@
 
 Labels are optional everywhere. What becomes of EXIF rotation, transparency, 16 bits and animations
 is said in `clustering/decoding.py`.
-
-A broken image met in training is replaced by the sample that comes one batch later in the epoch's
-order; if that is broken too, by the one after it, and so on (`read_sample`). So the replacement is
-a pure function of (seed, epoch, batch size), whatever the number of workers and processes, and it
-is not in the batch already (but for an epoch's end, where the order begins again, and neighbours
-that are broken both). It brings its own index and label, by which the nearest-neighbour queue keeps
-it from finding itself, and the views are drawn for the image it stands in for. It does occur twice
-in that epoch, which is why every broken image is named and listed (`broken.py`).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,21 +20,16 @@ from torch.utils.data import Dataset
 
 from ..clustering.channels import Picture, check_channels
 from ..clustering.decoding import decode_image
-from ..runtime.distributed import rank
 from ..runtime.seeding import random_generator
-from ..runtime.text import one_line
 from ..runtime.wording import setting
-from .columns import find_columns, label_of, stored, undecoded
 from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, digest
 from .objects import find_in_objects
-from .sources import find_images, find_stream, refuse_options
+from .sources import find_images, refuse_options
 
 logger = logging.getLogger(__name__)
 
 MAX_HELD_OUT = 5000
 MAX_BROKEN_IN_A_ROW = 10
-# Undecoded examples in the shuffle of a stream: about 0.4 GB of ImageNet's JPEGs.
-_SHUFFLE_BUFFER = 4096
 
 Example = dict[str, Any]
 """A row of a stream, undecoded."""
@@ -161,90 +148,6 @@ class ImageDataset(Dataset[Sample]):
         return {"index": self.place(candidate), "path": path, "reason": str(error)}
 
 
-class ImageStream:
-    """Images in the order that a stream gives them.
-
-    Args:
-        stream: a `datasets.IterableDataset`.
-        name: what it is called in messages.
-        class_names: of labels that are words. Words not among them are -1, all of them where they
-            could not be looked up: numbering them would take reading to the end.
-        fingerprint: tells two streams apart; None for its configuration and split.
-    """
-
-    def __init__(
-        self,
-        stream: Any,
-        *,
-        name: str,
-        num_channels: int = 3,
-        options: SourceOptions = NO_OPTIONS,
-        class_names: list[str] | None = None,
-        fingerprint: str | None = None,
-    ) -> None:
-        check_channels(num_channels)
-        self.name = name
-        self.num_channels = num_channels
-        if fingerprint is None:
-            parts = (name, stream.info.config_name, stream.split)
-            fingerprint = digest(list(map(str, parts)))
-        self.fingerprint = fingerprint
-        features = stream.features or stream._resolve_features().features
-        self.image_column, label_columns = find_columns(features, name, options)
-        self.label_column = next(iter(label_columns), None)
-        of_words = {word: number for number, word in enumerate(class_names or ())}
-        self._numbers = of_words
-        self.class_names = class_names or getattr(features.get(self.label_column), "names", None)
-        holds_words = "string" in str(getattr(features.get(self.label_column), "dtype", ""))
-        if holds_words and not of_words and rank() == 0:
-            logger.warning(
-                "the labels of %s are words, which a stream gives no numbers: its images count as "
-                "unlabelled",
-                one_line(name),
-            )
-
-        # no other column is read; the key is that of a tar shard
-        read = (self.image_column, self.label_column, "__key__")
-        selected = stream.select_columns([column for column in read if column in features])
-        self.stream = undecoded(selected, self.image_column, features)
-
-    def iterate(self, seed: int, epoch: int) -> Iterator[tuple[int, Example]]:
-        """(place in this epoch, example), shuffled by shards and a buffer."""
-        shuffle_seed = int(random_generator(seed, "stream", epoch).integers(2**31))
-        return enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER))
-
-    def decode(self, example: Example) -> tuple[Picture, int]:
-        """The image of an example of `iterate`, and its label or -1; ValueError if it is broken."""
-        source = stored(example[self.image_column], self.name)
-        label = label_of(example[self.label_column]) if self.label_column else None
-        image = decode_image(source, self.num_channels, self.describe(example))
-        if isinstance(label, str):
-            label = self._numbers.get(label)
-        return image, -1 if label is None else label
-
-    def describe(self, example: Example) -> str:
-        """What an example is called: its key in a tar shard, or its path; else, the stream."""
-        cell = example[self.image_column]
-        path = cell.get("path") if isinstance(cell, dict) else None
-        return str(example.get("__key__") or path or f"an image of {self.name}")
-
-    def __getitem__(self, candidate: tuple[int, Example]) -> Sample:
-        """The sample of an (index, example) of `iterate`."""
-        index, example = candidate
-        return Sample(*self.decode(example), index)
-
-    def place(self, candidate: Candidate) -> int:
-        """`Sample.index` of a candidate."""
-        assert isinstance(candidate, tuple)
-        return candidate[0]
-
-    def broken(self, candidate: Candidate, error: ValueError) -> Broken:
-        """The entry of an image that cannot be read; its index is the place in that epoch."""
-        assert isinstance(candidate, tuple)
-        index, example = candidate
-        return {"index": index, "path": self.describe(example), "reason": str(error)}
-
-
 # --- opening
 
 
@@ -302,33 +205,6 @@ def _open_objects(
     return dataset.in_channels(num_channels)
 
 
-def open_stream(
-    dataset: str,
-    *,
-    config: str | None = None,
-    split: str | None = None,
-    num_channels: int = 3,
-    options: SourceOptions = NO_OPTIONS,
-) -> ImageStream:
-    """As `open_images`, read in passing: nothing is downloaded first. Not the digits."""
-    if dataset == "digits":
-        raise ValueError(
-            "The digits are 1797 images in memory and are not streamed; "
-            "open them without streaming."
-        )
-    stream, class_names, fingerprint = find_stream(
-        dataset, config=config, split=split, options=options
-    )
-    return ImageStream(
-        stream,
-        name=dataset,
-        num_channels=num_channels,
-        options=options,
-        class_names=class_names,
-        fingerprint=fingerprint,
-    )
-
-
 def _find_digits(split: str) -> FoundImages:
     # imported here: other sources do without scikit-learn
     from sklearn.datasets import load_digits
@@ -346,50 +222,6 @@ def _find_digits(split: str) -> FoundImages:
     names = [str(digit) for digit in range(10)]
     entries = Entries.of(["digits"], [digest([pixels.tobytes()])])
     return FoundImages(images, labels[chosen], names, "digits", entries)
-
-
-# --- reading in training
-
-
-class Reading(NamedTuple):
-    """What `read_sample` gives.
-
-    Attributes:
-        sample: the first readable candidate.
-        asked: the index of the one that was asked for.
-        broken: entries of those that were passed over.
-    """
-
-    sample: Sample
-    asked: int
-    broken: list[Broken]
-
-
-def read_sample(
-    source: ImageDataset | ImageStream,
-    key: Key,
-    read: Callable[[Any], Sample] | None = None,
-) -> Reading:
-    """The first readable candidate of a key.
-
-    Args:
-        key: of a `BatchSampler`; one without replacements, (epoch, candidate), will do.
-        read: candidate to sample, ValueError if it is broken; None for `source[candidate]`.
-
-    Raises:
-        ValueError: when all candidates are broken.
-    """
-    read = read or source.__getitem__
-    broken: list[Broken] = []
-    for candidate in key[1:]:
-        try:
-            return Reading(read(candidate), source.place(key[1]), broken)
-        except ValueError as error:
-            broken.append(source.broken(candidate, error))
-    raise ValueError(
-        f"{len(broken)} images of {source.name} in a row are broken, "
-        f"first: {broken[0]['reason']} Check the data."
-    )
 
 
 # --- choosing among images
@@ -439,7 +271,14 @@ def evenly_spaced(images: ImageDataset, limit: int) -> ImageDataset:
     """At most `limit` of the images, evenly spaced over the data set."""
     if len(images) <= limit:
         return images
-    return images.subset([index * len(images) // limit for index in range(limit)])
+    return images.subset(evenly_spaced_places(len(images), limit))
+
+
+def evenly_spaced_places(count: int, limit: int) -> list[int]:
+    """At most `limit` of `count` places, evenly spaced."""
+    if count <= limit:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
 
 
 def fully_labelled(images: ImageDataset) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..runtime.seeding import random_generator
-from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, ImageStream, Key
+from .images import MAX_BROKEN_IN_A_ROW, Candidate, ImageDataset, Key
+from .stream import ImageStream
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:

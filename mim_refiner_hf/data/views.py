@@ -31,7 +31,9 @@ from torch.utils.data import Dataset
 from ..clustering.channels import ChannelImage, Picture
 from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.seeding import random_generator
-from .images import ImageDataset, ImageStream, Key, Sample, read_sample
+from .images import ImageDataset, Key, Sample
+from .reading import read_sample
+from .stream import ImageStream
 
 ASPECT_RATIO = (3 / 4, 4 / 3)
 JITTER_P = 0.8

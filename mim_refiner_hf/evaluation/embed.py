@@ -101,14 +101,14 @@ def embed_images(
     with nullcontext() if is_complete(folder) else sole_run(folder, "out"):
         manifest = claim(folder, new, compared=() if shard_size is None else ("shard_size",))
         try:
-            num_images = fill_store(folder, manifest, encoder, images, processor, loading)
+            manifest = fill_store(folder, manifest, encoder, images, processor, loading)
         # such as features that are not finite
         except ValueError:
             forget_empty(folder)
             raise
         wait_for_everyone()
         if rank() == 0:
-            finish(folder, manifest | {"num_images": num_images})
+            finish(folder, manifest)
         wait_for_everyone()
     return FeatureStore(folder)
 
@@ -276,10 +276,11 @@ def fill_store(
     images: SetOrStream,
     processor: Any,
     loading: Loading,
-) -> int:
+) -> dict[str, Any]:
     """Compute those of this process's shards that are not finished.
 
-    Returns how many images there are, broken ones included.
+    Returns the manifest with what the end of a stream told: how many images there are, broken ones
+    included, and which classes.
     """
     recorded = list(filter(is_own_shard, recorded_shards(folder)))
     hidden = rank() > 0 or not recorded
@@ -292,7 +293,7 @@ def fill_store(
     if count is not None:
         todo = [shard for shard in filter(is_own_shard, range(count)) if shard not in intact]
         if not todo:
-            return int(manifest["num_images"])
+            return manifest
         total = sum(min(size, manifest["num_images"] - shard * size) for shard in todo)
 
     sampler = ShardSampler(
@@ -304,7 +305,7 @@ def fill_store(
     write_shards(folder, manifest["columns"], encoder, sampler, processor, loading, total=total)
     # the loader came to the end of the stream
     assert sampler.num_images is not None
-    return sampler.num_images
+    return manifest | {"num_images": sampler.num_images, "class_names": images.class_names}
 
 
 def write_shards(
@@ -374,7 +375,7 @@ def encode_shard(
 
 
 def finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Note the number of images, and list the broken ones in `broken.json`."""
+    """Write the whole manifest, and list the broken images in `broken.json`."""
     records = [read_record(folder, shard) for shard in range(number_of_shards(manifest) or 0)]
     broken = {"images": [image for record in records if record for image in record["broken"]]}
     for path, content in ((folder / BROKEN, broken), (folder / STORE_MANIFEST, manifest)):

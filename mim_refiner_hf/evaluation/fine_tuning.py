@@ -40,9 +40,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..clustering.channels import as_picture
-from ..data.images import Key, read_sample
+from ..data.images import Key
 from ..data.loading import Loading
 from ..data.order import BatchSampler
+from ..data.reading import read_sample
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data.images import Broken, ImageDataset, ImageStream, Sample
+from ..data.images import Broken, ImageDataset, Sample
+from ..data.stream import ImageStream
 from .features import Preprocess
 
 SetOrStream = ImageDataset | ImageStream
@@ -44,7 +45,7 @@ class ShardSampler(Sampler[list[ShardKey]]):
 
     def __iter__(self) -> Iterator[list[ShardKey]]:
         if isinstance(self.images, ImageStream):
-            yield from self._from_stream(self.images.stream)
+            yield from self._from_stream(self.images.in_order())
             return
         size = self.shard_size
         total = len(self.images)

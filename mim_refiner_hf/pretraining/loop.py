@@ -25,7 +25,8 @@ from torch import Tensor
 from ..conversion.load import image_processor
 from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, BrokenImages
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
@@ -43,6 +44,7 @@ from ..runtime.distributed import average_gradients, progress_bar, rank, world_s
 from ..runtime.files import in_bytes
 from ..runtime.launch import job_of_processes
 from ..runtime.optimisation import optimizer_tensors, recompute_blocks, restore_optimizers
+from ..runtime.pace import Pace
 from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.tracking import JsonlTracker, LogCallback
@@ -138,6 +140,7 @@ class Pretrainer:
         log = self._log_file(start)
         began = time.perf_counter() - self.seconds
         name = f"pre-training ({self.recipe.objective})"
+        pace = Pace()
         hidden = not self.accelerator.is_local_main_process
         bar = progress_bar(total=total, initial=start, desc=name, unit="step", hidden=hidden)
         with bar as progress, StopSignals() as signals:
@@ -155,6 +158,9 @@ class Pretrainer:
                     self.broken.share(images_read=done * self.recipe.batch_size)
                 self.seconds = time.perf_counter() - began
                 progress.update()
+                line = pace.after(name, total - done)
+                if line:
+                    self.accelerator.print(line, flush=True)
 
                 if logs:
                     values = self._values(losses, done)

@@ -20,6 +20,7 @@ from ..conversion.layouts import LAYOUTS
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..runtime.quiet import without_bars
 from .native_classes import NativeClass, class_named, class_of
 from .twins import Twin, native_processor
 
@@ -59,7 +60,8 @@ def write(folder: Path, encoder: MimRefinerModel, processor: MimRefinerImageProc
         reversed_weights["pooler.dense.weight"] = torch.eye(encoder.config.hidden_size)
     # buffers stay
     model.load_state_dict(model.state_dict() | reversed_weights)
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     _own_processor(kind, encoder.config, processor).save_pretrained(folder)
 
 

@@ -28,6 +28,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.ending import CommandFailure
 from ..runtime.files import STAGED, check_folder, say_left_aside, staged_folder
 from ..runtime.finite import check_finite
+from ..runtime.quiet import without_bars
 from ..runtime.retry import patiently
 from ..runtime.wording import setting
 from .card_licence import state_licence
@@ -86,7 +87,8 @@ def write_model(folder: Path, encoder: MimRefinerModel, processor: Any, dtype: t
     check_finite(weights, f"the model {folder.name.removeprefix(STAGED)}", remedy)
     # digests first: saving takes the tensors out of `weights` one by one
     write_digests(folder, weights)
-    encoder.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
+    with without_bars():
+        encoder.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
     processor.save_pretrained(folder)
     announce_code(folder, dtype=str(dtype).removeprefix("torch."))
     add_file_digests(folder)

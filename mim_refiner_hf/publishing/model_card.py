@@ -35,6 +35,7 @@ from ..evaluation.tables import (
     report_table,
 )
 from ..runtime.files import write_text
+from ..runtime.pace import duration
 from ..runtime.text import fenced, one_line, plain
 from .card_licence import licence_line
 
@@ -134,15 +135,6 @@ def _save_card(path: Path, text: str) -> Path:
 
 
 # The card of a run
-
-
-def duration(seconds: float) -> str:
-    """Seconds for readers: "45 s", "12.3 min", "5.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

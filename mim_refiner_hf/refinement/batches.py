@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import batches_of_views
 from ..data.fast_views import FastMultiCrop
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..data.views import MultiCrop, view_specs
 from .resolve import ResolvedRecipe
 

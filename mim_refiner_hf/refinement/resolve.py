@@ -370,6 +370,13 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
     """Whether a batch can be filled by the data and divided among the processes."""
     batch = recipe.batch_size
     assert batch is not None
+    others = recipe.eval_dataset is not None or recipe.eval_split is not None
+    if num_images is not None and batch > num_images and recipe.eval_fraction and not others:
+        held_back = setting("eval_fraction", recipe.eval_fraction)
+        raise ValueError(
+            f"{setting('batch_size', batch)}: only {num_images} images are left to train on, for "
+            f"{held_back} holds back the others; lower one of them"
+        )
     if num_images is not None and batch > num_images:
         raise ValueError(
             f"{setting('batch_size', batch)}: the data set has only {num_images} training images"

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..data.broken import BROKEN, BrokenImages
 from ..data.fast_views import VIEW_KINDS, finished_views
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS
@@ -47,6 +48,7 @@ from ..runtime.optimisation import (
     set_learning_rate,
     update_average,
 )
+from ..runtime.pace import Pace
 from ..runtime.sharding import fsdp2_requested, gather_into, shard
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.wording import setting
@@ -193,6 +195,7 @@ class Trainer:
         """
         recipe = self.recipe
         fit_began = time.perf_counter()
+        pace = Pace()
         with self._progress(start_step, stop_step) as progress, StopSignals() as signals:
             batches = view_batches(
                 recipe,
@@ -222,6 +225,7 @@ class Trainer:
                 stage = self.stage(step)
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
                 progress.update()
+                self._say_pace(pace, step, stop_step)
 
                 if logs:
                     step_seconds = (time.perf_counter() - fit_began) / (done - start_step)
@@ -348,6 +352,17 @@ class Trainer:
         return progress_bar(
             total=stop_step, initial=start_step, desc="refining", unit="step", hidden=hidden
         )
+
+    def _say_pace(self, pace: Pace, step: int, stop_step: int) -> None:
+        """How long the stage takes, once that is known."""
+        name = "head warm-up"
+        ends = min(stop_step, self.steps.warmup)
+        if step >= self.steps.warmup:
+            name = "refinement"
+            ends = stop_step
+        line = pace.after(name, ends - step - 1)
+        if line:
+            self.accelerator.print(line, flush=True)
 
     def _log(self, step: int, result: StepResult, progress: Any, step_seconds: float) -> None:
         """One line in the log: the loss, what every head tells, the rate, and seconds to go."""

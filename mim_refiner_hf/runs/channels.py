@@ -10,7 +10,8 @@ from ..clustering.channels import check_channels, is_picture
 from ..conversion.channels import extend_channels
 from ..conversion.preprocessing import image_processor
 from ..data.channels import ChannelStatistics, channels_of, measure_channels
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.text import one_line
 from ..runtime.wording import setting

@@ -152,7 +152,7 @@ def cluster(
             places = match_corrections(corrections, known.images)
     else:
         opened = open_images(images, options=SourceOptions(image_column, follow_links=follow_links))
-        check_num_clusters(num_clusters, len(opened), method)
+        check_num_clusters(num_clusters, len(opened), method, setting("num_clusters"))
         if corrections is not None:
             places = match_corrections(corrections, opened)
         known = _encode(opened, model, folder, Loading(batch_size, num_workers, device_here()))
@@ -280,7 +280,7 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
             f"This {kind_of(given)} holds no vectors: they are (n, d), one row per image; labels "
             "are not asked for."
         )
-    check_num_clusters(num_clusters, len(vectors), method)
+    check_num_clusters(num_clusters, len(vectors), method, setting("num_clusters"))
     wrong = (~vectors.norm(dim=1).isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(

@@ -34,7 +34,9 @@ from ..evaluation.embed import embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest, read_record, recorded_shards
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
+from ..runtime.pace import duration
 from ..runtime.text import one_line, spelt_out
+from ..runtime.wording import setting
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class FeaturePipeline(ImageClusteringPipeline):
         # nothing of a model is to be set up, so the base class does not come in
         self.known = known
         self._batch_size = None
+        self.number_called = setting("num_clusters")
 
     def encode(
         self, items: Sequence[Any], **settings: Any
@@ -173,22 +176,13 @@ def _say_how_long(encoder: Any, images: ImageDataset, loading: Loading, left: in
     speed = first / (time.perf_counter() - begin)
     say(
         f"{left} images at about {speed:.3g} a second, by a first batch: "
-        f"about {time_in_words(left / speed)}, then the groups"
+        f"about {duration(left / speed)}, then the groups"
     )
 
 
 def say(line: str) -> None:
     """A line for people, where the progress is shown."""
     print(line, file=sys.stderr, flush=True)
-
-
-def time_in_words(seconds: float) -> str:
-    """In words: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _known(

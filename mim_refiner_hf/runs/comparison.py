@@ -27,6 +27,7 @@ from ..data.images import (
     Broken,
     ImageDataset,
     evenly_spaced,
+    evenly_spaced_places,
     fully_labelled,
     hold_out,
     open_images,
@@ -38,6 +39,7 @@ from ..evaluation.evidence import Change, change_between, measure, measure_mean
 from ..evaluation.feature_cache import evaluation_columns, for_altered_images, read_rows
 from ..evaluation.features import own_columns
 from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
+from ..evaluation.label_free import JUDGED_IMAGES, TwoViews, label_free_scores
 from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
@@ -329,19 +331,24 @@ def label_free(
 ) -> dict[str, Score]:
     """What can be said without labels, with errors over images.
 
-    `neighbour_agreement` (see the file of that name) of the last block, and `silhouette` (-1 to 1)
-    of the groups of `evaluation` among at most 5000 images. A silhouette says how separate the
-    groups are in each model's own space, not how good the groups are.
+    Of the last block, `separation`, `retrieval` and `cluster_stability` by distorted copies of at
+    most 2000 images (label_free.py), as in the verdict on a run; `neighbour_agreement` (see the
+    file of that name); and `silhouette` (-1 to 1) of the groups of `evaluation` among at most 5000
+    images. A silhouette says how separate the groups are in each model's own space, not how good
+    the groups are.
     """
-    measured = {}
     last = evaluation.features.features
+    column = own_columns(encoder.config)[-1]
+    view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
+    folder = for_altered_images(features)
+    seen = read_rows(encoder, images, view, [column], features=folder, loading=loading)
+    copies = seen.column(column)
+
+    judging = evenly_spaced_places(len(images), JUDGED_IMAGES)
+    views = TwoViews(last[judging], copies[judging])
+    measured = dict(label_free_scores(views, seed=seed).scores)
     if len(images) > NUM_NEIGHBOURS:
-        column = own_columns(encoder.config)[-1]
-        view = global_view(vars(encoder)["image_processor"], encoder.config.image_hw[0], 0.5, seed)
-        folder = for_altered_images(features)
-        seen = read_rows(encoder, images, view, [column], features=folder, loading=loading)
-        agreement = neighbour_agreement(last, seen.column(column))
-        measured["neighbour_agreement"] = measure_mean(agreement.numpy())
+        measured["neighbour_agreement"] = measure_mean(neighbour_agreement(last, copies).numpy())
 
     count = min(len(images), _SILHOUETTE_IMAGES)
     rows = np.linspace(0, len(images) - 1, count).astype(int)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from ..conversion import load_encoder
 from ..data.found import SourceOptions
-from ..data.images import ImageDataset, open_images, open_stream
+from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
+from ..data.stream import open_stream
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest
 from ..evaluation.features import feature_columns

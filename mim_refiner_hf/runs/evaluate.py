@@ -11,7 +11,8 @@
     print(report), report["after"]["rankme"], report["changes"]
 
 k-NN for many k, clustering, RankMe and the block profile are always measured; without labels
-RankMe, the agreement of neighbours under augmentation, and how separate the groups are. `protocols`
+RankMe, separation d', retrieval and stability under distortion as in the verdict on a run, the
+agreement of neighbours under augmentation, and how separate the groups are. `protocols`
 adds slower ones, `transfer` the same encoder on other data. No image is encoded twice: features go
 through a feature store, which vanishes at the end or stays in `features` for the next command.
 Under `accelerate launch training/evaluate.py` the processes share encoding, k-NN and fine-tuning;

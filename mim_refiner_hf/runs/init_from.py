@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..conversion.licence import Licence
 from ..conversion.load import LoadReport, image_processor
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.heads import IdHeads

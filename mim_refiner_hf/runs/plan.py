@@ -184,7 +184,10 @@ def _steps_text(recipe: ResolvedRecipe) -> str:
     warmup = f"{recipe.steps.warmup} of head warm-up (encoder frozen)"
     if recipe.asked.init_from is not None:
         warmup = "no head warm-up (heads and queues come along)"
-    return f"{warmup} + {recipe.steps.refine} of refinement; stage: {recipe.asked.stage}"
+    return (
+        f"{warmup} + {recipe.steps.refine} of refinement; stage: {recipe.asked.stage}; how long "
+        "each takes is said once its first steps are timed"
+    )
 
 
 def _memory_lines(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int) -> list[str]:

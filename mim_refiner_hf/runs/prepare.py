@@ -23,7 +23,8 @@ from ..conversion.load import image_processor
 from ..data.classes import with_one_class_table
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.found import SourceOptions
-from ..data.images import ImageDataset, ImageStream, hold_out, open_images, open_stream
+from ..data.images import ImageDataset, hold_out, open_images
+from ..data.stream import ImageStream, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.recipe import PretrainRecipe

@@ -20,15 +20,9 @@ from accelerate.utils import ProjectConfiguration
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
-from ..data.images import (
-    ImageDataset,
-    ImageStream,
-    fully_labelled,
-    hold_out,
-    open_images,
-    open_stream,
-)
+from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
+from ..data.stream import ImageStream, open_stream
 from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel

@@ -8,7 +8,8 @@ Memory and time are measured on a few images, and are what a whole run takes onl
 from datetime import timedelta
 from pathlib import Path
 
-from ..data.images import ImageDataset, ImageStream
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
 from ..pretraining.loop import Pretrainer
 from ..pretraining.trial import Trial
 from ..refinement.memory import GIGA, HEADROOM

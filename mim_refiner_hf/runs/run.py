@@ -26,8 +26,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from ..data.broken import readable
-from ..data.images import Broken, ImageDataset, ImageStream, evenly_spaced, fully_labelled
+from ..data.images import Broken, ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading
+from ..data.stream import ImageStream
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel

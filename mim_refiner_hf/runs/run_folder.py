@@ -14,6 +14,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..runtime.files import staged_folder, write_json
 from ..runtime.finite import check_finite
+from ..runtime.quiet import without_bars
 from ..runtime.versions import FORMAT_VERSIONS
 from .prepare import Prepared, check_start_folder
 
@@ -36,7 +37,8 @@ def save_start(folder: Path, encoder: MimRefinerModel, processor: Any) -> None:
     """
     check_finite(encoder.state_dict(), str(folder), "name another model to start from")
     with staged_folder(folder, check_start_folder) as new:
-        encoder.save_pretrained(new)
+        with without_bars():
+            encoder.save_pretrained(new)
         processor.save_pretrained(new)
 
 

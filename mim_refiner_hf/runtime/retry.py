@@ -4,10 +4,13 @@
 
 What may pass: rate limits, server errors, broken connections. `huggingface_hub` repeats most
 uploads and downloads by itself, but not every request (2.4: not the one that makes a repository,
-nor those that look a repository up).
+nor those that look a repository up). What is not waited for: a host that cannot even be found, or
+refuses the connection, at the first attempt, as where there is no network.
 """
 
+import errno
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -23,6 +26,7 @@ PAUSE = 2.0
 # seconds that a server may ask to be left alone
 _LONGEST_PAUSE = 60.0
 _PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
 
 
 def patiently(call: Callable[[], Result], what: str) -> Result:
@@ -33,8 +37,8 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
         what: in words, for the log.
 
     Raises:
-        ConnectionError: with the last answer in a line, when the trouble lasts. Whatever will not
-            pass is raised as it is.
+        ConnectionError: with the last answer in a line, when the trouble lasts, or at once when
+            there is no way to the host. Whatever will not pass is raised as it is.
     """
     attempt = 0
     while True:
@@ -47,6 +51,11 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
                 raise
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
+            # a host that was reached before will be found again
+            if attempt == 1 and _has_no_way(error):
+                raise ConnectionError(
+                    f"{reason}: no way to that host, so it was asked only once"
+                ) from error
             if attempt == ATTEMPTS:
                 raise ConnectionError(reason) from error
 
@@ -83,6 +92,15 @@ def _is_of_the_network(cause: BaseException) -> bool:
     if library in ("httpx", "httpx2"):
         return True
     return isinstance(cause, ConnectionResetError | BrokenPipeError | TimeoutError)
+
+
+def _has_no_way(error: BaseException) -> bool:
+    """Whether the host cannot be found or reached, or refuses to be talked to."""
+    return any(
+        isinstance(cause, socket.gaierror | ConnectionRefusedError)
+        or (isinstance(cause, OSError) and cause.errno in _NO_ROUTE)
+        for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
