@@ -45,7 +45,7 @@ from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, wo
 from ..runtime.optimisation import update_average
 from ..runtime.sharding import synchronise
 from .heads import IdHeads, NormViews, in_passes
-from .loss import Swap, nna_loss, pair_weights
+from .loss import Pairs, Swap, nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
 
 # Shapes below: H heads, G global views, V views, b images of this process, N columns of views
@@ -128,6 +128,7 @@ class Refiner(nn.Module):
         temperature: of the loss.
         head_temperature: of the loss in the head warm-up; None for the same.
         swap: where the neighbour replaces the target, see `loss.nna_loss`.
+        pairs: which views are compared, see `loss.pair_weights`.
         norm_views: whether the heads' batch norms see all views together or each apart.
         target_momentum: of the copy of the projectors that gives the targets of the refinement;
             None for no copy.
@@ -151,6 +152,7 @@ class Refiner(nn.Module):
         temperature: float,
         head_temperature: float | None = None,
         swap: Swap = "positive",
+        pairs: Pairs = "intended",
         norm_views: NormViews = "together",
         target_momentum: float | None = None,
         bf16: bool = False,
@@ -171,7 +173,8 @@ class Refiner(nn.Module):
         if target_momentum is not None:
             self.target_projector = copy.deepcopy(heads.projector).requires_grad_(False)
         self.bf16 = bf16
-        self.register_buffer("weights", pair_weights(num_global, num_views), persistent=False)
+        weights = pair_weights(num_global, num_views, pairs)
+        self.register_buffer("weights", weights, persistent=False)
 
     @property
     def head_names(self) -> list[str]:
