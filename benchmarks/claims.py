@@ -363,7 +363,7 @@ def write(found: Found) -> None:
         "one cell minus another in points, paired by seed, with its standard error. The deviation",
         "behind that error is pooled over all claims of a set, as three seeds tell none. `holds`",
         "and `contradicted`: the 95 % interval leaves out zero; one of twenty claims without any",
-        "truth does so by chance. What is seen on tiny images with a tiny encoder need not be so on",
+        "truth does so by chance. What is seen on tiny images with a tiny encoder need not hold on",
         "ImageNet, nor the other way round.",
         "",
         "| set | claim | the paper | k-NN | cluster ACC | NMI | seeds |",
