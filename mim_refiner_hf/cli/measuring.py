@@ -16,6 +16,7 @@ from .flags import (
     add_seed,
     add_splits,
     add_workers,
+    at_least,
     command_parser,
     parse_model_and_images,
 )
@@ -36,14 +37,7 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval_split", help="split to evaluate on; neither: a fifth of the images is held out"
     )
-    parser.add_argument("--against", help="the model to compare with, such as the starting weights")
-    parser.add_argument(
-        "--protocols", nargs="+", default=[], choices=protocols, help="slower protocols to add"
-    )
-    parser.add_argument(
-        "--recipe",
-        help="of fine_tuning: name in training/recipes/ (fine-tune-...) or path of a YAML file",
-    )
+    _add_protocols(parser, protocols)
     parser.add_argument(
         "--transfer",
         nargs="+",
@@ -66,6 +60,37 @@ def _evaluate_parser(protocols: Iterable[str]) -> argparse.ArgumentParser:
         help="folder for numbers and pictures",
     )
     return parser
+
+
+def _add_protocols(parser: argparse.ArgumentParser, protocols: Iterable[str]) -> None:
+    """What is measured, and how."""
+    parser.add_argument("--against", help="the model to compare with, such as the starting weights")
+    parser.add_argument(
+        "--protocol",
+        choices=("paper", "quick"),
+        help="paper: images of 256 pixels, then 224, whatever the model says; quick: a bank of "
+        "10000 images; default: images as the model says, and the whole bank",
+    )
+    parser.add_argument(
+        "--bank_size",
+        type=at_least(1),
+        help="images of the k-NN bank, evenly spaced; default: all",
+    )
+    parser.add_argument(
+        "--protocols", nargs="+", default=[], choices=protocols, help="slower protocols to add"
+    )
+    parser.add_argument(
+        "--recipe",
+        help="of fine_tuning: name in training/recipes/ (fine-tune-...) or path of a YAML file",
+    )
+    parser.add_argument(
+        "--split_file",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="lists of file names, one a line: the splits of low_shot, or the images of "
+        "fine_tuning; default: drawn from the seed",
+    )
 
 
 def run_evaluate(arguments: Sequence[str]) -> None:

@@ -79,10 +79,10 @@ def image_processor(
         crop = size
     if source.get("crop_pct") is not None:
         size, crop = _of_a_share(size, float(source["crop_pct"]))
-    elif crop == size and not squash and not source.get("do_center_crop"):
+    elif not (squash or source.get("do_center_crop")) and crop == size:
         # no crop is stated
-        if max(size.values()) >= _CROPPED_FROM:
-            size = {"shortest_edge": _around(max(crop.values()))}
+        side = max(crop.values())
+        size = {"shortest_edge": _around(side) if side >= _CROPPED_FROM else side}
 
     mean = list(MimRefinerImageProcessor.image_mean)
     std = list(MimRefinerImageProcessor.image_std)
@@ -208,4 +208,10 @@ def _stated(name: str, file: str) -> dict[str, Any]:
     return {} if found is None else read_json(Path(found))
 
 
-__all__ = ["PROCESSOR", "as_in_the_paper", "image_processor", "nested_preprocessing", "saved_preprocessing"]
+__all__ = [
+    "PROCESSOR",
+    "as_in_the_paper",
+    "image_processor",
+    "nested_preprocessing",
+    "saved_preprocessing",
+]

@@ -76,9 +76,10 @@ class ImageRows:
         return torch.cat([self.column(column) for column in columns], dim=1)
 
 
-def evaluation_columns(config: MimRefinerConfig) -> list[str]:
-    """What all protocols together read: `own_columns`, and the mean patch of the last block."""
-    return list(dict.fromkeys([*own_columns(config), f"block{config.num_hidden_layers - 1}.mean"]))
+def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> list[str]:
+    """What k-NN, clustering and low-shot read: of all blocks, or only of the last 4."""
+    own = own_columns(config)
+    return own if per_block else own[-4:]
 
 
 def read_rows(

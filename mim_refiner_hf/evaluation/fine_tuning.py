@@ -18,8 +18,8 @@ AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6
 trained too, without weight decay. The classifier reads the encoder's output; an encoder without a
 final norm (post-norm, CrossMAE) gets a fresh one. The model after the last epoch counts: no choice
 is made on the evaluation images. RandAugment, mixup, CutMix, erasing and drop path are timm's.
-Works under `accelerate launch`: each process takes its share of every batch. Recipe, images and
-training stand in one file, as each is read with the others.
+Works under `accelerate launch`: each process takes its share of every batch. The file is long
+because recipe, images and training are each read with the others.
 """
 
 import copy
@@ -28,6 +28,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from ..clustering.channels import as_picture
 from ..data.images import Key, read_sample
 from ..data.loading import Loading
 from ..data.order import BatchSampler
+from ..data.split_files import listed_places
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
@@ -400,16 +402,18 @@ def fine_tuning(
     eval_images: "ImageDataset",
     *,
     recipe: FineTuneRecipe | None = None,
+    split_file: Path | None = None,
     seed: int = 0,
     loading: Loading = Loading(),
 ) -> ProtocolResult:
-    """Accuracy after fine-tuning on the recipe's share of `train_images`.
+    """Accuracy after fine-tuning on the recipe's share of `train_images`, or on listed ones.
 
     Args:
         encoder, processor, loading: as in `fine_tune`.
         train_images, eval_images: labelled.
         recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its
             own.
+        split_file: a list of file names, see `listed_places`, in place of the recipe's `fraction`.
 
     Returns:
         `fine_tuning_accuracy`, with the standard error over the evaluation images.
@@ -417,7 +421,13 @@ def fine_tuning(
     recipe = recipe or FineTuneRecipe(seed=seed)
     targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
     labels = class_labels(train_images, "fine-tuning")
-    chosen = train_images.subset(labelled_share(labels, recipe.fraction, recipe.seed))
+    if split_file is not None:
+        places = np.sort(listed_places(train_images, split_file))
+        origin = f"listed in {split_file.name}"
+    else:
+        places = labelled_share(labels, recipe.fraction, recipe.seed)
+        origin = "all" if len(places) == len(labels) else f"drawn, {recipe.fraction:g} of all"
+    chosen = train_images.subset(places)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 
     loader = DataLoader(
@@ -431,8 +441,8 @@ def fine_tuning(
         for pixels, _ in loader:
             answers.append(model(pixels.to(model.device)).logits.argmax(dim=1).cpu())
     setting = (
-        f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, "
-        f"layer decay {recipe.layer_decay:g}"
+        f"{len(chosen)} images ({origin}), {recipe.epochs} epochs, "
+        f"learning rate {recipe.learning_rate:g}, layer decay {recipe.layer_decay:g}"
     )
     score = mean_score(torch.cat(answers) == targets, setting)
     return ProtocolResult({"fine_tuning_accuracy": score})
