@@ -255,6 +255,8 @@ def find_entry(name: str) -> ZooEntry | None:
     `mae_refined_twob14`, `d2v2-l16` is `data2vec2_large16`.
     """
     return ZOO.get(name) or _BY_SPELLING.get(_spelling(name))
+
+
 """Every name that `load_encoder` and the commands resolve by themselves."""
 
 
