@@ -77,9 +77,15 @@ class ImageRows:
 
 
 def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> list[str]:
-    """What k-NN, clustering and low-shot read: of all blocks, or only of the last 4."""
+    """What all protocols together read: of all blocks, or only of the last 4, and the output.
+
+    The probes read the mean patches of the last 4 and of the output too.
+    """
     own = own_columns(config)
-    return own if per_block else own[-4:]
+    depth = config.num_hidden_layers
+    means = [f"block{block}.mean" for block in range(max(depth - 4, 0), depth)]
+    outputs = [f"output.{config.pooling}", "output.mean"]
+    return list(dict.fromkeys([*(own if per_block else own[-4:]), *means, *outputs]))
 
 
 def read_rows(

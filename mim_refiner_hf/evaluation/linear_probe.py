@@ -105,12 +105,6 @@ def feature_kinds(config: MimRefinerConfig, variant: Variant = "paper") -> dict[
     return kinds
 
 
-def probe_columns(config: MimRefinerConfig) -> list[str]:
-    """Every column that some variant reads."""
-    kinds = [*feature_kinds(config).values(), *feature_kinds(config, "dinov2").values()]
-    return list(dict.fromkeys(column for columns in kinds for column in columns))
-
-
 def side_by_side(features: Columns, columns: Sequence[str]) -> Tensor:
     """(B, D * number of columns)."""
     return torch.cat([features[column] for column in columns], dim=1)
@@ -373,4 +367,4 @@ def check_grid(epochs: int, learning_rates: Sequence[float]) -> None:
         )
 
 
-__all__ = ["PROBE_LEARNING_RATES", "linear_probe", "probe_columns"]
+__all__ = ["PROBE_LEARNING_RATES", "linear_probe"]

@@ -34,10 +34,15 @@ from ..data.images import (
 from ..data.loading import Loading
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, change_between, measure, measure_mean
-from ..evaluation.feature_cache import evaluation_columns, for_altered_images, read_rows
+from ..evaluation.feature_cache import (
+    evaluation_columns,
+    for_altered_images,
+    is_one_store,
+    read_rows,
+)
 from ..evaluation.features import own_columns
 from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
-from ..evaluation.linear_probe import linear_probe, probe_columns
+from ..evaluation.linear_probe import linear_probe
 from ..evaluation.low_shot import low_shot
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder
@@ -223,7 +228,6 @@ def readable_images(
     images: ImageDataset,
     features: Path,
     loading: Loading,
-    protocols: Sequence[str] = (),
     *,
     per_block: bool = True,
 ) -> tuple[ImageDataset, list[Broken]]:
@@ -236,8 +240,9 @@ def readable_images(
     for encoder in encoders.values():
         processor = vars(encoder)["image_processor"]
         columns = evaluation_columns(encoder.config, per_block=per_block)
-        if any(name.startswith("linear_probe") for name in protocols):
-            columns = list(dict.fromkeys([*columns, *probe_columns(encoder.config)]))
+        if is_one_store(features):
+            # nothing is added to it, and a protocol says what it lacks
+            columns = own_columns(encoder.config)
         rows = read_rows(encoder, images, processor, columns, features=features, loading=loading)
         images = rows.images
         broken += rows.broken

@@ -162,12 +162,11 @@ def evaluate(
     own = {"config": dataset_config, "eval_dataset": eval_dataset}
     data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
     data += [opened(name) for name in transfer]
-    check_data(data, protocols)
-    check_splits(data[0], lists, protocols)
+    check_data(data, protocols, lists)
 
     with feature_folder(features, output_dir) as folder:
         loading = Loading(num_workers=num_workers, device=device_here())
-        data = [without_broken(encoders, each, folder, loading, protocols) for each in data]
+        data = [without_broken(encoders, each, folder, loading) for each in data]
         measured = partial(measure_side, seed=seed, features=folder, loading=loading)
         sides = [[measured(*m, data[0], protocols, fine_tune, lists) for m in encoders.items()]]
         for other in data[1:]:
@@ -260,8 +259,11 @@ def name_of(source: Any, encoder: MimRefinerModel) -> str:
     return encoder.config.name_or_path or type(source).__name__
 
 
-def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
-    """ValueError for missing labels where a protocol needs them, and for too few images."""
+def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[Path]) -> None:
+    """ValueError for missing labels where a protocol needs them, and for too few images.
+
+    Lists of file names are of the first data set; errors as of `check_splits`.
+    """
     for place, each in enumerate(data):
         if not isinstance(each.train, ImageDataset):
             continue
@@ -282,6 +284,7 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
                 f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at "
                 "least 2"
             )
+    check_splits(data[0], lists, protocols)
 
 
 @contextmanager
@@ -310,22 +313,19 @@ def without_broken(
     data: Data,
     features: Path,
     loading: Loading,
-    protocols: Sequence[str],
 ) -> Data:
     """The data without the images that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
         return data
-    evaluated, broken = readable_images(encoders, data.evaluated, features, loading, protocols)
+    evaluated, broken = readable_images(encoders, data.evaluated, features, loading)
     # without labels nothing is learnt from, or compared with, other images
     if not data.labelled:
         return replace(data, evaluated=evaluated, broken=broken)
 
-    _, more = readable_images(encoders, data.profile_bank, features, loading, protocols)
+    _, more = readable_images(encoders, data.profile_bank, features, loading)
     if len(data.bank) > len(data.profile_bank):
         # the blocks before the last ones are not needed of all
-        _, more = readable_images(
-            encoders, data.bank, features, loading, protocols, per_block=False
-        )
+        _, more = readable_images(encoders, data.bank, features, loading, per_block=False)
     train = data.train
     if more:
         lost = [image["index"] for image in more]
