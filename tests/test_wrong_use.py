@@ -544,7 +544,7 @@ def test_wrong_use_is_refused(
     line = the_line(printed.err)
     for fragment in case.says:
         assert fragment.format(**places) in line, line
-    assert "error: " in line and len(line) < 1200
+    assert "error: " in line and len(line) < 1400
     assert "Plan" not in printed.out
     assert everything(tmp_path, Path(places["tmp"])) == before
 
@@ -591,7 +591,7 @@ def test_wrong_use_of_the_other_commands(
     said = the_line(capsys.readouterr().err)
     for fragment in says:
         assert fragment.format(**places) in said, said
-    assert "error: " in said and len(said) < 1200
+    assert "error: " in said and len(said) < 1400
     assert everything(tmp_path) == [] and everything(Path(places["tmp"])) == before
 
 
