@@ -203,6 +203,79 @@ def render_index(models: dict[str, Results]) -> str:
     return template.render(models=models, scores=scores, others=others, papers=PAPERS)
 
 
+# columns of the tables in docs/reproduce.md: heading, protocols, settings, data set, metric
+_SHOTS = ("low-shot-logistic", "low-shot-fine-tuning")
+_KNN = ("knn", "knn-tuned")
+_LOWEST = "lowest loss of 100 runs"
+_MEAN = "mean of 100 runs"
+_IN1K = "imagenet-1k"
+_VTAB = ("caltech101", "cifar100", "dtd", "flowers102", "pets", "sun397", "svhn")
+Column = tuple[str, tuple[str, ...], str, str, str]
+NUMBERS: dict[str, list[Column]] = {
+    "Tables 2, 13": [
+        *((shot, _SHOTS, shot, _IN1K, "accuracy") for shot in ("1-shot", "2-shot", "5-shot")),
+        *((share, _SHOTS, share, _IN1K, "accuracy") for share in ("1 %", "10 %")),
+        ("probe", ("linear-probe",), "", _IN1K, "accuracy"),
+        ("k-NN", _KNN, "last block", _IN1K, "accuracy"),
+        ("k-NN, last 4", _KNN, "last 4 blocks", _IN1K, "accuracy"),
+    ],
+    "Tables 3, 9": [
+        ("ACC", ("clustering",), _LOWEST, _IN1K, "cluster_accuracy"),
+        *((name.upper(), ("clustering",), _LOWEST, _IN1K, name) for name in ("nmi", "ami", "ari")),
+        ("SIL", ("class-separation",), "", _IN1K, "silhouette"),
+        ("DBS", ("class-separation",), "", _IN1K, "davies_bouldin"),
+        ("mean ACC", ("clustering",), _MEAN, _IN1K, "cluster_accuracy"),
+        ("mean NMI", ("clustering",), _MEAN, _IN1K, "nmi"),
+    ],
+    "Tables 4, 5": [
+        *(
+            (f"iNat {shot}", ("inat-low-shot",), shot, "inat18", "accuracy")
+            for shot in ("1-shot", "5-shot", "10-shot")
+        ),
+        ("iNat probe", ("linear-probe",), "", "inat18", "accuracy"),
+        ("ADE20K", ("segmentation-probe",), "", "ade20k", "mean_iou"),
+        ("all of ImageNet", ("fine-tuning",), "", _IN1K, "accuracy"),
+        ("all of iNat", ("fine-tuning",), "", "inat18", "accuracy"),
+    ],
+    "Table 8": [(name, ("linear-probe",), "", name, "accuracy") for name in _VTAB],
+}
+PAGE = FOLDER.parent / "docs" / "reproduce.md"
+_BEGIN, _END = "<!-- numbers: make cards -->\n", "<!-- end of numbers -->\n"
+
+
+def render_numbers(models: dict[str, Results]) -> str:
+    """The paper's numbers as tables, a line for each model that it has some of."""
+    parts = []
+    for title, columns in NUMBERS.items():
+        heads = [title, *(column[0] for column in columns)]
+        parts += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
+        for results in models.values():
+            values = [_value(results, column) for column in columns]
+            if any(values):
+                cells = [f"`{results.zoo_name}`", *(value or "-" for value in values)]
+                parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _value(results: Results, column: Column) -> str:
+    """The number of a column; empty where the paper has none."""
+    _, protocols, setting, dataset, metric = column
+    for row in results.reported:
+        score = row.score
+        asked = (score.setting, score.dataset, score.metric) == (setting, dataset, metric)
+        if asked and score.protocol in protocols and row.tables:
+            return f"{score.value:g}" if score.value < 0 else f"{score.value:.1f}"
+    return ""
+
+
+def with_numbers(page: str, numbers: str) -> str:
+    """A page with these tables between its two marks."""
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n{numbers}\n{_END}{after}"
+
+
 def render_all(folder: Path) -> dict[Path, str]:
     """Path -> text of everything that is made from the `<folder>/<model>/results.yaml`.
 
@@ -221,6 +294,8 @@ def render_all(folder: Path) -> dict[Path, str]:
     models = dict(sorted(models.items(), key=lambda model: place[model[1].zoo_name]))
 
     texts = {folder / "README.md": render_index(models)}
+    if folder.resolve() == FOLDER.resolve():
+        texts[PAGE] = with_numbers(PAGE.read_text(encoding="utf-8"), render_numbers(models))
     for name, results in models.items():
         start = models.get(results.starting_model or "")
         if start is None and results.starting_model:

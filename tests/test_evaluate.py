@@ -441,7 +441,9 @@ def test_fine_tuning_takes_a_recipe(models: tuple[Path, Path], tmp_path: Path) -
         <= 1
     )
     # a tenth of the 1038 that are not held out
-    assert re.search(r"10\d images, 2 epochs", (tmp_path / "out" / "report.md").read_text())
+    assert re.search(
+        r"10\d images \(drawn, 0.1 of all\), 2 epochs", (tmp_path / "out" / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

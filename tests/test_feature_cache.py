@@ -203,7 +203,8 @@ def test_protocols_say_the_same_with_and_without_a_store(tmp_path: Path) -> None
 def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:
     encoder = make_encoder()
     processor, columns = image_processor(encoder.config, {}), evaluation_columns(encoder.config)
-    assert columns == ["block0.cls", "block1.cls", "block1.mean"]
+    means = ["block0.mean", "block1.mean"]
+    assert columns == ["block0.cls", "block1.cls", *means, "output.cls", "output.mean"]
     embed_images(encoder, digits(), processor, tmp_path / "all", columns=columns)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
     passes = count_images(encoder)

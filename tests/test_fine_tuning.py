@@ -78,7 +78,8 @@ def test_training_equals_a_plain_loop() -> None:
         depth = 2 - int(block[1]) if block else 0
         if ".embeddings." in name:
             depth = 3
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith("cls_token") else 0.05
+        exempt = name.endswith(("cls_token", "position_embeddings"))
+        decay = 0.0 if parameter.ndim <= 1 or exempt else 0.05
         groups.append({"params": [parameter], "weight_decay": decay, "scale": 0.75**depth})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
     # 3 batches of 32 in each epoch of 100 images
@@ -220,7 +221,7 @@ def test_digits_are_learnt() -> None:
         (accuracy * (1 - accuracy) / 500) ** 0.5
     )
     assert result.scores["fine_tuning_accuracy"].setting.endswith(
-        "images, 8 epochs, learning rate 0.02, layer decay 0.75"
+        "images (drawn, 0.4 of all), 8 epochs, learning rate 0.02, layer decay 0.75"
     )
 
 
@@ -276,3 +277,74 @@ def test_bad_input_is_named() -> None:
         tune(make_encoder(), digits().subset(range(40)), batch_size=33, mixup=0.8)
     with pytest.raises(ValueError, match="the encoder takes 8 x 12 pixels"):
         tune(make_encoder(image_size=[8, 12]), digits())
+
+
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_an_encoder_without_final_norm_gets_a_fresh_one(norm_placement: str) -> None:
+    """Also one whose features are the last block's raw output, by torch's own layers."""
+    encoder = make_encoder(norm_placement=norm_placement, final_norm=False, features="last_block")
+    model = make_classifier(encoder, 5)
+    fresh = torch.nn.LayerNorm(32, eps=encoder.config.layer_norm_eps)
+    pixels = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        raw = encoder(pixels, output_hidden_states=True).hidden_states[-1][:, 0]
+        weight, bias = model.classifier.weight, model.classifier.bias
+        torch.testing.assert_close(model(pixels).logits, F.linear(fresh(raw), weight, bias))
+    groups = classifier_groups(model, FineTuneRecipe())
+    norm = next(group for group in groups if "norm.weight" in group.get("names", []))
+    assert norm["weight_decay"] == 0 and norm["lr_scale"] == 1
+    assert not encoder.config.final_norm
+
+
+def test_positions_do_not_decay() -> None:
+    """In a group of its own, whose rate is the embeddings'."""
+    model = make_classifier(make_encoder(), 2)
+    groups = classifier_groups(model, FineTuneRecipe())
+    name = "embeddings.position_embeddings"
+    positions = next(group for group in groups if name in group.get("names", []))
+    assert positions["weight_decay"] == 0 and positions["lr_scale"] == 0.75**3
+    others = next(
+        group for group in groups if "embeddings.patch_embeddings.weight" in group.get("names", [])
+    )
+    assert others["weight_decay"] == 0.05 and others["lr_scale"] == 0.75**3
+
+
+def test_frozen_blocks_stay() -> None:
+    encoder = make_encoder()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    tuned = tune(encoder, digits().subset(range(64)), freeze_blocks=1)
+    changed = {
+        name for name, tensor in before.items() if not torch.equal(tuned[f"encoder.{name}"], tensor)
+    }
+    assert not any(name.startswith(("embeddings.", "layers.0.")) for name in changed)
+    late = {name for name in before if name.startswith(("layers.1.", "norm."))}
+    assert changed == late
+    with pytest.raises(ValueError, match="freeze_blocks=3: the encoder has 2 blocks"):
+        tune(encoder, digits().subset(range(64)), freeze_blocks=3)
+
+
+# ml-jku/MIM-Refiner, src/yamls/eval: finetune_1p/template_tracked_*, 7mzhpufg.yaml (2B) and
+# finetune_10p/template_tracked_*, 7mzhpufg_sd02.yaml (2B), run/data2vec2_large16.yaml
+RELEASED = {
+    "1percent": (512, 3e-5, 0.05, 0.0, False, False, 0),
+    "1percent-h14": (512, 3e-5, 0.4, 0.0, False, False, 0),
+    "1percent-2b14": (512, 3e-5, 0.4, 0.0, False, False, 6),
+    "10percent": (512, 3e-5, 0.05, 0.0, True, False, 0),
+    "10percent-h14": (256, 1e-3, 0.05, 0.2, True, True, 0),
+    "10percent-2b14": (256, 1e-3, 0.05, 0.2, True, True, 6),
+    "10percent-d2v2-l16": (512, 1e-3, 0.05, 0.1, True, True, 0),
+    "100percent": (1024, 1e-3, 0.05, 0.2, True, True, 0),
+    "100percent-h14": (1024, 1e-3, 0.05, 0.3, True, True, 0),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_size_has_the_released_settings(name: str) -> None:
+    recipe = FineTuneRecipe(**read_fields(f"fine-tune-{name}", FineTuneRecipe))
+    batch, rate, decay, drop_path, augmented, mixed, frozen = RELEASED[name]
+    assert (recipe.batch_size, recipe.learning_rate, recipe.weight_decay) == (batch, rate, decay)
+    assert (recipe.drop_path, recipe.freeze_blocks) == (drop_path, frozen)
+    assert recipe.rand_augment == augmented and recipe.mixes == mixed
+    assert recipe.erasing == (0.25 if mixed else 0.0)
+    share = {"1percent": 0.01, "10percent": 0.1, "100percent": 1.0}[name.partition("-")[0]]
+    assert recipe.fraction == share and (recipe.epochs, recipe.layer_decay) == (50, 0.75)

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -502,3 +502,16 @@ def test_steps_are_whole_batches_and_capped() -> None:
     assert count_steps(recipe, 100) == (15, 30)
     assert count_steps(dataclasses.replace(recipe, max_steps=20), 100) == (15, 20)
     assert count_steps(dataclasses.replace(recipe, max_steps=20, streaming=True), None) == (20, 20)
+
+
+@pytest.mark.parametrize("stage", ["both", "refine"])
+def test_no_head_warmup(stage: Literal["both", "refine"]) -> None:
+    """The refinement alone; its learning rate warms up as it would."""
+    recipe = RefineRecipe(model="a", batch_size=32, epochs=10, head_epochs=0, stage=stage)
+    resolved = resolve(recipe, MimRefinerConfig(**L16), 96)
+    assert resolved.steps == (0, 30)
+    assert resolved.warmups == (0, 3)
+    stream = dataclasses.replace(recipe, max_steps=20, streaming=True)
+    assert count_steps(stream, None) == (0, 20)
+    with pytest.raises(ValueError, match="head_epochs=0 exclude each other"):
+        RefineRecipe(model="a", head_epochs=0, stage="warmup")

@@ -16,7 +16,7 @@ from golden_cases import contents, facts, tensors
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.refinement.heads import IdHeads
-from mim_refiner_hf.refinement.loss import head_weights, nna_loss, pair_weights
+from mim_refiner_hf.refinement.loss import Pairs, head_weights, nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
 from mim_refiner_hf.refinement.trainer import compile_blocks
@@ -98,12 +98,8 @@ def encoder_gradient(encoder: torch.nn.Module, name: str) -> torch.Tensor:
     return parameters[name].grad
 
 
-def official_pairs(num_global: int, num_local: int) -> torch.Tensor:
-    """The released code's pairs: its local loop starts at view 0."""
-    weights = torch.zeros(num_global, num_global + num_local)
-    weights[:, :num_global] += 1 - torch.eye(num_global)
-    weights[:, :num_local] += 1
-    return weights / (num_global * (num_global - 1) + num_global * num_local)
+# the words of the fixtures, and ours
+PAIRS: dict[str, Pairs] = {"intended": "intended", "official": "released"}
 
 
 @pytest.mark.usefixtures("goldens")
@@ -118,10 +114,7 @@ def test_nna_loss(case: dict[str, Any], swap: str, pairs: str) -> None:
     pre, post, predicted = (inputs[f"{views}.{name}"] for name in names)
     predicted.requires_grad_()
 
-    if pairs == "intended":
-        weights = pair_weights(num_global, num_global + num_local)
-    else:
-        weights = official_pairs(num_global, num_local)
+    weights = pair_weights(num_global, num_global + num_local, PAIRS[pairs])
     # (1 head, views, batch, dim)
     columns = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (pre, post, predicted)]
     loss, alignment = nna_loss(
@@ -168,7 +161,7 @@ def test_nna_loss_of_one_process_of_several() -> None:
             pre[:, :, own],
             post[:, :, own],
             predicted,
-            official_pairs(num_global, num_local),
+            pair_weights(num_global, num_global + num_local, "released"),
             temperature=float(temperature),
             first_row=first,
         )
@@ -303,7 +296,9 @@ def below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
     }
 
 
-def build_refiner(kind: str, tmp_path: Path) -> tuple[Refiner, dict[str, torch.Tensor]]:
+def build_refiner(
+    kind: str, tmp_path: Path, pairs: Pairs = "intended"
+) -> tuple[Refiner, dict[str, torch.Tensor]]:
     """The whole model of a golden step, and the step's inputs."""
     case = facts(f"refine-step-{kind}")
     inputs, _ = tensors(f"refine-step-{kind}")
@@ -326,6 +321,7 @@ def build_refiner(kind: str, tmp_path: Path) -> tuple[Refiner, dict[str, torch.T
         num_global=case["num_global"],
         num_views=case["num_global"] + case["num_local"],
         temperature=case["temperature"],
+        pairs=pairs,
     )
     return refiner.train(), inputs
 
@@ -349,11 +345,9 @@ PATHS: dict[str, tuple[int | None, Callable[[MimRefinerModel], object]]] = {
 def test_refine_step(tmp_path: Path, kind: str, pairs: str, path: str) -> None:
     case = facts(f"refine-step-{kind}")
     _, outputs = tensors(f"refine-step-{kind}")
-    refiner, inputs = build_refiner(kind, tmp_path)
+    refiner, inputs = build_refiner(kind, tmp_path, PAIRS[pairs])
     micro, prepare = PATHS[path]
     prepare(refiner.encoder)
-    if pairs == "official":
-        refiner.weights = official_pairs(case["num_global"], case["num_local"])
 
     views = [inputs["global_views"], inputs["local_views"]]
     result = refiner.backward(views, inputs["idx"], inputs["cls"], micro_batch_size=micro)

@@ -305,3 +305,12 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         assert torch.equal(tensor, seen["before"][name]), name
     found = load_latest(Path(asked.output_dir) / "checkpoints")
     assert found is not None and found.step == 4
+
+
+def test_refine_without_head_warmup(recipe: Callable[..., RefineRecipe]) -> None:
+    """No step of it is logged; the pairs are the released ones."""
+    asked = recipe(eval_fraction=0.0, head_epochs=0, pairs="released", log_every=1)
+    assert refine(asked) is not None
+    lines = (Path(asked.output_dir) / "log.jsonl").read_text().splitlines()
+    stages = [json.loads(line).get("stage") for line in lines]
+    assert "refine" in stages and "warmup" not in stages

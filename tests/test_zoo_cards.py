@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from mim_refiner_hf.conversion.zoo import ZOO_ENTRIES, find_entry
 from mim_refiner_hf.publishing.convert import Conversion, card_files, find_zoo_card
 from model_cards.render import main, write_cards
 from model_cards.results import DATASETS, Results, read_results
@@ -377,6 +378,26 @@ def test_a_converted_copy_has_the_card_under_its_own_name(name: str) -> None:
     kept = {f".eval_results/{path.name}" for path in (CARDS / name / ".eval_results").glob("*")}
     assert files.keys() == kept
     assert all((CARDS / name / file).read_text() == text for file, text in files.items())
+
+
+def test_every_spelling_of_a_name_is_that_model() -> None:
+    """Zoo, cards, recipes and what a user types: one model each, and no two share a spelling."""
+    cards = {path.parent.name: read_results(path) for path in CARDS.glob("*/results.yaml")}
+    assert len(cards) > 20
+    for folder, results in cards.items():
+        for spelling in (folder, folder.replace("-", "_"), folder.upper(), results.zoo_name):
+            found = find_entry(spelling)
+            assert found is not None and found.name == results.zoo_name, spelling
+        # a recipe is called as the model that it starts from
+        if results.recipe is not None:
+            start = find_entry(results.recipe.replace("mae-ct-aug", "maectaug"))
+            expected = cards[str(results.starting_model)].zoo_name
+            if not results.recipe.startswith("mae-ct"):
+                assert start is not None and start.name == expected
+    for entry in ZOO_ENTRIES:
+        assert find_entry(entry.name) is entry
+        assert find_entry(entry.name.replace("_", "-")) is entry
+    assert find_entry("mae-refined-l") is None and find_entry("resnet50") is None
 
 
 def test_a_folder_with_a_name_of_the_zoo_is_no_official_checkpoint(

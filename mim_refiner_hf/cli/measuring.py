@@ -20,6 +20,7 @@ from .flags import (
     add_seed,
     add_splits,
     add_workers,
+    at_least,
     command_parser,
     parse_model_and_images,
 )
@@ -43,18 +44,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval_split", help="split to evaluate on; neither: a fifth of the images is held out"
     )
-    parser.add_argument("--against", help="the model to compare with, such as the starting weights")
-    parser.add_argument(
-        "--protocols",
-        nargs="+",
-        default=[],
-        choices=get_args(Protocol),
-        help="slower protocols to add",
-    )
-    parser.add_argument(
-        "--recipe",
-        help="of fine_tuning: name in training/recipes/ (fine-tune-...) or path of a YAML file",
-    )
+    _add_protocols(parser)
     parser.add_argument(
         "--transfer",
         nargs="+",
@@ -77,6 +67,41 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         help="folder for numbers and pictures",
     )
     return parser
+
+
+def _add_protocols(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how."""
+    parser.add_argument("--against", help="the model to compare with, such as the starting weights")
+    parser.add_argument(
+        "--protocol",
+        choices=("paper", "quick"),
+        help="paper: images of 256 pixels, then 224, whatever the model says; quick: a bank of "
+        "10000 images; default: images as the model says, and the whole bank",
+    )
+    parser.add_argument(
+        "--bank_size",
+        type=at_least(1),
+        help="images of the k-NN bank, evenly spaced; default: all",
+    )
+    parser.add_argument(
+        "--protocols",
+        nargs="+",
+        default=[],
+        choices=get_args(Protocol),
+        help="slower protocols to add",
+    )
+    parser.add_argument(
+        "--recipe",
+        help="of fine_tuning: name in training/recipes/ (fine-tune-...) or path of a YAML file",
+    )
+    parser.add_argument(
+        "--split_file",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="lists of file names, one a line: the splits of low_shot, or the images of "
+        "fine_tuning; default: drawn from the seed",
+    )
 
 
 def parse_evaluate(arguments: Sequence[str]) -> Work:

@@ -1,6 +1,11 @@
 """How images are preprocessed for an encoder: as its source says, else ImageNet's, natively sized.
 
 image_processor(encoder.config, saved_preprocessing("facebook/vit-mae-base"))
+image_processor(encoder.config, as_in_the_paper(encoder.config, stated))      # 256, then 224
+
+Where the source states neither size nor crop, an encoder of 224 pixels gets the paper's images: the
+shorter side at 256, the centre of 224. Encoders of small images see all of them, for these have no
+border.
 """
 
 import math
@@ -31,6 +36,10 @@ _FOREIGN = (
     "do_thumbnail",
     "rescale_offset",
 )
+# of the resized shorter side, what the paper's crop shows
+_PAPER_SHARE = 224 / 256
+# pixels of a native side from which on that is what an unstated crop means
+_CROPPED_FROM = 112
 # ConvNeXT's kind resizes whole images from this side on, and crops smaller ones
 _WARPED_FROM = 384
 # Pixels of a side that a file may ask for: so many times the native ones, and so many of any model.
@@ -71,6 +80,11 @@ def image_processor(
         crop = size
     if source.get("crop_pct") is not None:
         size, crop = _of_a_share(size, float(source["crop_pct"]))
+    elif not source.get("size") and not source.get("do_center_crop") and crop == size:
+        # neither size nor crop is stated
+        side = max(crop.values())
+        if side >= _CROPPED_FROM:
+            size = {"shortest_edge": _around(side)}
 
     mean = list(MimRefinerImageProcessor.image_mean)
     std = list(MimRefinerImageProcessor.image_std)
@@ -92,6 +106,27 @@ def image_processor(
         do_convert_rgb=config.num_channels == 3,
         value_range=source.get("value_range"),
     )
+
+
+def as_in_the_paper(config: MimRefinerConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What a source states, but for the size: the crop is the native one, of 8/7 of its side.
+
+    For 224 pixels that is 256, then 224, as the authors evaluate on ImageNet and iNaturalist.
+    """
+    height, width = config.image_hw
+    return {
+        **source,
+        "size": {"shortest_edge": _around(max(height, width))},
+        "crop_size": {"height": height, "width": width},
+        "crop_pct": None,
+        "do_center_crop": True,
+        "squash": False,
+    }
+
+
+def _around(side: int) -> int:
+    """The shorter side of an image whose centre of `side` pixels is the paper's crop."""
+    return round(side / _PAPER_SHARE)
 
 
 def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> list[float]:
@@ -175,4 +210,10 @@ def _stated(name: str, file: str) -> dict[str, Any]:
     return {} if found is None else read_json(Path(found))
 
 
-__all__ = ["PROCESSOR", "image_processor", "nested_preprocessing", "saved_preprocessing"]
+__all__ = [
+    "PROCESSOR",
+    "as_in_the_paper",
+    "image_processor",
+    "nested_preprocessing",
+    "saved_preprocessing",
+]

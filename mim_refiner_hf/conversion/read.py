@@ -28,7 +28,7 @@ from .layout import Source, listed
 from .licence import CARD, Licence, licence_beside
 from .preprocessing import PROCESSOR, nested_preprocessing
 from .timm_models import hub_name
-from .zoo import ZOO, fetch
+from .zoo import fetch, find_entry
 
 # in the order in which transformers looks for them; an index names the shards
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -49,8 +49,8 @@ def read_source(source: str | Path, revision: str | None) -> Source:
     """
     path = Path(source).expanduser()
     name = str(source)
-    if name in ZOO and not path.exists() and revision is None:
-        entry = ZOO[name]
+    entry = find_entry(name)
+    if entry is not None and not path.exists() and revision is None:
         licence = Licence(entry.licence)
         return Source(entry.name, read_weights(fetch(entry)), {}, {}, entry.family, licence)
     if path.is_file():

@@ -9,6 +9,7 @@ recorded one is that of the first download. `facebook/data2vec-vision-base` and 
 entry: they are model folders on the Hub under these very names.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +235,28 @@ ZOO_ENTRIES = (
     ),
 )
 ZOO: Mapping[str, ZooEntry] = {entry.name: entry for entry in ZOO_ENTRIES}
+_SIZES = {"base": "b", "large": "l", "huge": "h", "twob": "2b"}
+
+
+def _spelling(name: str) -> str:
+    """What the spellings of a model's name have in common: "mae_twob14" and "MAE-2B14" are one."""
+    plain = name.lower().replace("-", "_")
+    short = re.sub(r"(base|large|huge|twob)(?=\d\d)", lambda found: _SIZES[found[1]], plain)
+    return re.sub(r"^d2v2(?=_)", "data2vec2", short)
+
+
+_BY_SPELLING = {_spelling(name): entry for name, entry in ZOO.items()}
+
+
+def find_entry(name: str) -> ZooEntry | None:
+    """The checkpoint that a name means, however it is spelled; None where there is none.
+
+    The cards' and recipes' names are spellings of the zoo's: `mae-refined-2b14` is
+    `mae_refined_twob14`, `d2v2-l16` is `data2vec2_large16`.
+    """
+    return ZOO.get(name) or _BY_SPELLING.get(_spelling(name))
+
+
 """Every name that `load_encoder` and the commands resolve by themselves."""
 
 
@@ -253,9 +276,10 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
         ConnectionError: the Hub does not answer, not even asked again.
     """
     if isinstance(entry, str):
-        if entry not in ZOO:
+        found = find_entry(entry)
+        if found is None:
             raise CheckpointError(f"{entry!r} is not a name of the zoo; allowed: {', '.join(ZOO)}")
-        entry = ZOO[entry]
+        entry = found
 
     if folder is None:
         folder = Path(constants.HF_HOME, "mim_refiner_hf")
@@ -321,4 +345,4 @@ def _fetch_from_hub(name: str, repo: str, filename: str, path: Path) -> Path:
     return kept
 
 
-__all__ = ["ZOO", "ZOO_ENTRIES", "ZooEntry", "fetch"]
+__all__ = ["ZOO", "ZOO_ENTRIES", "ZooEntry", "fetch", "find_entry"]

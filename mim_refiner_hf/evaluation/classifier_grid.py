@@ -55,21 +55,23 @@ class ClassifierGrid:
         parts = features.split(PREDICTED_AT_ONCE)
         return torch.cat([self.logits(rows).argmax(dim=2) for rows in parts]).T
 
-    def step(self, features: Tensor, gradient: Tensor, decay: float) -> None:
+    def step(self, features: Tensor, gradient: Tensor, decay: float | Tensor) -> None:
         """One step of SGD with momentum for every classifier.
 
         Args:
             features: what the logits were computed from (B, D).
             gradient: of the loss, at those logits (B, C, K).
-            decay: what the schedule multiplies every learning rate by.
+            decay: what the schedule multiplies every learning rate by, or each of them (C, 1).
         """
         weight_slope = (features.T @ gradient.flatten(1)).view_as(self.weight)
         self._descend(self.weight, self.weight_velocity, weight_slope, decay)
         self._descend(self.bias, self.bias_velocity, gradient.sum(dim=0), decay)
 
-    def _descend(self, parameter: Tensor, velocity: Tensor, slope: Tensor, decay: float) -> None:
+    def _descend(
+        self, parameter: Tensor, velocity: Tensor, slope: Tensor, decay: float | Tensor
+    ) -> None:
         velocity.mul_(MOMENTUM).add_(slope)
-        parameter.addcmul_(velocity, self.rates, value=-decay)
+        parameter.addcmul_(velocity, self.rates * decay, value=-1)
 
 
 def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:

@@ -76,9 +76,16 @@ class ImageRows:
         return torch.cat([self.column(column) for column in columns], dim=1)
 
 
-def evaluation_columns(config: MimRefinerConfig) -> list[str]:
-    """What all protocols together read: `own_columns`, and the mean patch of the last block."""
-    return list(dict.fromkeys([*own_columns(config), f"block{config.num_hidden_layers - 1}.mean"]))
+def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> list[str]:
+    """What all protocols together read: of all blocks, or only of the last 4, and the output.
+
+    The probes read the mean patches of the last 4 and of the output too.
+    """
+    own = own_columns(config)
+    depth = config.num_hidden_layers
+    means = [f"block{block}.mean" for block in range(max(depth - 4, 0), depth)]
+    outputs = [f"output.{config.pooling}", "output.mean"]
+    return list(dict.fromkeys([*(own if per_block else own[-4:]), *means, *outputs]))
 
 
 def read_rows(

@@ -9,15 +9,17 @@
 The recipes (MIM-Refiner, C.5, C.6, C.9; the released code's settings where the paper has none):
 
 - fine-tune-inat: the paper's table 12: crop, flip, label smoothing; the defaults of the fields;
-- fine-tune-1percent: the same at a small learning rate, on 1 % of the labels;
-- fine-tune-10percent: RandAugment, mixup, CutMix, erasing and drop path, on 10 %;
-- fine-tune-100percent: MAE's recipe for a ViT-L (MAE, table 9).
+- fine-tune-1percent, -h14, -2b14: the same at a small learning rate, on 1 % of the labels;
+- fine-tune-10percent: a small rate and RandAugment, on 10 %; -h14, -2b14 and, for the unrefined
+  data2vec 2.0, -d2v2-l16: also mixup, CutMix, erasing and drop path;
+- fine-tune-100percent, -h14: MAE's recipes (MAE, table 9).
 
 AdamW (0.9, 0.999) with layer-wise decayed rates, linear warm-up, cosine to 1e-6; positions are
-trained too. The model after the last epoch counts: no choice is made on the evaluation images.
-RandAugment, mixup, CutMix, erasing and drop path are timm's. Works under `accelerate launch`: each
-process takes its share of every batch. Recipe, images and training stand in one file, as each is
-read with the others.
+trained too, without weight decay. The classifier reads the encoder's output; an encoder without a
+final norm (post-norm, CrossMAE) gets a fresh one. The model after the last epoch counts: no choice
+is made on the evaluation images. RandAugment, mixup, CutMix, erasing and drop path are timm's.
+Works under `accelerate launch`: each process takes its share of every batch. The file is long
+because recipe, images and training are each read with the others.
 """
 
 import copy
@@ -26,6 +28,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,10 +47,11 @@ from ..data.images import Key
 from ..data.loading import Loading
 from ..data.order import BatchSampler
 from ..data.reading import read_sample
+from ..data.split_files import listed_places
 from ..data.views import ViewSpec, make_view, normalise
 from ..model.modeling_mim_refiner import MimRefinerForImageClassification, MimRefinerModel
 from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
-from ..runtime.optimisation import encoder_groups, learning_rate, set_learning_rate
+from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
 from ..runtime.seeding import random_generator
 from ..runtime.settings import (
     NonNegativeFloat,
@@ -89,7 +93,10 @@ class FineTuneRecipe:
     learning_rate: PositiveFloat = documented(1e-3, "Base learning rate; times batch_size / 256.")
     layer_decay: ShareAboveZero = documented(0.75, "Layer-wise learning-rate decay.")
     weight_decay: NonNegativeFloat = documented(
-        0.05, "Weight decay; none on biases, norms and the CLS token."
+        0.05, "Weight decay; none on biases, norms, positions and the CLS token."
+    )
+    freeze_blocks: NonNegativeInt = documented(
+        0, "Keep the embeddings and the first so many blocks as they are."
     )
     label_smoothing: Share = documented(0.1, "Share of the target that is spread over all classes.")
     drop_path: Share = documented(
@@ -208,22 +215,32 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
 # --- training --------------------------------------------------------------------------------
 
 
-def make_classifier(encoder: MimRefinerModel, num_classes: int) -> MimRefinerForImageClassification:
+def make_classifier(
+    encoder: MimRefinerModel, num_classes: int, freeze_blocks: int = 0
+) -> MimRefinerForImageClassification:
     """A copy of the encoder in fp32 with a classifier next to zero.
 
-    Everything is trained but the frequencies of rope.
+    The classifier reads the encoder's output: where the encoder has no final norm, the copy gets a
+    fresh one. Everything is trained but the frequencies of rope and, with `freeze_blocks`, the
+    embeddings and the first so many blocks.
     """
     config = copy.deepcopy(encoder.config)
     config.num_labels = num_classes
+    config.final_norm = True
+    config.features = "output"
     model = MimRefinerForImageClassification(config)
-    model.encoder.load_state_dict(encoder.state_dict())
+    state = dict(encoder.state_dict())
+    if not encoder.config.final_norm:
+        # weight 1, bias 0
+        state |= {f"norm.{name}": each for name, each in model.encoder.norm.state_dict().items()}
+    model.encoder.load_state_dict(state)
 
     # it is one, as num_classes is at least 1
     assert isinstance(model.classifier, nn.Linear)
     nn.init.trunc_normal_(model.classifier.weight, std=CLASSIFIER_STD)
     nn.init.zeros_(model.classifier.bias)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".rope." not in name)
+    model.requires_grad_(True)
+    freeze(model.encoder, freeze_blocks, positions=True)
     return model
 
 
@@ -288,6 +305,11 @@ def fine_tune(
         raise ValueError(
             f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels"
         )
+    layers = encoder.config.num_hidden_layers
+    if recipe.freeze_blocks > layers:
+        raise ValueError(
+            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the encoder has {layers} blocks"
+        )
     share = min(recipe.batch_size, len(images)) // world_size()
     if recipe.mixes and share % 2:
         raise ValueError(
@@ -310,7 +332,7 @@ def fine_tune(
     home = encoder.device if loading.device is None else torch.device(loading.device)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        model = make_classifier(encoder, num_classes).train().to(home)
+        model = make_classifier(encoder, num_classes, recipe.freeze_blocks).train().to(home)
         # what drop path draws differs between processes
         torch.manual_seed(recipe.seed + rank())
         hooks = add_drop_path(model, recipe.drop_path)
@@ -381,16 +403,18 @@ def fine_tuning(
     eval_images: "ImageDataset",
     *,
     recipe: FineTuneRecipe | None = None,
+    split_file: Path | None = None,
     seed: int = 0,
     loading: Loading = Loading(),
 ) -> ProtocolResult:
-    """Accuracy after fine-tuning on the recipe's share of `train_images`.
+    """Accuracy after fine-tuning on the recipe's share of `train_images`, or on listed ones.
 
     Args:
         encoder, processor, loading: as in `fine_tune`.
         train_images, eval_images: labelled.
         recipe: None for the defaults with `seed`, which is not used otherwise: the recipe has its
             own.
+        split_file: a list of file names, see `listed_places`, in place of the recipe's `fraction`.
 
     Returns:
         `fine_tuning_accuracy`, with the standard error over the evaluation images.
@@ -398,7 +422,13 @@ def fine_tuning(
     recipe = recipe or FineTuneRecipe(seed=seed)
     targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
     labels = class_labels(train_images, "fine-tuning")
-    chosen = train_images.subset(labelled_share(labels, recipe.fraction, recipe.seed))
+    if split_file is not None:
+        places = np.sort(listed_places(train_images, split_file))
+        origin = f"listed in {split_file.name}"
+    else:
+        places = labelled_share(labels, recipe.fraction, recipe.seed)
+        origin = "all" if len(places) == len(labels) else f"drawn, {recipe.fraction:g} of all"
+    chosen = train_images.subset(places)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 
     loader = DataLoader(
@@ -412,8 +442,8 @@ def fine_tuning(
         for pixels, _ in loader:
             answers.append(model(pixels.to(model.device)).logits.argmax(dim=1).cpu())
     setting = (
-        f"{len(chosen)} images, {recipe.epochs} epochs, learning rate {recipe.learning_rate:g}, "
-        f"layer decay {recipe.layer_decay:g}"
+        f"{len(chosen)} images ({origin}), {recipe.epochs} epochs, "
+        f"learning rate {recipe.learning_rate:g}, layer decay {recipe.layer_decay:g}"
     )
     score = mean_score(torch.cat(answers) == targets, setting)
     return ProtocolResult({"fine_tuning_accuracy": score})

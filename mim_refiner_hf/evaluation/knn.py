@@ -10,8 +10,8 @@ The features may be those of the last block, or of the last 4 blocks side by sid
 
 Features are standardised with the TRAIN mean and unbiased standard deviation, L2-normalised, and
 compared by cosine. Each of the k neighbours votes for its class with the weight
-`exp(similarity / temperature)`. The authors tuned k = 10 for plain MIM models (MIM-Refiner,
-Sec. 5.2; `eval_knn_torchhub.py` of ml-jku/MIM-Refiner).
+`exp(similarity / temperature)`. The authors take k = 10; for plain MAE and data2vec 2.0, which do
+better with more neighbours, they tuned k (MIM-Refiner, C.4): `knn_grid` tries up to 200.
 
 `nearest` is the search behind all of it, and behind everything else that asks for neighbours:
 

@@ -5,8 +5,8 @@
 
 MIM-Refiner, Sec. 5.2 and C.5. The features are the CLS token after the last block, without the
 final norm; as in MSN's protocol, which the paper follows, every row is centred and L2-normalised.
-The mean over three splits is reported. The paper's splits are lists of ImageNet files; here a
-split is drawn from the seed, which works on any labelled data.
+The mean over three splits is reported. The paper's splits are MSN's lists of ImageNet files, given
+as `split_files`; without any, splits are drawn from the seed, which works on any labelled data.
 
 The paper solves the regression with `cyanure`, whose objective for n rows x and weights W (D, K),
 without an intercept, is
@@ -32,11 +32,13 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ..data.loading import Loading
+from ..data.split_files import listed_places
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
+from ..runtime.wording import setting
 from .feature_cache import ImageRows, read_rows
 from .features import own_column
-from .scores import ProtocolResult, Score, class_labels
+from .scores import ProtocolResult, Score, class_labels, mean_score
 
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
@@ -135,6 +137,48 @@ def encoded_splits(
         images = images.subset(np.flatnonzero(~np.isin(images.indices, broken)))
 
 
+def listed_split(images: "ImageDataset", file: Path) -> NDArray[np.int64]:
+    """Places of the images of a list (K, shots), classes ascending.
+
+    Raises:
+        ValueError: unless the list has equally many images of every class; else as of
+            `listed_places`.
+    """
+    places = listed_places(images, file)
+    labels = class_labels(images, "low-shot classification")
+    classes, counts = np.unique(labels[places], return_counts=True)
+    lacking = np.setdiff1d(labels, classes)
+    if len(lacking) or counts.min() < counts.max():
+        scarce = lacking[0] if len(lacking) else classes[counts.argmin()]
+        least = 0 if len(lacking) else counts.min()
+        raise ValueError(
+            f"{setting('split_file', file)}: has {least} images of class {scarce} and up to "
+            f"{counts.max()} of others; low-shot classification needs equally many of each"
+        )
+    order = np.argsort(labels[places], kind="stable")
+    split: NDArray[np.int64] = places[order].reshape(len(classes), -1)
+    return split
+
+
+def encoded_lists(
+    images: "ImageDataset",
+    read: Callable[["ImageDataset"], ImageRows],
+    listed: Sequence[NDArray[np.int64]],
+) -> tuple[list[NDArray[np.int64]], ImageRows]:
+    """Listed splits (K, shots) as places among the encoded images, and those, each encoded once.
+
+    ValueError for a listed image that cannot be read.
+    """
+    used = np.unique(np.concatenate([split.ravel() for split in listed]))
+    rows = read(images.subset(used))
+    if len(rows.images) < len(used):
+        raise ValueError(
+            f"{len(used) - len(rows.images)} of the listed images cannot be read; the lists leave "
+            "no choice of others"
+        )
+    return [np.searchsorted(used, split) for split in listed], rows
+
+
 # --- the protocol ----------------------------------------------------------------------------
 
 
@@ -145,6 +189,7 @@ def low_shot(
     eval_images: "ImageDataset",
     *,
     shots: Sequence[int] = (1, 2, 5),
+    split_files: Sequence[Path] = (),
     seed: int = 0,
     features: Path | None = None,
     loading: Loading = Loading(),
@@ -155,8 +200,10 @@ def low_shot(
         encoder, processor: the model and its image processor; see `extract_features`.
         train_images: labelled; only the chosen ones are encoded.
         eval_images: labelled.
-        shots: images per class, each at least 1.
-        seed: of the splits.
+        shots: images per class, each at least 1; with `split_files`, what these hold.
+        split_files: lists of file names, see `listed_places`, one for each split; splits with
+            equally many images per class are averaged.
+        seed: of the splits that are drawn.
         features: see `read_rows`.
         loading: as in `extract_features`; the regression is solved on the CPU.
 
@@ -168,12 +215,18 @@ def low_shot(
         ValueError: for missing labels, or a class with too few images.
     """
     check_low_shot(train_images, eval_images, shots)
+    listed = [listed_split(train_images, file) for file in split_files]
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
 
     def read(images: "ImageDataset") -> ImageRows:
         return read_rows(encoder, images, processor, [column], features=features, loading=loading)
 
-    names, splits, bank = encoded_splits(train_images, read, max(shots), seed)
+    if listed:
+        names = np.unique(class_labels(train_images, "low-shot classification"))
+        splits, bank = encoded_lists(train_images, read, listed)
+    else:
+        names, drawn, bank = encoded_splits(train_images, read, max(shots), seed)
+        splits = [split[:, :count] for count in shots for split in drawn]
     test = read(eval_images)
     # check_low_shot has refused images without labels
     assert test.labels is not None
@@ -181,24 +234,36 @@ def low_shot(
     targets = centred_rows(test.column(column))
 
     classes = torch.from_numpy(names)
-    scores = {}
-    for count in shots:
+    correct: dict[int, list[NDArray[np.float64]]] = {}
+    for split in splits:
+        count = split.shape[1]
         numbers = torch.arange(len(classes)).repeat_interleave(count)
-        correct = []
-        for places in splits[:, :, :count]:
-            weights = fit_logistic(rows[places.flatten()], numbers)
-            predicted = classes[(targets @ weights).argmax(dim=1)]
-            correct.append((predicted == test.labels).double().numpy())
-        scores[f"low_shot_{count}_accuracy"] = mean_of_splits(np.stack(correct), count)
-    return ProtocolResult(scores)
+        weights = fit_logistic(rows[split.flatten()], numbers)
+        predicted = classes[(targets @ weights).argmax(dim=1)]
+        answers = (predicted == test.labels).double().numpy()
+        correct.setdefault(count, []).append(answers)
+    origin = "listed" if listed else "drawn"
+    return ProtocolResult(
+        {
+            f"low_shot_{count}_accuracy": mean_of_splits(np.stack(answers), count, origin)
+            for count, answers in sorted(correct.items())
+        }
+    )
 
 
-def mean_of_splits(correct: NDArray[np.float64], shots: int) -> Score:
-    """The score of a table of right (1) and wrong (0) answers, (SPLITS, N)."""
-    error = float(correct.mean(axis=1).std(ddof=1)) / math.sqrt(SPLITS)
+def mean_of_splits(correct: NDArray[np.float64], shots: int, origin: str) -> Score:
+    """The score of a table of right (1) and wrong (0) answers, (splits, N).
+
+    Of a single split, the error is that over images.
+    """
+    splits = len(correct)
     per_image = correct.mean(axis=0)
     images = "image" if shots == 1 else "images"
-    setting = f"{shots} {images} per class; {SPLITS} splits"
+    plural = "split" if splits == 1 else "splits"
+    setting = f"{shots} {images} per class; {splits} {plural}, {origin}"
+    if splits == 1:
+        return mean_score(torch.from_numpy(per_image), setting)
+    error = float(correct.mean(axis=1).std(ddof=1)) / math.sqrt(splits)
     return Score(float(per_image.mean()), error, setting, per_image, spread=error)
 
 

@@ -30,7 +30,7 @@ from .feature_cache import ImageRows, read_rows
 from .features import FeatureSet, Preprocess, own_columns
 from .knn import knn_accuracy, knn_grid, knn_predict, standardise, warn_of_known_rows
 
-# training images in the k-NN bank, at most
+# training images in the k-NN bank of a run, and in that of the blocks' table, at most
 BANK_SIZE = 10_000
 # without labels
 _MAX_PICTURE_GROUPS = 20
@@ -74,6 +74,7 @@ def evaluate_encoder(
     loading: Loading = Loading(),
     per_block: bool = True,
     grid: bool = False,
+    bank_size: int | None = BANK_SIZE,
     features: Path | None = None,
 ) -> Evaluation:
     """Measure a frozen encoder by the paper's k-NN and clustering protocols, and by RankMe.
@@ -81,7 +82,7 @@ def evaluate_encoder(
     Args:
         encoder: the model; comes back in the mode and on the device it came with.
         processor: its image processor.
-        train_images: the k-NN bank; of more than 10 000 images, 10 000 evenly spaced ones are used.
+        train_images: the k-NN bank.
         eval_images: what is classified and clustered. k-means runs 100 times with k = the number of
             its classes.
         seed: of the first k-means run.
@@ -90,6 +91,8 @@ def evaluate_encoder(
             are kept in memory.
         grid: also k-NN for many k and temperatures, on the last block and on the last 4 side by
             side (paper, table 13).
+        bank_size: of more training images, so many evenly spaced ones are the bank; None for all,
+            but in the table of the blocks, where the bank is at most 10 000 images.
         features: see `read_rows`; broken images are left out there.
     """
     labelled = fully_labelled(train_images) and fully_labelled(eval_images)
@@ -100,33 +103,43 @@ def evaluate_encoder(
     elif labelled and grid:
         columns = own[-4:]
 
-    def read(images: ImageDataset, desc: str) -> ImageRows:
+    def read(images: ImageDataset, names: Sequence[str], desc: str) -> ImageRows:
         return read_rows(
-            encoder, images, processor, columns, features=features, loading=loading, desc=desc
+            encoder, images, processor, names, features=features, loading=loading, desc=desc
         )
 
-    rows = read(eval_images, "evaluation images")
+    rows = read(eval_images, columns, "evaluation images")
     last = FeatureSet(rows.column(own[-1]), labels=rows.labels)
     if not labelled:
         groups = kmeans_runs(last.features, picture_groups(len(rows.images)), runs=10, seed=seed)
         return Evaluation({"rankme": rankme(last.features)}, last, groups)
 
-    bank_rows = read(evenly_spaced(train_images, BANK_SIZE), "k-NN bank")
+    profile = evenly_spaced(train_images, bank_size or BANK_SIZE)
+    profile_rows = read(profile, columns, "k-NN bank")
+    bank_rows = profile_rows
+    if bank_size is None and len(profile) < len(train_images):
+        bank_rows = read(train_images, own[-4:] if grid else own[-1:], "k-NN bank")
     bank = FeatureSet(bank_rows.column(own[-1]), labels=bank_rows.labels)
-    assert bank.labels is not None and last.labels is not None  # `labelled` says so
+    # `labelled` says so
+    assert bank.labels is not None and last.labels is not None
 
     predicted, metrics = knn_metrics(bank_rows, rows, own, grid)
     groups = kmeans_runs(last.features, len(np.unique(last.labels)), seed=seed)
     metrics |= clustering_metrics(last.labels.numpy(), groups)
     if per_block:
-        metrics["knn_per_block"] = [
-            knn_accuracy(
-                bank_rows.column(column), bank.labels, rows.column(column), last.labels, shared=True
-            )
-            for column in own
-        ]
+        metrics["knn_per_block"] = knn_of_blocks(profile_rows, rows, own)
     metrics["rankme"] = rankme(last.features)
     return Evaluation(metrics, last, groups, predicted, bank)
+
+
+def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[float]:
+    """k-NN accuracy of every block, first block first; `own` are their columns."""
+    assert bank.labels is not None and rows.labels is not None
+    accuracies = []
+    for column in own:
+        bank_x, eval_x = bank.column(column), rows.column(column)
+        accuracies.append(knn_accuracy(bank_x, bank.labels, eval_x, rows.labels, shared=True))
+    return accuracies
 
 
 def evaluate_pixels(

@@ -147,6 +147,7 @@ def robustness(
     eval_images: "ImageDataset",
     *,
     severities: Sequence[int] = SEVERITIES,
+    bank_size: int | None = BANK_SIZE,
     seed: int = 0,
     features: Path | None = None,
     loading: Loading = Loading(),
@@ -155,10 +156,10 @@ def robustness(
 
     Args:
         encoder, processor: the model and its image processor.
-        train_images: labelled; the clean bank. Of more than 10 000 images, 10 000 evenly spaced
-            ones are used.
+        train_images: labelled; the clean bank.
         eval_images: labelled; encoded once clean and once for each of the 20 corruptions.
         severities: from 1 to 5.
+        bank_size: of more training images, so many evenly spaced ones are the bank; None for all.
         seed: of the noise.
         features: see `read_rows`.
         loading: as in `extract_features`.
@@ -173,7 +174,9 @@ def robustness(
     """
     if not severities or not set(severities) <= set(SEVERITIES):
         raise ValueError(f"severities={tuple(severities)} must be numbers from 1 to 5")
-    bank_images = evenly_spaced(train_images, BANK_SIZE)
+    bank_images = train_images
+    if bank_size is not None:
+        bank_images = evenly_spaced(train_images, bank_size)
     for images in (bank_images, eval_images):
         class_labels(images, "robustness")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..conversion import CheckpointError, LoadReport, load_encoder
 from ..conversion.layouts import LAYOUTS
 from ..conversion.licence import CARD, UNKNOWN, Licence, agreed_licence
-from ..conversion.zoo import ZOO
+from ..conversion.zoo import find_entry
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -265,9 +265,10 @@ def _copy_facts(done: Conversion, facts: dict[str, str]) -> str:
 def find_zoo_card(source: str) -> Path | None:
     """The folder in `model_cards/` of an official checkpoint; None for any other source."""
     # as in `load_encoder`, what exists here comes before the zoo
-    if source not in ZOO or Path(source).exists():
+    entry = find_entry(source)
+    if entry is None or Path(source).exists():
         return None
-    mark = COPY_MARK.format(source)
+    mark = COPY_MARK.format(entry.name)
     cards = shipped_folder("model_cards", in_repository="model_cards")
     for path in cards.glob(f"*/{CARD}"):
         if mark in path.read_text(encoding="utf-8"):

@@ -205,7 +205,10 @@ def _head_epochs(stated: Stated, at: Situation) -> Choice[float]:
 
 
 def _warmup_epochs(stated: Stated, at: Situation) -> Choice[float]:
-    epochs = min(0.1 * stated["epochs"], 0.2 * stated["head_epochs"], 4.0)
+    epochs = min(0.1 * stated["epochs"], 4.0)
+    if stated["head_epochs"] == 0:
+        return Choice(epochs, "a tenth of the refinement")
+    epochs = min(epochs, 0.2 * stated["head_epochs"])
     return Choice(epochs, "a tenth of the refinement, at most a fifth of the head warm-up")
 
 

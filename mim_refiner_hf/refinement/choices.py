@@ -7,7 +7,8 @@ from typing import Literal
 Activation = Literal["gelu", "relu"]
 HeadInit = Literal["xavier", "kaiming"]
 NormViews = Literal["together", "apart"]
+Pairs = Literal["intended", "released"]
 Swap = Literal["positive", "all", "none"]
 LossSchedule = Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
 
-__all__ = ["Activation", "HeadInit", "LossSchedule", "NormViews", "Swap"]
+__all__ = ["Activation", "HeadInit", "LossSchedule", "NormViews", "Pairs", "Swap"]

@@ -226,6 +226,11 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
         yield f"{both} exclude each other: give one of them"
     if recipe.max_steps is None:
         yield from _warmup_problems(recipe.warmup_epochs, recipe.epochs, recipe.head_epochs)
+    if recipe.stage == "warmup" and recipe.head_epochs == 0:
+        yield (
+            f"{setting('stage', 'warmup')} and {setting('head_epochs', 0)} exclude each other: "
+            "there would be nothing to do"
+        )
     if recipe.stage == "warmup" and recipe.save_every == 0:
         yield (
             f"{setting('stage', 'warmup')} {setting('save_every', 0)}: the warmed-up heads are "
@@ -240,7 +245,8 @@ def _warmup_problems(
     if warmup_epochs is None:
         return
     for name, length in (("epochs", epochs), ("head_epochs", head_epochs)):
-        if length is not None and warmup_epochs >= length:
+        # a head warm-up of no epochs is none
+        if length and warmup_epochs >= length:
             warmup = setting("warmup_epochs", warmup_epochs)
             yield f"{warmup}: must be less than {setting(name, length)}"
 

@@ -20,7 +20,7 @@ from ..runtime.settings import (
     documented,
     minimum,
 )
-from .choices import Activation, HeadInit, LossSchedule, NormViews, Swap
+from .choices import Activation, HeadInit, LossSchedule, NormViews, Pairs, Swap
 
 
 def _is_area_range(scale: list[float]) -> bool:
@@ -100,6 +100,11 @@ class MethodFields:
         "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE). "
         "Auto: none below 20000 images, whose neighbours are too far, else positive.",
     )
+    pairs: Pairs = documented(
+        "intended",
+        "Which views are compared: each global one with every other; or released: as the authors' "
+        "code, whose loop over the local views begins at the global ones.",
+    )
     loss_schedule: LossSchedule = documented(
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
     )
@@ -147,10 +152,10 @@ class MethodFields:
         None,
         "Epochs of refinement. Auto: 30, but at least 300 updates, and without a GPU at most 600.",
     )
-    head_epochs: PositiveFloat | None = documented(
+    head_epochs: NonNegativeFloat | None = documented(
         None,
-        "Epochs of head warm-up on the frozen encoder. Auto: a fifth of the refinement's updates, "
-        "at least 40.",
+        "Epochs of head warm-up on the frozen encoder; 0 for none. Auto: a fifth of the "
+        "refinement's updates, at least 40.",
     )
     warmup_epochs: NonNegativeFloat | None = documented(
         None,

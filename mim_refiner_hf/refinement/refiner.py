@@ -45,7 +45,7 @@ from ..runtime.attention import attend_in_fp32
 from ..runtime.distributed import all_gather, all_gather_with_gradient, rank, world_size
 from ..runtime.optimisation import update_average
 from ..runtime.sharding import synchronise
-from .choices import NormViews, Swap
+from .choices import NormViews, Pairs, Swap
 from .heads import IdHeads, in_passes
 from .loss import nna_loss, pair_weights
 from .queue import NearestNeighbourQueue
@@ -130,6 +130,7 @@ class Refiner(nn.Module):
         temperature: of the loss.
         head_temperature: of the loss in the head warm-up; None for the same.
         swap: where the neighbour replaces the target, see `loss.nna_loss`.
+        pairs: which views are compared, see `loss.pair_weights`.
         norm_views: whether the heads' batch norms see all views together or each apart.
         target_momentum: of the copy of the projectors that gives the targets of the refinement;
             None for no copy.
@@ -153,6 +154,7 @@ class Refiner(nn.Module):
         temperature: float,
         head_temperature: float | None = None,
         swap: Swap = "positive",
+        pairs: Pairs = "intended",
         norm_views: NormViews = "together",
         target_momentum: float | None = None,
         bf16: bool = False,
@@ -175,7 +177,8 @@ class Refiner(nn.Module):
         self.bf16 = bf16
         if bf16:
             attend_in_fp32(encoder)
-        self.register_buffer("weights", pair_weights(num_global, num_views), persistent=False)
+        weights = pair_weights(num_global, num_views, pairs)
+        self.register_buffer("weights", weights, persistent=False)
 
     @property
     def head_names(self) -> list[str]:

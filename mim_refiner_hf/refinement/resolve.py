@@ -22,7 +22,7 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.wording import setting
 from .auto import Choice, Situation, fit
-from .choices import Activation, HeadInit, LossSchedule, NormViews, Swap
+from .choices import Activation, HeadInit, LossSchedule, NormViews, Pairs, Swap
 from .recipe import RefineRecipe
 
 
@@ -87,6 +87,7 @@ class ResolvedRecipe:
     target_momentum: float | None
     topk: int
     swap: Swap
+    pairs: Pairs
     loss_schedule: LossSchedule
     freeze_blocks: int
     # views
@@ -152,6 +153,8 @@ class ResolvedRecipe:
 
     def _warmup(self, updates: int, epochs: float) -> int:
         """Of a stage of so many updates and epochs; at least one update is none of it."""
+        if updates == 0:
+            return 0
         if self.warmup_share is not None:
             return int(self.warmup_share * updates)
         assert self.warmup_epochs is not None
@@ -328,7 +331,7 @@ def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
         assert recipe.max_steps is not None
         warmup = refine = recipe.max_steps
     else:
-        assert recipe.batch_size and recipe.epochs and recipe.head_epochs
+        assert recipe.batch_size and recipe.epochs and recipe.head_epochs is not None
         per_epoch = num_images // recipe.batch_size
         warmup = round(recipe.head_epochs * per_epoch)
         refine = round(recipe.epochs * per_epoch)
@@ -336,8 +339,8 @@ def count_steps(recipe: RefineRecipe, num_images: int | None) -> Steps:
         warmup = min(warmup, recipe.max_steps)
         refine = min(refine, recipe.max_steps)
 
-    # heads that come along from another run are warm
-    if recipe.init_from is not None:
+    # heads that come along from another run are warm; none are warmed up where that is asked for
+    if recipe.init_from is not None or recipe.head_epochs == 0:
         warmup = 0
     return Steps(warmup, refine)
 

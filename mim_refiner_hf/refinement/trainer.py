@@ -137,6 +137,7 @@ class Trainer:
             temperature=recipe.temperature,
             head_temperature=recipe.head_temperature,
             swap=recipe.swap,
+            pairs=recipe.pairs,
             norm_views=recipe.norm_views,
             target_momentum=recipe.target_momentum,
             bf16=recipe.bf16,

@@ -6,6 +6,7 @@ Protocol = Literal[
     "low_shot",
     "linear_probe",
     "linear_probe_fast",
+    "linear_probe_dinov2",
     "attentive_probe",
     "robustness",
     "fine_tuning",

@@ -36,7 +36,12 @@ from ..data.loading import Loading
 from ..evaluation.attentive_probe import attentive_probe
 from ..evaluation.cluster_scores import cluster_accuracy, matched
 from ..evaluation.evidence import Change, change_between, measure, measure_mean
-from ..evaluation.feature_cache import evaluation_columns, for_altered_images, read_rows
+from ..evaluation.feature_cache import (
+    evaluation_columns,
+    for_altered_images,
+    is_one_store,
+    read_rows,
+)
 from ..evaluation.features import own_columns
 from ..evaluation.fine_tuning import FineTuneRecipe, fine_tuning
 from ..evaluation.label_free import JUDGED_IMAGES, TwoViews, label_free_scores
@@ -64,6 +69,7 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "low_shot": low_shot,
     "linear_probe": linear_probe,
     "linear_probe_fast": partial(linear_probe, augment=False),
+    "linear_probe_dinov2": partial(linear_probe, variant="dinov2"),
     "attentive_probe": attentive_probe,
     "robustness": robustness,
     "fine_tuning": fine_tuning,
@@ -84,6 +90,7 @@ class Data:
         train: an `ImageDataset`, of which the k-NN bank is taken, or a `SegmentationDataset`.
         evaluated: of the same kind.
         broken: images that cannot be read, which are left out of both.
+        bank_size: images of `train` in the k-NN bank, evenly spaced; None for all.
     """
 
     name: str
@@ -93,6 +100,7 @@ class Data:
     train: Any
     evaluated: Any
     broken: Sequence[Broken] = ()
+    bank_size: int | None = None
 
     @property
     def labelled(self) -> bool:
@@ -105,7 +113,13 @@ class Data:
     @property
     def bank(self) -> ImageDataset:
         """The k-NN bank."""
-        return evenly_spaced(self.train, BANK_SIZE)
+        images: ImageDataset = self.train
+        return images if self.bank_size is None else evenly_spaced(images, self.bank_size)
+
+    @property
+    def profile_bank(self) -> ImageDataset:
+        """The bank of the table of the blocks, which reads many columns."""
+        return evenly_spaced(self.train, self.bank_size or BANK_SIZE)
 
     def describe(self) -> dict[str, Any]:
         """Which images, told so that someone else can take the same."""
@@ -160,6 +174,7 @@ def open_evaluation_data(
     num_channels: int = 3,
     seed: int = 0,
     masks: bool = False,
+    bank_size: int | None = None,
     options: SourceOptions = NO_OPTIONS,
 ) -> Data:
     """Images to learn from and to be measured on.
@@ -197,7 +212,7 @@ def open_evaluation_data(
         if not named:
             rest, held_out = with_one_class_table(*hold_out(train, HELD_OUT, seed))
             name = str(dataset) if is_named else train.name
-            return Data(name, config, split, None, rest, held_out)
+            return Data(name, config, split, None, rest, held_out, bank_size=bank_size)
         evaluated = open_images(
             other,
             config=other_config,
@@ -214,20 +229,30 @@ def open_evaluation_data(
     if not masks:
         train, evaluated = with_one_class_table(train, evaluated)
     name = str(dataset) if is_named else train.name
-    return Data(name, config, split, eval_split or "train", train, evaluated)
+    measured_on = eval_split or "train"
+    return Data(name, config, split, measured_on, train, evaluated, bank_size=bank_size)
 
 
 def readable_images(
-    encoders: Mapping[str, MimRefinerModel], images: ImageDataset, features: Path, loading: Loading
+    encoders: Mapping[str, MimRefinerModel],
+    images: ImageDataset,
+    features: Path,
+    loading: Loading,
+    *,
+    per_block: bool = True,
 ) -> tuple[ImageDataset, list[Broken]]:
     """Those of the images that can be read, and the others.
 
-    Afterwards the store has the features of all encoders that the protocols need.
+    Afterwards the store has the features of all encoders that the protocols need, of all blocks or
+    of the last ones.
     """
     broken: list[Broken] = []
     for encoder in encoders.values():
         processor = vars(encoder)["image_processor"]
-        columns = evaluation_columns(encoder.config)
+        columns = evaluation_columns(encoder.config, per_block=per_block)
+        if is_one_store(features):
+            # nothing is added to it, and a protocol says what it lacks
+            columns = own_columns(encoder.config)
         rows = read_rows(encoder, images, processor, columns, features=features, loading=loading)
         images = rows.images
         broken += rows.broken
@@ -242,10 +267,11 @@ def measure_side(
     encoder: MimRefinerModel,
     data: Data,
     protocols: Sequence[str],
+    recipe: FineTuneRecipe | None = None,
+    split_files: Sequence[Path] = (),
     *,
     seed: int,
     features: Path,
-    recipe: FineTuneRecipe | None = None,
     loading: Loading = Loading(),
 ) -> Side:
     """Every measurement of one encoder.
@@ -253,9 +279,10 @@ def measure_side(
     Args:
         data: readable images.
         protocols: names of `PROTOCOLS`; on masks those of `ON_MASKS` alone.
+        recipe: for "fine_tuning".
+        split_files: for "low_shot", or one for "fine_tuning".
         seed: of everything random.
         features: see `read_rows`.
-        recipe: for "fine_tuning".
         loading: as in `extract_features`.
     """
     evaluation = None
@@ -265,11 +292,12 @@ def measure_side(
         evaluation = evaluate_encoder(
             encoder,
             vars(encoder)["image_processor"],
-            data.bank,
+            data.train,
             data.evaluated,
             seed=seed,
             loading=loading,
             grid=data.labelled,
+            bank_size=data.bank_size,
             features=features,
         )
         if data.labelled:
@@ -282,11 +310,15 @@ def measure_side(
     for protocol in protocols:
         run = partial(PROTOCOLS[protocol], seed=seed, loading=loading)
         if protocol == "fine_tuning":
-            run = partial(run, recipe=recipe)
+            run = partial(run, recipe=recipe, split_file=next(iter(split_files), None))
         elif protocol in ON_MASKS:
             run = partial(run, loading=replace(loading, batch_size=_SEGMENTATION_BATCH))
         elif protocol not in _WITHOUT_FEATURES:
             run = partial(run, features=features)
+        if protocol == "low_shot":
+            run = partial(run, split_files=split_files)
+        elif protocol == "robustness":
+            run = partial(run, bank_size=data.bank_size)
         processor = vars(encoder)["image_processor"]
         result = run(encoder, processor, data.train, data.evaluated)
 

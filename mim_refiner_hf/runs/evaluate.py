@@ -45,16 +45,13 @@ from ..data.images import ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
 from ..evaluation.feature_cache import check_features
-from ..evaluation.fine_tuning import FineTuneRecipe
 from ..evaluation.manifest import weights_fingerprint
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
-from ..evaluation.report import BANK_SIZE
 from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
-from ..runtime.settings import read_fields
 from ..runtime.wording import setting
 from .choices import ON_MASKS
 from .comparison import (
@@ -67,6 +64,16 @@ from .comparison import (
     readable_images,
 )
 from .embed import device_here
+from .protocol import (
+    Protocol,
+    bank_words,
+    check_lists,
+    check_protocols,
+    check_splits,
+    checked_bank_size,
+    shown_as_in_the_paper,
+    words_of_images,
+)
 from .report_folder import check_report_folder, command_line, write_report
 
 logger = logging.getLogger(__name__)
@@ -100,8 +107,11 @@ def evaluate(
     image_column: str | None = None,
     label_column: str | None = None,
     follow_links: bool = False,
+    protocol: Protocol | None = None,
+    bank_size: int | None = None,
     protocols: Sequence[str] = (),
     recipe: str | None = None,
+    split_file: Sequence[str | Path] = (),
     transfer: Sequence[Any] = (),
     features: str | Path | None = None,
     seed: int = 0,
@@ -115,9 +125,15 @@ def evaluate(
             bank, as `open_images` takes them.
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
+        protocol: "paper": images as in the paper, the shorter side at 8/7 of the crop (256, then
+             224), whatever the model's preprocessing says; "quick": a bank of 10 000 images. None:
+             images as the model's preprocessing says, and the whole bank.
+        bank_size: so many evenly spaced images are the k-NN bank; None for all of them.
         protocols: names of `PROTOCOLS`; those of `ON_MASKS`, which need masks in place of labels,
             stand alone.
         recipe: of "fine_tuning": name in training/recipes/ or path of a YAML file; None: defaults.
+        split_file: lists of file names: the splits of "low_shot", or the one list of images that
+            "fine_tuning" trains on; none: they are drawn from the seed.
         transfer: other data sets, opened with the same splits: k-NN, clustering and the fast linear
             probe on each.
         features: a folder that keeps the features for the next command, or a store made by
@@ -134,40 +150,37 @@ def evaluate(
     """
     began = time.perf_counter()
     fine_tune = check_protocols(protocols, recipe, transfer, seed)
+    lists = check_lists(split_file, protocols)
+    bank_size = checked_bank_size(protocol, bank_size, protocols)
     output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
-    encoders = load_encoders(model, against)
+    encoders = load_encoders(model, against, protocol)
     *others, name_of_model = encoders
     check_channels_of(encoders[name_of_model], protocols)
 
-    opened = partial(
-        open_evaluation_data,
-        split=split,
-        eval_split=eval_split,
-        seed=seed,
-        num_channels=encoders[name_of_model].config.num_channels,
-        masks=any(name in ON_MASKS for name in protocols),
-    )
+    channels = encoders[name_of_model].config.num_channels
+    opened = partial(open_evaluation_data, split=split, eval_split=eval_split, seed=seed)
+    opened = partial(opened, num_channels=channels, bank_size=bank_size)
+    opened = partial(opened, masks=any(name in ON_MASKS for name in protocols))
     own = {"config": dataset_config, "eval_dataset": eval_dataset}
     data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
     data += [opened(name) for name in transfer]
-    check_data(data, protocols)
+    check_data(data, protocols, lists)
 
-    sides: list[list[Side]] = []
     with feature_folder(features, output_dir) as folder:
         loading = Loading(num_workers=num_workers, device=device_here())
         data = [without_broken(encoders, each, folder, loading) for each in data]
-        for place, each in enumerate(data):
-            measured = partial(measure_side, seed=seed, features=folder, loading=loading)
-            added = _TRANSFER_PROTOCOLS if place else protocols
-            sides.append([measured(*m, each, added, recipe=fine_tune) for m in encoders.items()])
+        measured = partial(measure_side, seed=seed, features=folder, loading=loading)
+        sides = [[measured(*m, data[0], protocols, fine_tune, lists) for m in encoders.items()]]
+        for other in data[1:]:
+            sides.append([measured(*m, other, _TRANSFER_PROTOCOLS) for m in encoders.items()])
 
-    first, *more = [compared(each, found) for each, found in zip(data, sides, strict=True)]
+    first, *more = map(compared, data, sides)
     report = Report(
         model=name_of_model,
         against=next(iter(others), None),
         **first,
         transfer={each.name: part for each, part in zip(data[1:], more, strict=True)},
-        **how_measured(encoders, protocols, seed, began),
+        **how_measured(encoders, protocols, bank_size, seed, began),
     )
     if rank() == 0 and output_dir is not None:
         write_report(output_dir, report, sides[0], data[0])
@@ -194,38 +207,10 @@ def checked_folders(
     return report, kept
 
 
-def check_protocols(
-    protocols: Sequence[str], recipe: str | None, transfer: Sequence[Any], seed: int
-) -> FineTuneRecipe | None:
-    """The recipe of "fine_tuning", if that is asked for.
-
-    ValueError for names that do not exist or do not go together.
-    """
-    unknown = [name for name in protocols if name not in PROTOCOLS]
-    if unknown:
-        raise ValueError(
-            f"{setting('protocols', unknown[0])}: must be one of {', '.join(PROTOCOLS)}"
-        )
-    on_masks = [name for name in protocols if name in ON_MASKS]
-    if on_masks and (len(on_masks) < len(protocols) or transfer):
-        raise ValueError(
-            f"{setting('protocols', on_masks[0])}: it needs masks and all else needs labels; "
-            "give it a run of its own"
-        )
-    if recipe is not None and "fine_tuning" not in protocols:
-        raise ValueError(
-            f"{setting('recipe', recipe)}: it is for fine-tuning; add "
-            f"{setting('protocols', 'fine_tuning')}"
-        )
-
-    if "fine_tuning" not in protocols:
-        return None
-    named = read_fields(recipe, FineTuneRecipe) if recipe else {}
-    return FineTuneRecipe(**{"seed": seed, **named})
-
-
-def load_encoders(model: Any, against: Any) -> dict[str, MimRefinerModel]:
-    """The encoders by name, the one to be better than first.
+def load_encoders(
+    model: Any, against: Any, protocol: Protocol | None = None
+) -> dict[str, MimRefinerModel]:
+    """The encoders by name, the one to be better than first; with "paper", as that shows images.
 
     ValueError where they do not take the same images.
     """
@@ -253,6 +238,8 @@ def load_encoders(model: Any, against: Any) -> dict[str, MimRefinerModel]:
             f"{setting('against', against)}: it has another number of input channels than the "
             "model; they cannot be compared"
         )
+    if protocol == "paper":
+        return {name: shown_as_in_the_paper(each) for name, each in encoders.items()}
     return encoders
 
 
@@ -274,8 +261,11 @@ def name_of(source: Any, encoder: MimRefinerModel) -> str:
     return encoder.config.name_or_path or type(source).__name__
 
 
-def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
-    """ValueError for missing labels where a protocol needs them, and for too few images."""
+def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[Path]) -> None:
+    """ValueError for missing labels where a protocol needs them, and for too few images.
+
+    Lists of file names are of the first data set; errors as of `check_splits`.
+    """
     for place, each in enumerate(data):
         if not isinstance(each.train, ImageDataset):
             continue
@@ -296,6 +286,7 @@ def check_data(data: Sequence[Data], protocols: Sequence[str]) -> None:
                 f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at "
                 "least 2"
             )
+    check_splits(data[0], lists, protocols)
 
 
 @contextmanager
@@ -320,7 +311,10 @@ def feature_folder(features: Path | None, output_dir: Path | None) -> Iterator[P
 
 
 def without_broken(
-    encoders: Mapping[str, MimRefinerModel], data: Data, features: Path, loading: Loading
+    encoders: Mapping[str, MimRefinerModel],
+    data: Data,
+    features: Path,
+    loading: Loading,
 ) -> Data:
     """The data without the images that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):
@@ -330,7 +324,10 @@ def without_broken(
     if not data.labelled:
         return replace(data, evaluated=evaluated, broken=broken)
 
-    _, more = readable_images(encoders, data.bank, features, loading)
+    _, more = readable_images(encoders, data.profile_bank, features, loading)
+    if len(data.bank) > len(data.profile_bank):
+        # the blocks before the last ones are not needed of all
+        _, more = readable_images(encoders, data.bank, features, loading, per_block=False)
     train = data.train
     if more:
         lost = [image["index"] for image in more]
@@ -355,7 +352,11 @@ def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
 
 
 def how_measured(
-    encoders: Mapping[str, MimRefinerModel], protocols: Sequence[str], seed: int, began: float
+    encoders: Mapping[str, MimRefinerModel],
+    protocols: Sequence[str],
+    bank_size: int | None,
+    seed: int,
+    began: float,
 ) -> dict[str, Any]:
     """Everything needed to get the same numbers again."""
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
@@ -367,7 +368,8 @@ def how_measured(
     return {
         "fingerprints": {name: weights_fingerprint(encoder) for name, encoder in encoders.items()},
         "protocol": {
-            "bank": f"at most {BANK_SIZE} images, evenly spaced",
+            "images": {name: words_of_images(encoder) for name, encoder in encoders.items()},
+            "bank": bank_words(bank_size),
             "knn": "last block, standardised by the bank, k = 10, temperature 0.07",
             "clustering": "mini-batch k-means on L2-normalised features, 100 runs, the one with "
             "the lowest inertia",

@@ -184,6 +184,8 @@ def _steps_text(recipe: ResolvedRecipe) -> str:
     warmup = f"{recipe.steps.warmup} of head warm-up (encoder frozen)"
     if recipe.asked.init_from is not None:
         warmup = "no head warm-up (heads and queues come along)"
+    elif recipe.steps.warmup == 0:
+        warmup = f"no head warm-up ({setting('head_epochs', 0)})"
     return (
         f"{warmup} + {recipe.steps.refine} of refinement; stage: {recipe.asked.stage}; how long "
         "each takes is said once its first steps are timed"

@@ -312,7 +312,7 @@ def _check_pretraining(name: str | None, batch_size: int, num_images: int | None
 
 def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -> None:
     """Whether the folder of a `--stage refine` holds heads that are warm."""
-    if resume is None or resume.step < warmup:
+    if warmup and (resume is None or resume.step < warmup):
         raise ValueError(
             f"{setting('stage', 'refine')}: {output_dir} has no warmed-up heads; "
             f"run {setting('stage', 'warmup')} first, or {setting('stage', 'both')}"

@@ -62,12 +62,16 @@ def is_position(name: str) -> bool:
     )
 
 
-def freeze(encoder: nn.Module, blocks: int) -> None:
-    """Mark what is not trained: position tables; with `blocks`, embeddings and first blocks."""
+def freeze(encoder: nn.Module, blocks: int, *, positions: bool = False) -> None:
+    """Mark what is not trained: with `blocks`, embeddings and first blocks; position tables.
+
+    With `positions`, the tables are trained as what they belong to; frequencies of rope never are.
+    """
     for name, parameter in encoder.named_parameters():
         block = re.match(r"layers\.(\d+)\.", name)
         early = name.startswith("embeddings.") or (block is not None and int(block[1]) < blocks)
-        frozen = is_position(name) or (blocks > 0 and early)
+        fixed = ".rope." in name if positions else is_position(name)
+        frozen = fixed or (blocks > 0 and early)
         parameter.requires_grad_(not frozen)
 
 
@@ -117,11 +121,13 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """One group per (scale, decay) of (name, parameter, scale).
 
-    Biases, tensors of at most one dimension, CLS and register tokens do not decay.
+    Biases, tensors of at most one dimension, CLS and register tokens, and position tables where
+    they are trained do not decay.
     """
     rows = []
     for name, parameter, scale in named:
         exempt = name.endswith((".bias", "_token", "_tokens")) or parameter.ndim <= 1
+        exempt = exempt or is_position(name)
         rows.append((name, parameter, scale, 0.0 if exempt else weight_decay))
     return parameter_groups(rows)
 
