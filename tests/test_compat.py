@@ -101,12 +101,16 @@ def test_an_earlier_model_loads_with_the_package(saved: Path, expected: Path) ->
 def test_an_earlier_model_loads_without_the_package(
     saved: Path, expected: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Its own files serve it; with the package, today's pipeline gives the same groups."""
+    """Its own files serve it; with the package, today's pipeline gives the same groups.
+
+    Their numbers are of the random start, which is another one today.
+    """
     groups = without_package(saved, expected, photos, tmp_path)
     pipe = pipeline("image-clustering", model=str(saved), device="cpu")
     assert type(pipe) is ImageClusteringPipeline
     entries = pipe(str(photos), num_clusters=2)
-    assert [entry["cluster"] for entry in entries] == groups
+    today = [entry["cluster"] for entry in entries]
+    assert len(set(zip(today, groups, strict=True))) == len(set(today)) == len(set(groups)) == 2
     assert len(set(groups[::2])) == len(set(groups[1::2])) == 1
 
 

@@ -185,7 +185,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
     code = {
         f"{name}_mim_refiner.py"
-        for name in ("configuration", "positions", "modeling", "image_processing")
+        for name in ("configuration", "poolings", "positions", "modeling", "image_processing")
     }
     code |= {
         "pipeline_image_clustering.py",
@@ -194,6 +194,7 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
         "image_items.py",
         "confidence.py",
         "k_means.py",
+        "starts.py",
         "merging.py",
         "cluster_count.py",
         "lloyd.py",

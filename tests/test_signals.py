@@ -3,6 +3,7 @@
 The same command ends with the same bits, and a failed step can be seen again.
 """
 
+import functools
 import json
 import os
 import re
@@ -78,10 +79,10 @@ def test_commands_end_with_the_codes_of_a_shell(
 ) -> None:
     for number, code in ((signal.SIGUSR1, 143), (signal.SIGINT, 130)):
 
-        def stopped(arguments: Any, number: int = number) -> None:
+        def stopped(number: int = number) -> None:
             raise Interrupted(number, "stopped after step 5 of 8")
 
-        monkeypatch.setitem(cli.COMMANDS, "refine", stopped)
+        monkeypatch.setitem(cli.COMMANDS, "refine", lambda words, work=stopped: work)
         assert cli.main(["refine"]) == code
         assert capsys.readouterr().err == "stopped after step 5 of 8\n"
 
@@ -91,7 +92,8 @@ def test_a_signal_before_or_after_the_steps_ends_the_command_politely(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handlers = [signal.getsignal(each) for each in SIGNALS]
-    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda arguments: os.kill(os.getpid(), number))
+    work = functools.partial(os.kill, os.getpid(), number)
+    monkeypatch.setitem(cli.COMMANDS, "evaluate", lambda words: work)
     assert cli.main(["evaluate"]) == POLITE[signal.Signals(number)]
     assert capsys.readouterr().err.startswith("interrupted; the same command starts again")
     assert [signal.getsignal(each) for each in SIGNALS] == handlers

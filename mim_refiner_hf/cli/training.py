@@ -91,9 +91,21 @@ def parse_pretrain(arguments: Sequence[str]) -> Work:
         words = ["--dataset", *words]
     if named.recipe is not None:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
-    encoder = None
-    if named.init_from is not None:
+    if named.init_from is None or {"-h", "--help"} & set(words):
+        return _pretrain_work(parser, words, None)
+
+    # the encoder to go on from gives the defaults: it is loaded before the words can be read
+    def work() -> None:
         encoder = _start(named.init_from, named.objective, parser)
+        _pretrain_work(parser, words, encoder)()
+
+    return work
+
+
+def _pretrain_work(
+    parser: "HfArgumentParser", words: Sequence[str], encoder: "MimRefinerModel | None"
+) -> Work:
+    """What the words ask for, once every default is known."""
     recipe, options, where = parser.parse_args_into_dataclasses(words)
     refuse_missing(where.dataset)
 

@@ -293,10 +293,11 @@ def kmeans(
         ValueError: when K is not between 1 and N, a row holds NaN or infinity, or another argument
             is impossible.
     """
-    for name, value in (("runs", runs), ("iterations", iterations), ("refits", refits + 1)):
+    for name, value in (("runs", runs), ("iterations", iterations)):
         if value < 1:
-            least = 0 if name == "refits" else 1
-            raise ValueError(f"{name}={value - 1 + least} must be at least {least}")
+            raise ValueError(f"{name}={value} must be at least 1")
+    if refits < 0:
+        raise ValueError(f"refits={refits} must be at least 0")
 
     rows = Rows(features, spherical)
     sample, variance = survey(rows, num_clusters, seed, start_size(num_clusters))
