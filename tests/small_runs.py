@@ -108,6 +108,8 @@ def small_recipes(model: str, dataset: str, folder: Path) -> Callable[..., Refin
             "log_every": 1,
             "num_workers": 0,
             "report_to": "none",
+            # processes that a test starts find the CPU as it is
+            "mixed_precision": "no",
             "output_dir": str(folder / output),
         }
         return RefineRecipe(**{**fields, **changes})

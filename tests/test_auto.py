@@ -200,6 +200,7 @@ def write_images(folder: Path, count: int, alike: bool = False, sizes: int = 1) 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "alike", "sizes"), [(2, False, 1), (3, False, 1), (12, True, 1), (12, False, 2)]
 )

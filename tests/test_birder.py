@@ -237,6 +237,7 @@ def test_classes_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
 # --- refinement and export ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("goldens")
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_refined_from_start_to_verdict(case: str, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_the_rule_is_the_same_for_any_number_of_workers(folder: Path) -> None:
     assert len(set(own)) == len(own) == len(indices) - len(reported)
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_too_many_and_goes_on_when_they_are_allowed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

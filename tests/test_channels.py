@@ -294,6 +294,7 @@ def test_a_view_is_that_of_each_channel_as_a_grey_image(channels: int) -> None:
 # --- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "dtype", "views"),
     [(1, np.uint8, "exact"), (5, np.float32, "fast"), (13, np.uint16, "exact")],
@@ -345,6 +346,7 @@ def test_from_arrays_to_groups(
     assert (again - seen).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_saved_model_needs_no_package(tmp_path: Path) -> None:
     pixels = arrays(6, 5)
     encoder, done = fit_channels(start(), open_images(pixels))

@@ -111,6 +111,7 @@ def assert_goes_on(folder: Path, newest: int | None) -> None:
     assert list(folder.iterdir()) == [last] and read_checkpoint(last).state == {"step": 40}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", START)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_any_operation(operation: str, before: str, tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_killed_at_any_operation(operation: str, before: str, tmp_path: Path) ->
     assert calls >= expected[operation] + (operation.startswith("remove") and before != "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_refused_at_any_operation(operation: str, error: str, tmp_path: Path) -> None:

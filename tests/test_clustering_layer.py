@@ -124,6 +124,7 @@ def share_of(rank: int, processes: int, port: int, folder: str, positionwise: bo
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("goldens")
 @pytest.mark.parametrize("variant", ["positional", "plain"])
 def test_processes_share_out_what_one_does(tmp_path: Path, variant: str) -> None:

@@ -43,6 +43,7 @@ def uninterrupted(recipe: Callable[..., RefineRecipe]) -> RefineRecipe:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [(3,), (5,), (1, 4, 7)],
@@ -68,6 +69,7 @@ def test_interrupted_run_ends_with_the_same_bits(
     assert_identical(asked, uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_stages_one_after_the_other(
     recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
@@ -77,6 +79,7 @@ def test_two_stages_one_after_the_other(
     assert_identical(recipe("pieces"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_how_it_runs_does_not_change_what_is_trained(
     recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
@@ -95,6 +98,7 @@ def averaged(state: Mapping[str, Tensor]) -> Tensor:
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_and_gradient_checkpointing_change_nothing(
     recipe: Callable[..., RefineRecipe], uninterrupted: RefineRecipe
 ) -> None:
@@ -144,6 +148,7 @@ def pretraining(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_pretraining_is_not_repeated_by_a_continued_run(
     recipe: Callable[..., RefineRecipe], pretraining: dict[str, Any]
 ) -> None:
@@ -171,6 +176,7 @@ def test_pretraining_is_not_repeated_by_a_continued_run(
         assert measured.metrics == json.loads((folder / "metrics.json").read_text())["before"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_within_its_pretraining(
     recipe: Callable[..., RefineRecipe], pretraining: dict[str, Any]
 ) -> None:
@@ -280,6 +286,7 @@ def test_no_run_is_written_into_the_folder_of_others(
         prepare(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["swap", "views", "loss_schedule", "freeze_blocks", "flip"])
 def test_a_field_that_an_older_version_did_not_know_counts_as_left_out(
     field: str,

@@ -201,6 +201,7 @@ def test_a_missing_source_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_push_goes_through_the_stub_hub(stub_hub: Any, source: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ,

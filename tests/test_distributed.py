@@ -198,6 +198,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "eval_fraction": 0.1,
         "max_bad_fraction": 0.1,
         "report_to": "none",
+        "mixed_precision": "no",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     # accelerate itself starts only one process then; ours are started by
@@ -258,6 +259,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert (tmp_path / "two/model/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, environment, threads",
     [

@@ -331,6 +331,7 @@ def test_the_native_folder_needs_neither_the_package_nor_remote_code(tmp_path: P
 # --- ONNX -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [CAPI, EVERYTHING_ELSE], ids=["capi", "everything-else"])
 def test_onnx_computes_the_same_at_any_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -357,6 +358,7 @@ def test_onnx_computes_the_same_at_any_batch_size(
         np.testing.assert_allclose(features, expected.pooler_output, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("split", [False, True], ids=["one-file", "split"])
 @pytest.mark.parametrize("settings", [{}, CAPI], ids=["mae", "capi"])
@@ -404,6 +406,7 @@ def test_the_command_prints_the_cosine_that_it_measured(
         assert len(found) == 1 and 0.999 <= float(found[0]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_lower_precision_that_turns_vectors_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

@@ -245,6 +245,7 @@ def test_unknown_views_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "views" in message.out + message.err and "exact" in message.out + message.err
 
 
+@pytest.mark.slow
 def test_refinement_with_fast_views(tmp_path: Path) -> None:
     """Two short runs on digits.
 

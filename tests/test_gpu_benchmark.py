@@ -20,6 +20,7 @@ from mim_refiner_hf.refinement.refiner import Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 
 
+@pytest.mark.slow
 def test_every_case_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     for number in range(12):
@@ -62,7 +63,8 @@ def test_every_case_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture
         and "| k-means, 200 x 16" in text
         and "| features, l16, float32 |" in text
     )
-    assert text.strip() in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert set(text.splitlines()) <= set(printed)
 
 
 class CountedProducts(TorchDispatchMode):

@@ -138,6 +138,7 @@ def losses(recipe: RefineRecipe) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_auto_measures_chooses_says_why_and_is_kept(
     recipe: Callable[..., RefineRecipe],
     monkeypatch: pytest.MonkeyPatch,

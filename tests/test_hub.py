@@ -289,6 +289,7 @@ def test_pushing_something_else_than_a_model_is_refused(tmp_path: Path) -> None:
         push_folder(tmp_path, "tester/tiny")
 
 
+@pytest.mark.slow
 def test_push_and_load_through_the_hub(
     stub_hub: Any, tiny: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_a_push_outlasts_passing_trouble(
     assert all(times == 0 for _, _, times in trouble.rules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("pattern", ["POST /api/repos/create", "PUT /_lfs/", "POST .*/commit/"])
 def test_lasting_trouble_ends_with_the_command_to_continue(

@@ -75,6 +75,7 @@ def first_loss_of(old: RefineRecipe) -> float:
     return trainer.update(0, next(iter(batches))).loss.item()
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_old_weights(old: RefineRecipe, recipe: Recipes) -> None:
     new = recipe("new", model=None, init_from=old.output_dir, head_blocks=None)
     run(new)
@@ -117,6 +118,7 @@ def test_another_data_set_knows_none_of_the_queued_images(
     assert not any("neighbour_accuracy" in key for key in log_of(new)[0])
 
 
+@pytest.mark.slow
 def test_an_interrupted_new_run_goes_on_without_the_old_one(
     recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

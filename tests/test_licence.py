@@ -59,6 +59,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- chains
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_licence_with_name_and_link_survives_every_step(
     models: dict[str, str], recipe: Recipes, tmp_path: Path

@@ -144,6 +144,7 @@ def between_first_and_last_block(name: str, depth: int) -> bool:
     return block is not None and 0 < int(block[1]) < depth - 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("goldens")
 @pytest.mark.parametrize(("case", "file", "path"), FAMILIES)
 def test_damage_to_any_tensor_of_a_file_is_named(

@@ -152,6 +152,7 @@ def test_commands_refuse_a_folder_in_use(
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_by_the_same_command(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_the_momentum_projector_is_the_formula_from_the_warm_projector_on(
                 assert is_statistic or not torch.equal(state[name].double(), own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",
     [(3,), (WARM,), (5,), (7,), (1, WARM, 6)],
@@ -170,6 +171,7 @@ def test_frozen_blocks_stay(whole: RefineRecipe) -> None:
     assert kept == {name for name in encoder if ".embeddings." in name or ".layers.0." in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", [None, MOMENTUM])
 @pytest.mark.parametrize("ours", [None, 0.5])
 def test_a_run_from_heads_with_or_without_momentum(

@@ -123,6 +123,7 @@ def process(rank: int, processes: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (2, free_port(), str(tmp_path)), nprocs=2)
     for case in CASES:

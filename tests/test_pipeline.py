@@ -340,6 +340,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_saved_models_offer_the_pipeline(
     encoder: MimRefinerModel,
     processor: MimRefinerImageProcessor,

@@ -158,6 +158,7 @@ def test_frequencies_are_frozen_and_the_predictor_is_not_decayed() -> None:
     assert found["predictor.blocks.0.mlp.fc1.weight"] == (1.0, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "register", "global_repr"])
 def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> None:
     """Both stages from the authors' file.

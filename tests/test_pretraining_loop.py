@@ -372,6 +372,7 @@ def process(rank: int, port: int, folder: str, sharded: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "FSDP2"])
 def test_two_processes_are_one(sharded: bool, digits: ImageDataset, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, (free_port(), str(tmp_path), sharded), nprocs=2)
@@ -474,6 +475,7 @@ def test_command_refuses_loggers_that_there_are_not(
     assert "--report_to papyrus: allowed are tensorboard, wandb, trackio" in said
 
 
+@pytest.mark.slow
 def test_command_streams_and_goes_on_bit_by_bit(tmp_path: Path, capsys: Any) -> None:
     pictures = [image.image for image in open_images("digits").subset(range(48))]
     features = datasets.Features({"image": datasets.Image()})

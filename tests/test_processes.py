@@ -180,6 +180,7 @@ def report_process(rank: int, port: int, words: list[str], said: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_report_of_two_processes_is_that_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

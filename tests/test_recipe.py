@@ -129,6 +129,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFINING)
 def test_every_recipe_reaches_its_plan(
     name: str, stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -338,6 +338,7 @@ PATHS: dict[str, tuple[int | None, Callable[[MimRefinerModel], object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("goldens")
 @pytest.mark.parametrize("kind", ["prenorm", "postnorm"])
 @pytest.mark.parametrize("pairs", ["intended", "official"])

@@ -92,6 +92,7 @@ def listed(output: Path) -> list[int]:
     return [entry["index"] for entry in json.loads((output / "broken.json").read_text())["images"]]
 
 
+@pytest.mark.slow
 def test_bad_images_in_training_and_evaluation(fields: dict[str, Any], tmp_path: Path) -> None:
     """All six are listed once, whichever part of the data they fell into.
 

@@ -116,6 +116,7 @@ def test_the_page_has_commands_for_every_protocol() -> None:
     assert len(page_commands()) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", page_commands(), ids=lambda words: words[-1])
 def test_a_command_of_the_page_runs(command: list[str]) -> None:
     assert main(["evaluate", *command, "--num_workers", "0"]) == 0

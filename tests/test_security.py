@@ -337,6 +337,7 @@ def requirements() -> dict[str, list[Requirement]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FLOORS))
 def test_floors_are_above_known_vulnerabilities(name: str) -> None:
     safe, cve = FLOORS[name]

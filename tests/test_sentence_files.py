@@ -104,6 +104,7 @@ def test_the_vector_is_the_models_own(tmp_path: Path, name: str) -> None:
     assert model.get_embedding_dimension() == encoder.config.hidden_size
 
 
+@pytest.mark.slow
 def test_without_the_package(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason=INSTALL)
     encoder = saved(tmp_path / "model", pooling="mean")

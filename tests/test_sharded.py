@@ -290,6 +290,7 @@ def free_port() -> int:
     return int(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fresh", "grown", "shrunk"])
 def test_sharded_or_not_the_run_is_the_same(runs: dict[str, RefineRecipe], name: str) -> None:
     """From the start; from one process to two, there in micro-batches; from two to one."""

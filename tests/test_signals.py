@@ -47,6 +47,7 @@ def signal_in(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "update", signalled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_ends_the_run_after_a_checkpoint(
     number: int, recipe: Callable[..., RefineRecipe], capfd: pytest.CaptureFixture[str]

@@ -217,6 +217,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_a_sample_set_shows_both_models_groups_and_scores_them(
     client: Any, models: dict[str, Path]
 ) -> None:
@@ -296,7 +297,8 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
         (
             [1, 2, 3],
             5,
-            "num_clusters is 5 for 3 images; allowed are 1 to 3 with method 'kmeans', or None.",
+            "num_clusters is 5 for 3 images; allowed are 1 to 3 with method 'kmeans', or leave it "
+            "out.",
         ),
         ([1, 2, 3], -1, "num_clusters is -1 for 3 images"),
         ([1, 2, 3], 1.5, "The number of groups is 1.5; give a whole number"),
@@ -437,6 +439,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     chromium.quit()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_page_in_a_browser(
     browser: Chromium, address: str, photos: list[Path], tmp_path: Path

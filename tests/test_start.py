@@ -5,6 +5,7 @@ Modules are counted, not seconds: a timed test fails on a busy machine. Each cas
 its own, as imports stay.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, cli
 from mim_refiner_hf.cli import cluster as cluster_cli
 from mim_refiner_hf.clustering.pipeline_image_clustering import METHODS
 from mim_refiner_hf.pretraining.loop_options import LoopOptions
-from mim_refiner_hf.runs.choices import Protocol
+from mim_refiner_hf.runs.choices import AddedProtocol
 from mim_refiner_hf.runs.comparison import PROTOCOLS
 from mim_refiner_hf.runtime.lazy import argument_parser
 
@@ -133,6 +134,7 @@ print("#", json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
@@ -187,4 +189,15 @@ def test_the_parser_is_that_of_transformers() -> None:
 
 def test_choices_are_those_of_the_rooms_that_do_the_work() -> None:
     assert tuple(METHODS) == cluster_cli._METHODS
-    assert set(PROTOCOLS) == set(get_args(Protocol))
+    assert set(PROTOCOLS) == set(get_args(AddedProtocol))
+
+
+def test_modules_that_appear_meanwhile_are_found(tmp_path: Path) -> None:
+    """importlib asks every finder to forget what it knows, as `evaluate.load` makes it do."""
+    sys.path.insert(0, str(tmp_path))
+    try:
+        (tmp_path / "just_written.py").write_text("value = 3")
+        importlib.invalidate_caches()
+        assert importlib.import_module("just_written").value == 3
+    finally:
+        sys.path.remove(str(tmp_path))

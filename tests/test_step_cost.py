@@ -327,6 +327,7 @@ def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
         return tracked.peak
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(("shape", "changes", "bf16"), CASES)
 def test_estimate_of_the_plan(shape: dict[str, Any], changes: dict[str, Any], bf16: bool) -> None:

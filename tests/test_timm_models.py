@@ -173,6 +173,7 @@ def test_a_model_object_and_its_other_sizes_are_timms(name: str) -> None:
             torch.testing.assert_close(ours.pooler_output, pooled, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVAS)
 def test_an_eva_is_refined_and_goes_back_to_timm(tmp_path: Path, name: str) -> None:
     """Loaded, refined, saved, exported: timm's blocks at two sizes, and the weights read again."""

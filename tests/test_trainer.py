@@ -49,6 +49,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 # ---- from foreign weights to a saved model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit_mae", "data2vec"])
 def test_refine_transformers_weights(
     family: str, recipe: Callable[..., RefineRecipe], models: dict[str, str]
@@ -217,6 +218,7 @@ def test_stream_is_evaluated_without_finding_itself(
     assert result.metrics["before"]["knn_accuracy"] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", ["uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
 )
@@ -234,6 +236,7 @@ def test_loss_schedules_weigh_the_heads(schedule: Any, recipe: Callable[..., Ref
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
     """Each is another objective.
 
@@ -251,6 +254,7 @@ def test_swap_settings(recipe: Callable[..., RefineRecipe]) -> None:
     assert losses(other) == seen["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

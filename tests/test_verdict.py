@@ -244,6 +244,7 @@ def test_the_start_ships_where_nothing_got_better(
     assert "finds a photo again from a distorted copy" in said
 
 
+@pytest.mark.slow
 def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     asked = recipe(**BETTER)
     output = Path(asked.output_dir)
@@ -268,6 +269,7 @@ def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[st
     assert last.startswith("Better: separation d' ") and "on 200 training photos" in last
 
 
+@pytest.mark.slow
 def test_a_resumed_run_comes_to_the_same_verdict(recipe: Recipes) -> None:
     """Stopped in the head warm-up, in the refinement, and once before the first checkpoint."""
     whole, stopped = recipe("whole"), recipe("stopped")
@@ -343,6 +345,7 @@ def test_what_cannot_judge_ships_the_start(
     assert same(weights_of(tmp_path / "model"), weights_of(Path(models["vit_mae"])))
 
 
+@pytest.mark.slow
 def test_exit_code_3_after_everything_is_written(
     recipe: Recipes, capsys: pytest.CaptureFixture[str]
 ) -> None:

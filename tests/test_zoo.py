@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from mim_refiner_hf import load_encoder
-from mim_refiner_hf.conversion import CheckpointError, download, read, zoo
+from mim_refiner_hf.conversion import CheckpointError, download, zoo
 from mim_refiner_hf.conversion.layouts import LAYOUTS
 from mim_refiner_hf.conversion.zoo import ZOO, ZooEntry, fetch
 from mim_refiner_hf.runtime import retry
@@ -419,7 +419,7 @@ def test_a_name_is_a_source_like_any_other(
     """
     case = goldens / "mimrefiner-prenorm"
     server.content = (case / "checkpoint.th").read_bytes()
-    monkeypatch.setitem(read.ZOO, "mae_refined_l16", entry(server))  # type: ignore[arg-type]
+    monkeypatch.setitem(ZOO, "mae_refined_l16", entry(server))  # type: ignore[arg-type]
     heads = json.loads((case / "config.json").read_text())["num_heads"]
     encoder = load_encoder("mae_refined_l16", num_heads=heads)
     expected = load_encoder(case / "checkpoint.th", num_heads=heads)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..model.poolings_mim_refiner import Pooling
-from ..runs.choices import Protocol
+from ..runs.choices import AddedProtocol
 from ..runtime.precision import Precision
 from .flags import (
     Work,
@@ -87,7 +87,7 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
         "--protocols",
         nargs="+",
         default=[],
-        choices=get_args(Protocol),
+        choices=get_args(AddedProtocol),
         help="slower protocols to add",
     )
     parser.add_argument(

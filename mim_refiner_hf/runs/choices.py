@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Protocol = Literal[
+AddedProtocol = Literal[
     "low_shot",
     "linear_probe",
     "linear_probe_fast",
@@ -19,4 +19,4 @@ Protocol = Literal[
 ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
 """These need masks instead."""
 
-__all__ = ["ON_MASKS", "Protocol"]
+__all__ = ["ON_MASKS", "AddedProtocol"]

@@ -77,7 +77,7 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "segmentation_knn": segmentation_knn,
     "segmentation_logistic": segmentation_logistic,
 }
-"""By what `--protocols` can add (`choices.Protocol`), the function."""
+"""By what `--protocols` can add (`choices.AddedProtocol`), the function."""
 # it reads patches, and a store keeps pooled features
 _WITHOUT_FEATURES = ("attentive_probe",)
 

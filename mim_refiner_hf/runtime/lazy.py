@@ -59,8 +59,8 @@ def after_import(table: str, action: Callable[[], None], own: Sequence[str] = ()
     if not waiting.acted():
         for module in (table, *own):
             _Finder.waiting.setdefault(module, []).append(waiting)
-        if _Finder not in sys.meta_path:
-            sys.meta_path.insert(0, _Finder)
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
 
 
 class _Waiting:
@@ -96,7 +96,7 @@ class _Finder(MetaPathFinder):
         waiting = [each for each in cls.waiting.get(fullname, []) if not each.done]
         if not waiting:
             return None
-        others = [finder for finder in sys.meta_path if finder is not cls]
+        others = [finder for finder in sys.meta_path if not isinstance(finder, cls)]
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
