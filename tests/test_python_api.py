@@ -629,7 +629,7 @@ def test_floats_without_data_and_of_two_ranges_are_remarked(
 @pytest.mark.parametrize("number", [2.5, True, "3", np.float32(2)])
 def test_a_number_of_groups_is_a_whole_number(number: Any) -> None:
     vectors = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    with pytest.raises(ValueError, match="num_clusters is .* whole number, or left out"):
+    with pytest.raises(ValueError, match=r"num_clusters is .* whole number, or left out"):
         cluster(vectors, num_clusters=number)
     assert cluster(vectors, num_clusters=np.int64(2)).num_clusters == 2
 
