@@ -224,6 +224,7 @@ def group_with(browser: Chromium, name: str) -> int:
 
 def go_to(browser: Chromium, group: int) -> None:
     browser.click(f'nav a[data-group="{group}"]')
+    browser.wait(f"active == {group} && document.querySelector('#name') !== null")
 
 
 def test_groups_are_corrected_saved_and_taken_back(
