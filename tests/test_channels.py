@@ -1,6 +1,8 @@
 """Images of 1 to 16 channels: read, fitted to, refined on, and all that follows a refinement."""
 
+import io
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +175,32 @@ def test_an_image_larger_than_allowed_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reading, "MAX_VALUES", 1000)
     with pytest.raises(ValueError, match="it has 2400 values, more than 1000"):
         decode_image(arrays(1, 5)[0], 5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((10**5, 10**5, 3), "|u1"),
+        ((10**14, 10**4, 3), "<f8"),
+        ((2**63, 2**63, 3), "|u1"),
+        ((-1, 5, 3), "|u1"),
+        ((4, 4, 3), "|V100000000"),
+    ],
+)
+def test_a_header_that_promises_more_than_the_file_has_is_refused(
+    shape: tuple[int, ...], kind: str, channels: int
+) -> None:
+    file = io.BytesIO()
+    header = {"shape": shape, "fortran_order": False, "descr": kind}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(bytes(48))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="Cannot decode an image"):
+        decode_image(file.getvalue(), channels)
+    # in kB: room that is promised is not filled
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
 def test_a_file_of_python_objects_is_not_executed(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from PIL import Image
 
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.stream import open_stream
+from mim_refiner_hf.evaluation.feature_store import STORE_FORMAT, FeatureStore
+from mim_refiner_hf.evaluation.segmentation_data import names_beside
+from mim_refiner_hf.runs.begun import saved_recipe
+from mim_refiner_hf.runtime.checkpoint import verify
 
 COUNT = 6
 
@@ -151,3 +155,71 @@ def test_files_of_two_schemas_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Cannot open") as refused:
         open_images(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+# --- feature stores and runs ----------------------------------------------------------------------
+
+STORED = {
+    "format": STORE_FORMAT,
+    "num_images": 3,
+    "shard_size": 2,
+    "class_names": None,
+    "columns": {"block0.cls": 4},
+    "command": None,
+}
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_images", value) for value in (10**30, -1, "3", 2.5, True, [3])),
+        *(("shard_size", value) for value in (0, None, 10**30, "2")),
+        *(("columns", value) for value in (None, {"a": -1}, {"a": "4"}, ["a"])),
+        *(("class_names", value) for value in ("cat", [1], {"a": 1})),
+        ("command", ["rm"]),
+    ],
+)
+def test_a_manifest_of_a_store_is_checked(field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(STORED | {field: value}))
+    with pytest.raises(ValueError, match=f"is damaged: its {field} is ") as refused:
+        FeatureStore(tmp_path)
+    assert len(str(refused.value)) < 400
+    # more shards than there are files are not counted up to
+    (tmp_path / "manifest.json").write_text(json.dumps(STORED | {"num_images": 10**12}))
+    with pytest.raises(ValueError, match="is not complete, 0 of 500000000000 shards"):
+        FeatureStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{}", "1", DEEP, '{"rows": -1, "size": 1, "sha256": "", "broken": []}']
+)
+def test_a_record_of_a_shard_is_checked(record: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(STORED | {"num_images": 2}))
+    for folder, name, content in (
+        ("shards", "00000.parquet", "x"),
+        ("records", "00000.json", record),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+    with pytest.raises(ValueError, match="is not complete, 0 of 1 shards"):
+        FeatureStore(tmp_path)
+
+
+def test_deep_json_of_stores_and_runs_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text(DEEP)
+    with pytest.raises(ValueError, match="is not a folder of features"):
+        FeatureStore(tmp_path / "store")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(DEEP)
+    with pytest.raises(ValueError, match=r"its recipe\.json cannot be read .*nested deeper"):
+        saved_recipe(tmp_path / "run")
+    for file in ("state.json", "manifest.json"):
+        checkpoint = tmp_path / file / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / file).write_text(DEEP)
+        assert verify(checkpoint) is not None
+    (tmp_path / "classes.json").write_text(DEEP)
+    with pytest.raises(ValueError, match="is no list of names in JSON"):
+        names_beside(str(tmp_path))

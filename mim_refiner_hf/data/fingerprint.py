@@ -10,12 +10,12 @@ one that differs can be named.
 """
 
 import base64
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ..runtime.files import write_json
+from ..runtime.strangers import parse_json
 from ..runtime.wording import setting
 from .images import ImageDataset
 
@@ -42,7 +42,7 @@ def check_data_record(path: Path, images: ImageDataset) -> None:
             differs, and what to do; or when `path` cannot be read.
     """
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_text())
         count_before = int(record["images"])
         fingerprint = str(record["fingerprint"])
         before = np.frombuffer(base64.b64decode(record["entries"], validate=True), dtype="<u4")

@@ -32,7 +32,6 @@ cost nothing, for each of the four bytes of a number is compressed by itself (by
 zstd).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +48,8 @@ from torch import Tensor
 
 from ..data.images import Broken
 from ..runtime.files import sha256_of, whole_file, write_json
-from ..runtime.text import read_back, spelt_out
+from ..runtime.strangers import parse_json
+from ..runtime.text import one_line, read_back, spelt_out
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from .features import FeatureSet, check_blocks
 
@@ -61,6 +61,8 @@ STORE_FORMAT = f"{_FORMAT}{FORMAT_VERSIONS['features']}"
 STORE_MANIFEST = "manifest.json"
 # rows of a row group, which is what a reader holds in memory
 _ROWS_OF_GROUP = 1024
+# far above what anybody embeds
+_MOST_IMAGES = 10**12
 _FACTS = {"index": pa.int64(), "label": pa.int64(), "path": pa.string()}
 
 # --- the format: manifest, shards, records --------------------------------------------------------
@@ -82,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = None
     if path.is_file():
         try:
-            manifest = json.loads(path.read_text())
+            manifest = parse_json(path.read_text())
         except ValueError:  # not even JSON
             manifest = None
     stated = str(manifest.get("format")) if isinstance(manifest, dict) else ""
@@ -94,7 +96,32 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder} exists and is not a folder of features, so it is left alone; "
             "name another one"
         )
+    _check_manifest(manifest, path)
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """ValueError for a manifest in which something is missing, of another type or out of range."""
+
+    def is_count(value: Any, least: int) -> bool:
+        return type(value) is int and least <= value <= _MOST_IMAGES
+
+    names = manifest.get("class_names")
+    columns = manifest.get("columns")
+    images = manifest.get("num_images")
+    fine = {
+        "num_images": images is None or is_count(images, 0),
+        "shard_size": is_count(manifest.get("shard_size"), 1),
+        "class_names": names is None
+        or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        "columns": isinstance(columns, dict)
+        and all(is_count(width, 1) for width in columns.values()),
+        "command": isinstance(manifest.get("command"), str | None),
+    }
+    for field, holds in fine.items():
+        if not holds:
+            shown = one_line(manifest.get(field))[:80]
+            raise ValueError(f"{path} is damaged: its {field} is {shown}; make the features again")
 
 
 def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
@@ -122,12 +149,20 @@ def recorded_shards(folder: Path) -> list[int]:
 def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
     """What is known of a finished shard; None if its file is not there in the size written."""
     try:
-        record: dict[str, Any] = json.loads(record_file(folder, shard).read_text())
+        record = parse_json(record_file(folder, shard).read_text())
         size = shard_file(folder, shard).stat().st_size
     # ValueError: cut off when the machine went down
     except (FileNotFoundError, ValueError):
         return None
-    return record if size == record["size"] else None
+    return record if _is_record(record) and size == record["size"] else None
+
+
+def _is_record(record: Any) -> bool:
+    """Whether something has the form of a record."""
+    if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+        return False
+    whole = all(isinstance(record.get(name), int) for name in ("rows", "size"))
+    return whole and record["rows"] >= 0 and isinstance(record.get("broken"), list)
 
 
 def shard_is_intact(folder: Path, shard: int) -> bool:
@@ -289,9 +324,8 @@ class FeatureStore:
     def _all_shards(self) -> Sequence[int]:
         """The shards of a complete store; ValueError if some are not finished."""
         count = number_of_shards(self.manifest)
-        if count is None:
-            done = len(recorded_shards(self.folder))
-        else:
+        done = len(recorded_shards(self.folder))
+        if count is not None and count <= done:
             records = [read_record(self.folder, shard) for shard in range(count)]
             done = count - records.count(None)
             if done == count:

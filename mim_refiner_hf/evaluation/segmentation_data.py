@@ -8,7 +8,6 @@ images.targets(mask)             # the class of every pixel, -1 for void
 """
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from ..data.sources import load_table
 from ..data.views import draw_crop, flip_horizontally, resized_crop
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..runtime.seeding import random_generator
+from ..runtime.strangers import parse_json
+from ..runtime.text import one_line
 
 # in targets: neither trained on nor counted
 VOID = -1
@@ -148,7 +149,13 @@ def names_beside(dataset: str) -> list[str]:
         raise FileNotFoundError(
             f"No names for the classes of {dataset}: give class_names, or write the list to {file}."
         )
-    names: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        names = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = one_line(error)[:200]
+        raise ValueError(f"{file} is no list of names in JSON: {reason}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{file} is no list of names in JSON, such as ["sky", "road"]')
     return names
 
 

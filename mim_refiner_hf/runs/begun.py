@@ -6,7 +6,6 @@ check_as_begun(output, resolved)     # and the rest is the same
 """
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
 from ..runtime.files import check_apart
 from ..runtime.lock import check_writable
+from ..runtime.strangers import parse_json
 from ..runtime.versions import check_format
 from ..runtime.wording import setting
 
@@ -168,7 +168,7 @@ def saved_recipe(output: Path) -> dict[str, Any] | None:
     if not saved.is_file():
         return None
     try:
-        recipe = dict(json.loads(saved.read_text()))
+        recipe = dict(parse_json(saved.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "

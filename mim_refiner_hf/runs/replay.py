@@ -22,6 +22,7 @@ from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..runtime.device import uses_bf16
 from ..runtime.launch import job_of_processes
+from ..runtime.strangers import parse_json
 from ..runtime.wording import setting
 from .prepare import Prepared, prepare
 from .run import choose_blocks, make_trainer, starting_encoder
@@ -82,7 +83,7 @@ def _quiet_recipe(output_dir: Path) -> RefineRecipe:
     if not path.is_file():
         raise FileNotFoundError(f"{output_dir} holds no run: it has no recipe.json")
     try:
-        recipe = RefineRecipe(**json.loads(path.read_text()))
+        recipe = RefineRecipe(**parse_json(path.read_text()))
     except (ValueError, TypeError) as error:
         # TypeError: fields of another version
         raise ValueError(f"{path} cannot be read ({error}); name another run's folder") from error

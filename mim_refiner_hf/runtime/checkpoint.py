@@ -35,6 +35,7 @@ from .finite import NotFiniteTensorError, check_finite
 from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
 from .sharding import own_parts, shard_like
+from .strangers import parse_json
 from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
 from .text import one_line
 from .versions import FORMAT_VERSIONS, NewerFormatError, check_format
@@ -273,7 +274,7 @@ def verify(checkpoint: Path) -> str | None:
         NewerFormatError: for one of a newer version, which only that one can judge.
     """
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        manifest = parse_json((checkpoint / _MANIFEST).read_text())
         check_format("checkpoint", dict(manifest).get("format_version"), checkpoint)
         step = manifest["step"]
         files = dict(manifest["files"])
@@ -307,7 +308,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if wrong is not None:
         raise CheckpointError(f"{path} is no intact checkpoint: {wrong}; {remedy}")
     try:
-        state = json.loads((path / _STATE).read_text())
+        state = parse_json((path / _STATE).read_text())
         return Checkpoint(_order(path)[0], read_tensors(path), dict(state), path)
     # a manifest that was rewritten to fit
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
