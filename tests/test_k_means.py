@@ -85,10 +85,11 @@ def test_as_many_groups_as_rows_and_fewer_different_rows_than_groups() -> None:
 
 def test_starts_are_as_good_as_scikit_learns_greedy_ones() -> None:
     rows, _ = blobs(2000, groups=30, width=8, spread=1.5)
-    starts = greedy_starts(rows, 30, 20, torch.Generator().manual_seed(0))
+    # many of each, as the inertia of one start differs by 6 % from that of the next
+    starts = greedy_starts(rows, 30, 100, torch.Generator().manual_seed(0))
     ours = np.mean([torch.cdist(rows, start).min(1).values.square().sum() for start in starts])
     theirs = [
-        torch.tensor(kmeans_plusplus(rows.numpy(), 30, random_state=seed)[0]) for seed in range(20)
+        torch.tensor(kmeans_plusplus(rows.numpy(), 30, random_state=seed)[0]) for seed in range(100)
     ]
     theirs = np.mean([torch.cdist(rows, start).min(1).values.square().sum() for start in theirs])
     plain = np.mean(
@@ -99,7 +100,7 @@ def test_starts_are_as_good_as_scikit_learns_greedy_ones() -> None:
     )
     assert ours < 1.03 * theirs < 0.8 * plain
     assert (
-        all(len(start.unique(dim=0)) == 30 for start in starts) and len(starts.unique(dim=0)) == 20
+        all(len(start.unique(dim=0)) == 30 for start in starts) and len(starts.unique(dim=0)) == 100
     )
 
 

@@ -106,16 +106,13 @@ def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
     def is_count(value: Any, least: int) -> bool:
         return type(value) is int and least <= value <= _MOST_IMAGES
 
-    names = manifest.get("class_names")
+    names = manifest.get("class_names") or []
     columns = manifest.get("columns")
-    images = manifest.get("num_images")
     fine = {
-        "num_images": images is None or is_count(images, 0),
+        "num_images": manifest.get("num_images") is None or is_count(manifest["num_images"], 0),
         "shard_size": is_count(manifest.get("shard_size"), 1),
-        "class_names": names is None
-        or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
-        "columns": isinstance(columns, dict)
-        and all(is_count(width, 1) for width in columns.values()),
+        "class_names": isinstance(names, list) and all(isinstance(each, str) for each in names),
+        "columns": isinstance(columns, dict) and all(is_count(n, 1) for n in columns.values()),
         "command": isinstance(manifest.get("command"), str | None),
     }
     for field, holds in fine.items():
