@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from small_encoder import make_encoder
 
 import mim_refiner_hf
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, cli
+from mim_refiner_hf import cli
 from mim_refiner_hf.cli import cluster as cluster_cli
 from mim_refiner_hf.clustering.pipeline_image_clustering import METHODS
 from mim_refiner_hf.pretraining.loop_options import LoopOptions
@@ -147,15 +148,7 @@ print("#", json.dumps(found))
     ],
 )
 def test_auto_classes_know_the_model_whatever_came_first(first: str, tmp_path: Path) -> None:
-    config = MimRefinerConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
-    MimRefinerModel(config).save_pretrained(tmp_path)
+    make_encoder().save_pretrained(tmp_path)
     mim_refiner_hf.MimRefinerImageProcessor().save_pretrained(tmp_path)
     assert in_a_process(LOAD, str(tmp_path), first) == [
         "MimRefinerConfig",

@@ -5,12 +5,12 @@ Heavy rooms are imported when a command runs, so that `mim-refiner --help` is qu
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..model.poolings_mim_refiner import Pooling
-from ..runs.choices import AddedProtocol
+from ..runs.choices import AddedProtocol, Protocol
 from ..runtime.precision import Precision
 from .flags import (
     Work,
@@ -74,7 +74,7 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", help="the model to compare with, such as the starting weights")
     parser.add_argument(
         "--protocol",
-        choices=("paper", "quick"),
+        choices=get_args(Protocol),
         help="paper: images of 256 pixels, then 224, whatever the model says; quick: a bank of "
         "10000 images; default: images as the model says, and the whole bank",
     )
@@ -197,41 +197,14 @@ def parse_embed(arguments: Sequence[str]) -> Work:
     options = parse_model_and_images(_embed_parser(), arguments)
 
     def work() -> None:
-        from ..evaluation.feature_store import read_manifest
-        from ..runtime.device import warn_of_emulation
         from ..runtime.launch import job_of_processes, workers_per_process
 
-        # says so now if the folder is something else
-        begun = read_manifest(options.out)
         accelerator = job_of_processes()
-        if options.dtype == "auto":
-            options.dtype = _chosen(begun, accelerator)
-        if options.dtype == "bf16" and accelerator.is_main_process:
-            warn_of_emulation("--dtype bf16", accelerator.device.type)
         if options.num_workers is None:
             options.num_workers = workers_per_process(accelerator.num_processes)
-        command = shlex.join(["mim-refiner", "embed", *arguments])
-        _embed(options, command, accelerator)
+        _embed(options, shlex.join(["mim-refiner", "embed", *arguments]), accelerator)
 
     return work
-
-
-def _chosen(begun: Mapping[str, Any] | None, accelerator: "Accelerator") -> str:
-    """What `--dtype auto` means here, which the first process says."""
-    from ..evaluation.embed import PRECISIONS
-    from ..runtime.device import feature_precision
-
-    precision: str = feature_precision("auto", accelerator.device.type)
-    why = f"as this {accelerator.device.type} computes bfloat16"
-    if precision == "fp32":
-        why = f"as this {accelerator.device.type} is not known to compute bfloat16"
-    if begun is not None:
-        names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
-        precision = names.get(begun["dtype"], precision)
-        why = "as the features that are there"
-    if accelerator.is_main_process:
-        print(f"--dtype auto: {precision}, {why}")
-    return precision
 
 
 def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator") -> None:

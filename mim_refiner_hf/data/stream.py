@@ -119,10 +119,10 @@ class ImageStream:
         source = stored(example[self.image_column], self.name)
         label = self._label(example)
         image = decode_image(source, self.num_channels, self.describe(example))
-        if isinstance(label, str):
-            label = (
-                self._numbers.get(label, -1) if self._looked_up else int(digest([label])[:13], 16)
-            )
+        if isinstance(label, str) and self._looked_up:
+            label = self._numbers.get(label)
+        elif isinstance(label, str):
+            label = int(digest([label])[:13], 16)
         return image, -1 if label is None else label
 
     def _label(self, example: Example) -> int | str | None:

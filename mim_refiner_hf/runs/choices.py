@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+Protocol = Literal["paper", "quick"]
+"""How `evaluate` shows images, and how large its bank is."""
+
 AddedProtocol = Literal[
     "low_shot",
     "linear_probe",
@@ -19,4 +22,4 @@ AddedProtocol = Literal[
 ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
 """These need masks instead."""
 
-__all__ = ["ON_MASKS", "AddedProtocol"]
+__all__ = ["ON_MASKS", "AddedProtocol", "Protocol"]

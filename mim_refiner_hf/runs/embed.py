@@ -11,7 +11,7 @@ last block (evaluation/features.py). `mim-refiner embed` runs `store_features`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,9 @@ from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore, read_manifest
 from ..evaluation.features import feature_columns
 from ..model.poolings_mim_refiner import Pooling
+from ..runtime.device import feature_precision, warn_of_emulation
 from ..runtime.distributed import rank
+from ..runtime.precision import Precision
 from ..runtime.wording import setting
 from .channels import fit_and_tell
 
@@ -119,7 +121,7 @@ def store_features(
     blocks: Sequence[int | Literal["output"]] = (),
     pooling: Sequence[Pooling] = (),
     last4: bool = False,
-    dtype: str = "fp32",
+    dtype: Precision = "fp32",
     loading: Loading = Loading(),
     shard_size: int | None = None,
     command: str | None = None,
@@ -130,16 +132,19 @@ def store_features(
         model, images: as of `embed`; `dataset_config`, `split`, `image_column`, `label_column`,
             `follow_links` and `streaming` are of a data set that is named.
         blocks, pooling, last4: which features, see `feature_columns`.
-        dtype: of the computation, a name of `PRECISIONS`; float32 is stored.
+        dtype: of the computation; float32 is stored. "auto": what the features that are there have,
+            else bf16 where the device computes it; the choice is printed.
         loading, shard_size, command: as of `embed_images`.
 
     Raises:
         ValueError, FileNotFoundError: for images, a model or a folder that will not do.
     """
     # says so now if the folder is something else
-    read_manifest(out)
+    begun = read_manifest(out)
+    device = torch.device(loading.device or "cpu").type
+    precision = _precision(dtype, begun, device)
     encoder: Any = load_encoder(model)
-    encoder.to(PRECISIONS[dtype])
+    encoder.to(PRECISIONS[precision])
     open_source: Any = open_stream if streaming else open_images
     opened = open_source(
         images,
@@ -160,6 +165,30 @@ def store_features(
         shard_size=shard_size,
         command=command,
     )
+
+
+def _precision(asked: Precision, begun: Mapping[str, Any] | None, device: str) -> str:
+    """In which numbers to compute, by its name in `PRECISIONS`.
+
+    What was chosen is said, as is bfloat16 that is only emulated.
+
+    Args:
+        begun: the manifest of the features that are there.
+    """
+    precision = str(feature_precision(asked, device))
+    if asked == "auto":
+        why = f"as this {device} computes bfloat16"
+        if precision == "fp32":
+            why = f"as this {device} is not known to compute bfloat16"
+        names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
+        if begun is not None and begun["dtype"] in names:
+            precision = names[begun["dtype"]]
+            why = "as the features that are there"
+        if rank() == 0:
+            print(f"{setting('dtype', 'auto')}: {precision}, {why}", flush=True)
+    if precision == "bf16" and rank() == 0:
+        warn_of_emulation(setting("dtype", precision), device)
+    return precision
 
 
 def device_here() -> str:

@@ -53,7 +53,7 @@ from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world
 from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
 from ..runtime.wording import setting
-from .choices import ON_MASKS
+from .choices import ON_MASKS, Protocol
 from .comparison import (
     PROTOCOLS,
     Data,
@@ -65,7 +65,6 @@ from .comparison import (
 )
 from .embed import device_here
 from .protocol import (
-    Protocol,
     bank_words,
     check_lists,
     check_protocols,
@@ -126,8 +125,8 @@ def evaluate(
         eval_dataset, eval_split: what is classified and clustered; neither: a fifth of `images` is
             held out.
         protocol: "paper": images as in the paper, the shorter side at 8/7 of the crop (256, then
-             224), whatever the model's preprocessing says; "quick": a bank of 10 000 images. None:
-             images as the model's preprocessing says, and the whole bank.
+            224), whatever the model's preprocessing says; "quick": a bank of 10 000 images. None:
+            images as the model's preprocessing says, and the whole bank.
         bank_size: so many evenly spaced images are the k-NN bank; None for all of them.
         protocols: names of `PROTOCOLS`; those of `ON_MASKS`, which need masks in place of labels,
             stand alone.
@@ -311,10 +310,7 @@ def feature_folder(features: Path | None, output_dir: Path | None) -> Iterator[P
 
 
 def without_broken(
-    encoders: Mapping[str, MimRefinerModel],
-    data: Data,
-    features: Path,
-    loading: Loading,
+    encoders: Mapping[str, MimRefinerModel], data: Data, features: Path, loading: Loading
 ) -> Data:
     """The data without the images that cannot be read: both sides see the same ones."""
     if not isinstance(data.train, ImageDataset):

@@ -5,7 +5,6 @@
 Memory and time are measured on a few images, and are what a whole run takes only roughly.
 """
 
-from datetime import timedelta
 from pathlib import Path
 
 from ..data.images import ImageDataset
@@ -15,6 +14,7 @@ from ..pretraining.trial import Trial
 from ..refinement.memory import GIGA, HEADROOM
 from ..runtime.device import available_memory
 from ..runtime.files import in_bytes
+from ..runtime.pace import duration
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
 from .plan import encoder_text
@@ -108,10 +108,10 @@ def _time_text(trainer: Pretrainer, trial: Trial) -> str:
     """How long the steps take, from a few images."""
     own = trainer.recipe.batch_size / trainer.accelerator.num_processes
     of_a_step = trial.seconds * own
-    whole = timedelta(seconds=round(of_a_step * trainer.steps.total))
+    whole = duration(of_a_step * trainer.steps.total)
     return (
-        f"about {whole} (h:mm:ss), {of_a_step:.2g} s a step, from {trial.images} images; many at a "
-        "time can be faster"
+        f"about {whole}, {of_a_step:.2g} s a step, from {trial.images} images; many at a time can "
+        "be faster"
     )
 
 

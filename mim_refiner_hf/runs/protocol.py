@@ -8,7 +8,7 @@ check_splits(data, check_lists(["1percent.txt"], ["fine_tuning"]), ["fine_tuning
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ..conversion.preprocessing import as_in_the_paper, image_processor
 from ..data.split_files import listed_places
@@ -20,10 +20,8 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
-from .choices import ON_MASKS
+from .choices import ON_MASKS, Protocol
 from .comparison import PROTOCOLS, Data
-
-Protocol = Literal["paper", "quick"]
 
 
 def check_protocols(
@@ -138,7 +136,6 @@ def bank_words(bank_size: int | None) -> str:
 
 
 __all__ = [
-    "Protocol",
     "bank_words",
     "check_lists",
     "check_protocols",

@@ -28,27 +28,33 @@ def uses_bf16(mixed_precision: str) -> bool:
     Raises:
         ValueError: for bf16 on a GPU that can only emulate it, which is slower than fp32.
     """
-    gpu = torch.cuda.is_available()
-    native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if mixed_precision == "bf16" and gpu and not native:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if accelerator is None else accelerator.type
+    native = _computes_bf16(device)
+    if mixed_precision == "bf16" and device == "cuda" and not native:
         raise ValueError(
             f"{setting('mixed_precision', 'bf16')}: {torch.cuda.get_device_name()} has no bfloat16 "
             "arithmetic; leave it out, or use no"
         )
-    if not torch.accelerator.is_available():
-        native = _cpu_bf16() is True
-    return mixed_precision == "bf16" or (mixed_precision == "auto" and native)
+    return mixed_precision == "bf16" or (mixed_precision == "auto" and native is True)
 
 
 def emulates_bf16(device: str) -> bool:
     """Whether bfloat16 is slower than fp32 here: on a CPU without AMX or AVX-512 BF16."""
-    return device == "cpu" and _cpu_bf16() is False
+    return device == "cpu" and _computes_bf16(device) is False
 
 
-def _cpu_bf16() -> bool | None:
-    """Whether this CPU computes bfloat16; None where torch cannot tell, as 2.10 cannot."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("avx512_bf16")
+def _computes_bf16(device: str) -> bool | None:
+    """Whether a kind of device computes bfloat16 itself, and does not emulate it.
+
+    None where torch cannot tell: of a CPU 2.10 cannot, and of other accelerators none can.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return capabilities.get("avx512_bf16")
+    return None
 
 
 def warn_of_emulation(asked: str, device: str) -> None:
@@ -67,10 +73,7 @@ def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16"]:
     """
     if asked != "auto":
         return asked
-    native = device == "cpu" and _cpu_bf16() is True
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+    return "bf16" if _computes_bf16(device) else "fp32"
 
 
 def check_compile(requested: bool) -> None:
