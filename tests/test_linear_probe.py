@@ -204,7 +204,7 @@ def slow_probe(
 def test_the_probe_equals_a_loop_of_single_classifiers(variant: str) -> None:
     encoder = make_encoder().train()
     rates = (0.001, 0.3)
-    epochs = 10 if variant == "paper" else 40
+    epochs = 40
     result = run(encoder, epochs=epochs, learning_rates=rates, seed=5, variant=variant)
     assert encoder.training
     slow = slow_probe(encoder.eval(), epochs, rates, seed=5, variant=variant)
@@ -222,7 +222,9 @@ def test_the_probe_equals_a_loop_of_single_classifiers(variant: str) -> None:
     of_this = slow[kind, float(rate)][int(epoch.removeprefix("epoch ")) - 1]
     assert of_this == pytest.approx(best, abs=1.5 / 500)
     # the choice mattered
-    assert accuracy > 0.2 and min(chosen.values()) < accuracy - 0.05
+    # features of random weights: without a batch norm 40 updates move little
+    assert accuracy > {"paper": 0.5, "dinov2": 0.2}[variant]
+    assert min(chosen.values()) < accuracy - 0.05
 
 
 def test_augmented_batches_are_crops_in_the_same_order() -> None:
