@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
@@ -169,6 +170,27 @@ def test_augmentations_are_pure_functions_of_seed_epoch_and_image() -> None:
     assert not torch.equal(images[3, 5][0], first)
     plain = AugmentedImages(digits(), FineTuneRecipe(seed=1), 16, processor)
     assert (plain[2, 5][0] - first).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("magnitude", [0.0, 2.5, 5.0, 7.5, 9.99, 10.0])
+def test_every_operation_of_randaugment_takes_every_magnitude(
+    magnitude: float, channels: int
+) -> None:
+    """Those of Pillow 12.3 too, which refuses to keep 0 bits, as timm asks at a magnitude of 10."""
+    recipe = FineTuneRecipe(rand_augment=True)
+    processor = image_processor(make_encoder(num_channels=channels).config, {})
+    images = AugmentedImages(digits(), recipe, 16, processor)
+    pixels = np.arange(16 * 16 * channels, dtype=np.uint8).reshape(16, 16, channels)
+    picture = Image.fromarray(pixels.squeeze())
+    for operation in images.rand_augment.ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, magnitude, 0.0
+        found = operation(picture)
+        assert (found.size, found.mode) == (picture.size, picture.mode)
+        if operation.name == "PosterizeIncreasing":
+            bits = 4 - int(magnitude / 10 * 4)
+            kept = pixels >> (8 - bits) << (8 - bits)
+            assert np.array_equal(np.asarray(found), kept.squeeze())
 
 
 def test_everything_at_once_trains_and_repeats_itself() -> None:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -188,6 +189,9 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             fill = tuple(grey) if len(grey) > 1 else grey[0]
             settings = {"translate_const": int(0.45 * size), "img_mean": fill}
             self.rand_augment = rand_augment_transform(RAND_AUGMENT, settings)
+            for operation in self.rand_augment.ops:
+                if operation.name == "PosterizeIncreasing":
+                    operation.aug_fn = _posterize
         self.erase: Any = None
         if recipe.erasing:
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
@@ -210,6 +214,16 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             if self.erase is not None:
                 pixels = self.erase(pixels)
         return pixels, label
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """The highest bits of each channel; 0 bits, from a magnitude of 10, is black.
+
+    timm hands 0 on, which Pillow took until version 12 and now refuses.
+    """
+    if bits == 0:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits)
 
 
 # --- training --------------------------------------------------------------------------------
