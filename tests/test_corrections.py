@@ -92,8 +92,6 @@ def test_every_text_is_read_back_and_none_begins_as_a_formula(text: str) -> None
     cell = cell_of(text)
     assert text_of(cell) == text
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"))
-    # one line, whoever counts: grep, Python, a spreadsheet
-    assert len(cell.splitlines()) <= 1 and "\t" not in cell
 
 
 @pytest.mark.parametrize(
@@ -105,8 +103,9 @@ def test_every_text_is_read_back_and_none_begins_as_a_formula(text: str) -> None
         ("'a'.png", "''a'.png"),
         ("a\u202egnp.\x1b[31m", "a\\u202egnp.\\u001b[31m"),
         ("C:\\u00e9\\new.png", "C:\\u005cu00e9\\new.png"),
-        ("two\nlines\t.png", "two\\u000alines\\u0009.png"),
-        ("\n=1.png", "\\u000a=1.png"),
+        # CSV quotes line ends and tabs: the cell behind the apostrophe is the file's name
+        ("\n=1.png", "'\n=1.png"),
+        ("\t=1.png", "'\t=1.png"),
         ("tag\U000e0041", "tag\\U000e0041"),
         ("\udcff.png", "\\udcff.png"),
         ("a\\udcff.png", "a\\u005cudcff.png"),
@@ -127,7 +126,7 @@ def test_a_table_is_utf_8_whatever_files_are_called(tmp_path: Path) -> None:
 
 
 def test_bytes_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    (tmp_path / "lines.csv").write_bytes(b'path,cluster\r\n"a\nb.png",0\r\n')
+    (tmp_path / "lines.csv").write_bytes(b'path,cluster\r\n"a\\u000ab.png",0\r\n')
     assert read_corrections(tmp_path / "lines.csv").group_of == {"a\nb.png": 0}
     (tmp_path / "old.csv").write_bytes(b"path,cluster\r\n\xff.png,0\r\n")
     assert read_corrections(tmp_path / "old.csv").group_of == {"\udcff.png": 0}

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation.feature_map import cosine_components, flat_map
-from .csv_cells import GUARDED, SPELT
+from ..runtime.text import UNSEEN
+from .csv_cells import GUARDED
 
 # longest side in pixels: about 3 kB each
 THUMBNAIL = 112
@@ -164,7 +165,7 @@ def page_data(
         "broken": beside.broken,
         "alike": beside.alike,
         # how a text becomes a cell of the CSV file, as `csv_cells.py` does it
-        "unseen": SPELT.pattern,
+        "unseen": UNSEEN.pattern,
         "guarded": GUARDED,
     }
 

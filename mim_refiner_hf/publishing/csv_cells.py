@@ -4,13 +4,12 @@
     text_of(cell_of("=1+1.png")) == "=1+1.png"        # in the file: '=1+1.png
 
 A spreadsheet takes a cell that begins with = + - @ or a tab for a formula, and runs it: such a text
-gets an apostrophe in front. Characters that cannot be seen, that end or reverse the line, and the
-bytes of names that are no valid Unicode, are spelt out as in `runtime/text.py`, so that the file is
-UTF-8 with a line per row whatever files are called. The groups' page writes its CSV by these rules.
+gets an apostrophe in front. Characters that cannot be seen, or that reverse the line, and the bytes
+of names that are no valid Unicode, are spelt out as in `runtime/text.py`, so that the file is UTF-8
+whatever files are called. The groups' page writes its CSV by the same rules.
 """
 
 import csv
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from ..runtime.text import UNSEEN, read_back, spelt_out
 
 GUARDED = "=+-@\t\r\n'＝＋－＠"
 """What no cell may begin with; an apostrophe is put in front."""
-SPELT = re.compile(f"{UNSEEN.pattern}|[\t\n]")
-"""What is spelt out in a cell."""
 
 
 def cell_of(text: str) -> str:
     """A text as a cell."""
-    seen = spelt_out(text, SPELT)
+    seen = spelt_out(text, UNSEEN)
     return f"'{seen}" if seen[:1] and seen[0] in GUARDED else seen
 
 
@@ -44,4 +41,4 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
             writer.writerow([cell_of(value) if isinstance(value, str) else value for value in row])
 
 
-__all__ = ["GUARDED", "SPELT", "cell_of", "text_of", "write_table"]
+__all__ = ["GUARDED", "cell_of", "text_of", "write_table"]
