@@ -43,6 +43,7 @@ def _pretrain_parser() -> "HfArgumentParser":
         LoopOptions,
         description="Pre-train an encoder on images without labels. The same command goes on "
         "where it was stopped.",
+        prog="mim-refiner pretrain",
         usage="%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags",
         allow_abbrev=False,
     )

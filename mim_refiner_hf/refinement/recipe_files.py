@@ -125,13 +125,16 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
     usage = "%(prog)s [IMAGES] [--recipe NAME] [--flag value ...]; --help lists the flags"
     parser = argument_parser(
         _Flags,
+        prog="mim-refiner refine",
         description=__doc__.split("\n")[0],
         usage=usage,
         allow_abbrev=False,
     )
 
     # which defaults hold is known only when these have been read
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=usage)
+    first = argparse.ArgumentParser(
+        prog=parser.prog, add_help=False, allow_abbrev=False, usage=usage
+    )
     for flag in ("--recipe", "--model", "--pretrain", "--init_from", "--dataset"):
         first.add_argument(flag)
     if words and not words[0].startswith("-"):
