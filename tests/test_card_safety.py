@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from mim_refiner_hf import MimRefinerConfig
 from mim_refiner_hf.publishing.convert import Conversion, card_files
 from mim_refiner_hf.publishing.model_card import CardData, update_card
 from mim_refiner_hf.runs.comparison import Side
@@ -68,7 +69,7 @@ def run_card(text: str) -> str:
 
 def converted_card(text: str) -> str:
     done = Conversion(Path("out"), text, "0" * 64, text, 5, "float32", 0.0, 0.0, 1.0)
-    return card_files(text, done, {"Family": text, "Input": text})["README.md"]
+    return card_files(text, done, {"Family": text, "Input": text}, MimRefinerConfig())["README.md"]
 
 
 def report(text: str) -> dict[str, Any]:

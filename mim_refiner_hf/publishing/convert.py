@@ -31,6 +31,7 @@ from ..runtime.wording import setting
 from .choices import DTYPES
 from .hub import check_model_folder, write_model
 from .model_card import conversion_card
+from .ways_to_use import ways_to_use
 
 # largest difference of the outputs, written and read back, relative to the largest output
 READ_BACK_TOLERANCE = 1e-5
@@ -142,7 +143,8 @@ def convert(
             licence=licence,
         )
         facts = encoder_facts(report.family, config, processor)
-        for file, text in card_files(Path(destination).resolve().name, done, facts).items():
+        name = Path(destination).resolve().name
+        for file, text in card_files(name, done, facts, config).items():
             (new / file).parent.mkdir(exist_ok=True)
             write_text(new / file, text)
     return done
@@ -225,7 +227,9 @@ def encoder_facts(
     }
 
 
-def card_files(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, str]:
+def card_files(
+    name: str, done: Conversion, facts: dict[str, str], config: MimRefinerConfig
+) -> dict[str, str]:
     """File -> text: the card of a folder called `name`, and what the Hub reads beside it.
 
     A model of the zoo brings the numbers that the paper reports; others claim none.
@@ -233,9 +237,9 @@ def card_files(name: str, done: Conversion, facts: dict[str, str]) -> dict[str, 
     copy = _copy_facts(done, facts)
     shipped = find_zoo_card(done.source)
     if shipped is None:
-        return {CARD: conversion_card(done.source, name, copy, done.licence)}
+        return {CARD: conversion_card(done.source, name, copy, done.licence, config)}
 
-    files = {CARD: _zoo_copy(shipped, done, plain(name), copy)}
+    files = {CARD: _zoo_copy(shipped, done, plain(name), copy, config)}
     for path in shipped.glob(".eval_results/*.yaml"):
         files[f".eval_results/{path.name}"] = path.read_text(encoding="utf-8")
     return files
@@ -276,7 +280,9 @@ def find_zoo_card(source: str) -> Path | None:
     return None
 
 
-def _zoo_copy(shipped: Path, done: Conversion, name: str, copy: str) -> str:
+def _zoo_copy(
+    shipped: Path, done: Conversion, name: str, copy: str, config: MimRefinerConfig
+) -> str:
     """The card of the zoo for a folder called `name`: with the facts, without its neighbours."""
     zoo_name = done.source
     card = ModelCard.load(shipped / CARD)
@@ -287,7 +293,8 @@ def _zoo_copy(shipped: Path, done: Conversion, name: str, copy: str) -> str:
 
     # links lead to other models of the zoo, which do not lie beside the copy
     text = re.sub(r"\[([^]]*)\]\(\.\./[^)]*\)", r"\1", card.text)
-    text = text.replace(f'"{shipped.name}"', f'"{name}"')
+    general = ways_to_use(shipped.name, None, local=True)
+    text = text.replace(general, ways_to_use(name, config, local=True))
     text = text.replace(f"{zoo_name} {shipped.name}", f"{zoo_name} {name}")
     text = text.replace(COPY_MARK.format(zoo_name), f"## This copy\n\n{copy}")
     return f"---\n{card.data.to_yaml()}\n---\n{text}"

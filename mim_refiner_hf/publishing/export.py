@@ -12,9 +12,7 @@ and which encoders a format cannot express: `export_timm.py`, `export_back.py` (
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
@@ -33,7 +31,7 @@ from .choices import EXPORT_FORMATS
 from .hub import check_model_folder
 from .model_card import is_hub_name
 from .sentence_files import write_sentence_files
-from .twins import Twin
+from .twins import Twin, module_of, why_not_exported
 
 # of each format, as the Hub calls it
 _LIBRARIES = {"native": "transformers", "timm": "timm", "vit": "transformers", "onnx": "onnx"}
@@ -106,7 +104,7 @@ def export(
     if reason:
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
 
-    format_ = _module_of(to)
+    format_ = module_of(to)
     encoder.float()
     check_finite(encoder.state_dict(), str(destination), f"get {source} again")
     with staged_folder(folder, check_model_folder) as new:
@@ -128,16 +126,6 @@ def export(
             theirs = format_.write_smaller(new, precision, images)
             differences[precision] = _least_cosine(encoder, images, theirs, precision)
     return differences
-
-
-def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
-    """Why an encoder cannot be exported to one of `EXPORT_FORMATS`, in a sentence, or None."""
-    reason: str | None = _module_of(to).refusal(config)
-    return reason
-
-
-def _module_of(to: str) -> Any:
-    return import_module(f".{EXPORT_FORMATS[to]}", __package__)
 
 
 def _card(name: str, source: str, to: str, licence: Licence) -> str:
@@ -233,4 +221,4 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: 
     return difference
 
 
-__all__ = ["ExportError", "export", "why_not_exported"]
+__all__ = ["ExportError", "export"]

@@ -1,7 +1,7 @@
 """What a model card is, and its three writers: of a run, of a conversion, of a later evaluation.
 
     write_card(Path("out"))                        # out/metrics.json -> out/model/README.md
-    text = conversion_card(source, name, facts)    # the same weights under new names
+    text = conversion_card(source, name, ...)      # the same weights under new names
     update_card(Path("out/model"), report)         # adds what `evaluate` returned to either
 
 The words of the first two are in `model_card.md.jinja`. The metadata block on top goes through
@@ -25,6 +25,7 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
+from transformers.utils import CONFIG_NAME
 
 from ..conversion.licence import CARD, UNKNOWN, Licence
 from ..evaluation.tables import (
@@ -34,10 +35,12 @@ from ..evaluation.tables import (
     protocol_labels,
     report_table,
 )
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..runtime.files import write_text
 from ..runtime.pace import duration
 from ..runtime.text import fenced, one_line, plain
 from .card_licence import licence_line
+from .ways_to_use import ways_to_use
 
 # in the card's snippets, until `push_folder` knows the repository
 REPO_PLACEHOLDER = "your-name/your-model"
@@ -326,8 +329,8 @@ class CardData:
             rows.append((block, before, after))
         return rows
 
-    def render(self) -> str:
-        """The whole card as Markdown."""
+    def render(self, config: MimRefinerConfig | None = None) -> str:
+        """The whole card as Markdown; `config` is that of the encoder, where it is at hand."""
         data = {}
         for name, value in self.dataset.items():
             if value not in (None, ""):
@@ -343,6 +346,7 @@ class CardData:
 
         return _render(
             self.metadata(),
+            config,
             run=self,
             name=plain(self.model_name),
             starting_model=plain(self.starting_model),
@@ -362,11 +366,10 @@ class CardData:
         )
 
 
-def _render(metadata: ModelCardData, **values: Any) -> str:
+def _render(metadata: ModelCardData, config: MimRefinerConfig | None, **values: Any) -> str:
     template = _TEMPLATE.read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        metadata, template_str=template, repo_id=REPO_PLACEHOLDER, **values
-    )
+    ways = ways_to_use(REPO_PLACEHOLDER, config)
+    card = ModelCard.from_template(metadata, template_str=template, ways=ways, **values)
     return str(card)
 
 
@@ -377,19 +380,24 @@ def write_card(run_folder: Path) -> Path:
         FileNotFoundError: when the run has no `metrics.json` or no `model` folder.
         ValueError: when `metrics.json` is not a finished run's.
     """
-    text = CardData.from_run(run_folder).render()
+    card = CardData.from_run(run_folder)
     model = Path(run_folder) / "model"
     if not model.is_dir():
         raise FileNotFoundError(
             f"{model} does not exist; the card belongs beside the run's saved model"
         )
-    return _save_card(model / CARD, text)
+    config = None
+    if (model / CONFIG_NAME).is_file():
+        config = MimRefinerConfig.from_pretrained(model)
+    return _save_card(model / CARD, card.render(config))
 
 
 # The card of a conversion
 
 
-def conversion_card(source: str, name: str, facts: str, licence: Licence) -> str:
+def conversion_card(
+    source: str, name: str, facts: str, licence: Licence, config: MimRefinerConfig
+) -> str:
     """The card of the encoder of `source`, converted into a folder called `name`.
 
     No score was measured, so the card claims none.
@@ -398,12 +406,14 @@ def conversion_card(source: str, name: str, facts: str, licence: Licence) -> str
         source: Hub name or path.
         facts: how the copy was made and checked, in Markdown.
         licence: of the source.
+        config: of the encoder.
     """
     shown = source
     if not is_hub_name(source):
         shown = Path(source).name
     return _render(
         card_metadata(**licence.metadata(), **_base_model(source)),
+        config,
         run=None,
         name=plain(name),
         source=plain(shown),

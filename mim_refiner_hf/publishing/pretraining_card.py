@@ -1,14 +1,16 @@
 """The card of a pre-trained encoder: how it was trained, how it loads, under which licence it is.
 
-text = pretraining_card("my-mae", "mae", facts, licence)
+text = pretraining_card("my-mae", "mae", facts, licence, encoder.config)
 """
 
 from collections.abc import Mapping
 
 from ..conversion.licence import Licence
-from ..runtime.text import fenced, plain
+from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..runtime.text import plain
 from .card_licence import licence_line
 from .model_card import REPO_PLACEHOLDER, card_metadata, is_hub_name
+from .ways_to_use import ways_to_use
 
 # what a method is called, and where it is described
 _METHODS = {
@@ -18,14 +20,14 @@ _METHODS = {
     "capi": "CAPI (arXiv 2502.08769)",
 }
 
-_SNIPPET = f"""from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{REPO_PLACEHOLDER}", trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained("{REPO_PLACEHOLDER}", trust_remote_code=True)"""
-
 
 def pretraining_card(
-    name: str, objective: str, facts: Mapping[str, object], licence: Licence, start: str = ""
+    name: str,
+    objective: str,
+    facts: Mapping[str, object],
+    licence: Licence,
+    config: MimRefinerConfig,
+    start: str = "",
 ) -> str:
     """The card of an encoder that was pre-trained here, in Markdown; it claims no score.
 
@@ -33,6 +35,7 @@ def pretraining_card(
         objective: method of the recipe.
         facts: how it was trained, by what they are of.
         licence: of the weights that it was trained from.
+        config: of the encoder.
         start: these weights, as they were named; empty for fresh ones.
     """
     more = dict(licence.metadata())
@@ -47,8 +50,9 @@ def pretraining_card(
                 f"---\n{card_metadata(**more).to_yaml()}\n---\n# {plain(name)}",
                 f"A plain ViT, pre-trained {begun} on images without labels by {method}. "
                 "Nothing was measured, so this card claims no score.",
-                fenced(_SNIPPET, "python"),
                 "\n".join([*lines, licence_line(licence, start)]),
+                "## How to use",
+                ways_to_use(REPO_PLACEHOLDER, config),
             ]
         )
         + "\n"

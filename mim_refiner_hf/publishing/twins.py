@@ -7,6 +7,8 @@ A twin is the same function in another library's format (`export_timm.py`, `expo
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from transformers import CLIPImageProcessor
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
+from .choices import EXPORT_FORMATS
 
 Names = Iterable[tuple[str, str]]
 """(pattern of our name, replacement) rows; every name must match one in full."""
@@ -29,6 +32,17 @@ _NORMS_AND_GATES = {
     "patch_norm": "norm of the patches before their positions",
     "pooled_norm": "norm of the pooled vector",
 }
+
+
+def module_of(to: str) -> Any:
+    """The module of one of `EXPORT_FORMATS`."""
+    return import_module(f".{EXPORT_FORMATS[to]}", __package__)
+
+
+def why_not_exported(config: MimRefinerConfig, to: str) -> str | None:
+    """Why an encoder cannot be exported to one of `EXPORT_FORMATS`, in a sentence, or None."""
+    reason: str | None = module_of(to).refusal(config)
+    return reason
 
 
 def complete_state(encoder: MimRefinerModel) -> dict[str, Tensor]:
@@ -142,8 +156,10 @@ __all__ = [
     "add_cls_position",
     "complete_state",
     "layer_scale_value",
+    "module_of",
     "native_processor",
     "refused",
     "rename",
     "unsupported",
+    "why_not_exported",
 ]

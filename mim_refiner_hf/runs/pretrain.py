@@ -180,11 +180,17 @@ def _write(
 
     licence = UNKNOWN if start is None else vars(start)["licence"]
     begun = record["init_from"] or ""
+    shipped = objective.shipped()
     card = pretraining_card(
-        output.resolve().name, trainer.recipe.objective, _facts(trainer), licence, begun
+        output.resolve().name,
+        trainer.recipe.objective,
+        _facts(trainer),
+        licence,
+        shipped.config,
+        begun,
     )
     with staged_folder(output, check) as new:
-        write_model(new, objective.shipped(), trainer.processor, torch.float32)
+        write_model(new, shipped, trainer.processor, torch.float32)
         write_text(new / CARD, card)
         for name, encoder in objective.others().items():
             (new / name).mkdir()

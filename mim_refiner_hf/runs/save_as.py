@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
-from ..publishing.export import export, why_not_exported
+from ..publishing.export import export
+from ..publishing.twins import why_not_exported
 from ..runtime.wording import setting
 
 
