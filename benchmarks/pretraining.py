@@ -89,8 +89,8 @@ def trained(setting: Setting, name: str, dataset: str, seed: int, folder: Path) 
     if not metrics.is_file():
         command = [sys.executable, "training/refine.py", *setting.refine, "--dataset", dataset]
         command += ["--pretrain", name, "--seed", str(seed), "--output_dir", str(folder)]
-        # ConMIM's two networks see whole images: there bf16 pays, where the CPU has it
-        precision = "bf16" if "conmim-cifar10" in name else "no"
+        # of whole photos bf16 pays, where the CPU has it
+        precision = "auto" if setting is CIFAR10 else "no"
         command += ["--mixed_precision", precision, "--eval_split", "test", "--num_workers", "0"]
         subprocess.run(command, check=True)
     found: dict[str, Any] = json.loads(metrics.read_text())

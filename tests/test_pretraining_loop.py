@@ -530,3 +530,28 @@ def test_command_goes_on_from_an_encoder(words: list[str], tmp_path: Path) -> No
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
     cls = "embeddings.cls_token"
     assert not torch.equal(found[cls], start.state_dict()[cls])
+
+
+def test_command_says_what_the_vector_is(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--pooling` is in the saved encoder, of fresh weights and of an encoder to go on from."""
+    assert cli.main([*words, "--pooling", "mean"]) == 0
+    encoder = load_encoder(tmp_path / "out")
+    pixels = torch.randn(2, *(encoder.config.num_channels, *encoder.config.image_hw))
+    with torch.no_grad():
+        found = encoder(pixels)
+    # digits are small: one token in front
+    torch.testing.assert_close(found.pooler_output, found.last_hidden_state[:, 1:].mean(dim=1))
+
+    on = ["pretrain", "digits", "--init_from", str(tmp_path / "out"), "--objective", "data2vec2"]
+    for name, value in {**OWN["data2vec2"], "max_steps": 1, "num_workers": 0}.items():
+        on += [f"--{name}", str(value)]
+    for words_of_pooling, pooling in (([], "mean"), (["--pooling", "cls"], "cls")):
+        more = tmp_path / f"more-{pooling}"
+        assert cli.main([*on, *words_of_pooling, "--output_dir", str(more)]) == 0
+        assert load_encoder(more).config.pooling == pooling
+
+    capsys.readouterr()
+    assert cli.main(["pretrain", "digits", "--objective", "capi", "--pooling", "cls"]) == 2
+    assert "the encoder has no CLS token" in capsys.readouterr().err

@@ -162,6 +162,11 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
     num_hidden_layers: int = documented(12, "Blocks of the encoder.")
     num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
+    pooling: Literal["cls", "mean"] | None = documented(
+        None,
+        "What the encoder's vector is: the CLS token, or the mean of the patches. Default: mae "
+        "and data2vec2 cls, conmim and capi mean.",
+    )
     # ---- method
     mask_ratio: MaskRatio = documented(
         None,
@@ -333,6 +338,8 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     def _architecture(self) -> dict[str, Any]:
         """Fields of the configuration by which the method's encoder differs from MAE's."""
         fields = dict(_ARCHITECTURES[self.objective])
+        if self.pooling is not None:
+            fields["pooling"] = self.pooling
         if self.objective == "conmim":
             fields["layer_scale_init"] = self.layer_scale
         if self.objective == "capi":

@@ -281,16 +281,21 @@ def fitted_to_method(
     if recipe.objective == "data2vec2" and not config.use_cls_token:
         raise ValueError(f"{named}: it has no CLS token, which {method} trains; name another one")
 
+    pooling: Pooling | None = recipe.pooling
+    missing = None if pooling is None else config.missing_for(pooling)
+    if missing:
+        raise ValueError(f"{setting('pooling', pooling)}: {named} has {missing}; leave it out")
     if recipe.objective in ("mae", "data2vec2") and config.pooling in LEARNED_POOLINGS:
-        pooling: Pooling = "cls" if config.use_cls_token else "mean"
+        pooling = pooling or ("cls" if config.use_cls_token else "mean")
         logger.warning(
             "%s: %s trains no weights that pool: they are left out, and the result is pooled by %s",
             named,
             method,
             pooling,
         )
-        config.pooling = pooling
         encoder.drop_predictor()
+    if pooling is not None:
+        config.pooling = pooling
     return encoder
 
 
