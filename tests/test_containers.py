@@ -106,3 +106,66 @@ def test_several_encoders_of_which_none_is_meant_are_refused(pair: tuple[str, st
 def test_a_tensor_that_fits_no_family_is_still_an_error() -> None:
     with pytest.raises(ValueError, match=r"1 tensors have no place .*: blocks\.0\.strange"):
         loaded({"state_dict": under("model.", MEANT | {"blocks.0.strange": torch.zeros(3)})})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("model", "model_ema"),
+        ("model", "ema"),
+        ("state_dict", "ema_state_dict"),
+        ("state_dict", "state_dict_ema"),
+        ("model", "teacher"),
+        ("state_dict", "momentum_encoder"),
+        ("model", "target_net"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
+def test_the_teacher_is_meant_beside_a_known_container(
+    student: str, teacher: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file whose student lies where a known format has its only encoder."""
+    both = {student: under(prefix, OTHER), teacher: under(prefix, MEANT), "epoch": 3}
+    assert_meant(both)
+    assert_meant(dict(reversed(both.items())))
+
+
+def test_another_encoder_beside_a_known_container_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert_meant({"model": MEANT, "model_before": OTHER})
+    assert "the encoder under model. is read; those under model_before. are left" in caplog.text
+    with pytest.raises(ValueError, match=r"holds 2 encoders, under model_ema\.a\., model_ema\.b\."):
+        loaded({"model": OTHER, "model_ema": under("a.", MEANT) | under("b.", MEANT)})
+
+
+@pytest.mark.parametrize(
+    ("most", "some"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.bfloat16),
+        (torch.float16, torch.float64),
+    ],
+)
+def test_tensors_of_several_dtypes_are_read_as_float32(
+    most: torch.dtype, some: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Norms kept in full precision, a table of positions in double: nothing is rounded further."""
+    file = {name: MEANT[name].to(some if "norm" in name else most) for name in MEANT}
+    expected = loaded({name: tensor.float() for name, tensor in file.items()})
+    found = loaded(file)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    assert "of several dtypes" in caplog.text and "read as float32" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
+def test_what_is_no_float_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"1 tensors hold .*layers.0.mlp.fc1.weight is {dtype}"):
+        loaded(MEANT | {"blocks.0.mlp.fc1.weight": MEANT["blocks.0.mlp.fc1.weight"].to(dtype)})
+    too_large = MEANT["blocks.0.mlp.fc1.weight"].double() * 1e300
+    with pytest.raises(ValueError, match="1 tensors are too large for float32: layers.0.mlp"):
+        loaded(MEANT | {"blocks.0.mlp.fc1.weight": too_large})

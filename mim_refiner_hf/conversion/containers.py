@@ -3,6 +3,7 @@
     contents = without_wrappers(torch.load("ddp.pth"))      # no module., no _orig_mod.
     found = inner_encoder("last.ckpt", contents)
     found.prefix, found.contents, found.outside             # "state_dict.model.", tensors, names
+    found = teacher_beside("run.pth", contents, "model")    # "model_ema.", where there is one
 
 DDP, `torch.compile`, FSDP and activation checkpointing put a word of their own into every name.
 Lightning, mmsegmentation, DINO, DINOv2, lightly and timm keep the encoder under a prefix, with
@@ -104,27 +105,73 @@ def inner_encoder(name: str, contents: Mapping[str, Any]) -> InnerEncoder | None
     Raises:
         CheckpointError: for several encoders of which none, or more than one, is a teacher's.
     """
-    weights = {
-        key: value
-        for key, value in contents.items()
-        if isinstance(value, Tensor) or not _NO_WEIGHTS.search(str(key))
-    }
-    tensors = dict(named_tensors(weights))
-    prefixes = [key.removesuffix(_BEGINS) for key in tensors if key.endswith(_BEGINS)]
-    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+    tensors = _weights(contents)
+    prefixes = _beginnings(tensors)
     if not prefixes:
         return None
     if len(prefixes) > 1:
         preferred = [prefix for prefix in prefixes if _PREFERRED.search(prefix)]
         if len(preferred) != 1:
-            shown = listed([one_line(prefix)[:100] for prefix in prefixes])
-            raise CheckpointError(
-                f"{name} holds {len(prefixes)} encoders, under {shown}; save the tensors of one "
-                "of them alone"
-            )
+            raise _several(name, prefixes)
         prefixes = preferred
+    return _below(prefixes[0], contents, tensors)
 
-    (prefix,) = prefixes
+
+def teacher_beside(name: str, contents: Mapping[str, Any], where: str) -> InnerEncoder | None:
+    """The teacher's encoder beside the one that was found under `where`; None without any.
+
+    Such as `model_ema` beside `model`, or `ema_state_dict` beside `state_dict`. Other encoders that
+    lie beside it are left behind, which a line says.
+
+    Args:
+        where: keys joined by dots; empty for the file's top level, beside which nothing lies.
+
+    Raises:
+        CheckpointError: for several teachers.
+    """
+    if not where or _PREFERRED.search(where):
+        return None
+    tensors = _weights(contents)
+    beside = [prefix for prefix in _beginnings(tensors) if not prefix.startswith(f"{where}.")]
+    teachers = [prefix for prefix in beside if _PREFERRED.search(prefix)]
+    if len(teachers) > 1:
+        raise _several(name, teachers)
+    if teachers:
+        return _below(teachers[0], contents, tensors)
+    if beside:
+        shown = one_line(listed([prefix[:100] for prefix in beside], 3))
+        logger.warning(
+            "%s: the encoder under %s. is read; those under %s are left behind", name, where, shown
+        )
+    return None
+
+
+def _weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors but the optimizer's, by their names joined with dots."""
+    weights = {
+        key: value
+        for key, value in contents.items()
+        if isinstance(value, Tensor) or not _NO_WEIGHTS.search(str(key))
+    }
+    return dict(named_tensors(weights))
+
+
+def _beginnings(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes below which an encoder begins."""
+    prefixes = [key.removesuffix(_BEGINS) for key in tensors if key.endswith(_BEGINS)]
+    return [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+
+
+def _several(name: str, prefixes: list[str]) -> CheckpointError:
+    shown = listed([one_line(prefix)[:100] for prefix in prefixes])
+    return CheckpointError(
+        f"{name} holds {len(prefixes)} encoders, under {shown}; save the tensors of one of them "
+        "alone"
+    )
+
+
+def _below(prefix: str, contents: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> InnerEncoder:
+    """What lies below a prefix, by its own names."""
     own: dict[str, Any] = {}
     outside = []
     for key, tensor in tensors.items():
@@ -137,4 +184,4 @@ def inner_encoder(name: str, contents: Mapping[str, Any]) -> InnerEncoder | None
     return InnerEncoder({**stated, **own}, prefix, outside)
 
 
-__all__ = ["InnerEncoder", "inner_encoder", "named_tensors", "without_wrappers"]
+__all__ = ["InnerEncoder", "inner_encoder", "named_tensors", "teacher_beside", "without_wrappers"]

@@ -33,12 +33,18 @@ from ..model.configuration_mim_refiner import (
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .birder_models import birder_in_our_words
-from .containers import inner_encoder, named_tensors, without_wrappers
+from .containers import (
+    InnerEncoder,
+    inner_encoder,
+    named_tensors,
+    teacher_beside,
+    without_wrappers,
+)
 from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
-from .placement import check_shapes, check_values, place_all
+from .placement import check_shapes, of_one_dtype, place_all
 from .positions import Size, as_size, settle_positions
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
@@ -134,7 +140,7 @@ def encoder_from(
     found = stated_in_full(found)
     layout, tensors, recognised_by = _recognise(found, family or found.family)
     placement = place_all(found.name, layout, tensors)
-    check_values(found.name, placement)
+    placement = of_one_dtype(found.name, placement)
     if found.finish is not None:
         placement = replace(placement, tensors=found.finish(placement.tensors))
     size = _settle(found, placement.tensors, image_size)
@@ -221,6 +227,10 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
             carriers = layout.recognises(list(tensors))
             sign = ", ".join(f"{name} {list(tensors[name].shape)}" for name in carriers)
 
+        if sign and family is None and model_type is None:
+            teacher = teacher_beside(found.name, found.contents, where)
+            if teacher is not None:
+                return _recognise_inside(found, teacher)
         if sign:
             kept = [name for name in tensors if layout.reason_to_drop(name) is None]
             _refuse_classifier(found.name, kept)
@@ -229,10 +239,15 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
         inner = inner_encoder(found.name, found.contents)
         # with the same names there is nothing else to see in it
         if inner is not None and inner.contents.keys() != found.contents.keys():
-            layout, tensors, sign = _recognise(replace(found, contents=inner.contents), None)
-            inner.tell_of_the_rest(found.name)
-            return layout, tensors, f"{sign} under {inner.prefix.removesuffix('.')!r}"
+            return _recognise_inside(found, inner)
     raise _unknown_family(found.name, found.contents, family, model_type)
+
+
+def _recognise_inside(found: Source, inner: InnerEncoder) -> tuple[Layout, dict[str, Tensor], str]:
+    """`_recognise` of an encoder below a prefix; what lies outside is said."""
+    layout, tensors, sign = _recognise(replace(found, contents=inner.contents), None)
+    inner.tell_of_the_rest(found.name)
+    return layout, tensors, f"{sign} under {inner.prefix.removesuffix('.')!r}"
 
 
 def _refuse_classifier(source: str, names: list[str]) -> None:

@@ -1,12 +1,14 @@
 """Every tensor of a file in its place, or an error that names it.
 
 placement = place_all("mae.pth", layout, tensors)
-check_values("mae.pth", placement)
+placement = of_one_dtype("mae.pth", placement)
 check_shapes("mae.pth", layout, placement, encoder.state_dict())
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from torch import Tensor
 from ..model.configuration_mim_refiner import brief
 from ..runtime.files import CheckpointError
 from .layout import Layout, listed
-from .shapes import most_frequent
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -115,18 +118,35 @@ def check_shapes(
     _refuse(name, placement, "have wrong shapes", misshapen)
 
 
-def check_values(name: str, placement: Placement) -> None:
-    """Floats of one dtype, all finite, before anything is computed with them."""
-    dtype = most_frequent(tensor.dtype for tensor in placement.tensors.values())
-    mistyped: dict[str, str] = {}
-    not_finite: dict[str, str] = {}
+def of_one_dtype(name: str, placement: Placement) -> Placement:
+    """All tensors as floats of one dtype, before anything is computed with them.
+
+    Where they are of several, float32: norms that a training in half precision keeps, a table of
+    positions in float64. A line says so.
+
+    Raises:
+        CheckpointError: for whole and complex numbers, NaN and infinity.
+    """
+    broken: dict[str, str] = {}
     for key, tensor in placement.tensors.items():
-        if tensor.dtype != dtype:
-            mistyped[key] = f" is {tensor.dtype}"
-        elif tensor.dtype not in _DTYPES or not tensor.isfinite().all():
-            not_finite[key] = ""
-    _refuse(name, placement, f"are not {dtype} as the others are", mistyped)
-    _refuse(name, placement, "hold NaN, infinite or integer values", not_finite)
+        if tensor.dtype not in _DTYPES:
+            broken[key] = f" is {tensor.dtype}"
+        elif not tensor.isfinite().all():
+            broken[key] = ""
+    _refuse(name, placement, "hold NaN, infinite or integer values", broken)
+
+    kinds = Counter(tensor.dtype for tensor in placement.tensors.values())
+    if len(kinds) == 1:
+        return placement
+    counts = ", ".join(
+        f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in kinds.most_common()
+    )
+    logger.warning("%s: its tensors are of several dtypes (%s); read as float32", name, counts)
+    tensors = {key: tensor.float() for key, tensor in placement.tensors.items()}
+    placement = replace(placement, tensors=tensors)
+    too_large = {key: "" for key, tensor in tensors.items() if not tensor.isfinite().all()}
+    _refuse(name, placement, "are too large for float32", too_large)
+    return placement
 
 
 def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, str]) -> None:
@@ -141,4 +161,4 @@ def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, 
     raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 
 
-__all__ = ["Placement", "check_shapes", "check_values", "place_all"]
+__all__ = ["Placement", "check_shapes", "of_one_dtype", "place_all"]
