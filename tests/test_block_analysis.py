@@ -17,9 +17,9 @@ from mim_refiner_hf.data.views import ViewSpec, make_view, view_specs
 from mim_refiner_hf.evaluation import (
     block_profile,
     draw_block_profile,
-    knn,
     knn_accuracy,
     profile_table,
+    search,
 )
 from mim_refiner_hf.evaluation.block_analysis import (
     assemble,
@@ -71,8 +71,8 @@ def test_neighbour_agreement_equals_the_slow_one_in_any_chunks(
     expected = slow_agreement(first.double().numpy(), second.double().numpy(), k)
     assert 0.05 < expected < 0.9
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 7)
-    monkeypatch.setattr(knn, "BANK_AT_ONCE", 16)
+    monkeypatch.setattr(search, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(search, "BANK_AT_ONCE", 16)
     assert neighbour_agreement(first, second, k).mean().item() == pytest.approx(expected, abs=1e-6)
 
 

@@ -17,6 +17,7 @@ from mim_refiner_hf.data.classes import with_one_class_table
 from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images
 from mim_refiner_hf.evaluation import knn_accuracy, rankme
 from mim_refiner_hf.evaluation.knn import knn_predict, warn_of_known_rows
+from mim_refiner_hf.evaluation.search import nearest
 
 PICTURE = Image.new("RGB", (8, 8))
 ANIMALS = ["cat", "cow", "dog", "hen", "pig"]
@@ -218,7 +219,7 @@ def test_rows_that_are_not_finite_are_refused(wrong: float, side: int) -> None:
 def test_rows_that_are_in_the_bank_too_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     generator = torch.Generator().manual_seed(0)
     bank, others = (torch.randn(50, 16, generator=generator) for _ in range(2))
-    warn_of_known_rows(bank, others)
+    warn_of_known_rows(nearest(others, bank, 1)[0])
     assert caplog.text == ""
-    warn_of_known_rows(bank, torch.cat([others, 2 * bank[:7]]))
+    warn_of_known_rows(nearest(torch.cat([others, 2 * bank[:7]]), bank, 1)[0])
     assert "7 of 57 rows to classify are in the bank too" in caplog.text

@@ -392,9 +392,7 @@ def test_masks_are_measured_by_the_segmentation_probe(
         "--dataset",
         str(tmp_path / "masks"),
         "--protocols",
-        "segmentation",
-        "segmentation_knn",
-        "segmentation_logistic",
+        *ON_MASKS,
     ]
     command += [
         "--against",

@@ -14,13 +14,22 @@ from PIL import Image
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
-from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, manifest
+from mim_refiner_hf.evaluation import (
+    FeatureStore,
+    embed_images,
+    extract_features,
+    knn,
+    manifest,
+    search,
+    standardise,
+)
 from mim_refiner_hf.evaluation.feature_cache import (
     ImageRows,
     check_features,
     evaluation_columns,
     read_rows,
 )
+from mim_refiner_hf.evaluation.knn import standardised_bank
 from mim_refiner_hf.evaluation.linear_probe import linear_probe
 from mim_refiner_hf.evaluation.low_shot import low_shot
 
@@ -198,6 +207,48 @@ def test_protocols_say_the_same_with_and_without_a_store(tmp_path: Path) -> None
         kept = protocol(**settings, **more, features=tmp_path)  # type: ignore[operator]
         # one or two images of 200: batches differ in rounding
         assert kept.metrics == pytest.approx(memory.metrics, abs=0.011)
+
+
+@pytest.mark.parametrize("where", ["memory", "a store", "a store that grew out of order"])
+def test_a_bank_is_searched_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    encoder, columns = make_encoder(), (COLUMN, "block1.mean", "block0.cls")
+    folder = None if where == "memory" else tmp_path
+    rows_of = FeatureStore.rows
+    if "grew" in where:
+        read(encoder, digits(range(3, 200, 7)), tmp_path, columns)
+    # forwards, backwards and mixed: an index is that of a row of the bank, wherever it is stored
+    for order in (range(200), range(199, -1, -1), np.random.default_rng(0).permutation(200)):
+        images = digits(order)
+        rows = read(encoder, images, folder, columns)
+        bank = rows.side_by_side(columns)
+        whole = torch.cat([rows.column(column) for column in columns], dim=1)
+        assert bank.shape == whole.shape == (200, 96) and torch.equal(bank[:], whole)
+        assert torch.equal(bank[37:80], whole[37:80])
+
+        asked: list[int] = []
+
+        def counted(
+            store: FeatureStore, name: str, places: Any, asked: list[int] = asked
+        ) -> torch.Tensor:
+            asked.append(len(places))
+            return rows_of(store, name, places)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "BANK_AT_ONCE", 48)
+            patch.setattr(knn, "_ROWS_AT_ONCE", 48)
+            patch.setattr(FeatureStore, "rows", counted)
+            stored, shown = standardised_bank(bank, whole[:9])
+            expected_bank, expected_shown = standardise(whole, whole[:9])
+            assert torch.equal(shown, expected_shown)
+            found = search.nearest(shown, stored, 7)
+            expected = search.nearest(expected_shown, expected_bank, 7)
+            classes = knn.knn_predict(stored, rows.labels, shown)
+            alone = knn.knn_predict(expected_bank, rows.labels, shown)
+        assert all(map(torch.equal, found, expected))
+        assert torch.equal(*[answers[10, 0.07] for answers in (classes, alone)])
+        assert max(asked, default=0) <= 48 and bool(asked) == (where != "memory")
 
 
 def test_a_store_of_embed_serves_and_is_left_alone(tmp_path: Path) -> None:

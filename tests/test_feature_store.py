@@ -36,7 +36,7 @@ from mim_refiner_hf.evaluation import (
     extract_features,
     feature_columns,
     feature_set,
-    feature_store,
+    shard_files,
 )
 from mim_refiner_hf.publishing.hub import save_model_folder
 
@@ -302,7 +302,7 @@ def test_training_tells_the_words_of_a_stream_apart(tmp_path: Path, photos: Path
 def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
     shards, rows, width = 2, 16384, 256  # 34 MB, 17 MB a shard
     manifest = {
-        "format": feature_store.STORE_FORMAT,
+        "format": shard_files.STORE_FORMAT,
         "num_images": shards * rows,
         "shard_size": rows,
         "class_names": None,
@@ -320,7 +320,7 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
             "path": [str(i) for i in numbers],
             "block0.cls": part,
         }
-        feature_store.write_shard(tmp_path, shard, content, [])
+        shard_files.write_shard(tmp_path, shard, content, [])
     before, most, start = pa.total_allocated_bytes(), 0, 0
     store = FeatureStore(tmp_path)
     for batch in store.batches("block0.cls"):

@@ -15,8 +15,9 @@ from PIL import Image
 
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.stream import open_stream
-from mim_refiner_hf.evaluation.feature_store import STORE_FORMAT, FeatureStore
+from mim_refiner_hf.evaluation.feature_store import FeatureStore
 from mim_refiner_hf.evaluation.segmentation_data import names_beside
+from mim_refiner_hf.evaluation.shard_files import STORE_FORMAT
 from mim_refiner_hf.runs.begun import saved_recipe
 from mim_refiner_hf.runtime.checkpoint import verify
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import facts, tensors
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from mim_refiner_hf.evaluation import knn, knn_accuracy, knn_predict, standardise
+from mim_refiner_hf.evaluation import knn, knn_accuracy, knn_predict, search, standardise
 
 Golden = tuple[dict[str, Tensor], dict[str, Tensor], dict]
 
@@ -69,8 +70,8 @@ def test_predictions_equal_the_authors_in_any_tiles(
     train_x, test_x = standardise(inputs["train_x"], inputs["test_x"])
     # rows in several tiles, the last one short
     tile = next(size for size in (37, 36) if len(test_x) % size)
-    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", tile)
-    monkeypatch.setattr(knn, "BANK_AT_ONCE", bank)
+    monkeypatch.setattr(search, "QUERIES_AT_ONCE", tile)
+    monkeypatch.setattr(search, "BANK_AT_ONCE", bank)
 
     ks = [int(k) for k in expected["eval_knn_torchhub"]]
     found = knn_predict(train_x, inputs["train_y"], test_x, k=ks, temperature=(expected["tau"],))
@@ -82,15 +83,14 @@ def test_predictions_equal_the_authors_in_any_tiles(
 @pytest.mark.parametrize("columns", [500, 1031, 4096])
 def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
     distinct = torch.randn(5, columns)
-    values, places = knn.largest(distinct, k)
+    values, places = search.largest(distinct, k)
     order = distinct.argsort(dim=1, descending=True)[:, :k]
     assert torch.equal(places, order) and torch.equal(values, distinct.gather(1, order))
     ties = torch.randint(4, (5, columns)).float()
-    values, places = knn.largest(ties, k)
+    values, places = search.largest(ties, k)
     assert torch.equal(values, ties.sort(dim=1, descending=True).values[:, :k])
-    assert torch.equal(values, ties.gather(1, places)) and all(
-        len(row.unique()) == k for row in places
-    )
+    # of equal entries the first
+    assert torch.equal(places, ties.sort(dim=1, descending=True, stable=True).indices[:, :k])
 
 
 # the last more than a tile holds
@@ -99,7 +99,7 @@ def test_the_search_by_blocks_is_a_sort(columns: int, k: int) -> None:
 def test_the_search_over_tiles_is_a_sort(
     monkeypatch: pytest.MonkeyPatch, order: str, k: int
 ) -> None:
-    monkeypatch.setattr(knn, "BANK_AT_ONCE", 70)
+    monkeypatch.setattr(search, "BANK_AT_ONCE", 70)
     angles = torch.rand(500, dtype=torch.float64) * 3
     if order == "ties":
         angles = angles.round(decimals=1)
@@ -109,7 +109,7 @@ def test_the_search_over_tiles_is_a_sort(
         torch.stack([angles.cos(), angles.sin()], dim=1),
         torch.tensor([[2.0, 0.0], [1.0, 0.01]], dtype=torch.float64),
     )
-    values, places = knn.nearest(rows, bank, k)
+    values, places = search.nearest(rows, bank, k)
     cosines = torch.cosine_similarity(rows[:, None], bank[None], dim=2)
     torch.testing.assert_close(
         values, cosines.sort(dim=1, descending=True).values[:, :k], atol=1e-12, rtol=0
@@ -118,11 +118,35 @@ def test_the_search_over_tiles_is_a_sort(
     assert all(len(row.unique()) == k for row in places)
 
 
+@pytest.mark.parametrize("k", [1, 7, 90, 500])
+@pytest.mark.parametrize("tile", [70, 2**14])
+def test_of_equal_neighbours_the_first_come_first(
+    monkeypatch: pytest.MonkeyPatch, tile: int, k: int
+) -> None:
+    monkeypatch.setattr(search, "BANK_AT_ONCE", tile)
+    # 16 different rows, whose cosines are exact
+    bank, rows = (torch.randint(2, (count, 4)) * 2.0 - 1 for count in (500, 30))
+    expected = (rows @ bank.T / 4).sort(dim=1, descending=True, stable=True)
+    values, places = search.nearest(rows, bank, k)
+    assert torch.equal(values, expected.values[:, :k])
+    assert torch.equal(places, expected.indices[:, :k])
+
+
+def test_neighbours_equal_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "BANK_AT_ONCE", 300)
+    bank, rows = torch.randn(2000, 12), torch.randn(50, 12)
+    values, places = search.nearest(rows, bank, 20)
+    slow = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(bank.numpy())
+    distances, expected = slow.kneighbors(rows.numpy())
+    assert places.tolist() == expected.tolist()
+    np.testing.assert_allclose(values.numpy(), 1 - distances, atol=1e-6)
+
+
 def test_no_row_is_a_neighbour_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 30)
-    monkeypatch.setattr(knn, "BANK_AT_ONCE", 50)
+    monkeypatch.setattr(search, "QUERIES_AT_ONCE", 30)
+    monkeypatch.setattr(search, "BANK_AT_ONCE", 50)
     rows = torch.randn(101, 3, dtype=torch.float64)
-    values, places = knn.nearest(rows, rows, 100, exclude_self=True)
+    values, places = search.nearest(rows, rows, 100, exclude_self=True)
     cosines = torch.cosine_similarity(rows[:, None], rows[None], dim=2).fill_diagonal_(-math.inf)
     expected, order = cosines.sort(dim=1, descending=True)
     torch.testing.assert_close(values, expected[:, :100], atol=1e-12, rtol=0)
@@ -134,6 +158,17 @@ def test_the_spread_is_the_unbiased_standard_deviation() -> None:
     mean, std = train.double().mean(dim=0), train.double().std(dim=0) + 1e-6
     for found, rows in zip(standardise(train, test), (train, test), strict=True):
         torch.testing.assert_close(found, ((rows - mean) / std).float(), atol=1e-5, rtol=0)
+
+
+def test_statistics_of_tiles_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # far from zero, where a sum of squares would lose digits; the mean drifts from tile to tile
+    rows = torch.randn(503, 6) + torch.arange(503)[:, None] / 50 + 1000
+    monkeypatch.setattr(knn, "_ROWS_AT_ONCE", 64)
+    for correction in (0, 1):
+        mean, deviation = knn.channel_statistics(rows, correction)
+        torch.testing.assert_close(mean, rows.double().mean(dim=0).float(), rtol=1e-6, atol=0)
+        expected = rows.double().std(dim=0, correction=correction).float()
+        torch.testing.assert_close(deviation, expected, rtol=1e-5, atol=0)
 
 
 def test_a_sharp_temperature_neither_overflows_nor_changes_the_vote(golden: Golden) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.evaluation.feature_store import shard_is_intact
+from mim_refiner_hf.evaluation.shard_files import shard_is_intact
 from mim_refiner_hf.publishing.convert import convert
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runs.run_folder import save_start

@@ -32,8 +32,17 @@ from mim_refiner_hf.clustering import ArrayBatches, kmeans
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.stream import open_stream
-from mim_refiner_hf.evaluation import FeatureStore, embed_images, extract_features, knn, knn_predict
+from mim_refiner_hf.evaluation import (
+    FeatureStore,
+    embed_images,
+    extract_features,
+    knn,
+    knn_predict,
+    search,
+)
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
+from mim_refiner_hf.evaluation.knn import standardised_bank
+from mim_refiner_hf.evaluation.search import nearest
 from mim_refiner_hf.publishing import save_model_folder
 
 # the rows divide by neither number of processes
@@ -51,18 +60,24 @@ def separated_rows() -> tuple[Tensor, Tensor]:
 def answers() -> dict[str, Tensor]:
     """k-NN of noisy rows in a bank where every row stands twice, with two classes.
 
-    Nothing but the order settles these ties.
+    Nothing but the order settles these ties. The processes share the rows where those have more
+    tiles than the bank, else the bank; two of its tiles more than there are processes, or fewer.
     """
     generator = torch.Generator().manual_seed(1)
     bank, rows = (torch.randn(count, 12, generator=generator) for count in (150, ROWS))
     classes = torch.randint(5, (300,), generator=generator)
-    kept = (knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE)
-    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = 32, 64  # 11 tiles of rows
-    found = knn_predict(
-        torch.cat([bank, bank]), classes, rows, k=(1, 9), temperature=(0.07, 0.5), shared=True
-    )
-    knn.QUERIES_AT_ONCE, knn.BANK_AT_ONCE = kept
-    return {f"k-NN {setting}": predicted for setting, predicted in found.items()}
+    kept = (search.QUERIES_AT_ONCE, search.BANK_AT_ONCE, knn._ROWS_AT_ONCE)
+    told = {}
+    # tiles of rows and of the bank: 11 and 5, 3 and 5, 1 and 3
+    for tile, tile_of_bank in ((32, 64), (128, 64), (512, 100)):
+        search.QUERIES_AT_ONCE, search.BANK_AT_ONCE, knn._ROWS_AT_ONCE = tile, tile_of_bank, 37
+        twice, shown = standardised_bank(torch.cat([bank, bank]), rows, shared=True)
+        name = f"k-NN {tile} x {tile_of_bank}"
+        told[f"{name}, cosine"], told[f"{name}, row"] = nearest(shown, twice, 9, shared=True)
+        found = knn_predict(twice, classes, shown, k=(1, 9), temperature=(0.07, 0.5), shared=True)
+        told |= {f"{name} {setting}": predicted for setting, predicted in found.items()}
+    search.QUERIES_AT_ONCE, search.BANK_AT_ONCE, knn._ROWS_AT_ONCE = kept
+    return told
 
 
 def in_memory(photos: Path) -> dict[str, Tensor]:

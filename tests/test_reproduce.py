@@ -1,32 +1,52 @@
-"""docs/reproduce.md in earnest: each of its evaluations is run on a stand-in of its data, in tiny.
+"""docs/reproduce.md in earnest: each of its commands is run on a stand-in of its data, in tiny.
 
 The commands are read off the page, so a changed page is tested; only the model and the images are
-small.
+small, and what is trained is trained for two epochs. Once with six classes, and once, where the
+shared folder is, with a thousand, and models that lie where the zoo puts its downloads: files that
+the authors' own code wrote, of every official layout in turn.
 """
 
 import io
 import json
 import os
+import re
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from runpy import run_path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pytest
 import torch
+from golden_cases import GOLDENS, facts
+from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.cli import main
+from mim_refiner_hf.conversion import zoo
+from mim_refiner_hf.conversion.download import Record
 from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.shapes import HEADS_OF_WIDTH
+from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
+from mim_refiner_hf.evaluation.linear_probe import linear_probe
+from mim_refiner_hf.evaluation.segmentation import segmentation_probe
 from mim_refiner_hf.publishing.hub import save_model_folder
+from mim_refiner_hf.runs import comparison, protocol
+from mim_refiner_hf.runtime.files import sha256_of
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduce.md"
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs" / "reproduce.md"
 CLASSES = 6
+OF_IMAGENET = 1000
 pytestmark = pytest.mark.usefixtures("without_umap")
 
 
@@ -41,6 +61,13 @@ def page_commands() -> list[list[str]]:
             place = 2 if words[0] == "mim-refiner" else words.index("training/evaluate.py") + 1
             commands.append(words[place:])
     return commands
+
+
+def other_commands() -> list[str]:
+    """The page's lines that are no evaluation: refinements, ablations, an example."""
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    pattern = r"^(?:accelerate launch .*training/(?:refine|pretrain)\.py .*|python .*)$"
+    return re.findall(pattern, text, re.MULTILINE)
 
 
 def picture(rng: np.random.Generator, colour: int) -> Image.Image:
@@ -96,8 +123,22 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def few_epochs(*arguments: Any) -> Any:
+    """`check_protocols`, whose recipe of fine-tuning then trains for two epochs."""
+    recipe = protocol.check_protocols(*arguments)
+    return recipe and replace(recipe, epochs=2, warmup_epochs=1)
+
+
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> Iterator[None]:
+    monkeypatch.setattr("mim_refiner_hf.runs.evaluate.check_protocols", few_epochs)
+    trained = {
+        "linear_probe": partial(linear_probe, epochs=2),
+        "segmentation": partial(segmentation_probe, epochs=2),
+        "segmentation_slide": partial(segmentation_probe, epochs=2, inference="slide"),
+    }
+    for name, run in trained.items():
+        monkeypatch.setitem(comparison.PROTOCOLS, name, run)  # type: ignore[arg-type]
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 20)
     monkeypatch.setattr(
         "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=3)
@@ -121,7 +162,7 @@ def test_the_page_has_commands_for_every_protocol() -> None:
 def test_a_command_of_the_page_runs(command: list[str]) -> None:
     assert main(["evaluate", *command, "--num_workers", "0"]) == 0
     report = json.loads((Path(command[-1]) / "metrics.json").read_text())
-    if "segmentation" not in command:
+    if not any("segmentation" in word for word in command):
         paper = "--protocol" in command
         size = 37 if paper else 32
         words = f"shorter side {size}, centre crop 32 x 32"
@@ -129,6 +170,131 @@ def test_a_command_of_the_page_runs(command: list[str]) -> None:
         assert 0 <= report["after"]["knn_accuracy"] <= 1
     if "--split_file" in command:
         assert "listed" in (Path(command[-1]) / "report.md").read_text()
+
+
+# --- a thousand classes, and the authors' files ---------------------------------------------------
+
+
+class Official(NamedTuple):
+    """A file that the authors' code wrote: a golden, and a model of the zoo in the same layout."""
+
+    model: str
+    case: str
+    file: str
+
+
+OFFICIAL = [
+    Official("mae_refined_l16", "mimrefiner-prenorm", "checkpoint.th"),
+    Official("d2v2_refined_h14", "mimrefiner-postnorm", "checkpoint.th"),
+    Official("mae_large16", "mae", "checkpoint_encoder.pth"),
+    Official("mae_twob14", "maws", "checkpoint.pt"),
+    Official("data2vec2_large16", "data2vec2", "checkpoint.pt"),
+    Official("dbot_large16", "dbot", "checkpoint_encoder.pth"),
+    Official("crossmae_large16", "crossmae", "checkpoint_full.pth"),
+    Official("maect_large16", "maect-encoder", "checkpoint.th"),
+    Official("capi_vitl14_in1k", "capi", "checkpoint.pth"),
+]
+
+
+@pytest.fixture(scope="module")
+def thousand(shared: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet's folders with 1000 classes of two images, and one to measure, of real photos."""
+    root = tmp_path_factory.mktemp("thousand")
+    for name in ("inat18", "vtab", "ade20k"):
+        shutil.copytree(stand_in / name, root / name)
+    rows = parquet.read_table(shared / "data/tiny-imagenet-100/train.parquet").column("image")
+    names = []
+    # each class of the file holds ten of these: nine photos one after the other
+    for number in range(OF_IMAGENET):
+        name = f"n{number:08d}"
+        for place, split in enumerate(("train", "train", "val")):
+            folder = root / "imagenet" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            encoded = rows[9 * number + place].as_py()["bytes"]
+            (folder / f"{name}_{place}.JPEG").write_bytes(encoded)
+        names += [f"{name}_0.JPEG", f"{name}_1.JPEG"]
+
+    lists = root / "lists"
+    shutil.copytree(stand_in / "lists", lists)
+    for split in (0, 1):
+        listed = "\n".join(names[split::2])
+        (lists / f"1imgs_class_{split + 1}.txt").write_text(listed + "\n")
+    for percent in (1, 10):
+        (lists / f"{percent}percent.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def put_into_zoo(
+    official: Official, monkeypatch: pytest.MonkeyPatch, home: Path, depth: int | None = None
+) -> None:
+    """Let the zoo have downloaded a golden as one of its models; with `depth`, of so many blocks.
+
+    Its width is none of the published ones, so the table of widths learns it.
+    """
+    entry = ZOO[official.model]
+    of_case = facts(official.case)
+    monkeypatch.setitem(HEADS_OF_WIDTH, of_case["dim"], of_case["num_heads"])
+    file = home / "mim_refiner_hf" / (entry.name + Path(entry.url or entry.filename).suffix)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(GOLDENS / official.case / official.file, file)
+    if depth is not None:
+        contents = torch.load(file, weights_only=True)
+        key = next(key for key in ("model", "state_dict") if key in contents)
+        first = {name: t for name, t in contents[key].items() if name.startswith("blocks.0.")}
+        for block in range(depth):
+            more = {name.replace(".0.", f".{block}.", 1): t for name, t in first.items()}
+            contents[key] |= more
+        torch.save(contents, file)
+    Record(entry.url, size=file.stat().st_size, sha256=sha256_of(file)).write(file)
+
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    # of the one file that lies on the Hub
+    monkeypatch.setattr(zoo, "hf_hub_download", lambda *_, **__: str(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(page_commands())))
+def test_commands_run_with_a_thousand_classes_and_official_files(
+    number: int, thousand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(thousand)
+    command = page_commands()[number]
+    official = OFFICIAL[number % len(OFFICIAL)]
+    put_into_zoo(official, monkeypatch, tmp_path)
+    assert main(["evaluate", official.model, *command[1:], "--num_workers", "0"]) == 0
+    report = json.loads((Path(command[-1]) / "metrics.json").read_text())
+    assert report["model"] == official.model
+    if "imagenet/train" in command:
+        assert report["dataset"]["num_classes"] == OF_IMAGENET
+        assert report["dataset"]["bank_images"] == 2 * OF_IMAGENET
+
+
+def test_there_is_a_command_for_every_official_layout() -> None:
+    assert len(page_commands()) >= len(OFFICIAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", other_commands())
+def test_refinements_and_examples_of_the_page_run(
+    command: str, thousand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(thousand)
+    words = shlex.split(command)
+    if words[0] == "python":
+        put_into_zoo(OFFICIAL[2], monkeypatch, tmp_path)
+        flags = ["--limit", "60", "--reconstruction_epochs", "1"]
+        monkeypatch.setattr(sys, "argv", [*words[1:], *flags])
+        example = run_path(str(REPOSITORY / words[1]), run_name="example")
+        assert example["main"]() == 0
+        return
+    place = next(place for place, word in enumerate(words) if word.startswith("training/"))
+    start = Official("data2vec2_large16", "data2vec2", "checkpoint.pt")
+    if "mae" in command:
+        start = Official("mae_huge14", "mae", "checkpoint_encoder.pth")
+    put_into_zoo(start, monkeypatch, tmp_path, depth=32 if "h14" in command else 24)
+    flags = ["--model", start.model, "--dataset", "imagenet/train", "--eval_split", ""]
+    flags += ["--global_size", "32", "--local_size", "16", "--dry_run"]
+    assert main(["refine", *words[place + 1 :], *flags]) == 0
 
 
 @pytest.mark.parametrize(

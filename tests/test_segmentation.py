@@ -23,6 +23,7 @@ from mim_refiner_hf.evaluation.segmentation import (
     mean_iou,
     pixel_counts,
     segmentation_probe,
+    window_starts,
 )
 from mim_refiner_hf.evaluation.segmentation_data import (
     VOID,
@@ -168,6 +169,81 @@ def test_the_probe_equals_a_linear_layer_under_torchs_sgd() -> None:
     with torch.inference_mode():
         probe.train_step(batches[0][0], torch.full((4, 32, 32), VOID), decay=1.0)
     assert torch.equal(before, probe.grid.weight)  # nothing but void: no step
+
+
+def mean_of_windows(
+    encoder: MimRefinerModel, probe: PatchProbe, pixels: torch.Tensor
+) -> torch.Tensor:
+    """Logits (K, H, W) of the second classifier, pixel by pixel.
+
+    Each is the mean over all windows that hold it, of 32 pixels, 24 apart, the last at the border.
+    """
+    images = pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    images = images / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    height, width = images.shape[1:]
+    canvas = torch.zeros(3, max(height, 32), max(width, 32))
+    canvas[:, :height, :width] = images
+
+    told: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for top in [*range(0, canvas.shape[1] - 32, 24), canvas.shape[1] - 32]:
+        for left in [*range(0, canvas.shape[2] - 32, 24), canvas.shape[2] - 32]:
+            window = canvas[None, :, top : top + 32, left : left + 32]
+            with torch.no_grad():
+                tokens = encoder(window, output_hidden_states=True).hidden_states[2][0, 1:]
+            layer = (probe.grid.weight[:, 1], probe.grid.bias[1])
+            logits = ((tokens - probe.mean) / probe.std) @ layer[0] + layer[1]
+            small = logits.T.unflatten(1, (8, 8))[None]
+            big = F.interpolate(small, size=32, mode="bilinear", align_corners=False)[0]
+            for y in range(32):
+                for x in range(32):
+                    told.setdefault((top + y, left + x), []).append(big[:, y, x])
+    rows = [[torch.stack(told[y, x]).mean(dim=0) for x in range(width)] for y in range(height)]
+    return torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (57, 70), (20, 57), (80, 31), (9, 9), (56, 33)])
+def test_sliding_equals_the_mean_of_windows_pixel_by_pixel(size: tuple[int, int]) -> None:
+    encoder = make_encoder()
+    probe = PatchProbe(encoder, image_processor(encoder.config, {}), 3, [0.3, 3.0], seed=0)
+    probe.grid.weight.normal_()
+    probe.mean.normal_()
+    probe.std.uniform_(0.5, 2)
+    probe.blocks = [1]
+    pixels = torch.randint(256, (3, *size), dtype=torch.uint8)
+    targets = torch.randint(-1, 3, size)
+    expected = mean_of_windows(encoder, probe, pixels)
+    with torch.inference_mode():
+        tables = probe.slide(pixels, targets, batch_size=3)
+    truth, answers = targets.numpy(), expected.argmax(dim=0).numpy()
+    # but for ties within rounding
+    assert np.abs(tables[1] - pixel_counts(truth, answers, 3)).sum() <= 2
+    assert tables.shape == (2, 3, 3) and tables[0].sum() == (truth >= 0).sum()
+
+
+def test_the_windows_of_the_released_settings() -> None:
+    # mmsegmentation: max(512 - 224 + 170 - 1, 0) // 170 + 1 windows, the last moved back
+    assert window_starts(512, 224) == [0, 170, 288]
+    assert window_starts(683, 224) == [0, 170, 340, 459]
+    assert window_starts(224, 224) == window_starts(100, 224) == [0]
+    assert window_starts(394, 224) == [0, 170]
+
+
+def test_one_window_is_the_whole_image(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    masks = [np.kron(rng.integers(0, 3, (4, 4)), np.ones((8, 8), int)) for _ in range(6)]
+    images = open_segmentation(make_table(tmp_path, masks, ["a", "b", "c"]))
+    encoder = make_encoder()
+    settings: dict[str, Any] = {"processor": image_processor(encoder.config, {}), "epochs": 2}
+    whole, slide = (
+        segmentation_probe(
+            encoder, train_images=images, eval_images=images, inference=inference, **settings
+        )
+        for inference in ("whole", "slide")
+    )
+    assert slide.scores.keys() == {"segmentation_slide_miou"}
+    assert slide.scores["segmentation_slide_miou"].value == pytest.approx(
+        whole.scores["segmentation_miou"].value, abs=1e-3
+    )
 
 
 def open_camvid(shared: Path, split: str) -> SegmentationDataset:

@@ -13,8 +13,8 @@ from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, RefineRecipe
 from mim_refiner_hf.conversion import CheckpointError, load_encoder
-from mim_refiner_hf.evaluation.feature_store import STORE_FORMAT, read_manifest
 from mim_refiner_hf.evaluation.manifest import weights_fingerprint
+from mim_refiner_hf.evaluation.shard_files import STORE_FORMAT, read_manifest
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.runs.prepare import as_begun
 from mim_refiner_hf.runtime.arithmetic import arithmetic, say_changes

@@ -7,7 +7,7 @@
 Shard s holds the images from s * shard_size on, and process r of n computes the shards r, r + n,
 r + 2 n, ...: nothing in the files depends on how many processes there were or how often they were
 interrupted. The same call again verifies what is finished and computes what is missing. The
-folder's format is in `feature_store.py`.
+folder's format is in `shard_files.py`.
 """
 
 import itertools
@@ -35,9 +35,12 @@ from ..runtime.distributed import (
 )
 from ..runtime.files import write_json
 from ..runtime.lock import check_writable, sole_run
-from .feature_store import (
+from .feature_store import FeatureStore
+from .features import blocks_of, check_columns, encode, feature_columns, frozen
+from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
+from .manifest import differences, store_manifest
+from .shard_files import (
     STORE_MANIFEST,
-    FeatureStore,
     number_of_shards,
     read_manifest,
     read_record,
@@ -47,9 +50,6 @@ from .feature_store import (
     shard_is_intact,
     write_shard,
 )
-from .features import blocks_of, check_columns, encode, feature_columns, frozen
-from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
-from .manifest import differences, store_manifest
 
 logger = logging.getLogger(__name__)
 

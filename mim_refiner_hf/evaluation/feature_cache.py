@@ -35,17 +35,17 @@ from ..runtime.distributed import wait_for_everyone
 from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .embed import grow_store, intact_shards
-from .feature_store import (
+from .feature_store import FeatureStore
+from .features import check_columns, encode_images, own_columns
+from .manifest import differences, store_manifest
+from .shard_files import (
     STORE_MANIFEST,
-    FeatureStore,
     columns_of_shard,
     read_manifest,
     recorded_shards,
     refuse_not_finite,
     shard_is_intact,
 )
-from .features import check_columns, encode_images, own_columns
-from .manifest import differences, store_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,13 @@ class ImageRows:
 
     Attributes:
         images: those that could be read, in the order asked for.
-        column: name -> (N, D) fp32 on the CPU, row i of image i; read anew at each call.
+        read: (name of a column, slice of the images) -> (n, D) fp32 on the CPU; read anew at each
+            call, and only what is asked for.
         broken: {"index", "path", "reason"} of those that could not be read.
     """
 
     images: ImageDataset
-    column: Callable[[str], Tensor]
+    read: Callable[[str, slice], Tensor]
     broken: Sequence[Broken] = ()
 
     @property
@@ -71,9 +72,36 @@ class ImageRows:
             return None
         return torch.from_numpy(self.images.labels)
 
-    def side_by_side(self, columns: Sequence[str]) -> Tensor:
-        """(N, D * number of columns)."""
-        return torch.cat([self.column(column) for column in columns], dim=1)
+    def column(self, name: str) -> Tensor:
+        """(N, D) fp32, row i of image i."""
+        return self.read(name, slice(None))
+
+    def side_by_side(self, columns: Sequence[str]) -> "StoredRows":
+        """(N, D * number of columns), to be read some rows at a time."""
+        return StoredRows(self, tuple(columns))
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Columns side by side, (N, D) in all, of which consecutive rows are read at a time.
+
+    `rows[start:end]` is (n, D) fp32; `rows[:]` all of it.
+    """
+
+    source: ImageRows
+    columns: tuple[str, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, D)."""
+        return torch.Size([len(self), self[0:0].shape[1]])
+
+    def __len__(self) -> int:
+        return len(self.source.images)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        parts = [self.source.read(column, part) for column in self.columns]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> list[str]:
@@ -114,7 +142,9 @@ def read_rows(
     columns = check_columns(columns, encoder.config)
     if features is None:
         found, _ = encode_images(encoder, images, processor, columns, loading=loading, desc=desc)
-        return ImageRows(images, lambda column: finite(found[column], column, images))
+        for column, values in found.items():
+            refuse_not_finite(values.numpy(), column, lambda row: images.describe(row))
+        return ImageRows(images, lambda column, part: found[column][part])
 
     wanted = store_manifest(encoder, images, processor, columns)
     if is_one_store(features):
@@ -221,12 +251,6 @@ def missing_places(images: ImageDataset, store: FeatureStore | None) -> NDArray[
 # --- reading --------------------------------------------------------------------------------------
 
 
-def finite(values: Tensor, column: str, images: ImageDataset) -> Tensor:
-    """`values` (N, D) as they are; ValueError, naming an image, where they are not finite."""
-    refuse_not_finite(values.numpy(), column, lambda row: images.describe(row))
-    return values
-
-
 def gather_rows(images: ImageDataset, store: FeatureStore | None) -> ImageRows:
     """The rows of `images`, wherever they are in the store."""
     # it was there, or has just been made
@@ -250,28 +274,27 @@ def gather_rows(images: ImageDataset, store: FeatureStore | None) -> ImageRows:
     broken = {image["index"]: image for image in store.broken if image["index"] in unreadable}
     return ImageRows(
         left,
-        lambda name: read_column(store, name, rows[readable], left),
+        lambda name, part: read_part(store, name, rows[readable], left, part),
         list(broken.values()),
     )
 
 
-def read_column(
-    store: FeatureStore, name: str, rows: NDArray[np.int64], images: ImageDataset
+def read_part(
+    store: FeatureStore, name: str, rows: NDArray[np.int64], images: ImageDataset, part: slice
 ) -> Tensor:
-    """The given rows (N,) of a column (N, D), of these images."""
-    values = torch.empty(len(rows), store.columns[name])
-    order = np.argsort(rows, kind="stable")
-    ascending = rows[order]
-    start = 0
-    for batch in store.batches(name):
-        first, end = np.searchsorted(ascending, [start, start + len(batch)])
-        values[order[first:end]] = batch[ascending[first:end] - start]
-        start += len(batch)
-    return finite(values, name, images)
+    """Those of the given rows (N,) of a column that a slice of the images has, (n, D).
+
+    ValueError, naming an image, where they are not finite.
+    """
+    values = store.rows(name, rows[part])
+    first = part.indices(len(rows))[0]
+    refuse_not_finite(values.numpy(), name, lambda row: images.describe(first + row))
+    return values
 
 
 __all__ = [
     "ImageRows",
+    "StoredRows",
     "check_features",
     "evaluation_columns",
     "for_altered_images",

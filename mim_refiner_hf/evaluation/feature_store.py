@@ -6,24 +6,12 @@
     store.features("block23.cls")             # (N, D) fp32
     for rows in store.batches("block23.cls"): # the same, at most 1024 rows at a time, in bounded
         ...                                   # memory
+    store.rows("block23.cls", places)         # chosen rows (n, D)
     store.labels, store.indices, store.paths, store.class_names, store.broken
     store.as_dataset("block23.cls")           # a `datasets.Dataset`, to search with faiss
     feature_set(store)                        # what `extract_features` returns, for the protocols
 
-| in the folder          | is                                                                     |
-|------------------------|------------------------------------------------------------------------|
-| `manifest.json`        | encoder and data with fingerprints, preprocessing, dtype, columns,     |
-|                        | shard size, versions, command                                          |
-| `shards/00000.parquet` | some images in their order: `index` and `label` (int64, -1 for none),  |
-|                        | `path`, and for each column a fixed-size list of float32; a broken     |
-|                        | image has no row; odd bytes of a path are spelt out (`runtime/text`)   |
-| `records/00000.json`   | of a finished shard: rows, size and sha256 of its file, its broken     |
-|                        | images, and that its features are finite: others are never written     |
-| `broken.json`          | all images that could not be read: index, path, reason                 |
-
-A store of a whole data set is complete when all its shards are there. One that grows
-(`feature_cache.py`) holds what was asked for so far: its manifest names no number of images, and
-its shards may differ in their columns.
+The files in the folder are described in shard_files.py.
 
 Any parquet reader takes the shards, such as pandas, DuckDB, or
 `datasets.load_dataset("parquet", data_files="features/shards/*.parquet")`. Features are float32
@@ -32,9 +20,7 @@ cost nothing, for each of the four bytes of a number is compressed by itself (by
 zstd).
 """
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,229 +33,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import Broken
-from ..runtime.files import sha256_of, whole_file, write_json
-from ..runtime.strangers import parse_json
-from ..runtime.text import one_line, read_back, spelt_out
-from ..runtime.versions import FORMAT_VERSIONS, check_format
+from ..runtime.text import read_back
 from .features import FeatureSet, check_blocks
+from .shard_files import (
+    columns_of_shard,
+    number_of_shards,
+    read_manifest,
+    read_record,
+    recorded_shards,
+    shard_file,
+)
 
 if TYPE_CHECKING:
     import datasets
-
-_FORMAT = "mim_refiner_hf features, version "
-STORE_FORMAT = f"{_FORMAT}{FORMAT_VERSIONS['features']}"
-STORE_MANIFEST = "manifest.json"
-# rows of a row group, which is what a reader holds in memory
-_ROWS_OF_GROUP = 1024
-# far above what anybody embeds
-_MOST_IMAGES = 10**12
-_FACTS = {"index": pa.int64(), "label": pa.int64(), "path": pa.string()}
-
-# --- the format: manifest, shards, records --------------------------------------------------------
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a store; None where there is nothing, hidden files apart.
-
-    Raises:
-        ValueError: when `folder` is a file or holds something else.
-        NewerFormatError: for a store of a newer version.
-    """
-    if not folder.exists():
-        return None
-    if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
-        return None
-
-    path = folder / STORE_MANIFEST
-    manifest = None
-    if path.is_file():
-        try:
-            manifest = parse_json(path.read_text())
-        except ValueError:  # not even JSON
-            manifest = None
-    stated = str(manifest.get("format")) if isinstance(manifest, dict) else ""
-    version = re.fullmatch(rf"{_FORMAT}(\d{{1,9}})", stated)
-    if version is not None:
-        check_format("features", int(version[1]), folder)
-    if manifest is None or version is None:
-        raise ValueError(
-            f"{folder} exists and is not a folder of features, so it is left alone; "
-            "name another one"
-        )
-    _check_manifest(manifest, path)
-    return manifest
-
-
-def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """ValueError for a manifest in which something is missing, of another type or out of range."""
-
-    def is_count(value: Any, least: int) -> bool:
-        return type(value) is int and least <= value <= _MOST_IMAGES
-
-    names = manifest.get("class_names") or []
-    columns = manifest.get("columns")
-    fine = {
-        "num_images": manifest.get("num_images") is None or is_count(manifest["num_images"], 0),
-        "shard_size": is_count(manifest.get("shard_size"), 1),
-        "class_names": isinstance(names, list) and all(isinstance(each, str) for each in names),
-        "columns": isinstance(columns, dict) and all(is_count(n, 1) for n in columns.values()),
-        "command": isinstance(manifest.get("command"), str | None),
-    }
-    for field, holds in fine.items():
-        if not holds:
-            shown = one_line(manifest.get(field))[:80]
-            raise ValueError(f"{path} is damaged: its {field} is {shown}; make the features again")
-
-
-def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
-    """Shards of a complete store; None for a stream that has not been read to its end."""
-    if manifest["num_images"] is None:
-        return None
-    return math.ceil(manifest["num_images"] / manifest["shard_size"])
-
-
-def shard_file(folder: Path, shard: int) -> Path:
-    """Where a shard is."""
-    return folder / "shards" / f"{shard:05d}.parquet"
-
-
-def record_file(folder: Path, shard: int) -> Path:
-    """Where the record of a finished shard is."""
-    return folder / "records" / f"{shard:05d}.json"
-
-
-def recorded_shards(folder: Path) -> list[int]:
-    """The numbers of all shards with a record, ascending."""
-    return sorted(int(path.stem) for path in (folder / "records").glob("*.json"))
-
-
-def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
-    """What is known of a finished shard; None if its file is not there in the size written."""
-    try:
-        record = parse_json(record_file(folder, shard).read_text())
-        size = shard_file(folder, shard).stat().st_size
-    # ValueError: cut off when the machine went down
-    except (FileNotFoundError, ValueError):
-        return None
-    return record if _is_record(record) and size == record["size"] else None
-
-
-def _is_record(record: Any) -> bool:
-    """Whether something has the form of a record."""
-    if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-        return False
-    whole = all(isinstance(record.get(name), int) for name in ("rows", "size"))
-    return whole and record["rows"] >= 0 and isinstance(record.get("broken"), list)
-
-
-def shard_is_intact(folder: Path, shard: int) -> bool:
-    """Whether a shard is finished, its file, byte for byte, the one written, and all in it finite.
-
-    Earlier versions wrote NaN too, so what they wrote is read.
-    """
-    record = read_record(folder, shard)
-    path = shard_file(folder, shard)
-    if record is None or sha256_of(path) != record["sha256"]:
-        return False
-    return bool(record.get("finite")) or _is_finite(path)
-
-
-def _is_finite(path: Path) -> bool:
-    """Whether the features of a shard are finite; row group by row group."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_OF_GROUP):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if name not in _FACTS:
-                    values = column.flatten().to_numpy(zero_copy_only=False)
-                    if not np.isfinite(values).all():
-                        return False
-    return True
-
-
-def refuse_not_finite(
-    values: NDArray[np.float32], column: str, name_of: Callable[[int], str]
-) -> None:
-    """ValueError, naming an image, where features (N, D) hold NaN or infinity.
-
-    Args:
-        name_of: what the image of a row is called.
-    """
-    wrong = ~np.isfinite(values).all(axis=1)
-    if wrong.any():
-        raise ValueError(
-            f"the features {column} of {wrong.sum()} of {len(values)} images are not finite, first "
-            f"those of {name_of(int(wrong.argmax()))}; check the model: its weights are broken, or "
-            "overflow in half precision (then compute in fp32)"
-        )
-
-
-def columns_of_shard(folder: Path, shard: int) -> dict[str, int]:
-    """The columns of features in a finished shard: name -> width."""
-    # a file, not its path: Arrow takes none that is no valid Unicode
-    with shard_file(folder, shard).open("rb") as file:
-        schema = pq.read_schema(file)
-    return {field.name: field.type.list_size for field in schema if field.name not in _FACTS}
-
-
-def write_shard(
-    folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Broken]
-) -> None:
-    """Write one shard, then its record: a shard with a record is complete and on the disk.
-
-    ValueError, before anything is written, for features that are not finite.
-
-    Args:
-        folder: of the store.
-        shard: its number.
-        rows: `index`, `label`, `path` as lists, every column of features as (rows, D) float32.
-        broken: those images of the shard that have no row.
-    """
-    for name in rows.keys() - _FACTS.keys():
-        refuse_not_finite(rows[name], name, rows["path"].__getitem__)
-
-    arrays = []
-    fields = []
-    vectors = []
-    for name, values in rows.items():
-        if name in _FACTS:
-            facts = map(spelt_out, values) if name == "path" else values
-            array = pa.array(facts, _FACTS[name])
-        else:
-            element = pa.field("element", pa.float32(), nullable=False)
-            kind = pa.list_(element, values.shape[1])
-            array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
-            vectors.append(f"{name}.list.element")
-        arrays.append(array)
-        fields.append(pa.field(name, array.type, nullable=False))
-
-    path = shard_file(folder, shard)
-    record = record_file(folder, shard)
-    for parent in (path.parent, record.parent):
-        parent.mkdir(exist_ok=True)
-    with whole_file(path) as new:
-        with new.open("wb") as file:
-            pq.write_table(
-                pa.table(arrays, schema=pa.schema(fields)),
-                file,
-                row_group_size=_ROWS_OF_GROUP,
-                compression="zstd",
-                use_dictionary=["path", "label"],
-                use_byte_stream_split=vectors,
-                write_page_checksum=True,
-            )
-        about = {
-            "rows": len(rows["index"]),
-            "size": new.stat().st_size,
-            "sha256": sha256_of(new),
-            "finite": True,
-            "broken": broken,
-        }
-
-    # the shard must be on the disk before its record
-    write_json(record, about)
-
-
-# --- the reader -----------------------------------------------------------------------------------
 
 
 class FeatureStore:
@@ -311,10 +87,15 @@ class FeatureStore:
             self.columns = dict(set.intersection(*widths)) if widths else {}
 
         self.num_rows = 0
+        # of each shard, the number of its first row, and how many there are
+        self._first: list[int] = []
+        self._count: list[int] = []
         self.broken: list[Broken] = []
         for shard in self.shards:
             record = read_record(self.folder, shard)
             assert record is not None  # it is finished
+            self._first.append(self.num_rows)
+            self._count.append(record["rows"])
             self.num_rows += record["rows"]
             self.broken += record["broken"]
 
@@ -349,7 +130,7 @@ class FeatureStore:
     @cached_property
     def paths(self) -> list[str]:
         """Where each image came from: its path, or its row in the data set."""
-        return [read_back(path) for array in self._read("path") for path in array.to_pylist()]
+        return [read_back(path) for _, array in self._read("path") for path in array.to_pylist()]
 
     def batches(self, column: str) -> Iterator[Tensor]:
         """The rows of a column in order, (at most 1024, D) fp32 at a time, each let go again.
@@ -357,18 +138,33 @@ class FeatureStore:
         ValueError for a column that is not there.
         """
         self._check_column(column)
-        for array in self._read(column):
-            values = array.flatten().to_numpy(zero_copy_only=False, writable=True)
-            yield torch.from_numpy(values.reshape(-1, self.columns[column]))
+        for _, array in self._read(column):
+            yield self._tensor(column, array)
 
     def features(self, column: str) -> Tensor:
         """A whole column, (N, D) fp32 on the CPU; beside it 1024 rows are in memory on the way."""
-        features = torch.empty(len(self), self.columns.get(column, 0))
-        start = 0
-        for rows in self.batches(column):
-            features[start : start + len(rows)] = rows
-            start += len(rows)
-        return features
+        return self.rows(column, np.arange(len(self)))
+
+    def rows(self, column: str, places: NDArray[np.int64]) -> Tensor:
+        """Chosen rows of a column, (n, D) fp32 in the order of `places`; no others are read.
+
+        But for those of the same row groups. ValueError for a column that is not there.
+        """
+        self._check_column(column)
+        values = torch.empty(len(places), self.columns[column])
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+
+        def span(start: int, end: int) -> tuple[int, int]:
+            """Where the places from `start` to `end` are among the ascending ones."""
+            first, last = np.searchsorted(ascending, [start, end])
+            return int(first), int(last)
+
+        for start, array in self._read(column, lambda *edges: len(range(*span(*edges))) > 0):
+            batch = self._tensor(column, array)
+            first, last = span(start, start + len(batch))
+            values[order[first:last]] = batch[ascending[first:last] - start]
+        return values
 
     def as_dataset(self, column: str) -> "datasets.Dataset":
         """The store as a `datasets.Dataset`, mapped from an Arrow copy in that library's cache.
@@ -400,18 +196,31 @@ class FeatureStore:
                 f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}"
             )
 
-    def _read(self, column: str) -> Iterator[Any]:
-        """The Arrow arrays of a column, row group by row group."""
-        for shard in self.shards:
+    def _tensor(self, column: str, array: Any) -> Tensor:
+        values = array.flatten().to_numpy(zero_copy_only=False, writable=True)
+        return torch.from_numpy(values.reshape(-1, self.columns[column]))
+
+    def _read(
+        self, column: str, wanted: Callable[[int, int], bool] = lambda start, end: True
+    ) -> Iterator[tuple[int, Any]]:
+        """Each row group of a column that is wanted: the number of its first row, and its rows."""
+        for shard, first, count in zip(self.shards, self._first, self._count, strict=True):
+            if not wanted(first, first + count):
+                continue
             path = shard_file(self.folder, shard)
+            start = first
             try:
                 # without a buffer: no whole file in memory
                 with (
                     path.open("rb") as file,
                     pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as rows,
                 ):
-                    for batch in rows.iter_batches(batch_size=_ROWS_OF_GROUP, columns=[column]):
-                        yield batch.column(0)
+                    for group in range(rows.num_row_groups):
+                        end = start + rows.metadata.row_group(group).num_rows
+                        if wanted(start, end):
+                            table = rows.read_row_group(group, columns=[column])
+                            yield start, table.column(0).combine_chunks()
+                        start = end
             except (OSError, pa.ArrowInvalid) as error:
                 raise ValueError(
                     f"{path} cannot be read ({error}); "
@@ -419,7 +228,7 @@ class FeatureStore:
                 ) from error
 
     def _integers(self, column: str) -> Tensor:
-        arrays = [array.to_numpy() for array in self._read(column)]
+        arrays = [array.to_numpy() for _, array in self._read(column)]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
 
 

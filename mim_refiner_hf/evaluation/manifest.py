@@ -19,9 +19,9 @@ from ..data.images import ImageDataset
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import world_size
-from .feature_store import STORE_FORMAT
 from .features import blocks_of, own_columns
 from .image_shards import SetOrStream
+from .shard_files import STORE_FORMAT
 
 IMAGES_PER_SHARD = 8192
 _PACKAGES = (

@@ -17,7 +17,8 @@ from ..clustering.channels import ChannelImage
 from ..data.views import ViewSpec, channel_views, make_view, view_specs
 from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.seeding import random_generator
-from .knn import nearest, standardise
+from .knn import standardise
+from .search import nearest
 
 if TYPE_CHECKING:
     from ..clustering.channels import Picture

@@ -44,8 +44,9 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.seeding import random_generator
 from .features import frozen
-from .knn import channel_statistics, nearest
+from .knn import channel_statistics
 from .scores import ProtocolResult, Score
+from .search import nearest
 from .segmentation import bootstrap_miou, check_same_classes, mean_iou, pixel_counts
 from .segmentation_data import VOID, Crops, SegmentationDataset
 

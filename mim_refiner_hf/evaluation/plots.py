@@ -25,7 +25,6 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from .cluster_scores import KMeansRun
 from .feature_map import flat_map
-from .knn import nearest, standardise
 from .neighbour_agreement import nearest_others
 from .pictures import (
     TILE,
@@ -163,24 +162,23 @@ def draw_neighbours(
     """Images classified right, and some classified wrong, each with its nearest in the k-NN bank.
 
     Args:
-        bank_images: the images behind `evaluation.bank`, in its order.
+        bank_images: the images of the k-NN bank, in its order.
     """
     measured = evaluation.features
-    bank = evaluation.bank
-    assert bank is not None and measured.labels is not None and evaluation.predicted is not None
+    neighbours = evaluation.neighbours
+    assert neighbours is not None and measured.labels is not None
+    assert evaluation.predicted is not None
 
     is_right = evaluation.predicted == measured.labels
     right = evenly_chosen(is_right)
     wrong = evenly_chosen(~is_right)
     shown = [*right, *wrong]
-    bank_x, queries = standardise(bank.features, measured.features[shown])
-    _, neighbours = nearest(queries, bank_x, min(SHOWN_NEIGHBOURS, len(bank_x)))
 
     sheet = []
-    for place, columns in zip(shown, neighbours.tolist(), strict=True):
+    for place in shown:
         tiles = [framed(square_tile(images[place].image), "white")]
-        for column in columns:
-            neighbour = bank_images[column]
+        for row in neighbours[place, :SHOWN_NEIGHBOURS].tolist():
+            neighbour = bank_images[row]
             same = neighbour.label == int(measured.labels[place])
             tiles.append(framed(square_tile(neighbour.image), "tab:green" if same else "tab:red"))
         sheet.append(tiles)

@@ -28,10 +28,19 @@ from ..runtime.distributed import rank
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
 from .feature_cache import ImageRows, read_rows
 from .features import FeatureSet, Preprocess, own_columns
-from .knn import knn_accuracy, knn_grid, knn_predict, standardise, warn_of_known_rows
+from .knn import (
+    grid_settings,
+    knn_accuracy,
+    predicted_classes,
+    standardised_bank,
+    warn_of_known_rows,
+)
+from .search import nearest
 
 # training images in the k-NN bank of a run, and in that of the blocks' table, at most
 BANK_SIZE = 10_000
+# neighbours and temperature of the k-NN accuracy
+_SETTING = (10, 0.07)
 # without labels
 _MAX_PICTURE_GROUPS = 20
 
@@ -49,14 +58,15 @@ class Evaluation:
         features: the last block's features of the evaluation images, and their labels.
         groups: the k-means run behind the clustering metrics and the picture.
         predicted: the k-NN class of each evaluation image (M,), with labels.
-        bank: the last block's features of the k-NN bank, and their labels; with labels.
+        neighbours: the rows of the bank that are nearest to each image (M, up to 10), best first;
+            with labels.
     """
 
     metrics: dict[str, Any]
     features: FeatureSet
     groups: KMeansRun
     predicted: Tensor | None = None
-    bank: FeatureSet | None = None
+    neighbours: Tensor | None = None
 
     @property
     def assignments(self) -> NDArray[np.int64]:
@@ -119,17 +129,16 @@ def evaluate_encoder(
     bank_rows = profile_rows
     if bank_size is None and len(profile) < len(train_images):
         bank_rows = read(train_images, own[-4:] if grid else own[-1:], "k-NN bank")
-    bank = FeatureSet(bank_rows.column(own[-1]), labels=bank_rows.labels)
     # `labelled` says so
-    assert bank.labels is not None and last.labels is not None
+    assert last.labels is not None
 
-    predicted, metrics = knn_metrics(bank_rows, rows, own, grid)
+    predicted, neighbours, metrics = knn_metrics(bank_rows, rows, own, grid)
     groups = kmeans_runs(last.features, len(np.unique(last.labels)), seed=seed)
     metrics |= clustering_metrics(last.labels.numpy(), groups)
     if per_block:
         metrics["knn_per_block"] = knn_of_blocks(profile_rows, rows, own)
     metrics["rankme"] = rankme(last.features)
-    return Evaluation(metrics, last, groups, predicted, bank)
+    return Evaluation(metrics, last, groups, predicted, neighbours)
 
 
 def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[float]:
@@ -137,7 +146,7 @@ def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[
     assert bank.labels is not None and rows.labels is not None
     accuracies = []
     for column in own:
-        bank_x, eval_x = bank.column(column), rows.column(column)
+        bank_x, eval_x = bank.side_by_side([column]), rows.column(column)
         accuracies.append(knn_accuracy(bank_x, bank.labels, eval_x, rows.labels, shared=True))
     return accuracies
 
@@ -195,43 +204,52 @@ def clustering_metrics(labels: NDArray[np.int64], groups: KMeansRun) -> dict[str
 
 def knn_metrics(
     bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool
-) -> tuple[Tensor, dict[str, Any]]:
-    """The k-NN classes of the last block (M,) by k = 10 and temperature 0.07, and the metrics.
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """By the last block, k = 10 and temperature 0.07: the classes (M,) and the neighbours (M, 10).
+
+    And the metrics. The bank is never whole in memory, unless its features are held there.
 
     Args:
         own: the column of every block, first block first.
         grid: also the accuracy of many other settings.
     """
-    labels = rows.labels
-    assert labels is not None and bank.labels is not None
-
-    def accuracy(classes: Tensor) -> float:
-        return (classes == labels).float().mean().item()
-
-    def standardised(columns: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return standardise(bank.side_by_side(columns), rows.side_by_side(columns))
-
-    bank_x, eval_x = standardised(own[-1:])
-    if rank() == 0:
-        warn_of_known_rows(bank_x, eval_x)
-    if not grid:
-        (predicted,) = knn_predict(bank_x, bank.labels, eval_x, shared=True).values()
-        return predicted, {"knn_accuracy": accuracy(predicted)}
-
+    assert rows.labels is not None and bank.labels is not None
+    settings = [_SETTING]
     places = {"last block": own[-1:]}
-    if len(own) > 1:
-        places[f"last {len(own[-4:])} blocks"] = own[-4:]
+    if grid:
+        settings = grid_settings(len(bank.labels))
+        if len(own) > 1:
+            places[f"last {len(own[-4:])} blocks"] = own[-4:]
+
     answers = {}
-    table = {}
+    neighbours = {}
     for place, columns in places.items():
-        bank_x, eval_x = standardised(columns)
-        answers[place] = knn_grid(bank_x, bank.labels, eval_x, shared=True)
-        table[place] = [
-            {"k": k, "temperature": temperature, "accuracy": accuracy(classes)}
-            for (k, temperature), classes in answers[place].items()
+        bank_x, eval_x = standardised_bank(
+            bank.side_by_side(columns), rows.side_by_side(columns)[:], shared=True
+        )
+        most = max(k for k, _ in settings)
+        similarity, neighbours[place] = nearest(eval_x, bank_x, most, shared=True)
+        if place == "last block" and rank() == 0:
+            warn_of_known_rows(similarity)
+        answers[place] = predicted_classes(similarity, neighbours[place], bank.labels, settings)
+
+    table = {
+        place: [
+            {"k": k, "temperature": temperature, "accuracy": hit_rate(classes == rows.labels)}
+            for (k, temperature), classes in found.items()
         ]
-    predicted = answers["last block"][10, 0.07]
-    return predicted, {"knn_accuracy": accuracy(predicted), "knn": table}
+        for place, found in answers.items()
+    }
+    predicted = answers["last block"][_SETTING]
+    metrics: dict[str, Any] = {"knn_accuracy": hit_rate(predicted == rows.labels)}
+    if grid:
+        metrics["knn"] = table
+    return predicted, neighbours["last block"][:, : _SETTING[0]], metrics
+
+
+def hit_rate(hits: Tensor) -> float:
+    """How many of `hits` (M,) are true, as a fraction of 1."""
+    return hits.float().mean().item()
 
 
 __all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder", "evaluate_pixels"]

@@ -28,9 +28,9 @@ from ..data.images import evenly_spaced
 from ..data.loading import Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
-from .feature_cache import for_altered_images, read_rows
+from .feature_cache import StoredRows, for_altered_images, read_rows
 from .features import own_column
-from .knn import knn_predict, standardise
+from .knn import knn_predict, standardised_bank
 from .report import BANK_SIZE
 from .scores import ProtocolResult, class_labels, mean_score
 
@@ -184,22 +184,23 @@ def robustness(
 
     def read(
         images: "ImageDataset", shown: Any, folder: Path | None, desc: str
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[StoredRows, Tensor]:
         """Features (N, D) of the images as `shown` processes them, and their classes (N,)."""
         rows = read_rows(
             encoder, images, shown, [column], features=folder, loading=loading, desc=desc
         )
         # class_labels has refused images without them
         assert rows.labels is not None
-        return rows.column(column), rows.labels
+        return rows.side_by_side([column]), rows.labels
 
     bank, bank_labels = read(bank_images, processor, features, "k-NN bank")
 
     def correct(shown: Any, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image (N,)."""
         queries, labels = read(eval_images, shown, folder, desc)
-        bank_x, eval_x = standardise(bank, queries)
-        answers = knn_predict(bank_x, bank_labels, eval_x, k=(min(10, len(bank_x)),))
+        bank_x, eval_x = standardised_bank(bank, queries[:], shared=True)
+        k = min(10, len(bank_x))
+        answers = knn_predict(bank_x, bank_labels, eval_x, k=(k,), shared=True)
         (predicted,) = answers.values()
         return predicted == labels
 

@@ -11,8 +11,15 @@ MIM-Refiner, C.7. The input keeps the encoder's native size. A patch is known by
 the last, 5th last, 9th last and 13th last blocks side by side (L, L-4, L-8, L-12; those that
 exist), standardised channel by channel. The patches' logits are upsampled bilinearly to the input,
 where the cross-entropy is taken over all pixels that are not void. Training images are random
-crops (scale 0.25-1) and flips; evaluation images are cropped in the centre to the input's shape.
-Neither several crops nor several scales are averaged.
+crops (scale 0.25-1) and flips. Evaluation images are seen in one of two ways, neither of them at
+several scales:
+
+- "whole", the paper's text: cropped in the centre to the input's shape;
+- "slide", the authors' released settings and mmsegmentation's mode of that name: at their own size,
+  by windows of the input's shape 170 pixels apart (at 224; the last one ends with the image), whose
+  logits are averaged where they overlap. A smaller image is padded at the right and bottom, with
+  zeros after normalisation. (The authors upsample a window's logits by the nearest patch; here it
+  is bilinear, as in training.)
 
 Trained by SGD with momentum 0.9, batch 16, cosine to zero, nine learning rates at once on the same
 features; the best on the evaluation images is reported, as in linear probing. mIoU is the mean
@@ -21,7 +28,8 @@ over classes of intersection / union, counted over all pixels of all images.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +48,7 @@ from .classifier_grid import ClassifierGrid
 from .features import frozen
 from .linear_probe import check_grid
 from .scores import ProtocolResult, Score
-from .segmentation_data import VOID, Crops, SegmentationDataset
+from .segmentation_data import VOID, Crops, OwnSize, SegmentationDataset
 
 # of the authors' grid; times batch / 256
 SEGMENTATION_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
@@ -50,6 +58,10 @@ SEGMENTATION_TRAIN_BATCH = 16
 PROBED_BLOCKS = 4
 BLOCK_STEP = 4
 MIOU_RESAMPLES = 1000
+# from one window to the next, as a share of the window
+WINDOW_STEP = 170 / 224
+
+Inference = Literal["whole", "slide"]
 
 # Shapes below: B images, N patches an image, D width of the features side by side, C classifiers,
 # K classes.
@@ -86,8 +98,15 @@ class PatchProbe:
 
     def patches(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> standardised features (B * N, D) of all patches, row by row."""
+        return self.patches_of(self.normalised(pixels))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> what the encoder takes, on its device."""
         pixels = pixels.to(self.encoder.device)
-        pixels = normalise(pixels, self.processor.image_mean, self.processor.image_std)
+        return normalise(pixels, self.processor.image_mean, self.processor.image_std)
+
+    def patches_of(self, pixels: Tensor) -> Tensor:
+        """`patches` of normalised pixels."""
         # entry 0 of the hidden states is the embeddings
         recorded = [block + 1 for block in self.blocks]
         states = self.encoder(pixels, output_hidden_states=recorded).hidden_states
@@ -154,6 +173,45 @@ class PatchProbe:
             tables.append([pixel_counts(truth, said, logits.shape[2]) for truth, said in pairs])
         return np.array(tables).swapaxes(0, 1)
 
+    def slide(self, pixels: Tensor, targets: Tensor, batch_size: int) -> NDArray[np.int32]:
+        """Of one image at its own size, by windows: per classifier the table, (C, K, K).
+
+        Args:
+            pixels: uint8 (C, H, W).
+            targets: (H, W).
+            batch_size: windows per forward pass.
+        """
+        height, width = self.encoder.config.image_hw
+        normalised = self.normalised(pixels[None])[0]
+        missing = [max(0, width - pixels.shape[2]), max(0, height - pixels.shape[1])]
+        padded = F.pad(normalised, (0, missing[0], 0, missing[1]))
+
+        tops, lefts = (
+            window_starts(side, window)
+            for side, window in zip(padded.shape[1:], (height, width), strict=True)
+        )
+        corners = list(product(tops, lefts))
+        windows = torch.stack([padded[:, y : y + height, x : x + width] for y, x in corners])
+        parts = [self.grid.logits(self.patches_of(part)) for part in windows.split(batch_size)]
+        logits = torch.cat(parts).unflatten(0, (len(corners), -1))  # (windows, N, C, K)
+
+        tables = []
+        for of_one in logits.unbind(dim=2):
+            # the mean over the windows is largest where their sum is
+            total = padded.new_zeros(of_one.shape[2], *padded.shape[1:])
+            for (y, x), on_patches in zip(corners, of_one, strict=True):
+                total[:, y : y + height, x : x + width] += self.upsample(on_patches)[0]
+            answers = total.argmax(dim=0)[: targets.shape[0], : targets.shape[1]]
+            tables.append(pixel_counts(targets.numpy(), answers.cpu().numpy(), logits.shape[3]))
+        return np.array(tables)
+
+
+def window_starts(side: int, window: int) -> list[int]:
+    """Where the windows along a side of an image begin; the last one ends with the image."""
+    step = round(window * WINDOW_STEP)
+    count = math.ceil(max(side - window, 0) / step) + 1
+    return [min(number * step, max(side - window, 0)) for number in range(count)]
+
 
 # --- the score -------------------------------------------------------------------------------
 
@@ -210,6 +268,7 @@ def segmentation_probe(
     *,
     epochs: int = 50,
     learning_rates: Sequence[float] = SEGMENTATION_RATES,
+    inference: Inference = "whole",
     seed: int = 0,
     loading: Loading = Loading(batch_size=64),
 ) -> ProtocolResult:
@@ -222,12 +281,13 @@ def segmentation_probe(
         epochs: passes over the training images, each of which encodes new crops.
         learning_rates: tried at once, before their scaling by batch / 256 (a batch holds 16
             images).
+        inference: how evaluation images are seen: "whole" or "slide".
         seed: of the order, the crops, the classifiers' start and the bootstrap.
         loading: of the passes in evaluation; the classifiers compute where the encoder does.
 
     Returns:
-        `segmentation_miou`, a fraction of 1, with the standard error of a bootstrap over the
-        evaluation images.
+        `segmentation_miou`, or `segmentation_slide_miou`, a fraction of 1, with the standard error
+        of a bootstrap over the evaluation images.
 
     Raises:
         ValueError: for empty data, different classes, and settings that make no sense.
@@ -259,8 +319,11 @@ def segmentation_probe(
             decay = 0.5 * (1 + math.cos(math.pi * step / len(keys)))
             probe.train_step(pixels, targets, decay)
 
-        measured = [probe.confusions(pixels, truth) for pixels, truth in in_order(eval_images)]
-        tables = np.concatenate(measured)  # (N, C, K, K)
+        if inference == "whole":
+            measured = [probe.confusions(pixels, truth) for pixels, truth in in_order(eval_images)]
+            tables = np.concatenate(measured)  # (N, C, K, K)
+        else:
+            tables = by_windows(probe, eval_images, loading)
 
     mious = mean_iou(tables.sum(axis=0))
     best = int(mious.argmax())
@@ -269,7 +332,21 @@ def segmentation_probe(
         f"learning rate {learning_rates[best]:g}; raw blocks {', '.join(map(str, probe.blocks))}; "
         f"95 % {100 * low:.1f}-{100 * high:.1f} %"
     )
-    return ProtocolResult({"segmentation_miou": Score(float(mious[best]), error, setting)})
+    name = "segmentation_miou"
+    if inference == "slide":
+        name = "segmentation_slide_miou"
+        setting = f"windows, {setting}"
+    return ProtocolResult({name: Score(float(mious[best]), error, setting)})
+
+
+def by_windows(
+    probe: PatchProbe, images: SegmentationDataset, loading: Loading
+) -> NDArray[np.int32]:
+    """The tables of all images by `PatchProbe.slide`, (N, C, K, K)."""
+    own_size = OwnSize(images, probe.encoder.config)
+    # one by one, for their sizes differ
+    loader = DataLoader(own_size, batch_size=None, num_workers=loading.num_workers)
+    return np.array([probe.slide(pixels, truth, loading.batch_size) for pixels, truth in loader])
 
 
 def crop_keys(images: int, batch: int, epochs: int, seed: int) -> list[list[tuple[int, int]]]:

@@ -159,6 +159,28 @@ def names_beside(dataset: str) -> list[str]:
     return names
 
 
+def as_pixels(image: Image.Image, config: MimRefinerConfig) -> Tensor:
+    """An image as (C, H, W) uint8, in as many channels as the encoder reads."""
+    mode = "RGB" if config.num_channels == 3 else "L"
+    pixels = torch.from_numpy(np.array(image.convert(mode)))
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+class OwnSize(Dataset[tuple[Tensor, Tensor]]):
+    """Pixels (C, H, W) uint8 and targets (H, W) of images at the size that they have."""
+
+    def __init__(self, images: SegmentationDataset, config: MimRefinerConfig) -> None:
+        self.images = images
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.images[i]
+        return as_pixels(image, self.config), self.images.targets(mask)
+
+
 class Crops(Dataset[tuple[Tensor, Tensor]]):
     """Pixels (C, H, W) uint8 and targets (H, W) at the encoder's size.
 
@@ -176,8 +198,8 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         self.images = images
         self.seed = seed
         self.squash = squash
+        self.config = config
         self.height, self.width = config.image_hw
-        self.mode = "RGB" if config.num_channels == 3 else "L"
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         if isinstance(key, int):
@@ -186,9 +208,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
             epoch, i = key
             image, mask = self.random_crop(*self.images[i], epoch, i)
 
-        pixels = torch.from_numpy(np.array(image.convert(self.mode)))
-        pixels = pixels.view(self.height, self.width, -1).permute(2, 0, 1)
-        return pixels, self.images.targets(mask)
+        return as_pixels(image, self.config), self.images.targets(mask)
 
     def whole(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
         """The largest centre of the encoder's shape, resized to it, or the squashed image."""
@@ -217,4 +237,4 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return image, mask
 
 
-__all__ = ["VOID", "Crops", "SegmentationDataset", "open_segmentation"]
+__all__ = ["VOID", "Crops", "OwnSize", "SegmentationDataset", "open_segmentation"]

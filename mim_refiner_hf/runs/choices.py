@@ -14,12 +14,13 @@ AddedProtocol = Literal[
     "robustness",
     "fine_tuning",
     "segmentation",
+    "segmentation_slide",
     "segmentation_knn",
     "segmentation_logistic",
 ]
 """What `--protocols` can add. All need labels but those of `ON_MASKS`."""
 
-ON_MASKS = ("segmentation", "segmentation_knn", "segmentation_logistic")
+ON_MASKS = ("segmentation", "segmentation_slide", "segmentation_knn", "segmentation_logistic")
 """These need masks instead."""
 
 __all__ = ["ON_MASKS", "AddedProtocol", "Protocol"]

@@ -35,7 +35,8 @@ from ..clustering.pipeline_image_clustering import (
 from ..data.found import SourceOptions
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
-from ..evaluation.feature_store import STORE_MANIFEST, FeatureStore
+from ..evaluation.feature_store import FeatureStore
+from ..evaluation.shard_files import STORE_MANIFEST
 from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
     GROUPS_TABLE,

@@ -31,9 +31,10 @@ from ..data.found import Entries, FoundImages
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.embed import embed_images, encode_in_memory
-from ..evaluation.feature_store import FeatureStore, read_manifest, read_record, recorded_shards
+from ..evaluation.feature_store import FeatureStore
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
+from ..evaluation.shard_files import read_manifest, read_record, recorded_shards
 from ..runtime.pace import duration
 from ..runtime.text import one_line, spelt_out
 from ..runtime.wording import setting

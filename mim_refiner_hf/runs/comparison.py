@@ -74,6 +74,7 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
     "robustness": robustness,
     "fine_tuning": fine_tuning,
     "segmentation": segmentation_probe,
+    "segmentation_slide": partial(segmentation_probe, inference="slide"),
     "segmentation_knn": segmentation_knn,
     "segmentation_logistic": segmentation_logistic,
 }

@@ -25,8 +25,9 @@ from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..data.stream import open_stream
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
-from ..evaluation.feature_store import FeatureStore, read_manifest
+from ..evaluation.feature_store import FeatureStore
 from ..evaluation.features import feature_columns
+from ..evaluation.shard_files import read_manifest
 from ..model.poolings_mim_refiner import Pooling
 from ..runtime.device import feature_precision, warn_of_emulation
 from ..runtime.distributed import rank

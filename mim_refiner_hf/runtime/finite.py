@@ -3,7 +3,7 @@
     check_finite(encoder.state_dict(), "out/model", "lower learning_rate")
     # NotFiniteTensorError: out/model is not written: 2 of 150 tensors hold NaN or infinity, ...
 
-Features have a check of their own, which names the image (`evaluation/feature_store.py`).
+Features have a check of their own, which names the image (`evaluation/shard_files.py`).
 """
 
 from collections.abc import Mapping
