@@ -167,8 +167,6 @@ def timm_row(name: str, folder: Path) -> Row:
 
     def theirs(pixels: Tensor) -> Outputs:
         tokens = model.forward_features(pixels)
-        if "distilled" in name:
-            return tokens, tokens[:, 0]
         return tokens, model.forward_head(tokens, pre_logits=True)
 
     encoder = load_encoder(model)

@@ -1,6 +1,7 @@
 """timm's ViTs and BEiTs, as folders and as bare state dicts, against timm itself."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import timm
 import torch
 from random_weights import randomise
 from safetensors.torch import load_file, save_file
-from test_transformers_encoders import three_steps
+from test_transformers_encoders import CASES, saved, three_steps
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models import save_for_hf
 from torch import nn
@@ -19,6 +20,7 @@ from mim_refiner_hf.conversion import CheckpointError, load_encoder
 from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.export import export
+from mim_refiner_hf.publishing.twins import why_not_exported
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -42,12 +44,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-mean-of-patches-beside-cls": (VIT, {"global_pool": "avg"}),
     "vit-mean-after-the-final-norm": (VIT, {"global_pool": "avg", "fc_norm": False}),
     "vit-attention": (VIT, {"global_pool": "map", "class_token": False}),
+    "vit-attention-of-registers-too": (
+        VIT,
+        {
+            "global_pool": "map",
+            "class_token": False,
+            "reg_tokens": 2,
+            "no_embed_class": True,
+            "pool_include_prefix": True,
+        },
+    ),
+    "vit-no-qkv-bias": (VIT, {"qkv_bias": False}),
+    "vit-query-key-norm": (VIT, {"qk_norm": True}),
+    "vit-rmsnorm": ("test_vit4", {}),
+    "vit-norms-at-the-ends": ("vit_base_patch16_rpn_224", {}),
+    "vit-beit-3": ("beit3_base_patch16_224", {}),
+    "vit-aimv2": ("aimv2_large_patch14_224", {}),
     "vit-distilled": ("deit_tiny_distilled_patch16_224", {}),
     "vit-swiglu": ("vit_giant_patch14_dinov2", {"mlp_ratio": 4.0}),
     "eva-02-tiny": ("eva02_tiny_patch14_224", {}),
     "eva-02-base": ("eva02_base_patch14_224", {}),
     "eva-02-cls": ("eva02_large_patch14_448", {"global_pool": "token", "num_classes": 5}),
     "eva-02-clip": ("eva02_large_patch14_clip_224", {}),
+    "eva-02-clip-e": ("eva02_enormous_patch14_clip_224", {}),
+    # 3 heads of queries share one of keys in the second block
+    "eva-sapiens2": ("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1)}),
     "eva-01": ("eva_giant_patch14_224", {}),
     "eva-rope": ("vit_small_patch16_rope_224", {}),
     "eva-rope-halves": ("vit_small_patch16_rope_224", {"rope_rotate_half": True}),
@@ -59,7 +80,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva-rope-reg4-gap": ("vit_betwixt_patch16_rope_reg4_gap_256", {"use_abs_pos_emb": True}),
     # 8 heads pool, of 6 channels
     "eva-pe-core": ("vit_pe_core_tiny_patch16_384", {}),
-    "eva-pe-core-without-cls": ("vit_pe_core_gigantic_patch14_448", {"mlp_ratio": 4.0}),
+    "eva-pe-core-without-cls": ("vit_pe_core_gigantic_patch14_448", {}),
     "eva-pe-lang": ("vit_pe_lang_large_patch14_448", {}),
     "eva-pe-spatial": ("vit_pe_spatial_small_patch16_512", {}),
     "eva-lingbot": ("vit_small_patch16_lingbot", {}),
@@ -104,19 +125,27 @@ def save(model: Any, path: Path, form: str) -> Path:
     return path / "model.pth"
 
 
+GATED = {"gated_mlp": True, "hidden_act": "silu"}
 # architectures with other blocks, and what is said of them
 REFUSED = {
-    "vit_base_patch16_sapiens2": (
-        r"Eva with norms of queries and keys \(qk_norm\) and layer scale of the attention alone .*"
-        r", which is not known here; of this class, EVA-02 \(eva02_\*\), RoPE-"
+    "vit_base_patch16_xp_224": "has timm's ParallelScalingBlock as blocks; allowed: Block",
+    "vit_so150m_patch16_reg4_map_256": (
+        r"pools the patches without CLS and registers \(global_pool='map', pool_"
     ),
-    "eva02_enormous_patch14_clip_224": r"norms behind its branches \(use_post_norm\)",
     "swin_tiny_patch4_window7_224": "model_type='timm.SwinTransformer', not a plain ViT",
 }
 UNKNOWN = ("vit_of_tomorrow", "hf-hub:someone/evil")
 EVAS = [name for name in MODELS if name.startswith("eva")]
 # what a bare file does not say: rotary positions, and whether CLIP's patches have a bias
-FOLDER_ONLY = (*EVAS, "vit-norm-pre", "vit-clip")
+FOLDER_ONLY = (
+    *EVAS,
+    "vit-norm-pre",
+    "vit-clip",
+    "vit-rmsnorm",
+    "vit-norms-at-the-ends",
+    "vit-beit-3",
+    "vit-aimv2",
+)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +176,11 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
         "map",
         "token",
     )
+    # timm takes the mean of both tokens, which no tensor says
+    pools_by_itself = pools_by_itself and "distilled" not in name
     if form == "folder" or pools_by_itself:
         with torch.no_grad():
-            expected = theirs[:, 0]
-            if "distilled" not in name:
-                expected = model.forward_head(theirs, pre_logits=True)
+            expected = model.forward_head(theirs, pre_logits=True)
         torch.testing.assert_close(ours.pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -210,8 +239,9 @@ def test_an_eva_is_refined_and_goes_back_to_timm(tmp_path: Path, name: str) -> N
 
 # timm says the same by another of its classes
 ELSEWHERE = {
-    "vit-distilled": "VisionTransformer",
     "vit-swiglu": "Eva",
+    "vit-norms-at-the-ends": "Eva",
+    "vit-beit-3": "Eva",
     "beit-absolute": "Eva",
 }
 
@@ -236,6 +266,34 @@ def test_every_other_model_goes_back_to_timm(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["aimv2-no-head", "dinov2"])
+def test_a_class_of_transformers_goes_to_timm(tmp_path: Path, name: str) -> None:
+    """With the biases that it has, and no others."""
+    saved(tmp_path / "theirs", CASES[name])
+    encoder = load_encoder(tmp_path / "theirs")
+    export(tmp_path / "theirs", tmp_path / "timm", "timm")
+    again = load_encoder(tmp_path / "timm")
+    assert again.config.bias == encoder.config.bias
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("aimv2", "no attention pooling of this kind"),
+        ("aimv2-native", "no computed table of positions"),
+        ("pixio", r"no pooling but of CLS, patches or attention \(pooling='prefix'\)"),
+    ],
+)
+def test_a_class_that_timm_has_not_is_refused_by_what_is_missing(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    saved(tmp_path / "theirs", CASES[name])
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "theirs", tmp_path / "timm", "timm")
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "shape", "message"),
     [
@@ -257,6 +315,27 @@ def test_misshapen_tensors_of_an_eva_are_named(
     with pytest.raises(CheckpointError, match=message) as caught:
         load_encoder(source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm_placement": "branch", "layer_scale_init": 1}, "layer scale where norms end the br"),
+        ({"norm_placement": "branch", "query_key_norm": True}, "norms of queries and keys where n"),
+        ({**GATED, "norm_type": "rmsnorm"}, "RMSNorm but before branches with a layer scale"),
+        ({"norm_type": "rmsnorm", "layer_norm_eps": 1e-5}, "RMSNorm with this epsilon"),
+        ({**GATED, "patch_norm": True}, r"gated MLP \(gated_mlp=True\)"),
+        ({"pooling": "prefix", "num_register_tokens": 2}, "pooling but of CLS, patches or at"),
+        (
+            {"position_encoding": "relative", "norm_placement": "branch"},
+            "norm at the end of a bran",
+        ),
+    ],
+)
+def test_what_timm_has_only_apart_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    refusal = why_not_exported(MimRefinerConfig(**fields), "timm")
+    assert refusal is not None
+    assert re.search(message, refusal)
 
 
 def test_mixed_frequencies_start_as_timms() -> None:
@@ -303,6 +382,12 @@ def test_mixed_frequencies_start_as_timms() -> None:
         ({"rope_offset": -1}, "rope_offset=-1 must be a number from 0.0"),
         ({"pooling_heads": 2}, "pooling_heads=2 needs a pooling_head"),
         ({"pooling_head": "attention", "pooling_heads": 7}, "must divide hidden_size=768"),
+        (
+            {"pooling_head": "attention", "pooling_intermediate_size": 8},
+            "pooling_intermediate_size=8 needs a pooling_head with an MLP, and pooling_head=",
+        ),
+        ({"pooling_intermediate_size": 0}, "pooling_intermediate_size=0 must be a whole number"),
+        ({"query_key_norm": "both"}, "query_key_norm"),
         ({"mlp_norm": 1}, "mlp_norm"),
         ({"attention_norm": "yes"}, "attention_norm"),
     ],
@@ -390,8 +475,8 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
     [
         (
             VIT,
-            {"qk_norm": True},
-            r"8 tensors have no place in a bare ViT.*: .*blocks\.0\.attn\.q_norm\.weight",
+            {"attn_layer": "diff"},
+            r"10 tensors have no place in a bare ViT.*: .*blocks\.0\.attn\.lambda_q1",
         ),
         (
             BEIT,
@@ -406,6 +491,17 @@ def test_what_we_cannot_express_is_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_encoder(save(tiny(architecture, **settings), tmp_path, form), num_heads=3)
+
+
+def test_a_model_without_its_pooling_weights_is_written_and_read(tmp_path: Path) -> None:
+    """Heads and width of what pools go with it."""
+    architecture, settings = MODELS["eva-pe-core-without-cls"]
+    encoder = load_encoder(tiny(architecture, **settings))
+    assert encoder.config.pooling_heads == 8 and encoder.config.pooling_intermediate_size == 192
+    encoder.config.pooling = "mean"
+    encoder.drop_predictor()
+    save_model_folder(tmp_path, encoder, encoder.image_processor)
+    assert load_encoder(tmp_path).config.pooling_head == "none"
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:

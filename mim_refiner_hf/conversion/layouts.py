@@ -41,6 +41,13 @@ _TIMM_BLOCKS = (
     Rule(r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
     Rule(r"blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"layers.\1.\2.\3"),
 )
+# what only some of timm's classes have within a block
+_TIMM_OPTIONS = (
+    Rule(r"blocks\.(\d+)\.attn\.((?:[qk]_)?norm)\.(weight|bias)", r"layers.\1.attention.\2.\3"),
+    Rule(r"blocks\.(\d+)\.mlp\.norm\.(weight|bias)", r"layers.\1.mlp.norm.\2"),
+    Rule(r"blocks\.(\d+)\.mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
+    Rule(r"blocks\.(\d+)\.mlp\.fc1_x\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
+)
 _PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
 _FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
 _CLS = Rule(r"cls_token", CLS_TOKEN)
@@ -174,7 +181,9 @@ PLAIN_VIT = Layout(
         Rule(r"reg_token|dist_token", REGISTERS),
         Rule(r"pos_embed", POSITIONS, any_positions),
         _PATCHES,
+        Rule(r"patch_embed\.norm\.(weight|bias)", r"embeddings.patch_norm.\1"),
         *_TIMM_BLOCKS,
+        *_TIMM_OPTIONS,
         _LAYER_SCALE,
         _FINAL_NORM,
         _POOLED_NORM,
@@ -218,7 +227,7 @@ PLAIN_BEIT = Layout(
 TIMM_EVA = replace(
     PLAIN_VIT,
     family="timm_eva",
-    title="timm's Eva (EVA-02, RoPE-ViT, DINOv3)",
+    title="timm's Eva (EVA-02, RoPE-ViT, DINOv3, Sapiens2)",
     model_types=("timm.Eva",),
     signature=(),
     rules=(
@@ -227,10 +236,6 @@ TIMM_EVA = replace(
             r"blocks\.(\d+)\.attn\.([qkv])_proj\.(weight|bias)",
             r"layers.\1.attention.\2_proj.\3",
         ),
-        Rule(r"blocks\.(\d+)\.attn\.norm\.(weight|bias)", r"layers.\1.attention.norm.\2"),
-        Rule(r"blocks\.(\d+)\.mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
-        Rule(r"blocks\.(\d+)\.mlp\.fc1_x\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
-        Rule(r"blocks\.(\d+)\.mlp\.norm\.(weight|bias)", r"layers.\1.mlp.norm.\2"),
         Rule(r"rope\.freqs", "layers.*.attention.rope.frequencies", by_blocks),
         *PLAIN_VIT.rules,
     ),

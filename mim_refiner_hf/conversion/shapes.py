@@ -61,6 +61,8 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
         "gated_mlp": gated,
         "mlp_norm": bool(_ending(placed, ".mlp.norm.weight")),
         "attention_norm": bool(_ending(placed, ".attention.norm.weight")),
+        "query_key_norm": bool(_ending(placed, ".attention.q_norm.weight")),
+        "patch_norm": "embeddings.patch_norm.weight" in placed,
         "num_hidden_layers": depth,
         "num_attention_heads": HEADS_OF_WIDTH.get(width),
         "use_cls_token": CLS_TOKEN in placed or CLS_POSITION in placed,
@@ -81,6 +83,9 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
     if any(key.startswith("attention_pooling.") for key in placed):
         has_mlp = any(key.startswith("attention_pooling.mlp.") for key in placed)
         fields["pooling_head"] = "attention_mlp" if has_mlp else "attention"
+        inner = placed.get("attention_pooling.mlp.fc1.weight")
+        if inner is not None and inner.ndim and len(inner) != fields["intermediate_size"]:
+            fields["pooling_intermediate_size"] = len(inner)
     return fields | _heads_and_size(placed, width, patch)
 
 
@@ -129,6 +134,11 @@ def _heads_and_size(placed: Mapping[str, Tensor], width: int, patch: int) -> dic
     """The number of heads and the size of images, where tables of positions tell them."""
     fields: dict[str, Any] = {}
     grid: tuple[int, int] | None = None
+
+    # norms of queries and keys: (head dim)
+    normed = [tensor.numel() for tensor in _ending(placed, ".attention.q_norm.weight")]
+    if normed:
+        fields["num_attention_heads"] = width // max(most_frequent(normed), 1)
 
     # rotary positions: (2, head dim) frequencies in each block, or (2, heads, head dim / 2)
     frequencies = _ending(placed, ".rope.frequencies")

@@ -1,4 +1,4 @@
-"""timm's class `Eva` in our words: EVA-02, RoPE-ViT, Perception Encoder, DINOv3, and the like.
+"""timm's class `Eva` in our words: EVA-02, RoPE-ViT, Perception Encoder, DINOv3, Sapiens2.
 
     eva_fields(name, model)     # {"position_encoding": "absolute+rope", "rope_theta": 10000.0, ..}
     eva_finish(model)           # what puts the channels of its heads in our order
@@ -6,22 +6,29 @@
 Rotary positions turn pairs of channels of the queries and keys. timm pairs neighbours,
 (2 i, 2 i + 1), or halves, (i, i + d / 2), and counts either rows or columns first; our model pairs
 halves and counts rows first. A score is a sum over the channels of a head, in any order: those of
-queries and keys are put in ours when they are loaded, and nothing else changes.
+queries and keys are put in ours when they are loaded. Where several heads of queries share one of
+keys and values (Sapiens2), each gets a copy of it, and a layer scale of the attention alone becomes
+one of both branches, of ones for the MLP: the function is the same, and trains as a plain ViT does.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.files import CheckpointError
 
 _KNOWN = (
-    "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*), Perception Encoder (vit_pe_*) and "
-    "DINOv3 (vit_*_dinov3) load"
+    "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*), Perception Encoder (vit_pe_*), "
+    "DINOv3 (vit_*_dinov3) and Sapiens2 (vit_*_sapiens2) load"
 )
-_TURNED = tuple(f".attention.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias"))
+_TURNED = (
+    *(f".attention.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias")),
+    *(f".attention.{which}_norm.{kind}" for which in "qk" for kind in ("weight", "bias")),
+)
+_SHARED = re.compile(r"layers\.(\d+)\.attention\.[kv]_proj\.(?:weight|bias)")
 
 
 def eva_fields(name: str, model: Any) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def eva_fields(name: str, model: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: for settings of the class that ours has no word for; it names them.
     """
-    lacking = _lacking(model)
+    lacking = _lacking(model.rope)
     if lacking:
         raise CheckpointError(
             f"{name} is timm's Eva with {' and '.join(lacking)}, which is not known here; {_KNOWN}"
@@ -67,26 +74,8 @@ def _rope_fields(rope: Any) -> dict[str, Any]:
     }
 
 
-def _lacking(model: Any) -> list[str]:
-    """What a model of this class has that ours has no word for, in timm's words."""
-    block = model.blocks[0]
-    attention = block.attn
-    lacking = []
-    if type(block).__name__ != "EvaBlock":
-        lacking.append("norms behind its branches (use_post_norm)")
-    if not isinstance(attention.q_norm, nn.Identity):
-        lacking.append("norms of queries and keys (qk_norm)")
-    if attention.gate is not None:
-        lacking.append("a gate on its attention (gated_attn)")
-    if getattr(attention, "num_kv_groups", 1) != 1:
-        lacking.append("fewer heads of keys than of queries (num_kv_heads)")
-    if getattr(block, "gamma_1", None) is not None and getattr(block, "gamma_2", None) is None:
-        lacking.append("layer scale of the attention alone (attn_only_layer_scale)")
-    return lacking + _lacking_of_rope(model.rope)
-
-
-def _lacking_of_rope(rope: Any) -> list[str]:
-    """The same for its rotary positions; None for a model that has none."""
+def _lacking(rope: Any) -> list[str]:
+    """What rotary positions have that ours have no word for, in timm's words; None for no such."""
     kind = type(rope).__name__
     if rope is None or kind == "RotaryEmbeddingMixed":
         return []
@@ -106,8 +95,43 @@ def _lacking_of_rope(rope: Any) -> list[str]:
     ]
 
 
-def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
-    """What turns the placed tensors of such a model into ours; None without rotary positions."""
+def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What turns the placed tensors of such a model into ours."""
+    groups = [getattr(block.attn, "num_kv_groups", 1) for block in model.blocks]
+    head_dim = model.blocks[0].attn.head_dim
+    attention_alone = _scales_attention_alone(model.blocks[0])
+    turn = _turn_of(model)
+
+    def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
+        arranged = {}
+        for name, tensor in placed.items():
+            match = _SHARED.fullmatch(name)
+            # what is misshapen, or of a block too many, is named where all shapes are checked
+            if match and int(match[1]) < len(groups) and tensor.ndim > 0:
+                tensor = _repeated(tensor, head_dim, groups[int(match[1])])
+            arranged[name] = tensor if turn is None else turn(name, tensor)
+            if attention_alone and name.endswith(".layer_scale1.weight"):
+                ones = torch.ones_like(tensor)
+                arranged[name.replace("layer_scale1", "layer_scale2")] = ones
+        return arranged
+
+    return finish
+
+
+def _scales_attention_alone(block: Any) -> bool:
+    return getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+
+
+def _repeated(tensor: Tensor, head_dim: int, times: int) -> Tensor:
+    """Rows (heads * d, ...) of keys or values with every head so many times."""
+    if times == 1 or len(tensor) % head_dim:
+        return tensor
+    heads = tensor.unflatten(0, (-1, head_dim))  # (heads, d, ...)
+    return heads.repeat_interleave(times, dim=0).flatten(0, 1)
+
+
+def _turn_of(model: Any) -> Callable[[str, Tensor], Tensor] | None:
+    """What puts the channels of a tensor of this name in our order; None where they are."""
     rope = model.rope
     if rope is None:
         return None
@@ -119,19 +143,16 @@ def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] |
         columns_first=columns_first and not is_mixed,
     )
 
-    def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
-        arranged = {}
-        for name, tensor in placed.items():
-            # what is misshapen is named where all shapes are checked
-            fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
-            if name.endswith(_TURNED) and fits:
-                tensor = in_order(tensor, order)
-            elif name.endswith(".rope.frequencies") and columns_first:
-                tensor = tensor.flip(0)
-            arranged[name] = tensor
-        return arranged
+    def turn(name: str, tensor: Tensor) -> Tensor:
+        # what is misshapen is named where all shapes are checked
+        fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
+        if name.endswith(_TURNED) and fits:
+            return in_order(tensor, order)
+        if name.endswith(".rope.frequencies") and columns_first:
+            return tensor.flip(0)
+        return tensor
 
-    return finish
+    return turn
 
 
 def head_order(head_dim: int, *, neighbours: bool, columns_first: bool) -> Tensor:

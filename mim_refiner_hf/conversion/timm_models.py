@@ -34,6 +34,14 @@ _KINDS = ("timm.VisionTransformer", "timm.VisionTransformerDistilled", "timm.Bei
 _POOLINGS = {"token": "cls", "avg": "mean", "map": "attention"}
 # Pillow's numbers
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+# where the norms of timm's blocks stand, in our words
+_BLOCKS = {
+    "Block": "pre",
+    "EvaBlock": "pre",
+    "ResPostBlock": "branch",
+    "EvaBlockPostNorm": "branch",
+}
+_NORMS = {"LayerNorm": "layernorm", "LayerNormFp32": "layernorm", "RmsNorm": "rmsnorm"}
 # transformers' words for timm's classes
 _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
@@ -188,19 +196,40 @@ def _activation(name: str, mlp: nn.Module) -> str | None:
     return _ACTIVATIONS[kind]
 
 
-def _pooling(name: str, global_pool: str) -> str | None:
+def _pooling(name: str, model: Any) -> str | None:
     """Our word for timm's pooling; None where it has none."""
-    if global_pool and global_pool not in _POOLINGS:
+    pool = str(model.global_pool)
+    if pool and pool not in _POOLINGS:
         raise CheckpointError(
-            f"{name} has global_pool={brief(global_pool)}; allowed: {', '.join(_POOLINGS)}, or '' "
-            "for none"
+            f"{name} has global_pool={brief(pool)}; allowed: {', '.join(_POOLINGS)}, or '' for none"
         )
-    return _POOLINGS.get(global_pool)
+    if type(model).__name__ == "VisionTransformerDistilled":
+        return "prefix"
+
+    # weights that pool read all tokens of its `Eva`
+    includes = getattr(model, "pool_include_prefix", pool == "map")
+    reads = {("avg", True): "with", ("map", False): "without"}.get((pool, bool(includes)))
+    if reads and model.num_prefix_tokens:
+        raise CheckpointError(
+            f"{name} pools the patches {reads} CLS and registers (global_pool={pool!r}, "
+            f"pool_include_prefix={includes}), which is not known here; load it with another "
+            "global_pool, such as 'token', or of patches alone 'avg'"
+        )
+    return _POOLINGS.get(pool)
+
+
+def _one_of(name: str, what: str, module: nn.Module, known: Mapping[str, str]) -> str:
+    """Our word for the class of a part of timm's model; CheckpointError for one without."""
+    kind = type(module).__name__
+    if kind not in known:
+        raise CheckpointError(f"{name} has timm's {kind} as {what}; allowed: {', '.join(known)}")
+    return known[kind]
 
 
 def _config_fields(name: str, model: Any) -> dict[str, Any]:
     """The fields of `MimRefinerConfig` that timm's `VisionTransformer` or `Beit` states."""
     block = model.blocks[0]
+    placement = _one_of(name, "blocks", block, _BLOCKS)
     positions = []
     if model.pos_embed is not None:
         positions.append("absolute")
@@ -214,6 +243,8 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
     return {
         "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(model.blocks),
+        "norm_placement": placement,
+        "norm_type": _one_of(name, "norms", block.norm1, _NORMS),
         "layer_norm_eps": block.norm1.eps,
         "hidden_act": _activation(name, block.mlp),
         "image_size": height if height == width else [height, width],
@@ -221,7 +252,7 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),
-        "pooling": _pooling(name, str(model.global_pool)),
+        "pooling": _pooling(name, model),
         "patch_bias": model.patch_embed.proj.bias is not None,
     }
 

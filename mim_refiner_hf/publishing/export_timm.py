@@ -13,6 +13,8 @@ transformers' own configurations) differs by that alone.
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from .export_timm_eva import (
     eva_state_dict,
     fuse_ends,
     is_eva,
+    ratio_of,
+    rms_epsilon_gap,
     shared_gaps,
     takes_any_size,
 )
@@ -57,7 +61,14 @@ _SIZES = {
 }
 
 # what timm's `VisionTransformer` and `Beit` have beyond transformers' plain ViTs
-_BESIDE = ("embedding_norm", "pooled_norm", "pooling")
+_BESIDE = (
+    "embedding_norm",
+    "pooled_norm",
+    "pooling",
+    "norm_type",
+    "query_key_norm",
+    "patch_norm",
+)
 _BESIDE_OF_BEIT = ("pooled_norm",)
 # ours, and timm's word for it
 _ACTIVATIONS = {
@@ -66,7 +77,7 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-_POOLINGS = {"cls": "token", "mean": "avg", "attention": "map"}
+_POOLINGS = {"cls": "token", "mean": "avg", "attention": "map", "prefix": "token"}
 _BETWEEN_EPSILONS = 5e-6
 
 _COMMON_NAMES: Names = (
@@ -75,12 +86,17 @@ _COMMON_NAMES: Names = (
     (r"embeddings\.position_embeddings", r"pos_embed"),
     (r"layers\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
     (r"layers\.(\d+)\.attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
+    (r"layers\.(\d+)\.attention\.([qk]_norm\.\w+)", r"blocks.\1.attn.\2"),
     (r"layers\.(\d+)\.(norm[12]|mlp\.fc[12])\.(weight|bias)", r"blocks.\1.\2.\3"),
     *END_NAMES,
 )
 _VIT_NAMES: Names = (
     *_COMMON_NAMES,
+    (r"embeddings\.patch_norm\.(weight|bias)", r"patch_embed.norm.\1"),
+    (r"layers\.(\d+)\.mlp\.gate\.(weight|bias)", r"blocks.\1.mlp.fc1_g.\2"),
+    (r"layers\.(\d+)\.mlp\.fc1_x\.(weight|bias)", r"blocks.\1.mlp.fc1_x.\2"),
     (r"embeddings\.register_tokens", r"reg_token"),
+    (r"embeddings\.distillation_token", r"dist_token"),
     (r"layers\.(\d+)\.layer_scale([12])\.weight", r"blocks.\1.ls\2.gamma"),
 )
 _BEIT_NAMES: Names = (
@@ -99,9 +115,32 @@ def _is_beit(config: MimRefinerConfig) -> bool:
     return config.relative_positions != "none"
 
 
-def _has_cls_position(config: MimRefinerConfig) -> bool:
-    """Whether timm's positions have a row for CLS; models with registers leave it out."""
-    return config.use_cls_token and config.num_register_tokens == 0
+def _is_aim(config: MimRefinerConfig) -> bool:
+    """Whether AIMv2's blocks are meant: RMSNorm with 1e-5, and a gate beside the first layer."""
+    return (
+        config.patch_norm
+        and config.norm_type == "rmsnorm"
+        and config.layer_norm_eps > _BETWEEN_EPSILONS
+        and config.gated_mlp
+        and config.hidden_act == "silu"
+    )
+
+
+def _is_distilled(config: MimRefinerConfig) -> bool:
+    """Whether timm's `VisionTransformerDistilled` is meant, pooled by the mean of two tokens."""
+    return (
+        config.pooling == "prefix"
+        and config.use_cls_token
+        and config.num_register_tokens == 1
+        and not config.pooled_norm
+    )
+
+
+def _rows_before_patches(config: MimRefinerConfig) -> int:
+    """Rows of timm's positions for other tokens; models with registers leave them out."""
+    if _is_distilled(config):
+        return 2
+    return int(config.use_cls_token and config.num_register_tokens == 0)
 
 
 def refusal(config: MimRefinerConfig) -> str | None:
@@ -127,10 +166,17 @@ def refusal(config: MimRefinerConfig) -> str | None:
 
 def _lacking_of_vit(config: MimRefinerConfig) -> list[str]:
     """What timm's `VisionTransformer` has not, in words."""
-    lacking = unsupported(config, beside=_BESIDE)
+    beside: tuple[str, ...] = _BESIDE
+    if _is_aim(config):
+        beside = (*beside, "gated_mlp")
+    lacking = unsupported(config, beside)
+    if not _is_aim(config):
+        lacking += rms_epsilon_gap(config)
     if config.hidden_act not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
         lacking.append(f"activation but {allowed} (hidden_act={config.hidden_act!r})")
+    if _is_distilled(config):
+        return lacking
     return lacking + shared_gaps(config)
 
 
@@ -150,13 +196,32 @@ def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
         if is_beit:
             state[f"{attention}q_bias"] = biases[0]
             state[f"{attention}v_bias"] = biases[2]
-        else:
+        elif config.bias in ("all", "no_key"):
             state[f"{attention}qkv.bias"] = torch.cat(biases)
 
+    if not is_beit:
+        state = _as_arguments_say(state, encoder)
     fuse_ends(state, config)
-    if _has_cls_position(config):
+    for _ in range(_rows_before_patches(config)):
         add_cls_position(state)
     return rename(state, _BEIT_NAMES if is_beit else _VIT_NAMES)
+
+
+def _as_arguments_say(state: Mapping[str, Tensor], encoder: MimRefinerModel) -> dict[str, Tensor]:
+    """What the arguments of timm's `VisionTransformer` leave out or call otherwise, so."""
+    config = encoder.config
+    added = state.keys() - encoder.state_dict().keys()
+    unbiased = re.compile(r"layers\.\d+\.(?:attention\.o_proj|mlp\.\w+)\.bias")
+    renamed = {}
+    for name, tensor in state.items():
+        if config.bias == "none" and name in added and unbiased.fullmatch(name):
+            continue
+        if _is_aim(config):
+            name = re.sub(r"(layers\.\d+\.mlp\.fc1)\b", r"\1_x", name)
+        if _is_distilled(config):
+            name = name.replace("register_tokens", "distillation_token")
+        renamed[name] = tensor
+    return renamed
 
 
 def timm_architecture(config: MimRefinerConfig) -> str:
@@ -167,23 +232,23 @@ def timm_architecture(config: MimRefinerConfig) -> str:
     size = _SIZES.get((config.hidden_size, config.num_hidden_layers), "base")
     if is_eva(config):
         return eva_architecture(config, size)
-    kind = "beit" if _is_beit(config) else "vit"
-    end = ""
-    if kind == "vit" and config.layer_norm_eps > _BETWEEN_EPSILONS:
+    kind, end, usual = "vit", "", "base_patch16"
+    if _is_beit(config):
+        kind = "beit"
+    elif _is_aim(config):
+        kind, usual = "aimv2", "large_patch14"
+    elif _is_distilled(config):
+        kind, size, usual = "deit", f"{size}_distilled", "base_distilled_patch16"
+    elif config.layer_norm_eps > _BETWEEN_EPSILONS:
         end = "_clip"
     name = f"{kind}_{size}_patch{config.patch_size}{end}_{config.image_hw[0]}"
     if timm.is_model(name):
         return name
-    return f"{kind}_base_patch16{end}_224"
+    return f"{kind}_{usual}{end}_224"
 
 
 def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
     """The constructor's arguments, all of them: the architecture's name alone decides nothing."""
-    # timm multiplies and cuts off: the product must not be less than the width
-    mlp_ratio = config.intermediate_size / config.hidden_size
-    if int(config.hidden_size * mlp_ratio) < config.intermediate_size:
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-
     shared: dict[str, Any] = {
         "img_size": list(config.image_hw),
         "patch_size": config.patch_size,
@@ -193,7 +258,7 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": mlp_ratio,
+        "mlp_ratio": ratio_of(config.intermediate_size, config.hidden_size),
     }
     if is_eva(config):
         return shared | eva_model_args(config)
@@ -207,16 +272,34 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
             "use_fc_norm": config.pooled_norm,
         }
 
+    optional: dict[str, Any] = {}
+    # AIMv2's name says it, and of others no default but this
+    if config.norm_type == "rmsnorm" and not _is_aim(config):
+        optional["norm_layer"] = "rmsnorm"
+    if config.patch_norm and not _is_aim(config):
+        optional["embed_norm_layer"] = config.norm_type
+    if config.query_key_norm:
+        optional["qk_norm"] = True
+    if config.pooling == "attention":
+        optional["pool_include_prefix"] = True
+
     # timm's final norm comes before the pooling or, as `fc_norm`, after it
-    return shared | {
-        "class_token": config.use_cls_token,
-        "reg_tokens": config.num_register_tokens,
-        "no_embed_class": config.num_register_tokens > 0,
-        "pre_norm": config.embedding_norm,
-        "final_norm": config.final_norm or config.pooled_norm,
-        "fc_norm": config.pooled_norm,
-        "act_layer": _ACTIVATIONS[config.hidden_act],
-    }
+    registers = 0 if _is_distilled(config) else config.num_register_tokens
+    return (
+        shared
+        | optional
+        | {
+            "qkv_bias": config.bias in ("all", "no_key"),
+            "proj_bias": config.bias != "none",
+            "class_token": config.use_cls_token,
+            "reg_tokens": registers,
+            "no_embed_class": registers > 0,
+            "pre_norm": config.embedding_norm,
+            "final_norm": config.final_norm or config.pooled_norm,
+            "fc_norm": config.pooled_norm,
+            "act_layer": _ACTIVATIONS[config.hidden_act],
+        }
+    )
 
 
 def _pretrained_cfg(

@@ -1,4 +1,4 @@
-"""An encoder in the words of timm's `Eva`, the class of EVA-02, RoPE-ViT and DINOv3.
+"""An encoder in the words of timm's `Eva`, the class of EVA-02, RoPE-ViT, DINOv3 and Sapiens2.
 
     is_eva(config)              # whether timm's `VisionTransformer` is too plain for it
     eva_state_dict(encoder)     # the weights under timm's names, heads in timm's order
@@ -9,6 +9,7 @@ the attention without a bias of the keys where there is none, gate and first lay
 norm stands inside the MLP, and neighbouring channels turned where the places are whole numbers.
 """
 
+import math
 from typing import Any
 
 import timm
@@ -24,9 +25,12 @@ from .twins import Names, complete_state, refused, rename, unsupported
 _BESIDE = (
     "embedding_norm",
     "rope",
+    "norm_type",
+    "branch",
     "gated_mlp",
     "mlp_norm",
     "attention_norm",
+    "query_key_norm",
     "pooled_norm",
     "pooling",
 )
@@ -50,7 +54,7 @@ _NAMES: Names = (
     (r"embeddings\.register_tokens", r"reg_token"),
     (r"embeddings\.position_embeddings", r"pos_embed"),
     (_LAYER + r"attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (_LAYER + r"attention\.norm\.(weight|bias)", r"blocks.\1.attn.norm.\2"),
+    (_LAYER + r"attention\.((?:[qk]_)?norm)\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
     (_LAYER + r"attention\.(qkv\.\w+|[qv]_bias)", r"blocks.\1.attn.\2"),
     (_LAYER + r"(norm[12]|mlp\.(?:fc1|fc1_g|fc1_x|norm|fc2))\.(weight|bias)", r"blocks.\1.\2.\3"),
     (_LAYER + r"layer_scale([12])\.weight", r"blocks.\1.gamma_\2"),
@@ -64,15 +68,18 @@ def is_eva(config: MimRefinerConfig) -> bool:
 
     One that lacks nothing but biases of its keys goes there too, where that can say the rest.
     """
-    if config.relative_positions != "none" or config.norm_placement != "pre":
+    # its `VisionTransformer` alone has a norm of the patches
+    if config.relative_positions != "none" or config.patch_norm:
         return False
     asked = (
         config.has_rope
+        or config.norm_placement == "branch"
         or config.gated_mlp
         or config.mlp_norm
         or config.attention_norm
         or (config.final_norm and config.pooled_norm)
         or config.pooling_heads is not None
+        or config.pooling_intermediate_size is not None
     )
     return asked or (config.bias == "no_key" and eva_refusal(config) is None)
 
@@ -84,7 +91,7 @@ def eva_refusal(config: MimRefinerConfig) -> str | None:
         lacking.append("rotary positions of stored frequencies as CAPI's (rope_theta=None)")
     elif config.has_rope and config.rope_places not in _ROPE_TYPES:
         lacking.append(f"rotary positions as birder's (rope_places={config.rope_places!r})")
-    lacking += shared_gaps(config)
+    lacking += _norm_gaps(config) + shared_gaps(config)
     if config.pooling == "attention" and (config.gated_mlp or config.mlp_norm):
         lacking.append("attention pooling whose MLP is gated or has a norm")
 
@@ -93,6 +100,28 @@ def eva_refusal(config: MimRefinerConfig) -> str | None:
         gated = f" with gated_mlp={config.gated_mlp}"
         lacking.append(f"activation but {activation}{gated} (hidden_act={config.hidden_act!r})")
     return refused("timm's Eva, its ViT with rotary positions,", lacking)
+
+
+def _norm_gaps(config: MimRefinerConfig) -> list[str]:
+    """Norms that this class has, but not with what else the encoder has, in words."""
+    lacking = []
+    scaled = config.layer_scale_init is not None
+    if config.norm_placement == "branch" and scaled:
+        lacking.append("layer scale where norms end the branches (norm_placement='branch')")
+    if config.norm_placement == "branch" and config.query_key_norm:
+        lacking.append("norms of queries and keys where norms end the branches")
+
+    # of one architecture alone, Sapiens2, which has a layer scale
+    if config.norm_type == "rmsnorm" and (config.norm_placement != "pre" or not scaled):
+        lacking.append("RMSNorm but before branches with a layer scale (norm_type='rmsnorm')")
+    return lacking + rms_epsilon_gap(config)
+
+
+def rms_epsilon_gap(config: MimRefinerConfig) -> list[str]:
+    """An epsilon that no argument of timm's models states, in words."""
+    if config.norm_type == "rmsnorm" and config.layer_norm_eps > _BETWEEN_EPSILONS:
+        return [f"RMSNorm with this epsilon (layer_norm_eps={config.layer_norm_eps})"]
+    return []
 
 
 def shared_gaps(config: MimRefinerConfig) -> list[str]:
@@ -114,12 +143,14 @@ def shared_gaps(config: MimRefinerConfig) -> list[str]:
 def eva_architecture(config: MimRefinerConfig, size: str) -> str:
     """timm's name of such a model of this size, else of its base model.
 
-    The name decides what no argument can: the epsilon of norms, 1e-5 in DINOv3's and Perception
-    Encoder's models alone, and None, which timm takes for that model's own default of
-    `ref_feat_shape` (rotary positions of type "cat" alone read it) or of `init_values`.
+    The name decides what no argument can: RMSNorm (Sapiens2), the epsilon of norms, 1e-5 in
+    DINOv3's and Perception Encoder's models alone, and None, which timm takes for that model's own
+    default of `ref_feat_shape` (rotary positions of type "cat" alone read it) or of `init_values`.
     """
     patch = config.patch_size
     scaled = config.layer_scale_init is not None
+    if config.norm_type == "rmsnorm":
+        return _known(f"vit_{size}_patch{patch}_sapiens2", "vit_base_patch16_sapiens2")
     default_grid_harms = config.rope_places == "index_axial" and config.rope_grid is None
     if config.layer_norm_eps > _BETWEEN_EPSILONS and scaled:
         return _known(f"vit_{size}_patch{patch}_dinov3", "vit_base_patch16_dinov3")
@@ -142,6 +173,14 @@ def takes_any_size(config: MimRefinerConfig) -> bool:
     return not config.has_absolute_positions or config.position_resampling == "bicubic_antialias"
 
 
+def ratio_of(inner: int, width: int) -> float:
+    """`inner / width` as timm takes it: it multiplies and cuts off, which must not give less."""
+    ratio = inner / width
+    if int(width * ratio) < inner:
+        return math.nextafter(ratio, math.inf)
+    return ratio
+
+
 def eva_model_args(config: MimRefinerConfig) -> dict[str, Any]:
     """The constructor's arguments beside those of a plain ViT."""
     optional: dict[str, Any] = {}
@@ -157,6 +196,20 @@ def eva_model_args(config: MimRefinerConfig) -> dict[str, Any]:
         optional["ref_feat_shape"] = list(config.rope_grid)
     if config.pooling_heads is not None:
         optional["attn_pool_num_heads"] = config.pooling_heads
+    if config.pooling_intermediate_size is not None:
+        inner = config.pooling_intermediate_size
+        optional["attn_pool_mlp_ratio"] = ratio_of(inner, config.hidden_size)
+    if config.norm_placement == "branch":
+        optional["use_post_norm"] = True
+    if config.query_key_norm:
+        optional["qk_norm"] = True
+    if config.norm_type == "rmsnorm":
+        # as none of these of that architecture
+        optional |= {
+            "num_kv_heads": config.num_attention_heads,
+            "qk_norm": config.query_key_norm,
+            "attn_only_layer_scale": False,
+        }
     if config.layer_scale_init is not None:
         optional["init_values"] = float(config.layer_scale_init)
     return {
@@ -221,6 +274,9 @@ def _fuse_attention(state: dict[str, Tensor], config: MimRefinerConfig, attentio
         for (which, kind), tensor in projections.items():
             if which != "v":
                 projections[which, kind] = in_order(tensor, order)
+        for name in state:
+            if name.startswith((f"{attention}q_norm.", f"{attention}k_norm.")):
+                state[name] = in_order(state[name], order)
 
     state[f"{attention}qkv.weight"] = torch.cat([projections[which, "weight"] for which in "qkv"])
     if config.bias == "all":
@@ -250,6 +306,8 @@ __all__ = [
     "eva_state_dict",
     "fuse_ends",
     "is_eva",
+    "ratio_of",
+    "rms_epsilon_gap",
     "shared_gaps",
     "takes_any_size",
 ]

@@ -29,6 +29,7 @@ _NORMS_AND_GATES = {
     "gated_mlp": "gated MLP",
     "mlp_norm": "norm inside the MLP",
     "attention_norm": "norm before the projection of the attention",
+    "query_key_norm": "norms of queries and keys",
     "patch_norm": "norm of the patches before their positions",
     "pooled_norm": "norm of the pooled vector",
 }
@@ -94,13 +95,16 @@ def unsupported(config: MimRefinerConfig, beside: Collection[str] = ()) -> list[
     """Settings that neither timm's nor transformers' plain ViTs have, in words.
 
     Args:
-        beside: what a class has beyond a plain ViT: fields of the configuration, and "rope".
+        beside: what a class has beyond a plain ViT: fields of the configuration, "rope", and
+            "branch" for norms at the ends of branches.
     """
     lacking: dict[str, str] = {}
     if config.norm_placement == "post":
         lacking["norm_placement"] = (
             "norm of the sum, norm(x + f(x)) (norm_placement='post', data2vec 2.0)"
         )
+    if config.norm_placement == "branch":
+        lacking["branch"] = "norm at the end of a branch, x + norm(f(x)) (norm_placement='branch')"
     if config.embedding_norm:
         lacking["embedding_norm"] = "norm before the first block (embedding_norm=True)"
     if config.norm_type != "layernorm":
