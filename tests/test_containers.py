@@ -164,7 +164,8 @@ def test_tensors_of_several_dtypes_are_read_as_float32(
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
 def test_what_is_no_float_is_named(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"1 tensors hold .*layers\.0\.mlp\.fc1\.weight is {dtype}"):
+    told = rf"1 tensors hold .*layers\.0\.mlp\.fc1\.weight is {dtype}"
+    with pytest.raises(ValueError, match=told):
         loaded(MEANT | {"blocks.0.mlp.fc1.weight": MEANT["blocks.0.mlp.fc1.weight"].to(dtype)})
     too_large = MEANT["blocks.0.mlp.fc1.weight"].double() * 1e300
     with pytest.raises(ValueError, match=r"1 tensors are too large for float32: layers\.0\.mlp"):

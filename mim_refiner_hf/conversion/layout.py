@@ -200,6 +200,8 @@ class Layout:
         preprocessing: what the family, or its file, says of its preprocessing, in the words of
             `preprocessor_config.json`.
         finish: a last renaming of all that was placed, given by our names.
+        reads_student: whether its authors go on from its own path where a moving average lies
+            beside it.
     """
 
     family: str
@@ -214,6 +216,7 @@ class Layout:
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    reads_student: bool = False
 
     def recognises(self, names: list[str]) -> list[str]:
         """The names that match the signature, one for each pattern; empty if any is not found."""

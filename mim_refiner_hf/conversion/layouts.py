@@ -252,6 +252,7 @@ CONMIM = replace(
     preprocessing=lambda contents: (
         {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
     ),
+    reads_student=True,
 )
 # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
 CONMIM_EMA = replace(

@@ -227,7 +227,7 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
             carriers = layout.recognises(list(tensors))
             sign = ", ".join(f"{name} {list(tensors[name].shape)}" for name in carriers)
 
-        if sign and family is None and model_type is None:
+        if sign and family is None and model_type is None and not layout.reads_student:
             teacher = teacher_beside(found.name, found.contents, where)
             if teacher is not None:
                 return _recognise_inside(found, teacher)
