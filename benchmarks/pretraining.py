@@ -9,7 +9,7 @@ split with a short one. Beside it stand raw pixels and the same encoder with ran
 A run that was stopped goes on from its checkpoint in --work; its row, once it is finished, stays in
 benchmarks/results/pretraining.jsonl, and the same command goes on with the next. The page beside it
 is written anew after every row. Digits take about five minutes a method on one free core, CIFAR-10
-about a quarter of an hour.
+a quarter to half an hour.
 """
 
 import argparse
