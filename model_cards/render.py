@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.publishing.convert import COPY_MARK
 from mim_refiner_hf.publishing.model_card import CITATION, card_metadata, eval_results_yaml
-from mim_refiner_hf.publishing.ways_to_use import ways_to_use
+from mim_refiner_hf.publishing.ways_to_use import family_config, ways_to_use
 from mim_refiner_hf.refinement.recipe_files import read_recipe
 from mim_refiner_hf.runtime.text import fenced, plain
 
@@ -177,7 +177,7 @@ def render_card(name: str, results: Results, start: Results | None) -> str:
         colour=results.recipe is not None and read_recipe(results.recipe).colour,
         copy_mark=COPY_MARK.format(results.zoo_name),
         address=entry.url or on_the_hub,
-        ways=ways_to_use(name, None, local=True),
+        ways=ways_to_use(name, family_config(entry.family), local=True),
         notes=[plain(note) for note in results.notes],
         reported=tables_of(results.reported),
         measured=tables_of(results.measured),

@@ -64,7 +64,7 @@ def run_card(text: str) -> str:
         versions={text: text},
         hardware=text,
         recipe={"dataset": text},
-    ).render()
+    ).render(MimRefinerConfig())
 
 
 def converted_card(text: str) -> str:

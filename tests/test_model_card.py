@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from mim_refiner_hf import MimRefinerConfig
 from mim_refiner_hf.publishing import CardData, write_card
 from mim_refiner_hf.publishing.model_card import is_hub_name
 from mim_refiner_hf.runtime.text import fenced, plain
@@ -71,10 +72,10 @@ def card_of(
     (run / "model").mkdir(parents=True)
     content = {**RUN, "dataset": {**RUN["dataset"], **(dataset or {})}, **changes}
     (run / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    MimRefinerConfig().save_pretrained(run / "model")
     path = write_card(run)
-    assert path == run / "model" / "README.md" and [
-        file.name for file in path.parent.iterdir()
-    ] == ["README.md"]
+    assert path == run / "model" / "README.md"
+    assert {file.name for file in path.parent.iterdir()} == {"README.md", "config.json"}
     card = ModelCard.load(path)
     return card, card.text
 

@@ -260,8 +260,8 @@ def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[st
     assert metrics["verdict"] == "better" and metrics["judgement"]["ships"] == "refined"
     assert metrics["judgement"]["changes"]["separation"]["low"] > 0
     card = CardData.from_run(output)
-    assert card.warning() is None and "Verdict: better." in card.render()
-    assert "| separation d' of a photo from others" in card.render()
+    assert card.warning() is None and "Verdict: better." in card.render(result.encoder.config)
+    assert "| separation d' of a photo from others" in card.render(result.encoder.config)
     for name in ("neighbours.png", "groups_before_after.png"):
         with Image.open(output / name) as picture:
             assert picture.width > 400 and np.asarray(picture.convert("L")).std() > 20

@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.conversion.load import image_processor
 from mim_refiner_hf.publishing import save_model_folder
-from mim_refiner_hf.publishing.ways_to_use import ways_to_use
+from mim_refiner_hf.publishing.ways_to_use import family_config, ways_to_use
 
 NAME = "model"
 PACKAGES = Path(os.environ.get("TRANSFORMERS_JS", "missing")) / "node_modules"
@@ -104,6 +106,18 @@ def test_commands_and_javascript(place: Path, text: str, monkeypatch: pytest.Mon
             words += ["--num_clusters", "2"]
         assert main(words) == 0, line
 
+    model = MimRefinerModel.from_pretrained(NAME).eval()
+    pixels = image_processor(model.config, {})(Image.open("photo.jpg"), return_tensors="pt")
+    with torch.no_grad():
+        ours = model(**pixels).pooler_output.view(-1)
+        native = AutoModel.from_pretrained("native-copy")
+        # what stands behind the command is what loads its copy
+        (call,) = re.findall(r"timm\.create_model\(.*\)", text)
+        copies = eval(call, {"timm": timm}).eval()(pixels["pixel_values"]).view(-1)
+        assert f"AutoModel, as {type(native).__name__}" in text
+        torch.testing.assert_close(native(**pixels).pooler_output.view(-1), ours)
+        torch.testing.assert_close(copies, ours)
+
     if not PACKAGES.is_dir():
         pytest.skip("TRANSFORMERS_JS names no folder with transformers.js")
     (snippet,) = blocks(text, "javascript")
@@ -116,10 +130,6 @@ def test_commands_and_javascript(place: Path, text: str, monkeypatch: pytest.Mon
     )
     assert result.returncode == 0, result.stderr
     theirs = torch.tensor(json.loads(result.stdout.splitlines()[-1])).view(-1)
-    model = MimRefinerModel.from_pretrained(NAME).eval()
-    pixels = image_processor(model.config, {})(Image.open("photo.jpg"), return_tensors="pt")
-    with torch.no_grad():
-        ours = model(**pixels).pooler_output.view(-1)
     assert torch.cosine_similarity(theirs, ours, dim=0) > 0.99
 
 
@@ -138,7 +148,15 @@ def test_a_card_shows_what_its_encoder_can(changes: dict[str, object], formats: 
     assert "# or the folder of this model" in text
 
 
-def test_a_card_of_an_encoder_that_is_not_at_hand_promises_nothing() -> None:
-    text = ways_to_use(NAME, None)
-    assert re.findall(r"--to (\w+)", text) == ["native", "timm", "onnx"]
-    assert text.count("where") == 2
+@pytest.mark.parametrize(
+    ("family", "loads"),
+    [
+        ("mae", ["as ViTModel", "timm.create_model"]),
+        ("maect_mean", ["timm.create_model"]),
+        ("crossmae", ["as Data2VecVisionModel", "timm.create_model"]),
+        ("data2vec2", []),
+    ],
+)
+def test_a_card_of_the_zoo_shows_what_its_family_can(family: str, loads: list[str]) -> None:
+    text = ways_to_use(NAME, family_config(family))
+    assert re.findall(r"as \w+Model|timm\.create_model", text) == loads

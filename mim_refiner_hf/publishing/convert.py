@@ -31,7 +31,7 @@ from ..runtime.wording import setting
 from .choices import DTYPES
 from .hub import check_model_folder, write_model
 from .model_card import conversion_card
-from .ways_to_use import ways_to_use
+from .ways_to_use import family_config, ways_to_use
 
 # largest difference of the outputs, written and read back, relative to the largest output
 READ_BACK_TOLERANCE = 1e-5
@@ -293,8 +293,10 @@ def _zoo_copy(
 
     # links lead to other models of the zoo, which do not lie beside the copy
     text = re.sub(r"\[([^]]*)\]\(\.\./[^)]*\)", r"\1", card.text)
-    general = ways_to_use(shipped.name, None, local=True)
-    text = text.replace(general, ways_to_use(name, config, local=True))
+    entry = find_entry(zoo_name)
+    assert entry is not None
+    theirs = ways_to_use(shipped.name, family_config(entry.family), local=True)
+    text = text.replace(theirs, ways_to_use(name, config, local=True))
     text = text.replace(f"{zoo_name} {shipped.name}", f"{zoo_name} {name}")
     text = text.replace(COPY_MARK.format(zoo_name), f"## This copy\n\n{copy}")
     return f"---\n{card.data.to_yaml()}\n---\n{text}"

@@ -25,7 +25,6 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from transformers.utils import CONFIG_NAME
 
 from ..conversion.licence import CARD, UNKNOWN, Licence
 from ..evaluation.tables import (
@@ -329,8 +328,8 @@ class CardData:
             rows.append((block, before, after))
         return rows
 
-    def render(self, config: MimRefinerConfig | None = None) -> str:
-        """The whole card as Markdown; `config` is that of the encoder, where it is at hand."""
+    def render(self, config: MimRefinerConfig) -> str:
+        """The whole card as Markdown; `config` is that of the encoder."""
         data = {}
         for name, value in self.dataset.items():
             if value not in (None, ""):
@@ -366,7 +365,7 @@ class CardData:
         )
 
 
-def _render(metadata: ModelCardData, config: MimRefinerConfig | None, **values: Any) -> str:
+def _render(metadata: ModelCardData, config: MimRefinerConfig, **values: Any) -> str:
     template = _TEMPLATE.read_text(encoding="utf-8")
     ways = ways_to_use(REPO_PLACEHOLDER, config)
     card = ModelCard.from_template(metadata, template_str=template, ways=ways, **values)
@@ -386,10 +385,7 @@ def write_card(run_folder: Path) -> Path:
         raise FileNotFoundError(
             f"{model} does not exist; the card belongs beside the run's saved model"
         )
-    config = None
-    if (model / CONFIG_NAME).is_file():
-        config = MimRefinerConfig.from_pretrained(model)
-    return _save_card(model / CARD, card.render(config))
+    return _save_card(model / CARD, card.render(MimRefinerConfig.from_pretrained(model)))
 
 
 # The card of a conversion

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jinja2
 
+from ..conversion.layouts import LAYOUTS
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from .native_classes import class_of
 from .twins import why_not_exported
@@ -18,13 +19,19 @@ from .twins import why_not_exported
 _TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 
 
-def ways_to_use(name: str, config: MimRefinerConfig | None, *, local: bool = False) -> str:
+def family_config(family: str) -> MimRefinerConfig:
+    """What the encoders of a family of `LAYOUTS` are, shapes aside: enough to say their formats."""
+    settings = {layout.family: layout.settings for layout in LAYOUTS}[family]
+    # CrossMAE's, as released, have no final norm; every other layout states whether
+    return MimRefinerConfig(**{"final_norm": False, **settings})
+
+
+def ways_to_use(name: str, config: MimRefinerConfig, *, local: bool = False) -> str:
     """The snippets as Markdown, from AutoModel to transformers.js.
 
     Args:
         name: of the repository on the Hub, or of the folder.
-        config: of the encoder; None where it is not at hand: then formats that may refuse it say
-            so.
+        config: of the encoder.
         local: whether `name` is a folder.
     """
     template = jinja2.Template(
@@ -33,13 +40,8 @@ def ways_to_use(name: str, config: MimRefinerConfig | None, *, local: bool = Fal
     return template.render(name=name, local=local, twins=_twins(config)).strip()
 
 
-def _twins(config: MimRefinerConfig | None) -> list[tuple[str, str]]:
+def _twins(config: MimRefinerConfig) -> list[tuple[str, str]]:
     """(format, what loads it) of the formats that not every encoder can take."""
-    if config is None:
-        return [
-            ("native", "AutoModel, where transformers has such a class"),
-            ("timm", 'timm.create_model("local-dir:timm-copy", pretrained=True), where it has'),
-        ]
     twins = []
     kind = class_of(config)
     if not isinstance(kind, str):
@@ -49,4 +51,4 @@ def _twins(config: MimRefinerConfig | None) -> list[tuple[str, str]]:
     return twins
 
 
-__all__ = ["ways_to_use"]
+__all__ = ["family_config", "ways_to_use"]
