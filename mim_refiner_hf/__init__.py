@@ -109,13 +109,15 @@ def _registered_later() -> None:
     auto = "transformers.models.auto"
     configuration = f"{__name__}.model.configuration_mim_refiner"
     models = f"{__name__}.model.modeling_mim_refiner"
+    # what our models import asks itself for the table, where a class of transformers comes first
+    layers = "transformers.modeling_layers"
     processors = f"{__name__}.model.image_processing_mim_refiner"
     pipelines = [
         f"{__name__}.clustering.pipeline_image_clustering",
         f"{__name__}.clustering.pipeline_image_features",
     ]
     after_import(f"{auto}.configuration_auto", _register_configuration, [configuration])
-    after_import(f"{auto}.modeling_auto", _register_models, [configuration, models])
+    after_import(f"{auto}.modeling_auto", _register_models, [configuration, models, layers])
     after_import(
         f"{auto}.image_processing_auto", _register_image_processors, [configuration, processors]
     )

@@ -454,3 +454,18 @@ def test_the_processor_needs_no_torchvision(tmp_path: Path, photo: Image.Image) 
     assert torch.equal(
         pixels, MimRefinerImageProcessorPil(**settings)(photo, return_tensors="pt").pixel_values
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["BertModel", "ViTModel", "pipeline", "Trainer"])
+def test_any_class_of_transformers_may_be_imported_first(first: str) -> None:
+    """In a process of its own: the tables are asked for while others are half imported."""
+    program = (
+        f"import mim_refiner_hf; from transformers import {first}, AutoModel, AutoConfig\n"
+        "config = AutoConfig.for_model('mim_refiner', num_hidden_layers=1)\n"
+        "print(type(AutoModel.from_config(config)).__name__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "MimRefinerModel", result.stderr

@@ -266,6 +266,14 @@ def test_every_other_model_goes_back_to_timm(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
 
 
+def test_the_same_curve_has_one_word_in_timm(tmp_path: Path) -> None:
+    encoder = load_encoder(tiny(VIT, act_layer="gelu_tanh"))
+    encoder.config.hidden_act = "gelu_new"
+    save_model_folder(tmp_path / "model", encoder, encoder.image_processor)
+    export(tmp_path / "model", tmp_path / "timm", "timm")
+    assert load_encoder(tmp_path / "timm").config.hidden_act == "gelu_pytorch_tanh"
+
+
 @pytest.mark.parametrize("name", ["aimv2-no-head", "dinov2"])
 def test_a_class_of_transformers_goes_to_timm(tmp_path: Path, name: str) -> None:
     """With the biases that it has, and no others."""

@@ -76,6 +76,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "silu": "silu",
+    "gelu_new": "gelu_tanh",
 }
 _POOLINGS = {"cls": "token", "mean": "avg", "attention": "map", "prefix": "token"}
 _BETWEEN_EPSILONS = 5e-6
