@@ -1,9 +1,9 @@
 """docs/reproduce.md in earnest: each of its commands is run on a stand-in of its data, in tiny.
 
 The commands are read off the page, so a changed page is tested; only the model and the images are
-small, and what is trained is trained for two epochs. Once with six classes, and once, where the
-shared folder is, with a thousand, and models that lie where the zoo puts its downloads: files that
-the authors' own code wrote, of every official layout in turn.
+small, and what is trained is trained for an epoch or two. Once with six classes, and once, where
+the shared folder is, with a thousand, and models that lie where the zoo puts its downloads: files
+that the authors' own code wrote, of every official layout in turn.
 """
 
 import io
@@ -124,9 +124,9 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def few_epochs(*arguments: Any) -> Any:
-    """`check_protocols`, whose recipe of fine-tuning then trains for two epochs."""
+    """`check_protocols`, whose recipe of fine-tuning then trains for one epoch."""
     recipe = protocol.check_protocols(*arguments)
-    return recipe and replace(recipe, epochs=2, warmup_epochs=1)
+    return recipe and replace(recipe, epochs=1, warmup_epochs=0)
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +198,7 @@ OFFICIAL = [
 
 @pytest.fixture(scope="module")
 def thousand(shared: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageNet's folders with 1000 classes of two images, and one to measure, of real photos."""
+    """ImageNet's folders with 1000 classes of two real photos; one more of every fourth class."""
     root = tmp_path_factory.mktemp("thousand")
     for name in ("inat18", "vtab", "ade20k"):
         shutil.copytree(stand_in / name, root / name)
@@ -207,7 +207,8 @@ def thousand(shared: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFact
     # each class of the file holds ten of these: nine photos one after the other
     for number in range(OF_IMAGENET):
         name = f"n{number:08d}"
-        for place, split in enumerate(("train", "train", "val")):
+        splits = ("train", "train", "val") if number % 4 == 0 else ("train", "train")
+        for place, split in enumerate(splits):
             folder = root / "imagenet" / split / name
             folder.mkdir(parents=True, exist_ok=True)
             encoded = rows[9 * number + place].as_py()["bytes"]
@@ -242,7 +243,7 @@ def put_into_zoo(
         key = next(key for key in ("model", "state_dict") if key in contents)
         first = {name: t for name, t in contents[key].items() if name.startswith("blocks.0.")}
         for block in range(depth):
-            more = {name.replace(".0.", f".{block}.", 1): t for name, t in first.items()}
+            more = {n.replace(".0.", f".{block}.", 1): t.clone() for n, t in first.items()}
             contents[key] |= more
         torch.save(contents, file)
     Record(entry.url, size=file.stat().st_size, sha256=sha256_of(file)).write(file)
@@ -252,13 +253,19 @@ def put_into_zoo(
     monkeypatch.setattr(zoo, "hf_hub_download", lambda *_, **__: str(file))
 
 
+# the recipes of fine-tuning beyond the first run with six classes: they take the same flags
+OF_A_THOUSAND = [
+    words for words in page_commands() if words[-1] not in ("out/10percent", "out/100percent")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(page_commands())))
+@pytest.mark.parametrize("number", range(len(OF_A_THOUSAND)))
 def test_commands_run_with_a_thousand_classes_and_official_files(
     number: int, thousand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(thousand)
-    command = page_commands()[number]
+    command = OF_A_THOUSAND[number]
     official = OFFICIAL[number % len(OFFICIAL)]
     put_into_zoo(official, monkeypatch, tmp_path)
     assert main(["evaluate", official.model, *command[1:], "--num_workers", "0"]) == 0
@@ -270,7 +277,7 @@ def test_commands_run_with_a_thousand_classes_and_official_files(
 
 
 def test_there_is_a_command_for_every_official_layout() -> None:
-    assert len(page_commands()) >= len(OFFICIAL)
+    assert len(OF_A_THOUSAND) >= len(OFFICIAL)
 
 
 @pytest.mark.slow
@@ -292,8 +299,8 @@ def test_refinements_and_examples_of_the_page_run(
     if "mae" in command:
         start = Official("mae_huge14", "mae", "checkpoint_encoder.pth")
     put_into_zoo(start, monkeypatch, tmp_path, depth=32 if "h14" in command else 24)
-    flags = ["--model", start.model, "--dataset", "imagenet/train", "--eval_split", ""]
-    flags += ["--global_size", "32", "--local_size", "16", "--dry_run"]
+    flags = ["--model", start.model, "--dataset", "imagenet", "--split", "train"]
+    flags += ["--eval_split", "val", "--global_size", "32", "--local_size", "16", "--dry_run"]
     assert main(["refine", *words[place + 1 :], *flags]) == 0
 
 
