@@ -70,10 +70,6 @@ def transposed(state: State, name: str) -> State | None:
     return state | {name: tensor.transpose(*pairs[-1]).contiguous()} if pairs else None
 
 
-def half(state: State, name: str) -> State:
-    return state | {name: state[name].half()}
-
-
 def integer(state: State, name: str) -> State:
     return state | {name: (state[name] * 100).int()}
 
@@ -97,7 +93,6 @@ TENSOR_DAMAGES: list[Callable[[State, str], State | None]] = [
     dropped,
     renamed,
     transposed,
-    half,
     integer,
     with_nan,
     swapped,

@@ -457,7 +457,7 @@ def test_onnx_without_its_extra_says_what_to_install(
         (
             "timm",
             CAPI,
-            "no norm but a LayerNorm.*no rotary positions of stored.*"
+            "no rotary positions of stored.*no RMSNorm but before branches.*"
             "no pooling but of CLS, patches or attention",
         ),
         ("timm", {"hidden_act": "relu"}, "no activation but gelu, gelu_pytorch_tanh, quick_gelu"),
