@@ -87,6 +87,8 @@ def test_folders_without_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     [
         # words that are numbers, and numbers
         (images_of(["3", "7", "7"]), images_of([7, 3])),
+        (images_of(["3", "7", "7"]), images_of([7, 3, 12])),
+        (images_of([0, 7, 12]), images_of(["7", "12"])),
         # numbers that a data set states names for
         (images_of([0, 2, 1], ["a", "b", "c"]), images_of([2, 0])),
         (images_of([2, 0]), images_of([0, 2, 1], ["a", "b", "c"])),
@@ -105,6 +107,8 @@ def test_numbers_that_mean_no_names_are_refused() -> None:
         with_one_class_table(images_of(["cat", "dog"]), images_of([0, 1]))
     with pytest.raises(ValueError, match=r"numbers .0, 5."):
         with_one_class_table(images_of([0, 5]), images_of([0, 1], ["a", "b"]))
+    with pytest.raises(ValueError, match=r"names .01, 02."):
+        with_one_class_table(images_of([1, 2]), images_of(["01", "02"]))
 
 
 def test_plain_numbers_stay_what_they_are() -> None:
@@ -155,8 +159,8 @@ def test_one_image_a_class_is_not_measured_by_labels(caplog: pytest.LogCaptureFi
 
 
 def test_empty_words_are_no_labels() -> None:
-    images = images_of(["cat", "", "dog", None])
-    assert images.labels is not None and images.labels.tolist() == [0, -1, 1, -1]
+    images = images_of(["cat", "", "dog", None, "  ", "\t\n"])
+    assert images.labels is not None and images.labels.tolist() == [0, -1, 1, -1, -1, -1]
     assert images.class_names == ["cat", "dog"]
 
 
@@ -223,3 +227,27 @@ def test_rows_that_are_in_the_bank_too_are_counted(caplog: pytest.LogCaptureFixt
     assert caplog.text == ""
     warn_of_known_rows(nearest(torch.cat([others, 2 * bank[:7]]), bank, 1)[0])
     assert "7 of 57 rows to classify are in the bank too" in caplog.text
+
+
+def test_arrays_score_as_tensors_do() -> None:
+    rows = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 4
+    tensors = rows[:30], labels[:30], rows[30:], labels[30:]
+    expected = knn_accuracy(*tensors)
+    assert knn_accuracy(*(tensor.numpy() for tensor in tensors)) == expected
+    assert rankme(rows.numpy()) == rankme(rows)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4,), (2, 2, 2), ()])
+def test_what_is_no_table_of_features_is_refused(shape: tuple[int, ...]) -> None:
+    wrong, labels = torch.zeros(shape), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"features must be"):
+        rankme(wrong)
+    with pytest.raises(ValueError, match=r"must be|needs at least|label"):
+        knn_accuracy(torch.zeros(4, 4), labels, wrong, labels[: shape[0] if shape else 1], k=1)
+
+
+def test_features_of_two_widths_are_refused() -> None:
+    labels = torch.arange(4)
+    with pytest.raises(ValueError, match=r"of one width, not \(4, 4\) and \(4, 3\)"):
+        knn_accuracy(torch.eye(4), labels, torch.eye(4)[:, :3], labels, k=1)

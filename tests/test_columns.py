@@ -1,6 +1,9 @@
 """Which columns of a table are read, against tables made for one rule each."""
 
+import datetime
+import decimal
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,26 @@ def test_a_column_without_a_label_gives_way_to_the_next() -> None:
     rows = {"image": [SHOWN] * 2, "label": [None, None], "labels": [1, 0]}
     types = {"image": PICTURE, "label": Value("int64"), "labels": Value("int64")}
     assert open_images(table(rows, types)).labels.tolist() == [1, 0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (datasets.Sequence(Value("int64")), [0, 1]),
+        ({"id": Value("int64")}, {"id": 1}),
+        (Value("date32"), datetime.date(2026, 1, 1)),
+        (Value("decimal128(5, 2)"), decimal.Decimal(1)),
+        (Value("binary"), b"cat"),
+    ],
+    ids=str,
+)
+def test_a_column_called_a_label_of_another_type_is_said(
+    kind: Any, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = {"image": [SHOWN] * 2, "label": [value] * 2}
+    images = open_images(table(rows, {"image": PICTURE, "label": kind}))
+    assert images.labels is None
+    assert re.search("column label of .* holds .*, no label: .* unlabelled", caplog.text)
 
 
 def test_what_is_open_is_refused_with_all_names() -> None:

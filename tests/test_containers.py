@@ -1,11 +1,13 @@
 """One encoder in whatever trainers wrap around it, against the encoder loaded bare."""
 
+import argparse
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import timm
 import torch
@@ -170,3 +172,25 @@ def test_what_is_no_float_is_named(dtype: torch.dtype) -> None:
     too_large = MEANT["blocks.0.mlp.fc1.weight"].double() * 1e300
     with pytest.raises(ValueError, match=r"1 tensors are too large for float32: layers\.0\.mlp"):
         loaded(MEANT | {"blocks.0.mlp.fc1.weight": too_large})
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        np.float64(0.5),
+        np.float32(0.5),
+        np.int64(7),
+        np.bool_(True),
+        np.str_("best"),
+        np.arange(4),
+        np.random.RandomState(0).get_state(),
+        Path("runs/1"),
+        PureWindowsPath("runs/1"),
+        argparse.Namespace(output_dir=Path("runs/1"), lr=np.float64(1e-3)),
+    ],
+    ids=lambda note: type(note).__name__,
+)
+def test_what_trainers_note_beside_the_weights(note: Any, tmp_path: Path) -> None:
+    torch.save({"model": MEANT, "epoch": note}, tmp_path / "x.pth")
+    found = load_encoder(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(found[name], EXPECTED[name]) for name in EXPECTED)

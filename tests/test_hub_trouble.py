@@ -6,6 +6,7 @@ on.
 """
 
 import http.client
+import io
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ import pytest
 import torch
 from golden_cases import facts
 from huggingface_hub import close_session, constants
+from PIL import Image
 from test_birder import files_of
 
 from mim_refiner_hf import (
@@ -37,10 +39,14 @@ from mim_refiner_hf import (
     load_encoder,
 )
 from mim_refiner_hf.conversion import CheckpointError
+from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing import hub, push_folder, save_model_folder
 from mim_refiner_hf.runtime import retry as patience
 
 REPOSITORY = "tester/tiny"
+_FILE = io.BytesIO()
+Image.new("RGB", (8, 8)).save(_FILE, "PNG")
+PICTURE = _FILE.getvalue()
 
 
 class Trouble:
@@ -434,6 +440,50 @@ def test_a_model_of_a_closed_port_is_refused_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()
     assert "Connection refused: no way to that host, so it was asked only once" in said[-1]
     assert "check the name and the network" in said[-1] and not (tmp_path / "out").exists()
+
+
+def cached_birds(cache: Path) -> None:
+    """Two images in the cache of `datasets`, as the data set ada/birds leaves them there."""
+    images = [{"bytes": PICTURE, "path": None}] * 2
+    table = datasets.Dataset.from_dict(
+        {"image": images}, features=datasets.Features({"image": datasets.Image()})
+    )
+    table.to_parquet(cache / "birds.parquet")
+    builder = datasets.load_dataset_builder(
+        "parquet", data_files=str(cache / "birds.parquet"), cache_dir=str(cache / "made")
+    )
+    builder.download_and_prepare()
+    made = Path(builder.cache_dir)
+    (made / "parquet-train.arrow").rename(made / "birds-train.arrow")
+    info = (made / "dataset_info.json").read_text().replace('"parquet"', '"birds"')
+    (made / "dataset_info.json").write_text(info)
+    kept = cache / "ada___birds/default/0.0.0" / made.name
+    kept.parent.mkdir(parents=True)
+    made.rename(kept)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_data_set_of_a_closed_port_is_looked_for_in_the_cache_alone(
+    cached: bool, trouble: Trouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_waiting(_: float) -> None:
+        pytest.fail("a host that is not there was waited for")
+
+    impatient = SimpleNamespace(**{**vars(time), "sleep": no_waiting})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    if cached:
+        cached_birds(tmp_path)
+    trouble.server.shutdown()
+    trouble.server.server_close()
+    close_session()
+
+    if cached:
+        assert len(open_images("ada/birds")) == 2
+    else:
+        with pytest.raises(ConnectionError, match=r"refused.* asked only once, .* not in the cach"):
+            open_images("ada/birds")
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("how", HOW)

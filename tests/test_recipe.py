@@ -516,3 +516,26 @@ def test_no_head_warmup(stage: Literal["both", "refine"]) -> None:
     assert count_steps(stream, None) == (0, 20)
     with pytest.raises(ValueError, match="head_epochs=0 exclude each other"):
         RefineRecipe(model="a", head_epochs=0, stage="warmup")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "heads: " + "[" * 20_000 + "]" * 20_000,
+        "heads: " + "{a: " * 20_000 + "1" + "}" * 20_000,
+        "- " * 5_000 + "x",
+        "seed: " + "9" * 100_000,
+        "seed: 2026-13-45",
+        "seed: !!python/object/apply:os.system [true]",
+        "seed: \x00",
+        "seed: [1",
+        "&a [*a",
+    ],
+    ids=lambda text: text[:16],
+)
+def test_a_file_that_yaml_cannot_read_is_named_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml is not valid YAML") as refusal:
+        read_fields(str(path), RefineRecipe)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600

@@ -172,3 +172,24 @@ def test_broken_images_are_listed_and_stop_nothing(photos: Path, tmp_path: Path)
     passes = forward_passes(encoder := make_encoder())
     embed(tmp_path / "photos", tmp_path / "out", encoder)
     assert not passes
+
+
+@pytest.mark.parametrize("count", [0, COUNT - 1, COUNT + 1, 10**12])
+def test_a_number_of_images_that_is_not_the_data_sets_is_refused(
+    count: int, photos: Path, tmp_path: Path
+) -> None:
+    images = open_images(str(photos))
+
+    def write() -> object:
+        encoder, processor, loading = make_encoder(), make_processor(), Loading(BATCH)
+        return embed_images(encoder, images, processor, tmp_path / "out", loading=loading)
+
+    write()
+    manifest = tmp_path / "out/manifest.json"
+    right = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(right) | {"num_images": count}))
+    with pytest.raises(ValueError, match=rf"num_images is {count}, but the data set has {COUNT}"):
+        write()
+
+    manifest.write_text(right)
+    write()

@@ -37,6 +37,28 @@ _LONGEST_HEADER = 100_000_000
 FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
+class Note:
+    """An empty thing in the place of an object that is no weight, whatever it was made of."""
+
+    def __init__(self, *_: object) -> None:
+        """Nothing is kept of the arguments."""
+
+    def __setstate__(self, _: object) -> None:
+        """Nor of the state."""
+
+
+# NumPy 1 and 2
+_CORES = ("core", "_core")
+_ARRAYS = [f"{core}.multiarray.{what}" for core in _CORES for what in ("scalar", "_reconstruct")]
+_PATHS = [f"{pure}{system}Path" for pure in ("", "Pure") for system in ("", "Posix", "Windows")]
+# what trainers note beside the weights, by its names in pickles: scores as numbers of NumPy, the
+# state of its random generator, folders
+_NOTED = [
+    *(f"numpy.{name}" for name in ("dtype", "ndarray", *_ARRAYS)),
+    *(f"pathlib{module}.{name}" for module in ("", "._local") for name in _PATHS),
+]
+
+
 def read_source(source: str | Path, revision: str | None) -> Source:
     """Read whatever `source` names, and compare it with its digests where it has them.
 
@@ -170,7 +192,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             return contents_of_header(path, tensors, read_header(path))
         _refuse_packed(path)
         # plain data; the official dBOT, ConMIM and iBOT files carry a Namespace
-        with torch.serialization.safe_globals([Namespace]):
+        notes = [(Note, name) for name in _NOTED]
+        with torch.serialization.safe_globals([Namespace, *notes]):
             # all but the oldest torch files are zips and can be mapped: their pages come in as
             # they are used, never all at once
             is_zip = zipfile.is_zipfile(path)

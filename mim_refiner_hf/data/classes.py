@@ -14,6 +14,7 @@ words that occur. The number 2 of one set and of another are then two classes. S
 """
 
 import logging
+import re
 
 import numpy as np
 
@@ -108,6 +109,9 @@ def _names(images: ImageDataset, other: ImageDataset) -> dict[int, str]:
 
     if other.found.names_stated and used[-1] < len(other.class_names):
         return {number: other.class_names[number] for number in used}
+    # "0" and "2" are numbers as well, "01" might be a name
+    if all(re.fullmatch("0|[1-9][0-9]*", name) for name in other.class_names):
+        return numbers
     raise ValueError(
         f"the classes of {one_line(other.name)} are names ({_some(other.class_names)}), those of "
         f"{one_line(images.name)} numbers ({_some(list(numbers.values()))}); which is which is not "

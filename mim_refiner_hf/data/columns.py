@@ -193,8 +193,16 @@ def _label_columns(features: Mapping[str, Any], name: str, asked: str | None) ->
                 f"{setting('label_column', asked)}: {_not_that(features, asked, name)}"
             )
         return [asked]
-    named = [column for column in LABEL_COLUMNS if column in features]
-    named = [column for column in named if _may_label(features[column])]
+    called = [column for column in LABEL_COLUMNS if column in features]
+    named = [column for column in called if _may_label(features[column])]
+    if not named:
+        for column in called:
+            logger.warning(
+                "column %s of %s holds %s, no label: the images count as unlabelled",
+                column,
+                one_line(name),
+                one_line(features[column])[:200],
+            )
     classes = [column for column in features if states_names(features, column)]
     others = [column for column in classes if column not in named]
     if not named and len(others) > 1:
@@ -281,14 +289,14 @@ def states_names(features: Mapping[str, Any], column: str) -> bool:
 
 
 def label_of(cell: Any) -> int | str | None:
-    """A label as a number or a word; None for what means none: null, NaN, -1, empty text.
+    """A label as a number or a word; None for what means none: null, NaN, -1, empty or blank text.
 
     ValueError for a number that is not whole.
     """
-    if cell is None or cell == "" or cell != cell:
+    if cell is None or cell != cell:
         return None
     if isinstance(cell, str):
-        return cell
+        return cell if cell.strip() else None
     if not math.isfinite(cell) or int(cell) != cell:
         raise ValueError(f"has the label {cell}; a label is a whole number, a word or null")
     return int(cell) if cell >= 0 else None

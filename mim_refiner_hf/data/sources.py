@@ -11,14 +11,18 @@ holds the rules for names and splits, and the sentences for what goes wrong.
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi
 
 from ..clustering.decoding import EXTENSIONS
 from ..clustering.image_items import FolderListing, ending_of, image_files, list_folder
 from ..runtime.distributed import rank
-from ..runtime.retry import patiently
+from ..runtime.retry import has_no_way, patiently
 from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .columns import TableColumn, find_columns, find_labels, holds_images, label_of, labels_of
@@ -39,6 +43,8 @@ logger = logging.getLogger(__name__)
 _TABLE_SUFFIXES = (".parquet", ".tar")
 # members of a tar shard in which an image must occur
 _FIRST_MEMBERS = 64
+# seconds
+_LONGEST_ANSWER = 10.0
 
 
 def find_images(
@@ -126,7 +132,17 @@ def load_table(
             builder = datasets.load_dataset_builder(dataset, config)
             return _read_as_stored(builder, split or "train", streaming=streaming)
 
-        return patiently(load, f"opening {dataset}")
+        no_way = _no_way_to(dataset)
+        if no_way is None:
+            return patiently(load, f"opening {dataset}")
+        try:
+            with _cache_alone():
+                return load()
+        except (datasets.exceptions.DatasetNotFoundError, OSError) as error:
+            raise ConnectionError(
+                f"{_line(no_way)}: no way to that host, so it was asked only once, and the data "
+                "set is not in the cache"
+            ) from error
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"No data set {dataset!r}: not a path here, not 'digits', and not on the Hub, or "
@@ -160,6 +176,32 @@ def _read_as_stored(builder: Any, split: str, *, streaming: bool) -> Any:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def _no_way_to(dataset: str) -> Exception | None:
+    """Why the Hub cannot be asked for a data set; None where it can.
+
+    `datasets` by itself takes half a minute to give up a host that is not there.
+    """
+    import datasets
+
+    try:
+        HfApi(datasets.config.HF_ENDPOINT).dataset_info(dataset, timeout=_LONGEST_ANSWER)
+    # whatever else is wrong, opening the data set will say
+    except Exception as error:
+        return error if has_no_way(error) else None
+    return None
+
+
+@contextmanager
+def _cache_alone() -> Iterator[None]:
+    """Open what is in the cache and ask the Hub for nothing, as with HF_HUB_OFFLINE=1."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _load_local(path: Path, split: str | None, options: SourceOptions, *, streaming: bool) -> Any:

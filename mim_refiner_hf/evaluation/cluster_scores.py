@@ -175,14 +175,18 @@ def mean_scores(labels: ArrayLike, run: KMeansRun) -> tuple[float, float]:
 # --- without labels -------------------------------------------------------------------------------
 
 
-def rankme(features: Tensor) -> float:
+def rankme(features: Tensor | NDArray[Any]) -> float:
     """Effective rank of `features` (N, D): 1 for collapsed ones, at most min(N, D).
 
     The exponential of the entropy of the singular values' distribution,
     `p_k = sigma_k / sum(sigma) + 1e-7` (RankMe, Garrido et al. 2023, arXiv 2210.02885, eq. 1).
-    Comparable only for one data set and one N. ValueError for a feature that is not finite.
+    Comparable only for one data set and one N. ValueError for a feature that is not finite, and
+    for no features.
     """
-    sigma = torch.linalg.svdvals(finite_rows(features, "features"))
+    rows = finite_rows(features, "features")
+    if rows.numel() == 0:
+        raise ValueError(f"features must be at least one row and channel, not {(*rows.shape,)}")
+    sigma = torch.linalg.svdvals(rows)
     p = sigma / sigma.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 

@@ -228,6 +228,13 @@ def claim(folder: Path, new: dict[str, Any], compared: Sequence[str]) -> dict[st
                 f"{folder} holds other features: {'; '.join(differing)}; "
                 "name another folder, or remove this one"
             )
+        # shards are counted up to it; of a stream it is not known before its end
+        stated, counted = old["num_images"], new["num_images"]
+        if stated != counted and None not in (stated, counted):
+            raise ValueError(
+                f"{folder / STORE_MANIFEST} is damaged: its num_images is {stated}, but the data "
+                f"set has {counted}; make the features again"
+            )
 
     wait_for_everyone()  # all have looked
     if old is None and rank() == 0:

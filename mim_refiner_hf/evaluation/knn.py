@@ -23,6 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,14 +48,17 @@ Answers = dict[tuple[int, float], Tensor]
 # --- standardisation ------------------------------------------------------------------------------
 
 
-def finite_rows(rows: Tensor, name: str) -> Tensor:
-    """`rows` to compute with: fp32, or fp64 where they are.
+def finite_rows(rows: Tensor | np.ndarray, name: str) -> Tensor:
+    """`rows` (N, D) to compute with: fp32, or fp64 where they are.
 
     Half precision overflows in a sum of squares, whole numbers have no mean.
 
     Raises:
-        ValueError: for NaN and infinity, and for complex numbers.
+        ValueError: for another shape, NaN and infinity, and complex numbers.
     """
+    rows = torch.as_tensor(rows)
+    if rows.dim() != 2:
+        raise ValueError(f"{name} must be (N, D), one row an item, not {(*rows.shape,)}")
     if rows.is_complex():
         raise ValueError(f"{name} are {rows.dtype}; features are real numbers")
     if rows.dtype not in (torch.float32, torch.float64):
@@ -279,10 +283,10 @@ def grid_settings(bank: int) -> list[tuple[int, float]]:
 
 
 def knn_accuracy(
-    train_x: RowSource,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    train_x: RowSource | np.ndarray,
+    train_y: Tensor | np.ndarray,
+    test_x: Tensor | np.ndarray,
+    test_y: Tensor | np.ndarray,
     *,
     k: int = 10,
     temperature: float = 0.07,
@@ -290,16 +294,19 @@ def knn_accuracy(
 ) -> float:
     """Share (0 to 1) of the test rows that the paper's k-NN protocol classifies correctly.
 
-    Arguments as in `knn_predict`; standardises by itself. Test rows without a label, -1, are left
-    out, and counted in a line.
+    Arguments as in `knn_predict`, or the same as arrays; standardises by itself. Test rows
+    without a label, -1, are left out, and counted in a line.
     """
+    if isinstance(train_x, Tensor | np.ndarray):
+        train_x = finite_rows(train_x, "train_x")
+    test_x = finite_rows(test_x, "test_x")
+    train_y = torch.as_tensor(train_y)
+    test_y = torch.as_tensor(test_y)
     if test_y.shape != test_x.shape[:1]:
         raise ValueError(
             f"test_y must hold one label per test row ({len(test_x)}), not shape {(*test_y.shape,)}"
         )
-    if isinstance(train_x, Tensor):
-        train_x = finite_rows(train_x, "train_x")
-    test_x = finite_rows(test_x, "test_x")
+    check_knn_input(train_x, train_y, test_x, (k,), (temperature,))
     has_one = torch.from_numpy(labelled_rows(test_y.cpu().numpy())).to(test_x.device)
     # a copy only where some are left out
     if not has_one.all():

@@ -52,7 +52,7 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
             # a host that was reached before will be found again
-            if attempt == 1 and _has_no_way(error):
+            if attempt == 1 and has_no_way(error):
                 raise ConnectionError(
                     f"{reason}: no way to that host, so it was asked only once"
                 ) from error
@@ -94,7 +94,7 @@ def _is_of_the_network(cause: BaseException) -> bool:
     return isinstance(cause, ConnectionResetError | BrokenPipeError | TimeoutError)
 
 
-def _has_no_way(error: BaseException) -> bool:
+def has_no_way(error: BaseException) -> bool:
     """Whether the host cannot be found or reached, or refuses to be talked to."""
     return any(
         isinstance(cause, socket.gaierror | ConnectionRefusedError)
@@ -120,4 +120,4 @@ def _pause_asked_for(error: BaseException, otherwise: float) -> float:
     return otherwise
 
 
-__all__ = ["patiently"]
+__all__ = ["has_no_way", "patiently"]

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from .files import shipped_folder
+from .text import one_line
 from .versions import check_format
 from .wording import setting
 
@@ -246,8 +247,9 @@ def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
     """One YAML file of `field: value` lines; ValueError for anything else."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    # its reader makes numbers and dates as it goes, and calls itself for what is nested
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = one_line(error)[:300]
         raise ValueError(f"{asked}: {path} is not valid YAML ({reason})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{asked}: {path} must hold one `field: value` per line")
