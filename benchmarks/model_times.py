@@ -29,9 +29,9 @@ PHOTOS = (1000, 10_000)
 # features to take, and to refine from; of a size the zoo has none of, any ViT of that shape
 NAMES = {
     "S/16": ("", "any ViT-S of the Hub"),
-    "B/16": ("", "data2vec2_base16"),
-    "L/16": ("d2v2_refined_l16", "data2vec2_large16"),
-    "H/14": ("d2v2_refined_h14", "data2vec2_huge14"),
+    "B/16": ("", "d2v2-b16"),
+    "L/16": ("d2v2-refined-l16", "d2v2-l16"),
+    "H/14": ("d2v2-refined-h14", "d2v2-h14"),
 }
 
 

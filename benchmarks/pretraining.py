@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = {
     "MAE": "pretrain",
     "CAPI": "pretrain-capi",
-    "data2vec 2.0": "pretrain-data2vec2",
+    "data2vec 2.0": "pretrain-d2v2",
     "ConMIM": "pretrain-conmim",
 }
 SCORES = ("knn_accuracy", "cluster_accuracy", "nmi")

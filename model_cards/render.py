@@ -174,10 +174,10 @@ def render_card(name: str, results: Results, start: Results | None) -> str:
         name=name,
         results=results,
         start=start,
-        colour=results.recipe is not None and read_recipe(results.recipe).colour,
-        copy_mark=COPY_MARK.format(results.zoo_name),
+        colour=results.starting_model is not None and read_recipe(name).colour,
+        copy_mark=COPY_MARK.format(name),
         address=entry.url or on_the_hub,
-        ways=ways_to_use(name, family_config(entry.family), local=True),
+        ways=ways_to_use(f"out/{name}", family_config(entry.family), local=True),
         notes=[plain(note) for note in results.notes],
         reported=tables_of(results.reported),
         measured=tables_of(results.measured),
@@ -198,8 +198,7 @@ def render_index(models: dict[str, Results]) -> str:
                 key = (row.score.protocol, row.score.setting, row.score.metric)
                 scores[name][key] = row.score.value
 
-    carded = {results.zoo_name for results in models.values()}
-    others = [name for name in ZOO if name not in carded]
+    others = [name for name in ZOO if name not in models]
     text = (FOLDER / "zoo_index.md.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
     return template.render(models=models, scores=scores, others=others, papers=PAPERS)
@@ -251,10 +250,10 @@ def render_numbers(models: dict[str, Results]) -> str:
     for title, columns in NUMBERS.items():
         heads = [title, *(column[0] for column in columns)]
         parts += [f"| {' | '.join(heads)} |", f"|---|{'---:|' * len(columns)}"]
-        for results in models.values():
+        for name, results in models.items():
             values = [_value(results, column) for column in columns]
             if any(values):
-                cells = [f"`{results.zoo_name}`", *(value or "-" for value in values)]
+                cells = [f"`{name}`", *(value or "-" for value in values)]
                 parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
@@ -292,8 +291,7 @@ def render_all(folder: Path) -> dict[Path, str]:
             "repository"
         )
     # in the order of the zoo
-    place = {name: number for number, name in enumerate(ZOO)}
-    models = dict(sorted(models.items(), key=lambda model: place[model[1].zoo_name]))
+    models = {name: models[name] for name in ZOO if name in models}
 
     texts = {folder / "README.md": render_index(models)}
     if folder.resolve() == FOLDER.resolve():

@@ -224,31 +224,27 @@ class Results:
     """One `results.yaml`.
 
     Args:
-        zoo_name: the official weights, a name of `conversion.zoo.ZOO`.
+        name: of its folder, of the official weights (`conversion.zoo.ZOO`), and of the recipe in
+            `training/recipes/` that repeats the refinement.
         reported, measured: the numbers; no score twice in either.
         starting_model: the folder of the model that was refined into this one; None for a model
             that is not refined.
-        recipe: the name in `training/recipes/` that repeats the refinement.
         base_model: the Hub repository of the starting weights, where there is one.
         notes: sentences for the reader.
     """
 
-    zoo_name: str
+    name: str
     reported: tuple[Reported, ...]
     measured: tuple[Measured, ...]
     starting_model: str | None = None
-    recipe: str | None = None
     base_model: str | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.zoo_name not in list(ZOO):
-            raise ValueError(f"zoo_name {self.zoo_name!r} is unknown; allowed: {', '.join(ZOO)}")
-        if (self.starting_model is None) != (self.recipe is None):
+        if self.name not in ZOO:
             raise ValueError(
-                "a refined model has a starting_model and a recipe, any other has neither"
+                f"its folder's name {self.name!r} is no name of the zoo; allowed: {', '.join(ZOO)}"
             )
-
         _check_rows(self.reported)
         _check_rows(self.measured)
 
@@ -259,7 +255,7 @@ class Results:
     @property
     def entry(self) -> ZooEntry:
         """The zoo's entry."""
-        return ZOO[self.zoo_name]
+        return ZOO[self.name]
 
     @property
     def method(self) -> str:
@@ -306,6 +302,9 @@ def read_results(path: Path) -> Results:
             for name, kind in kinds.items():
                 if isinstance(content.get(name), list):
                     content[name] = _read_rows(kind, content[name], name)
+            if "name" in content:
+                raise ValueError("the name is that of the folder; leave it out")
+            content["name"] = path.parent.name
         return _from_mapping(Results, content)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

@@ -179,7 +179,7 @@ def test_what_cannot_work_is_said_with_the_number_to_take(
 
 def test_the_papers_recipes_fit_imagenet() -> None:
     config = MimRefinerConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
-    for name in ("mae-l16", "d2v2-l16", "one-gpu-24gb"):
+    for name in ("mae-refined-l16", "d2v2-refined-l16", "one-gpu-24gb"):
         found = resolve(read_recipe(name), config, IMAGENET)
         assert misfits(found) == []
 

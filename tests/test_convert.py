@@ -237,7 +237,7 @@ def test_a_model_of_the_zoo_brings_its_reported_numbers(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mim_refiner_hf.conversion.read.fetch", lambda entry: source)
-    assert convert_command(Path("mae_large16"), tmp_path / "mae-l16") == 0
+    assert convert_command(Path("mae-l16"), tmp_path / "mae-l16") == 0
     card = ModelCard.load(tmp_path / "mae-l16" / "README.md")
     assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "nmi"}
     assert "reported by the paper" in card.text or "Reported by the paper" in card.text

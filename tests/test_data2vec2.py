@@ -374,7 +374,7 @@ IMAGENET = 1_281_167
 def test_recipes_have_the_authors_schedules(run: str) -> None:
     if run not in RUNS:
         pytest.skip(f"this set of goldens has no run {run}")
-    name = f"pretrain-data2vec2-{RECIPES[run]}"
+    name = f"pretrain-d2v2-{RECIPES[run]}"
     recipe = PretrainRecipe(**read_fields(name, PretrainRecipe))
     case = RUNS[run]
     per_epoch, warmup, total = recipe.steps(IMAGENET)
@@ -390,7 +390,7 @@ def test_recipes_have_the_authors_schedules(run: str) -> None:
 def test_recipes_have_the_authors_masks(kind: str) -> None:
     if kind not in MASKINGS:
         pytest.skip(f"this set of goldens has no masks {kind}")
-    name = f"pretrain-data2vec2-{RECIPES[kind]}"
+    name = f"pretrain-d2v2-{RECIPES[kind]}"
     recipe = PretrainRecipe(**read_fields(name, PretrainRecipe))
     case = MASKINGS[kind]
     found = (recipe.num_visible, recipe.num_centres, recipe.mask_length)

@@ -236,7 +236,7 @@ def test_readme_draws_every_folder() -> None:
 def zoo_numbers() -> dict[str, list[str]]:
     """Name in the zoo -> k-NN, linear probe, 1-shot, cluster accuracy, from the rendered table."""
     rows = re.findall(
-        r"^\| \[.*?\| `(\w+)` \| [^|]+ \| (.*) \|$",
+        r"^\| \[.*?\| `([\w-]+)` \| [^|]+ \| (.*) \|$",
         (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
@@ -246,15 +246,14 @@ def zoo_numbers() -> dict[str, list[str]]:
 def test_numbers_of_models_are_those_of_the_cards() -> None:
     numbers = zoo_numbers()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pairs = re.findall(r"`(\w+_refined_\w+)`, k-NN ([\d.]+) -> ([\d.]+) %", readme)
+    pairs = re.findall(r"`([\w-]+-refined-\w+)`, k-NN ([\d.]+) -> ([\d.]+) %", readme)
     assert len(pairs) == 2
     for refined, before, after in pairs:
-        start = refined.replace("d2v2_refined_l", "data2vec2_large")
-        start = start.replace("d2v2_refined_h", "data2vec2_huge")
+        start = refined.replace("-refined", "")
         assert (before, after) == (numbers[start][0], numbers[refined][0])
 
     choice = (ROOT / "docs" / "choosing-a-model.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \S+/\d+ \| `(\w+)` \| [^|]+ \| (.*) \|$", choice, re.MULTILINE)
+    rows = re.findall(r"^\| \S+/\d+ \| `([\w-]+)` \| [^|]+ \| (.*) \|$", choice, re.MULTILINE)
     assert {name for name, _ in rows} >= numbers.keys()
     for name, cells in rows:
         knn, shot, clusters = (cell.strip() for cell in cells.split("|"))

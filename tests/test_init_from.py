@@ -254,5 +254,5 @@ def test_checkpoints_of_earlier_versions_are_refused_with_what_to_do(
 def test_a_recipes_own_starting_weights_are_left_out() -> None:
     recipe = read_recipe("quickstart", init_from="warm")
     assert (recipe.init_from, recipe.pretrain, recipe.model) == ("warm", None, None)
-    parsed = parse_recipe(["--recipe", "mae-l16", "--init_from", "warm"])
+    parsed = parse_recipe(["--recipe", "mae-refined-l16", "--init_from", "warm"])
     assert (parsed.init_from, parsed.model, parsed.batch_size) == ("warm", None, 1024)

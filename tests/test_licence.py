@@ -122,9 +122,9 @@ def test_a_name_of_the_zoo_has_the_licence_of_its_entry(
 ) -> None:
     file = mae_file(tmp_path / "mae.pth")
     monkeypatch.setattr("mim_refiner_hf.conversion.read.fetch", lambda _: file)
-    convert("mae_base16", tmp_path / "base", num_heads=2)
-    convert("mae_large16", tmp_path / "carded", num_heads=2)
-    assert ZOO["mae_base16"].licence == "cc-by-nc-4.0"
+    convert("mae-b16", tmp_path / "base", num_heads=2)
+    convert("mae-l16", tmp_path / "carded", num_heads=2)
+    assert ZOO["mae-b16"].licence == "cc-by-nc-4.0"
     assert stated(tmp_path / "base") == stated(tmp_path / "carded") == {"license": "cc-by-nc-4.0"}
 
 

@@ -164,7 +164,7 @@ def test_a_share_is_rounded_down_in_each_stage() -> None:
 
 def test_what_the_other_methods_leave_out_is_mim_refiners() -> None:
     config = MimRefinerConfig(**SHAPES["l16"])
-    recipe = resolve(read_recipe("mae-l16"), config, IMAGENET)
+    recipe = resolve(read_recipe("mae-refined-l16"), config, IMAGENET)
     assert (recipe.activation, recipe.predictor_norm, recipe.head_init) == ("gelu", True, "xavier")
     assert (recipe.norm_views, recipe.target_momentum) == ("together", None)
     assert recipe.head_temperature == recipe.temperature

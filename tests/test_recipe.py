@@ -28,6 +28,7 @@ from mim_refiner_hf.pretraining.recipe import PretrainRecipe
 from mim_refiner_hf.refinement.recipe import START_FIELDS
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.resolve import count_steps, default_head_blocks, resolve
+from mim_refiner_hf.runs.begun import check_as_begun
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runtime.settings import check_fields, read_fields, recipe_file
 
@@ -64,14 +65,14 @@ KEPT_SHAPES = {
 # epochs, batch, temperature,
 # first block with a head (all later ones have one), side of a local view, frozen blocks.
 RELEASED = {
-    "mae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
-    "mae-h14": (H14, 30, 512, 0.3, 20, 98, 0),
-    "mae-2b14": (TWOB14, 20, 512, 0.35, 16, 98, 6),
-    "d2v2-l16": (L16, 20, 1024, 0.2, 16, 96, 0),
-    "d2v2-h14": (H14, 20, 512, 0.3, 20, 98, 0),
-    "dbot-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
-    "dbot-h14": (H14, 30, 512, 0.3, 20, 98, 0),
-    "crossmae-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+    "mae-refined-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+    "mae-refined-h14": (H14, 30, 512, 0.3, 20, 98, 0),
+    "mae-refined-2b14": (TWOB14, 20, 512, 0.35, 16, 98, 6),
+    "d2v2-refined-l16": (L16, 20, 1024, 0.2, 16, 96, 0),
+    "d2v2-refined-h14": (H14, 20, 512, 0.3, 20, 98, 0),
+    "dbot-refined-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
+    "dbot-refined-h14": (H14, 30, 512, 0.3, 20, 98, 0),
+    "crossmae-refined-l16": (L16, 30, 1024, 0.2, 16, 96, 0),
 }
 IN_ALL_OF_THEM = {
     "head_epochs": 20,
@@ -174,20 +175,20 @@ def test_every_recipe_names_weights_that_exist(name: str) -> None:
 def test_an_ablation_is_its_base_but_for_what_it_states() -> None:
     ablations = [name for name in NAMES if name.startswith("ablation-")]
     assert len(ablations) == 17
-    default = dataclasses.asdict(read_recipe("d2v2-l16"))
+    default = dataclasses.asdict(read_recipe("d2v2-refined-l16"))
     for name in ablations:
         stated = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-        assert stated.pop("base") == "d2v2-l16"
+        assert stated.pop("base") == "d2v2-refined-l16"
         assert dataclasses.asdict(read_recipe(name)) == {**default, "recipe": name, **stated}
 
 
 def test_bases_form_a_chain(tmp_path: Path) -> None:
     """A path counts from the file that states it; null takes a field of the base away."""
-    (tmp_path / "first.yaml").write_text("base: mae-l16\nepochs: 7\nseed: 1\n")
+    (tmp_path / "first.yaml").write_text("base: mae-refined-l16\nepochs: 7\nseed: 1\n")
     second = tmp_path / "second.yaml"
     second.write_text("base: first.yaml\nseed: 2\neval_split: null\n")
     assert read_recipe(str(second)) == dataclasses.replace(
-        read_recipe("mae-l16"), recipe=str(second), epochs=7, seed=2, eval_split=None
+        read_recipe("mae-refined-l16"), recipe=str(second), epochs=7, seed=2, eval_split=None
     )
 
 
@@ -198,7 +199,7 @@ def test_bases_form_a_chain(tmp_path: Path) -> None:
         ("base: other.yaml", "the bases go in a circle: mine -> other -> mine"),
         ("base: d2v2", "mine.yaml has base d2v2: unknown; there are cifar10-tiny"),
         ("base: gone.yaml", "gone.yaml: no such file"),
-        ("base: [d2v2-l16]", "has base ['d2v2-l16']; it must be the name of a recipe"),
+        ("base: [cifar10-tiny]", "has base ['cifar10-tiny']; it must be the name of a recipe"),
     ],
 )
 def test_bases_that_lead_nowhere_are_refused(tmp_path: Path, text: str, says: str) -> None:
@@ -226,9 +227,51 @@ def test_released_models_have_the_numbers_of_the_paper(name: str) -> None:
     assert recipe.steps == (20 * updates, epochs * updates)
 
 
+# as the recipes were called when they named the model that they start from
+FORMER_NAMES = {name: name.replace("-refined", "") for name in RELEASED}
+
+
+@pytest.mark.parametrize("name", FORMER_NAMES)
+def test_a_recipe_by_its_former_name(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same settings, said in a line; a run that it began goes on, in the folder that it had."""
+    old = FORMER_NAMES[name]
+    recipe = read_recipe(old)
+    assert recipe == read_recipe(name, recipe=old, output_dir=f"outputs/{old}")
+    assert f"the recipe is called {name} now" in caplog.text
+
+    shape = RELEASED[name][0]
+    config = MimRefinerConfig(**shape, intermediate_size=4 * shape["hidden_size"])
+    resolved = resolve(recipe, config, IMAGENET)
+    begun = resolved.as_written()
+    spelt = {
+        "mae-2b14": "mae_twob14",
+        "d2v2-l16": "data2vec2_large16",
+        "d2v2-h14": "data2vec2-h14",
+        "dbot-l16": "dbot_large16",
+        "dbot-h14": "DBOT-H14",
+        "crossmae-l16": "crossmae_large16",
+    }
+    begun["model"] = spelt.get(str(begun["model"]), begun["model"])
+    (tmp_path / "recipe.json").write_text(json.dumps(begun))
+    check_as_begun(tmp_path, resolved)
+    begun["model"] = "mae_base16"
+    (tmp_path / "recipe.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="model was mae_base16, is"):
+        check_as_begun(tmp_path, resolved)
+
+
+def test_a_pre_training_by_its_former_name() -> None:
+    names = [f"pretrain-data2vec2-{end}" for end in ("b16", "l16", "h16", "h14", "digits")]
+    for old in names:
+        new = old.replace("data2vec2", "d2v2")
+        assert read_fields(old, PretrainRecipe) == read_fields(new, PretrainRecipe)
+
+
 def test_without_colour_is_half_as_long() -> None:
     """Paper, Table 7: everything else is the recipe with colour."""
-    with_colour, without = read_recipe("d2v2-h14"), read_recipe("no-colour-h14")
+    with_colour, without = read_recipe("d2v2-refined-h14"), read_recipe("no-colour-h14")
     differing = {
         field.name
         for field in dataclasses.fields(RefineRecipe)
@@ -239,8 +282,8 @@ def test_without_colour_is_half_as_long() -> None:
 
 
 def test_small_gpu_recipe_trains_the_same_thing() -> None:
-    """One GPU of 24 GB differs from mae-l16 only in how, not in what is computed."""
-    large, small = read_recipe("mae-l16"), read_recipe("one-gpu-24gb")
+    """One GPU of 24 GB differs from mae-refined-l16 only in how, not in what is computed."""
+    large, small = read_recipe("mae-refined-l16"), read_recipe("one-gpu-24gb")
     differing = {
         field.name
         for field in dataclasses.fields(RefineRecipe)
@@ -425,12 +468,12 @@ def test_a_start_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
 
 
 def test_other_data_do_not_inherit_the_splits_of_a_recipe() -> None:
-    assert read_recipe("mae-l16").eval_split == "validation"
-    assert read_recipe("mae-l16", dataset="photos").eval_split is None
-    assert parse_recipe(["--recipe", "mae-l16", "--dataset", "photos"]).eval_split is None
+    assert read_recipe("mae-refined-l16").eval_split == "validation"
+    assert read_recipe("mae-refined-l16", dataset="photos").eval_split is None
+    assert parse_recipe(["--recipe", "mae-refined-l16", "--dataset", "photos"]).eval_split is None
     assert (
         parse_recipe(
-            ["--recipe", "mae-l16", "--dataset", "photos", "--eval_split", "test"]
+            ["--recipe", "mae-refined-l16", "--dataset", "photos", "--eval_split", "test"]
         ).eval_split
         == "test"
     )

@@ -119,7 +119,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = MimRefinerConfig(**shape, intermediate_size=64, image_size=32, patch_size=16)
     encoder = MimRefinerModel(config).eval()
-    save_model_folder(root / "mae_refined_l16", encoder, image_processor(config, {}))
+    save_model_folder(root / "mae-refined-l16", encoder, image_processor(config, {}))
     return root
 
 
@@ -166,7 +166,7 @@ def test_a_command_of_the_page_runs(command: list[str]) -> None:
         paper = "--protocol" in command
         size = 37 if paper else 32
         words = f"shorter side {size}, centre crop 32 x 32"
-        assert report["protocol"]["images"] == {"mae_refined_l16": words}
+        assert report["protocol"]["images"] == {"mae-refined-l16": words}
         assert 0 <= report["after"]["knn_accuracy"] <= 1
     if "--split_file" in command:
         assert "listed" in (Path(command[-1]) / "report.md").read_text()
@@ -184,15 +184,15 @@ class Official(NamedTuple):
 
 
 OFFICIAL = [
-    Official("mae_refined_l16", "mimrefiner-prenorm", "checkpoint.th"),
-    Official("d2v2_refined_h14", "mimrefiner-postnorm", "checkpoint.th"),
-    Official("mae_large16", "mae", "checkpoint_encoder.pth"),
-    Official("mae_twob14", "maws", "checkpoint.pt"),
-    Official("data2vec2_large16", "data2vec2", "checkpoint.pt"),
-    Official("dbot_large16", "dbot", "checkpoint_encoder.pth"),
-    Official("crossmae_large16", "crossmae", "checkpoint_full.pth"),
-    Official("maect_large16", "maect-encoder", "checkpoint.th"),
-    Official("capi_vitl14_in1k", "capi", "checkpoint.pth"),
+    Official("mae-refined-l16", "mimrefiner-prenorm", "checkpoint.th"),
+    Official("d2v2-refined-h14", "mimrefiner-postnorm", "checkpoint.th"),
+    Official("mae-l16", "mae", "checkpoint_encoder.pth"),
+    Official("mae-2b14", "maws", "checkpoint.pt"),
+    Official("d2v2-l16", "data2vec2", "checkpoint.pt"),
+    Official("dbot-l16", "dbot", "checkpoint_encoder.pth"),
+    Official("crossmae-l16", "crossmae", "checkpoint_full.pth"),
+    Official("mae-ct-l16", "maect-encoder", "checkpoint.th"),
+    Official("capi-l14-in1k", "capi", "checkpoint.pth"),
 ]
 
 
@@ -295,9 +295,9 @@ def test_refinements_and_examples_of_the_page_run(
         assert example["main"]() == 0
         return
     place = next(place for place, word in enumerate(words) if word.startswith("training/"))
-    start = Official("data2vec2_large16", "data2vec2", "checkpoint.pt")
+    start = Official("d2v2-l16", "data2vec2", "checkpoint.pt")
     if "mae" in command:
-        start = Official("mae_huge14", "mae", "checkpoint_encoder.pth")
+        start = Official("mae-h14", "mae", "checkpoint_encoder.pth")
     put_into_zoo(start, monkeypatch, tmp_path, depth=32 if "h14" in command else 24)
     flags = ["--model", start.model, "--dataset", "imagenet", "--split", "train"]
     flags += ["--eval_split", "val", "--global_size", "32", "--local_size", "16", "--dry_run"]
@@ -331,7 +331,7 @@ def test_bad_input_is_one_line(
     (stand_in / "lists/empty.txt").write_text("\n")
     (stand_in / "lists/twice.txt").write_text("n00000000_1\nn00000000_1.JPEG\n")
     (stand_in / "lists/uneven.txt").write_text("n00000000_1\n")
-    words = ["evaluate", "mae_refined_l16", "--dataset", "imagenet/train", "--num_workers", "0"]
+    words = ["evaluate", "mae-refined-l16", "--dataset", "imagenet/train", "--num_workers", "0"]
     words += ["--eval_dataset", "imagenet/val", *shlex.split(flags)]
     try:
         code: object = main(words)
@@ -344,7 +344,7 @@ def test_bad_input_is_one_line(
 
 
 def test_the_whole_bank_counts_unless_a_size_is_named(stand_in: Path) -> None:
-    words = ["evaluate", "mae_refined_l16", "--dataset", "imagenet/train", "--num_workers", "0"]
+    words = ["evaluate", "mae-refined-l16", "--dataset", "imagenet/train", "--num_workers", "0"]
     words += ["--eval_dataset", "imagenet/val", "--output_dir"]
     assert main([*words, "out/whole"]) == 0
     assert main([*words, "out/some", "--bank_size", "12"]) == 0

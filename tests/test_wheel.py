@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from mim_refiner_hf.runtime.files import shipped_folder
 from mim_refiner_hf.runtime.settings import recipe_file
-print(recipe_file("mae-l16"))
+print(recipe_file("mae-refined-l16"))
 print(shipped_folder("model_cards", in_repository="model_cards"))
 """
 
@@ -76,5 +76,5 @@ def test_they_are_found_where_they_are_installed(unpacked: Path) -> None:
         [sys.executable, "-I", "-c", RECIPE, str(unpacked)], capture_output=True, text=True
     )
     package = unpacked / "mim_refiner_hf"
-    lines = [str(package / "recipes" / "mae-l16.yaml"), str(package / "model_cards")]
+    lines = [str(package / "recipes" / "mae-refined-l16.yaml"), str(package / "model_cards")]
     assert found.stdout.split() == lines, found.stderr

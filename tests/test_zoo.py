@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from mim_refiner_hf import load_encoder
 from mim_refiner_hf.conversion import CheckpointError, download, zoo
 from mim_refiner_hf.conversion.layouts import LAYOUTS
-from mim_refiner_hf.conversion.zoo import ZOO, ZooEntry, fetch
+from mim_refiner_hf.conversion.zoo import ZOO, ZooEntry, fetch, find_entry
 from mim_refiner_hf.runtime import retry
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
@@ -129,7 +129,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 def entry(server: Server) -> ZooEntry:
     """An entry of the zoo whose file this server holds."""
-    return replace(ZOO["mae_refined_l16"], url=server.url)
+    return replace(ZOO["mae-refined-l16"], url=server.url)
 
 
 def state(folder: Path) -> set[str]:
@@ -141,8 +141,8 @@ def state(folder: Path) -> set[str]:
 
 
 def test_names_and_addresses_are_those_of_the_method(shared: Path) -> None:
-    """Every name of the last table of METHOD.md with the address that its row spells out, and
-    beyond them only those of MAE-CT's authors and of birder.
+    """Every name of the last table of METHOD.md, the authors' spelling, with the address that its
+    row spells out, and beyond them only those of MAE-CT's authors and of birder.
     """
     stated: dict[str, str] = {}
     for line in (
@@ -164,9 +164,12 @@ def test_names_and_addresses_are_those_of_the_method(shared: Path) -> None:
             ]  # the latter on the Hub
         stated |= dict(zip(names, files, strict=True))
     assert len(stated) == 26
-    ours = {entry.name: entry.url or f"{entry.repo}/{entry.filename}" for entry in ZOO.values()}
-    beyond = re.compile(r"maect_|mae_reimpl_(base|large|huge)16$|rope_vit_")
-    assert {name: file for name, file in ours.items() if not beyond.match(name)} == stated
+    ours = {}
+    for entry in ZOO.values():
+        if not re.match(r"mae-ct-(b|l|h)|mae-reimpl-(b|l|h)16$|rope_vit_", entry.name):
+            ours[entry.name] = entry.url or f"{entry.repo}/{entry.filename}"
+    named = {name: find_entry(name) for name in stated}
+    assert ours == {entry.name: stated[name] for name, entry in named.items() if entry}
 
 
 def test_entries_state_what_the_package_can_use() -> None:
@@ -185,16 +188,16 @@ def test_entries_state_what_the_package_can_use() -> None:
 def test_a_file_is_downloaded_once_and_recorded(server: Server) -> None:
     path = fetch(entry(server))
     assert (
-        path == Path(constants.HF_HOME) / "mim_refiner_hf" / "mae_refined_l16.th"
+        path == Path(constants.HF_HOME) / "mim_refiner_hf" / "mae-refined-l16.th"
         and path.read_bytes() == CONTENT
     )
-    record = json.loads(path.with_name("mae_refined_l16.th.json").read_text())
+    record = json.loads(path.with_name("mae-refined-l16.th.json").read_text())
     assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(
         CONTENT
     )
     assert record["url"] == server.url and record["etag"] == f'"{hashlib.md5(CONTENT).hexdigest()}"'
     assert fetch(entry(server)) == path and server.requests == [""]
-    assert state(path.parent) == {"mae_refined_l16.th", "mae_refined_l16.th.json"}
+    assert state(path.parent) == {"mae-refined-l16.th", "mae-refined-l16.th.json"}
 
 
 def test_a_broken_connection_is_resumed(server: Server) -> None:
@@ -211,14 +214,34 @@ def test_a_connection_that_keeps_breaking_leaves_a_start_for_the_next_call(
         CheckpointError, match=r"keeps failing.*1000 bytes are kept.*same command again"
     ):
         fetch(entry(server), tmp_path)
-    assert (tmp_path / "mae_refined_l16.th.part").read_bytes() == CONTENT[:1000] and not (
-        tmp_path / "mae_refined_l16.th"
+    assert (tmp_path / "mae-refined-l16.th.part").read_bytes() == CONTENT[:1000] and not (
+        tmp_path / "mae-refined-l16.th"
     ).exists()
     server.requests, server.cuts = [], []
     assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == [
         "bytes=1000-"
     ]
-    assert state(tmp_path) - {"home"} == {"mae_refined_l16.th", "mae_refined_l16.th.json"}
+    assert state(tmp_path) - {"home"} == {"mae-refined-l16.th", "mae-refined-l16.th.json"}
+
+
+def test_a_file_of_an_earlier_spelling_is_not_downloaded_again(
+    server: Server, tmp_path: Path
+) -> None:
+    """Nor what came of it before the connection broke."""
+    for suffix in ("", ".part"):
+        folder = tmp_path / f"kept{suffix}"
+        kept = fetch(entry(server), folder)
+        for path in (kept, kept.with_name(f"{kept.name}.json")):
+            name = path.name.replace("mae-refined-l16.th", f"mae_refined_l16.th{suffix}")
+            path.rename(folder / name.replace(".part.json", ".json"))
+        server.requests.clear()
+        found = fetch(entry(server), folder)
+        assert (found.name, found.read_bytes()) == ("mae_refined_l16.th", CONTENT)
+        assert server.requests == [], suffix
+    # another model's is none of it
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mae_refined_h14.th").write_bytes(b"")
+    assert fetch(entry(server), tmp_path / "other").name == "mae-refined-l16.th"
 
 
 def test_no_server_at_all(server: Server, tmp_path: Path) -> None:
@@ -229,7 +252,7 @@ def test_no_server_at_all(server: Server, tmp_path: Path) -> None:
 
 def test_a_crash_before_the_renaming_costs_no_download(server: Server, tmp_path: Path) -> None:
     path = fetch(entry(server), tmp_path)
-    path.rename(tmp_path / "mae_refined_l16.th.part")
+    path.rename(tmp_path / "mae-refined-l16.th.part")
     assert fetch(entry(server), tmp_path).read_bytes() == CONTENT and server.requests == [""]
 
 
@@ -246,7 +269,7 @@ def test_a_file_changed_on_the_server_starts_over(
     assert fetch(entry(server), tmp_path).read_bytes() == changed
     assert "changed on the server" in caplog.text and "first" not in caplog.text
     assert (
-        json.loads((tmp_path / "mae_refined_l16.th.json").read_text())["sha256"]
+        json.loads((tmp_path / "mae-refined-l16.th.json").read_text())["sha256"]
         == hashlib.sha256(changed).hexdigest()
     )
 
@@ -323,7 +346,7 @@ def test_what_is_no_whole_file_is_not_kept(
     server.headers, server.ranges = headers, False
     with pytest.raises(CheckpointError, match=reason):
         fetch(entry(server), tmp_path)
-    assert not (tmp_path / "mae_refined_l16.th").exists()
+    assert not (tmp_path / "mae-refined-l16.th").exists()
 
 
 @pytest.mark.parametrize("damaged", [b"", CONTENT[:-1], CHANGED])
@@ -392,14 +415,14 @@ def test_a_file_of_the_hub_is_checked_too(
         return str(kept)
 
     monkeypatch.setattr(zoo, "hf_hub_download", hub)
-    assert fetch("crossmae_large16", tmp_path).read_bytes() == CONTENT
-    record = json.loads((tmp_path / "crossmae_large16.pth.json").read_text())
+    assert fetch("crossmae-l16", tmp_path).read_bytes() == CONTENT
+    record = json.loads((tmp_path / "crossmae-l16.pth.json").read_text())
     assert record["sha256"] == hashlib.sha256(CONTENT).hexdigest() and record["size"] == len(
         CONTENT
     )
     kept.write_bytes(CHANGED)
     assert (
-        fetch("crossmae_large16", tmp_path).read_bytes() == CONTENT
+        fetch("crossmae-l16", tmp_path).read_bytes() == CONTENT
         and "changed or damaged" in caplog.text
     )
     assert [force for _, _, force in asked] == [False, False, True] and asked[0][
@@ -419,9 +442,9 @@ def test_a_name_is_a_source_like_any_other(
     """
     case = goldens / "mimrefiner-prenorm"
     server.content = (case / "checkpoint.th").read_bytes()
-    monkeypatch.setitem(ZOO, "mae_refined_l16", entry(server))  # type: ignore[arg-type]
+    monkeypatch.setitem(ZOO, "mae-refined-l16", entry(server))  # type: ignore[arg-type]
     heads = json.loads((case / "config.json").read_text())["num_heads"]
-    encoder = load_encoder("mae_refined_l16", num_heads=heads)
+    encoder = load_encoder("mae-refined-l16", num_heads=heads)
     expected = load_encoder(case / "checkpoint.th", num_heads=heads)
     assert (
         encoder.load_report.family == "mim_refiner_prenorm"
@@ -431,16 +454,16 @@ def test_a_name_is_a_source_like_any_other(
         torch.equal(mine, theirs)
         for mine, theirs in zip(encoder.parameters(), expected.parameters(), strict=True)
     )
-    assert encoder.config.name_or_path == "mae_refined_l16"
+    assert encoder.config.name_or_path == "mae-refined-l16"
     monkeypatch.chdir(tmp_path)
-    Path("mae_refined_l16").write_bytes(b"not weights")
-    with pytest.raises(CheckpointError, match="mae_refined_l16 is unreadable"):
-        load_encoder("mae_refined_l16")
+    Path("mae-refined-l16").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="mae-refined-l16 is unreadable"):
+        load_encoder("mae-refined-l16")
 
 
 def test_an_unknown_name_says_which_are_known() -> None:
     with pytest.raises(
         CheckpointError,
-        match="'mae_refined_l61' is not a name of the zoo; allowed: mae_refined_l16,",
+        match="'mae_refined_l61' is not a name of the zoo; allowed: mae-refined-l16,",
     ):
         fetch("mae_refined_l61")

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from mim_refiner_hf import MimRefinerConfig
-from mim_refiner_hf.conversion.zoo import ZOO_ENTRIES, find_entry
+from mim_refiner_hf.conversion.zoo import ZOO, ZOO_ENTRIES, find_entry
 from mim_refiner_hf.publishing.convert import Conversion, card_files, find_zoo_card
 from mim_refiner_hf.publishing.ways_to_use import ways_to_use
 from model_cards.render import main, write_cards
@@ -21,9 +21,9 @@ from model_cards.results import DATASETS, Results, read_results
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 MODELS = sorted(path.parent.name for path in CARDS.glob("*/results.yaml"))
 IN_THE_PAPER = [
-    name for name in MODELS if not re.match(r"dbot|crossmae|mae-reimpl|maectaug|maect-\w16", name)
+    name for name in MODELS if not re.match(r"dbot|crossmae|mae-reimpl|mae-ct-(aug|\w16)", name)
 ]
-OF_MAE_CT = [name for name in MODELS if name.startswith(("maect", "mae-reimpl"))]
+OF_MAE_CT = [name for name in MODELS if name.startswith(("mae-ct", "mae-reimpl"))]
 MEASURED = {
     "protocol": "knn",
     "setting": "last block",
@@ -115,15 +115,15 @@ def test_a_card_names_what_exists(name: str) -> None:
     results = read_results(CARDS / name / "results.yaml")
     text = (CARDS / name / "README.md").read_text()
     assert (
-        f"mim-refiner convert {results.zoo_name} {name}" in text
+        f"mim-refiner convert {name} out/{name}" in text
         and str(results.entry.url or results.entry.repo) in text
     )
-    if results.recipe:
-        assert (
-            CARDS.parent / "training" / "recipes" / f"{results.recipe}.yaml"
-        ).is_file() and f"--recipe {results.recipe}" in text
-        start = read_results(CARDS / str(results.starting_model) / "results.yaml")
-        assert start.entry.architecture == results.entry.architecture and start.recipe is None
+    if results.starting_model:
+        recipe = CARDS.parent / "training" / "recipes" / f"{name}.yaml"
+        assert recipe.is_file() and f"--recipe {name}" in text
+        start = read_results(CARDS / results.starting_model / "results.yaml")
+        assert start.entry.architecture == results.entry.architecture
+        assert start.starting_model is None
     for link in re.findall(r"\]\((\.\./[^)]+)\)", text):
         assert (CARDS / name / link).is_file(), link
 
@@ -149,7 +149,7 @@ def printed(paper: str, table: int, name: str) -> list[float]:
     ]
     method, _, size = name.rpartition("-")
     arch = {"l16": "L/16", "h14": "H/14", "2b14": "2B/14"}[size]
-    methods = {"data2vec2": {"data2vec 2.0", "D2V2"}, "maect": {"MAE-CT"}}.get(
+    methods = {"d2v2": {"data2vec 2.0", "D2V2"}, "mae-ct": {"MAE-CT"}}.get(
         method, {method.upper().replace("REFINED", "Refined")}
     )
     found, group = [], ""
@@ -203,16 +203,14 @@ README_OF_MAE_CT = {
 def test_numbers_of_mae_ct_are_those_of_its_readme(name: str) -> None:
     """The start of ViT-H/14 is MAE's own, whose card has MIM-Refiner's numbers."""
     method, _, size = name.rpartition("-")
-    place = ("mae-reimpl", "maect", "maectaug").index(method)
+    place = ("mae-reimpl", "mae-ct", "mae-ct-aug").index(method)
     results = read_results(CARDS / name / "results.yaml")
     stated = {row.score.protocol: row.score.value for row in results.reported if row.stated}
     probe, knn = README_OF_MAE_CT[size][place] or ()
     assert stated == {"linear-probe-maect": probe, "knn": knn}
-    if results.recipe:
-        variant = "-aug" if method == "maectaug" else ""
-        assert results.recipe == f"mae-ct{variant}-{size}"
+    if results.starting_model:
         text = (CARDS / name / "README.md").read_text()
-        assert ("change colours" in text) == bool(variant)
+        assert ("change colours" in text) == (method == "mae-ct-aug")
         assert "lehner2023contrastive" in text and "arxiv.org/abs/2304.10520" in text
 
 
@@ -267,12 +265,8 @@ REPORTED = {
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"score": 3}, "unknown key score in results; allowed: zoo_name,"),
-        (
-            {"zoo_name": "mae_refined_xl"},
-            "zoo_name 'mae_refined_xl' is unknown; allowed: mae_refined_l16",
-        ),
-        ({"recipe": None}, "a refined model has a starting_model and a recipe"),
+        ({"score": 3}, "unknown key score in results; allowed: name,"),
+        ({"name": "mae-l16"}, "the name is that of the folder; leave it out"),
         ({"notes": "one"}, "notes 'one' must be a list"),
         ({"reported": 3}, "must be lists of rows, found 3"),
         (
@@ -322,8 +316,7 @@ REPORTED = {
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    path = tmp_path / "results.yaml"
-    shutil.copyfile(CARDS / "mae-refined-l16" / "results.yaml", path)
+    path = copy_of(tmp_path, ["mae-refined-l16"]) / "mae-refined-l16" / "results.yaml"
     assert isinstance(read_results(path), Results)
     edit(path, **changes)
     with pytest.raises(ValueError, match=f"results.yaml: .*{message}"):
@@ -332,7 +325,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, object], mes
 
 @pytest.mark.parametrize(
     "text, message",
-    [("reported: [", "results.yaml: while parsing"), ("- 1", "found"), ("{}", "zoo_name, rep")],
+    [
+        ("reported: [", "results.yaml: while parsing"),
+        ("- 1", "found"),
+        ("{}", "reported, measured missing"),
+    ],
 )
 def test_what_is_no_results_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "results.yaml"
@@ -364,8 +361,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_copy_has_the_card_under_its_own_name(name: str) -> None:
     results = read_results(CARDS / name / "results.yaml")
-    assert find_zoo_card(results.zoo_name) == CARDS / name
-    done = Conversion(Path("out"), results.zoo_name, None, "all placed", 5, "float32", 0, 0, 1)
+    assert find_zoo_card(results.name) == CARDS / name
+    done = Conversion(Path("out"), results.name, None, "all placed", 5, "float32", 0, 0, 1)
     config = MimRefinerConfig()
     files = card_files("my-copy", done, {"Shape": "24 blocks"}, config)
 
@@ -374,33 +371,45 @@ def test_a_converted_copy_has_the_card_under_its_own_name(name: str) -> None:
     assert card.data.model_name == ("my-copy" if shipped.data.eval_results else None)
     assert card.data.eval_results == shipped.data.eval_results
     assert "\n## This copy\n\n- **Shape:** 24 blocks\n" in card.text and "<!--" not in card.text
-    assert f"convert {results.zoo_name} my-copy " in card.text and "](../" not in card.text
+    assert f"convert {name} my-copy " in card.text and "](../" not in card.text
     # the snippets are its own, with the formats that its encoder can take
     assert ways_to_use("my-copy", config, local=True) in card.text
-    assert f'"{name}"' not in card.text
+    assert f"out/{name}" not in card.text
 
     kept = {f".eval_results/{path.name}" for path in (CARDS / name / ".eval_results").glob("*")}
     assert files.keys() == kept
     assert all((CARDS / name / file).read_text() == text for file, text in files.items())
 
 
+# of this package before, which are those of the authors' torch hub
+FORMER_NAMES = {
+    "mae_refined_twob14": "mae-refined-2b14",
+    "d2v2_refined_h14": "d2v2-refined-h14",
+    "dbot_refined_l16": "dbot-refined-l16",
+    "crossmae_refined_l16": "crossmae-refined-l16",
+    "maect_base16": "mae-ct-b16",
+    "maectaug_huge14": "mae-ct-aug-h14",
+    "maectaug-h16": "mae-ct-aug-h16",
+    "mae_reimpl_large16": "mae-reimpl-l16",
+    "mae_base16": "mae-b16",
+    "mae_twob14": "mae-2b14",
+    "data2vec2_large16": "d2v2-l16",
+    "data2vec2-h14": "d2v2-h14",
+    "dbot_huge14": "dbot-h14",
+    "crossmae_large16": "crossmae-l16",
+    "capi_vitl14_in22k": "capi-l14-in22k",
+}
+
+
 def test_every_spelling_of_a_name_is_that_model() -> None:
-    """Zoo, cards, recipes and what a user types: one model each, and no two share a spelling."""
-    cards = {path.parent.name: read_results(path) for path in CARDS.glob("*/results.yaml")}
-    assert len(cards) > 20
-    for folder, results in cards.items():
-        for spelling in (folder, folder.replace("-", "_"), folder.upper(), results.zoo_name):
-            found = find_entry(spelling)
-            assert found is not None and found.name == results.zoo_name, spelling
-        # a recipe is called as the model that it starts from
-        if results.recipe is not None:
-            start = find_entry(results.recipe.replace("mae-ct-aug", "maectaug"))
-            expected = cards[str(results.starting_model)].zoo_name
-            if not results.recipe.startswith("mae-ct"):
-                assert start is not None and start.name == expected
+    """What a user types, and what authors and earlier versions called it: one model each."""
     for entry in ZOO_ENTRIES:
-        assert find_entry(entry.name) is entry
-        assert find_entry(entry.name.replace("_", "-")) is entry
+        name = entry.name
+        for spelling in (name, name.replace("_", "-"), name.replace("-", "_"), name.upper()):
+            assert find_entry(spelling) is entry, spelling
+    for old, name in FORMER_NAMES.items():
+        assert find_entry(old) is ZOO[name], old
+        assert find_entry(old.replace("_", "-")) is ZOO[name], old
     assert find_entry("mae-refined-l") is None and find_entry("resnet50") is None
 
 
@@ -408,7 +417,7 @@ def test_a_folder_with_a_name_of_the_zoo_is_no_official_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`load_encoder` takes the folder, so its card must not claim the paper's numbers."""
-    assert find_zoo_card("mae_large16") is not None and find_zoo_card("mae_base16") is None
+    assert find_zoo_card("mae-l16") is not None and find_zoo_card("mae-b16") is None
     monkeypatch.chdir(tmp_path)
-    Path("mae_large16").mkdir()
-    assert find_zoo_card("mae_large16") is None
+    Path("mae-l16").mkdir()
+    assert find_zoo_card("mae-l16") is None

@@ -1,7 +1,7 @@
 """Embed a data set of any size: the features of every image, once, as parquet shards.
 
     python training/embed.py facebook/vit-mae-large --dataset photos/ --out features/
-    accelerate launch training/embed.py mae_refined_l16 --dataset imagenet-1k \\
+    accelerate launch training/embed.py mae-refined-l16 --dataset imagenet-1k \\
         --split validation --streaming --dtype bf16 \\
         --blocks 11 23 --pooling cls mean --last4 --out features/
     python training/embed.py --help                           # every setting, explained

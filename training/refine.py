@@ -3,7 +3,8 @@
     accelerate launch training/refine.py                      # the quickstart: needs no data
     accelerate launch training/refine.py --model facebook/vit-mae-large --dataset my_images/ \\
         --output_dir out
-    accelerate launch training/refine.py --recipe mae-l16 --dataset imagenet-1k --output_dir out
+    accelerate launch training/refine.py --recipe mae-refined-l16 --dataset imagenet-1k \\
+        --output_dir out
     accelerate launch training/refine.py --help               # every setting, explained
 
 It prints a plan, trains the heads on the frozen encoder, refines the encoder, and measures it

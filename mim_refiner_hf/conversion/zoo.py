@@ -1,7 +1,10 @@
 """The zoo: official checkpoints by name. `fetch` downloads a file once and checks it at every use.
 
-    encoder = load_encoder("d2v2_refined_h14")     # mim-refiner convert d2v2_refined_h14 out/model
-    path = fetch("mae_refined_l16")   # ~/.cache/huggingface/mim_refiner_hf/mae_refined_l16.th
+    encoder = load_encoder("d2v2-refined-h14")     # mim-refiner convert d2v2-refined-h14 out/model
+    path = fetch("mae-refined-l16")   # ~/.cache/huggingface/mim_refiner_hf/mae-refined-l16.th
+
+A model has one name, that of its card and of the recipe that makes it: family, "refined", size and
+patch. The names that its authors and earlier versions gave it mean it too.
 
 Files lie under `HF_HOME`, each beside a JSON record of its address, size and sha256
 (`download.py`). Where the authors publish a sha256 (birder does), the file has to have it; else the
@@ -71,8 +74,11 @@ def _entries(
     ]
 
 
-def _mae_ct(title: str, stem: str, *sizes: str) -> list[ZooEntry]:
-    """Entries of MAE-CT's authors; their ViT-B/16 are read by the mean of the patches."""
+def _mae_ct(title: str, name: str, stem: str, *sizes: str) -> list[ZooEntry]:
+    """Entries of MAE-CT's authors, whose files begin with `stem`.
+
+    Their ViT-B/16 are read by the mean of the patches.
+    """
     entries = []
     for size in sizes:
         # base16 is B/16
@@ -81,7 +87,7 @@ def _mae_ct(title: str, stem: str, *sizes: str) -> list[ZooEntry]:
             title,
             "maect_mean" if letter == "B" else "maect",
             _MAE_CT,
-            (f"{stem}_{size}", f"{letter}/{size[-2:]}", f"{stem}_{size}.th"),
+            (f"{name}-{size[0]}{size[-2:]}", f"{letter}/{size[-2:]}", f"{stem}_{size}.th"),
         )
     return entries
 
@@ -120,70 +126,76 @@ ZOO_ENTRIES = (
         "MAE-Refined",
         _PRE_NORM,
         _REFINED,
-        ("mae_refined_l16", "L/16", "maerefined_l16.th"),
-        ("mae_refined_h14", "H/14", "maerefined_h14.th"),
-        ("mae_refined_twob14", "2B/14", "maerefined_twob14.th"),
+        ("mae-refined-l16", "L/16", "maerefined_l16.th"),
+        ("mae-refined-h14", "H/14", "maerefined_h14.th"),
+        ("mae-refined-2b14", "2B/14", "maerefined_twob14.th"),
     ),
     *_entries(
         "D2V2-Refined",
         _POST_NORM,
         _REFINED,
-        ("d2v2_refined_l16", "L/16", "d2v2refined_l16.th"),
-        ("d2v2_refined_h14", "H/14", "d2v2refined_h14.th"),
+        ("d2v2-refined-l16", "L/16", "d2v2refined_l16.th"),
+        ("d2v2-refined-h14", "H/14", "d2v2refined_h14.th"),
     ),
     *_entries(
         "dBOT-Refined",
         _PRE_NORM,
         _REFINED,
-        ("dbot_refined_l16", "L/16", "dbotrefined_l16.th"),
-        ("dbot_refined_h14", "H/14", "dbotrefined_h14.th"),
+        ("dbot-refined-l16", "L/16", "dbotrefined_l16.th"),
+        ("dbot-refined-h14", "H/14", "dbotrefined_h14.th"),
     ),
     *_entries(
         "CrossMAE-Refined",
         _PRE_NORM,
         _REFINED,
-        ("crossmae_refined_l16", "L/16", "crossmaerefined_l16.th"),
+        ("crossmae-refined-l16", "L/16", "crossmaerefined_l16.th"),
     ),
-    *_mae_ct("MAE-CT", "maect", "base16", "large16", "huge16", "huge14"),
+    *_mae_ct("MAE-CT", "mae-ct", "maect", "base16", "large16", "huge16", "huge14"),
     *_mae_ct(
-        "MAE-CT with colour augmentations", "maectaug", "base16", "large16", "huge16", "huge14"
+        "MAE-CT with colour augmentations",
+        "mae-ct-aug",
+        "maectaug",
+        "base16",
+        "large16",
+        "huge16",
+        "huge14",
     ),
-    *_mae_ct("MAE by MAE-CT's authors", "mae_reimpl", "base16", "large16", "huge16"),
+    *_mae_ct("MAE by MAE-CT's authors", "mae-reimpl", "mae_reimpl", "base16", "large16", "huge16"),
     *_entries(
         "MAE",
         "mae",
         f"{_META}/mae/pretrain",
-        ("mae_base16", "B/16", "mae_pretrain_vit_base.pth"),
-        ("mae_large16", "L/16", "mae_pretrain_vit_large.pth"),
-        ("mae_huge14", "H/14", "mae_pretrain_vit_huge.pth"),
+        ("mae-b16", "B/16", "mae_pretrain_vit_base.pth"),
+        ("mae-l16", "L/16", "mae_pretrain_vit_large.pth"),
+        ("mae-h14", "H/14", "mae_pretrain_vit_huge.pth"),
         licence=_BY_NC,
     ),
     *_entries(
         "MAE",
         "plain_vit",
         f"{_META}/maws/pretrain/mae_in1k",
-        ("mae_twob14", "2B/14", "vit_2b14.pt"),
+        ("mae-2b14", "2B/14", "vit_2b14.pt"),
         licence=_BY_NC,
     ),
     *_entries(
         "data2vec 2.0",
         "data2vec2",
         f"{_META}/fairseq/data2vec2",
-        ("data2vec2_base16", "B/16", "base_imagenet.pt"),
-        ("data2vec2_large16", "L/16", "large_imagenet.pt"),
-        ("data2vec2_huge14", "H/14", "huge_imagenet.pt"),
+        ("d2v2-b16", "B/16", "base_imagenet.pt"),
+        ("d2v2-l16", "L/16", "large_imagenet.pt"),
+        ("d2v2-h14", "H/14", "huge_imagenet.pt"),
         licence="mit",
     ),
     *_entries(
         "dBOT",
         "dbot",
         _DBOT,
-        ("dbot_large16", "L/16", "86.6_dbot_large_pre.pth"),
-        ("dbot_huge14", "H/14", "87.4_dbot_huge_pre.pth"),
+        ("dbot-l16", "L/16", "86.6_dbot_large_pre.pth"),
+        ("dbot-h14", "H/14", "87.4_dbot_huge_pre.pth"),
         licence="apache-2.0",
     ),
     ZooEntry(
-        "crossmae_large16",
+        "crossmae-l16",
         "CrossMAE",
         "crossmae",
         "ViT-L/16",
@@ -194,7 +206,7 @@ ZOO_ENTRIES = (
     ),
     *(
         ZooEntry(
-            f"capi_vitl14_{data}",
+            f"capi-l14-{data}",
             f"CAPI on {title}",
             "capi",
             "ViT-L/14",
@@ -235,14 +247,25 @@ ZOO_ENTRIES = (
     ),
 )
 ZOO: Mapping[str, ZooEntry] = {entry.name: entry for entry in ZOO_ENTRIES}
+"""Every name that `load_encoder` and the commands resolve by themselves."""
+
 _SIZES = {"base": "b", "large": "l", "huge": "h", "twob": "2b"}
+# what authors and earlier versions call families, and what they are called here
+_STEMS = {
+    "data2vec2": "d2v2",
+    "maect": "mae-ct",
+    "maectaug": "mae-ct-aug",
+    "capi-vitl14": "capi-l14",
+}
 
 
 def _spelling(name: str) -> str:
     """What the spellings of a model's name have in common: "mae_twob14" and "MAE-2B14" are one."""
-    plain = name.lower().replace("-", "_")
+    plain = name.lower().replace("_", "-")
     short = re.sub(r"(base|large|huge|twob)(?=\d\d)", lambda found: _SIZES[found[1]], plain)
-    return re.sub(r"^d2v2(?=_)", "data2vec2", short)
+    for old, new in _STEMS.items():
+        short = re.sub(f"^{old}(?=-)", new, short)
+    return short
 
 
 _BY_SPELLING = {_spelling(name): entry for name, entry in ZOO.items()}
@@ -251,13 +274,9 @@ _BY_SPELLING = {_spelling(name): entry for name, entry in ZOO.items()}
 def find_entry(name: str) -> ZooEntry | None:
     """The checkpoint that a name means, however it is spelled; None where there is none.
 
-    The cards' and recipes' names are spellings of the zoo's: `mae-refined-2b14` is
-    `mae_refined_twob14`, `d2v2-l16` is `data2vec2_large16`.
+    `mae_refined_twob14` is `mae-refined-2b14`, `data2vec2_large16` is `d2v2-l16`.
     """
     return ZOO.get(name) or _BY_SPELLING.get(_spelling(name))
-
-
-"""Every name that `load_encoder` and the commands resolve by themselves."""
 
 
 def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
@@ -283,9 +302,9 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
 
     if folder is None:
         folder = Path(constants.HF_HOME, "mim_refiner_hf")
-    path = folder / (entry.name + Path(entry.url or entry.filename).suffix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _file_name(entry, folder)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if entry.url:
                 kept = download(entry.url, path)
@@ -301,6 +320,20 @@ def fetch(entry: ZooEntry | str, folder: Path | None = None) -> Path:
             f"{entry.name} cannot be kept in {folder}: {error}; free space there or set HF_HOME to "
             "another disk, then run the same command again"
         ) from error
+
+
+def _file_name(entry: ZooEntry, folder: Path) -> str:
+    """What a file is called in `folder`: as the entry, or as an earlier version spelled it.
+
+    Gigabytes that lie there under an old name, or a part of them, are not downloaded again.
+    """
+    suffix = Path(entry.url or entry.filename).suffix
+    for path in sorted(folder.glob(f"*{suffix}*")):
+        # itself, a part of it, or the record of a file in the Hub's cache
+        stem = re.sub(r"\.(part|json)$", "", path.name).removesuffix(suffix)
+        if _spelling(stem) == _spelling(entry.name):
+            return stem + suffix
+    return entry.name + suffix
 
 
 def _check_published(entry: ZooEntry, kept: Path, path: Path) -> None:

@@ -1,8 +1,8 @@
 """`convert`: any known checkpoint as a model folder for the Hub, verified by loading it back.
 
     mim-refiner convert mae_pretrain_vit_large.pth mae-l16     # a file, a folder, a Hub name,
-    mim-refiner convert d2v2_refined_h14 d2v2-refined-h14      # or a name of the zoo
-    mim-refiner convert data2vec2_huge14 data2vec2-h14 --dtype bfloat16 --push user/name
+    mim-refiner convert d2v2-refined-h14 out/model      # or a name of the zoo
+    mim-refiner convert d2v2-h14 out/model --dtype bfloat16 --push user/name
 
 One copy of the weights is in memory at a time: load, encode a fixed input, write in shards, let
 go, load what was written, encode again, compare. Only then does the folder get its name; whatever
@@ -272,19 +272,14 @@ def find_zoo_card(source: str) -> Path | None:
     entry = find_entry(source)
     if entry is None or Path(source).exists():
         return None
-    mark = COPY_MARK.format(entry.name)
-    cards = shipped_folder("model_cards", in_repository="model_cards")
-    for path in cards.glob(f"*/{CARD}"):
-        if mark in path.read_text(encoding="utf-8"):
-            return path.parent
-    return None
+    folder = shipped_folder("model_cards", in_repository="model_cards") / entry.name
+    return folder if (folder / CARD).is_file() else None
 
 
 def _zoo_copy(
     shipped: Path, done: Conversion, name: str, copy: str, config: MimRefinerConfig
 ) -> str:
     """The card of the zoo for a folder called `name`: with the facts, without its neighbours."""
-    zoo_name = done.source
     card = ModelCard.load(shipped / CARD)
     if done.licence != UNKNOWN:
         card.data.license = done.licence.identifier
@@ -293,12 +288,12 @@ def _zoo_copy(
 
     # links lead to other models of the zoo, which do not lie beside the copy
     text = re.sub(r"\[([^]]*)\]\(\.\./[^)]*\)", r"\1", card.text)
-    entry = find_entry(zoo_name)
+    entry = find_entry(shipped.name)
     assert entry is not None
-    theirs = ways_to_use(shipped.name, family_config(entry.family), local=True)
+    theirs = ways_to_use(f"out/{shipped.name}", family_config(entry.family), local=True)
     text = text.replace(theirs, ways_to_use(name, config, local=True))
-    text = text.replace(f"{zoo_name} {shipped.name}", f"{zoo_name} {name}")
-    text = text.replace(COPY_MARK.format(zoo_name), f"## This copy\n\n{copy}")
+    text = text.replace(f" out/{shipped.name} ", f" {name} ")
+    text = text.replace(COPY_MARK.format(shipped.name), f"## This copy\n\n{copy}")
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 

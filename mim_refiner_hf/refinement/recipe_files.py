@@ -1,7 +1,7 @@
 """Recipes from files and command lines: `training/recipes/*.yaml`, flags over them.
 
-# training/recipes/mae-l16.yaml, one field changed
-recipe = read_recipe("mae-l16", dataset="my_images/")
+# training/recipes/mae-refined-l16.yaml, one field changed
+recipe = read_recipe("mae-refined-l16", dataset="my_images/")
 # what training/refine.py does
 recipe = parse_recipe(["--recipe", "quickstart", "--seed", "1"])
 """

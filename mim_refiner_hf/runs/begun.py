@@ -10,10 +10,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..conversion.zoo import find_entry
 from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
 from ..runtime.files import check_apart
 from ..runtime.lock import check_writable
+from ..runtime.settings import recipe_name
 from ..runtime.strangers import parse_json
 from ..runtime.versions import check_format
 from ..runtime.wording import setting
@@ -142,6 +144,9 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
             continue
         if name in _PLACES and same_place(before, value):
             continue
+        # recipes of pre-training have been renamed
+        if name == "pretrain" and value and recipe_name(str(before)) == recipe_name(value):
+            continue
         changes.append(f"{name} was {before}, is {value}")
     if changes:
         raise ValueError(
@@ -151,11 +156,17 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
 
 
 def same_place(before: Any, now: Any) -> bool:
-    """Whether two spellings, such as `photos` and `./photos/`, are of one file or folder."""
+    """Whether two spellings are of one file or folder, or of one model of the zoo.
+
+    Such as `photos` and `./photos/`, or `mae_large16` and `mae-l16`.
+    """
     if not isinstance(before, str) or not isinstance(now, str):
         return False
     places = [Path(name).expanduser() for name in (before, now)]
-    return all(place.exists() for place in places) and places[0].samefile(places[1])
+    if any(place.exists() for place in places):
+        return all(place.exists() for place in places) and places[0].samefile(places[1])
+    entry = find_entry(now)
+    return entry is not None and find_entry(before) is entry
 
 
 def saved_recipe(output: Path) -> dict[str, Any] | None:

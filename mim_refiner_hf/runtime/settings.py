@@ -9,10 +9,10 @@
         def __post_init__(self) -> None:
             check_fields(self)        # ValueError: flip=1.5: must be between 0 and 1
 
-    values = read_fields("mae-l16", RefineRecipe)       # training/recipes/mae-l16.yaml
+    values = read_fields("mae-refined-l16", RefineRecipe)   # training/recipes/mae-refined-l16.yaml
 
-A YAML recipe that states `base: d2v2-l16` holds the fields of that recipe and, over them, its own;
-`eval_split: null` takes one of the base away.
+A YAML recipe that states `base: d2v2-refined-l16` holds the fields of that recipe and, over them,
+its own; `eval_split: null` takes one of the base away.
 
 The configuration's `huggingface_hub.dataclasses.strict` is not used here. It raises an error of two
 lines that is no ValueError and names neither flag nor value, it refuses 1 where 1.0 is meant, and
@@ -20,6 +20,7 @@ what a field allows would have to stand in its metadata, all of which HfArgument
 argparse.
 """
 
+import logging
 import math
 import re
 import types
@@ -34,6 +35,8 @@ from .files import shipped_folder
 from .text import one_line
 from .versions import check_format
 from .wording import setting
+
+logger = logging.getLogger(__name__)
 
 # --- what a field may hold
 
@@ -167,8 +170,19 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
+def recipe_name(name: str) -> str:
+    """The name of a recipe today: that of the model which it makes.
+
+    Before, `mae-l16` was the recipe that refines this model, and data2vec 2.0 had two spellings.
+    """
+    name = re.sub(r"^(mae|d2v2|dbot|crossmae)-(l16|h14|2b14)$", r"\1-refined-\2", name)
+    return name.replace("pretrain-data2vec2-", "pretrain-d2v2-")
+
+
 def recipe_file(name: str, asked: str = "") -> Path:
     """The YAML file of a recipe: its path, or its name in `training/recipes/`, which is installed.
+
+    An old name is said in a line.
 
     Args:
         asked: what asked for it, the beginning of the message; empty for the setting `recipe`.
@@ -183,7 +197,7 @@ def recipe_file(name: str, asked: str = "") -> Path:
         return Path(name)
 
     folder = shipped_folder("recipes", in_repository="training/recipes")
-    path = folder / f"{name}.yaml"
+    path = folder / f"{recipe_name(name)}.yaml"
     if not path.is_file():
         names = sorted(path.stem for path in folder.glob("*.yaml"))
         # many of one kind would bury the others
@@ -192,6 +206,8 @@ def recipe_file(name: str, asked: str = "") -> Path:
             f"{asked}: unknown; there are {known}, and ablation-...; or give the path of a .yaml "
             "file"
         )
+    if path.stem != name:
+        logger.warning("%s: the recipe is called %s now", asked, path.stem)
     return path
 
 
@@ -226,6 +242,9 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         # what was read before stands over its base
         values = {**own, **values}
         if base is None:
+            # a run that began under an old name lies in the folder of that name
+            if "output_dir" in values and recipe_name(name) != name:
+                values["output_dir"] = f"outputs/{name}"
             return values
 
         path = _base_file(base, path, asked)
@@ -271,4 +290,5 @@ __all__ = [
     "minimum",
     "read_fields",
     "recipe_file",
+    "recipe_name",
 ]
