@@ -436,6 +436,7 @@ torch.save(processor(Image.open(sys.argv[2]), return_tensors="pt").pixel_values,
 """
 
 
+@pytest.mark.slow
 def test_the_processor_needs_no_torchvision(tmp_path: Path, photo: Image.Image) -> None:
     settings = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
     MimRefinerImageProcessor(**settings).save_pretrained(tmp_path)

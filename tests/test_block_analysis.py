@@ -321,6 +321,7 @@ def test_table_is_markdown() -> None:
 # ---- on the real small model
 
 
+@pytest.mark.slow
 def test_a_real_small_mae_has_the_profile_in_its_readme(shared: Path) -> None:
     """Its k-NN per block rises over the first four blocks and stays.
 

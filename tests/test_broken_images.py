@@ -250,6 +250,7 @@ def joined(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [{key: join(shares, key) for key in shares[0]} for shares in zip(*parts, strict=True)]
 
 
+@pytest.mark.slow
 def test_500_broken_of_5000(table: tuple[Path, set[int]]) -> None:
     """One epoch: the rule, equal for any number of workers and processes, and a complete list."""
     path, bad = table

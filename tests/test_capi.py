@@ -231,6 +231,7 @@ def test_recordings_are_of_the_encoder_alone() -> None:
     torch.testing.assert_close(model.norm(output.hidden_states[-1]), output.last_hidden_state)
 
 
+@pytest.mark.slow
 def test_compiles_and_exports() -> None:
     model = tiny(num_hidden_layers=1, pooling="global_repr")
     pixels = torch.randn(3, 3, 16, 24)

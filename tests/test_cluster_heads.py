@@ -279,6 +279,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_pipeline_groups_by_heads_and_keeps_them(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -307,6 +308,7 @@ def test_the_pipeline_groups_by_heads_and_keeps_them(
         pipe(photos, num_clusters=1, method="heads")
 
 
+@pytest.mark.slow
 def test_the_command_groups_by_heads(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_compile_is_refused_where_it_would_not_work(
         check_compile(recipe.compile)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients() -> None:
     """Without and with a graph, both sizes, a smaller last micro-batch.
 

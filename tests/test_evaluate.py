@@ -139,6 +139,7 @@ def test_report_has_the_protocols_numbers_and_the_pictures(
     assert "Of 3 scores whose change can be judged:" in page and "50 resamples" in page
 
 
+@pytest.mark.slow
 def test_a_model_is_not_better_than_itself(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_model_is_not_better_than_itself(
     assert "no clear difference" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_card_is_updated_and_not_piled_up(models: tuple[Path, Path], tmp_path: Path) -> None:
     card = models[1] / "README.md"
     command = [

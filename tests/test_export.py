@@ -298,6 +298,7 @@ for kind, features in expected.items():
 """
 
 
+@pytest.mark.slow
 def test_the_native_folder_needs_neither_the_package_nor_remote_code(tmp_path: Path) -> None:
     image = Image.effect_mandelbrot((40, 36), (-2, -1.5, 1, 1.5), 60).convert("RGB")
     image.save(tmp_path / "image.png")

@@ -218,6 +218,7 @@ def test_a_share_of_the_labels_holds_every_class() -> None:
     assert labelled_share(labels, 1.0, seed=0).tolist() == list(range(173))
 
 
+@pytest.mark.slow
 def test_digits_are_learnt() -> None:
     encoder = make_encoder()
     recipe = FineTuneRecipe(

@@ -171,6 +171,7 @@ def test_auto_measures_chooses_says_why_and_is_kept(
         run(dataclasses.replace(asked, head_blocks=[2, 3]))
 
 
+@pytest.mark.slow
 def test_auto_reads_what_the_heads_read_and_leaves_frozen_blocks_alone(
     recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

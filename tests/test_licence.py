@@ -80,6 +80,7 @@ def test_a_licence_with_name_and_link_survives_every_step(
         assert "- **Licence:** other (house licence 1.0, LICENSE), that of" in text, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_where_none_is_known_every_card_says_so(
     models: dict[str, str], recipe: Recipes, tmp_path: Path
@@ -92,6 +93,7 @@ def test_where_none_is_known_every_card_says_so(
         assert "- **Licence:** not known: " in ModelCard.load(tmp_path / name / "README.md").text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_starts_from_a_checkpoint_has_the_licence_of_its_start(
     models: dict[str, str], recipe: Recipes, tmp_path: Path
@@ -104,6 +106,7 @@ def test_a_run_that_starts_from_a_checkpoint_has_the_licence_of_its_start(
     assert stated(tmp_path / "new" / "model") == {"license": "cc-by-nc-4.0"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_users_word_counts_where_the_start_has_none(
     models: dict[str, str], recipe: Recipes, tmp_path: Path

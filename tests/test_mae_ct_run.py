@@ -105,12 +105,14 @@ def test_interrupted_run_ends_with_the_same_bits(
     assert_identical(asked, whole)
 
 
+@pytest.mark.slow
 def test_two_stages_one_after_the_other(recipe: Recipes, whole: RefineRecipe) -> None:
     assert run(recipe("pieces", **MAE_CT, stage="warmup")) is None
     run(recipe("pieces", **MAE_CT, stage="refine"))
     assert_identical(recipe("pieces"), whole)
 
 
+@pytest.mark.slow
 def test_momentum_begins_with_the_second_refinement_step(
     recipe: Recipes, whole: RefineRecipe
 ) -> None:
@@ -122,6 +124,7 @@ def test_momentum_begins_with_the_second_refinement_step(
     assert not any("target_projector" in name for name in final_state(without))
 
 
+@pytest.mark.slow
 def test_each_stage_has_its_temperature(recipe: Recipes, whole: RefineRecipe) -> None:
     """The warm-up's alone changes its losses; the refinement's alone only those after it."""
     softer = recipe("softer", **{**MAE_CT, "temperature": 0.5})
@@ -134,6 +137,7 @@ def test_each_stage_has_its_temperature(recipe: Recipes, whole: RefineRecipe) ->
     assert losses(alike)[:WARM] == losses(whole)[:WARM]
 
 
+@pytest.mark.slow
 def test_rates_of_each_stage(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of heads and final norm, per step: a quarter of a stage warms up, the cosine ends at 0."""
     seen = []

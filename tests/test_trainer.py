@@ -135,6 +135,7 @@ def test_log_tells_every_head(recipe: Callable[..., RefineRecipe]) -> None:
     assert all(0 <= accuracy <= 1 for accuracy in accuracies) and max(accuracies) > 0
 
 
+@pytest.mark.slow
 def test_collapse_is_warned_of_once_per_head(
     recipe: Callable[..., RefineRecipe],
     monkeypatch: pytest.MonkeyPatch,
@@ -170,6 +171,7 @@ def test_unlabelled_folder_needs_no_labels(
     assert (Path(asked.output_dir) / "clusters.png").is_file()
 
 
+@pytest.mark.slow
 def test_evaluation_can_be_left_out_or_repeated(recipe: Callable[..., RefineRecipe]) -> None:
     without = recipe("without", max_steps=2)
     result = refine(without)
@@ -188,6 +190,7 @@ def test_evaluation_can_be_left_out_or_repeated(recipe: Callable[..., RefineReci
     ]
 
 
+@pytest.mark.slow
 def test_the_average_ships_and_frozen_blocks_stay(
     recipe: Callable[..., RefineRecipe], models: dict[str, str]
 ) -> None:

@@ -297,6 +297,7 @@ def test_a_lost_start_is_not_judged(recipe: Recipes) -> None:
     assert result.encoder is result.refined
 
 
+@pytest.mark.slow
 def test_a_new_run_from_another_one_is_judged_by_that(recipe: Recipes) -> None:
     """The start is the other run's average, also once its folder is gone."""
     warm = recipe("warm", stage="warmup")
@@ -313,6 +314,7 @@ def test_a_new_run_from_another_one_is_judged_by_that(recipe: Recipes) -> None:
     assert same(result.encoder.state_dict(), begun)
 
 
+@pytest.mark.slow
 def test_a_stream_is_judged_where_photos_are_named(recipe: Recipes, cifar: str) -> None:
     blind = refine(recipe("blind", streaming=True, max_steps=1))
     assert blind is not None and blind.verdict.outcome == "not judged"
