@@ -197,6 +197,7 @@ class Layout:
         settings: fields of `MimRefinerConfig` that the family fixes.
         facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how
             to read them.
+        claims: what a `config.json` says of the weights, to be compared with them (`claims.py`).
         preprocessing: what the family, or its file, says of its preprocessing, in the words of
             `preprocessor_config.json`.
         finish: a last renaming of all that was placed, given by our names.
@@ -214,6 +215,7 @@ class Layout:
     drops: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    claims: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     reads_student: bool = False

@@ -33,6 +33,7 @@ from ..model.configuration_mim_refiner import (
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from .birder_models import birder_in_our_words
+from .claims import check_claims
 from .containers import (
     InnerEncoder,
     inner_encoder,
@@ -337,6 +338,8 @@ def _read_config(
 
     from_shapes = read_shapes(found.name, placed)
     _compare_sizes(found.name, from_shapes, states)
+    if found.config:
+        check_claims(found.name, layout.claims, found.config, placed, from_shapes)
     fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(

@@ -51,7 +51,7 @@ def own_encoder(model: Any) -> MimRefinerModel | None:
 
 
 def _of_transformers(model: PreTrainedModel) -> Source:
-    config = model.config.to_dict()
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     name = model.config.name_or_path or type(model).__name__
     preprocessing = saved_preprocessing(name)
     state = dict(model.state_dict())

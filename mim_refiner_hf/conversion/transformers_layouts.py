@@ -5,10 +5,20 @@ Names are those on disk (`encoder.layer.0.attention.attention.query`) and in mem
 behind a prefix; `transformers_models.py` has brought out the configuration of the images' tower.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .claims import (
+    OF_AIMV2,
+    OF_BEIT,
+    OF_DINOV2,
+    OF_DINOV3,
+    OF_PIXIO,
+    OF_PLAIN_BLOCKS,
+    always,
+    size_by_patches,
+)
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
@@ -71,18 +81,9 @@ VIT = Layout(
     rules=_TRANSFORMERS_RULES,
     drops=((r"decoder\..*|embeddings\.mask_token", "decoder"), (r"pooler\..*", "pooler")),
     settings=_PRE_NORM,
+    claims=OF_PLAIN_BLOCKS,
 )
 VIT_MAE = replace(VIT, family="vit_mae", title="transformers' ViTMAE", model_types=("vit_mae",))
-
-
-def _beit_positions(config: Mapping[str, Any]) -> str | None:
-    """BEiT's three switches as our `position_encoding`; None where no `config.json` states them."""
-    kinds = {
-        "use_absolute_position_embeddings": "absolute",
-        "use_relative_position_bias": "relative",
-        "use_shared_relative_position_bias": "shared_relative",
-    }
-    return "+".join(kinds[switch] for switch in kinds if config.get(switch)) or None
 
 
 # the final norm is there or not: the masked-image model has one outside the encoder, mean pooling
@@ -110,12 +111,9 @@ BEIT = Layout(
         POSITION_INDEX,
     ),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
-    facts={
-        "position_encoding": _beit_positions,
-        # 0 is BEiT's word for none
-        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,
-        "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
-    },
+    # 0 is BEiT's word for none
+    facts={"layer_scale_init": lambda config: config.get("layer_scale_init_value") or None},
+    claims=OF_BEIT,
     preprocessing=lambda contents: HALF,
 )
 DATA2VEC_VISION = replace(
@@ -168,6 +166,7 @@ DINOV2 = Layout(
     drops=(_MASK_TOKEN,),
     settings=_PRE_NORM,
     facts={"hidden_act": _swiglu},
+    claims=OF_DINOV2,
 )
 DINOV2_WITH_REGISTERS = replace(
     DINOV2,
@@ -176,6 +175,7 @@ DINOV2_WITH_REGISTERS = replace(
     model_types=("dinov2_with_registers",),
     prefix=r"dinov2_with_registers\.",
     settings={**_PRE_NORM, "position_resampling": "bicubic_antialias"},
+    claims={**OF_DINOV2, "num_register_tokens": stated("num_register_tokens")},
 )
 DINOV3 = replace(
     DINOV2,
@@ -185,6 +185,7 @@ DINOV3 = replace(
     prefix=r"dinov3_vit\.",
     settings={**_PRE_NORM, "position_encoding": "rope"},
     facts={"rope_theta": stated("rope_theta")},
+    claims=OF_DINOV3,
 )
 # the distillation token is a register of ours; the pooler is of a classification that is not there
 DEIT = replace(
@@ -200,6 +201,7 @@ DEIT = replace(
     ),
     drops=(_MASK_TOKEN, _POOLER),
     facts={},
+    claims={**OF_PLAIN_BLOCKS, "num_register_tokens": always(1)},
 )
 VIT_MSN = replace(
     DINOV2,
@@ -208,6 +210,7 @@ VIT_MSN = replace(
     model_types=("vit_msn",),
     prefix=r"vit\.",
     facts={},
+    claims=OF_PLAIN_BLOCKS,
 )
 TRANSFORMERS_IJEPA = replace(
     DINOV2,
@@ -219,6 +222,7 @@ TRANSFORMERS_IJEPA = replace(
     drops=(_MASK_TOKEN, _POOLER),
     settings={**_PRE_NORM, "use_cls_token": False},
     facts={},
+    claims=OF_PLAIN_BLOCKS,
 )
 PIXIO = replace(
     DINOV2,
@@ -233,19 +237,11 @@ PIXIO = replace(
     ),
     settings={**_PRE_NORM, "pooling": "prefix"},
     facts={},
+    claims=OF_PIXIO,
 )
 
 
 # --- towers of models of text and images ----------------------------------------------------------
-
-
-def _pooling_head(switch: str, kind: str) -> Callable[[Mapping[str, Any]], str]:
-    """A reader of whether the tower ends in a head that pools."""
-
-    def read(config: Mapping[str, Any]) -> str:
-        return kind if config.get(switch, True) else "none"
-
-    return read
 
 
 _OTHER_TOWER = (
@@ -276,7 +272,7 @@ SIGLIP = Layout(
     ),
     drops=_OTHER_TOWER,
     settings={**_PRE_NORM, "use_cls_token": False},
-    facts={"pooling_head": _pooling_head("vision_use_head", "attention_mlp")},
+    claims={**OF_PLAIN_BLOCKS, "pooling_head": stated("vision_use_head")},
     preprocessing=lambda contents: HALF,
 )
 # reads patches that were cut out beforehand, by a linear layer; images of any shape
@@ -294,6 +290,7 @@ SIGLIP2 = replace(
         *SIGLIP.rules,
     ),
     settings={**SIGLIP.settings, "position_resampling": "bilinear_antialias"},
+    claims={**SIGLIP.claims, "image_size": size_by_patches},
 )
 # its last norm is for the pooled vector alone
 CLIP = Layout(
@@ -318,6 +315,7 @@ CLIP = Layout(
         "pooled_norm": True,
         "pooling": "cls",
     },
+    claims=OF_PLAIN_BLOCKS,
     preprocessing=lambda contents: _OF_CLIP,
 )
 AIMV2 = Layout(
@@ -345,8 +343,8 @@ AIMV2 = Layout(
     facts={
         "layer_norm_eps": stated("rms_norm_eps"),
         "position_encoding": lambda config: "sincos" if config.get("is_native") else "absolute",
-        "pooling_head": _pooling_head("use_head", "attention"),
     },
+    claims=OF_AIMV2,
     preprocessing=lambda contents: _OF_CLIP,
 )
 
