@@ -46,7 +46,7 @@ from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
-from .positions import Size, as_size, settle_positions
+from .positions import Size, as_size, exact_sum, settle_positions
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
@@ -91,6 +91,8 @@ def load_encoder(
     image_size: int | Size | None = None,
 ) -> MimRefinerModel:
     """Load any known checkpoint into our encoder, in eval mode and in the dtype it was saved in.
+
+    In float32 where that would round what is computed on the way, tokens with their positions.
 
     Args:
         source: a Hub name, a local model folder, an original .pth/.pt/.th/.bin/.safetensors file,
@@ -154,7 +156,7 @@ def encoder_from(
     check_shapes(found.name, layout, placement, encoder.state_dict())
 
     # copies, no views of a mapped file
-    dtype = placement.tensors[KERNEL].dtype
+    dtype = _dtype_of(found.name, placement.tensors)
     weights = {
         name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placement.tensors.items()
     }
@@ -396,7 +398,20 @@ def _shape_as_ours(placed: dict[str, Tensor]) -> None:
         position = placed.pop(CLS_POSITION)
         # else one of them is wrong, which `check_shapes` will say
         if token.shape == position.shape and token.dtype == position.dtype:
-            placed[CLS_TOKEN] = token + position
+            placed[CLS_TOKEN] = exact_sum(token, position)
+
+
+def _dtype_of(name: str, placed: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the file, or float32 where tokens with their positions have no other."""
+    dtype = placed[KERNEL].dtype
+    if all(tensor.dtype == dtype for tensor in placed.values()):
+        return dtype
+    logger.warning(
+        "%s: in %s, the sums of its tokens and their positions would be rounded; read as float32",
+        name,
+        str(dtype).removeprefix("torch."),
+    )
+    return torch.float32
 
 
 __all__ = ["LoadReport", "encoder_from", "image_processor", "load_encoder"]

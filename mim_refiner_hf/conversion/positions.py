@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..runtime.files import CheckpointError
@@ -124,10 +125,23 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
     rows = positions[:, first:count]
     fit = REGISTERS in placed and placed[REGISTERS].shape == rows.shape
     if fit:
-        placed[REGISTERS] = placed[REGISTERS] + rows
+        placed[REGISTERS] = exact_sum(placed[REGISTERS], rows)
     # of another shape they are wrong, which the check of the shapes will say
     if first or not fit:
         placed[CLS_POSITION] = positions[:, :1]
 
 
-__all__ = ["Size", "as_size", "settle_positions"]
+def exact_sum(token: Tensor, position: Tensor) -> Tensor:
+    """A token with its position: in their dtype, or in float32 where that would round the sum.
+
+    The source adds them when it runs, and in fp32 it does not round.
+    """
+    total = token + position
+    if total.dtype in (torch.float16, torch.bfloat16):
+        exact = token.float() + position.float()
+        if not torch.equal(total.float(), exact):
+            return exact
+    return total
+
+
+__all__ = ["Size", "as_size", "exact_sum", "settle_positions"]
