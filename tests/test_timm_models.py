@@ -165,7 +165,8 @@ def test_features_are_timms(tmp_path: Path, name: str, form: str) -> None:
     size = 32 if "without-position" in name and form != "folder" else None
     encoder = load_encoder(source, num_heads=None if form == "folder" else 3, image_size=size)
     family = {"beit": "plain_beit", "eva": "timm_eva"}.get(name.split("-")[0], "plain_vit")
-    assert encoder.load_report.family == family
+    # of a bare file, registers make it another family
+    assert encoder.load_report.family in (family, f"{family}_registers")
     assert ("classifier" in encoder.load_report.dropped) == ("num_classes" in settings)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

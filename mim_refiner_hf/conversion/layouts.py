@@ -194,6 +194,49 @@ PLAIN_VIT = Layout(
     settings={"position_encoding": "absolute", "norm_placement": "pre"},
     finish=_split_packed_gates,
 )
+# registers came with DINOv2, whose authors resize the table of these models with antialiasing
+PLAIN_VIT_REGISTERS = replace(
+    PLAIN_VIT,
+    family="plain_vit_registers",
+    title="a bare ViT state dict with registers (timm)",
+    model_types=(),
+    signature=(*MAE.signature, r"^reg_token$"),
+    settings={**PLAIN_VIT.settings, "position_resampling": "bicubic_antialias"},
+)
+_OF_BACKBONE = r"(?:module\.)?(?:backbone\.)?"
+DINOV2_ORIGINAL = replace(
+    PLAIN_VIT,
+    family="dinov2_original",
+    title="DINOv2, released or its training's teacher (facebookresearch/dinov2)",
+    paths=(("teacher",), ("model",), *_BARE),
+    model_types=(),
+    signature=(
+        rf"^{_OF_BACKBONE}patch_embed\.proj\.",
+        rf"^{_OF_BACKBONE}mask_token$",
+        rf"^{_OF_BACKBONE}blocks\.\d+\.ls1\.gamma$",
+    ),
+    prefix=_OF_BACKBONE,
+    rules=(
+        Rule(r"register_tokens", REGISTERS),
+        Rule(r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)", r"layers.\1.mlp.*.\2", split_gate),
+        Rule(r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+        *PLAIN_VIT.rules,
+    ),
+    drops=((r"mask_token", "mask token"), (r"(?:dino|ibot)_head\..*", "projection head")),
+    settings={**_PRE_NORM, "source_model_type": "dinov2"},
+    finish=None,
+)
+DINOV2_ORIGINAL_REGISTERS = replace(
+    DINOV2_ORIGINAL,
+    family="dinov2_original_registers",
+    title="DINOv2 with registers (facebookresearch/dinov2)",
+    signature=(*DINOV2_ORIGINAL.signature, rf"^{_OF_BACKBONE}register_tokens$"),
+    settings={
+        **_PRE_NORM,
+        "position_resampling": "bicubic_antialias",
+        "source_model_type": "dinov2_with_registers",
+    },
+)
 
 
 # --- BEiT's names: qkv without bias, biases of q and v alone, relative positions shared or not ---
@@ -253,6 +296,16 @@ CONMIM = replace(
         {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
     ),
     reads_student=True,
+)
+# whose blocks for its CLS token serve the pre-training alone
+BEIT_V2 = replace(
+    CONMIM,
+    family="beit_v2",
+    title="BEiT v2 (microsoft/unilm)",
+    signature=(*PLAIN_BEIT.signature, r"^cls_pt_layers\."),
+    drops=((r"lm_head\..*|cls_pt_layers\..*|mask_token", "pre-training head"), POSITION_INDEX),
+    preprocessing=lambda contents: {},
+    reads_student=False,
 )
 # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
 CONMIM_EMA = replace(
@@ -495,11 +548,14 @@ LAYOUTS: tuple[Layout, ...] = (
     MAE_CT,
     MAE_CT_MEAN,
     DATA2VEC2,
+    DINOV2_ORIGINAL_REGISTERS,
+    DINOV2_ORIGINAL,
     IBOT,
     IJEPA,
     CAPI,
     CAPI_WHOLE,
     BIRDER_ROPE_VIT,
+    BEIT_V2,
     CONMIM,
     CONMIM_EMA,
     DBOT,
@@ -508,6 +564,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *WHOLE_MAES,
     PLAIN_BEIT,
     TIMM_EVA,
+    PLAIN_VIT_REGISTERS,
     PLAIN_VIT,
 )
 

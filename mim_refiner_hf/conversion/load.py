@@ -333,8 +333,9 @@ def _read_config(
     states = {name: value for name, value in states.items() if value is not None}
     # a model of ours says itself where it came from
     model_type = found.config.get("model_type")
-    if layout in TRANSFORMERS_LAYOUTS and model_type in layout.model_types:
-        states["source_model_type"] = model_type
+    if layout in TRANSFORMERS_LAYOUTS:
+        named = model_type in layout.model_types
+        states["source_model_type"] = model_type if named else layout.model_types[-1]
     if size is not None:
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 

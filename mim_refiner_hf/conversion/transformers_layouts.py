@@ -157,10 +157,15 @@ def _swiglu(config: Mapping[str, Any]) -> Any:
     return "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act")
 
 
+# the names tell it without a config.json, whose other values are the class's own and ours
 DINOV2 = Layout(
     family="dinov2",
     title="transformers' DINOv2",
     model_types=("dinov2",),
+    signature=(
+        r"^(?:\w+\.)?embeddings\.position_embeddings$",
+        r"^(?:\w+\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1$",
+    ),
     prefix=r"dinov2\.",
     rules=_NEWER_RULES,
     drops=(_MASK_TOKEN,),
@@ -173,6 +178,7 @@ DINOV2_WITH_REGISTERS = replace(
     family="dinov2_with_registers",
     title="transformers' DINOv2 with registers",
     model_types=("dinov2_with_registers",),
+    signature=(*DINOV2.signature, r"^(?:\w+\.)?embeddings\.register_tokens$"),
     prefix=r"dinov2_with_registers\.",
     settings={**_PRE_NORM, "position_resampling": "bicubic_antialias"},
     claims={**OF_DINOV2, "num_register_tokens": stated("num_register_tokens")},
@@ -180,6 +186,7 @@ DINOV2_WITH_REGISTERS = replace(
 DINOV3 = replace(
     DINOV2,
     family="dinov3",
+    signature=(),
     title="transformers' DINOv3",
     model_types=("dinov3_vit",),
     prefix=r"dinov3_vit\.",
@@ -191,6 +198,7 @@ DINOV3 = replace(
 DEIT = replace(
     DINOV2,
     family="deit",
+    signature=(),
     title="transformers' DeiT",
     model_types=("deit",),
     prefix=r"deit\.",
@@ -206,6 +214,7 @@ DEIT = replace(
 VIT_MSN = replace(
     DINOV2,
     family="vit_msn",
+    signature=(),
     title="transformers' ViTMSN",
     model_types=("vit_msn",),
     prefix=r"vit\.",
@@ -215,6 +224,7 @@ VIT_MSN = replace(
 TRANSFORMERS_IJEPA = replace(
     DINOV2,
     family="ijepa_transformers",
+    signature=(),
     title="transformers' I-JEPA",
     model_types=("ijepa",),
     prefix=r"ijepa\.",
@@ -227,6 +237,7 @@ TRANSFORMERS_IJEPA = replace(
 PIXIO = replace(
     DINOV2,
     family="pixio",
+    signature=(),
     title="transformers' Pixio",
     model_types=("pixio",),
     prefix=r"pixio\.",
@@ -353,8 +364,8 @@ TRANSFORMERS_LAYOUTS = (
     VIT,
     BEIT,
     DATA2VEC_VISION,
-    DINOV2,
     DINOV2_WITH_REGISTERS,
+    DINOV2,
     DINOV3,
     DEIT,
     VIT_MSN,
