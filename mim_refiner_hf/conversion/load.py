@@ -16,7 +16,7 @@ wrote carry a digest of every tensor for that (`digests.py`).
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_mim_refiner import (
+    LARGEST_SIDE,
     ConfigurationError,
     MimRefinerConfig,
     brief,
@@ -32,6 +33,7 @@ from ..model.configuration_mim_refiner import (
 )
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
+from ..runtime.wording import setting
 from .birder_models import birder_in_our_words
 from .claims import check_claims
 from .containers import (
@@ -46,7 +48,7 @@ from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
-from .positions import Size, as_size, exact_sum, settle_positions
+from .positions import Size, as_size, check_stated_size, exact_sum, settle_positions
 from .preprocessing import image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
@@ -88,7 +90,7 @@ def load_encoder(
     family: str | None = None,
     revision: str | None = None,
     num_heads: int | None = None,
-    image_size: int | Size | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> MimRefinerModel:
     """Load any known checkpoint into our encoder, in eval mode and in the dtype it was saved in.
 
@@ -133,7 +135,7 @@ def encoder_from(
     *,
     family: str | None = None,
     num_heads: int | None = None,
-    image_size: int | Size | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> MimRefinerModel:
     """The encoder of a source that was read already; arguments and errors as of `load_encoder`."""
     found = birder_in_our_words(found, family or found.family)
@@ -302,12 +304,19 @@ def _unknown_family(
 # --- configure and check -------------------------------------------------------------------------
 
 
-def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) -> Size | None:
+def _settle(
+    found: Source, placed: dict[str, Tensor], asked: int | Sequence[int] | None
+) -> Size | None:
     """Positions for a grid of the size that is stated somewhere, which is returned; in place."""
     size = as_size(asked)
-    if asked is not None and size is None:
+    kernel = placed.get(KERNEL)
+    patch = kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else 1
+    allowed = size and all(side % max(patch, 1) == 0 for side in size) and max(size) <= LARGEST_SIDE
+    if asked is not None and not allowed:
         raise CheckpointError(
-            f"image_size={brief(asked)} is no size; give (height, width) or one side, in pixels"
+            f"{setting('image_size')} {brief(asked)} is no size for {found.name}; give one side, "
+            "or height and width, in whole pixels, multiples of the patch size "
+            f"{patch} up to {LARGEST_SIDE}"
         )
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
@@ -340,6 +349,11 @@ def _read_config(
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
     from_shapes = read_shapes(found.name, placed)
+    stated_size = as_size(states.get("image_size"))
+    # as their convolutions do; a model of ours says so itself
+    if stated_size and found.config.get("model_type") != MimRefinerConfig.model_type:
+        states["cut_to_patches"] = any(side % from_shapes["patch_size"] for side in stated_size)
+        check_stated_size(found.name, placed, stated_size, from_shapes)
     _compare_sizes(found.name, from_shapes, states)
     if found.config:
         check_claims(found.name, layout.claims, found.config, placed, from_shapes)
