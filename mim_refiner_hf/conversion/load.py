@@ -349,14 +349,7 @@ def _read_config(
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
     from_shapes = read_shapes(found.name, placed)
-    stated_size = as_size(states.get("image_size"))
-    # as their convolutions do; a model of ours says so itself
-    if stated_size and found.config.get("model_type") != MimRefinerConfig.model_type:
-        states["cut_to_patches"] = any(side % from_shapes["patch_size"] for side in stated_size)
-        check_stated_size(found.name, placed, stated_size, from_shapes)
-    _compare_sizes(found.name, from_shapes, states)
-    if found.config:
-        check_claims(found.name, layout.claims, found.config, placed, from_shapes)
+    _check_stated(found, layout, placed, from_shapes, states)
     fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(
@@ -389,6 +382,25 @@ def _read_config(
         ) from error
     config.name_or_path = found.name
     return config
+
+
+def _check_stated(
+    found: Source,
+    layout: Layout,
+    placed: Mapping[str, Tensor],
+    shapes: Mapping[str, Any],
+    states: dict[str, Any],
+) -> None:
+    """CheckpointError where the weights are not what is stated, which becomes whole; in place."""
+    _compare_sizes(found.name, shapes, states)
+    if found.config:
+        check_claims(found.name, layout.claims, found.config, placed, shapes)
+
+    size = as_size(states.get("image_size"))
+    # a model of ours says itself whether it cuts images, and others do
+    if size and found.config.get("model_type") != MimRefinerConfig.model_type:
+        states["cut_to_patches"] = any(side % shapes["patch_size"] for side in size)
+        check_stated_size(found.name, placed, size, shapes)
 
 
 def _compare_sizes(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
