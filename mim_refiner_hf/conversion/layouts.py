@@ -13,6 +13,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .birder_models import BIRDER
@@ -167,6 +168,33 @@ def _split_packed_gates(placed: dict[str, Any]) -> dict[str, Any]:
     return split
 
 
+def _without_idle_pooling(placed: dict[str, Any]) -> dict[str, Any]:
+    """Attention pooling without a projection of the query and an MLP that do nothing.
+
+    So AIMv2's goes to timm (`export_timm_eva.py`).
+    """
+    pool = "attention_pooling."
+    query = placed.get(f"{pool}q_proj.weight")
+    silent = [placed.get(pool + name) for name in ("q_proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")]
+    if not isinstance(query, Tensor) or query.ndim != 2 or query.shape[0] != query.shape[1]:
+        return placed
+    if any(not isinstance(tensor, Tensor) or tensor.any() for tensor in silent):
+        return placed
+    if not torch.equal(query, torch.eye(len(query), dtype=query.dtype)):
+        return placed
+    idle = [f"{pool}q_proj.", f"{pool}norm.", f"{pool}mlp."]
+    # biases that timm has to have, and the blocks have not
+    for name in (f"{pool}k_proj.bias", f"{pool}v_proj.bias"):
+        of_blocks = name.replace("attention_pooling", "layers.0.attention")
+        if name in placed and of_blocks not in placed and not placed[name].any():
+            idle.append(name)
+    return {name: value for name, value in placed.items() if not name.startswith(tuple(idle))}
+
+
+def _as_timm_has_it(placed: dict[str, Any]) -> dict[str, Any]:
+    return _without_idle_pooling(_split_packed_gates(placed))
+
+
 _LAYER_SCALE = Rule(
     r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
 )
@@ -192,7 +220,7 @@ PLAIN_VIT = Layout(
     ),
     drops=(_CLASSIFIER_HEAD,),
     settings={"position_encoding": "absolute", "norm_placement": "pre"},
-    finish=_split_packed_gates,
+    finish=_as_timm_has_it,
 )
 # registers came with DINOv2, whose authors resize the table of these models with antialiasing
 PLAIN_VIT_REGISTERS = replace(
