@@ -308,7 +308,10 @@ def test_a_class_that_timm_has_not_is_refused_by_what_is_missing(tmp_path: Path)
 def test_a_query_without_projection_goes_to_either_class(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    config = MimRefinerConfig(**TINY, pooling_head="attention", **settings)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+    config = MimRefinerConfig(
+        **shape, num_hidden_layers=2, image_size=32, pooling_head="attention", **settings
+    )
     encoder = randomise(MimRefinerModel(config))
     save_model_folder(tmp_path / "model", encoder, MimRefinerImageProcessor())
     assert max(export(tmp_path / "model", tmp_path / "timm", "timm").values()) < 1e-5
