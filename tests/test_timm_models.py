@@ -313,7 +313,8 @@ def test_a_query_without_projection_goes_to_either_class(
         **shape, num_hidden_layers=2, image_size=32, pooling_head="attention", **settings
     )
     encoder = randomise(MimRefinerModel(config))
-    save_model_folder(tmp_path / "model", encoder, MimRefinerImageProcessor())
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    save_model_folder(tmp_path / "model", encoder, MimRefinerImageProcessor(**sizes))
     assert max(export(tmp_path / "model", tmp_path / "timm", "timm").values()) < 1e-5
     again = load_encoder(tmp_path / "timm")
     assert again.config.pooling_head == "attention"
