@@ -143,11 +143,13 @@ def by_blocks(target: str, tensor: Tensor) -> Placed:
 def as_kernel(target: str, tensor: Tensor) -> Placed:
     """A linear layer (D, P * P * C) over the pixels of a patch, as a convolution (D, C, P, P).
 
-    Which C is not in the shape: a number that is no square times 3 is taken for one channel's.
+    Which C is not in the shape: 3 where that makes a square, else the least that does.
     """
     width, pixels = tensor.shape
-    channels = 3 if math.isqrt(pixels // 3) ** 2 * 3 == pixels else 1
-    side = math.isqrt(pixels // channels)
+    for channels in (3, *range(1, pixels + 1)):
+        side = math.isqrt(pixels // channels)
+        if side**2 * channels == pixels:
+            break
     return {target: tensor.reshape(width, side, side, channels).permute(0, 3, 1, 2)}
 
 

@@ -49,7 +49,7 @@ from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
 from .positions import Size, as_size, check_stated_size, exact_sum, settle_positions
-from .preprocessing import image_processor, saved_preprocessing
+from .preprocessing import for_channels, image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
 from .timm_models import in_our_words
@@ -165,7 +165,8 @@ def encoder_from(
     encoder.load_state_dict(weights, assign=True)
     encoder.train(False)
 
-    preprocessing = {**layout.preprocessing(found.contents), **found.preprocessing}
+    own = for_channels(layout.preprocessing(found.contents), config.num_channels)
+    preprocessing = {**own, **found.preprocessing}
     total = len(encoder.state_dict())
     report = LoadReport(layout.family, len(weights), total, placement.dropped, recognised_by)
     processor = image_processor(config, preprocessing)
