@@ -242,6 +242,8 @@ def test_weights_keep_the_dtype_of_the_file(
     tmp_path: Path, mae_state: dict[str, torch.Tensor], mae_heads: int
 ) -> None:
     half = {name: tensor.bfloat16() for name, tensor in mae_state.items()}
+    # as in what MAE releases; with another one see test_half_precision.py
+    half["pos_embed"][:, 0] = 0
     encoder = load_encoder(save_mae(tmp_path, half), num_heads=mae_heads)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
 
@@ -372,8 +374,7 @@ def test_beit_without_layer_scale_and_with_a_lost_bias_table(tmp_path: Path) -> 
     )
     with pytest.raises(
         CheckpointError,
-        match=r"2 of 38 beit tensors are missing: "
-        r"layers\.0\.attention\.relative_position_bias\.table",
+        match=r"states use_relative_position_bias=True, but its weights have no relative positions",
     ):
         load_encoder(tmp_path)
 

@@ -78,7 +78,7 @@ def test_another_size_than_the_files_is_refused_with_both_numbers(tmp_path: Path
 def test_a_square_that_would_be_a_guess_is_refused(tmp_path: Path) -> None:
     # CLS and 3 x 5 patches, or 4 x 4 patches
     path = saved(tmp_path, vit((24, 40)).state_dict())
-    with pytest.raises(ValueError, match=r"16 positions .* give image_size=\(height, width\)"):
+    with pytest.raises(ValueError, match=r"16 positions .* give image_size, height and width"):
         load_encoder(path)
     assert_same_tokens(load_encoder(path, image_size=(24, 40)), vit((24, 40)), (24, 40))
 

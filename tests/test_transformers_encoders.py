@@ -272,7 +272,6 @@ def test_a_saved_encoder_is_exported(tmp_path: Path) -> None:
     [
         ("pixio", "pooling but of CLS, patches or attention .pooling='prefix'"),
         ("dinov2-no-qkv-bias", "activation but gelu, .*hidden_act='relu'"),
-        ("aimv2-native", "computed table of positions"),
     ],
 )
 def test_what_timm_cannot_say_is_refused(tmp_path: Path, name: str, first: str) -> None:
@@ -283,7 +282,8 @@ def test_what_timm_cannot_say_is_refused(tmp_path: Path, name: str, first: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["dinov2-swiglu", "dinov3", "dinov3-7b", "siglip", "siglip2", "clip", "clip-gelu"]
+    "name",
+    ["dinov2-swiglu", "dinov3", "dinov3-7b", "siglip", "siglip2", "clip", "clip-gelu", "aimv2"],
 )
 def test_what_timm_can_say_goes_there(tmp_path: Path, name: str) -> None:
     saved(tmp_path / "theirs", CASES[name])

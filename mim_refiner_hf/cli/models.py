@@ -56,6 +56,13 @@ def parse_convert(arguments: Sequence[str]) -> Work:
     parser.add_argument(
         "--num_heads", type=int, help="attention heads, for a file that does not tell"
     )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="height and width, or the side of a square, for a file that does not tell",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
     parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
     _add_publishing(parser)
@@ -68,6 +75,7 @@ def parse_convert(arguments: Sequence[str]) -> Work:
 
         if options.push is not None:
             check_repo_id(options.push)
+        size = options.image_size
         with sole_run(options.destination, "DESTINATION", beside=True):
             summary = convert(
                 options.source,
@@ -75,6 +83,7 @@ def parse_convert(arguments: Sequence[str]) -> Work:
                 family=options.family,
                 dtype=options.dtype,
                 num_heads=options.num_heads,
+                image_size=size[0] if size is not None and len(size) == 1 else size,
                 revision=options.revision,
                 license=options.license,
                 publish=options.push is not None,

@@ -143,11 +143,13 @@ def by_blocks(target: str, tensor: Tensor) -> Placed:
 def as_kernel(target: str, tensor: Tensor) -> Placed:
     """A linear layer (D, P * P * C) over the pixels of a patch, as a convolution (D, C, P, P).
 
-    Which C is not in the shape: a number that is no square times 3 is taken for one channel's.
+    Which C is not in the shape: 3 where that makes a square, else the least that does.
     """
     width, pixels = tensor.shape
-    channels = 3 if math.isqrt(pixels // 3) ** 2 * 3 == pixels else 1
-    side = math.isqrt(pixels // channels)
+    for channels in (3, *range(1, pixels + 1)):
+        side = math.isqrt(pixels // channels)
+        if side**2 * channels == pixels:
+            break
     return {target: tensor.reshape(width, side, side, channels).permute(0, 3, 1, 2)}
 
 
@@ -197,6 +199,7 @@ class Layout:
         settings: fields of `MimRefinerConfig` that the family fixes.
         facts: fields of `MimRefinerConfig` that the file (or its `config.json`) may state, and how
             to read them.
+        claims: what a `config.json` says of the weights, to be compared with them (`claims.py`).
         preprocessing: what the family, or its file, says of its preprocessing, in the words of
             `preprocessor_config.json`.
         finish: a last renaming of all that was placed, given by our names.
@@ -214,6 +217,7 @@ class Layout:
     drops: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    claims: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     reads_student: bool = False

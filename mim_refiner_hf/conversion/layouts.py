@@ -13,6 +13,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .birder_models import BIRDER
@@ -167,6 +168,33 @@ def _split_packed_gates(placed: dict[str, Any]) -> dict[str, Any]:
     return split
 
 
+def _without_idle_pooling(placed: dict[str, Any]) -> dict[str, Any]:
+    """Attention pooling without a projection of the query and an MLP that do nothing.
+
+    So AIMv2's goes to timm (`export_timm_eva.py`).
+    """
+    pool = "attention_pooling."
+    query = placed.get(f"{pool}q_proj.weight")
+    silent = [placed.get(pool + name) for name in ("q_proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")]
+    if not isinstance(query, Tensor) or query.ndim != 2 or query.shape[0] != query.shape[1]:
+        return placed
+    if any(not isinstance(tensor, Tensor) or tensor.any() for tensor in silent):
+        return placed
+    if not torch.equal(query, torch.eye(len(query), dtype=query.dtype)):
+        return placed
+    idle = [f"{pool}q_proj.", f"{pool}norm.", f"{pool}mlp."]
+    # biases that timm has to have, and the blocks have not
+    for name in (f"{pool}k_proj.bias", f"{pool}v_proj.bias"):
+        of_blocks = name.replace("attention_pooling", "layers.0.attention")
+        if name in placed and of_blocks not in placed and not placed[name].any():
+            idle.append(name)
+    return {name: value for name, value in placed.items() if not name.startswith(tuple(idle))}
+
+
+def _as_timm_has_it(placed: dict[str, Any]) -> dict[str, Any]:
+    return _without_idle_pooling(_split_packed_gates(placed))
+
+
 _LAYER_SCALE = Rule(
     r"blocks\.(\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", r"layers.\1.layer_scale\2.weight"
 )
@@ -192,7 +220,50 @@ PLAIN_VIT = Layout(
     ),
     drops=(_CLASSIFIER_HEAD,),
     settings={"position_encoding": "absolute", "norm_placement": "pre"},
-    finish=_split_packed_gates,
+    finish=_as_timm_has_it,
+)
+# registers came with DINOv2, whose authors resize the table of these models with antialiasing
+PLAIN_VIT_REGISTERS = replace(
+    PLAIN_VIT,
+    family="plain_vit_registers",
+    title="a bare ViT state dict with registers (timm)",
+    model_types=(),
+    signature=(*MAE.signature, r"^reg_token$"),
+    settings={**PLAIN_VIT.settings, "position_resampling": "bicubic_antialias"},
+)
+_OF_BACKBONE = r"(?:module\.)?(?:backbone\.)?"
+DINOV2_ORIGINAL = replace(
+    PLAIN_VIT,
+    family="dinov2_original",
+    title="DINOv2, released or its training's teacher (facebookresearch/dinov2)",
+    paths=(("teacher",), ("model",), *_BARE),
+    model_types=(),
+    signature=(
+        rf"^{_OF_BACKBONE}patch_embed\.proj\.",
+        rf"^{_OF_BACKBONE}mask_token$",
+        rf"^{_OF_BACKBONE}blocks\.\d+\.ls1\.gamma$",
+    ),
+    prefix=_OF_BACKBONE,
+    rules=(
+        Rule(r"register_tokens", REGISTERS),
+        Rule(r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)", r"layers.\1.mlp.*.\2", split_gate),
+        Rule(r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
+        *PLAIN_VIT.rules,
+    ),
+    drops=((r"mask_token", "mask token"), (r"(?:dino|ibot)_head\..*", "projection head")),
+    settings={**_PRE_NORM, "source_model_type": "dinov2"},
+    finish=None,
+)
+DINOV2_ORIGINAL_REGISTERS = replace(
+    DINOV2_ORIGINAL,
+    family="dinov2_original_registers",
+    title="DINOv2 with registers (facebookresearch/dinov2)",
+    signature=(*DINOV2_ORIGINAL.signature, rf"^{_OF_BACKBONE}register_tokens$"),
+    settings={
+        **_PRE_NORM,
+        "position_resampling": "bicubic_antialias",
+        "source_model_type": "dinov2_with_registers",
+    },
 )
 
 
@@ -253,6 +324,16 @@ CONMIM = replace(
         {} if stated("args", "imagenet_default_mean_and_std")(contents) else HALF
     ),
     reads_student=True,
+)
+# whose blocks for its CLS token serve the pre-training alone
+BEIT_V2 = replace(
+    CONMIM,
+    family="beit_v2",
+    title="BEiT v2 (microsoft/unilm)",
+    signature=(*PLAIN_BEIT.signature, r"^cls_pt_layers\."),
+    drops=((r"lm_head\..*|cls_pt_layers\..*|mask_token", "pre-training head"), POSITION_INDEX),
+    preprocessing=lambda contents: {},
+    reads_student=False,
 )
 # never recognised: a file that holds both is read as the authors fine-tune it, from `model`
 CONMIM_EMA = replace(
@@ -495,11 +576,14 @@ LAYOUTS: tuple[Layout, ...] = (
     MAE_CT,
     MAE_CT_MEAN,
     DATA2VEC2,
+    DINOV2_ORIGINAL_REGISTERS,
+    DINOV2_ORIGINAL,
     IBOT,
     IJEPA,
     CAPI,
     CAPI_WHOLE,
     BIRDER_ROPE_VIT,
+    BEIT_V2,
     CONMIM,
     CONMIM_EMA,
     DBOT,
@@ -508,6 +592,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *WHOLE_MAES,
     PLAIN_BEIT,
     TIMM_EVA,
+    PLAIN_VIT_REGISTERS,
     PLAIN_VIT,
 )
 

@@ -16,7 +16,7 @@ wrote carry a digest of every tensor for that (`digests.py`).
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.configuration_mim_refiner import (
+    LARGEST_SIDE,
     ConfigurationError,
     MimRefinerConfig,
     brief,
@@ -32,7 +33,9 @@ from ..model.configuration_mim_refiner import (
 )
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
+from ..runtime.wording import setting
 from .birder_models import birder_in_our_words
+from .claims import check_claims
 from .containers import (
     InnerEncoder,
     inner_encoder,
@@ -45,8 +48,8 @@ from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
-from .positions import Size, as_size, settle_positions
-from .preprocessing import image_processor, saved_preprocessing
+from .positions import Size, as_size, check_stated_size, exact_sum, settle_positions
+from .preprocessing import for_channels, image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
 from .timm_models import in_our_words
@@ -87,9 +90,11 @@ def load_encoder(
     family: str | None = None,
     revision: str | None = None,
     num_heads: int | None = None,
-    image_size: int | Size | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> MimRefinerModel:
     """Load any known checkpoint into our encoder, in eval mode and in the dtype it was saved in.
+
+    In float32 where that would round what is computed on the way, tokens with their positions.
 
     Args:
         source: a Hub name, a local model folder, an original .pth/.pt/.th/.bin/.safetensors file,
@@ -130,7 +135,7 @@ def encoder_from(
     *,
     family: str | None = None,
     num_heads: int | None = None,
-    image_size: int | Size | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> MimRefinerModel:
     """The encoder of a source that was read already; arguments and errors as of `load_encoder`."""
     found = birder_in_our_words(found, family or found.family)
@@ -153,14 +158,15 @@ def encoder_from(
     check_shapes(found.name, layout, placement, encoder.state_dict())
 
     # copies, no views of a mapped file
-    dtype = placement.tensors[KERNEL].dtype
+    dtype = _dtype_of(found.name, placement.tensors)
     weights = {
         name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placement.tensors.items()
     }
     encoder.load_state_dict(weights, assign=True)
     encoder.train(False)
 
-    preprocessing = {**layout.preprocessing(found.contents), **found.preprocessing}
+    own = for_channels(layout.preprocessing(found.contents), config.num_channels)
+    preprocessing = {**own, **found.preprocessing}
     total = len(encoder.state_dict())
     report = LoadReport(layout.family, len(weights), total, placement.dropped, recognised_by)
     processor = image_processor(config, preprocessing)
@@ -299,12 +305,19 @@ def _unknown_family(
 # --- configure and check -------------------------------------------------------------------------
 
 
-def _settle(found: Source, placed: dict[str, Tensor], asked: int | Size | None) -> Size | None:
+def _settle(
+    found: Source, placed: dict[str, Tensor], asked: int | Sequence[int] | None
+) -> Size | None:
     """Positions for a grid of the size that is stated somewhere, which is returned; in place."""
     size = as_size(asked)
-    if asked is not None and size is None:
+    kernel = placed.get(KERNEL)
+    patch = kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else 1
+    allowed = size and all(side % max(patch, 1) == 0 for side in size) and max(size) <= LARGEST_SIDE
+    if asked is not None and not allowed:
         raise CheckpointError(
-            f"image_size={brief(asked)} is no size; give (height, width) or one side, in pixels"
+            f"{setting('image_size')} {brief(asked)} is no size for {found.name}; give one side, "
+            "or height and width, in whole pixels, multiples of the patch size "
+            f"{patch} up to {LARGEST_SIDE}"
         )
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
@@ -330,13 +343,14 @@ def _read_config(
     states = {name: value for name, value in states.items() if value is not None}
     # a model of ours says itself where it came from
     model_type = found.config.get("model_type")
-    if layout in TRANSFORMERS_LAYOUTS and model_type in layout.model_types:
-        states["source_model_type"] = model_type
+    if layout in TRANSFORMERS_LAYOUTS:
+        named = model_type in layout.model_types
+        states["source_model_type"] = model_type if named else layout.model_types[-1]
     if size is not None:
         states["image_size"] = size[0] if size[0] == size[1] else list(size)
 
     from_shapes = read_shapes(found.name, placed)
-    _compare_sizes(found.name, from_shapes, states)
+    _check_stated(found, layout, placed, from_shapes, states)
     fields = from_shapes | dict(layout.settings) | states
     if not fields["position_encoding"]:
         raise CheckpointError(
@@ -371,6 +385,25 @@ def _read_config(
     return config
 
 
+def _check_stated(
+    found: Source,
+    layout: Layout,
+    placed: Mapping[str, Tensor],
+    shapes: Mapping[str, Any],
+    states: dict[str, Any],
+) -> None:
+    """CheckpointError where the weights are not what is stated, which becomes whole; in place."""
+    _compare_sizes(found.name, shapes, states)
+    if found.config:
+        check_claims(found.name, layout.claims, found.config, placed, shapes)
+
+    size = as_size(states.get("image_size"))
+    # a model of ours says itself whether it cuts images, and others do
+    if size and found.config.get("model_type") != MimRefinerConfig.model_type:
+        states["cut_to_patches"] = any(side % shapes["patch_size"] for side in size)
+        check_stated_size(found.name, placed, size, shapes)
+
+
 def _compare_sizes(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     """CheckpointError where the weights are of another size than is stated: none is built."""
     for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
@@ -393,7 +426,20 @@ def _shape_as_ours(placed: dict[str, Tensor]) -> None:
         position = placed.pop(CLS_POSITION)
         # else one of them is wrong, which `check_shapes` will say
         if token.shape == position.shape and token.dtype == position.dtype:
-            placed[CLS_TOKEN] = token + position
+            placed[CLS_TOKEN] = exact_sum(token, position)
+
+
+def _dtype_of(name: str, placed: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the file, or float32 where tokens with their positions have no other."""
+    dtype = placed[KERNEL].dtype
+    if all(tensor.dtype == dtype for tensor in placed.values()):
+        return dtype
+    logger.warning(
+        "%s: in %s, the sums of its tokens and their positions would be rounded; read as float32",
+        name,
+        str(dtype).removeprefix("torch."),
+    )
+    return torch.float32
 
 
 __all__ = ["LoadReport", "encoder_from", "image_processor", "load_encoder"]

@@ -29,6 +29,9 @@ def source_of_object(model: Any) -> Source:
     Raises:
         CheckpointError: naming the class, where it is a model of nobody known here.
     """
+    model = unwrapped(model)
+    if isinstance(model, nn.Module):
+        _refuse_without_weights(model)
     if isinstance(model, PreTrainedModel):
         return _of_transformers(model)
     if isinstance(model, nn.Module) and type(model).__module__.startswith("timm."):
@@ -43,6 +46,7 @@ def source_of_object(model: Any) -> Source:
 
 def own_encoder(model: Any) -> MimRefinerModel | None:
     """The `MimRefinerModel` that an object is, or that its head stands on; else None."""
+    model = unwrapped(model)
     if isinstance(model, MimRefinerModel):
         return model
     inner = getattr(model, "encoder", None)
@@ -50,8 +54,35 @@ def own_encoder(model: Any) -> MimRefinerModel | None:
     return inner if is_ours else None
 
 
+def unwrapped(model: Any) -> Any:
+    """The model that `torch.compile` or a wrapper for several devices holds."""
+    while isinstance(model, nn.Module):
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def _refuse_without_weights(model: nn.Module) -> None:
+    """CheckpointError for a model of shapes alone, or with adapters that are not merged."""
+    kind = type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            f"{kind} is on the device meta and has no weights; load them, such as with its "
+            "from_pretrained, and give it again"
+        )
+    if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
+        raise CheckpointError(
+            f"{kind} has adapters beside its weights; give what the adapters' "
+            "model.merge_and_unload() returns"
+        )
+
+
 def _of_transformers(model: PreTrainedModel) -> Source:
-    config = model.config.to_dict()
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     name = model.config.name_or_path or type(model).__name__
     preprocessing = saved_preprocessing(name)
     state = dict(model.state_dict())
@@ -71,4 +102,4 @@ def _licence_of_timm(model: Any) -> Licence:
     return Licence.from_metadata(stated, where=_name_of_timm(model))
 
 
-__all__ = ["own_encoder", "source_of_object"]
+__all__ = ["own_encoder", "source_of_object", "unwrapped"]

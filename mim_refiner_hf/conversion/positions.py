@@ -13,9 +13,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..runtime.files import CheckpointError
+from ..runtime.wording import setting
 from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS
 from .shapes import KERNEL
 
@@ -31,7 +33,7 @@ def as_size(value: Any) -> Size | None:
         return value, value
     if isinstance(value, list | tuple) and len(value) == 2:
         height, width = value
-        if all(isinstance(side, int) and side > 0 for side in (height, width)):
+        if all(type(side) is int and side > 0 for side in (height, width)):
             return height, width
     return None
 
@@ -57,11 +59,11 @@ def settle_positions(
     positions = placed.get(POSITIONS)
     kernel = placed.get(KERNEL)
     # what is missing, or misshapen, is said by who checks the shapes
-    if positions is None or positions.ndim != 3 or kernel is None or kernel.ndim != 4:
-        return None
-    if not kernel.numel() or positions.shape[2] != len(kernel):
+    if kernel is None or kernel.ndim != 4 or not kernel.numel():
         return None
     patch_size = kernel.shape[-1]
+    if positions is None or positions.ndim != 3 or positions.shape[2] != len(kernel):
+        return image_size if asked else None
     rows = positions.shape[1]
     # rows that are for no patch, if they are in the table
     prefix = 0
@@ -72,16 +74,18 @@ def settle_positions(
     if image_size is not None:
         height, width = image_size
         patches = (height // patch_size) * (width // patch_size)
-        whole = height % patch_size == 0 == width % patch_size
+        # transformers and timm cut an image to whole patches
+        whole = not asked or height % patch_size == 0 == width % patch_size
         for count in {0, min(prefix, 1), prefix}:
             if whole and rows == patches + count:
                 _split(placed, count)
                 return image_size
         if asked:
             raise CheckpointError(
-                f"{name}: image_size {height} x {width} is {patches} patches of {patch_size} "
-                f"pixels, but the file has positions for {rows}"
+                f"{name}: {setting('image_size')} {height} x {width} is {patches} patches of "
+                f"{patch_size} pixels, but the file has positions for {rows}"
                 + (f", or {rows - prefix} beside {prefix} that are none" if prefix else "")
+                + f"; give {_a_size_of(rows, prefix, patch_size)}"
             )
 
     if table is not None:
@@ -89,7 +93,49 @@ def settle_positions(
     side = math.isqrt(placed[POSITIONS].shape[1])
     if side**2 == placed[POSITIONS].shape[1]:
         logger.info("%s: positions for %d x %d patches, taken as a square", name, side, side)
+    elif image_size is None and table is not None:
+        raise CheckpointError(
+            f"{name}: {rows} positions are for a grid that is no square; give "
+            f"{setting('image_size')}, height and width, {_a_size_of(rows, prefix, patch_size)}"
+        )
     return None
+
+
+def check_stated_size(
+    name: str, placed: Mapping[str, Tensor], image_size: Size, shapes: Mapping[str, Any]
+) -> None:
+    """CheckpointError where the size of images is not that of the tables of positions.
+
+    Args:
+        name: of the source, for messages.
+        shapes: what its tensors tell (`read_shapes`).
+    """
+    patch_size = shapes["patch_size"]
+    height, width = image_size
+    patches = (height // patch_size) * (width // patch_size)
+    positions = placed.get(POSITIONS)
+    held = None
+    if positions is not None and positions.ndim == 3:
+        held = positions.shape[1]
+    elif "relative" in shapes["position_encoding"] and isinstance(shapes.get("image_size"), int):
+        held = (shapes["image_size"] // patch_size) ** 2
+    if held not in (None, patches):
+        size = height if height == width else [height, width]
+        raise CheckpointError(
+            f"{name}: image_size={size} is {patches} patches, but its weights have positions for "
+            f"{held} patches of {patch_size} pixels; correct its configuration, or get it again "
+            "with its weights"
+        )
+
+
+def _a_size_of(rows: int, prefix: int, patch_size: int) -> str:
+    """A size that a table of so many rows is for: a square's side, else height and width."""
+    for count in (rows - prefix, rows - 1, rows):
+        if _is_square(count):
+            return setting("image_size", math.isqrt(count) * patch_size)
+    count = rows - prefix
+    high = next(side for side in range(math.isqrt(max(count, 1)), 0, -1) if count % side == 0)
+    return f"such as {setting('image_size', [high * patch_size, count // high * patch_size])}"
 
 
 def _has_registers(placed: Mapping[str, Tensor]) -> bool:
@@ -104,7 +150,7 @@ def _rows_before_a_square(name: str, rows: int, prefix: int, has_registers: bool
     if rows > 1 and (is_a_guess or len(possible) > 1):
         raise CheckpointError(
             f"{name}: {rows} positions are a square without one for CLS, or CLS and a grid that is "
-            "no square; give image_size=(height, width)"
+            f"no square; give {setting('image_size')}, height and width"
         )
     # none is one: the check of the shapes will say it
     return possible[0] if possible else min(prefix, 1)
@@ -124,10 +170,23 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
     rows = positions[:, first:count]
     fit = REGISTERS in placed and placed[REGISTERS].shape == rows.shape
     if fit:
-        placed[REGISTERS] = placed[REGISTERS] + rows
+        placed[REGISTERS] = exact_sum(placed[REGISTERS], rows)
     # of another shape they are wrong, which the check of the shapes will say
     if first or not fit:
         placed[CLS_POSITION] = positions[:, :1]
 
 
-__all__ = ["Size", "as_size", "settle_positions"]
+def exact_sum(token: Tensor, position: Tensor) -> Tensor:
+    """A token with its position: in their dtype, or in float32 where that would round the sum.
+
+    The source adds them when it runs, and in fp32 it does not round.
+    """
+    total = token + position
+    if total.dtype in (torch.float16, torch.bfloat16):
+        exact = token.float() + position.float()
+        if not torch.equal(total.float(), exact):
+            return exact
+    return total
+
+
+__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions"]

@@ -177,6 +177,20 @@ def _of_a_share(size: dict[str, int], share: float) -> tuple[dict[str, int], dic
     return {"shortest_edge": int(side / share)}, square
 
 
+def for_channels(family: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """What a family does with colours, for so many channels; nothing where they are not alike."""
+    fitted = dict(family)
+    for name in ("image_mean", "image_std"):
+        numbers = fitted.get(name)
+        if numbers is None or len(numbers) == channels:
+            continue
+        if len(set(numbers)) == 1:
+            fitted[name] = list(numbers[:1]) * channels
+        else:
+            del fitted[name]
+    return fitted
+
+
 def nested_preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
     """What a `processor_config.json` says of images; empty where it says nothing."""
     nested = processor.get(_NESTED)
@@ -213,6 +227,7 @@ def _stated(name: str, file: str) -> dict[str, Any]:
 __all__ = [
     "PROCESSOR",
     "as_in_the_paper",
+    "for_channels",
     "image_processor",
     "nested_preprocessing",
     "saved_preprocessing",

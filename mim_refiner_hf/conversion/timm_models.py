@@ -239,6 +239,8 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         positions.append("shared_relative")
 
     has_cls = model.cls_token is not None
+    # as the authors of registers resize the table, and timm any
+    has_registers = getattr(model, "reg_token", None) is not None
     height, width = model.patch_embed.img_size
     return {
         "num_attention_heads": block.attn.num_heads,
@@ -249,6 +251,7 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "hidden_act": _activation(name, block.mlp),
         "image_size": height if height == width else [height, width],
         "position_encoding": "+".join(positions),
+        "position_resampling": "bicubic_antialias" if has_registers else None,
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),

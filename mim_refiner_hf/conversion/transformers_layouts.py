@@ -5,10 +5,20 @@ Names are those on disk (`encoder.layer.0.attention.attention.query`) and in mem
 behind a prefix; `transformers_models.py` has brought out the configuration of the images' tower.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .claims import (
+    OF_AIMV2,
+    OF_BEIT,
+    OF_DINOV2,
+    OF_DINOV3,
+    OF_PIXIO,
+    OF_PLAIN_BLOCKS,
+    always,
+    size_by_patches,
+)
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
@@ -71,18 +81,9 @@ VIT = Layout(
     rules=_TRANSFORMERS_RULES,
     drops=((r"decoder\..*|embeddings\.mask_token", "decoder"), (r"pooler\..*", "pooler")),
     settings=_PRE_NORM,
+    claims=OF_PLAIN_BLOCKS,
 )
 VIT_MAE = replace(VIT, family="vit_mae", title="transformers' ViTMAE", model_types=("vit_mae",))
-
-
-def _beit_positions(config: Mapping[str, Any]) -> str | None:
-    """BEiT's three switches as our `position_encoding`; None where no `config.json` states them."""
-    kinds = {
-        "use_absolute_position_embeddings": "absolute",
-        "use_relative_position_bias": "relative",
-        "use_shared_relative_position_bias": "shared_relative",
-    }
-    return "+".join(kinds[switch] for switch in kinds if config.get(switch)) or None
 
 
 # the final norm is there or not: the masked-image model has one outside the encoder, mean pooling
@@ -110,12 +111,9 @@ BEIT = Layout(
         POSITION_INDEX,
     ),
     settings={"norm_placement": "pre", "use_cls_token": True, "embedding_norm": False},
-    facts={
-        "position_encoding": _beit_positions,
-        # 0 is BEiT's word for none
-        "layer_scale_init": lambda config: config.get("layer_scale_init_value") or None,
-        "final_norm": lambda config: True if config.get("use_mean_pooling") is False else None,
-    },
+    # 0 is BEiT's word for none
+    facts={"layer_scale_init": lambda config: config.get("layer_scale_init_value") or None},
+    claims=OF_BEIT,
     preprocessing=lambda contents: HALF,
 )
 DATA2VEC_VISION = replace(
@@ -159,37 +157,48 @@ def _swiglu(config: Mapping[str, Any]) -> Any:
     return "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act")
 
 
+# the names tell it without a config.json, whose other values are the class's own and ours
 DINOV2 = Layout(
     family="dinov2",
     title="transformers' DINOv2",
     model_types=("dinov2",),
+    signature=(
+        r"^(?:\w+\.)?embeddings\.position_embeddings$",
+        r"^(?:\w+\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1$",
+    ),
     prefix=r"dinov2\.",
     rules=_NEWER_RULES,
     drops=(_MASK_TOKEN,),
     settings=_PRE_NORM,
     facts={"hidden_act": _swiglu},
+    claims=OF_DINOV2,
 )
 DINOV2_WITH_REGISTERS = replace(
     DINOV2,
     family="dinov2_with_registers",
     title="transformers' DINOv2 with registers",
     model_types=("dinov2_with_registers",),
+    signature=(*DINOV2.signature, r"^(?:\w+\.)?embeddings\.register_tokens$"),
     prefix=r"dinov2_with_registers\.",
     settings={**_PRE_NORM, "position_resampling": "bicubic_antialias"},
+    claims={**OF_DINOV2, "num_register_tokens": stated("num_register_tokens")},
 )
 DINOV3 = replace(
     DINOV2,
     family="dinov3",
+    signature=(),
     title="transformers' DINOv3",
     model_types=("dinov3_vit",),
     prefix=r"dinov3_vit\.",
     settings={**_PRE_NORM, "position_encoding": "rope"},
     facts={"rope_theta": stated("rope_theta")},
+    claims=OF_DINOV3,
 )
 # the distillation token is a register of ours; the pooler is of a classification that is not there
 DEIT = replace(
     DINOV2,
     family="deit",
+    signature=(),
     title="transformers' DeiT",
     model_types=("deit",),
     prefix=r"deit\.",
@@ -200,18 +209,22 @@ DEIT = replace(
     ),
     drops=(_MASK_TOKEN, _POOLER),
     facts={},
+    claims={**OF_PLAIN_BLOCKS, "num_register_tokens": always(1)},
 )
 VIT_MSN = replace(
     DINOV2,
     family="vit_msn",
+    signature=(),
     title="transformers' ViTMSN",
     model_types=("vit_msn",),
     prefix=r"vit\.",
     facts={},
+    claims=OF_PLAIN_BLOCKS,
 )
 TRANSFORMERS_IJEPA = replace(
     DINOV2,
     family="ijepa_transformers",
+    signature=(),
     title="transformers' I-JEPA",
     model_types=("ijepa",),
     prefix=r"ijepa\.",
@@ -219,10 +232,12 @@ TRANSFORMERS_IJEPA = replace(
     drops=(_MASK_TOKEN, _POOLER),
     settings={**_PRE_NORM, "use_cls_token": False},
     facts={},
+    claims=OF_PLAIN_BLOCKS,
 )
 PIXIO = replace(
     DINOV2,
     family="pixio",
+    signature=(),
     title="transformers' Pixio",
     model_types=("pixio",),
     prefix=r"pixio\.",
@@ -233,19 +248,11 @@ PIXIO = replace(
     ),
     settings={**_PRE_NORM, "pooling": "prefix"},
     facts={},
+    claims=OF_PIXIO,
 )
 
 
 # --- towers of models of text and images ----------------------------------------------------------
-
-
-def _pooling_head(switch: str, kind: str) -> Callable[[Mapping[str, Any]], str]:
-    """A reader of whether the tower ends in a head that pools."""
-
-    def read(config: Mapping[str, Any]) -> str:
-        return kind if config.get(switch, True) else "none"
-
-    return read
 
 
 _OTHER_TOWER = (
@@ -276,7 +283,7 @@ SIGLIP = Layout(
     ),
     drops=_OTHER_TOWER,
     settings={**_PRE_NORM, "use_cls_token": False},
-    facts={"pooling_head": _pooling_head("vision_use_head", "attention_mlp")},
+    claims={**OF_PLAIN_BLOCKS, "pooling_head": stated("vision_use_head")},
     preprocessing=lambda contents: HALF,
 )
 # reads patches that were cut out beforehand, by a linear layer; images of any shape
@@ -294,6 +301,7 @@ SIGLIP2 = replace(
         *SIGLIP.rules,
     ),
     settings={**SIGLIP.settings, "position_resampling": "bilinear_antialias"},
+    claims={**SIGLIP.claims, "image_size": size_by_patches},
 )
 # its last norm is for the pooled vector alone
 CLIP = Layout(
@@ -318,6 +326,7 @@ CLIP = Layout(
         "pooled_norm": True,
         "pooling": "cls",
     },
+    claims=OF_PLAIN_BLOCKS,
     preprocessing=lambda contents: _OF_CLIP,
 )
 AIMV2 = Layout(
@@ -345,8 +354,8 @@ AIMV2 = Layout(
     facts={
         "layer_norm_eps": stated("rms_norm_eps"),
         "position_encoding": lambda config: "sincos" if config.get("is_native") else "absolute",
-        "pooling_head": _pooling_head("use_head", "attention"),
     },
+    claims=OF_AIMV2,
     preprocessing=lambda contents: _OF_CLIP,
 )
 
@@ -355,8 +364,8 @@ TRANSFORMERS_LAYOUTS = (
     VIT,
     BEIT,
     DATA2VEC_VISION,
-    DINOV2,
     DINOV2_WITH_REGISTERS,
+    DINOV2,
     DINOV3,
     DEIT,
     VIT_MSN,

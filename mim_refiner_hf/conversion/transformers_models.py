@@ -27,12 +27,16 @@ _TOWERS = {
 }
 _WITH_DEFAULTS = (
     *_TOWERS.values(),
+    "beit",
+    "data2vec-vision",
     "deit",
     "dinov2",
     "dinov2_with_registers",
     "dinov3_vit",
     "ijepa",
     "pixio",
+    "vit",
+    "vit_mae",
     "vit_msn",
 )
 _STAGES = (

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# the configuration's, which comes with torch
+_LARGEST_SIDE = 8192
 MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -279,10 +281,19 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
 
     def _problems_of_shape(self) -> Iterator[str]:
         """Said here, though the configuration says it too: that comes with torch."""
-        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
-            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
-                size = setting(whole, getattr(self, whole))
-                yield f"{setting(part, getattr(self, part))}: must divide {size}"
+        size = setting("image_size", self.image_size)
+        patch = setting("patch_size", self.patch_size)
+        if not 1 <= self.image_size <= _LARGEST_SIDE:
+            yield f"{size}: must be a multiple of {patch}, of at most {_LARGEST_SIDE} pixels"
+        if self.patch_size < 1:
+            yield f"{patch}: must be at least 1, and divide {size}"
+        if self.image_size % self.patch_size:
+            near = max(self.image_size // self.patch_size, 1) * self.patch_size
+            yield f"{patch}: must divide {size}; use {setting('image_size', near)}"
+
+        heads = setting("num_attention_heads", self.num_attention_heads)
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            yield f"{heads}: must divide {setting('hidden_size', self.hidden_size)}"
 
     def _problems_of_mae(self) -> Iterator[str]:
         if self.num_visible < 1:

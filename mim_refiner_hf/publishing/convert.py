@@ -11,6 +11,7 @@ fails before leaves nothing behind.
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def convert(
     family: str | None = None,
     dtype: str | None = None,
     num_heads: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     revision: str | None = None,
     license: str | None = None,
     publish: bool = False,
@@ -90,7 +92,7 @@ def convert(
     """Write any checkpoint that `load_encoder` knows as a model folder, card included.
 
     Args:
-        source, family, num_heads, revision: as for `load_encoder`.
+        source, family, num_heads, image_size, revision: as for `load_encoder`.
         destination: a new or empty folder, or an earlier model folder, which is replaced once the
             new one is verified.
         dtype: "float32", "bfloat16" or "float16"; None keeps the source's.
@@ -110,7 +112,9 @@ def convert(
         raise ValueError(f"{setting('dtype', dtype)}: must be one of {', '.join(DTYPES)}")
 
     with staged_folder(Path(destination), check_model_folder) as new:
-        encoder = load_encoder(source, family=family, revision=revision, num_heads=num_heads)
+        encoder = load_encoder(
+            source, family=family, revision=revision, num_heads=num_heads, image_size=image_size
+        )
         report: LoadReport = vars(encoder)["load_report"]
         licence = agreed_licence(vars(encoder)["licence"], license, source, publish)
         processor: MimRefinerImageProcessor = vars(encoder)["image_processor"]

@@ -68,6 +68,8 @@ _BESIDE = (
     "norm_type",
     "query_key_norm",
     "patch_norm",
+    # at the native size, which is the only one of timm's tables
+    "sincos",
 )
 _BESIDE_OF_BEIT = ("pooled_norm",)
 # ours, and timm's word for it
@@ -203,6 +205,10 @@ def timm_state_dict(encoder: MimRefinerModel) -> dict[str, Tensor]:
     if not is_beit:
         state = _as_arguments_say(state, encoder)
     fuse_ends(state, config)
+    if config.position_encoding == "sincos":
+        table = encoder.embeddings.positions(config.grid)
+        assert table is not None
+        state["embeddings.position_embeddings"] = table.float()
     for _ in range(_rows_before_patches(config)):
         add_cls_position(state)
     return rename(state, _BEIT_NAMES if is_beit else _VIT_NAMES)

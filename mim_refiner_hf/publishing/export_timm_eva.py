@@ -92,8 +92,6 @@ def eva_refusal(config: MimRefinerConfig) -> str | None:
     elif config.has_rope and config.rope_places not in _ROPE_TYPES:
         lacking.append(f"rotary positions as birder's (rope_places={config.rope_places!r})")
     lacking += _norm_gaps(config) + shared_gaps(config)
-    if config.pooling == "attention" and (config.gated_mlp or config.mlp_norm):
-        lacking.append("attention pooling whose MLP is gated or has a norm")
 
     activation = "silu" if config.gated_mlp else "gelu"
     if config.hidden_act != activation:
@@ -131,12 +129,14 @@ def shared_gaps(config: MimRefinerConfig) -> list[str]:
         lacking.append("bias of the patches before a norm (patch_bias=True, embedding_norm=True)")
 
     pooling = config.pooling
-    known = {"cls": ("none",), "mean": ("none",), "attention": ("attention_mlp",)}
+    known = {"cls": ("none",), "mean": ("none",), "attention": ("attention", "attention_mlp")}
     if pooling not in known:
         lacking.append(f"pooling but of CLS, patches or attention (pooling={pooling!r})")
     elif config.pooling_head not in known[pooling]:
         heads = f"(pooling={pooling!r}, pooling_head={config.pooling_head!r})"
         lacking.append(f"attention pooling of this kind {heads}")
+    elif config.pooling_head == "attention_mlp" and (config.gated_mlp or config.mlp_norm):
+        lacking.append("attention pooling whose MLP is gated or has a norm")
     return lacking
 
 
@@ -255,10 +255,33 @@ def fuse_ends(state: dict[str, Tensor], config: MimRefinerConfig) -> None:
     """What stands before and behind the blocks as timm's classes have it; in place."""
     if config.embedding_norm:
         del state["embeddings.patch_embeddings.bias"]
+    if config.pooling == "attention" and config.pooling_head == "attention":
+        state |= _idle_pooling_parts(config)
     if config.pooling == "attention":
         for kind in ("weight", "bias"):
             pair = [state.pop(f"attention_pooling.{name}_proj.{kind}") for name in "kv"]
             state[f"attention_pooling.kv_proj.{kind}"] = torch.cat(pair)
+
+
+def _idle_pooling_parts(config: MimRefinerConfig) -> dict[str, Tensor]:
+    """Weights of what timm's attention pooling has beyond AIMv2's, with which it does nothing.
+
+    The query is projected by the identity, and the MLP adds zero.
+    """
+    width = config.hidden_size
+    inner = config.intermediate_size
+    parts = {
+        "q_proj.weight": torch.eye(width),
+        "q_proj.bias": torch.zeros(width),
+        "norm.weight": torch.ones(width),
+        "mlp.fc1.weight": torch.zeros(inner, width),
+        "mlp.fc1.bias": torch.zeros(inner),
+        "mlp.fc2.weight": torch.zeros(width, inner),
+        "mlp.fc2.bias": torch.zeros(width),
+    }
+    if config.norm_type == "layernorm":
+        parts["norm.bias"] = torch.zeros(width)
+    return {f"attention_pooling.{name}": tensor for name, tensor in parts.items()}
 
 
 def _fuse_attention(state: dict[str, Tensor], config: MimRefinerConfig, attention: str) -> None:

@@ -299,7 +299,8 @@ def _local_views(stated: Stated, at: Situation) -> Choice[int]:
 def _global_size(stated: Stated, at: Situation) -> Choice[int]:
     patch = at.config.patch_size
     if stated["local_views"]:
-        return Choice(at.config.image_hw[0], "global views have the encoder's native size")
+        whole = at.config.grid[0] * at.config.patch_size
+        return Choice(whole, "global views have the encoder's native size")
     side = max(1, round(at.config.grid[0] * 3 / 4)) * patch
     return Choice(side, "3/4 of the native size, in whole patches")
 

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.configuration_mim_refiner import LARGEST_SIDE, MimRefinerConfig
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.wording import setting
 from .auto import Choice, Situation, fit
@@ -312,8 +312,13 @@ def choose_blocks_with_heads(
 
 
 def check_view_sizes(sizes: ViewSizes, patch: int) -> None:
-    """Whether views are whole patches."""
+    """Whether views are whole patches, and not larger than any image is read."""
     for name, size in sizes._asdict().items():
+        if size > LARGEST_SIDE:
+            raise ValueError(
+                f"{setting(name, size)}: must be at most {LARGEST_SIDE // patch * patch}, a "
+                f"multiple of the patch size {patch}"
+            )
         if size % patch:
             near = max(patch, round(size / patch) * patch)
             raise ValueError(
