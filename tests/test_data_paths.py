@@ -9,6 +9,7 @@ import re
 import struct
 import tarfile
 import threading
+import zipfile
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mim_refiner_hf.data.found import SourceOptions
 from mim_refiner_hf.data.images import decode_image, open_images
@@ -148,6 +150,32 @@ def test_a_row_may_name_a_file_of_its_data_set(data: Path) -> None:
         assert [images[i].image.getpixel((0, 0)) for i in range(3)] == [(0, 0, 255)] * 3
     image, _ = open_stream(str(data)).decode(next(open_stream(str(data)).iterate(0, 0))[1])
     assert image.getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_picture_in_a_zip_and_a_mask_are_read_by_the_one_decoder(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bits keep their range, and PostScript, a program, is not run."""
+    deep, program = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(deep, "PNG")
+    Image.new("L", (8, 8)).save(program, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
+    with zipfile.ZipFile(data / "own.zip", "w") as file:
+        file.writestr("deep.png", deep.getvalue())
+        file.writestr("program.png", program.getvalue())
+
+    rows = [{"bytes": None, "path": f"zip://{name}.png::own.zip"} for name in ("deep", "program")]
+    images = open_images(str(table(data / "train.parquet", rows)))
+    assert images[0].image.getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ValueError, match="Cannot decode"):
+        images[1]
+
+    image = [{"bytes": png("blue"), "path": None}]
+    mask = pa.array([{"bytes": program.getvalue(), "path": None}], STRUCT)
+    file = table(data / "masks.parquet", image, mask=mask)
+    with pytest.raises(ValueError, match="Cannot decode the mask in row 0 of"):
+        open_segmentation(str(file), class_names=["a"])[0]
 
 
 @pytest.mark.usefixtures("quick")

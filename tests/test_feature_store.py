@@ -35,7 +35,6 @@ from mim_refiner_hf.evaluation import (
     embed_images,
     extract_features,
     feature_columns,
-    feature_set,
     shard_files,
 )
 from mim_refiner_hf.publishing.hub import save_model_folder
@@ -124,7 +123,7 @@ def test_other_parquet_readers_see_the_same(photos: Path, tmp_path: Path) -> Non
     assert torch.equal(torch.tensor(loaded["block3.cls"][:]), store.features("block3.cls"))
 
 
-def test_a_feature_set_is_what_is_extracted(photos: Path, tmp_path: Path) -> None:
+def test_a_store_holds_what_is_extracted(photos: Path, tmp_path: Path) -> None:
     encoder, images = make_encoder(), open_images(str(photos))
     expected = extract_features(
         encoder, images, make_processor(), blocks=[2, 0], loading=Loading(8)
@@ -133,22 +132,18 @@ def test_a_feature_set_is_what_is_extracted(photos: Path, tmp_path: Path) -> Non
     store = embed(
         photos, tmp_path / "out", encoder, columns=columns, loading=Loading(8), shard_size=COUNT
     )
-    found = feature_set(store, [2, 0])
-    assert torch.equal(found.features, expected.features)
-    assert list(found.blocks) == [0, 2]
+    assert torch.equal(store.features("block3.cls"), expected.features)
     for block, features in expected.blocks.items():
-        assert torch.equal(found.blocks[block], features)
-    assert found.labels is not None and expected.labels is not None
-    assert torch.equal(found.labels, expected.labels)
+        assert torch.equal(store.features(f"block{block}.cls"), features)
+    assert expected.labels is not None and torch.equal(store.labels, expected.labels)
 
 
-def test_a_feature_set_without_cls_and_labels(photos: Path, tmp_path: Path) -> None:
+def test_a_store_without_cls_and_labels(photos: Path, tmp_path: Path) -> None:
     encoder, images = make_encoder(use_cls_token=False), open_images(str(photos / "cat"))
     store = embed_images(encoder, images, make_processor(), tmp_path / "out")
-    found = feature_set(store)
-    assert found.labels is None and list(store.columns) == ["block3.mean"]
+    assert (store.labels == -1).all() and list(store.columns) == ["block3.mean"]
     torch.testing.assert_close(
-        found.features, extract_features(encoder, images, make_processor()).features
+        store.features("block3.mean"), extract_features(encoder, images, make_processor()).features
     )
 
 
@@ -371,10 +366,6 @@ def test_a_store_of_something_else_is_refused(photos: Path, tmp_path: Path) -> N
     )  # the same features
     with pytest.raises(ValueError, match=r"no column 'block2.cls'; it has block3.cls"):
         FeatureStore(out).features("block2.cls")
-    with pytest.raises(
-        ValueError, match="blocks has 4, but the encoder's blocks are numbered 0 to 3"
-    ):
-        feature_set(FeatureStore(out), [4])
     with pytest.raises(FileNotFoundError, match="holds no features; make them"):
         FeatureStore(tmp_path / "nowhere")
 

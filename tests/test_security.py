@@ -291,8 +291,8 @@ def test_a_redirection_to_an_open_connection_is_refused(
 
 # package: the first version without the vulnerability, and its name
 FLOORS = {
-    # a soft lock follows a link put in its place
-    "filelock": ("4.2.1", "CVE-2026-112914"),
+    # a soft lock follows a link put in its place; 3.20.1 for CVE-2025-68146, a truncated file
+    "filelock": ("3.20.3", "CVE-2026-22701"),
     "gradio": ("6.16.0", "CVE-2026-49119"),  # path traversal
     "jinja2": ("3.1.6", "CVE-2025-27516"),  # sandbox
     "onnx": ("1.21.0", "CVE-2026-27489"),  # path traversal by links

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ..clustering.decoding import ImageSource
+from ..clustering.decoding import MAX_BYTES
 from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .found import NO_OPTIONS, SourceOptions
@@ -44,7 +43,7 @@ LABEL_COLUMNS = (
 )
 
 
-class TableColumn(Sequence[ImageSource | np.ndarray]):
+class TableColumn(Sequence[bytes | Path | np.ndarray]):
     """One column of a `datasets.Dataset` as undecoded images.
 
     Args:
@@ -104,7 +103,7 @@ def array_dtype(feature: Any) -> str | None:
     return dtype if re.fullmatch("u?int(8|16|32|64)|float(16|32|64)|bool", dtype) else None
 
 
-def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
+def stored(cell: Any, dataset: str) -> bytes | Path | np.ndarray:
     """What a cell holds: an array, raw bytes, or {"bytes", "path"} with one of them None.
 
     An empty cell gives b"", which is undecodable. ValueError for a path not of this data set.
@@ -121,10 +120,11 @@ def stored(cell: Any, dataset: str) -> ImageSource | np.ndarray:
         return file
 
     # in the data set's repository, or in a zip
-    import datasets
+    import fsspec
 
-    image: Image.Image = datasets.Image().decode_example({"bytes": None, "path": file})
-    return image
+    with fsspec.open(file) as opened:
+        encoded: bytes = opened.read(MAX_BYTES)
+    return encoded
 
 
 def find_columns(

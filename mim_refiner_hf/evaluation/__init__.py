@@ -11,7 +11,7 @@ from .cluster_scores import (
     rankme,
 )
 from .embed import embed_images
-from .feature_store import FeatureStore, feature_set
+from .feature_store import FeatureStore
 from .features import FeatureSet, extract_features, feature_columns
 from .knn import knn_accuracy, knn_predict, standardise
 from .pictures import draw_block_profile, draw_clusters, draw_curves
@@ -36,7 +36,6 @@ __all__ = [
     "evaluate_pixels",
     "extract_features",
     "feature_columns",
-    "feature_set",
     "kmeans_runs",
     "knn_accuracy",
     "knn_predict",

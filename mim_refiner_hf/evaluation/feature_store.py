@@ -1,6 +1,6 @@
 """A folder of features, computed once and read by everything: parquet shards and what they hold.
 
-    from mim_refiner_hf.evaluation import FeatureStore, feature_set
+    from mim_refiner_hf.evaluation import FeatureStore
     store = FeatureStore("features/")         # made by `mim-refiner embed photos/ --out features/`
     store.columns                             # {"block23.cls": 1024}, names as in features.py
     store.features("block23.cls")             # (N, D) fp32
@@ -9,7 +9,6 @@
     store.rows("block23.cls", places)         # chosen rows (n, D)
     store.labels, store.indices, store.paths, store.class_names, store.broken
     store.as_dataset("block23.cls")           # a `datasets.Dataset`, to search with faiss
-    feature_set(store)                        # what `extract_features` returns, for the protocols
 
 The files in the folder are described in shard_files.py.
 
@@ -34,7 +33,6 @@ from torch import Tensor
 
 from ..data.images import Broken
 from ..runtime.text import read_back
-from .features import FeatureSet, check_blocks
 from .shard_files import (
     columns_of_shard,
     number_of_shards,
@@ -232,28 +230,4 @@ class FeatureStore:
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
 
 
-def feature_set(store: FeatureStore, blocks: Sequence[int] = ()) -> FeatureSet:
-    """What `extract_features` gives, read from a store.
-
-    Row i belongs to image `store.indices[i]`; the two differ only where images were broken. The
-    pooling is the one that the configuration of the store's encoder asked for.
-
-    Args:
-        store: a complete store.
-        blocks: 0-based blocks to read beside the last.
-
-    Raises:
-        ValueError: for a block that the encoder does not have, or a column that the store lacks; it
-            names those it has.
-    """
-    own: Sequence[str] = store.manifest["own_columns"]
-    chosen = check_blocks(blocks, len(own))
-    features = {column: store.features(column) for column in {own[i] for i in (*chosen, -1)}}
-    return FeatureSet(
-        features=features[own[-1]],
-        blocks={block: features[own[block]] for block in chosen},
-        labels=store.labels if bool((store.labels >= 0).all()) else None,
-    )
-
-
-__all__ = ["FeatureStore", "feature_set"]
+__all__ = ["FeatureStore"]

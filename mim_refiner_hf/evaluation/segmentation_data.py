@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..clustering.channels import as_picture
-from ..clustering.decoding import ImageSource, decode_image
+from ..clustering.decoding import FORMATS, decode_image, read_file
 from ..data.columns import find_columns, stored, undecoded
 from ..data.sources import load_table
 from ..data.views import draw_crop, flip_horizontally, resized_crop
@@ -66,7 +66,8 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
         row = self.table[i]
         source = stored(row[self.image_column], self.name)
         image = as_picture(decode_image(source, name=f"row {i} of {self.name}"))
-        mask = open_mask(stored(row[self.mask_column], self.name))
+        source = stored(row[self.mask_column], self.name)
+        mask = open_mask(source, name=f"the mask in row {i} of {self.name}")
 
         bands = len(mask.getbands())
         if mask.size != image.size or bands != 1:
@@ -82,15 +83,21 @@ class SegmentationDataset(Dataset[tuple[Image.Image, Image.Image]]):
         return torch.from_numpy(self.classes[np.asarray(mask).astype(np.uint16)])
 
 
-def open_mask(source: ImageSource | np.ndarray) -> Image.Image:
-    """A mask with its values as they are stored, a palette's numbers included."""
-    if isinstance(source, Image.Image):
-        return source
+def open_mask(source: bytes | Path | np.ndarray, name: str) -> Image.Image:
+    """A mask with its values as they are stored, a palette's numbers included.
+
+    `decode_image` gives colours. The same files are read here, and no others.
+    """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    encoded = source if isinstance(source, bytes) else source.read_bytes()
-    mask = Image.open(io.BytesIO(encoded))
-    mask.load()
+    try:
+        encoded = read_file(source) if isinstance(source, Path) else source
+        mask = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        mask.load()
+    # for broken files Pillow raises OSError, SyntaxError, struct.error, zlib.error and others
+    except Exception as error:
+        reason = one_line(error)[:200]
+        raise ValueError(f"Cannot decode {name}: {reason}; replace or remove it.") from error
     return mask
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.distributed import reduced, world_size
+from ..runtime.distributed import reduced
 
 # Shapes below: b images of this process, B of all, N positions, P of them predicted, D width of
 # the encoder, K prototypes.
@@ -130,19 +130,6 @@ class ClusteringLayer(nn.Module):
                 image, place = inside.nonzero(as_tuple=True)
                 targets[image, place] = assigned[predicted[image, place] - first, image]
         return Clustered(targets, loss)
-
-    def entropy_floor(self, batch: int, positions: int) -> float:
-        """The least entropy that targets can have, in nats: log(K / patches that are shared out).
-
-        Above 0 there are more prototypes than patches, so each patch is spread over several.
-
-        Args:
-            batch: images of this process.
-        """
-        rows = batch * world_size()
-        if not self.positionwise:
-            rows *= positions
-        return max(0.0, float(torch.tensor(self.layer.out_features / rows).log()))
 
 
 __all__ = ["Clustered", "ClusteringLayer", "sinkhorn"]

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..clustering.channels import as_picture, is_picture
-from ..clustering.decoding import decode_image
+from ..clustering.decoding import FORMATS, decode_image
 from ..clustering.k_means import near_duplicates
 from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
 from ..data.images import ImageDataset
@@ -314,7 +314,7 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
     source = images.found.sources[int(images.indices[index])]
     if not isinstance(source, Path) or not is_picture(images.num_channels):
         return jpeg_thumbnail(as_picture(images[index].image))
-    with Image.open(source) as image:
+    with Image.open(source, formats=FORMATS) as image:
         image.draft("RGB", (256, 256))
         return jpeg_thumbnail(as_picture(decode_image(image, name=str(source))))
 

@@ -31,8 +31,8 @@ from ..evaluation.tables import (
     METRICS,
     comparison_rows,
     format_metric,
-    protocol_labels,
     report_table,
+    score_labels,
 )
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..runtime.files import write_text
@@ -95,12 +95,6 @@ def _base_model(name: str) -> dict[str, str]:
     return {"base_model": name, "base_model_relation": "finetune"}
 
 
-def _score_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The scores that were measured, and what to call them."""
-    labels = {name: metric.label for name, metric in METRICS.items() if name in metrics}
-    return labels | protocol_labels(metrics)
-
-
 def _model_index(
     metrics: Mapping[str, Any], data: Mapping[str, Any], *, suffix: str = ""
 ) -> list[EvalResult]:
@@ -114,7 +108,7 @@ def _model_index(
     """
     fingerprint = data.get("eval_fingerprint")
     index = []
-    for name, label in _score_labels(metrics).items():
+    for name, label in score_labels(metrics).items():
         score = EvalResult(
             task_type="image-feature-extraction",
             task_name="Image feature extraction",
@@ -485,7 +479,7 @@ def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
 
     notes = one_line(f"seed {report['seed']}: {report['command']}")
     entries = []
-    for name in _score_labels(report["after"]):
+    for name in score_labels(report["after"]):
         value = round(float(report["after"][name]), 6)
         entry = EvalResultEntry(dataset_id=data_name, task_id=name, value=value, notes=notes)
         entries.append(entry)
