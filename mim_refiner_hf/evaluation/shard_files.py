@@ -131,6 +131,12 @@ def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
     return record if _is_record(record) and size == record["size"] else None
 
 
+def images_in(folder: Path) -> int:
+    """How many images the finished shards hold, broken ones included."""
+    records = [read_record(folder, shard) for shard in recorded_shards(folder)]
+    return sum(record["rows"] + len(record["broken"]) for record in records if record)
+
+
 def _is_record(record: Any) -> bool:
     """Whether something has the form of a record."""
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
@@ -250,6 +256,7 @@ __all__ = [
     "STORE_FORMAT",
     "STORE_MANIFEST",
     "columns_of_shard",
+    "images_in",
     "number_of_shards",
     "read_manifest",
     "read_record",
