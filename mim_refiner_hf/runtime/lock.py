@@ -28,7 +28,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from .distributed import gather_objects, rank, world_size
-from .files import clear_left_over
+from .files import check_file, clear_left_over
 from .held import held, still_held
 from .wording import setting
 
@@ -98,6 +98,7 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 def _take(folder: Path, path: Path, option: str, beside: bool) -> BaseFileLock:
     """Take the lock in the file `path`, and say there who has it; ValueError if somebody does."""
     check_writable(folder, option)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     died = path.exists()
     lock = FileLock(path)
