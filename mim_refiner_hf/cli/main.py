@@ -21,13 +21,13 @@ Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed),
 import argparse
 import io
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from ..runtime.ending import CommandFailure, EarlyEnd
+from ..runtime.ranks import stated_processes, stated_rank, take_ranks
 from ..runtime.room import SaveError, room_to_write
 from ..runtime.text import VisibleFormatter, on_terminal
 from ..runtime.wording import in_the_shell
@@ -62,7 +62,7 @@ def check_alone(name: str) -> None:
     Raises:
         ValueError: with what to do.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = stated_processes()
     if name not in _SHARED and processes > 1:
         raise ValueError(
             f"{name}: runs in one process, not {processes}; start it without the launcher"
@@ -82,6 +82,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        take_ranks()
         check_alone(name)
         # heavy rooms are imported once the words are understood
         with in_the_shell():
@@ -91,7 +92,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         return 2
     except EarlyEnd as end:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if stated_rank() == 0:
             print(on_terminal(end), file=sys.stderr)
         return end.exit_code
     # OSError: disk full, read-only, the network

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .ending import CommandFailure
+from .ranks import stated_processes
 
 TIMEOUT = "MIM_REFINER_TIMEOUT"
 """Environment variable: seconds that a process waits for the others of its job."""
@@ -64,7 +65,7 @@ def lost_processes_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         is_of_others = isinstance(error, dist.DistError) or _NO_ANSWER.search(str(error))
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or world_size() > 1
+        several = stated_processes() > 1 or world_size() > 1
         if isinstance(error, LostProcessError) or not (several and is_of_others):
             raise
         raise LostProcessError(_who_is_lost(error)) from error

@@ -30,12 +30,10 @@ from filelock import BaseFileLock, FileLock, Timeout
 from .distributed import gather_objects, rank, world_size
 from .files import check_file, clear_left_over
 from .held import held, still_held
+from .ranks import stated_rank, take_ranks
 from .wording import setting
 
 LOCK = ".run.lock"
-# Where launchers write a process's number, as accelerate looks for it: the processes have not found
-# each other yet.
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -66,11 +64,13 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     Raises:
         ValueError: when another run holds it, with its process, host and start; or as
-            `check_writable`.
+            `check_writable` and `take_ranks`.
     """
     folder = folder.absolute()
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
-    if world_size() == 1 and any(int(os.environ.get(name, "0")) for name in _RANKS):
+    take_ranks()
+    # which may not have met the others yet
+    if world_size() == 1 and stated_rank() > 0:
         yield
         return
 
