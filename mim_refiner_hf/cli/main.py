@@ -69,12 +69,17 @@ def check_alone(name: str) -> None:
         )
 
 
-def command(name: str, arguments: Sequence[str] | None = None) -> int:
+def command(
+    name: str, arguments: Sequence[str] | None = None, *, launched: bool | None = None
+) -> int:
     """Run one command and translate what it raises into an exit code and one line on stderr.
 
     Args:
         arguments: its words; None for those of this process.
+        launched: they are those of this process, so that it can be started anew; None for whether
+            `arguments` is None.
     """
+    launched = arguments is None if launched is None else launched
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as stderr is: a name with odd bytes must not end the command that prints it
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -87,7 +92,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
         # heavy rooms are imported once the words are understood
         with in_the_shell():
             work = COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
-            return _done(work, launched=arguments is None)
+            return _done(work, launched)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         return 2
@@ -98,7 +103,7 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     # OSError: disk full, read-only, the network
     except (CommandFailure, FloatingPointError, OSError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
-        if isinstance(error, SaveError) and arguments is None:
+        if isinstance(error, SaveError) and launched:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
@@ -149,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(words[:1]).command
-    return command(chosen, words[1:])
+    return command(chosen, words[1:], launched=arguments is None)
 
 
 __all__ = ["COMMANDS", "command", "main", "refine_command"]

@@ -88,11 +88,13 @@ def _who_is_lost(error: RuntimeError) -> str:
     asking.join(2 * _ROLL_CALL)
     missing = sorted(set(range(world_size())) - came)
     numbers = ", ".join(map(str, missing)) or "?"
-    noun = "processes" if len(missing) > 1 else "process"
+    noun, have, its = "process", "has", "its connection"
+    if len(missing) > 1:
+        noun, have, its = "processes", "have", "their connections"
 
-    waited = "has ended or lost its connection"
+    waited = f"{have} ended or lost {its}"
     if re.search("time", str(error), re.IGNORECASE):
-        waited = f"has given no answer for {seconds:.0f} s"
+        waited = f"{have} given no answer for {seconds:.0f} s"
     return f"{noun} {numbers} of {world_size()} (from 0) {waited}, so this one ends; {remedy}"
 
 

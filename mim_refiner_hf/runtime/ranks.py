@@ -33,6 +33,8 @@ _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 def take_ranks() -> None:
     """Give what another launcher says torch's names, and check what is said.
 
+    To be called before torch is imported, which then keeps its warnings about lost processes.
+
     Raises:
         ValueError: where the processes could not find each other: no meeting point is named, or a
             number makes no sense.
@@ -61,6 +63,8 @@ def take_ranks() -> None:
             f"RANK={stated_rank()} must be less than the number of processes, "
             f"WORLD_SIZE={processes}"
         )
+    # of a process that was lost torch warns by a page of addresses; read before it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def stated_rank() -> int:
