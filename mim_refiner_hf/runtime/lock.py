@@ -29,7 +29,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from .distributed import gather_objects, rank, world_size
 from .files import check_file, clear_left_over
-from .held import held, still_held
+from .held import held, losses_named, still_held
 from .ranks import stated_rank, take_ranks
 from .wording import setting
 
@@ -89,7 +89,8 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     with held(path, folder):
         try:
-            yield
+            with losses_named():
+                yield
         finally:
             if lock is not None:
                 _give_back(lock, path, missing)
