@@ -16,8 +16,7 @@ from PIL import Image
 from mim_refiner_hf.data.classes import with_one_class_table
 from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images
 from mim_refiner_hf.evaluation import knn_accuracy, rankme
-from mim_refiner_hf.evaluation.knn import knn_predict, warn_of_known_rows
-from mim_refiner_hf.evaluation.search import nearest
+from mim_refiner_hf.evaluation.knn import knn_predict
 
 PICTURE = Image.new("RGB", (8, 8))
 ANIMALS = ["cat", "cow", "dog", "hen", "pig"]
@@ -220,13 +219,42 @@ def test_rows_that_are_not_finite_are_refused(wrong: float, side: int) -> None:
         rankme(rows[side])
 
 
-def test_rows_that_are_in_the_bank_too_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_in_the_bank_too_are_counted_once(caplog: pytest.LogCaptureFixture) -> None:
     generator = torch.Generator().manual_seed(0)
     bank, others = (torch.randn(50, 16, generator=generator) for _ in range(2))
-    warn_of_known_rows(nearest(others, bank, 1)[0])
+    labels = torch.arange(50) % 5
+    for shown in (others, torch.cat([others, bank[:7]]), torch.cat([others, bank[:7].half()])):
+        for ask in (knn_predict, knn_accuracy):
+            caplog.clear()
+            classes = torch.arange(len(shown)) % 5
+            rest = (classes,) if ask is knn_accuracy else {}
+            ask(bank, labels, shown, *rest)
+            told = [record.message for record in caplog.records]
+            assert len(told) == (len(shown) > len(others))
+            assert all("7 of 57 rows to classify are in the bank too" in line for line in told)
+
+    caplog.clear()
+    knn_predict(bank, labels, bank, say_known=False)
     assert caplog.text == ""
-    warn_of_known_rows(nearest(torch.cat([others, 2 * bank[:7]]), bank, 1)[0])
-    assert "7 of 57 rows to classify are in the bank too" in caplog.text
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_other_rows_of_the_same_direction_are_not_taken_for_known(
+    width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, others = (torch.randn(400, width, generator=generator) for _ in range(2))
+    knn_accuracy(bank, torch.arange(400) % 4, others, torch.arange(400) % 4)
+    # where one channel is far larger than the others
+    large = torch.tensor([1e6, *[1.0] * 7])
+    bank, others = (large + torch.randn(400, 8, generator=generator) for _ in range(2))
+    knn_predict(bank, torch.arange(400) % 4, others)
+    assert caplog.text == ""
+
+
+def test_a_bank_of_one_row_gives_its_class() -> None:
+    row, labels = torch.randn(1, 4), torch.tensor([3])
+    assert knn_accuracy(row, labels, torch.randn(4, 4), torch.tensor([3, 3, 3, 1]), k=1) == 0.75
 
 
 def test_arrays_score_as_tensors_do() -> None:

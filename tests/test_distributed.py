@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_store import make_encoder, make_processor
 from torch import Tensor
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, refine
@@ -257,6 +258,26 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert metrics[1]["hardware"].startswith("2 x")
     assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
     assert (tmp_path / "two/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [["-m", "mim_refiner_hf.cli", "refine"], ["training/refine.py"]])
+def test_every_way_to_start_is_the_number_of_processes_that_was_asked_for(
+    start: list[str], tmp_path: Path
+) -> None:
+    save_model_folder(tmp_path / "model", make_encoder(), make_processor())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--dry_run"]
+    done = subprocess.run(
+        [*launch, *start, "--dataset", "digits", "--batch_size", "16", *map(str, words)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Plan") == 1 and "2 process(es)" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +24,7 @@ from mim_refiner_hf.runs.begun import saved_recipe
 from mim_refiner_hf.runtime.checkpoint import verify
 
 COUNT = 6
+ROWS = 102
 
 
 def png(value: int) -> bytes:
@@ -55,6 +58,73 @@ def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     for look in (open_images, open_stream):
         with pytest.raises(ValueError, match=r"Cannot open .*: it has no rows"):
             look(str(tmp_path))
+
+
+def restated(folder: Path, count: int) -> Path:
+    """The table `a` there, whose footer states `count` rows, or its row group too."""
+    file = folder / "a.parquet"
+    content = file.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+    # zigzag numbers of Thrift: the field of the footer is the first of them
+    footer = content[start:-8].replace(_varint(ROWS), _varint(count), 1)
+    assert footer != content[start:-8]
+    file.write_bytes(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    return folder
+
+
+def _varint(count: int) -> bytes:
+    left = 2 * count
+    parts = []
+    while left > 127:
+        parts.append(left & 127 | 128)
+        left >>= 7
+    return bytes([*parts, left])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("count", [1, ROWS - 1, ROWS + 1, 10**6, 10**12])
+def test_rows_that_are_stated_and_not_there_are_said_once(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = pa.concat_arrays([PICTURES] * (ROWS // COUNT))
+    restated(stored(tmp_path, {"image": pictures}), count)
+    line = f"states {count} images and has {ROWS}; it goes on"
+
+    assert len(open_images(str(tmp_path))) == ROWS
+    assert caplog.text.count(line) == 1
+    caplog.clear()
+    stream = open_stream(str(tmp_path))
+    for epoch in range(2):
+        assert len(list(stream.iterate(0, epoch))) == ROWS
+        assert len(list(stream.in_order())) == ROWS
+    assert caplog.text.count(line) == 1
+
+
+def test_some_rows_that_were_saved_do_not_state_the_number_of_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored(tmp_path, {"image": PICTURES})
+    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"))["train"]
+    table.select(range(2)).save_to_disk(tmp_path / "saved")
+    assert len(open_images(str(tmp_path / "saved"))) == 2
+    assert len(list(open_stream(str(tmp_path / "saved")).in_order())) == 2
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("place", [0.1, 0.4])
+def test_a_stream_that_breaks_off_is_one_sentence_with_its_name(
+    place: float, tmp_path: Path
+) -> None:
+    file = stored(tmp_path, {"image": PICTURES}) / "a.parquet"
+    content = bytearray(file.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    first = int(place * footer)
+    content[first : first + 40] = bytes(40)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be read beyond ")):
+        for example in (stream := open_stream(str(tmp_path))).in_order():
+            stream.decode(example)
 
 
 def test_a_shard_without_rows_is_passed_over_with_a_word(

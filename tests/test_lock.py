@@ -101,6 +101,8 @@ def test_only_the_main_process_of_a_job_takes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with sole_run(tmp_path, "--output_dir"):
+        for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("RANK", "1")
         with sole_run(tmp_path, "--output_dir"):
             pass
@@ -211,3 +213,79 @@ def test_a_killed_run_is_continued_by_the_same_command(
     assert (tmp_path / "out/model/model.safetensors").is_file() and not (
         tmp_path / "out" / LOCK
     ).exists()
+
+
+LAUNCHERS = {
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No launcher has said anything; what the test takes for one goes with it."""
+    for name in (*TORCH, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("names", LAUNCHERS.values(), ids=list(LAUNCHERS))
+def test_processes_of_mpirun_are_one_job_or_refused(
+    names: tuple[str, str, str],
+    alone: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in zip(names, ("1", "2", "1"), strict=True):
+        alone.setenv(name, value)
+    # each would train by itself, and write what the other writes
+    for command in ("refine", "pretrain", "embed", "evaluate", "cluster"):
+        assert cli.main([command, str(tmp_path)]) == 2
+        assert "MASTER_ADDR and MASTER_PORT are not set" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="one of 2 processes"), sole_run(tmp_path / "out", "out"):
+        pass
+
+    alone.setenv("MASTER_ADDR", "localhost")
+    alone.setenv("MASTER_PORT", "1234")
+    assert cli.main(["cluster", str(tmp_path)]) == 2
+    assert "runs in one process, not 2" in capsys.readouterr().err
+    assert [os.environ[name] for name in TORCH] == ["1", "2", "1"]
+    # the main process has it
+    with sole_run(tmp_path / "out", "out"):
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [*LAUNCHERS.values(), TORCH], ids=[*LAUNCHERS, "torch"])
+@pytest.mark.parametrize("count", ["1", "0", None])
+def test_a_rank_without_others_is_no_reason_not_to_lock(
+    names: tuple[str, str, str], count: str | None, alone: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    alone.setenv(names[0], "1")
+    if count is not None:
+        alone.setenv(names[1], count)
+    with sole_run(tmp_path, "out"):
+        assert (tmp_path / LOCK).is_file()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"PMI_RANK": "0", "PMI_SIZE": "9" * 400},
+    ],
+)
+def test_a_launcher_that_makes_no_sense_is_one_line(
+    job: dict[str, str], alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in ({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"} | job).items():
+        alone.setenv(name, value)
+    assert cli.main(["refine", "digits"]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n") == 1 and len(error) < 400 and "RANK" in error) or "_SIZE" in error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mim_refiner_hf.runtime.checkpoint import save_checkpoint
 from mim_refiner_hf.runtime.files import staged_folder, write_json
@@ -100,13 +101,34 @@ def test_nothing_is_written_into_the_folder_of_another(
 @pytest.mark.parametrize("lose", LOSSES)
 def test_a_folder_lost_while_it_is_written(lose: Callable[[Path], None], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stopped = pytest.raises((LostFolderError, FileNotFoundError))
+    stopped = pytest.raises(LostFolderError, match="is no longer this run's")
     staged = staged_folder(out / "model", lambda folder: folder)
     with stopped, sole_run(out, "output_dir"), staged as new:
         (new / "config.json").write_text("{}")
         lose(out)
         before = contents(tmp_path)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "gone"), OSError("I/O error"), SafetensorError("os error 2")]
+)
+def test_what_a_library_says_of_a_lost_folder_is_no_wrong_use(
+    error: Exception, lose: Callable[[Path], None], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(type(error)), sole_run(out, "output_dir"):
+        raise error
+    with pytest.raises(LostFolderError), sole_run(out, "output_dir"):
+        (out / "kept").touch()
+        lose(out)
+        raise error
+    # what is wrong with the words stays what it is
+    other = tmp_path / "below/other"
+    with pytest.raises(ValueError, match="nonsense"), sole_run(other, "output_dir"):
+        lose(other)
+        raise ValueError("nonsense")
 
 
 def test_a_folder_filled_by_another_program_is_not_replaced(tmp_path: Path) -> None:

@@ -193,3 +193,27 @@ def test_a_number_of_images_that_is_not_the_data_sets_is_refused(
 
     manifest.write_text(right)
     write()
+
+
+@pytest.mark.parametrize("count", [0, 1, COUNT - SHARD, COUNT - 1, COUNT + 1, 10**12])
+def test_a_stream_is_counted_again_where_its_number_is_not_the_shards(
+    count: int, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write() -> list[int]:
+        encoder = make_encoder()
+        passes = forward_passes(encoder)
+        stream, loading = open_stream(str(photos)), Loading(BATCH)
+        embed_images(encoder, stream, make_processor(), tmp_path, loading=loading, shard_size=SHARD)
+        return passes
+
+    write()
+    manifest = tmp_path / "manifest.json"
+    right = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(right | {"num_images": count}))
+    with pytest.raises(ValueError, match=f"its num_images is {count}, but|is not complete"):
+        FeatureStore(tmp_path)
+
+    assert write() == []
+    assert f"states {count} images and has {COUNT}" in caplog.text
+    assert json.loads(manifest.read_text()) == right
+    assert len(FeatureStore(tmp_path)) == COUNT

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chaos import save_start
+from command_chaos import content, words_of, write_images
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -132,6 +136,134 @@ def test_a_command_says_it_and_ends_well_later(
     assert "error: there is no room to write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert cli.main(words) == 0
+
+
+# --- a folder in the place of a file
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and images, for every command."""
+    folder = tmp_path_factory.mktemp("scene")
+    save_start(folder / "model")
+    write_images(folder / "images")
+    return folder
+
+
+def swap(path: Path) -> None:
+    """A folder in the place of a file, or a file in that of a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("mine")
+    else:
+        path.unlink()
+        path.mkdir()
+        (path / "mine").touch()
+
+
+def is_mine(path: Path) -> bool:
+    return (path / "mine").is_file() if path.is_dir() else path.read_text() == "mine"
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a command has written, to the second level, without groups; of numbers the first."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name.count("/") < 2 and "group-" not in name:
+            names.setdefault(re.sub(r"\d+", "0", name), name)
+    return list(names.values())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert",
+        "export-vit",
+        "export-timm",
+        "embed",
+        "cluster",
+        "pretrain",
+        pytest.param("evaluate", marks=pytest.mark.slow),
+        pytest.param("refine", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_in_the_place_of_a_file_is_named_or_was_the_commands(
+    command: str, scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = words_of(command, scene, out)
+    assert cli.main(words) == 0
+    undisturbed = content(out, None)
+    kept = Path(shutil.copytree(out, tmp_path / "kept", symlinks=True))
+
+    for name in names_in(kept):
+        shutil.rmtree(out)
+        shutil.copytree(kept, out, symlinks=True)
+        swap(out / name)
+        capsys.readouterr()
+        code = cli.main(words)
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+
+        # what is replaced as a whole is as it has to be
+        if code == 0:
+            assert content(out, None) == undisturbed, name
+            assert (kept / name).is_dir() or "/" in name, name
+            continue
+        assert code == 2 and len(errors) == 1, name
+        assert str(out) in errors[0] and "Errno" not in errors[0], name
+        assert is_mine(out / name), name
+
+        # nor is a model loaded before that is said
+        missing = [word.replace(str(scene / "model"), str(scene / "gone")) for word in words]
+        assert cli.main(missing) == 2
+        assert errors[0] in capsys.readouterr().err
+
+
+RUN_FILES = ["data.json", "log.jsonl", "log.jsonl.damaged", "metrics.json", "broken.json"]
+RUN_PICTURES = ["blocks.png", "clusters.png", "curves.png", "neighbours.png"]
+RUN_FOLDERS = ["checkpoints", "failures", "pretraining", "tensorboard", "model", "start"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("name", RUN_FILES + RUN_PICTURES + RUN_FOLDERS)
+def test_a_run_says_it_before_anything_is_opened(
+    name: str, link: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    # what is shipped may lie elsewhere
+    if link and name != "model":
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    elif name in RUN_FOLDERS:
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    words = ["refine", "digits", "--model", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_has_the_name_of_something_unfinished_goes(is_folder: bool, tmp_path: Path) -> None:
+    filled(tmp_path / "b", "old")
+    for name in (".a.json.tmp", ".tmp-b", ".old-b"):
+        if is_folder:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "c").touch()
+        else:
+            (tmp_path / name).touch()
+    files.write_json(tmp_path / "a.json", {})
+    replace_by(tmp_path / "b", "new")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"a.json", "b"} <= left <= {"a.json", "b", ".old-b"}
+
+
+def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(ValueError, match="is a folder, but a file"), sole_run(tmp_path, "out"):
+        pass
 
 
 # --- a folder in the place of another

@@ -21,13 +21,13 @@ Exit codes: 0 done, 2 wrong use (one line says which value and what is allowed),
 import argparse
 import io
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from ..runtime.ending import CommandFailure, EarlyEnd
+from ..runtime.ranks import stated_processes, stated_rank, take_ranks
 from ..runtime.room import SaveError, room_to_write
 from ..runtime.text import VisibleFormatter, on_terminal
 from ..runtime.wording import in_the_shell
@@ -62,19 +62,24 @@ def check_alone(name: str) -> None:
     Raises:
         ValueError: with what to do.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = stated_processes()
     if name not in _SHARED and processes > 1:
         raise ValueError(
             f"{name}: runs in one process, not {processes}; start it without the launcher"
         )
 
 
-def command(name: str, arguments: Sequence[str] | None = None) -> int:
+def command(
+    name: str, arguments: Sequence[str] | None = None, *, launched: bool | None = None
+) -> int:
     """Run one command and translate what it raises into an exit code and one line on stderr.
 
     Args:
         arguments: its words; None for those of this process.
+        launched: they are those of this process, so that it can be started anew; None for whether
+            `arguments` is None.
     """
+    launched = arguments is None if launched is None else launched
     if isinstance(sys.stdout, io.TextIOWrapper):
         # as stderr is: a name with odd bytes must not end the command that prints it
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -82,22 +87,23 @@ def command(name: str, arguments: Sequence[str] | None = None) -> int:
     handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        take_ranks()
         check_alone(name)
         # heavy rooms are imported once the words are understood
         with in_the_shell():
             work = COMMANDS[name](sys.argv[1:] if arguments is None else arguments)
-            return _done(work, launched=arguments is None)
+            return _done(work, launched)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
         return 2
     except EarlyEnd as end:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if stated_rank() == 0:
             print(on_terminal(end), file=sys.stderr)
         return end.exit_code
     # OSError: disk full, read-only, the network
     except (CommandFailure, FloatingPointError, OSError) as error:
         print(f"error: {on_terminal(error)}", file=sys.stderr)
-        if isinstance(error, SaveError) and arguments is None:
+        if isinstance(error, SaveError) and launched:
             print(f"the command that continues: {shlex.join(sys.argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
@@ -148,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(words[:1]).command
-    return command(chosen, words[1:])
+    return command(chosen, words[1:], launched=arguments is None)
 
 
 __all__ = ["COMMANDS", "command", "main", "refine_command"]

@@ -130,7 +130,7 @@ def load_table(
 
         def load() -> Any:
             builder = datasets.load_dataset_builder(dataset, config)
-            return _read_as_stored(builder, split or "train", streaming=streaming)
+            return _read_as_stored(builder, split or "train", dataset, streaming=streaming)
 
         no_way = _no_way_to(dataset)
         if no_way is None:
@@ -166,16 +166,46 @@ def _line(error: BaseException) -> str:
     return one_line(error)[:300] or type(error).__name__
 
 
-def _read_as_stored(builder: Any, split: str, *, streaming: bool) -> Any:
-    """What a builder of `datasets` reads; members of tar shards stay bytes, but for the labels."""
+def _read_as_stored(builder: Any, split: str, dataset: str, *, streaming: bool) -> Any:
+    """What a builder of `datasets` reads; members of tar shards stay bytes, but for the labels.
+
+    Args:
+        dataset: what it is called, where it states another number of images than it has.
+    """
     decoders = getattr(builder, "DECODERS", None)
     if decoders is not None:
         labels = {"DECODERS": {"cls": decoders["cls"]}}
         builder.__class__ = type("Undecoded", (type(builder),), labels)
     if streaming:
+        # which is compared once it has been read: `ImageStream`
         return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare()
+    name, _ = split_and_rows(split)
+    stated = stated_rows(builder, name)
+    # a number that is wrong is said, and no reason to refuse what there is
+    builder.download_and_prepare(verification_mode="no_checks")
+    say_if_misstated(dataset, stated, stated_rows(builder, name))
     return builder.as_dataset(split=split)
+
+
+def stated_rows(source: Any, split: str | None) -> int | None:
+    """The rows that a builder or a stream of `datasets` states for a split; None where it does not.
+
+    What a data set's README says, or the footers of parquet files: nobody has counted.
+    """
+    about = (source.info.splits or {}).get(str(split))
+    count = getattr(about, "num_examples", None)
+    return count if type(count) is int and count > 0 else None
+
+
+def say_if_misstated(name: str, stated: int | None, counted: int | None) -> None:
+    """One line where a data set has more or fewer images than it states."""
+    if rank() == 0 and stated is not None and counted is not None and stated != counted:
+        logger.warning(
+            "%s states %d images and has %d; it goes on with those that there are",
+            one_line(name),
+            stated,
+            counted,
+        )
 
 
 def _no_way_to(dataset: str) -> Exception | None:
@@ -211,6 +241,8 @@ def _load_local(path: Path, split: str | None, options: SourceOptions, *, stream
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[_choose_split(saved, split)]
+        # of some rows that were saved, it states the number of all
+        saved.info.splits = None
         return saved.to_iterable_dataset() if streaming else saved
 
     files = _table_files(path, options)
@@ -218,21 +250,26 @@ def _load_local(path: Path, split: str | None, options: SourceOptions, *, stream
     name = _choose_split(splits, split)
     _, rows = split_and_rows(split)
     chosen = splits[name]
+    stated = None
     if files[0].suffix.lower() == ".tar":
         builder = datasets.load_dataset_builder("webdataset", data_files={name: chosen})
     else:
-        chosen = _with_rows(chosen, path)
+        chosen, stated = _with_rows(chosen, path)
         builder = datasets.load_dataset_builder(
             "parquet", data_files={name: chosen}, features=_features(chosen[0])
         )
-    return _read_as_stored(builder, name + rows, streaming=streaming)
+    if stated is not None:
+        about = datasets.SplitInfo(name, num_examples=stated)
+        builder.info.splits = datasets.splits.SplitDict({name: about})
+    return _read_as_stored(builder, name + rows, str(path), streaming=streaming)
 
 
-def _with_rows(files: Sequence[str], path: Path) -> list[str]:
-    """The parquet files that hold any; ValueError where none does."""
+def _with_rows(files: Sequence[str], path: Path) -> tuple[list[str], int]:
+    """The parquet files that hold any, and how many these state; ValueError where none does."""
     from pyarrow import parquet
 
-    full = [file for file in files if parquet.read_metadata(file).num_rows > 0]
+    counts = {file: parquet.read_metadata(file).num_rows for file in files}
+    full = [file for file, count in counts.items() if count > 0]
     if not full:
         raise ValueError("it has no rows")
     if len(full) < len(files) and rank() == 0:
@@ -242,7 +279,7 @@ def _with_rows(files: Sequence[str], path: Path) -> list[str]:
             len(files),
             one_line(path),
         )
-    return full
+    return full, sum(counts[file] for file in full)
 
 
 def _features(file: str) -> Any:

@@ -21,7 +21,7 @@ from ..runtime.wording import setting
 from .columns import find_columns, label_of, stored, undecoded
 from .found import NO_OPTIONS, SourceOptions, digest
 from .images import Broken, Candidate, Example, Sample
-from .sources import find_stream
+from .sources import find_stream, say_if_misstated, stated_rows
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class ImageStream:
             parts = (name, stream.info.config_name, stream.split)
             fingerprint = digest(list(map(str, parts)))
         self.fingerprint = fingerprint
+        self._stated = stated_rows(stream, stream.split)
         features = stream.features or stream._resolve_features().features
         self.image_column, label_columns = find_columns(features, name, options)
         self.label_column = next(iter(label_columns), None)
@@ -79,7 +80,31 @@ class ImageStream:
     def iterate(self, seed: int, epoch: int) -> Iterator[tuple[int, Example]]:
         """(place in this epoch, example), shuffled by shards and a buffer."""
         shuffle_seed = int(random_generator(seed, "stream", epoch).integers(2**31))
-        return enumerate(self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER))
+        shuffled = self.stream.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
+        return enumerate(self._whole(shuffled))
+
+    def _whole(self, stream: Any) -> Iterator[Example]:
+        """All examples; at the end of the first pass their number is compared with the stated one.
+
+        Raises:
+            ValueError: where the stream cannot be read on; OSError for disk and network.
+        """
+        read = 0
+        try:
+            for example in stream:
+                read += 1
+                yield example
+        # tables of strangers make `datasets` and Arrow raise anything
+        except Exception as error:
+            # disk and network are not the data's fault; Arrow's own has no number
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+                raise
+            cause = one_line(error.__cause__ or error)[:300]
+            raise ValueError(
+                f"{one_line(self.name)} cannot be read beyond {read} images: {cause}"
+            ) from error
+        say_if_misstated(self.name, self._stated, read)
+        self._stated = None
 
     def in_order(self) -> Iterator[Example]:
         """All examples from the beginning, unshuffled, each labelled by a number or None.
@@ -89,7 +114,7 @@ class ImageStream:
         """
         met: dict[str, int] = dict(self._numbers)
         labelled = 0
-        for example in self.stream:
+        for example in self._whole(self.stream):
             if self.label_column is None:
                 yield example
                 continue

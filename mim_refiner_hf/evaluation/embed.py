@@ -25,6 +25,8 @@ import torch
 from ..data.broken import BROKEN
 from ..data.images import Broken, ImageDataset
 from ..data.loading import Loading
+from ..data.sources import say_if_misstated
+from ..data.stream import ImageStream
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import (
     gather_objects,
@@ -41,6 +43,7 @@ from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
 from .manifest import differences, store_manifest
 from .shard_files import (
     STORE_MANIFEST,
+    images_in,
     number_of_shards,
     read_manifest,
     read_record,
@@ -294,6 +297,10 @@ def fill_store(
     verifying = progress_bar(recorded, hidden=hidden, desc="verifying", unit=" shards", leave=False)
     intact = intact_shards(folder, verifying)
 
+    stated = manifest["num_images"]
+    # of a stream nobody knows it but who has read all
+    if isinstance(images, ImageStream) and stated != images_in(folder):
+        manifest = manifest | {"num_images": None}
     size = manifest["shard_size"]
     count = number_of_shards(manifest)
     total = None  # of a stream nobody knows
@@ -312,6 +319,7 @@ def fill_store(
     write_shards(folder, manifest["columns"], encoder, sampler, processor, loading, total=total)
     # the loader came to the end of the stream
     assert sampler.num_images is not None
+    say_if_misstated(str(folder / STORE_MANIFEST), stated, sampler.num_images)
     return manifest | {"num_images": sampler.num_images, "class_names": images.class_names}
 
 

@@ -34,7 +34,9 @@ from torch import Tensor
 from ..data.images import Broken
 from ..runtime.text import read_back
 from .shard_files import (
+    STORE_MANIFEST,
     columns_of_shard,
+    images_in,
     number_of_shards,
     read_manifest,
     read_record,
@@ -98,14 +100,25 @@ class FeatureStore:
             self.broken += record["broken"]
 
     def _all_shards(self) -> Sequence[int]:
-        """The shards of a complete store; ValueError if some are not finished."""
+        """The shards of a complete store.
+
+        ValueError if some are not finished, or hold another number of images than it states.
+        """
         count = number_of_shards(self.manifest)
         done = len(recorded_shards(self.folder))
         if count is not None and count <= done:
+            stated = self.manifest["num_images"]
             records = [read_record(self.folder, shard) for shard in range(count)]
-            done = count - records.count(None)
-            if done == count:
+            missing = records.count(None)
+            held = images_in(self.folder)
+            if missing == 0 and held == stated:
                 return range(count)
+            if missing == 0:
+                raise ValueError(
+                    f"{self.folder / STORE_MANIFEST} is damaged: its num_images is {stated}, but "
+                    f"its shards hold {held}; make the features again"
+                )
+            done = count - missing
         raise ValueError(
             f"{self.folder} is not complete, {done} of {count or 'an unknown number of'} shards "
             "are there; run the command that began it again: "

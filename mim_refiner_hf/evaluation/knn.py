@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.distributed import gather_objects
+from ..runtime.distributed import gather_objects, rank
 from .scores import labelled_rows
 from .search import QUERIES_AT_ONCE, RowSource, nearest, own_share
 
@@ -102,7 +102,8 @@ def channel_statistics(
     squares += (count * (tile_means - mean).square()).sum(dim=0)
 
     like = rows[:0]
-    variance = squares.to(like) / (len(rows) - correction)
+    # one row has no spread
+    variance = squares.to(like) / max(1, len(rows) - correction)
     return mean.to(like), variance.sqrt_() + 1e-6
 
 
@@ -139,15 +140,26 @@ def standardised_bank(
     return StandardisedRows(bank, mean, deviation), (test - mean).div_(deviation)
 
 
-def warn_of_known_rows(similarity: Tensor) -> None:
+def warn_of_known_rows(similarity: Tensor, index: Tensor, queries: Tensor, bank: RowSource) -> None:
     """Say how many queries the bank has too: their nearest neighbour is themselves.
 
-    A cosine of 1, of standardised rows, is the same image, or features that tell no images apart.
+    A cosine of 1 is the same image, or features that tell no images apart. Of a bank in memory the
+    rows themselves are compared, up to the rounding of half precision: of few channels, or where
+    one is far larger than the others, a cosine of 1 says little.
 
     Args:
-        similarity: of the neighbours (M, k), best first.
+        similarity, index: of the neighbours (M, k), as `nearest` gives them.
+        queries, bank: (M, D) and (N, D).
     """
-    known = int((similarity[:, 0] > 1 - 1e-6).sum())
+    alike = (similarity[:, 0] > 1 - 1e-6).nonzero()[:, 0]
+    known = len(alike)
+    others = _rows_in_memory(bank, index[alike, 0])
+    if others is not None:
+        own = queries[alike]
+        # of a channel, as near zero nothing is relative
+        size = queries.abs().mean(dim=0)  # (D,)
+        same = (own - others).abs() <= 1e-3 * (own.abs() + size)
+        known = int(same.all(dim=1).sum())
     if known:
         logger.warning(
             "%d of %d rows to classify are in the bank too (cosine 1): they find themselves, so "
@@ -155,6 +167,15 @@ def warn_of_known_rows(similarity: Tensor) -> None:
             known,
             len(similarity),
         )
+
+
+def _rows_in_memory(bank: RowSource, places: Tensor) -> Tensor | None:
+    """Rows of the bank by their numbers (n,); None of one that is read from a file."""
+    if isinstance(bank, Tensor):
+        return bank[places]
+    if isinstance(bank, StandardisedRows) and isinstance(bank.rows, Tensor):
+        return (bank.rows[places] - bank.mean).div_(bank.deviation)
+    return None
 
 
 # --- the votes ------------------------------------------------------------------------------------
@@ -248,6 +269,7 @@ def knn_predict(
     k: Sequence[int] = (10,),
     temperature: Sequence[float] = (0.07,),
     shared: bool = False,
+    say_known: bool = True,
 ) -> Answers:
     """Predicted classes for every `k` and `temperature`, from one pass over the similarities.
 
@@ -260,6 +282,7 @@ def knn_predict(
         temperature: softness of the votes; `float("inf")` for one vote per neighbour.
         shared: all processes of the job make this call with the same features: they share the
             search, and all get all answers, the same as one process would.
+        say_known: count in a line the rows of `test_x` that are in the bank too.
 
     Returns:
         {(k, temperature): classes (M,) int64 on the device of `test_x`}; ties go to the lowest.
@@ -273,6 +296,8 @@ def knn_predict(
     test_x = finite_rows(test_x, "test_x")
     settings = [(neighbours, tau) for neighbours in k for tau in temperature]
     similarity, index = nearest(test_x, train_x, max(k), shared=shared)
+    if say_known and (rank() == 0 or not shared):
+        warn_of_known_rows(similarity, index, test_x, train_x)
     return predicted_classes(similarity, index, train_y, settings)
 
 
@@ -291,6 +316,7 @@ def knn_accuracy(
     k: int = 10,
     temperature: float = 0.07,
     shared: bool = False,
+    say_known: bool = True,
 ) -> float:
     """Share (0 to 1) of the test rows that the paper's k-NN protocol classifies correctly.
 
@@ -312,7 +338,15 @@ def knn_accuracy(
     if not has_one.all():
         test_x, test_y = test_x[has_one], test_y[has_one]
     bank, test_x = standardised_bank(train_x, test_x, shared=shared)
-    answers = knn_predict(bank, train_y, test_x, k=(k,), temperature=(temperature,), shared=shared)
+    answers = knn_predict(
+        bank,
+        train_y,
+        test_x,
+        k=(k,),
+        temperature=(temperature,),
+        shared=shared,
+        say_known=say_known,
+    )
     return (answers[k, temperature] == test_y).float().mean().item()
 
 

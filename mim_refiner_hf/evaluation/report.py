@@ -142,12 +142,17 @@ def evaluate_encoder(
 
 
 def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[float]:
-    """k-NN accuracy of every block, first block first; `own` are their columns."""
+    """k-NN accuracy of every block, first block first; `own` are their columns.
+
+    `knn_metrics` has said what is in the bank too.
+    """
     assert bank.labels is not None and rows.labels is not None
     accuracies = []
     for column in own:
         bank_x, eval_x = bank.side_by_side([column]), rows.column(column)
-        accuracies.append(knn_accuracy(bank_x, bank.labels, eval_x, rows.labels, shared=True))
+        labels = (bank.labels, rows.labels)
+        accuracy = knn_accuracy(bank_x, labels[0], eval_x, labels[1], shared=True, say_known=False)
+        accuracies.append(accuracy)
     return accuracies
 
 
@@ -178,7 +183,9 @@ def evaluate_pixels(
         labels.append(torch.cat([batch for _, batch in batches]))
 
     bank, evaluated = pixels
-    metrics = {"knn_accuracy": knn_accuracy(bank, labels[0], evaluated, labels[1])}
+    # what is in the bank too has been said of the features
+    accuracy = knn_accuracy(bank, labels[0], evaluated, labels[1], say_known=False)
+    metrics = {"knn_accuracy": accuracy}
     groups = kmeans_runs(evaluated, len(labels[1].unique()), seed=seed)
     return metrics | clustering_metrics(labels[1].numpy(), groups)
 
@@ -230,7 +237,7 @@ def knn_metrics(
         most = max(k for k, _ in settings)
         similarity, neighbours[place] = nearest(eval_x, bank_x, most, shared=True)
         if place == "last block" and rank() == 0:
-            warn_of_known_rows(similarity)
+            warn_of_known_rows(similarity, neighbours[place], eval_x, bank_x)
         answers[place] = predicted_classes(similarity, neighbours[place], bank.labels, settings)
 
     table = {

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..data.images import Broken
-from ..runtime.files import sha256_of, whole_file, write_json
+from ..runtime.files import check_kinds, sha256_of, whole_file, write_json
 from ..runtime.strangers import parse_json
 from ..runtime.text import one_line, spelt_out
 from ..runtime.versions import FORMAT_VERSIONS, check_format
@@ -38,6 +38,8 @@ from ..runtime.versions import FORMAT_VERSIONS, check_format
 _FORMAT = "mim_refiner_hf features, version "
 STORE_FORMAT = f"{_FORMAT}{FORMAT_VERSIONS['features']}"
 STORE_MANIFEST = "manifest.json"
+_SHARDS = "shards"
+_RECORDS = "records"
 # rows of a row group, which is what a reader holds in memory
 _ROWS_OF_GROUP = 1024
 # far above what anybody embeds
@@ -49,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a store; None where there is nothing, hidden files apart.
 
     Raises:
-        ValueError: when `folder` is a file or holds something else.
+        ValueError: when `folder` is a file or holds something else, and as `check_kinds`.
         NewerFormatError: for a store of a newer version.
     """
     if not folder.exists():
@@ -74,6 +76,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             "name another one"
         )
     _check_manifest(manifest, path)
+    check_kinds(folder, (_SHARDS, _RECORDS))
+    for part in (_SHARDS, _RECORDS):
+        check_kinds(folder / part)
     return manifest
 
 
@@ -107,17 +112,17 @@ def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
 
 def shard_file(folder: Path, shard: int) -> Path:
     """Where a shard is."""
-    return folder / "shards" / f"{shard:05d}.parquet"
+    return folder / _SHARDS / f"{shard:05d}.parquet"
 
 
 def record_file(folder: Path, shard: int) -> Path:
     """Where the record of a finished shard is."""
-    return folder / "records" / f"{shard:05d}.json"
+    return folder / _RECORDS / f"{shard:05d}.json"
 
 
 def recorded_shards(folder: Path) -> list[int]:
     """The numbers of all shards with a record, ascending."""
-    return sorted(int(path.stem) for path in (folder / "records").glob("*.json"))
+    return sorted(int(path.stem) for path in (folder / _RECORDS).glob("*.json"))
 
 
 def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
@@ -129,6 +134,12 @@ def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return record if _is_record(record) and size == record["size"] else None
+
+
+def images_in(folder: Path) -> int:
+    """How many images the finished shards hold, broken ones included."""
+    records = [read_record(folder, shard) for shard in recorded_shards(folder)]
+    return sum(record["rows"] + len(record["broken"]) for record in records if record)
 
 
 def _is_record(record: Any) -> bool:
@@ -250,6 +261,7 @@ __all__ = [
     "STORE_FORMAT",
     "STORE_MANIFEST",
     "columns_of_shard",
+    "images_in",
     "number_of_shards",
     "read_manifest",
     "read_record",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.zoo import find_entry
+from ..refinement.failure import FAILURES
 from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
-from ..runtime.files import check_apart
+from ..runtime.files import check_apart, check_kinds
 from ..runtime.lock import check_writable
 from ..runtime.settings import recipe_name
 from ..runtime.strangers import parse_json
@@ -48,6 +49,16 @@ _FREE_FIELDS = frozenset(
 # paths, which have several spellings
 _PLACES = ("dataset", "eval_dataset", "model", "init_from")
 _RECIPE = "recipe.json"
+# what a run makes beside the models that it ships, whose folders are looked at by `refine`
+_FOLDERS = (
+    "start",
+    "pretrained",
+    "pretraining",
+    "checkpoints",
+    FAILURES,
+    "tensorboard",
+    "tensorboard/mim-refiner",
+)
 
 
 def check_output(output: Path, recipe: RefineRecipe) -> None:
@@ -62,7 +73,10 @@ def check_output(output: Path, recipe: RefineRecipe) -> None:
     for images in (recipe.dataset, recipe.eval_dataset):
         if images is not None:
             check_apart(output, images)
-    if not output.is_dir() or (output / _RECIPE).is_file():
+    if not output.is_dir():
+        return
+    if (output / _RECIPE).is_file():
+        check_kinds(output, _FOLDERS)
         return
     foreign = sorted(path.name for path in output.iterdir() if not path.name.startswith("."))
     if foreign:

@@ -9,7 +9,6 @@ Whatever is wrong is a ValueError or FileNotFoundError that names the setting an
 
 import dataclasses
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ..refinement.resolve import ResolvedRecipe, resolve
 from ..runtime.checkpoint import Checkpoint, load_latest
 from ..runtime.device import check_compile, uses_bf16
 from ..runtime.files import check_folder
+from ..runtime.ranks import stated_processes
 from ..runtime.settings import read_fields
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
@@ -141,7 +141,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     images = _with_bank(training, evaluation, recipe.seed)
 
     num_images = len(training) if isinstance(training, ImageDataset) else None
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = stated_processes()
     gpu = torch.accelerator.is_available()
     resolved = resolve(recipe, start.config, num_images, processes, bf16, gpu)
     if "head_blocks" in resolved.to_measure:

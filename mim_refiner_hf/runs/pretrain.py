@@ -27,7 +27,7 @@ from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
-from ..pretraining.loop import Pretrainer
+from ..pretraining.loop import CHECKPOINTS, Pretrainer
 from ..pretraining.loop_options import LoopOptions
 from ..pretraining.objective import Objective
 from ..pretraining.recipe import PretrainRecipe
@@ -35,7 +35,7 @@ from ..pretraining.trial import try_step
 from ..publishing.hub import check_model_folder, write_model
 from ..publishing.pretraining_card import pretraining_card
 from ..runtime.device import warn_of_emulation
-from ..runtime.files import check_apart, staged_folder, write_json, write_text
+from ..runtime.files import check_apart, check_kinds, staged_folder, write_json, write_text
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
 from ..runtime.loggers import logger_names
@@ -86,6 +86,7 @@ def run_pretraining(
         encoder = fitted_to_method(encoder.float(), recipe, setting("init_from", init_from))
 
     check_writable(output_dir, "output_dir")
+    check_kinds(output_dir, (CHECKPOINTS, _TENSORBOARD, f"{_TENSORBOARD}/mim-refiner"))
     check_apart(output_dir, dataset)
     opened = open_stream if streaming else open_images
     images: ImageDataset | ImageStream = opened(
@@ -300,12 +301,12 @@ def fitted_to_method(
 
 
 def is_finished(output: Path, record: dict[str, Any]) -> bool:
-    """Whether the folder holds the finished model of this very recipe.
+    """Whether the folder holds the finished model of this very recipe, weights and all.
 
     Raises:
         ValueError: where it holds another model, which would be overwritten.
     """
-    if not (output / "config.json").is_file():
+    if not (output / "config.json").is_file() or not any(output.glob("*.safetensors")):
         return False
     if _changes(output, record) == []:
         return True

@@ -18,7 +18,7 @@ from ..evaluation.pictures import draw_clusters
 from ..evaluation.plots import draw_confusion, draw_map, draw_neighbours, draw_profile
 from ..evaluation.report import Evaluation
 from ..evaluation.tables import markdown_table, report_table
-from ..runtime.files import staged_folder, write_json, write_text
+from ..runtime.files import check_kinds, staged_folder, write_json, write_text
 from ..runtime.text import fenced, plain
 from ..runtime.wording import setting
 from .comparison import Data, Side
@@ -34,7 +34,10 @@ def command_line() -> str:
 
 
 def check_report_folder(output_dir: Path) -> Path:
-    """`output_dir`, resolved; ValueError for one that holds anything but an earlier evaluation."""
+    """`output_dir`, resolved; ValueError for one that holds anything but an earlier evaluation.
+
+    And as `check_kinds`.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{setting('output_dir', output_dir)}: is a file; name a folder")
     is_report = (output_dir / "report.md").is_file()
@@ -43,6 +46,7 @@ def check_report_folder(output_dir: Path) -> Path:
             f"{setting('output_dir', output_dir)}: holds something else than an evaluation; "
             "name another folder"
         )
+    check_kinds(output_dir)
     return output_dir.resolve()
 
 

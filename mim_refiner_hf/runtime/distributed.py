@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .ending import CommandFailure
+from .ranks import stated_processes
 
 TIMEOUT = "MIM_REFINER_TIMEOUT"
 """Environment variable: seconds that a process waits for the others of its job."""
@@ -64,7 +65,7 @@ def lost_processes_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         is_of_others = isinstance(error, dist.DistError) or _NO_ANSWER.search(str(error))
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or world_size() > 1
+        several = stated_processes() > 1 or world_size() > 1
         if isinstance(error, LostProcessError) or not (several and is_of_others):
             raise
         raise LostProcessError(_who_is_lost(error)) from error
@@ -87,11 +88,13 @@ def _who_is_lost(error: RuntimeError) -> str:
     asking.join(2 * _ROLL_CALL)
     missing = sorted(set(range(world_size())) - came)
     numbers = ", ".join(map(str, missing)) or "?"
-    noun = "processes" if len(missing) > 1 else "process"
+    noun, have, its = "process", "has", "its connection"
+    if len(missing) > 1:
+        noun, have, its = "processes", "have", "their connections"
 
-    waited = "has ended or lost its connection"
+    waited = f"{have} ended or lost {its}"
     if re.search("time", str(error), re.IGNORECASE):
-        waited = f"has given no answer for {seconds:.0f} s"
+        waited = f"{have} given no answer for {seconds:.0f} s"
     return f"{noun} {numbers} of {world_size()} (from 0) {waited}, so this one ends; {remedy}"
 
 

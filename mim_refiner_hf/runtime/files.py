@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         SaveError: when there is no room.
         LostFolderError: when the folder of this run is another's now.
+        ValueError: as `check_file`.
     """
     check_held()
+    check_file(path)
     # the ending is another one, so that nobody who looks for *.json meets it
     new = path.with_name(f".{path.name}.tmp")
+    _clear(new)
     with room_to_write(path):
         try:
             yield new
@@ -111,6 +114,56 @@ def in_bytes(count: float) -> str:
     return f"{count / 1024:.1f} TiB"
 
 
+# --- what has a name that is ours
+
+
+def check_kinds(folder: Path, folders: Iterable[str] = ()) -> None:
+    """Refuse a folder of ours in which something of another kind has a name that is written there.
+
+    Args:
+        folder: where files of ours lie, or will.
+        folders: names of folders below it that are made.
+
+    Raises:
+        ValueError: for a folder that is called like one of our files, by its ending, and for a file
+            in the place of a folder.
+    """
+    for name in folders:
+        path = folder / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise ValueError(f"{_is_what(path)}, but a folder of that name is made; {_REMEDY}")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix in _ENDINGS and not path.name.startswith("."):
+            check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """ValueError where a file cannot be written, as a folder or a link to nothing has its name."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{_is_what(path)}, but a file of that name is written; {_REMEDY}")
+
+
+_TEXTS = (".json", ".jsonl", ".damaged", ".csv", ".md", ".html", ".xml", ".yaml", ".py")
+_ENDINGS = (*_TEXTS, ".png", ".parquet", ".safetensors", ".onnx")
+_REMEDY = "rename or remove it, or name another folder"
+
+
+def _is_what(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder"
+    if path.is_file():
+        return f"{path} is a file"
+    return f"{path} is neither file nor folder"
+
+
+def _clear(path: Path) -> None:
+    """Remove what a killed run, or anybody, left under a name of ours for what is unfinished."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --- a folder
 
 
@@ -124,13 +177,16 @@ def check_folder(folder: Path, marker: str, kind: str) -> Path:
         kind: what it is called, for the message.
 
     Raises:
-        ValueError: when something else is there.
+        ValueError: when something else is there, and as `check_kinds`.
     """
     folder = Path(folder).resolve()
     aside = left_aside(folder)
     if aside is not None:
         aside.rename(folder)
-    if not folder.exists() or (folder / marker).is_file():
+    if not folder.exists():
+        return folder
+    if (folder / marker).is_file():
+        check_kinds(folder)
         return folder
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
@@ -174,7 +230,7 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
     check_held()
     folder = check(folder)
     new = folder.with_name(f"{STAGED}{folder.name}")
-    shutil.rmtree(new, ignore_errors=True)
+    _clear(new)
 
     try:
         with room_to_write(folder):
@@ -199,7 +255,7 @@ def staged_folder(folder: Path, check: Callable[[Path], Path]) -> Iterator[Path]
 def _exchange(folder: Path, new: Path) -> None:
     """Put `new` in the place of `folder`; where that fails, `folder` is what it was."""
     old = folder.with_name(f"{_ASIDE}{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
     if not folder.exists():
         new.rename(folder)
         return
@@ -294,7 +350,9 @@ def shipped_folder(name: str, in_repository: str) -> Path:
 __all__ = [
     "STAGED",
     "CheckpointError",
+    "check_file",
     "check_folder",
+    "check_kinds",
     "clear_left_over",
     "in_bytes",
     "left_aside",

@@ -35,6 +35,18 @@ def held(lock: Path, folder: Path) -> Iterator[None]:
         del _HELD[lock]
 
 
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Raise a LostFolderError for what is said of files whose folder was lost between two looks."""
+    try:
+        yield
+    except Exception as error:
+        lost = lost_folder()
+        if lost is None or isinstance(error, ValueError | CommandFailure):
+            raise
+        raise lost from error
+
+
 def still_held(lock: Path) -> bool:
     """Whether the file behind the name of a lock is the one that was taken."""
     taken = _HELD[lock][0]
@@ -67,4 +79,11 @@ def check_held() -> None:
         raise lost
 
 
-__all__ = ["LostFolderError", "check_held", "held", "lost_folder", "still_held"]
+__all__ = [
+    "LostFolderError",
+    "check_held",
+    "held",
+    "losses_named",
+    "lost_folder",
+    "still_held",
+]

@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run_processes
 
 from .distributed import patience
+from .ranks import stated_processes
 
 # For a step and a checkpoint of a large model, before the launcher kills its processes.
 _SHUTDOWN_SECONDS = 600
@@ -31,7 +32,7 @@ def several_on_the_cpu() -> bool:
 
     `Accelerator(cpu=True)` makes them one job over gloo; each would train alone otherwise.
     """
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return stated_processes() > 1 and not torch.accelerator.is_available()
 
 
 def job_of_processes(**settings: Any) -> Accelerator:

@@ -28,14 +28,12 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from .distributed import gather_objects, rank, world_size
-from .files import clear_left_over
-from .held import held, still_held
+from .files import check_file, clear_left_over
+from .held import held, losses_named, still_held
+from .ranks import stated_rank, take_ranks
 from .wording import setting
 
 LOCK = ".run.lock"
-# Where launchers write a process's number, as accelerate looks for it: the processes have not found
-# each other yet.
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -66,11 +64,13 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     Raises:
         ValueError: when another run holds it, with its process, host and start; or as
-            `check_writable`.
+            `check_writable` and `take_ranks`.
     """
     folder = folder.absolute()
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
-    if world_size() == 1 and any(int(os.environ.get(name, "0")) for name in _RANKS):
+    take_ranks()
+    # which may not have met the others yet
+    if world_size() == 1 and stated_rank() > 0:
         yield
         return
 
@@ -89,7 +89,8 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     with held(path, folder):
         try:
-            yield
+            with losses_named():
+                yield
         finally:
             if lock is not None:
                 _give_back(lock, path, missing)
@@ -98,6 +99,7 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 def _take(folder: Path, path: Path, option: str, beside: bool) -> BaseFileLock:
     """Take the lock in the file `path`, and say there who has it; ValueError if somebody does."""
     check_writable(folder, option)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     died = path.exists()
     lock = FileLock(path)

@@ -18,8 +18,7 @@ import datasets
 import evaluate
 import torch
 
-from mim_refiner_hf.evaluation.knn import knn_accuracy, standardise, warn_of_known_rows
-from mim_refiner_hf.evaluation.search import nearest
+from mim_refiner_hf.evaluation.knn import knn_accuracy
 
 DESCRIPTION = """
 Accuracy of a k-nearest-neighbour classifier on frozen features: features are standardised with the
@@ -92,8 +91,5 @@ class KnnAccuracy(evaluate.Metric):
         train_y = torch.as_tensor(train_labels, dtype=torch.int64)
         test_x = torch.as_tensor(predictions, dtype=torch.float32)
         test_y = torch.as_tensor(references, dtype=torch.int64)
-        if len(train_x) > 1 and len(test_x):
-            bank, rows = standardise(train_x, test_x)
-            warn_of_known_rows(nearest(rows, bank, 1)[0])
         accuracy = knn_accuracy(train_x, train_y, test_x, test_y, k=k, temperature=temperature)
         return {"knn_accuracy": accuracy}
