@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -465,6 +467,22 @@ def test_command_reports_to_tensorboard(words: list[str], tmp_path: Path) -> Non
 
     assert cli.main([*words, "--output_dir", str(tmp_path / "none"), "--report_to", "none"]) == 0
     assert not (tmp_path / "none/tensorboard").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loggers", ["tensorboard", "none"])
+def test_command_ends_well_in_two_processes(
+    loggers: str, words: list[str], tmp_path: Path
+) -> None:
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launched += ["--nproc_per_node", "2", "-m", "mim_refiner_hf.cli", *words]
+    done = subprocess.run(
+        [*launched, "--report_to", loggers], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The pre-trained model:" in done.stdout and "error" not in done.stderr
+    events = list((tmp_path / "out/tensorboard").rglob("events.*"))
+    assert len(events) == (loggers == "tensorboard")
 
 
 def test_command_refuses_loggers_that_there_are_not(

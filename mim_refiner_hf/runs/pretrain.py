@@ -159,11 +159,16 @@ def _train_and_write(
 
     accelerator.init_trackers("mim-refiner")
     objective = trainer.fit()
-    accelerator.end_training()
+    # what they hold back is written before it is copied
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
     if main:
         _write(output, record, objective, trainer, start)
         print(f"The pre-trained model: {output}")
     accelerator.wait_for_everyone()
+    # this takes the process group away too
+    accelerator.end_training()
 
 
 def _write(
