@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from ..runtime.settings import (
     Allowed,
@@ -149,6 +149,8 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     Raises:
         ValueError: at construction, in one line: which flag, which value, what is allowed.
     """
+
+    recipe_prefix: ClassVar[str] = "pretrain-"
 
     objective: Literal["mae", "data2vec2", "conmim", "capi"] = documented(
         "mae",

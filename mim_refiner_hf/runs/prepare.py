@@ -147,7 +147,8 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     if "head_blocks" in resolved.to_measure:
         check_measurable(images.bank)
     if start.pretraining is not None:
-        _check_pretraining(recipe.pretrain, start.pretraining.batch_size, num_images)
+        pretraining = _fitted(start.pretraining, recipe.pretrain, num_images)
+        start = dataclasses.replace(start, pretraining=pretraining)
 
     # the output folder, and a run that it may hold
     check_as_begun(output, resolved)
@@ -297,17 +298,20 @@ def _with_bank(
     return RunImages(training, evaluation, bank)
 
 
-def _check_pretraining(name: str | None, batch_size: int, num_images: int | None) -> None:
+def _fitted(pretraining: PretrainRecipe, name: str | None, num_images: int | None) -> PretrainRecipe:
+    """The pre-training for so many images; ValueError for fewer than a batch of it."""
     if num_images is None:
         raise ValueError(
             f"{setting('pretrain')} needs a data set of known length; "
             f"leave out {setting('streaming')}"
         )
-    if batch_size > num_images:
+    pretraining = pretraining.fitted(num_images)
+    if pretraining.batch_size > num_images:
         raise ValueError(
-            f"{setting('pretrain', name)}: its batch_size {batch_size} exceeds the "
-            f"{num_images} images"
+            f"{setting('pretrain', name)}: its batch_size {pretraining.batch_size} exceeds the "
+            f"{num_images} images; name a YAML file that bases on it (base: NAME) with another one"
         )
+    return pretraining
 
 
 def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -> None:

@@ -213,7 +213,7 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
     steps = trainer.steps
     others = ", ".join(f"{name}/" for name in trainer.objective.others())
     facts: dict[str, object] = {
-        "Encoder": encoder_text(trainer.objective.encoder.config),
+        "Encoder": encoder_text(trainer.objective.shipped_config()),
         "Images": images_text(trainer.images),
         "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
         "Every setting": "recipe.json",

@@ -167,11 +167,12 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def recipe_file(name: str, asked: str = "") -> Path:
+def recipe_file(name: str, asked: str = "", prefix: str = "") -> Path:
     """The YAML file of a recipe: its path, or its name in `training/recipes/`, which is installed.
 
     Args:
         asked: what asked for it, the beginning of the message; empty for the setting `recipe`.
+        prefix: what names of its kind begin with, as "pretrain-", and may be left out.
 
     Raises:
         FileNotFoundError: naming the recipes that there are.
@@ -183,23 +184,28 @@ def recipe_file(name: str, asked: str = "") -> Path:
         return Path(name)
 
     folder = shipped_folder("recipes", in_repository="training/recipes")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(path.stem for path in folder.glob("*.yaml"))
-        # many of one kind would bury the others
-        known = ", ".join(each for each in names if not each.startswith("ablation-"))
-        raise FileNotFoundError(
-            f"{asked}: unknown; there are {known}, and ablation-...; or give the path of a .yaml "
-            "file"
-        )
-    return path
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    whole = prefix + name.removeprefix(prefix)
+    # data2vec 2.0 goes by two names
+    for spelling in (whole, whole.replace("d2v2", "data2vec2"), whole.replace("data2vec2", "d2v2")):
+        if spelling in names:
+            return folder / f"{spelling}.yaml"
+
+    # many of one kind would bury the others
+    of_its_kind = [each for each in names if each.startswith(prefix)]
+    known = ", ".join(each for each in of_its_kind if not each.startswith("ablation-"))
+    ablations = "" if prefix else ", and ablation-..."
+    raise FileNotFoundError(
+        f"{asked}: unknown; there are {known}{ablations}; or give the path of a .yaml file"
+    )
 
 
 def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     """The fields of a YAML recipe and of the recipes that it is based on.
 
     Args:
-        kind: the dataclass whose fields they are.
+        kind: the dataclass whose fields they are; its `recipe_prefix`, if it has one, is what names
+            of its recipes begin with.
         flag: what asked for the recipe, for messages.
 
     Raises:
@@ -207,7 +213,8 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     """
     asked = setting(flag, name)
     allowed = {each.name for each in fields(kind)}
-    path = recipe_file(name, asked)
+    prefix = getattr(kind, "recipe_prefix", "")
+    path = recipe_file(name, asked, prefix)
     values: dict[str, Any] = {}
     read: list[Path] = []
 
@@ -228,19 +235,19 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         if base is None:
             return values
 
-        path = _base_file(base, path, asked)
+        path = _base_file(base, path, asked, prefix)
         if path.resolve() in read:
             circle = " -> ".join(each.stem for each in [*read, path])
             raise ValueError(f"{asked}: the bases go in a circle: {circle}")
 
 
-def _base_file(base: Any, beside: Path, asked: str) -> Path:
+def _base_file(base: Any, beside: Path, asked: str, prefix: str) -> Path:
     """The file that `base:` names; a path counts from the folder of the file that states it."""
     if not isinstance(base, str):
         raise ValueError(f"{asked}: {beside} has base {base!r}; it must be the name of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(beside.parent / base)
-    return recipe_file(base, f"{asked}: {beside} has base {base}")
+    return recipe_file(base, f"{asked}: {beside} has base {base}", prefix)
 
 
 def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
