@@ -471,9 +471,7 @@ def test_command_reports_to_tensorboard(words: list[str], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loggers", ["tensorboard", "none"])
-def test_command_ends_well_in_two_processes(
-    loggers: str, words: list[str], tmp_path: Path
-) -> None:
+def test_command_ends_well_in_two_processes(loggers: str, words: list[str], tmp_path: Path) -> None:
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launched += ["--nproc_per_node", "2", "-m", "mim_refiner_hf.cli", *words]
     done = subprocess.run(

@@ -27,6 +27,7 @@ from ..data.images import ImageDataset, hold_out, open_images
 from ..data.stream import ImageStream, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.loop import fitted_processor
 from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
 from ..refinement.recipe import RefineRecipe
@@ -222,7 +223,7 @@ def _with_channels(
                     f"{setting(name, getattr(recipe, name))}: the pre-training recipe says what "
                     f"the encoder reads; set num_channels in {setting('pretrain', recipe.pretrain)}"
                 )
-        return start
+        return dataclasses.replace(start, processor=fitted_processor(start.config, training))
     encoder, done = fit_channels(start.encoder, training, recipe.num_channels, recipe.value_range)
     processor = vars(encoder)["image_processor"]
     return dataclasses.replace(
@@ -298,7 +299,9 @@ def _with_bank(
     return RunImages(training, evaluation, bank)
 
 
-def _fitted(pretraining: PretrainRecipe, name: str | None, num_images: int | None) -> PretrainRecipe:
+def _fitted(
+    pretraining: PretrainRecipe, name: str | None, num_images: int | None
+) -> PretrainRecipe:
     """The pre-training for so many images; ValueError for fewer than a batch of it."""
     if num_images is None:
         raise ValueError(

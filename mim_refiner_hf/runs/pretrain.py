@@ -17,8 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from ..clustering.channels import is_picture
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
+from ..data.channels import channels_of
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
 from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
@@ -92,6 +94,7 @@ def run_pretraining(
         dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
     )
     length = len(images) if isinstance(images, ImageDataset) else None
+    _check_channels(recipe.num_channels, images)
     recipe = recipe.fitted(length)
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
     if streaming:
@@ -252,6 +255,23 @@ def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
     }
+
+
+def _check_channels(count: int, images: ImageDataset | ImageStream) -> None:
+    """ValueError for images of another number of channels than the recipe's."""
+    if not isinstance(images, ImageDataset):
+        return
+    found = channels_of(images)
+    if found is None and not is_picture(count):
+        raise ValueError(
+            f"{setting('num_channels', count)}: {images.name} holds pictures, of 3 channels or 1, "
+            "not arrays, .npy files or TIFFs of so many; leave it out"
+        )
+    if found not in (None, count):
+        raise ValueError(
+            f"{setting('num_channels', count)}: those of {images.name} have {found} channels; say "
+            f"{setting('num_channels', found)}"
+        )
 
 
 def fitted_to_method(

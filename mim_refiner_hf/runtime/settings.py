@@ -51,12 +51,25 @@ def minimum(low: float) -> Allowed:
     return Allowed(f"at least {low:g}", lambda value: value >= low)
 
 
+def between(low: int, high: int) -> Allowed:
+    """A whole number from `low` to `high`."""
+    return Allowed(f"at least {low} and at most {high}", lambda value: low <= value <= high)
+
+
 PositiveInt = Annotated[int, minimum(1)]
 NonNegativeInt = Annotated[int, minimum(0)]
-NonNegativeFloat = Annotated[float, minimum(0)]
+# what generators take; scikit-learn's no more
+Seed = Annotated[int, between(0, 2**32 - 1)]
+NonNegativeFloat = Annotated[
+    float, Allowed("at least 0, and finite", lambda value: 0 <= value < math.inf)
+]
 PositiveFloat = Annotated[
     float, Allowed("a number greater than 0", lambda value: 0 < value < math.inf)
 ]
+Rate = Annotated[float, Allowed("greater than 0 and at most 1000", lambda value: 0 < value <= 1000)]
+# of networks and of images, several times what is published: what is larger has no end
+Width = Annotated[int, between(1, 2**16)]
+Depth = Annotated[int, between(1, 1024)]
 Share = Annotated[float, Allowed("between 0 and 1", lambda value: 0 <= value <= 1)]
 ShareBelowOne = Annotated[
     float, Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
@@ -265,14 +278,19 @@ def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
 
 __all__ = [
     "Allowed",
+    "Depth",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
+    "Rate",
+    "Seed",
     "Share",
     "ShareAboveZero",
     "ShareBelowOne",
     "ShareBetween",
+    "Width",
+    "between",
     "check_fields",
     "documented",
     "minimum",
