@@ -108,6 +108,10 @@ def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
     old = saved_recipe(output)
     if old is None:
         return
+    if "objective" in old:
+        raise ValueError(
+            f"{setting('output_dir', output)}: holds a pre-training; name another folder"
+        )
     unknown = sorted(old.keys() - recipe.as_written().keys())
     if unknown:
         raise ValueError(

@@ -100,6 +100,7 @@ def run_pretraining(
     if streaming:
         record["streaming"] = True
     if is_finished(output_dir, record):
+        _check_data(output_dir, images)
         print(f"The pre-trained model is finished already: {output_dir}")
         return
     check_pretraining_folder(output_dir, record)
@@ -147,17 +148,15 @@ def _train_and_write(
     """The run itself, on every process; files are written by the main one."""
     accelerator = trainer.accelerator
     main = accelerator.is_main_process
-    data = output / RECORD
     images = trainer.images
-    if data.exists() and isinstance(images, ImageDataset):
-        check_data_record(data, images)
+    _check_data(output, images)
     accelerator.wait_for_everyone()
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
         write_json(output / "recipe.json", version | record)
         if isinstance(images, ImageDataset):
-            write_data_record(data, images)
+            write_data_record(output / RECORD, images)
     accelerator.wait_for_everyone()
 
     accelerator.init_trackers("mim-refiner")
@@ -227,6 +226,12 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
 
 
 # ---- before
+
+
+def _check_data(output: Path, images: ImageDataset | ImageStream) -> None:
+    """ValueError where the run in a folder was begun with other images."""
+    if (output / RECORD).exists() and isinstance(images, ImageDataset):
+        check_data_record(output / RECORD, images)
 
 
 def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
@@ -363,6 +368,10 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
     begun = saved_recipe(output)
     if begun is None:
         return None
+    if begun.get("head_blocks") is not None:
+        raise ValueError(
+            f"{setting('output_dir', output)}: holds a refinement; name another folder or remove it"
+        )
     # a version that did not know a field did what its default does
     defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
     changes = []
@@ -370,7 +379,9 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
         before, now = begun.get(name, defaults.get(name)), record.get(name)
         if before != now and not (name == "init_from" and same_place(before, now)):
             changes.append(f"{name} was {before}, is {now}")
-    return changes
+    # another method has other settings
+    of_method = [change for change in changes if change.startswith("objective ")]
+    return of_method or changes
 
 
 # ---- on the way
