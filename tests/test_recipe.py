@@ -443,6 +443,32 @@ def test_recipe_names() -> None:
         recipe_file("quick-start")
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("mae-l16", "pretrain-mae-l16"),
+        ("pretrain-d2v2-l16", "pretrain-data2vec2-l16"),
+        ("d2v2-h14", "pretrain-data2vec2-h14"),
+        ("conmim-s16", "pretrain-conmim-s16"),
+        ("capi-l14", "pretrain-capi-l14"),
+        ("mae-ct-h16", "pretrain-mae-ct-h16"),
+        ("digits", "pretrain-digits"),
+    ],
+)
+def test_a_pretraining_recipe_goes_by_short_names(asked: str, found: str) -> None:
+    assert read_fields(asked, PretrainRecipe) == read_fields(found, PretrainRecipe)
+
+
+def test_recipes_of_other_commands_are_not_listed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there are pretrain-capi-cifar10, ") as refused:
+        read_fields("quick-start", PretrainRecipe)
+    assert "mae-2b14" not in str(refused.value) and "ablation" not in str(refused.value)
+    (tmp_path / "mine.yaml").write_text("base: d2v2-digits\nepochs: 2\n")
+    mine = read_fields(str(tmp_path / "mine.yaml"), PretrainRecipe)
+    assert mine == {**read_fields("pretrain-data2vec2-digits", PretrainRecipe), "epochs": 2}
+    assert recipe_file("data2vec2-l16").stem == "d2v2-l16"
+
+
 @pytest.mark.parametrize(("layers", "heads"), [(24, 8), (32, 12), (12, 4), (6, 2), (2, 2), (1, 1)])
 def test_default_heads_are_on_the_last_third(layers: int, heads: int) -> None:
     assert default_head_blocks(layers) == list(range(layers - heads, layers))

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.seeding import random_generator
-from ..runtime.wording import setting
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
@@ -70,8 +69,8 @@ def masked_squares(squares: int, ratio: float) -> int:
     masked = math.ceil(squares * ratio)
     if masked >= squares:
         raise ValueError(
-            f"{setting('mask_ratio', ratio)}: masks all {squares} squares of the grid; take a "
-            "smaller share or smaller squares"
+            f"a share of {ratio} masks all {squares} squares of the grid; take a smaller share or "
+            "smaller squares"
         )
     return masked
 

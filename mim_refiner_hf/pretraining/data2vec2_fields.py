@@ -19,9 +19,7 @@ class Data2vec2Fields:
     """Fields of data2vec 2.0 (arXiv 2212.07525)."""
 
     num_masks: Depth = documented(16, "data2vec2: masks of every image in a step.")
-    mask_length: PositiveInt = documented(
-        3, "data2vec2: side of a block of patches that stays visible."
-    )
+    mask_length: Depth = documented(3, "data2vec2: side of a block of patches that stays visible.")
     mask_adjust: Share = documented(
         0.07,
         "data2vec2: share of the patches that blocks are drawn for in excess of what stays "

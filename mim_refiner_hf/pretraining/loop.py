@@ -90,6 +90,11 @@ class Pretrainer:
     ) -> None:
         length = len(images) if isinstance(images, ImageDataset) else None
         recipe = recipe.fitted(length)
+        if recipe.batch_size % world_size():
+            raise ValueError(
+                f"{setting('batch_size', recipe.batch_size)}: {world_size()} processes share it; "
+                "give a multiple of their number"
+            )
         self.recipe = recipe
         self.callbacks = callbacks
         self.images = images

@@ -300,17 +300,13 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
                 "four edges of the image"
             )
         if self.pooling == "cls":
-            yield f"{setting('pooling', 'cls')}: CAPI has no CLS token; leave it out"
+            yield f"{setting('pooling', 'cls')}: the encoder has no CLS token; leave it out"
         if self.hidden_size // self.num_attention_heads % 4:
             heads = setting("num_attention_heads", self.num_attention_heads)
             width = setting("hidden_size", self.hidden_size)
             yield f"{heads}: {width} must be that many times a multiple of 4, for rotary positions"
 
     def _problems_of_data2vec2(self) -> Iterator[str]:
-        side = self.image_size // self.patch_size
-        if self.mask_length > side:
-            length = setting("mask_length", self.mask_length)
-            yield f"{length}: must be at most {side}, the patches of a side of an image"
         width = setting("decoder_size", self.decoder_size)
         groups = setting("decoder_groups", self.decoder_groups)
         if self.decoder_size % self.decoder_groups or self.hidden_size % self.decoder_groups:

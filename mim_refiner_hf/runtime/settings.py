@@ -200,7 +200,9 @@ def recipe_file(name: str, asked: str = "", prefix: str = "") -> Path:
     names = sorted(path.stem for path in folder.glob("*.yaml"))
     whole = prefix + name.removeprefix(prefix)
     # data2vec 2.0 goes by two names
-    for spelling in (whole, whole.replace("d2v2", "data2vec2"), whole.replace("data2vec2", "d2v2")):
+    spellings = [whole, whole.replace("d2v2", "data2vec2"), whole.replace("data2vec2", "d2v2")]
+    # what is of another kind has fields that are refused by name
+    for spelling in (*spellings, name):
         if spelling in names:
             return folder / f"{spelling}.yaml"
 
