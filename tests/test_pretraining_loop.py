@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +33,7 @@ from mim_refiner_hf.pretraining.loop import Pretrainer, pretrain
 from mim_refiner_hf.pretraining.loop_options import LoopOptions
 from mim_refiner_hf.pretraining.objective import Losses, Objective
 from mim_refiner_hf.pretraining.objectives import OBJECTIVES
-from mim_refiner_hf.pretraining.recipe import PretrainRecipe
+from mim_refiner_hf.pretraining.recipe import DEFAULTS, PretrainRecipe
 from mim_refiner_hf.pretraining.trial import GraphBytes, try_step
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.launch import job_of_processes
@@ -417,7 +420,7 @@ def test_command_leaves_models_and_overwrites_none(
     assert cli.main([*words, "--dry_run"]) == 0
     plan = capsys.readouterr().out
     assert "data2vec2" in plan and not (tmp_path / "out").exists()
-    assert re.search(r"memory  about \d\.\d\d GiB per process of .* for 128 images", plan)
+    assert re.search(r"memory  about [\d.]+ [KMG]iB per process of .* for 128 images", plan)
     assert re.search(r"time    about [\d.]+ (s|min|h), .* from 16 images", plan)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -467,12 +470,103 @@ def test_command_reports_to_tensorboard(words: list[str], tmp_path: Path) -> Non
     assert not (tmp_path / "none/tensorboard").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loggers", ["tensorboard", "none"])
+def test_command_ends_well_in_two_processes(loggers: str, words: list[str], tmp_path: Path) -> None:
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launched += ["--nproc_per_node", "2", "-m", "mim_refiner_hf.cli", *words]
+    done = subprocess.run(
+        [*launched, "--report_to", loggers], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The pre-trained model:" in done.stdout and "error" not in done.stderr
+    events = list((tmp_path / "out/tensorboard").rglob("events.*"))
+    assert len(events) == (loggers == "tensorboard")
+
+
 def test_command_refuses_loggers_that_there_are_not(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*words, "--report_to", "papyrus"]) == 2
     said = capsys.readouterr().err
     assert "--report_to papyrus: allowed are tensorboard, wandb, trackio" in said
+
+
+def test_command_streams_a_folder_that_is_named_relatively(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, image in enumerate(open_images("digits").subset(range(12))):
+        (tmp_path / f"photos/{number % 2}").mkdir(parents=True, exist_ok=True)
+        image.image.save(tmp_path / f"photos/{number % 2}/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    words = [*words, "--streaming", "--max_steps", "2", "--batch_size", "4"]
+    words[1] = "photos/"
+    assert cli.main(words) == 0
+
+
+def test_command_measures_channels_that_are_no_picture(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "arrays").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        values = generator.integers(9000, size=(16, 16, 5), dtype=np.uint16)
+        np.save(tmp_path / f"arrays/{number}.npy", values)
+    words = [*words, "--max_steps", "1", "--batch_size", "4"]
+    words[1] = str(tmp_path / "arrays")
+    assert cli.main(words) == 2
+    assert "have 5 channels; say --num_channels 5" in capsys.readouterr().err
+    assert cli.main([*words, "--num_channels", "5"]) == 0
+    processor = vars(load_encoder(tmp_path / "out"))["image_processor"]
+    assert processor.value_range[0] == 0 and 8000 < processor.value_range[1] < 9000
+    assert len(processor.image_mean) == 5
+
+    words[1] = "digits"
+    assert cli.main([*words, "--num_channels", "5"]) == 2
+    assert "digits holds pictures" in capsys.readouterr().err
+
+
+def test_other_images_are_refused_where_the_run_is_finished(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "--max_steps", "1", "--batch_size", "4"]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for number, image in enumerate(open_images("digits").subset(range(6))):
+            image.image.save(tmp_path / folder / f"{folder}{number}.png")
+    words[1] = str(tmp_path / "one")
+    assert cli.main(words) == 0
+    words[1] = str(tmp_path / "two")
+    assert cli.main(words) == 2
+    assert "is not the data set that this run began with" in capsys.readouterr().err
+
+    # another method has other settings, which are not why
+    (tmp_path / "out/config.json").unlink()
+    other = [word if word != "data2vec2" else "mae" for word in words]
+    drop = [other.index(f"--{name}") for name in OWN["data2vec2"] if name not in DEFAULTS["mae"]]
+    kept = [word for at, word in enumerate(other) if at not in drop and at - 1 not in drop]
+    assert cli.main(kept) == 2
+    assert "(objective was data2vec2, is mae)" in capsys.readouterr().err
+    (tmp_path / "out/recipe.json").write_text('{"head_blocks": [1], "format_version": 1}')
+    assert cli.main(words) == 2
+    assert "holds a refinement" in capsys.readouterr().err
+
+
+def test_the_plan_counts_what_ships(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {**COMMON, **OWN["capi"], "predictor_layers": 6, "prototypes": 4, "batch_size": 4}
+    words = ["pretrain", "digits", "--objective", "capi", "--num_workers", "0", "--dry_run"]
+    for name, value in shape.items():
+        words += [f"--{name}", str(value)]
+    assert cli.main(words) == 0
+    plan = capsys.readouterr().out
+    trained, thrown, kept = map(
+        float,
+        re.search(
+            r"capi, ([\d.]+) k trained.* ([\d.]+) k are.*\n.*encoder ([\d.]+) k", plan
+        ).groups(),
+    )
+    # 5 of the 6 blocks of the predictor, as large as the encoder's, and the heads
+    assert thrown > 0.5 * trained and kept < trained - thrown + 1
 
 
 @pytest.mark.slow

@@ -262,13 +262,6 @@ def test_a_recipe_by_its_former_name(
         check_as_begun(tmp_path, resolved)
 
 
-def test_a_pre_training_by_its_former_name() -> None:
-    names = [f"pretrain-data2vec2-{end}" for end in ("b16", "l16", "h16", "h14", "digits")]
-    for old in names:
-        new = old.replace("data2vec2", "d2v2")
-        assert read_fields(old, PretrainRecipe) == read_fields(new, PretrainRecipe)
-
-
 def test_without_colour_is_half_as_long() -> None:
     """Paper, Table 7: everything else is the recipe with colour."""
     with_colour, without = read_recipe("d2v2-refined-h14"), read_recipe("no-colour-h14")
@@ -484,6 +477,32 @@ def test_recipe_names() -> None:
     assert recipe_file(str(RECIPES / "quickstart.yaml")) == RECIPES / "quickstart.yaml"
     with pytest.raises(FileNotFoundError, match=r"quick-start.*quickstart"):
         recipe_file("quick-start")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("mae-l16", "pretrain-mae-l16"),
+        ("pretrain-data2vec2-l16", "pretrain-d2v2-l16"),
+        ("d2v2-h14", "pretrain-d2v2-h14"),
+        ("conmim-s16", "pretrain-conmim-s16"),
+        ("capi-l14", "pretrain-capi-l14"),
+        ("mae-ct-h16", "pretrain-mae-ct-h16"),
+        ("digits", "pretrain-digits"),
+    ],
+)
+def test_a_pretraining_recipe_goes_by_short_names(asked: str, found: str) -> None:
+    assert read_fields(asked, PretrainRecipe) == read_fields(found, PretrainRecipe)
+
+
+def test_recipes_of_other_commands_are_not_listed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there are pretrain-capi-cifar10, ") as refused:
+        read_fields("quick-start", PretrainRecipe)
+    assert "mae-refined-2b14" not in str(refused.value) and "ablation" not in str(refused.value)
+    (tmp_path / "mine.yaml").write_text("base: d2v2-digits\nepochs: 2\n")
+    mine = read_fields(str(tmp_path / "mine.yaml"), PretrainRecipe)
+    assert mine == {**read_fields("pretrain-d2v2-digits", PretrainRecipe), "epochs": 2}
+    assert recipe_file("data2vec2-l16").stem == "d2v2-refined-l16"
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(24, 8), (32, 12), (12, 4), (6, 2), (2, 2), (1, 1)])

@@ -107,7 +107,11 @@ def _pretrain_work(
     parser: "HfArgumentParser", words: Sequence[str], encoder: "MimRefinerModel | None"
 ) -> Work:
     """What the words ask for, once every default is known."""
-    recipe, options, where = parser.parse_args_into_dataclasses(words)
+    recipe, options, where, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     refuse_missing(where.dataset)
 
     def work() -> None:

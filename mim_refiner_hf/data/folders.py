@@ -92,7 +92,9 @@ def as_stream(found: FoundImages) -> Any:
     import datasets
 
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-    rows: dict[str, Any] = {"paths": [str(path) for path in found.sources]}
+    # a relative one would count from the folder itself, as in a table
+    paths = [os.path.abspath(path) for path in found.sources]  # noqa: PTH100
+    rows: dict[str, Any] = {"paths": paths}
     if found.labels is not None:
         names = found.class_names
         features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")

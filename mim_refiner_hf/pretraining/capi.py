@@ -269,6 +269,12 @@ class CapiObjective(Objective):
         encoder.config.predictor_layers = 1
         return encoder
 
+    def shipped_config(self) -> MimRefinerConfig:
+        """With one block of the predictor."""
+        config = copy.deepcopy(self.teacher.config)
+        config.predictor_layers = 1
+        return config
+
 
 def start_head(encoder: MimRefinerModel, prototypes: int) -> PrototypeHead:
     """The head that came with the encoder, if it names as many prototypes, else a fresh one."""

@@ -1,15 +1,18 @@
 """What of a recipe CAPI alone reads; the defaults are the authors' for a ViT-L/14."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..runtime.settings import (
+    Depth,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
+    Rate,
     ShareAboveZero,
     ShareBelowOne,
+    between,
     documented,
+    minimum,
 )
 
 
@@ -17,7 +20,7 @@ from ..runtime.settings import (
 class CapiFields:
     """Fields of CAPI (arXiv 2502.08769)."""
 
-    prototypes: PositiveInt | None = documented(
+    prototypes: Annotated[int, minimum(2)] | None = documented(
         None,
         "capi: prototypes that patches are shared out among. None: as many as there are images in "
         "a batch, at most 16384.",
@@ -30,8 +33,10 @@ class CapiFields:
     predicted_share: ShareAboveZero = documented(
         0.05, "capi: share of the masked patches that are predicted."
     )
-    registers: NonNegativeInt = documented(16, "capi: register tokens; a multiple of 4.")
-    predictor_layers: PositiveInt = documented(12, "capi: blocks of the predictor.")
+    registers: Annotated[int, between(0, 4096)] = documented(
+        16, "capi: register tokens; a multiple of 4."
+    )
+    predictor_layers: Depth = documented(12, "capi: blocks of the predictor.")
     roll: bool = documented(True, "capi: whether the visible rectangle may wrap around the image.")
     stochastic_depth: ShareBelowOne = documented(
         0.2, "capi: share of the images that each residual branch of the student leaves out."
@@ -43,8 +48,8 @@ class CapiFields:
     target_temperature: PositiveFloat = documented(
         0.06, "capi: temperature of the logits that targets are made of."
     )
-    sinkhorn_iterations: PositiveInt = documented(3, "capi: iterations of Sinkhorn.")
-    clustering_learning_rate: PositiveFloat = documented(
+    sinkhorn_iterations: Depth = documented(3, "capi: iterations of Sinkhorn.")
+    clustering_learning_rate: Rate = documented(
         5e-4, "capi: peak learning rate of the clustering layer."
     )
     clustering_weight_decay: NonNegativeFloat = documented(

@@ -267,7 +267,10 @@ def check_masks_fit(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
         squares = squares_of(grid, recipe.mask_square // config.patch_size)
     except ValueError as error:
         raise ValueError(f"{setting('mask_square', recipe.mask_square)}: {error}") from error
-    masked_squares(squares, recipe.mask_ratio)
+    try:
+        masked_squares(squares, recipe.mask_ratio)
+    except ValueError as error:
+        raise ValueError(f"{setting('mask_ratio', recipe.mask_ratio)}: {error}") from error
 
 
 __all__ = [

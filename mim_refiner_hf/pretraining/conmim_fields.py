@@ -1,9 +1,9 @@
 """What of a recipe ConMIM alone reads; the defaults are the authors'."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..runtime.settings import PositiveFloat, PositiveInt, documented
+from ..runtime.settings import Allowed, PositiveFloat, PositiveInt, Width, documented
 
 
 @dataclass
@@ -21,14 +21,14 @@ class ConmimFields:
     smallest_block: PositiveInt = documented(
         16, "conmim: area of the smallest masked block, in patches."
     )
-    layer_scale: PositiveFloat = documented(
+    layer_scale: Annotated[
+        float, Allowed("greater than 0 and at most 100", lambda s: 0 < s <= 100)
+    ] = documented(
         0.1, "conmim: start of the factor per channel of each branch (authors: S, B 0.1, L 1e-5)."
     )
     temperature: PositiveFloat = documented(0.1, "conmim: temperature of the contrast.")
-    projector_hidden: PositiveInt = documented(
-        4096, "conmim: width of the projector's hidden layers."
-    )
-    projector_size: PositiveInt = documented(256, "conmim: width of what is contrasted.")
+    projector_hidden: Width = documented(4096, "conmim: width of the projector's hidden layers.")
+    projector_size: Width = documented(256, "conmim: width of what is contrasted.")
 
 
 __all__ = ["ConmimFields"]

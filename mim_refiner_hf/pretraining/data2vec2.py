@@ -12,6 +12,7 @@ the teacher, at the start of the next step, is here at the end of this one.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ from ..data.views import MultiCrop
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.optimisation import freeze, set_learning_rate, update_average
 from ..runtime.seeding import random_generator
+from ..runtime.wording import setting
 from .masks import inverse_blocks
 from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows
 from .recipe import PretrainRecipe, PretrainSteps
 from .student import embedded_patches, visible_input
+
+logger = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8
@@ -114,6 +118,23 @@ def fresh_weights(encoder: MimRefinerModel) -> None:
     nn.init.normal_(encoder.embeddings.cls_token)
 
 
+def warn_of_no_blocks(recipe: PretrainRecipe) -> None:
+    """Say that the grid is too small for the blocks that are to stay visible."""
+    side = recipe.mask_length
+    grid = recipe.image_size // recipe.patch_size
+    logger.warning(
+        "%s: too few of %d x %d patches stay visible for a block of %d x %d, so that single ones "
+        "do; take a smaller block, a lower %s, or a smaller %s",
+        setting("mask_length", side),
+        grid,
+        grid,
+        side,
+        side,
+        setting("mask_ratio"),
+        setting("patch_size"),
+    )
+
+
 class Data2vec2Objective(Objective):
     """Student, decoder and teacher of data2vec 2.0.
 
@@ -132,6 +153,8 @@ class Data2vec2Objective(Objective):
         self.recipe = recipe
         self.steps = steps
         self._counts = (recipe.num_visible, recipe.num_centres)
+        if not recipe.num_centres:
+            warn_of_no_blocks(recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.encoder = encoder or MimRefinerModel(recipe.encoder_config())

@@ -22,12 +22,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..clustering.channels import is_picture
 from ..conversion.load import image_processor
 from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, BrokenImages
+from ..data.channels import measure_channels
 from ..data.images import ImageDataset
 from ..data.stream import ImageStream
 from ..data.views import normalise
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.attention import attend_in_fp32
@@ -87,6 +90,11 @@ class Pretrainer:
     ) -> None:
         length = len(images) if isinstance(images, ImageDataset) else None
         recipe = recipe.fitted(length)
+        if recipe.batch_size % world_size():
+            raise ValueError(
+                f"{setting('batch_size', recipe.batch_size)}: {world_size()} processes share it; "
+                "give a multiple of their number"
+            )
         self.recipe = recipe
         self.callbacks = callbacks
         self.images = images
@@ -99,7 +107,7 @@ class Pretrainer:
         own = {} if encoder is None else vars(encoder)
         objective = make_objective(recipe, self.steps, encoder)
         config = objective.encoder.config
-        self.processor: Any = own.get("image_processor") or image_processor(config, {})
+        self.processor: Any = own.get("image_processor") or fitted_processor(config, images)
 
         objective.bf16 = uses_bf16(options.mixed_precision)
         if objective.bf16:
@@ -136,6 +144,7 @@ class Pretrainer:
             start_step=start,
             stop_step=total,
             num_workers=self.options.num_workers,
+            value_range=self.value_range,
         )
         log = self._log_file(start)
         began = time.perf_counter() - self.seconds
@@ -177,6 +186,12 @@ class Pretrainer:
         for model in (trained.shipped(), *trained.others().values()):
             model.requires_grad_(True)
         return trained.eval()
+
+    @property
+    def value_range(self) -> Sequence[float] | None:
+        """Of images that are no pictures, what becomes 0 and 255."""
+        values: Sequence[float] | None = getattr(self.processor, "value_range", None)
+        return values
 
     def whole(self) -> Objective:
         """The networks as one process has them; under FSDP2 a copy, whole in every process."""
@@ -345,6 +360,28 @@ class Pretrainer:
         return found.step
 
 
+def fitted_processor(config: MimRefinerConfig, images: ImageDataset | ImageStream) -> Any:
+    """The preprocessing for an encoder that is trained from nothing on these images.
+
+    ImageNet's for photos; of other numbers of channels than 3 and 1, range, means and deviations
+    are measured.
+
+    Raises:
+        ValueError: for a stream of images that are no pictures.
+    """
+    channels = config.num_channels
+    if is_picture(channels):
+        return image_processor(config, {})
+    if not isinstance(images, ImageDataset):
+        raise ValueError(
+            f"{setting('num_channels', channels)}: the range of the values is measured, which "
+            f"takes a data set of known length; leave out {setting('streaming')}"
+        )
+    measured = measure_channels(images, channels, None)
+    scaling = {"image_mean": measured.mean, "image_std": measured.std}
+    return image_processor(config, scaling | {"value_range": list(measured.value_range)})
+
+
 def check_same_recipe(checkpoint: Checkpoint, recipe: PretrainRecipe) -> None:
     """A ValueError, naming the fields, for a checkpoint of another pre-training."""
     changes = changed_settings(checkpoint.state.get("pretraining", {}), recipe)
@@ -384,4 +421,11 @@ def pretrain(
     return Pretrainer(recipe, images, accelerator, options, folder, encoder, evaluate).fit()
 
 
-__all__ = ["CHECKPOINTS", "Evaluate", "Pretrainer", "check_same_recipe", "pretrain"]
+__all__ = [
+    "CHECKPOINTS",
+    "Evaluate",
+    "Pretrainer",
+    "check_same_recipe",
+    "fitted_processor",
+    "pretrain",
+]

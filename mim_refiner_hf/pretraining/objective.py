@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.views import MultiCrop, Multicrop, view_specs
+from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .recipe import PretrainRecipe
 
@@ -87,6 +88,10 @@ class Objective(nn.Module, ABC):
     def shipped(self) -> MimRefinerModel:
         """The encoder that the training is for."""
         return self.encoder
+
+    def shipped_config(self) -> MimRefinerConfig:
+        """The configuration of what ships, without making it."""
+        return self.encoder.config
 
     def others(self) -> dict[str, MimRefinerModel]:
         """Further encoders to save beside it, by the name of their folder."""

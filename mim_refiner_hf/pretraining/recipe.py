@@ -14,16 +14,19 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from ..runtime.settings import (
     Allowed,
+    Depth,
     NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
+    Rate,
+    Seed,
     Share,
     ShareAboveZero,
+    Width,
+    between,
     check_fields,
     documented,
 )
@@ -127,10 +130,10 @@ class PretrainSteps(NamedTuple):
 class MaeFields:
     """Fields of MAE (arXiv 2111.06377) alone."""
 
-    decoder_attention_heads: PositiveInt = documented(
+    decoder_attention_heads: Width = documented(
         16, "mae: attention heads per block of the decoder."
     )
-    crops_per_image: PositiveInt = documented(
+    crops_per_image: Depth = documented(
         1, "mae: crops of every image in a step (MAE-CT: 2); a batch_size counts images."
     )
 
@@ -152,18 +155,24 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         ValueError: at construction, in one line: which flag, which value, what is allowed.
     """
 
+    recipe_prefix: ClassVar[str] = "pretrain-"
+
     objective: Literal["mae", "data2vec2", "conmim", "capi"] = documented(
         "mae",
         "Method: mae (pixels of masked patches), data2vec2 (features of a momentum copy), conmim "
         "(which patch of the image it is), or capi (the cluster of its features).",
     )
     # ---- encoder
-    image_size: int = documented(224, "Side of the square input in pixels.")
-    patch_size: int = documented(16, "Side of a patch; must divide image_size.")
-    num_channels: int = documented(3, "3 for RGB, 1 for greyscale, 1 to 16 of arrays.")
-    hidden_size: int = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
-    num_hidden_layers: int = documented(12, "Blocks of the encoder.")
-    num_attention_heads: int = documented(12, "Attention heads per block; must divide hidden_size.")
+    image_size: Annotated[int, between(1, 8192)] = documented(
+        224, "Side of the square input in pixels."
+    )
+    patch_size: Depth = documented(16, "Side of a patch; must divide image_size.")
+    num_channels: Depth = documented(3, "3 for RGB, 1 for greyscale, 1 to 16 of arrays.")
+    hidden_size: Width = documented(768, "Width of the encoder; its MLPs are 4 times as wide.")
+    num_hidden_layers: Depth = documented(12, "Blocks of the encoder.")
+    num_attention_heads: Width = documented(
+        12, "Attention heads per block; must divide hidden_size."
+    )
     pooling: Literal["cls", "mean"] | None = documented(
         None,
         "What the encoder's vector is: the CLS token, or the mean of the patches. Default: mae "
@@ -175,12 +184,10 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         "Share of the patches taken away. Default: mae 0.75, data2vec2 0.8, conmim 0.75, capi "
         "0.65.",
     )
-    decoder_size: PositiveInt = documented(
+    decoder_size: Width = documented(
         None, "Width of the decoder, which is thrown away. Default: mae 512, data2vec2 768."
     )
-    decoder_layers: PositiveInt = documented(
-        None, "Blocks of the decoder. Default: mae 8, data2vec2 6."
-    )
+    decoder_layers: Depth = documented(None, "Blocks of the decoder. Default: mae 8, data2vec2 6.")
     momentum_start: Share = documented(
         None,
         "Momentum of the teacher's copy at first. Default: data2vec2 0.9998, conmim 0.996, capi "
@@ -211,7 +218,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         "Images per update, all processes together. Default: mae 4096, data2vec2 512, conmim "
         "2048, capi 16384.",
     )
-    learning_rate: PositiveFloat = documented(
+    learning_rate: Rate = documented(
         None,
         "mae: base learning rate, times batch_size * crops_per_image / 256, default 1.5e-4. "
         "Others: the peak itself; default data2vec2 and capi 1e-3, conmim 5e-4.",
@@ -225,9 +232,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         "Gradients are clipped to this norm; 0 for never. Default: mae 0, data2vec2 4, "
         "conmim 1, capi 0.",
     )
-    seed: NonNegativeInt = documented(
-        0, "Weights, order, crops and masks are pure functions of it."
-    )
+    seed: Seed = documented(0, "Weights, order, crops and masks are pure functions of it.")
 
     def __post_init__(self) -> None:
         self._fill()
@@ -271,11 +276,8 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         yield from self._problems_of_shape()
         if self.objective == "mae":
             yield from self._problems_of_mae()
-        if self.objective == "capi" and self.registers % 4:
-            yield (
-                f"{setting('registers', self.registers)}: must be a multiple of 4: they sit on the "
-                "four edges of the image"
-            )
+        if self.objective == "capi":
+            yield from self._problems_of_capi()
         if self.objective == "data2vec2":
             yield from self._problems_of_data2vec2()
 
@@ -301,6 +303,19 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             width = setting("decoder_size", self.decoder_size)
             yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"
+
+    def _problems_of_capi(self) -> Iterator[str]:
+        if self.registers % 4:
+            yield (
+                f"{setting('registers', self.registers)}: must be a multiple of 4: they sit on the "
+                "four edges of the image"
+            )
+        if self.pooling == "cls":
+            yield f"{setting('pooling', 'cls')}: the encoder has no CLS token; leave it out"
+        if self.hidden_size // self.num_attention_heads % 4:
+            heads = setting("num_attention_heads", self.num_attention_heads)
+            width = setting("hidden_size", self.hidden_size)
+            yield f"{heads}: {width} must be that many times a multiple of 4, for rotary positions"
 
     def _problems_of_data2vec2(self) -> Iterator[str]:
         width = setting("decoder_size", self.decoder_size)
@@ -362,9 +377,14 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         """The recipe for so many images: a batch that was left open is at most an eighth of them.
 
         A power of two, at least 2; the change is said. None for a stream, which counts as many.
+
+        Raises:
+            ValueError: for a single image, of which no batch can be made.
         """
         if num_images is None:
             return self
+        if num_images < 2 and "batch_size" in self._left_open:
+            raise ValueError(f"there is only {num_images} image; a pre-training takes 2 or more")
         most = max(num_images // 8, 2)
         if "batch_size" not in self._left_open or self.batch_size <= most:
             return self

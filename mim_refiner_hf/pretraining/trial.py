@@ -104,6 +104,7 @@ def try_step(trainer: Pretrainer) -> Trial:
         seed=trainer.recipe.seed,
         stop_step=2,
         num_workers=0,
+        value_range=trainer.value_range,
     )
     loader = iter(batches)
     # the first one opens files

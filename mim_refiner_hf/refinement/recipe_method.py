@@ -13,6 +13,7 @@ from ..runtime.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     Share,
     ShareAboveZero,
     ShareBelowOne,
@@ -203,7 +204,7 @@ class MethodFields:
         "Decay of the moving average of the encoder, which is what ships. Auto: it reaches a tenth "
         "of the updates back, at most 0.9999.",
     )
-    seed: NonNegativeInt = documented(
+    seed: Seed = documented(
         0, "Data order, views, neighbour draws and head weights are pure functions of it."
     )
 

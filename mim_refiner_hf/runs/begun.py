@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.zoo import find_entry
+from ..pretraining.recipe import PretrainRecipe
 from ..refinement.failure import FAILURES
 from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
@@ -124,6 +125,10 @@ def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
     old = saved_recipe(output)
     if old is None:
         return
+    if "objective" in old:
+        raise ValueError(
+            f"{setting('output_dir', output)}: holds a pre-training; name another folder"
+        )
     unknown = sorted(old.keys() - recipe.as_written().keys())
     if unknown:
         raise ValueError(
@@ -159,7 +164,8 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
         if name in _PLACES and same_place(before, value):
             continue
         # recipes of pre-training have been renamed
-        if name == "pretrain" and value and recipe_name(str(before)) == recipe_name(value):
+        names = [recipe_name(str(word), PretrainRecipe.recipe_prefix) for word in (before, value)]
+        if name == "pretrain" and value and names[0] == names[1]:
             continue
         changes.append(f"{name} was {before}, is {value}")
     if changes:

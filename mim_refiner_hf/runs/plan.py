@@ -27,7 +27,7 @@ from ..refinement.resolve import ResolvedRecipe
 from ..runtime.device import emulates_bf16
 from ..runtime.files import in_bytes
 from ..runtime.sharding import fsdp2_requested
-from ..runtime.wording import setting
+from ..runtime.wording import millions, setting
 
 # What the heads read, in words, for each `pooling`.
 _READS = {
@@ -108,10 +108,10 @@ def _start_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
 
 def encoder_text(config: MimRefinerConfig) -> str:
     """Size and shape of an encoder, in words."""
-    parameters = encoder_parameters(config).total / 1e6
+    parameters = millions(encoder_parameters(config).total)
     rows, columns = config.grid
     return (
-        f"{parameters:.1f} M parameters, {config.num_hidden_layers} blocks of width "
+        f"{parameters} parameters, {config.num_hidden_layers} blocks of width "
         f"{config.hidden_size}, {rows}x{columns} patches"
     )
 

@@ -26,6 +26,7 @@ from ..data.images import ImageDataset, hold_out, open_images
 from ..data.stream import ImageStream, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.loop import fitted_processor
 from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
 from ..refinement.recipe import RefineRecipe
@@ -147,7 +148,8 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     if "head_blocks" in resolved.to_measure:
         check_measurable(images.bank)
     if start.pretraining is not None:
-        _check_pretraining(recipe.pretrain, start.pretraining.batch_size, num_images)
+        pretraining = _fitted(start.pretraining, recipe.pretrain, num_images)
+        start = dataclasses.replace(start, pretraining=pretraining)
 
     # the output folder, and a run that it may hold
     check_as_begun(output, resolved)
@@ -221,7 +223,7 @@ def _with_channels(
                     f"{setting(name, getattr(recipe, name))}: the pre-training recipe says what "
                     f"the encoder reads; set num_channels in {setting('pretrain', recipe.pretrain)}"
                 )
-        return start
+        return dataclasses.replace(start, processor=fitted_processor(start.config, training))
     encoder, done = fit_channels(start.encoder, training, recipe.num_channels, recipe.value_range)
     processor = vars(encoder)["image_processor"]
     return dataclasses.replace(
@@ -297,17 +299,22 @@ def _with_bank(
     return RunImages(training, evaluation, bank)
 
 
-def _check_pretraining(name: str | None, batch_size: int, num_images: int | None) -> None:
+def _fitted(
+    pretraining: PretrainRecipe, name: str | None, num_images: int | None
+) -> PretrainRecipe:
+    """The pre-training for so many images; ValueError for fewer than a batch of it."""
     if num_images is None:
         raise ValueError(
             f"{setting('pretrain')} needs a data set of known length; "
             f"leave out {setting('streaming')}"
         )
-    if batch_size > num_images:
+    pretraining = pretraining.fitted(num_images)
+    if pretraining.batch_size > num_images:
         raise ValueError(
-            f"{setting('pretrain', name)}: its batch_size {batch_size} exceeds the "
-            f"{num_images} images"
+            f"{setting('pretrain', name)}: its batch_size {pretraining.batch_size} exceeds the "
+            f"{num_images} images; name a YAML file that bases on it (base: NAME) with another one"
         )
+    return pretraining
 
 
 def _check_warm_heads(output_dir: str, resume: Checkpoint | None, warmup: int) -> None:

@@ -17,8 +17,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from ..clustering.channels import is_picture
 from ..conversion.licence import CARD, UNKNOWN
 from ..data.broken import BROKEN
+from ..data.channels import channels_of
 from ..data.fingerprint import RECORD, check_data_record, write_data_record
 from ..data.images import ImageDataset, fully_labelled, hold_out, open_images
 from ..data.loading import Loading
@@ -93,11 +95,13 @@ def run_pretraining(
         dataset, config=dataset_config, split=split, num_channels=recipe.num_channels
     )
     length = len(images) if isinstance(images, ImageDataset) else None
+    _check_channels(recipe.num_channels, images)
     recipe = recipe.fitted(length)
     record = {**dataclasses.asdict(recipe), "init_from": init_from}
     if streaming:
         record["streaming"] = True
     if is_finished(output_dir, record):
+        _check_data(output_dir, images)
         print(f"The pre-trained model is finished already: {output_dir}")
         return
     check_pretraining_folder(output_dir, record)
@@ -145,26 +149,29 @@ def _train_and_write(
     """The run itself, on every process; files are written by the main one."""
     accelerator = trainer.accelerator
     main = accelerator.is_main_process
-    data = output / RECORD
     images = trainer.images
-    if data.exists() and isinstance(images, ImageDataset):
-        check_data_record(data, images)
+    _check_data(output, images)
     accelerator.wait_for_everyone()
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
         write_json(output / "recipe.json", version | record)
         if isinstance(images, ImageDataset):
-            write_data_record(data, images)
+            write_data_record(output / RECORD, images)
     accelerator.wait_for_everyone()
 
     accelerator.init_trackers("mim-refiner")
     objective = trainer.fit()
-    accelerator.end_training()
+    # what they hold back is written before it is copied
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
     if main:
         _write(output, record, objective, trainer, start)
         print(f"The pre-trained model: {output}")
     accelerator.wait_for_everyone()
+    # this takes the process group away too
+    accelerator.end_training()
 
 
 def _write(
@@ -209,7 +216,7 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
     steps = trainer.steps
     others = ", ".join(f"{name}/" for name in trainer.objective.others())
     facts: dict[str, object] = {
-        "Encoder": encoder_text(trainer.objective.encoder.config),
+        "Encoder": encoder_text(trainer.objective.shipped_config()),
         "Images": images_text(trainer.images),
         "Updates": f"{steps.total} of {recipe.batch_size} images, {steps.warmup} of them warm-up",
         "Every setting": "recipe.json",
@@ -220,6 +227,12 @@ def _facts(trainer: Pretrainer) -> dict[str, object]:
 
 
 # ---- before
+
+
+def _check_data(output: Path, images: ImageDataset | ImageStream) -> None:
+    """ValueError where the run in a folder was begun with other images."""
+    if (output / RECORD).exists() and isinstance(images, ImageDataset):
+        check_data_record(output / RECORD, images)
 
 
 def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
@@ -248,6 +261,23 @@ def shape_of(config: MimRefinerConfig, objective: str) -> dict[str, int]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
     }
+
+
+def _check_channels(count: int, images: ImageDataset | ImageStream) -> None:
+    """ValueError for images of another number of channels than the recipe's."""
+    if not isinstance(images, ImageDataset):
+        return
+    found = channels_of(images)
+    if found is None and not is_picture(count):
+        raise ValueError(
+            f"{setting('num_channels', count)}: {images.name} holds pictures, of 3 channels or 1, "
+            "not arrays, .npy files or TIFFs of so many; leave it out"
+        )
+    if found not in (None, count):
+        raise ValueError(
+            f"{setting('num_channels', count)}: those of {images.name} have {found} channels; say "
+            f"{setting('num_channels', found)}"
+        )
 
 
 def fitted_to_method(
@@ -339,6 +369,10 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
     begun = saved_recipe(output)
     if begun is None:
         return None
+    if begun.get("head_blocks") is not None:
+        raise ValueError(
+            f"{setting('output_dir', output)}: holds a refinement; name another folder or remove it"
+        )
     # a version that did not know a field did what its default does
     defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
     changes = []
@@ -346,7 +380,9 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
         before, now = begun.get(name, defaults.get(name)), record.get(name)
         if before != now and not (name == "init_from" and same_place(before, now)):
             changes.append(f"{name} was {before}, is {now}")
-    return changes
+    # another method has other settings
+    of_method = [change for change in changes if change.startswith("objective ")]
+    return of_method or changes
 
 
 # ---- on the way

@@ -7,16 +7,20 @@ Memory and time are measured on a few images, and are what a whole run takes onl
 
 from pathlib import Path
 
+import torch
+
 from ..data.images import ImageDataset
 from ..data.stream import ImageStream
+from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.loop import Pretrainer
+from ..pretraining.objective import Objective
 from ..pretraining.trial import Trial
-from ..refinement.memory import GIGA, HEADROOM
+from ..refinement.memory import HEADROOM
 from ..runtime.device import available_memory
 from ..runtime.files import in_bytes
 from ..runtime.pace import duration
 from ..runtime.sharding import fsdp2_requested
-from ..runtime.wording import setting
+from ..runtime.wording import millions, setting
 from .plan import encoder_text
 
 
@@ -32,7 +36,7 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
         passes = f", {options.micro_batch_size} at a time (exact)"
 
     trained = sum(part.numel() for part in objective.parameters() if part.requires_grad)
-    kept = sum(part.numel() for part in objective.encoder.parameters() if part.requires_grad)
+    kept = _kept(objective)
     held = sum(part.numel() for part in objective.state_dict().values())
     checkpoint = in_bytes(4 * held + 8 * trained)
     processes = trainer.accelerator.num_processes
@@ -40,10 +44,10 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
     lines = [
         (
             "method",
-            f"{recipe.objective}, {trained / 1e6:.1f} M trained parameters, of which "
-            f"{(trained - kept) / 1e6:.1f} M are thrown away",
+            f"{recipe.objective}, {millions(trained)} trained parameters, of which "
+            f"{millions(trained - kept)} are thrown away",
         ),
-        ("encoder", encoder_text(objective.encoder.config)),
+        ("encoder", encoder_text(objective.shipped_config())),
         ("data", images_text(trainer.images)),
         (
             "batch",
@@ -69,6 +73,18 @@ def images_text(images: ImageDataset | ImageStream) -> str:
     return f"{count} of {images.name}"
 
 
+def _kept(objective: Objective) -> int:
+    """How many of the trained parameters are the encoder's that ships."""
+    with torch.device("meta"):
+        shipped = MimRefinerModel(objective.shipped_config())
+    names = dict(shipped.named_parameters()).keys()
+    return sum(
+        part.numel()
+        for name, part in objective.encoder.named_parameters()
+        if part.requires_grad and name in names
+    )
+
+
 def _shards_text(processes: int) -> str:
     """What FSDP2 does to a pre-training."""
     if processes == 1:
@@ -87,8 +103,8 @@ def _memory_text(trainer: Pretrainer, trial: Trial) -> str:
     at_once = min(trainer.options.micro_batch_size or own, own)
     need = trial.held + trial.graph * at_once
     text = (
-        f"about {need / GIGA:.2f} GiB per process of {available / GIGA:.2f} that are free: "
-        f"{trial.held / GIGA:.2f} of weights and moments, {(need - trial.held) / GIGA:.2f} for "
+        f"about {in_bytes(need)} per process of {in_bytes(available)} that are free: "
+        f"{in_bytes(trial.held)} of weights and moments, {in_bytes(need - trial.held)} for "
         f"{at_once} images"
     )
     room = HEADROOM * available - trial.held

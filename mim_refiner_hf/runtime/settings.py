@@ -54,12 +54,25 @@ def minimum(low: float) -> Allowed:
     return Allowed(f"at least {low:g}", lambda value: value >= low)
 
 
+def between(low: int, high: int) -> Allowed:
+    """A whole number from `low` to `high`."""
+    return Allowed(f"at least {low} and at most {high}", lambda value: low <= value <= high)
+
+
 PositiveInt = Annotated[int, minimum(1)]
 NonNegativeInt = Annotated[int, minimum(0)]
-NonNegativeFloat = Annotated[float, minimum(0)]
+# what generators take; scikit-learn's no more
+Seed = Annotated[int, between(0, 2**32 - 1)]
+NonNegativeFloat = Annotated[
+    float, Allowed("at least 0, and finite", lambda value: 0 <= value < math.inf)
+]
 PositiveFloat = Annotated[
     float, Allowed("a number greater than 0", lambda value: 0 < value < math.inf)
 ]
+Rate = Annotated[float, Allowed("greater than 0 and at most 1000", lambda value: 0 < value <= 1000)]
+# of networks and of images, several times what is published: what is larger has no end
+Width = Annotated[int, between(1, 2**16)]
+Depth = Annotated[int, between(1, 1024)]
 Share = Annotated[float, Allowed("between 0 and 1", lambda value: 0 <= value <= 1)]
 ShareBelowOne = Annotated[
     float, Allowed("at least 0 and less than 1", lambda value: 0 <= value < 1)
@@ -170,22 +183,28 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def recipe_name(name: str) -> str:
-    """The name of a recipe today: that of the model which it makes.
+def recipe_name(name: str, prefix: str = "") -> str:
+    """The name of a recipe today, which is that of the model it makes.
 
     Before, `mae-l16` was the recipe that refines this model, and data2vec 2.0 had two spellings.
+
+    Args:
+        prefix: what names of its kind begin with, as "pretrain-", and may be left out.
     """
-    name = re.sub(r"^(mae|d2v2|dbot|crossmae)-(l16|h14|2b14)$", r"\1-refined-\2", name)
-    return name.replace("pretrain-data2vec2-", "pretrain-d2v2-")
+    name = name.replace("data2vec2-", "d2v2-")
+    if prefix:
+        return prefix + name.removeprefix(prefix)
+    return re.sub(r"^(mae|d2v2|dbot|crossmae)-(l16|h14|2b14)$", r"\1-refined-\2", name)
 
 
-def recipe_file(name: str, asked: str = "") -> Path:
+def recipe_file(name: str, asked: str = "", prefix: str = "") -> Path:
     """The YAML file of a recipe: its path, or its name in `training/recipes/`, which is installed.
 
     An old name is said in a line.
 
     Args:
         asked: what asked for it, the beginning of the message; empty for the setting `recipe`.
+        prefix: as of `recipe_name`.
 
     Raises:
         FileNotFoundError: naming the recipes that there are.
@@ -197,25 +216,29 @@ def recipe_file(name: str, asked: str = "") -> Path:
         return Path(name)
 
     folder = shipped_folder("recipes", in_repository="training/recipes")
-    path = folder / f"{recipe_name(name)}.yaml"
-    if not path.is_file():
-        names = sorted(path.stem for path in folder.glob("*.yaml"))
-        # many of one kind would bury the others
-        known = ", ".join(each for each in names if not each.startswith("ablation-"))
-        raise FileNotFoundError(
-            f"{asked}: unknown; there are {known}, and ablation-...; or give the path of a .yaml "
-            "file"
-        )
-    if path.stem != name:
-        logger.warning("%s: the recipe is called %s now", asked, path.stem)
-    return path
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    # what is of another kind has fields that are refused by name
+    for spelling in (recipe_name(name, prefix), name):
+        if spelling in names:
+            if spelling not in (name, prefix + name):
+                logger.warning("%s: the recipe is called %s now", asked, spelling)
+            return folder / f"{spelling}.yaml"
+
+    # many of one kind would bury the others
+    of_its_kind = [each for each in names if each.startswith(prefix)]
+    known = ", ".join(each for each in of_its_kind if not each.startswith("ablation-"))
+    ablations = "" if prefix else ", and ablation-..."
+    raise FileNotFoundError(
+        f"{asked}: unknown; there are {known}{ablations}; or give the path of a .yaml file"
+    )
 
 
 def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     """The fields of a YAML recipe and of the recipes that it is based on.
 
     Args:
-        kind: the dataclass whose fields they are.
+        kind: the dataclass whose fields they are; its `recipe_prefix`, if it has one, is what names
+            of its recipes begin with.
         flag: what asked for the recipe, for messages.
 
     Raises:
@@ -223,7 +246,8 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     """
     asked = setting(flag, name)
     allowed = {each.name for each in fields(kind)}
-    path = recipe_file(name, asked)
+    prefix = getattr(kind, "recipe_prefix", "")
+    path = recipe_file(name, asked, prefix)
     values: dict[str, Any] = {}
     read: list[Path] = []
 
@@ -243,23 +267,23 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         values = {**own, **values}
         if base is None:
             # a run that began under an old name lies in the folder of that name
-            if "output_dir" in values and recipe_name(name) != name:
+            if "output_dir" in values and recipe_name(name, prefix) != name:
                 values["output_dir"] = f"outputs/{name}"
             return values
 
-        path = _base_file(base, path, asked)
+        path = _base_file(base, path, asked, prefix)
         if path.resolve() in read:
             circle = " -> ".join(each.stem for each in [*read, path])
             raise ValueError(f"{asked}: the bases go in a circle: {circle}")
 
 
-def _base_file(base: Any, beside: Path, asked: str) -> Path:
+def _base_file(base: Any, beside: Path, asked: str, prefix: str) -> Path:
     """The file that `base:` names; a path counts from the folder of the file that states it."""
     if not isinstance(base, str):
         raise ValueError(f"{asked}: {beside} has base {base!r}; it must be the name of a recipe")
     if base.endswith((".yaml", ".yml")):
         base = str(beside.parent / base)
-    return recipe_file(base, f"{asked}: {beside} has base {base}")
+    return recipe_file(base, f"{asked}: {beside} has base {base}", prefix)
 
 
 def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
@@ -277,14 +301,19 @@ def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
 
 __all__ = [
     "Allowed",
+    "Depth",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
+    "Rate",
+    "Seed",
     "Share",
     "ShareAboveZero",
     "ShareBelowOne",
     "ShareBetween",
+    "Width",
+    "between",
     "check_fields",
     "documented",
     "minimum",

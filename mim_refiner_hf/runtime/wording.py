@@ -43,6 +43,13 @@ def setting(name: str, *value: Any) -> str:
     return "=".join([name.lower(), *map(shown, value)])
 
 
+def millions(count: int) -> str:
+    """A number of weights: 85798656 -> "85.8 M", and 21600 -> "21.6 k"."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} k"
+    return f"{count / 1e6:.1f} M"
+
+
 def written(value: Any) -> str:
     """A value as the reader of the message writes it."""
     return spelt(value) if _reader_is_shell.get() else shown(value)
@@ -89,4 +96,4 @@ def kind_of(value: Any) -> str:
     return name
 
 
-__all__ = ["in_the_shell", "kind_of", "setting", "shown", "spelt", "written"]
+__all__ = ["in_the_shell", "kind_of", "millions", "setting", "shown", "spelt", "written"]
