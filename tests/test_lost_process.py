@@ -91,9 +91,15 @@ def start(count: int, folder: Path, words: list[str]) -> list[subprocess.Popen[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("command", ["refine", "embed"])
+@pytest.mark.parametrize(
+    ("command", "number", "victim"),
+    [
+        ("refine", signal.SIGKILL, 0),
+        ("refine", signal.SIGSTOP, 1),
+        ("embed", signal.SIGKILL, 1),
+        ("embed", signal.SIGSTOP, 0),
+    ],
+)
 def test_the_others_end_in_time_with_one_line(
     command: str, number: signal.Signals, victim: int, tmp_path: Path
 ) -> None:

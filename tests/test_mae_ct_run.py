@@ -176,8 +176,7 @@ def test_frozen_blocks_stay(whole: RefineRecipe) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("theirs", [None, MOMENTUM])
-@pytest.mark.parametrize("ours", [None, 0.5])
+@pytest.mark.parametrize(("ours", "theirs"), [(None, MOMENTUM), (0.5, None), (0.5, MOMENTUM)])
 def test_a_run_from_heads_with_or_without_momentum(
     theirs: float | None, ours: float | None, recipe: Recipes
 ) -> None:
