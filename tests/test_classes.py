@@ -15,7 +15,7 @@ from PIL import Image
 
 from mim_refiner_hf.data.classes import with_one_class_table
 from mim_refiner_hf.data.images import ImageDataset, hold_out, open_images
-from mim_refiner_hf.evaluation import knn_accuracy, rankme
+from mim_refiner_hf.evaluation import cluster_accuracy, knn_accuracy, rankme
 from mim_refiner_hf.evaluation.knn import knn_predict
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -250,6 +250,43 @@ def test_other_rows_of_the_same_direction_are_not_taken_for_known(
     bank, others = (large + torch.randn(400, 8, generator=generator) for _ in range(2))
     knn_predict(bank, torch.arange(400) % 4, others)
     assert caplog.text == ""
+
+
+def test_what_k_nn_cannot_tell_is_said_or_refused(caplog: pytest.LogCaptureFixture) -> None:
+    rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 3
+    bank, classes, shown, right = rows[:40], labels[:40], rows[40:], labels[40:]
+
+    with pytest.raises(ValueError, match="too large to standardise"):
+        knn_accuracy(1e25 * bank, classes, 1e25 * shown, right)
+    with pytest.raises(ValueError, match=r"a label is 1\.5"):
+        knn_accuracy(bank, classes, shown, torch.full((20,), 1.5))
+    for temperature in (float("nan"), 0.0, -1.0):
+        with pytest.raises(ValueError, match="must be positive"):
+            knn_accuracy(bank, classes, shown, right, temperature=temperature)
+    assert caplog.text == ""
+
+    for scale in (0.0, 1e-25, 1e-8):
+        caplog.clear()
+        knn_accuracy(scale * bank, classes, scale * shown, right)
+        assert "hardly differ" in caplog.text
+    caplog.clear()
+    knn_accuracy(bank, classes, shown, torch.where(right == 1, 7, right))
+    assert f"{int((right == 1).sum())} of 20 rows to classify are of a class that no" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_the_rank_of_features_does_not_depend_on_their_scale(scale: float) -> None:
+    rows = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    assert rankme(scale * rows) == pytest.approx(rankme(rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_groups_that_are_no_numbers_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="assignments hold NaN"):
+        cluster_accuracy([0, 1, 1], [0, wrong, 1])
+    with pytest.raises(ValueError, match=r"a label is 0\.5"):
+        cluster_accuracy([0, 0.5, 1], [0, 0, 1])
 
 
 def test_a_bank_of_one_row_gives_its_class() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import string
 from pathlib import Path
@@ -324,3 +325,41 @@ def test_tables_among_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     table.to_parquet(tmp_path / "pictures.parquet")
     assert len(open_images(tmp_path)) == 3
     assert "4 files in" in caplog.text and ".png 2" in caplog.text
+
+
+@pytest.mark.parametrize("again", ["one table", "two tables"])
+def test_an_image_of_several_labels_has_none_and_is_counted(
+    again: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    rows = ["0.png,a", "1.png,b", "2.png,a", "3.png,b"]
+    # the same once more is no contradiction, nor is a row without a label
+    more = ["0.png,b", "1.png,b", "2.png,"]
+    if again == "one table":
+        rows += more
+    else:
+        lines = [dict(zip(("file_name", "label"), row.split(","), strict=True)) for row in more]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+
+    images = open_images(str(tmp_path))
+    assert images.labels is not None and images.labels.tolist() == [-1, 1, 0, 1]
+    assert "1 images have several labels in" in caplog.text and "0.png" in caplog.text
+
+
+def test_spaces_in_a_table_are_no_part_of_names_and_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name, label \n0.png, a\n1.png,a \n2.png,b")
+    images = open_images(str(tmp_path))
+    assert images.class_names == ["a", "b"]
+    assert images.labels is not None and images.labels.tolist() == [0, 0, 1]
+
+    assert caplog.text == ""
+    table.write_text("file_name,caption\n0.png,red")
+    assert open_images(str(tmp_path)).labels is None
+    assert "has no column of labels, only file_name, caption" in caplog.text

@@ -22,6 +22,7 @@ import numpy as np
 
 from ..clustering.image_items import LOOKED_FOR, FolderListing, image_files, lines_about_the_rest
 from ..runtime.distributed import rank
+from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .columns import find_labels, label_of, label_values, numbered
 from .found import Entries, FoundImages, SourceOptions, digest, file_size
@@ -208,16 +209,28 @@ def _metadata_labels(
     place = {path: i for i, path in enumerate(paths)}
     values: list[int | str | None] = [None] * len(paths)
     labelled: set[int] = set()
+    torn: set[int] = set()
     missing = 0
     for table in tables:
         for file, label in _rows_of(table, asked):
             i = place.get(Path(os.path.normpath(table.parent / file)))
             if i is None:
                 missing += 1
-            else:
-                values[i] = label
-                labelled.add(i)
+                continue
+            labelled.add(i)
+            if label is not None and values[i] not in (None, label):
+                torn.add(i)
+            values[i] = values[i] if label is None else label
+    for i in torn:
+        values[i] = None
 
+    if torn and rank() == 0:
+        logger.warning(
+            "%d images have several labels in %s and count as unlabelled, such as %s",
+            len(torn),
+            " and ".join(map(str, tables)),
+            one_line(paths[min(torn)]),
+        )
     if missing and rank() == 0:
         logger.warning(
             "%d rows of %s name files that are not there", missing, " and ".join(map(str, tables))
@@ -245,6 +258,10 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
 
     try:
         table = _readers()[file.suffix](file)
+        # of "file_name, label"
+        stripped = [name.strip() for name in table.column_names]
+        if len(set(stripped)) == len(stripped):
+            table = table.rename_columns(stripped)
         features = datasets.Features.from_arrow_schema(table.schema)
     # each reader has its own for what is no such table
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
@@ -258,11 +275,19 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
             logger.warning("%s has no column file_name and labels nothing", file)
         return
     if label is None:
+        if rank() == 0:
+            shown = one_line(", ".join(features))[:200]
+            logger.warning(
+                "%s has no column of labels, only %s; %s names one",
+                file,
+                shown,
+                setting("label_column"),
+            )
         return
     class_names = getattr(features[label], "names", None)
     columns = (table.column(name).to_pylist() for name in (names[0], label))
     for name, cell in zip(*columns, strict=True):
-        value = label_of(cell)
+        value = label_of(cell.strip() if isinstance(cell, str) else cell)
         if class_names is not None and isinstance(value, int):
             value = class_names[value]
         yield str(name).replace("\\", "/"), value

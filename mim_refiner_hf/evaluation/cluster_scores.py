@@ -47,6 +47,8 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
             "labels and assignments must be two lists of one length, "
             f"not {classes.shape} and {groups.shape}"
         )
+    if groups.dtype.kind == "f" and not np.isfinite(groups).all():
+        raise ValueError("assignments hold NaN or infinity; a group is a whole number or a word")
     has_one = labelled_rows(classes)
     return classes[has_one], groups[has_one]
 
@@ -187,7 +189,8 @@ def rankme(features: Tensor | NDArray[Any]) -> float:
     if rows.numel() == 0:
         raise ValueError(f"features must be at least one row and channel, not {(*rows.shape,)}")
     sigma = torch.linalg.svdvals(rows)
-    p = sigma / sigma.sum().clamp_min(1e-12) + 1e-7
+    # all zero are collapsed; however small they are else, their scale says nothing
+    p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
 

@@ -38,6 +38,8 @@ _GRID_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 _GRID_TEMPERATURES = (0.02, 0.07, 0.2)
 # whose statistics are computed, and put together
 _ROWS_AT_ONCE = 2**14
+# of the standard deviations of all channels, below which what is added to them decides
+_LEAST_SPREAD = 1e-6
 
 Answers = dict[tuple[int, float], Tensor]
 """Predicted classes (M,) int64 by (k, temperature)."""
@@ -104,7 +106,19 @@ def channel_statistics(
     like = rows[:0]
     # one row has no spread
     variance = squares.to(like) / max(1, len(rows) - correction)
-    return mean.to(like), variance.sqrt_() + 1e-6
+    if not bool(variance.isfinite().all()):
+        raise ValueError(
+            f"features up to {max(float(tile_means.abs().max()), float(squares.max()) ** 0.5):.1e} "
+            "are too large to standardise: their squares overflow; divide them by a number"
+        )
+    deviation = variance.sqrt_()
+    if len(rows) > 1 and float(deviation.max()) < _LEAST_SPREAD and rank() == 0:
+        logger.warning(
+            "the features of the bank hardly differ: no channel has a standard deviation above "
+            "%.1e, to which the protocol adds 1e-6; k-NN says little about them",
+            float(deviation.max()),
+        )
+    return mean.to(like), deviation + 1e-6
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +226,8 @@ def check_knn_input(
         )
     if not k or min(k) < 1 or max(k) > len(train_x):
         raise ValueError(f"k={tuple(k)} must lie between 1 and the {len(train_x)} training rows")
-    if not temperature or min(temperature) <= 0:
+    # nor NaN, which compares with nothing
+    if not temperature or not all(tau > 0 for tau in temperature):
         raise ValueError(
             f"temperature={tuple(temperature)} must be positive (infinity for uniform votes)"
         )
@@ -337,6 +352,14 @@ def knn_accuracy(
     # a copy only where some are left out
     if not has_one.all():
         test_x, test_y = test_x[has_one], test_y[has_one]
+    strangers = int((~torch.isin(test_y.cpu(), train_y.cpu())).sum())
+    if strangers and say_known and (rank() == 0 or not shared):
+        logger.warning(
+            "%d of %d rows to classify are of a class that no row of the bank has: they count as "
+            "wrong, whatever the features",
+            strangers,
+            len(test_y),
+        )
     bank, test_x = standardised_bank(train_x, test_x, shared=shared)
     answers = knn_predict(
         bank,

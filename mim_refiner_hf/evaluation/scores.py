@@ -100,6 +100,11 @@ def labelled_rows(labels: ArrayLike) -> NDArray[np.bool_]:
     if values.dtype.kind in "iuf":
         # NaN is not 0 or more
         has_one = values >= 0
+        odd = values[has_one] % 1 != 0
+        if odd.any():
+            raise ValueError(
+                f"a label is {values[has_one][odd][0]}, but labels are whole numbers or words"
+            )
     else:
         has_one = np.array([label_of(value) is not None for value in values.tolist()])
     missing = len(values) - int(has_one.sum())
