@@ -167,3 +167,17 @@ def test_what_the_weights_have_beyond_is_taken(
     pixels = torch.randn(2, 3, 32, 32)
     for ours, theirs in zip(outputs(encoder, pixels), outputs(expected, pixels), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [None, 1e308, "x", [None], {"a": 1}])
+def test_a_value_of_another_type_is_no_traceback(tmp_path: Path, value: Any) -> None:
+    """Of every key that is compared: it loads, or one line refuses."""
+    for name in ("beit", "dinov2", "pixio", "siglip2", "aimv2"):
+        for key, _, stated in changes(name, tmp_path):
+            stated.get("vision_config", stated)[key] = value
+            stated["architectures"] = value
+            (tmp_path / "config.json").write_text(json.dumps(stated))
+            try:
+                load_encoder(tmp_path)
+            except CheckpointError as error:
+                assert "\n" not in str(error)

@@ -163,9 +163,10 @@ def beit_final_norm(config: Mapping[str, Any]) -> bool | None:
     Its class for masked images has one of its own behind the encoder.
     """
     mean = config.get("use_mean_pooling")
-    classes = config.get("architectures") or ()
-    bare = [kind for kind in classes if kind in ("BeitModel", "Data2VecVisionModel")]
-    return None if mean is None or not bare else not mean
+    classes = config.get("architectures")
+    bare = ("BeitModel", "Data2VecVisionModel")
+    is_bare = isinstance(classes, list) and any(kind in bare for kind in classes)
+    return not mean if is_bare and isinstance(mean, bool) else None
 
 
 def beit_pooled_norm(config: Mapping[str, Any]) -> bool | None:

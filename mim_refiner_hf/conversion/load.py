@@ -262,8 +262,8 @@ def _refuse_classifier(source: str, names: list[str]) -> None:
     if heads:
         raise CheckpointError(
             f"{source} is a fine-tuned classifier ({listed(heads)}), not a pre-trained encoder: "
-            "load the checkpoint it was fine-tuned from, or save its encoder alone, without these "
-            "tensors"
+            "load the checkpoint it was fine-tuned from, or save its encoder alone; of a class of "
+            "transformers, AutoModel.from_pretrained(this).save_pretrained(folder) does"
         )
 
 
