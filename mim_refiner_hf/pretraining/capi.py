@@ -6,6 +6,9 @@ A teacher, the moving average of the student, sees the whole image. A clustering
 patches out among prototypes. The student sees one rectangle of the image, and a predictor, which
 reads the student by cross-attention, names the prototypes of a few of the hidden patches. The
 clustering layer learns at the same time, with an optimiser of its own. The teacher is what ships.
+
+It is longer than other methods by two optimisers, and by what can be wrong with an encoder, or with
+a number of prototypes, to go on from.
 """
 
 import copy

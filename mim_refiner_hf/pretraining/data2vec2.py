@@ -9,6 +9,8 @@ the image, then averaged. The CLS token predicts their mean over the patches.
 
 The student ships, the teacher is saved beside it. The order of a step is fairseq's: its update of
 the teacher, at the start of the next step, is here at the end of this one.
+
+Decoder and targets, which nothing else uses, stand here too: so it is longer than the others.
 """
 
 import copy
