@@ -1,6 +1,6 @@
 """Every promise about speed, measured here and now.
 
-Python -m benchmarks [row ...] [--json | --markdown FILE]
+    python -m benchmarks [row ...] [--json | --markdown FILE]
 
 Prints target, measured, peer, ratio and floor of each row, and the ratio by wall time with two
 threads; exits with 1 where a target is missed, with 2 for a row that does not exist. A row whose

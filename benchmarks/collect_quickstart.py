@@ -1,6 +1,6 @@
 """The quickstart over seeds as a table.
 
-Python benchmarks/collect_quickstart.py outputs/quickstart outputs/quickstart-seed1 ...
+    python benchmarks/collect_quickstart.py outputs/quickstart outputs/quickstart-seed1 ...
 
 Reads each run's metrics.json and writes benchmarks/results/quickstart.md.
 """

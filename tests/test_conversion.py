@@ -384,7 +384,7 @@ def test_sharded_folder_and_missing_shard(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert load_encoder(tmp_path).load_report.placed == 38
+    assert load_encoder(tmp_path).load_report.placed == load_encoder(model).load_report.placed
     shards[-1].unlink()
     with pytest.raises(CheckpointError, match="missing"):
         load_encoder(tmp_path)

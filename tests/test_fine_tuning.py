@@ -120,7 +120,7 @@ def test_the_classifier_starts_next_to_zero_on_the_same_encoder() -> None:
     )
     logits = model(torch.randn(3, 1, 8, 8)).logits
     assert logits.shape == (3, 7) and logits.abs().max() < 1e-3 and logits.dtype == torch.float32
-    groups = classifier_groups(model, FineTuneRecipe())
+    groups = classifier_groups(model, layer_decay=0.75, weight_decay=0.05)
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
         id(p) for p in model.parameters()
     )
@@ -313,7 +313,7 @@ def test_an_encoder_without_final_norm_gets_a_fresh_one(norm_placement: str) -> 
         raw = encoder(pixels, output_hidden_states=True).hidden_states[-1][:, 0]
         weight, bias = model.classifier.weight, model.classifier.bias
         torch.testing.assert_close(model(pixels).logits, F.linear(fresh(raw), weight, bias))
-    groups = classifier_groups(model, FineTuneRecipe())
+    groups = classifier_groups(model, layer_decay=0.75, weight_decay=0.05)
     norm = next(group for group in groups if "norm.weight" in group.get("names", []))
     assert norm["weight_decay"] == 0 and norm["lr_scale"] == 1
     assert not encoder.config.final_norm
@@ -322,7 +322,7 @@ def test_an_encoder_without_final_norm_gets_a_fresh_one(norm_placement: str) -> 
 def test_positions_do_not_decay() -> None:
     """In a group of its own, whose rate is the embeddings'."""
     model = make_classifier(make_encoder(), 2)
-    groups = classifier_groups(model, FineTuneRecipe())
+    groups = classifier_groups(model, layer_decay=0.75, weight_decay=0.05)
     name = "embeddings.position_embeddings"
     positions = next(group for group in groups if name in group.get("names", []))
     assert positions["weight_decay"] == 0 and positions["lr_scale"] == 0.75**3

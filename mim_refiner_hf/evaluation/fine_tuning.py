@@ -278,14 +278,14 @@ def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[
 
 
 def classifier_groups(
-    model: MimRefinerForImageClassification, recipe: FineTuneRecipe
+    model: MimRefinerForImageClassification, layer_decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """The encoder's groups with layer-wise decayed rates; the classifier's have the full rate."""
     own: list[dict[str, Any]] = [
-        {"params": [model.classifier.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
+        {"params": [model.classifier.weight], "lr_scale": 1.0, "weight_decay": weight_decay},
         {"params": [model.classifier.bias], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
-    return encoder_groups(model.encoder, recipe.layer_decay, recipe.weight_decay) + own
+    return encoder_groups(model.encoder, layer_decay, weight_decay) + own
 
 
 def fine_tune(
@@ -370,7 +370,8 @@ def train_classifier(
         batch: images per update, all processes together.
         micro_batch: images per pass.
     """
-    optimizer = torch.optim.AdamW(classifier_groups(model, recipe), lr=0.0, betas=(0.9, 0.999))
+    groups = classifier_groups(model, recipe.layer_decay, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = len(loader)
     warmup = round(recipe.warmup_epochs * steps / recipe.epochs)

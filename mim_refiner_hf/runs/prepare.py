@@ -185,11 +185,11 @@ def open_starting_weights(
         assert recipe.model is not None
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
     licence = _licence(recipe, vars(encoder)["licence"], recipe.model or recipe.init_from)
-    _check_preprocessing(recipe, encoder)
+    _check_preprocessing(encoder, recipe.model or recipe.init_from)
     return Start(encoder.config, encoder.image_processor, licence, encoder, checkpoint=checkpoint)
 
 
-def _check_preprocessing(recipe: RefineRecipe, encoder: MimRefinerModel) -> None:
+def _check_preprocessing(encoder: MimRefinerModel, source: object) -> None:
     """Whether the model's own preprocessing fits it: start and result are judged by it."""
     config = encoder.config
     if config.num_channels not in (1, 3):
@@ -201,7 +201,7 @@ def _check_preprocessing(recipe: RefineRecipe, encoder: MimRefinerModel) -> None
     if made != tuple(config.image_hw):
         height, width = config.image_hw
         raise ValueError(
-            f"{setting('model', recipe.model or recipe.init_from)}: its preprocessing makes images "
+            f"{setting('model', source)}: its preprocessing makes images "
             f"of {made[0]}x{made[1]}, but its native size is {height}x{width}; mend size and "
             "crop_size in its preprocessor_config.json"
         )

@@ -2,7 +2,7 @@
 
     encoder = pretrained_start(prepared, accelerator)
     ...                                     # the refinement has a checkpoint of its own
-    remove_checkpoints(prepared.recipe)
+    remove_checkpoints(Path("out"))
 
 Its checkpoints and its log lie in `pretraining/`, so that a run which was stopped goes on there.
 """
@@ -16,7 +16,6 @@ from ..data.images import ImageDataset
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.loop import CHECKPOINTS, pretrain
 from ..pretraining.loop_options import LoopOptions
-from ..refinement.resolve import ResolvedRecipe
 from .prepare import Prepared
 
 _PRETRAINING = "pretraining"
@@ -48,10 +47,9 @@ def pretrained_start(prepared: Prepared, accelerator: Accelerator) -> MimRefiner
     return trained.shipped()
 
 
-def remove_checkpoints(recipe: ResolvedRecipe) -> None:
+def remove_checkpoints(output: Path) -> None:
     """Let go of the checkpoints of the run's pre-training; its log stays."""
-    checkpoints = Path(recipe.output_dir) / _PRETRAINING / CHECKPOINTS
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(output / _PRETRAINING / CHECKPOINTS, ignore_errors=True)
 
 
 __all__ = ["pretrained_start", "remove_checkpoints"]

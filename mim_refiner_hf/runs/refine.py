@@ -183,12 +183,12 @@ def _publish(result: RunResult, recipe: RefineRecipe) -> None:
     check_held()
     for name in ("checkpoints", START):
         shutil.rmtree(output / name, ignore_errors=True)
-    print(_ending(result, recipe))
+    print(_ending(result, recipe.dataset))
     if recipe.push_to_hub is not None:
         print(f"Published: {push_folder(folder, recipe.push_to_hub)}")
 
 
-def _ending(result: RunResult, recipe: RefineRecipe) -> str:
+def _ending(result: RunResult, images: str) -> str:
     """What got better, how sure that is, where the pictures and the model are, and what next."""
     output = result.output_dir
     folder = output / SHIPPED
@@ -200,7 +200,7 @@ def _ending(result: RunResult, recipe: RefineRecipe) -> str:
     ships = f"The refined model: {folder}."
     if verdict.ships_start:
         ships = f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}."
-    photos = recipe.dataset if Path(recipe.dataset).exists() else "photos/"
+    photos = images if Path(images).exists() else "photos/"
     command = shlex.join(["mim-refiner", "cluster", photos, "--model", str(folder)])
     parts += [ships, f"Next: {command}"]
     return " ".join(parts)

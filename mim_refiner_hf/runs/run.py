@@ -250,7 +250,7 @@ def _train(
     trainer.fit(prepared.start_step, stop, state, evaluate_average)
     if accelerator.is_main_process:
         # from here on the run goes on from the refinement's own checkpoints
-        remove_checkpoints(recipe)
+        remove_checkpoints(Path(recipe.output_dir))
     if warms_up_only:
         accelerator.print(
             f"The heads are warm: {recipe.output_dir}/checkpoints. "
