@@ -171,6 +171,13 @@ def section(setting: Setting, rows: list[dict[str, Any]]) -> list[str]:
             f"{words}, above the k-NN of raw pixels by more than two standard errors "
             f"({2 * error:.1f} points): {', '.join(above) or 'none'}.",
         ]
+    worse = [
+        row["method"]
+        for row in rows
+        if row["scores"]["pretrained"]["knn_accuracy"] < row["scores"]["random"]["knn_accuracy"]
+    ]
+    if worse:
+        lines += ["", f"Pre-trained, below the k-NN of random weights: {', '.join(worse)}."]
     missing = [method for method in METHODS if method not in {row["method"] for row in rows}]
     if missing:
         lines += ["", f"Not run yet: {', '.join(missing)}; the command goes on with them."]

@@ -94,7 +94,7 @@ def as_stream(found: FoundImages) -> Any:
 
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     # a relative one would count from the folder itself, as in a table
-    paths = [os.path.abspath(path) for path in found.sources]  # noqa: PTH100
+    paths = [str(Path(str(path)).absolute()) for path in found.sources]
     rows: dict[str, Any] = {"paths": paths}
     if found.labels is not None:
         names = found.class_names
