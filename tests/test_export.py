@@ -469,11 +469,6 @@ def test_onnx_without_its_extra_says_what_to_install(
         ("timm", {"gated_mlp": True}, "timm's Eva.*no activation but silu with gated_mlp=True"),
         (
             "timm",
-            {"pooling_head": "attention"},
-            "timm's VisionTransformer has no attention pooling of this kind",
-        ),
-        (
-            "timm",
             {"position_encoding": "absolute+rope", "rope_theta": 10, "rope_places": "index"},
             "timm's Eva.*no rotary positions as birder's",
         ),

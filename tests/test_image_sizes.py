@@ -94,9 +94,9 @@ def test_what_is_no_size_in_a_configuration(tmp_path: Path, size: Any) -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (0, "must be a multiple of patch_size=8, of at most 8192 pixels"),
-        (-8, "must be a multiple of patch_size=8, of at most 8192 pixels"),
-        (10**9, "must be a multiple of patch_size=8, of at most 8192 pixels"),
+        (0, "image_size=0: must be at least 1 and at most 8192"),
+        (-8, "image_size=-8: must be at least 1 and at most 8192"),
+        (10**9, "image_size=1000000000: must be at least 1 and at most 8192"),
         (30, "patch_size=8: must divide image_size=30; use image_size=24"),
         (4, "patch_size=8: must divide image_size=4; use image_size=8"),
         ("big", "must be of the type int"),

@@ -8,12 +8,10 @@ that the authors' own code wrote, of every official layout in turn.
 
 import io
 import json
-import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,7 +128,7 @@ def few_epochs(*arguments: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> Iterator[None]:
+def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> None:
     monkeypatch.setattr("mim_refiner_hf.runs.evaluate.check_protocols", few_epochs)
     trained = {
         "linear_probe": partial(linear_probe, epochs=2),
@@ -144,10 +142,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> Iterator[None]:
         "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=3)
     )
     monkeypatch.setattr("mim_refiner_hf.evaluation.segmentation.MIOU_RESAMPLES", 20)
-    before = Path.cwd()
-    os.chdir(stand_in)
-    yield
-    os.chdir(before)
+    monkeypatch.chdir(stand_in)
 
 
 def test_the_page_has_commands_for_every_protocol() -> None:
