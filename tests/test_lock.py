@@ -242,7 +242,7 @@ def test_processes_of_mpirun_are_one_job_or_refused(
     for name, value in zip(names, ("1", "2", "1"), strict=True):
         alone.setenv(name, value)
     # each would train by itself, and write what the other writes
-    for command in ("refine", "pretrain", "embed", "evaluate", "cluster"):
+    for command in ("refine", "pretrain", "embed", "evaluate"):
         assert cli.main([command, str(tmp_path)]) == 2
         assert "MASTER_ADDR and MASTER_PORT are not set" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one of 2 processes"), sole_run(tmp_path / "out", "out"):

@@ -11,13 +11,18 @@ from golden_cases import GOLDENS, contents, encoder_state, encoder_tensors, fact
 from torch import Tensor
 
 from mim_refiner_hf.conversion import CheckpointError, load_encoder, read
-from mim_refiner_hf.conversion.zoo import ZOO
+from mim_refiner_hf.conversion.zoo import ZOO, find_entry
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 
 CASE = "maect-encoder"
 FILES = ("checkpoint.th", "checkpoint_legacy_pos.th")
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
-NAMES = [name for name in ZOO if name.startswith(("maect", "mae_reimpl"))]
+# as the authors call them
+_SIZES = ("base16", "large16", "huge16", "huge14")
+NAMES = [
+    *(f"{stem}_{size}" for stem in ("maect", "maectaug") for size in _SIZES),
+    *(f"mae_reimpl_{size}" for size in _SIZES[:3]),
+]
 
 
 def by_name(monkeypatch: pytest.MonkeyPatch, name: str, file: str) -> MimRefinerModel:
@@ -27,11 +32,12 @@ def by_name(monkeypatch: pytest.MonkeyPatch, name: str, file: str) -> MimRefiner
 
 
 def test_the_names_are_those_of_the_authors() -> None:
-    sizes = ("base16", "large16", "huge16", "huge14")
-    tuned = [f"{stem}_{size}" for stem in ("maect", "maectaug") for size in sizes]
-    assert [*tuned, *(f"mae_reimpl_{size}" for size in sizes[:3])] == NAMES
     for name in NAMES:
-        assert ZOO[name].url == f"https://ml.jku.at/research/maect/download/{name}.th"
+        entry = find_entry(name)
+        assert entry is not None
+        assert entry.url == f"https://ml.jku.at/research/maect/download/{name}.th"
+    ours = [name for name in ZOO if name.startswith(("mae-ct-", "mae-reimpl-"))]
+    assert len({find_entry(name) for name in NAMES}) == len(NAMES) == len(ours)
 
 
 @pytest.mark.usefixtures("goldens")

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from ..runtime.ending import CommandFailure, EarlyEnd
-from ..runtime.ranks import stated_processes, stated_rank, take_ranks
+from ..runtime.ranks import check_ranks, stated_processes, stated_rank, take_ranks
 from ..runtime.room import SaveError, room_to_write
 from ..runtime.text import VisibleFormatter, on_terminal
 from ..runtime.wording import in_the_shell
@@ -89,6 +89,7 @@ def command(
     try:
         take_ranks()
         check_alone(name)
+        check_ranks()
         # heavy rooms are imported once the words are understood
         with in_the_shell():
             work = COMMANDS[name](sys.argv[1:] if arguments is None else arguments)

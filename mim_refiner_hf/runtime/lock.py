@@ -30,7 +30,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from .distributed import gather_objects, rank, world_size
 from .files import check_file, clear_left_over
 from .held import held, losses_named, still_held
-from .ranks import stated_rank, take_ranks
+from .ranks import check_ranks, stated_rank, take_ranks
 from .wording import setting
 
 LOCK = ".run.lock"
@@ -64,11 +64,12 @@ def sole_run(folder: Path, option: str, *, beside: bool = False) -> Iterator[Non
 
     Raises:
         ValueError: when another run holds it, with its process, host and start; or as
-            `check_writable` and `take_ranks`.
+            `check_writable`, `take_ranks` and `check_ranks`.
     """
     folder = folder.absolute()
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / LOCK
     take_ranks()
+    check_ranks()
     # which may not have met the others yet
     if world_size() == 1 and stated_rank() > 0:
         yield

@@ -1,6 +1,7 @@
 """Which process of a job this is, by what its launcher says, before the processes have met.
 
     take_ranks()                         # mpirun's names become torch's, as torchrun sets them
+    check_ranks()                        # ValueError unless the processes can find each other
     stated_rank(), stated_processes()    # 1, 4
 
 torch reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. mpirun, and srun with PMI, have names of
@@ -31,13 +32,10 @@ _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def take_ranks() -> None:
-    """Give what another launcher says torch's names, and check what is said.
-
-    To be called before torch is imported, which then keeps its warnings about lost processes.
+    """Give what another launcher says torch's names.
 
     Raises:
-        ValueError: where the processes could not find each other: no meeting point is named, or a
-            number makes no sense.
+        ValueError: where a number makes no sense.
     """
     if "WORLD_SIZE" not in os.environ:
         for theirs in _LAUNCHERS:
@@ -48,6 +46,15 @@ def take_ranks() -> None:
                 os.environ.update({name: value for name, value in told.items() if value})
                 break
 
+
+def check_ranks() -> None:
+    """Check that the processes of the job can find each other.
+
+    To be called before torch is imported, which then keeps its warnings about lost processes.
+
+    Raises:
+        ValueError: where no meeting point is named, or a number makes no sense.
+    """
     processes = stated_processes()
     if processes == 1:
         return
@@ -86,4 +93,4 @@ def _number(name: str, default: int) -> int:
     return int(stated)
 
 
-__all__ = ["stated_processes", "stated_rank", "take_ranks"]
+__all__ = ["check_ranks", "stated_processes", "stated_rank", "take_ranks"]
