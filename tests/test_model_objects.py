@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import timm
 import torch
@@ -52,6 +51,8 @@ def test_the_model_inside_is_read(state: str) -> None:
 
 
 def with_adapters(model: Any) -> Any:
+    # of the extra dev
+    peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return peft.get_peft_model(model, settings).eval()
 
