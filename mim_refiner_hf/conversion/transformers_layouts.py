@@ -157,21 +157,25 @@ def _swiglu(config: Mapping[str, Any]) -> Any:
     return "silu" if config.get("use_swiglu_ffn") else config.get("hidden_act")
 
 
-# the names tell it without a config.json, whose other values are the class's own and ours
-DINOV2 = Layout(
+# DINOv2, and what the classes after it are told from
+_NEWER = Layout(
     family="dinov2",
     title="transformers' DINOv2",
     model_types=("dinov2",),
-    signature=(
-        r"^(?:\w+\.)?embeddings\.position_embeddings$",
-        r"^(?:\w+\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1$",
-    ),
     prefix=r"dinov2\.",
     rules=_NEWER_RULES,
     drops=(_MASK_TOKEN,),
     settings=_PRE_NORM,
     facts={"hidden_act": _swiglu},
     claims=OF_DINOV2,
+)
+# the names tell it without a config.json, whose other values are the class's own and ours
+DINOV2 = replace(
+    _NEWER,
+    signature=(
+        r"^(?:\w+\.)?embeddings\.position_embeddings$",
+        r"^(?:\w+\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1$",
+    ),
 )
 DINOV2_WITH_REGISTERS = replace(
     DINOV2,
@@ -184,9 +188,8 @@ DINOV2_WITH_REGISTERS = replace(
     claims={**OF_DINOV2, "num_register_tokens": stated("num_register_tokens")},
 )
 DINOV3 = replace(
-    DINOV2,
+    _NEWER,
     family="dinov3",
-    signature=(),
     title="transformers' DINOv3",
     model_types=("dinov3_vit",),
     prefix=r"dinov3_vit\.",
@@ -196,9 +199,8 @@ DINOV3 = replace(
 )
 # the distillation token is a register of ours; the pooler is of a classification that is not there
 DEIT = replace(
-    DINOV2,
+    _NEWER,
     family="deit",
-    signature=(),
     title="transformers' DeiT",
     model_types=("deit",),
     prefix=r"deit\.",
@@ -212,9 +214,8 @@ DEIT = replace(
     claims={**OF_PLAIN_BLOCKS, "num_register_tokens": always(1)},
 )
 VIT_MSN = replace(
-    DINOV2,
+    _NEWER,
     family="vit_msn",
-    signature=(),
     title="transformers' ViTMSN",
     model_types=("vit_msn",),
     prefix=r"vit\.",
@@ -222,9 +223,8 @@ VIT_MSN = replace(
     claims=OF_PLAIN_BLOCKS,
 )
 TRANSFORMERS_IJEPA = replace(
-    DINOV2,
+    _NEWER,
     family="ijepa_transformers",
-    signature=(),
     title="transformers' I-JEPA",
     model_types=("ijepa",),
     prefix=r"ijepa\.",
@@ -235,9 +235,8 @@ TRANSFORMERS_IJEPA = replace(
     claims=OF_PLAIN_BLOCKS,
 )
 PIXIO = replace(
-    DINOV2,
+    _NEWER,
     family="pixio",
-    signature=(),
     title="transformers' Pixio",
     model_types=("pixio",),
     prefix=r"pixio\.",

@@ -163,9 +163,7 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
             continue
         if name in _PLACES and same_place(before, value):
             continue
-        # recipes of pre-training have been renamed
-        names = [recipe_name(str(word), PretrainRecipe.recipe_prefix) for word in (before, value)]
-        if name == "pretrain" and value and names[0] == names[1]:
+        if name == "pretrain" and _same_pretraining(before, value):
             continue
         changes.append(f"{name} was {before}, is {value}")
     if changes:
@@ -187,6 +185,14 @@ def same_place(before: Any, now: Any) -> bool:
         return all(place.exists() for place in places) and places[0].samefile(places[1])
     entry = find_entry(now)
     return entry is not None and find_entry(before) is entry
+
+
+def _same_pretraining(before: Any, now: Any) -> bool:
+    """Whether two spellings are of one recipe of pre-training, which have been renamed."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    prefix = PretrainRecipe.recipe_prefix
+    return recipe_name(before, prefix) == recipe_name(now, prefix)
 
 
 def saved_recipe(output: Path) -> dict[str, Any] | None:
