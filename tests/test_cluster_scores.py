@@ -134,3 +134,19 @@ def test_rankme_between_collapse_and_full_rank() -> None:
     assert rankme(torch.eye(16).repeat(4, 1)) == pytest.approx(16, rel=1e-4)
     assert rankme(torch.randn(64, 1) @ torch.randn(1, 16)) == pytest.approx(1, rel=1e-3)
     assert np.isfinite(rankme(torch.zeros(8, 4)))
+
+
+def test_features_of_items_without_a_label_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    generator = np.random.default_rng(0)
+    labels, groups = generator.integers(0, 3, 40), generator.integers(0, 3, 40)
+    points = generator.normal(size=(40, 4))
+    expected = cluster_scores(labels, groups, points)
+    mixed = np.concatenate([labels, np.full(9, -1)])
+    order = generator.permutation(49)
+    others = np.concatenate([groups, np.zeros(9, int)])
+    far = np.concatenate([points, np.full((9, 4), 100.0)])
+    found = cluster_scores(mixed[order], others[order], far[order])
+    assert found == pytest.approx(expected)
+    assert caplog.text.count("9 of 49") == 1
+    with pytest.raises(ValueError, match=r"embeddings must be 40 rows, .* not \(39, 4\)"):
+        cluster_scores(labels, groups, points[1:])

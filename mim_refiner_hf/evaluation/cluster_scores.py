@@ -40,6 +40,14 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
 
     How many have none is said. ValueError unless both are of one length, and where none has one.
     """
+    classes, groups, _ = _labelled_pair(labels, assignments)
+    return classes, groups
+
+
+def _labelled_pair(
+    labels: ArrayLike, assignments: ArrayLike
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """As `check_pair`, and which of the N items they are (N,)."""
     classes = np.asarray(labels)
     groups = np.asarray(assignments)
     if classes.ndim != 1 or classes.shape != groups.shape or len(classes) == 0:
@@ -50,7 +58,7 @@ def check_pair(labels: ArrayLike, assignments: ArrayLike) -> tuple[NDArray[Any],
     if groups.dtype.kind == "f" and not np.isfinite(groups).all():
         raise ValueError("assignments hold NaN or infinity; a group is a whole number or a word")
     has_one = labelled_rows(classes)
-    return classes[has_one], groups[has_one]
+    return classes[has_one], groups[has_one], has_one
 
 
 def matched(labels: ArrayLike, assignments: ArrayLike) -> NDArray[np.bool_]:
@@ -95,7 +103,7 @@ def cluster_scores(
         `accuracy` (Hungarian), `nmi`, `ami` (both arithmetic) and `ari`; with `embeddings` also
         `silhouette` (-1 to 1, higher is better) and `davies_bouldin` (lower is better), Euclidean.
     """
-    classes, groups = check_pair(labels, assignments)
+    classes, groups, has_one = _labelled_pair(labels, assignments)
     scores = {
         "accuracy": cluster_accuracy(classes, groups),
         "nmi": float(normalized_mutual_info_score(classes, groups)),
@@ -104,6 +112,11 @@ def cluster_scores(
     }
     if embeddings is not None:
         points = np.asarray(embeddings)
+        if points.ndim != 2 or len(points) != len(has_one):
+            raise ValueError(
+                f"embeddings must be {len(has_one)} rows, one for each label, not {points.shape}"
+            )
+        points = points[has_one]
         scores["silhouette"] = float(silhouette_score(points, classes))
         scores["davies_bouldin"] = float(davies_bouldin_score(points, classes))
     return scores
