@@ -363,3 +363,14 @@ def test_spaces_in_a_table_are_no_part_of_names_and_labels(
     table.write_text("file_name,caption\n0.png,red")
     assert open_images(str(tmp_path)).labels is None
     assert "has no column of labels, only file_name, caption" in caplog.text
+
+
+def test_words_that_are_one_number_are_two_classes(tmp_path: Path) -> None:
+    words = ["007", "7", "07", "8", "8"]
+    for number, _ in enumerate(words):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{word}" for number, word in enumerate(words)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    images = open_images(str(tmp_path))
+    labels = images.labels.tolist()
+    assert len(set(labels)) == 4 and labels[3] == labels[4], (labels, images.class_names)

@@ -295,12 +295,21 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
 
 def _readers() -> Mapping[str, Callable[[Path], Any]]:
     """How a table of each ending is read."""
+    import pyarrow as pa
     from pyarrow import csv, json, parquet
 
     def read_csv(file: Path) -> Any:
         # of other bytes the reader would make a column that is no text
-        text = file.read_text(encoding="utf-8-sig")
-        return csv.read_csv(io.BytesIO(text.encode()))
+        content = file.read_text(encoding="utf-8-sig").encode()
+        table = csv.read_csv(io.BytesIO(content))
+        numbers = [column.name for column in table.schema if pa.types.is_integer(column.type)]
+        as_text = csv.ConvertOptions(column_types=dict.fromkeys(numbers, pa.string()))
+        texts = csv.read_csv(io.BytesIO(content), convert_options=as_text)
+        # 007 and 7 are two words and one number
+        for name in set(numbers):
+            if len(texts[name].unique()) > len(table[name].unique()):
+                table = table.set_column(table.schema.get_field_index(name), name, texts[name])
+        return table
 
     return {".csv": read_csv, ".jsonl": json.read_json, ".parquet": parquet.read_table}
 
