@@ -32,6 +32,8 @@ from mim_refiner_hf.clustering.cluster_heads import (
     BETA,
     nearest_neighbours,
     pair_losses,
+    self_trained,
+    surest,
     train_heads,
 )
 from mim_refiner_hf.clustering.prototype_heads import (
@@ -164,6 +166,62 @@ def test_planted_groups_are_found_and_where_one_channel_drowns_the_rest_k_means_
     )
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 1.0])
+def test_the_surest_rows_of_each_group_are_those_of_a_slow_loop(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(7, (100,), generator=generator)
+    labels[labels == 3] = 4  # a group without rows
+    labels[17] = 7  # and one of a single row
+    confidence = torch.rand(100, generator=generator)
+    expected = set()
+    for group in range(8):
+        rows = [row for row in range(100) if labels[row] == group]
+        rows.sort(key=lambda row: -float(confidence[row]))
+        expected.update(rows[: int(np.ceil(share * len(rows)))])
+    assert set(surest(labels, confidence, share).nonzero()[:, 0].tolist()) == expected
+
+
+def test_self_training_is_a_cosine_classifier_on_the_surest_rows() -> None:
+    """Against a module, its optimiser and a loop over the same draws."""
+    rows, _ = blobs()
+    heads = train_heads(rows, 5, **FEW, self_training=0).heads
+    assert heads is not None
+    units = F.normalize(rows, dim=1)
+    found = self_trained(units, heads, 0.8, torch.Generator().manual_seed(3))
+
+    labels, confidence = heads.assign(units, 0.1)
+    kept = surest(labels, confidence, 0.8)
+    inputs = standardised(units, heads.mean, heads.scale)[kept]
+    targets = labels[kept]
+    module = torch.nn.Linear(8, 5, bias=False)
+    means = [F.normalize(inputs[targets == group].sum(0), dim=0) for group in range(5)]
+    module.weight.data = torch.stack(means)
+    optimiser = torch.optim.AdamW(module.parameters(), 1e-2, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(300):
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 + np.cos(np.pi * step / 300)) / 2
+        picks = torch.randint(len(inputs), (512,), generator=generator)
+        similarity = [F.cosine_similarity(inputs[picks], row[None]) for row in module.weight]
+        scores = torch.stack(similarity, dim=1) / 0.1
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(scores, targets[picks])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.testing.assert_close(found.prototypes[0], module.weight.detach(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.groups, torch.arange(5)[None])
+
+
+def test_self_training_leaves_one_head_of_the_groups_that_have_rows() -> None:
+    rows = torch.eye(3).repeat_interleave(10, dim=0)  # three different rows
+    agreed = train_heads(rows, 6, **FEW, self_training=0)
+    groups = train_heads(rows, 6, **FEW)
+    assert agreed.heads is not None and groups.heads is not None
+    assert len(agreed.heads.prototypes) == 3 and len(groups.heads.prototypes) == 1
+    assert torch.equal(groups.heads.groups[0], agreed.assignments.unique())
+    assert torch.equal(groups.assignments, agreed.assignments)
+    assert len(groups.centroids) == 6
+
+
 def test_the_same_seed_gives_the_same(groups: Clustering) -> None:
     torch.manual_seed(99)  # must not matter
     again, other = train_heads(blobs()[0], 5, **FEW), train_heads(blobs()[0], 5, **FEW, seed=1)
@@ -241,6 +299,8 @@ def test_empty_groups_are_told_and_can_be_left_out(caplog: pytest.LogCaptureFixt
         (torch.ones(5, 2), {"heads": 0}, "heads=0 must be at least 1"),
         (torch.ones(5, 2), {"neighbours": 0}, "neighbours=0 must be at least 1"),
         (torch.ones(5, 2), {"steps": -1}, "steps=-1 must be at least 1"),
+        (torch.ones(5, 2), {"self_training": 1.5}, "self_training=1.5 must lie between 0 and 1"),
+        (torch.ones(5, 2), {"self_training": float("nan")}, "self_training=nan must lie"),
     ],
 )
 def test_bad_input_is_named(features: Tensor, arguments: dict[str, int], message: str) -> None:

@@ -14,14 +14,18 @@ k-means and where not: benchmarks/results/cluster-heads.md of the package.
 Objective, weights of pairs, temperature and exponent are those of the authors' code
 (HHU-MMBS/TEMI-official-BMVC2023 @ c02631b). Other than there, a head is one layer of prototypes on
 standardised features and starts from k-means, not two layers from random weights, so that some
-hundred steps do in place of 100 epochs; and the teacher follows faster.
+hundred steps do in place of 100 epochs; and the teacher follows faster. The heads then agree on one
+grouping, and its surest rows train the classifier that is kept, as ICCE (Baydar & Akbas 2025, arXiv
+2511.16213) trains one on the pseudo-labels of a consensus.
 
 This file travels with saved models: it imports only torch, transformers and its flat neighbours.
 """
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +58,11 @@ _LEARNING_RATE = 2e-2
 _WARMUP = 0.1
 _WEIGHT_DECAY = 1e-4
 _PAIRS_PER_STEP = 512
+# of the classifier that learns from the consensus: one layer, so that few steps do
+_SELF_TRAINING_STEPS = 300
+_SELF_TRAINING_RATE = 1e-2
+_ROWS_PER_STEP = 512
+_SMOOTHING = 0.1
 # rows that are clustered again to measure the confidence
 _RETRAINED = 4096
 # passes of k-means for each head's start
@@ -150,6 +159,54 @@ def train_prototypes(
     return teacher, last
 
 
+def surest(labels: Tensor, confidence: Tensor, share: float) -> Tensor:
+    """Which rows (N,) are among the surest of their group: `share` of it, one row at least."""
+    order = confidence.argsort(descending=True, stable=True)
+    # group by group, the surest first
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    first = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(labels)
+    rank[order] = torch.arange(len(labels), device=labels.device) - first[labels[order]]
+    return rank < (share * sizes[labels]).ceil()
+
+
+def self_trained(
+    rows: Tensor, heads: PrototypeHeads, share: float, generator: torch.Generator
+) -> PrototypeHeads:
+    """One head in place of all, trained on their consensus (ICCE's last stage).
+
+    The groups of the surest rows are its labels. What the heads hold for one group by different
+    borders, one border has to explain: rows that they were not sure of often change their group.
+
+    Args:
+        rows: of length 1 (N, D).
+        heads: aligned.
+        share: of each group's rows, the surest first.
+    """
+    labels, confidence = heads.assign(rows, TEMPERATURE)
+    kept = surest(labels, confidence, share)
+    points = standardised(rows[kept], heads.mean, heads.scale)
+    # a group that has no row gets no class
+    groups, classes = labels[kept].unique(return_inverse=True)
+
+    sums = points.new_zeros(len(groups), points.shape[1]).index_add_(0, classes, points)
+    student = F.normalize(sums, dim=1).requires_grad_()
+    optimiser = torch.optim.AdamW([student], _SELF_TRAINING_RATE, weight_decay=_WEIGHT_DECAY)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _SELF_TRAINING_STEPS)
+    for _ in bars.tqdm(range(_SELF_TRAINING_STEPS), desc="self-training", unit="step"):
+        picks = torch.randint(len(points), (_ROWS_PER_STEP,), generator=generator).to(rows.device)
+        logits = class_logits(points[picks], student[None], TEMPERATURE)[0]
+        loss = F.cross_entropy(logits, classes[picks], label_smoothing=_SMOOTHING)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        fall.step()
+
+    best = heads.losses.min()[None]
+    return PrototypeHeads(student.detach()[None], heads.mean, heads.scale, groups[None], best)
+
+
 def check_training(count: int, num_clusters: int, **settings: int) -> None:
     """A ValueError unless heads can tell that many groups apart among `count` rows.
 
@@ -176,8 +233,9 @@ def train_heads(
     steps: int = 300,
     seed: int = 0,
     refits: int = 4,
+    self_training: float = 0.8,
 ) -> Clustering:
-    """Train cluster heads on features and group the rows by their consensus.
+    """Train cluster heads on features and group the rows by what they agree on.
 
     The search for neighbours takes 2 N^2 D operations; 10^5 rows of width 384 took under 4 minutes
     of one core, most of it that search. Time and memory of the rest grow with `heads`, K and
@@ -193,7 +251,9 @@ def train_heads(
         steps: of `_PAIRS_PER_STEP` pairs.
         seed: all random choices.
         refits: second trainings to calibrate the confidence by; 0 for none: then the confidence is
-            the consensus' probability.
+            the classifier's, or the consensus' probability.
+        self_training: share of each group's surest rows that train the last classifier, 0 to 1; 0
+            for the consensus of the heads itself.
 
     Returns:
         A `Clustering` with `heads`: its confidence is calibrated as in `kmeans`, its centroids
@@ -210,6 +270,8 @@ def train_heads(
     check_training(len(rows), num_clusters, heads=heads, neighbours=neighbours, steps=steps)
     if refits < 0:
         raise ValueError(f"refits={refits} must be at least 0")
+    if not 0 <= self_training <= 1:
+        raise ValueError(f"self_training={self_training} must lie between 0 and 1")
     refuse_bad(bad_rows(rows), len(rows))
 
     mean = rows.mean(0)
@@ -224,10 +286,20 @@ def train_heads(
 
     own = torch.arange(num_clusters, device=rows.device).repeat(heads, 1)
     agreed = PrototypeHeads(trained, mean, scale, own, losses).aligned(rows, TEMPERATURE)
+    if self_training:
+        agreed = self_trained(rows, agreed, self_training, generator)
     groups = grouped(rows, agreed, num_clusters)
     if refits:
-        settings = {"heads": heads, "neighbours": neighbours, "steps": steps}
-        groups = _calibrated(groups, rows, refits, seed, settings)
+        again = partial(
+            train_heads,
+            num_clusters=num_clusters,
+            heads=heads,
+            neighbours=neighbours,
+            steps=steps,
+            refits=0,
+            self_training=self_training,
+        )
+        groups = _calibrated(groups, rows, refits, seed, again)
 
     # second trainings say nothing
     if refits == 0:
@@ -239,7 +311,7 @@ def train_heads(
 
 
 def _calibrated(
-    groups: Clustering, rows: Tensor, refits: int, seed: int, settings: dict[str, int]
+    groups: Clustering, rows: Tensor, refits: int, seed: int, train: Callable[..., Clustering]
 ) -> Clustering:
     """The same groups of rows (N, D) with a confidence measured by second trainings."""
     num_clusters = len(groups.centroids)
@@ -249,8 +321,7 @@ def _calibrated(
     sample = rows[picks.to(rows.device)]
 
     def again(part: Tensor, own_seed: int) -> Tensor:
-        second = train_heads(part, num_clusters, seed=own_seed, refits=0, **settings)
-        return second.assign(sample)[0]
+        return train(part, seed=own_seed).assign(sample)[0]
 
     seconds = second_clusterings(sample, num_clusters, again, refits, seed, resample=False)
     labels = groups.assignments
@@ -298,4 +369,4 @@ def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clusterin
     )
 
 
-__all__ = ["nearest_neighbours", "pair_losses", "train_heads"]
+__all__ = ["nearest_neighbours", "pair_losses", "self_trained", "surest", "train_heads"]
