@@ -273,6 +273,12 @@ def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
     )
 
 
+def read_image(item: Any, num_channels: int) -> Picture:
+    """One item of `find_items`, decoded; ValueError, or what the network says, if it cannot be."""
+    name = item if isinstance(item, str) else None
+    return decode_image(read_item(item), num_channels, name)
+
+
 def _image_in_row(row: Mapping[str, Any]) -> Any:
     """The image of a row of `datasets`, decoded or not; the row itself where there is none."""
     cells = list(row.values())
@@ -312,9 +318,7 @@ class Images(Dataset[Picture | str]):
 
     def __getitem__(self, i: int) -> Picture | str:
         try:
-            item = self.items[i]
-            name = item if isinstance(item, str) else None
-            return decode_image(read_item(item), self.num_channels, name)
+            return read_image(self.items[i], self.num_channels)
         # Pillow, the network and data sets each raise their own
         except Exception as error:
             return " ".join(f"{error or type(error).__name__}".split())[:300]
@@ -330,5 +334,6 @@ __all__ = [
     "images_at",
     "lines_about_the_rest",
     "list_folder",
+    "read_image",
     "read_item",
 ]
