@@ -209,9 +209,10 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], checkpoint: 
     first = 0
     for optimizer in optimizers:
         count = len(_parameters(optimizer))
-        own_state = {
-            number: state[first + number] for number in range(count) if first + number in state
-        }
+        own_state = {}
+        for number in range(count):
+            if first + number in state:
+                own_state[number] = state[first + number]
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": own_state, "param_groups": groups})
         first += count
