@@ -67,7 +67,7 @@ def check_claims(
     claims: Mapping[str, Reader],
     config: Mapping[str, Any],
     placed: Mapping[str, Tensor],
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, object],
 ) -> None:
     """Compare a configuration with the weights, which win where they hold more than it says.
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,16 @@ from .containers import (
     teacher_beside,
     without_wrappers,
 )
-from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
+from .layout import (
+    CLS_POSITION,
+    CLS_TOKEN,
+    POSITIONS,
+    EncoderFields,
+    Layout,
+    Source,
+    listed,
+    stated,
+)
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
@@ -313,12 +322,14 @@ def _settle(
     kernel = placed.get(KERNEL)
     patch = kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else 1
     allowed = size and all(side % max(patch, 1) == 0 for side in size) and max(size) <= LARGEST_SIDE
+
     if asked is not None and not allowed:
         raise CheckpointError(
             f"{setting('image_size')} {brief(asked)} is no size for {found.name}; give one side, "
             "or height and width, in whole pixels, multiples of the patch size "
             f"{patch} up to {LARGEST_SIDE}"
         )
+
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
     return settle_positions(found.name, placed, size, asked is not None)
@@ -332,26 +343,10 @@ def _read_config(
     size: Size | None,
 ) -> MimRefinerConfig:
     """The configuration: what shapes tell, what the family fixes, above both what is stated."""
-    states = {
-        name: value
-        for name, value in found.config.items()
-        # what begins with an underline is what transformers makes of others
-        if name in MimRefinerConfig.__annotations__ and not name.startswith("_")
-    }
-    for name, read in layout.facts.items():
-        states[name] = read(found.config or found.contents)
-    states = {name: value for name, value in states.items() if value is not None}
-    # a model of ours says itself where it came from
-    model_type = found.config.get("model_type")
-    if layout in TRANSFORMERS_LAYOUTS:
-        named = model_type in layout.model_types
-        states["source_model_type"] = model_type if named else layout.model_types[-1]
-    if size is not None:
-        states["image_size"] = size[0] if size[0] == size[1] else list(size)
-
+    states = _stated_fields(found, layout, size)
     from_shapes = read_shapes(found.name, placed)
     _check_stated(found, layout, placed, from_shapes, states)
-    fields = from_shapes | dict(layout.settings) | states
+    fields = from_shapes | layout.settings | states
     if not fields["position_encoding"]:
         raise CheckpointError(
             f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either"
@@ -374,8 +369,10 @@ def _read_config(
             f"({', '.join(map(str, HEADS_OF_WIDTH))}); pass num_heads="
         )
 
+    # what a stranger states is of any type still
+    unchecked: Mapping[str, Any] = fields
     try:
-        config = MimRefinerConfig(**fields)
+        config = MimRefinerConfig(**unchecked)
     except ConfigurationError as error:
         raise CheckpointError(
             f"{found.name} describes an encoder that cannot be built: {error}; get its config.json "
@@ -385,12 +382,33 @@ def _read_config(
     return config
 
 
+def _stated_fields(found: Source, layout: Layout, size: Size | None) -> EncoderFields:
+    """What the source itself, and the size that is settled, say of the fields."""
+    states = {}
+    for name, value in found.config.items():
+        # what begins with an underline is what transformers makes of others
+        if name in MimRefinerConfig.__annotations__ and not name.startswith("_"):
+            states[name] = value
+    for name, read in layout.facts.items():
+        states[name] = read(found.config or found.contents)
+    known = {name: value for name, value in states.items() if value is not None}
+    fields = cast(EncoderFields, known)
+
+    # a model of ours says itself where it came from
+    if layout in TRANSFORMERS_LAYOUTS:
+        kind = found.config.get("model_type")
+        fields["source_model_type"] = kind if kind in layout.model_types else layout.model_types[-1]
+    if size is not None:
+        fields["image_size"] = size[0] if size[0] == size[1] else list(size)
+    return fields
+
+
 def _check_stated(
     found: Source,
     layout: Layout,
     placed: Mapping[str, Tensor],
-    shapes: Mapping[str, Any],
-    states: dict[str, Any],
+    shapes: EncoderFields,
+    states: EncoderFields,
 ) -> None:
     """CheckpointError where the weights are not what is stated, which becomes whole; in place."""
     _compare_sizes(found.name, shapes, states)
@@ -404,7 +422,7 @@ def _check_stated(
         check_stated_size(found.name, placed, size, shapes)
 
 
-def _compare_sizes(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def _compare_sizes(name: str, held: Mapping[str, object], states: Mapping[str, object]) -> None:
     """CheckpointError where the weights are of another size than is stated: none is built."""
     for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
         count = states.get(field_name)

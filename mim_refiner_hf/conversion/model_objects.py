@@ -32,6 +32,7 @@ def source_of_object(model: Any) -> Source:
     model = unwrapped(model)
     if isinstance(model, nn.Module):
         _refuse_without_weights(model)
+
     if isinstance(model, PreTrainedModel):
         return _of_transformers(model)
     if isinstance(model, nn.Module) and type(model).__module__.startswith("timm."):

@@ -75,9 +75,12 @@ def place_all(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Place
         )
     if not placed:
         raise _nothing_placed(name, layout, dropped)
+    if layout.rename is not None:
+        names = layout.rename(placed)
+        placed = {names[key]: tensor for key, tensor in placed.items()}
+        came_from = {names[key]: origin for key, origin in came_from.items()}
     if layout.finish is not None:
         placed = layout.finish(placed)
-        came_from = layout.finish(came_from)
     return Placement(placed, came_from, dropped)
 
 

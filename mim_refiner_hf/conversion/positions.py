@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ..runtime.files import CheckpointError
 from ..runtime.wording import setting
-from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS
+from .layout import (
+    ANY_POSITIONS,
+    CLS_POSITION,
+    CLS_TOKEN,
+    POSITIONS,
+    REGISTERS,
+    EncoderFields,
+)
 from .shapes import KERNEL
 
 logger = logging.getLogger(__name__)
@@ -102,7 +109,7 @@ def settle_positions(
 
 
 def check_stated_size(
-    name: str, placed: Mapping[str, Tensor], image_size: Size, shapes: Mapping[str, Any]
+    name: str, placed: Mapping[str, Tensor], image_size: Size, shapes: EncoderFields
 ) -> None:
     """CheckpointError where the size of images is not that of the tables of positions.
 
@@ -113,12 +120,14 @@ def check_stated_size(
     patch_size = shapes["patch_size"]
     height, width = image_size
     patches = (height // patch_size) * (width // patch_size)
+
     positions = placed.get(POSITIONS)
+    side = shapes.get("image_size")
     held = None
     if positions is not None and positions.ndim == 3:
         held = positions.shape[1]
-    elif "relative" in shapes["position_encoding"] and isinstance(shapes.get("image_size"), int):
-        held = (shapes["image_size"] // patch_size) ** 2
+    elif "relative" in shapes["position_encoding"] and isinstance(side, int):
+        held = (side // patch_size) ** 2
     if held not in (None, patches):
         size = height if height == width else [height, width]
         raise CheckpointError(
@@ -166,6 +175,7 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
         return
     positions = placed[POSITIONS]
     placed[POSITIONS] = positions[:, count:]
+
     first = int(CLS_TOKEN in placed)
     rows = positions[:, first:count]
     fit = REGISTERS in placed and placed[REGISTERS].shape == rows.shape

@@ -11,7 +11,7 @@ border.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.utils.hub import cached_file
 
@@ -22,6 +22,7 @@ from ..model.image_processing_mim_refiner import (
     sides_of,
 )
 from ..runtime.strangers import read_json
+from .layout import PreprocessorFields
 
 _FILE = "preprocessor_config.json"
 # where transformers 5 nests the same for models with several inputs
@@ -108,7 +109,7 @@ def image_processor(
     )
 
 
-def as_in_the_paper(config: MimRefinerConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+def as_in_the_paper(config: MimRefinerConfig, source: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a source states, but for the size: the crop is the native one, of 8/7 of its side.
 
     For 224 pixels that is 256, then 224, as the authors evaluate on ImageNet and iNaturalist.
@@ -134,6 +135,7 @@ def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> l
     value = source.get(key)
     if value is None:
         return default
+
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     if len(numbers) == 1:
         numbers *= len(default)
@@ -177,24 +179,25 @@ def _of_a_share(size: dict[str, int], share: float) -> tuple[dict[str, int], dic
     return {"shortest_edge": int(side / share)}, square
 
 
-def for_channels(family: Mapping[str, Any], channels: int) -> dict[str, Any]:
+def for_channels(family: PreprocessorFields, channels: int) -> PreprocessorFields:
     """What a family does with colours, for so many channels; nothing where they are not alike."""
-    fitted = dict(family)
-    for name in ("image_mean", "image_std"):
+    fitted = family.copy()
+    names: tuple[Literal["image_mean", "image_std"], ...] = ("image_mean", "image_std")
+    for name in names:
         numbers = fitted.get(name)
         if numbers is None or len(numbers) == channels:
             continue
         if len(set(numbers)) == 1:
-            fitted[name] = list(numbers[:1]) * channels
+            fitted[name] = numbers[:1] * channels
         else:
             del fitted[name]
     return fitted
 
 
-def nested_preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
+def nested_preprocessing(processor: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a `processor_config.json` says of images; empty where it says nothing."""
     nested = processor.get(_NESTED)
-    return dict(nested) if isinstance(nested, Mapping) else {}
+    return nested if isinstance(nested, Mapping) else {}
 
 
 def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
@@ -204,14 +207,14 @@ def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
     return sides_of(stated_size) or native
 
 
-def saved_preprocessing(name: str) -> dict[str, Any]:
+def saved_preprocessing(name: str) -> Mapping[str, Any]:
     """The preprocessing that a folder or a Hub name states; empty where it states none."""
     if not name:
         return {}
     return nested_preprocessing(_stated(name, PROCESSOR)) or _stated(name, _FILE)
 
 
-def _stated(name: str, file: str) -> dict[str, Any]:
+def _stated(name: str, file: str) -> Mapping[str, Any]:
     """The object in a JSON file of a folder or a Hub name; empty where there is none."""
     path = Path(name) / file
     found = str(path) if path.is_file() else None

@@ -105,9 +105,9 @@ def _read_folder(name: str, folder: Path, licence: Licence, more: tuple[str, ...
         more: names of weights besides `WEIGHTS`.
     """
     digests = read_json(folder / DIGESTS)
-    config, preprocessing = (read_json(folder / file) for file in SETTINGS)
+    config, stated = (read_json(folder / file) for file in SETTINGS)
     # as transformers: one that is nested in the processor's file comes first
-    preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or preprocessing
+    preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or stated
 
     contents: dict[str, Any] = {}
     for file in weight_files(folder, name, more):
@@ -170,6 +170,7 @@ def _hub_folder(name: str, revision: str | None) -> Path:
             folder = Path(patiently(download, f"loading {name}"))
             if any((folder / found).is_file() for found in weights[:2]):
                 break
+
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: the Hub does not answer ({error}); check the name and the "
