@@ -169,10 +169,11 @@ def _add_linked(
     """Add links to files to `files`, but for those whose file is among them; returns the latter."""
     if not linked_files:
         return []
-    known = {
-        os.path.join(entered[folder], name)  # noqa: PTH118
-        for folder, name in map(os.path.split, files)
-    }
+    known = set()
+    for file in files:
+        folder, name = os.path.split(file)
+        known.add(os.path.join(entered[folder], name))  # noqa: PTH118
+
     repeated = []
     for link in sorted(linked_files):
         target = os.path.realpath(link)
@@ -217,6 +218,7 @@ def lines_about_the_rest(
     others = [file for file in listing.files if file not in kept]
     if others:
         lines.append(f"{_counted(others, 'file')} in {root} left aside: {_by_ending(others)}")
+
     if listing.links:
         names = _named(listing.links, root)
         lines.append(f"{_counted(listing.links, 'link')} to folders not entered: {names}{hint}")
@@ -246,7 +248,9 @@ def _by_ending(files: Sequence[str]) -> str:
 
 def _named(paths: Sequence[str], root: str | Path) -> str:
     names = [ascii(os.path.relpath(path, root))[1:-1] for path in paths[:_MOST_NAMED]]
-    return ", ".join([*names, *(["..."] if len(paths) > _MOST_NAMED else [])])
+    if len(paths) > _MOST_NAMED:
+        names.append("...")
+    return ", ".join(names)
 
 
 def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:

@@ -371,7 +371,9 @@ class ImageClusteringPipeline(Pipeline):
         """
         items = find_items(images)
         name = self.number_called
-        check_num_clusters(None if clustering else num_clusters, len(items), method, name)
+        # groups of an earlier call have their number
+        asked = None if clustering else num_clusters
+        check_num_clusters(asked, len(items), method, name)
 
         batch_size = batch_size or self._batch_size or _BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
@@ -389,10 +391,8 @@ class ImageClusteringPipeline(Pipeline):
         self._keep(features, clustering, broken, why)
         groups = clustering.assignments.tolist()
         scores = clustering.confidence.tolist()
-        return [
-            {"image": name, "index": index, "cluster": group, "score": score}
-            for name, index, group, score in zip(names, kept, groups, scores, strict=True)
-        ]
+        rows = zip(names, kept, groups, scores, strict=True)
+        return [ImageInGroup(image=i, index=n, cluster=g, score=s) for i, n, g, s in rows]
 
     def _keep(
         self,
@@ -404,6 +404,7 @@ class ImageClusteringPipeline(Pipeline):
         """Set what the caller may ask for after a call."""
         self.features = features
         self.clustering = clustering
+
         self.summary = {
             "num_images": len(features),
             "sizes": clustering.counts.tolist(),

@@ -191,10 +191,11 @@ def _image_shape(found: Source) -> tuple[int, int, int]:
         channels = height = width = None
 
     if not all(is_number(side, 1, LARGEST_SIDE) for side in (channels, height, width)):
+        stated = signature if shape is None else shape
         raise CheckpointError(
             f"{found.name} is a file of birder without a signature that states the shape of its "
-            f"images: {brief(signature if shape is None else shape)}, expected "
-            "inputs[0].data_shape [0, channels, height, width]; get it again"
+            f"images: {brief(stated)}, expected inputs[0].data_shape "
+            "[0, channels, height, width]; get it again"
         )
     return channels, height, width
 
@@ -254,9 +255,11 @@ def _fold_positions(name: str, state: dict[str, Any], patches: int) -> None:
     special = sum(state[key].shape[1] for key in tokens)
     rows = table.shape[1]
     if rows not in (patches, patches + special):
+        made = f"{patches} patches"
+        if special:
+            made += f", beside {special} tokens that are none"
         raise CheckpointError(
-            f"{name}: pos_embedding has {rows} rows, but its signature makes {patches} patches"
-            f"{f', beside {special} tokens that are none' if special else ''}; get it again"
+            f"{name}: pos_embedding has {rows} rows, but its signature makes {made}; get it again"
         )
     if rows == patches or any(state[key].shape[2] != table.shape[2] for key in tokens):
         return

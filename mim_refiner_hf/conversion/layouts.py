@@ -131,16 +131,15 @@ IJEPA = replace(
 
 # timm's training keeps an average of the weights beside them, and takes that
 _BARE = (("state_dict_ema",), ("state_dict",), ())
-# masked autoencoders with their decoder, in another container than the authors'
-WHOLE_MAES = tuple(
-    replace(
-        layout,
-        family=f"{layout.family}_whole",
-        paths=_BARE,
-        signature=(*layout.signature, r"^decoder_embed\."),
-    )
-    for layout in (DBOT, CROSSMAE, MAE)
-)
+
+
+def _whole(layout: Layout) -> Layout:
+    """A masked autoencoder with its decoder, in another container than its authors'."""
+    signature = (*layout.signature, r"^decoder_embed\.")
+    return replace(layout, family=f"{layout.family}_whole", paths=_BARE, signature=signature)
+
+
+WHOLE_MAES = (_whole(DBOT), _whole(CROSSMAE), _whole(MAE))
 
 _CLASSIFIER_HEAD = (r"(?:head|head_dist)\..*", "classifier")
 # of the mean of the patches; the blocks then end without a norm
@@ -516,7 +515,6 @@ CAPI_WHOLE = replace(
 # --- birder: the RoPE ViTs of its CAPI models; `birder_models.py` reads what a file states --------
 
 _BIRDER_BLOCK = r"encoder\.block\.(\d+)\."
-_BIRDER_POOL = r"attn_pool\."
 BIRDER_ROPE_VIT = Layout(
     family=BIRDER,
     title="a RoPE ViT of birder (birder-project/birder), such as its CAPI models",
@@ -538,13 +536,9 @@ BIRDER_ROPE_VIT = Layout(
         Rule(_BIRDER_BLOCK + r"mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
         Rule(_BIRDER_BLOCK + r"mlp\.(?:3|fc2)\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
         _FINAL_NORM,
-        Rule(_BIRDER_POOL + r"latent", "attention_pooling.query"),
-        Rule(_BIRDER_POOL + r"q\.(weight|bias)", r"attention_pooling.q_proj.\1"),
-        Rule(_BIRDER_POOL + r"kv\.(weight|bias)", r"attention_pooling.*_proj.\1", split_kv),
-        Rule(_BIRDER_POOL + r"proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
-        Rule(_BIRDER_POOL + r"norm\.(weight|bias)", r"attention_pooling.norm.\1"),
-        Rule(_BIRDER_POOL + r"mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
-        Rule(_BIRDER_POOL + r"mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
+        *_ATTENTION_POOLING,
+        Rule(r"attn_pool\.mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
+        Rule(r"attn_pool\.mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
     ),
     drops=((r"classifier\.(?:weight|bias)", "classifier"),),
     settings={

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils.hub import cached_file
 
+from ..runtime.strangers import file_of_model
 from ..runtime.text import one_line
 from ..runtime.wording import setting
 
@@ -144,19 +144,10 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
 
 def saved_licence(name: str) -> Licence:
     """What the card of a folder or of a Hub name states; not known where there is none."""
-    if not name:
+    card = file_of_model(name, CARD)
+    if card is None:
         return UNKNOWN
-    if Path(name).is_dir():
-        return licence_beside(Path(name))
-    if Path(name).exists() or name.count("/") != 1:
-        return UNKNOWN
-
-    try:
-        card = cached_file(name, CARD)
-    # no such model, no card, or no network
-    except (OSError, ValueError):
-        return UNKNOWN
-    return UNKNOWN if card is None else licence_beside(Path(card).parent, name)
+    return licence_beside(card.parent, None if Path(name).is_dir() else name)
 
 
 def is_licence(identifier: object) -> bool:

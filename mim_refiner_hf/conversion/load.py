@@ -35,7 +35,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from ..runtime.wording import setting
 from .birder_models import birder_in_our_words
-from .claims import check_claims
+from .claims import check_claims, check_sizes
 from .containers import (
     InnerEncoder,
     inner_encoder,
@@ -44,8 +44,6 @@ from .containers import (
     without_wrappers,
 )
 from .layout import (
-    CLS_POSITION,
-    CLS_TOKEN,
     POSITIONS,
     EncoderFields,
     Layout,
@@ -57,7 +55,7 @@ from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
-from .positions import Size, as_size, check_stated_size, exact_sum, settle_positions
+from .positions import Size, as_size, check_stated_size, settle_positions, shape_as_ours
 from .preprocessing import for_channels, image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
@@ -159,7 +157,7 @@ def encoder_from(
         placement = replace(placement, tensors=found.finish(placement.tensors))
     size = _settle(found, placement.tensors, image_size)
     config = _read_config(found, layout, placement.tensors, num_heads, size)
-    _shape_as_ours(placement.tensors)
+    shape_as_ours(placement.tensors)
 
     # shapes only: every weight comes from the source
     with torch.device("meta"):
@@ -168,9 +166,9 @@ def encoder_from(
 
     # copies, no views of a mapped file
     dtype = _dtype_of(found.name, placement.tensors)
-    weights = {
-        name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placement.tensors.items()
-    }
+    weights = {}
+    for name, tensor in placement.tensors.items():
+        weights[name] = tensor.to(dtype, copy=True).contiguous()
     encoder.load_state_dict(weights, assign=True)
     encoder.train(False)
 
@@ -249,7 +247,10 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
         if sign:
             kept = [name for name in tensors if layout.reason_to_drop(name) is None]
             _refuse_classifier(found.name, kept)
-            return layout, tensors, f"{sign} under {where!r}" if where else sign
+            if where:
+                sign += f" under {where!r}"
+            return layout, tensors, sign
+
     if family is None and model_type is None:
         inner = inner_encoder(found.name, found.contents)
         # with the same names there is nothing else to see in it
@@ -285,11 +286,11 @@ def _unknown_family(
         return CheckpointError(f"family={family!r} is unknown; allowed: {families}")
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
+        problem = f"model_type={brief(model_type)}, not a plain ViT known here ({known})"
         reason = why_not(str(model_type))
-        return CheckpointError(
-            f"{name} has model_type={brief(model_type)}, not a plain ViT known here ({known})"
-            f"{f': {reason}' if reason else ''}; give one of these"
-        )
+        if reason:
+            problem += f": {reason}"
+        return CheckpointError(f"{name} has {problem}; give one of these")
 
     tensors = dict(named_tensors(contents))
     _refuse_classifier(name, list(tensors))
@@ -411,7 +412,7 @@ def _check_stated(
     states: EncoderFields,
 ) -> None:
     """CheckpointError where the weights are not what is stated, which becomes whole; in place."""
-    _compare_sizes(found.name, shapes, states)
+    check_sizes(found.name, shapes, states)
     if found.config:
         check_claims(found.name, layout.claims, found.config, placed, shapes)
 
@@ -420,31 +421,6 @@ def _check_stated(
     if size and found.config.get("model_type") != MimRefinerConfig.model_type:
         states["cut_to_patches"] = any(side % shapes["patch_size"] for side in size)
         check_stated_size(found.name, placed, size, shapes)
-
-
-def _compare_sizes(name: str, held: Mapping[str, object], states: Mapping[str, object]) -> None:
-    """CheckpointError where the weights are of another size than is stated: none is built."""
-    for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
-        count = states.get(field_name)
-        if not isinstance(count, int) or count == held[field_name]:
-            continue
-        blocks = " such blocks" if field_name != "hidden_size" else ""
-        raise CheckpointError(
-            f"{name} states {field_name}={brief(count)}, but its weights have "
-            f"{held[field_name]}{blocks}; get its config.json and its weights again"
-        )
-
-
-def _shape_as_ours(placed: dict[str, Tensor]) -> None:
-    """Positions of a grid in one row, and that of CLS added to its token; in place."""
-    if POSITIONS in placed and placed[POSITIONS].ndim == 4:
-        placed[POSITIONS] = placed[POSITIONS].flatten(1, -2)
-    if CLS_POSITION in placed and CLS_TOKEN in placed:
-        token = placed[CLS_TOKEN]
-        position = placed.pop(CLS_POSITION)
-        # else one of them is wrong, which `check_shapes` will say
-        if token.shape == position.shape and token.dtype == position.dtype:
-            placed[CLS_TOKEN] = exact_sum(token, position)
 
 
 def _dtype_of(name: str, placed: Mapping[str, Tensor]) -> torch.dtype:

@@ -88,11 +88,13 @@ def settle_positions(
                 _split(placed, count)
                 return image_size
         if asked:
+            held = f"positions for {rows}"
+            if prefix:
+                held += f", or {rows - prefix} beside {prefix} that are none"
             raise CheckpointError(
                 f"{name}: {setting('image_size')} {height} x {width} is {patches} patches of "
-                f"{patch_size} pixels, but the file has positions for {rows}"
-                + (f", or {rows - prefix} beside {prefix} that are none" if prefix else "")
-                + f"; give {_a_size_of(rows, prefix, patch_size)}"
+                f"{patch_size} pixels, but the file has {held}; give "
+                f"{_a_size_of(rows, prefix, patch_size)}"
             )
 
     if table is not None:
@@ -186,6 +188,18 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
         placed[CLS_POSITION] = positions[:, :1]
 
 
+def shape_as_ours(placed: dict[str, Tensor]) -> None:
+    """Positions of a grid in one row, and that of CLS added to its token; in place."""
+    if POSITIONS in placed and placed[POSITIONS].ndim == 4:
+        placed[POSITIONS] = placed[POSITIONS].flatten(1, -2)
+    if CLS_POSITION in placed and CLS_TOKEN in placed:
+        token = placed[CLS_TOKEN]
+        position = placed.pop(CLS_POSITION)
+        # else one of them is wrong, which the check of the shapes will say
+        if token.shape == position.shape and token.dtype == position.dtype:
+            placed[CLS_TOKEN] = exact_sum(token, position)
+
+
 def exact_sum(token: Tensor, position: Tensor) -> Tensor:
     """A token with its position: in their dtype, or in float32 where that would round the sum.
 
@@ -199,4 +213,4 @@ def exact_sum(token: Tensor, position: Tensor) -> Tensor:
     return total
 
 
-__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions"]
+__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions", "shape_as_ours"]

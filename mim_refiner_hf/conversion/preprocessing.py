@@ -10,10 +10,7 @@ border.
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
-
-from transformers.utils.hub import cached_file
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, brief
 from ..model.image_processing_mim_refiner import (
@@ -21,7 +18,7 @@ from ..model.image_processing_mim_refiner import (
     check_settings,
     sides_of,
 )
-from ..runtime.strangers import read_json
+from ..runtime.strangers import file_of_model, read_json
 from .layout import PreprocessorFields
 
 _FILE = "preprocessor_config.json"
@@ -96,14 +93,19 @@ def image_processor(
     mean = _per_channel(source, "image_mean", mean)
     std = _per_channel(source, "image_std", std)
     mean, std = _of_unit_pixels(source, mean, std)
+
     resample = source.get("resample")
+    if resample is None:
+        resample = MimRefinerImageProcessor.resample
+    if not squash:
+        size = {"shortest_edge": max(size.values())}
     return MimRefinerImageProcessor(
-        size=size if squash else {"shortest_edge": max(size.values())},
+        size=size,
         squash=squash,
         crop_size=crop,
         image_mean=mean,
         image_std=std,
-        resample=MimRefinerImageProcessor.resample if resample is None else resample,
+        resample=resample,
         do_convert_rgb=config.num_channels == 3,
         value_range=source.get("value_range"),
     )
@@ -209,22 +211,13 @@ def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
 
 def saved_preprocessing(name: str) -> Mapping[str, Any]:
     """The preprocessing that a folder or a Hub name states; empty where it states none."""
-    if not name:
-        return {}
     return nested_preprocessing(_stated(name, PROCESSOR)) or _stated(name, _FILE)
 
 
 def _stated(name: str, file: str) -> Mapping[str, Any]:
     """The object in a JSON file of a folder or a Hub name; empty where there is none."""
-    path = Path(name) / file
-    found = str(path) if path.is_file() else None
-    if not Path(name).exists() and name.count("/") == 1:
-        try:
-            found = cached_file(name, file)
-        # no such model or file, or no network: the family's own preprocessing is as good
-        except (OSError, ValueError):
-            found = None
-    return {} if found is None else read_json(Path(found))
+    path = file_of_model(name, file)
+    return {} if path is None else read_json(path)
 
 
 __all__ = [

@@ -47,15 +47,18 @@ class Note:
         """Nor of the state."""
 
 
-# NumPy 1 and 2
-_CORES = ("core", "_core")
-_ARRAYS = [f"{core}.multiarray.{what}" for core in _CORES for what in ("scalar", "_reconstruct")]
-_PATHS = [f"{pure}{system}Path" for pure in ("", "Pure") for system in ("", "Posix", "Windows")]
-# what trainers note beside the weights, by its names in pickles: scores as numbers of NumPy, the
-# state of its random generator, folders
+# what trainers note beside the weights, by its names in pickles: scores as numbers of NumPy (1 and
+# 2), the state of its random generator, folders
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _NOTED = [
-    *(f"numpy.{name}" for name in ("dtype", "ndarray", *_ARRAYS)),
-    *(f"pathlib{module}.{name}" for module in ("", "._local") for name in _PATHS),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    *(f"pathlib.{name}" for name in _PATHS),
+    *(f"pathlib._local.{name}" for name in _PATHS),
 ]
 
 

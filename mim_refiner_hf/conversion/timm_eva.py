@@ -25,10 +25,7 @@ _KNOWN = (
     "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*), Perception Encoder (vit_pe_*), "
     "DINOv3 (vit_*_dinov3) and Sapiens2 (vit_*_sapiens2) load"
 )
-_TURNED = (
-    *(f".attention.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias")),
-    *(f".attention.{which}_norm.{kind}" for which in "qk" for kind in ("weight", "bias")),
-)
+_TURNED = re.compile(r".*\.attention\.[qk]_(?:proj|norm)\.(?:weight|bias)")
 _SHARED = re.compile(r"layers\.(\d+)\.attention\.[kv]_proj\.(?:weight|bias)")
 
 
@@ -150,7 +147,7 @@ def _turn_of(model: Any) -> Callable[[str, Tensor], Tensor] | None:
     def turn(name: str, tensor: Tensor) -> Tensor:
         # what is misshapen is named where all shapes are checked
         fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
-        if name.endswith(_TURNED) and fits:
+        if _TURNED.fullmatch(name) and fits:
             return in_order(tensor, order)
         if name.endswith(".rope.frequencies") and columns_first:
             return tensor.flip(0)

@@ -245,7 +245,9 @@ def _config_fields(name: str, model: Any) -> EncoderFields:
     has_cls = model.cls_token is not None
     # as the authors of registers resize the table, and timm any
     has_registers = getattr(model, "reg_token", None) is not None
+    resampling = "bicubic_antialias" if has_registers else None
     height, width = model.patch_embed.img_size
+    size = height if height == width else [height, width]
     return {
         "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(model.blocks),
@@ -253,9 +255,9 @@ def _config_fields(name: str, model: Any) -> EncoderFields:
         "norm_type": _one_of(name, "norms", block.norm1, _NORMS),
         "layer_norm_eps": block.norm1.eps,
         "hidden_act": _activation(name, block.mlp),
-        "image_size": height if height == width else [height, width],
+        "image_size": size,
         "position_encoding": "+".join(positions),
-        "position_resampling": "bicubic_antialias" if has_registers else None,
+        "position_resampling": resampling,
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),

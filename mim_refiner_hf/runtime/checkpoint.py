@@ -96,7 +96,8 @@ def save_checkpoint(
     """
     parts, places = own_parts(tensors)
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    names = tensor_files(world_size() if sharded else 1)
+    writers = world_size() if sharded else 1
+    names = tensor_files(writers)
     text = json.dumps(state)
     own_bytes = sum(part.nbytes for part in parts.values())
     needed = sum(gather_objects(own_bytes)) + len(text) + _SMALL_FILES

@@ -97,7 +97,8 @@ def sync_to_disk(path: Path) -> None:
     # Windows syncs no folder, and a file only where it is open for writing
     if ON_WINDOWS and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
+    access = os.O_RDWR if ON_WINDOWS else os.O_RDONLY
+    descriptor = os.open(path, access)
     try:
         os.fsync(descriptor)
     finally:

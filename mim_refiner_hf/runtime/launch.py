@@ -113,7 +113,8 @@ def launch_processes(count: int) -> int:
         run_processes([*options, *target, *sys.argv[1:]])
     # the processes had it too, and time to finish their step
     except SignalException as error:
-        return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
+        number = signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM
+        return 128 + number
     # what went wrong has been said by the process itself
     except ChildFailedError as error:
         _, failure = error.get_first_failure()

@@ -1,6 +1,7 @@
 """Files of strangers, bounded before they are believed: JSON, and what torch files hold.
 
     config = read_json(folder / "config.json")     # {} where there is none
+    card = file_of_model("user/name", "README.md")
     check_contents(path, torch.load(path, weights_only=True))
 
 A file of a hundred kilobytes can be nested so deep that its reader crashes, hold a number that
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from .files import CheckpointError, in_bytes
 from .text import one_line
@@ -91,6 +93,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def file_of_model(name: str, file: str) -> Path | None:
+    """A file of a model folder, or of a Hub name; None where there is none, or no network."""
+    path = Path(name, file)
+    if name and path.is_file():
+        return path
+    if Path(name).exists() or name.count("/") != 1:
+        return None
+
+    try:
+        found = cached_file(name, file)
+    # no such model or file, or no network
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
 def check_contents(path: Path, contents: Mapping[Any, Any]) -> None:
     """Check that walking through what a weight file holds, and copying its tensors, has an end.
 
@@ -136,4 +154,4 @@ def _bytes_of(path: Path, key: object, tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-__all__ = ["check_contents", "parse_json", "read_json"]
+__all__ = ["check_contents", "file_of_model", "parse_json", "read_json"]
