@@ -43,14 +43,7 @@ from .containers import (
     teacher_beside,
     without_wrappers,
 )
-from .layout import (
-    POSITIONS,
-    EncoderFields,
-    Layout,
-    Source,
-    listed,
-    stated,
-)
+from .layout import POSITIONS, EncoderFields, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
