@@ -335,7 +335,10 @@ for folder in folders:
 pipe.save_pretrained(folders[-1] + "-again")
 again = folders[-1] + "-again"
 pipe = pipeline("image-clustering", model=again, trust_remote_code=True, device="cpu")
-found.append([entry["cluster"] for entry in pipe(photos, num_clusters=3)])
+entries = pipe(photos, num_clusters=3)
+found.append([entry["cluster"] for entry in entries])
+vectors = pipe.model.encode([entry["image"] for entry in entries])
+assert abs(vectors - pipe.features.numpy()).max() < 1e-5
 print(json.dumps(found))
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from small_runs import SHAPE
 from transformers import (
     AutoModel,
@@ -35,6 +35,7 @@ from mim_refiner_hf import (
     refine,
 )
 from mim_refiner_hf.data import open_images
+from mim_refiner_hf.model import modeling_mim_refiner
 from mim_refiner_hf.runtime.wording import in_the_shell, setting, shown
 
 NUM_IMAGES = 40
@@ -367,6 +368,48 @@ def test_encode_takes_images_arrays_and_paths(
             encoder.encode(wrong)
     with pytest.raises(ValueError, match="has no preprocessing"):
         MimRefinerModel(mim_refiner_hf.MimRefinerConfig(**SHAPE)).encode(pixels)
+
+
+def odd_pictures(folder: Path) -> None:
+    """Files of 16 bits, of floats, in CMYK, turned by EXIF, and half transparent."""
+    rng = np.random.default_rng(0)
+    grey = rng.random((40, 48))
+    colour = rng.integers(0, 256, (40, 48, 4), dtype=np.uint8)
+    Image.fromarray((grey * 40000).astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray((grey * 0.8).astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(colour, mode="CMYK").save(folder / "press.jpg")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(colour[..., :3]).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(colour, mode="RGBA").save(folder / "clear.png")
+
+
+def test_encode_decodes_as_the_pipelines_do(
+    encoder: MimRefinerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd_pictures(tmp_path)
+    paths = sorted(tmp_path.iterdir())
+    expected = embed(encoder, tmp_path)
+    assert np.allclose(encoder.encode(paths), expected, atol=1e-5)
+    assert np.allclose(encoder.encode([Image.open(path) for path in paths]), expected, atol=1e-5)
+    pipe = pipeline("image-clustering", model=encoder)
+    pipe(tmp_path, num_clusters=2)
+    assert np.allclose(pipe.features, expected, atol=1e-5)
+    (tmp_path / "none.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"Cannot decode .*none\.png: it is no image"):
+        encoder.encode(tmp_path / "none.png")
+
+    def alone(name: str, package: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    # a file that travels without the package reads what it reads right, or refuses it
+    monkeypatch.setattr(modeling_mim_refiner, "import_module", alone)
+    for path, vector in zip(paths, expected, strict=True):
+        if path.stem in ("press", "turned"):
+            assert np.allclose(encoder.encode(str(path))[0], vector, atol=1e-5)
+        elif path.stem in ("deep", "float"):
+            with pytest.raises(ValueError, match="has more than 8 bits"):
+                encoder.encode(path)
 
 
 def test_pipelines_find_the_processor_of_an_encoder(

@@ -33,8 +33,9 @@ _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _CHANNEL_AXES = "SC"
 # pages without a meaning: channels if somebody asks for as many
 _PAGE_AXES = "IQ"
-# where a GeoTIFF says which value marks pixels without data
-_GDAL_NODATA = 42113
+GDAL_NODATA = 42113
+"""The tag in which a GeoTIFF says which value marks pixels without data."""
+
 _NEEDS_TIFFFILE = 'pip install "mim_refiner_hf[tiff]" for TIFFs of many channels'
 
 
@@ -83,8 +84,11 @@ class ChannelImage:
         shown = self.pixels[..., :count].astype(np.float64)
         low = float(shown.min())
         span = float(shown.max()) - low
-        grey = np.rint((shown - low) * (255 / span if span else 0.0)).astype(np.uint8)
-        return Image.fromarray(grey if count == 3 else grey[..., 0]).convert(mode)
+        scale = 255 / span if span else 0.0
+        grey = np.rint((shown - low) * scale).astype(np.uint8)
+        if count == 1:
+            grey = grey[..., 0]
+        return Image.fromarray(grey).convert(mode)
 
     def save(self, path: Any) -> None:
         """Write the picture of `convert`."""
@@ -146,6 +150,7 @@ def stored_pixels(source: Any, num_channels: int | None = None) -> np.ndarray | 
         if found is None:
             return None
         source, no_data = found
+
     if not isinstance(source, np.ndarray):
         return None
     return _checked(_channels_last(source, num_channels), no_data)
@@ -238,7 +243,8 @@ def _read_tiff(encoded: bytes, num_channels: int | None) -> tuple[np.ndarray, fl
             pixels = series.asarray().reshape([size for _, size in axes])
         except (ValueError, ImportError) as error:
             raise ValueError(f"{error}; {_NEEDS_TIFFFILE}") from error
-        no_data = _no_data_of(tags)
+        tag = tags.get(GDAL_NODATA)
+        no_data = no_data_value(tag.value) if tag else None
 
     names = "".join(name for name, _ in axes)
     channels = names.replace("Y", "").replace("X", "")
@@ -272,11 +278,10 @@ def _axes_of(series: Any, num_channels: int | None) -> list[tuple[str, int]]:
     return axes
 
 
-def _no_data_of(tags: Any) -> float | None:
-    """The value that marks pixels without data, where a GeoTIFF names one."""
-    tag = tags.get(_GDAL_NODATA)
+def no_data_value(stated: object) -> float | None:
+    """The value that marks pixels without data, of what a GeoTIFF states; None for no number."""
     try:
-        return float(str(tag.value).strip("\0 ")) if tag else None
+        return float(str(stated).strip("\0 "))
     except ValueError:
         return None
 
@@ -299,6 +304,7 @@ def _read_tiff_without_help(
 
 
 __all__ = [
+    "GDAL_NODATA",
     "MAX_CHANNELS",
     "NPY_MAGIC",
     "ChannelImage",
@@ -309,5 +315,6 @@ __all__ = [
     "check_channels",
     "check_count",
     "is_picture",
+    "no_data_value",
     "stored_pixels",
 ]

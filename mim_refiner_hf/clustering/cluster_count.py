@@ -135,6 +135,7 @@ class Grouper:
     def __init__(self, points: Tensor, most: int, seed: int) -> None:
         self.points = points
         self.rows = Rows(points, spherical=False)
+
         self.small = kmeans(
             points,
             most,
@@ -225,6 +226,7 @@ def umap_space(
         from umap import UMAP
     except ImportError:
         return None
+
     reducer = UMAP(
         n_neighbors=min(neighbours, len(points) - 1),
         n_components=dimensions,

@@ -357,6 +357,7 @@ def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clusterin
     sums = rows.new_zeros(num_clusters, rows.shape[1], dtype=torch.float64)
     sums.index_add_(0, labels, rows.double())
     centroids = F.normalize(sums, dim=1).float()
+
     inertia = float(own_distances(rows, centroids, labels).sum(dtype=torch.float64))
     return Clustering(
         labels.cpu(),

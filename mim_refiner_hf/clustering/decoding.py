@@ -32,12 +32,14 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from .channels import (
+    GDAL_NODATA,
     NPY_MAGIC,
     ChannelImage,
     Picture,
     check_channels,
     check_count,
     is_picture,
+    no_data_value,
     stored_pixels,
 )
 
@@ -76,8 +78,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# where a GeoTIFF says which value marks pixels without data
-_GDAL_NODATA = 42113
 # values by which rasters mark such pixels without saying so
 _USUAL_NO_DATA = (-9999.0, -32768.0, -(2.0**31))
 
@@ -309,10 +309,7 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 def _no_data_of(image: Image.Image) -> float | None:
     """The value that marks pixels without data, where a GeoTIFF names one."""
     tags = getattr(image, "tag_v2", {})
-    try:
-        return float(str(tags[_GDAL_NODATA]).strip("\0 "))
-    except (KeyError, ValueError):
-        return None
+    return no_data_value(tags[GDAL_NODATA]) if GDAL_NODATA in tags else None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -169,10 +169,11 @@ def _add_linked(
     """Add links to files to `files`, but for those whose file is among them; returns the latter."""
     if not linked_files:
         return []
-    known = {
-        os.path.join(entered[folder], name)  # noqa: PTH118
-        for folder, name in map(os.path.split, files)
-    }
+    known = set()
+    for file in files:
+        folder, name = os.path.split(file)
+        known.add(os.path.join(entered[folder], name))  # noqa: PTH118
+
     repeated = []
     for link in sorted(linked_files):
         target = os.path.realpath(link)
@@ -217,6 +218,7 @@ def lines_about_the_rest(
     others = [file for file in listing.files if file not in kept]
     if others:
         lines.append(f"{_counted(others, 'file')} in {root} left aside: {_by_ending(others)}")
+
     if listing.links:
         names = _named(listing.links, root)
         lines.append(f"{_counted(listing.links, 'link')} to folders not entered: {names}{hint}")
@@ -246,7 +248,9 @@ def _by_ending(files: Sequence[str]) -> str:
 
 def _named(paths: Sequence[str], root: str | Path) -> str:
     names = [ascii(os.path.relpath(path, root))[1:-1] for path in paths[:_MOST_NAMED]]
-    return ", ".join([*names, *(["..."] if len(paths) > _MOST_NAMED else [])])
+    if len(paths) > _MOST_NAMED:
+        names.append("...")
+    return ", ".join(names)
 
 
 def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
@@ -271,6 +275,12 @@ def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
     raise ValueError(
         f"{type(item).__name__} is neither a path, a URL, a PIL image nor an array, and holds none"
     )
+
+
+def read_image(item: Any, num_channels: int) -> Picture:
+    """One item of `find_items`, decoded; ValueError, or what the network says, if it cannot be."""
+    name = item if isinstance(item, str) else None
+    return decode_image(read_item(item), num_channels, name)
 
 
 def _image_in_row(row: Mapping[str, Any]) -> Any:
@@ -312,9 +322,7 @@ class Images(Dataset[Picture | str]):
 
     def __getitem__(self, i: int) -> Picture | str:
         try:
-            item = self.items[i]
-            name = item if isinstance(item, str) else None
-            return decode_image(read_item(item), self.num_channels, name)
+            return read_image(self.items[i], self.num_channels)
         # Pillow, the network and data sets each raise their own
         except Exception as error:
             return " ".join(f"{error or type(error).__name__}".split())[:300]
@@ -330,5 +338,6 @@ __all__ = [
     "images_at",
     "lines_about_the_rest",
     "list_folder",
+    "read_image",
     "read_item",
 ]

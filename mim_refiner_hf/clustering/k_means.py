@@ -217,6 +217,7 @@ class Clustering:
             )
 
         offsets = tensors.pop(_OFFSETS, None)
+        calibration = None if offsets is None else Calibration(float(metadata["slope"]), offsets)
         own = {}
         learnt = {}
         for name, tensor in tensors.items():
@@ -230,7 +231,7 @@ class Clustering:
             spherical=metadata["spherical"] == "True",
             temperature=float(metadata["temperature"]),
             heads=PrototypeHeads(**learnt) if learnt else None,
-            calibration=None if offsets is None else Calibration(float(metadata["slope"]), offsets),
+            calibration=calibration,
         )
 
     def _rows(self, features: Tensor) -> Tensor:
@@ -345,7 +346,8 @@ def _of_first(rows: Rows, calibration: Calibration) -> Calibration:
         return calibration
     device = next(iter(rows)).device
     numbers = torch.cat([calibration.offsets, torch.tensor([calibration.slope])]).to(device)
-    numbers = rows.over_processes(numbers if rows.rank == 0 else torch.zeros_like(numbers)).cpu()
+    own = numbers if rows.rank == 0 else torch.zeros_like(numbers)
+    numbers = rows.over_processes(own).cpu()
     return Calibration(float(numbers[-1]), numbers[:-1])
 
 
@@ -430,10 +432,7 @@ def near_duplicates(
 
 
 def _join(parents: Tensor, first: Tensor, second: Tensor) -> None:
-    """Unite the groups of paired rows, in place.
-
-    A root is hung below the smallest root that it is paired with, until none is left.
-    """
+    """Unite the groups of paired rows, in place: a root hangs below the smallest of its pairs."""
     while True:
         one = parents[first]
         two = parents[second]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .channels import Picture, blank, check_channels
-from .cluster_count import Proposal, propose_num_clusters
+from .cluster_count import Entry, Proposal, propose_num_clusters
 from .cluster_heads import train_heads
 from .image_items import Images, find_items
 from .k_means import Clustering, kmeans
@@ -184,6 +184,37 @@ def processor_of(model: Any) -> Any:
     return AutoImageProcessor.from_pretrained(name)
 
 
+class ImageInGroup(TypedDict):
+    """One readable image: what the caller knows it by, its place, its group, the confidence."""
+
+    image: Any
+    index: int
+    cluster: int
+    score: float
+
+
+class UnreadImage(TypedDict):
+    """One image that cannot be read, and why."""
+
+    index: int
+    image: Any
+    error: str
+
+
+class Summary(TypedDict):
+    """What a call of the pipeline found; see `ImageClusteringPipeline` and `Proposal`."""
+
+    num_images: int
+    sizes: list[int]
+    exemplars: list[list[int]]
+    broken: list[UnreadImage]
+    num_clusters: int | None
+    interval: tuple[int, int] | None
+    clear: bool
+    reason: str
+    evidence: list[Entry]
+
+
 class ImageClusteringPipeline(Pipeline):
     """Groups of alike images, see the file's docstring.
 
@@ -208,7 +239,7 @@ class ImageClusteringPipeline(Pipeline):
 
     model: Any
     image_processor: Any
-    summary: dict[str, Any]
+    summary: Summary
     clustering: Clustering
     features: Tensor
 
@@ -272,11 +303,11 @@ class ImageClusteringPipeline(Pipeline):
 
     def encode(
         self, items: Sequence[Any], **settings: Any
-    ) -> tuple[Tensor, list[int], list[dict[str, Any]]]:
+    ) -> tuple[Tensor, list[int], list[UnreadImage]]:
         """Features (N, D) of the readable images, their places in `items`, and the broken ones."""
         rows: list[Tensor] = []
         kept: list[int] = []
-        broken: list[dict[str, Any]] = []
+        broken: list[UnreadImage] = []
         outputs = super().__call__(Images(items, self.num_channels), **settings)
         bar = logging.tqdm(outputs, total=len(items), desc="features", unit="image")
         for index, (row, error) in enumerate(bar):
@@ -312,7 +343,7 @@ class ImageClusteringPipeline(Pipeline):
         seed: int = 0,
         batch_size: int | None = None,
         num_workers: int | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[ImageInGroup]:
         """Put every image into a group.
 
         Args:
@@ -340,7 +371,9 @@ class ImageClusteringPipeline(Pipeline):
         """
         items = find_items(images)
         name = self.number_called
-        check_num_clusters(None if clustering else num_clusters, len(items), method, name)
+        # groups of an earlier call have their number
+        asked = None if clustering else num_clusters
+        check_num_clusters(asked, len(items), method, name)
 
         batch_size = batch_size or self._batch_size or _BATCH_SIZE
         features, kept, broken = self.encode(items, batch_size=batch_size, num_workers=num_workers)
@@ -358,27 +391,30 @@ class ImageClusteringPipeline(Pipeline):
         self._keep(features, clustering, broken, why)
         groups = clustering.assignments.tolist()
         scores = clustering.confidence.tolist()
-        return [
-            {"image": name, "index": index, "cluster": group, "score": score}
-            for name, index, group, score in zip(names, kept, groups, scores, strict=True)
-        ]
+        rows = zip(names, kept, groups, scores, strict=True)
+        return [ImageInGroup(image=i, index=n, cluster=g, score=s) for i, n, g, s in rows]
 
     def _keep(
         self,
         features: Tensor,
         clustering: Clustering,
-        broken: list[dict[str, Any]],
+        broken: list[UnreadImage],
         why: Proposal,
     ) -> None:
         """Set what the caller may ask for after a call."""
         self.features = features
         self.clustering = clustering
+
         self.summary = {
             "num_images": len(features),
             "sizes": clustering.counts.tolist(),
             "exemplars": clustering.exemplars(features),
             "broken": broken,
-            **vars(why),
+            "num_clusters": why.num_clusters,
+            "interval": why.interval,
+            "clear": why.clear,
+            "reason": why.reason,
+            "evidence": why.evidence,
         }
 
     def save_pretrained(  # type: ignore[override]

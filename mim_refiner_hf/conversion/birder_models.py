@@ -24,7 +24,7 @@ from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
 from ..runtime.strangers import parse_json
 from ..runtime.text import one_line
-from .layout import Source, listed
+from .layout import EncoderFields, PreprocessorFields, Source, listed
 
 BIRDER = "birder"
 """The family, and the `model_type` of a source in our words."""
@@ -72,6 +72,7 @@ def contents_of_header(
     """
     if "birder_version" not in header:
         return tensors
+
     contents: dict[str, Any] = {"state": tensors, "birder_version": header["birder_version"]}
     for key in _FACTS:
         if key not in header:
@@ -109,8 +110,7 @@ def birder_in_our_words(found: Source, family: str | None) -> Source:
     channels, height, width = _image_shape(found)
     mean_and_std = _mean_and_std(found, channels)
 
-    config = {
-        "model_type": BIRDER,
+    fields: EncoderFields = {
         "image_size": [height, width],
         "norm_type": "layernorm" if "norm.bias" in state else "rmsnorm",
         "hidden_act": "gelu",
@@ -118,12 +118,12 @@ def birder_in_our_words(found: Source, family: str | None) -> Source:
         "num_attention_heads": _HEADS_OF_WIDTH.get(len(state["conv_proj.weight"])),
     }
     if any(".mlp.fc1_g." in name for name in state):
-        config["hidden_act"] = "silu"
+        fields["hidden_act"] = "silu"
     if any(name.startswith("attn_pool.") for name in state):
-        config["pooling_head"] = "attention_patches"
-    config.update(_overridden(found))
+        fields["pooling_head"] = "attention_patches"
+    config = {"model_type": BIRDER, **fields, **_overridden(found)}
 
-    preprocessing = {
+    preprocessing: PreprocessorFields = {
         "size": {"height": height, "width": width},
         "squash": True,
         "resample": _BICUBIC,
@@ -147,6 +147,7 @@ def class_names(found: Source) -> list[str]:
     for name, number in stated:
         if is_number(number, 0, _MOST_CLASSES):
             names[number] = str(name)
+
     if not stated or sorted(names) != list(range(len(stated))):
         raise CheckpointError(
             f"{found.name}: class_to_idx is {brief(numbers)}; it must give every class a number of "
@@ -164,6 +165,7 @@ def _check_network(name: str, state: Mapping[str, Any], family: str | None) -> N
             f"{name} is a file of birder, but of another network than a RoPE ViT: it has no {what}"
             f", but {listed(list(state), 4) or 'nothing'}; give one of its rope_vit_* files"
         )
+
     if family is not None:
         return
     stem = Path(name).name
@@ -187,41 +189,46 @@ def _image_shape(found: Source) -> tuple[int, int, int]:
     # whatever stands there, it is no shape of images
     except (KeyError, IndexError, TypeError, ValueError):
         channels = height = width = None
+
     if not all(is_number(side, 1, LARGEST_SIDE) for side in (channels, height, width)):
+        stated = signature if shape is None else shape
         raise CheckpointError(
             f"{found.name} is a file of birder without a signature that states the shape of its "
-            f"images: {brief(signature if shape is None else shape)}, expected "
-            "inputs[0].data_shape [0, channels, height, width]; get it again"
+            f"images: {brief(stated)}, expected inputs[0].data_shape "
+            "[0, channels, height, width]; get it again"
         )
     return channels, height, width
 
 
-def _mean_and_std(found: Source, channels: int) -> dict[str, list[float]]:
+def _mean_and_std(found: Source, channels: int) -> PreprocessorFields:
     """`rgb_stats` as a preprocessor's settings; CheckpointError without them."""
     stats = found.contents.get("rgb_stats")
-    values = {}
-    for key, ours in (("mean", "image_mean"), ("std", "image_std")):
+    numbers = []
+    for key in ("mean", "std"):
         value = stats.get(key) if isinstance(stats, Mapping) else None
         if not isinstance(value, list | tuple) or len(value) != channels:
             raise CheckpointError(
                 f"{found.name} is a file of birder whose rgb_stats {brief(stats)} do not state "
                 f"{key} by {channels} numbers; get it again"
             )
-        values[ours] = list(value)
+        numbers.append(list(value))
+
+    fields: PreprocessorFields = {"image_mean": numbers[0], "image_std": numbers[1]}
     try:
-        check_settings(values, f"{found.name}: rgb_stats say")
+        check_settings(fields, f"{found.name}: rgb_stats say")
     except ValueError as error:
         raise CheckpointError(f"{error}; get it again") from error
-    return values
+    return fields
 
 
-def _overridden(found: Source) -> dict[str, Any]:
+def _overridden(found: Source) -> dict[str, object]:
     """The settings that the file overrides; CheckpointError for one that is not known here."""
     stated = found.contents.get("config")
     if stated is None:
         return {}
     if not isinstance(stated, Mapping):
         raise CheckpointError(f"{found.name}: config is {brief(stated)}, no dictionary")
+
     fields = {}
     for key, value in stated.items():
         if key in _FIELDS and value is not None:
@@ -248,9 +255,11 @@ def _fold_positions(name: str, state: dict[str, Any], patches: int) -> None:
     special = sum(state[key].shape[1] for key in tokens)
     rows = table.shape[1]
     if rows not in (patches, patches + special):
+        made = f"{patches} patches"
+        if special:
+            made += f", beside {special} tokens that are none"
         raise CheckpointError(
-            f"{name}: pos_embedding has {rows} rows, but its signature makes {patches} patches"
-            f"{f', beside {special} tokens that are none' if special else ''}; get it again"
+            f"{name}: pos_embedding has {rows} rows, but its signature makes {made}; get it again"
         )
     if rows == patches or any(state[key].shape[2] != table.shape[2] for key in tokens):
         return

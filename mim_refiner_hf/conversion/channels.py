@@ -26,6 +26,7 @@ def extend_channels(encoder: MimRefinerModel, num_channels: int) -> MimRefinerMo
     old = extended.embeddings.patch_embeddings
     with torch.no_grad():
         weight = extended_filters(old.weight, num_channels)
+
     patch = extended.config.patch_size
     # without memory: the weights come from the start
     new = nn.Conv2d(num_channels, len(weight), patch, stride=patch, device="meta")

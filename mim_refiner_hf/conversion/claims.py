@@ -67,7 +67,7 @@ def check_claims(
     claims: Mapping[str, Reader],
     config: Mapping[str, Any],
     placed: Mapping[str, Tensor],
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, object],
 ) -> None:
     """Compare a configuration with the weights, which win where they hold more than it says.
 
@@ -108,9 +108,23 @@ def check_claims(
 
 def _in_words(claim: str, held: Any) -> str:
     """What the weights have: `query bias`, `no layer scale`, `intermediate_size=48`."""
-    if claim in _PRESENT:
-        return f"{'' if held else 'no '}{claim.replace('_', ' ')}"
-    return f"{claim}={held}"
+    if claim not in _PRESENT:
+        return f"{claim}={held}"
+    what = claim.replace("_", " ")
+    return what if held else f"no {what}"
+
+
+def check_sizes(name: str, held: Mapping[str, object], states: Mapping[str, object]) -> None:
+    """CheckpointError where the weights are of another size than is stated: none is built."""
+    for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
+        count = states.get(field_name)
+        if not isinstance(count, int) or count == held[field_name]:
+            continue
+        blocks = " such blocks" if field_name != "hidden_size" else ""
+        raise CheckpointError(
+            f"{name} states {field_name}={brief(count)}, but its weights have "
+            f"{held[field_name]}{blocks}; get its config.json and its weights again"
+        )
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -234,5 +248,6 @@ __all__ = [
     "Reader",
     "always",
     "check_claims",
+    "check_sizes",
     "size_by_patches",
 ]

@@ -48,7 +48,7 @@ class InnerEncoder:
         outside: names of the tensors that are left behind.
     """
 
-    contents: dict[str, Any]
+    contents: Mapping[str, Any]
     prefix: str
     outside: list[str]
 
@@ -82,6 +82,7 @@ def without_wrappers(contents: Mapping[str, Any]) -> Mapping[str, Any]:
             own = dict(inner)
         else:
             own = {key: inner}
+
         if cleaned.keys() & own.keys():
             return contents
         cleaned |= own
@@ -131,6 +132,7 @@ def teacher_beside(name: str, contents: Mapping[str, Any], where: str) -> InnerE
     """
     if not where or _PREFERRED.search(where):
         return None
+
     tensors = _weights(contents)
     beside = [prefix for prefix in _beginnings(tensors) if not prefix.startswith(f"{where}.")]
     teachers = [prefix for prefix in beside if _PREFERRED.search(prefix)]
@@ -138,6 +140,7 @@ def teacher_beside(name: str, contents: Mapping[str, Any], where: str) -> InnerE
         raise _several(name, teachers)
     if teachers:
         return _below(teachers[0], contents, tensors)
+
     if beside:
         shown = one_line(listed([prefix[:100] for prefix in beside], 3))
         logger.warning(
@@ -148,11 +151,10 @@ def teacher_beside(name: str, contents: Mapping[str, Any], where: str) -> InnerE
 
 def _weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors but the optimizer's, by their names joined with dots."""
-    weights = {
-        key: value
-        for key, value in contents.items()
-        if isinstance(value, Tensor) or not _NO_WEIGHTS.search(str(key))
-    }
+    weights = {}
+    for key, value in contents.items():
+        if isinstance(value, Tensor) or not _NO_WEIGHTS.search(str(key)):
+            weights[key] = value
     return dict(named_tensors(weights))
 
 
@@ -172,7 +174,7 @@ def _several(name: str, prefixes: list[str]) -> CheckpointError:
 
 def _below(prefix: str, contents: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> InnerEncoder:
     """What lies below a prefix, by its own names."""
-    own: dict[str, Any] = {}
+    own = {}
     outside = []
     for key, tensor in tensors.items():
         if not key.startswith(prefix):

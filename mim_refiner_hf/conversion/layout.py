@@ -9,9 +9,9 @@ its images were normalised (`preprocessing`).
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -51,7 +51,64 @@ class Source:
     preprocessing: Mapping[str, Any]
     family: str | None = None
     licence: Licence = UNKNOWN
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    finish: Callable[[Placed], Placed] | None = None
+
+
+class EncoderFields(TypedDict, total=False):
+    """Fields of `MimRefinerConfig`, as far as shapes, a family or a file tell them.
+
+    None where a field is asked for and nothing is said, or where it says that there is none.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int | None
+    intermediate_size: int
+    hidden_act: str | None
+    gated_mlp: bool
+    mlp_norm: bool
+    attention_norm: bool
+    query_key_norm: bool
+    layer_norm_eps: float
+    image_size: int | list[int]
+    patch_size: int
+    cut_to_patches: bool
+    patch_bias: bool
+    patch_norm: bool
+    num_channels: int
+    norm_placement: str
+    norm_type: str
+    position_encoding: str
+    rope_theta: float | None
+    rope_places: str
+    rope_grid: list[int] | None
+    rope_offset: float
+    position_resampling: str | None
+    bias: str
+    layer_scale_init: float | None
+    use_cls_token: bool
+    num_register_tokens: int
+    embedding_norm: bool
+    final_norm: bool
+    final_norm_affine: bool
+    predictor_layers: int
+    pooling_head: str
+    pooling_heads: int
+    pooling_intermediate_size: int
+    pooled_norm: bool
+    pooling: str | None
+    source_model_type: str
+
+
+class PreprocessorFields(TypedDict, total=False):
+    """Fields of a `preprocessor_config.json`, as far as a family, or a library, states them."""
+
+    image_mean: list[float]
+    image_std: list[float]
+    resample: int
+    size: dict[str, int]
+    crop_size: dict[str, int]
+    squash: bool
 
 
 def listed(names: list[str], limit: int = 8) -> str:
@@ -175,7 +232,7 @@ def stated(*path: str) -> Callable[[Mapping[str, Any]], Any]:
     return read
 
 
-def _nothing(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+def _nothing(contents: Mapping[str, Any]) -> PreprocessorFields:
     """No word on the preprocessing: ImageNet's mean and deviation at the native size."""
     return {}
 
@@ -202,7 +259,8 @@ class Layout:
         claims: what a `config.json` says of the weights, to be compared with them (`claims.py`).
         preprocessing: what the family, or its file, says of its preprocessing, in the words of
             `preprocessor_config.json`.
-        finish: a last renaming of all that was placed, given by our names.
+        rename: names of all that was placed -> what they are called in the end.
+        finish: a last change of what was placed, given by our names.
         reads_student: whether its authors go on from its own path where a moving average lies
             beside it.
     """
@@ -215,11 +273,12 @@ class Layout:
     model_types: tuple[str, ...] = ()
     prefix: str = ""
     drops: tuple[tuple[str, str], ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: EncoderFields = field(default_factory=EncoderFields)
     facts: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     claims: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
-    preprocessing: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
-    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    preprocessing: Callable[[Mapping[str, Any]], PreprocessorFields] = _nothing
+    rename: Callable[[Collection[str]], Mapping[str, str]] | None = None
+    finish: Callable[[Placed], Placed] | None = None
     reads_student: bool = False
 
     def recognises(self, names: list[str]) -> list[str]:
@@ -261,8 +320,10 @@ __all__ = [
     "CLS_TOKEN",
     "POSITIONS",
     "REGISTERS",
+    "EncoderFields",
     "Layout",
     "Placed",
+    "PreprocessorFields",
     "Rule",
     "Source",
     "any_positions",

@@ -10,18 +10,19 @@ that stands above.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from .birder_models import BIRDER
 from .layout import (
     CLS_TOKEN,
     POSITIONS,
     REGISTERS,
+    EncoderFields,
     Layout,
+    Placed,
     Rule,
     any_positions,
     by_blocks,
@@ -52,9 +53,11 @@ _TIMM_OPTIONS = (
 _PATCHES = Rule(r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1")
 _FINAL_NORM = Rule(r"norm\.(weight|bias)", r"norm.\1")
 _CLS = Rule(r"cls_token", CLS_TOKEN)
-_ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
-_PRE_NORM = {**_ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
-_POST_NORM = {
+_ABSOLUTE: EncoderFields = {"embedding_norm": False, "position_encoding": "absolute"}
+# CrossMAE's ends with a norm or without
+_PRE_NORM_ANY_END: EncoderFields = {**_ABSOLUTE, "norm_placement": "pre", "use_cls_token": True}
+_PRE_NORM: EncoderFields = {**_PRE_NORM_ANY_END, "final_norm": True}
+_POST_NORM: EncoderFields = {
     **_ABSOLUTE,
     "norm_placement": "post",
     "use_cls_token": True,
@@ -97,7 +100,7 @@ CROSSMAE = replace(
         _FINAL_NORM,
     ),
     drops=((r"decoder_.*|mask_token|dec_norms\..*|wfm\..*", "decoder"),),
-    settings={name: value for name, value in _PRE_NORM.items() if name != "final_norm"},
+    settings=_PRE_NORM_ANY_END,
 )
 IBOT = replace(
     MAE,
@@ -128,16 +131,15 @@ IJEPA = replace(
 
 # timm's training keeps an average of the weights beside them, and takes that
 _BARE = (("state_dict_ema",), ("state_dict",), ())
-# masked autoencoders with their decoder, in another container than the authors'
-WHOLE_MAES = tuple(
-    replace(
-        layout,
-        family=f"{layout.family}_whole",
-        paths=_BARE,
-        signature=(*layout.signature, r"^decoder_embed\."),
-    )
-    for layout in (DBOT, CROSSMAE, MAE)
-)
+
+
+def _whole(layout: Layout) -> Layout:
+    """A masked autoencoder with its decoder, in another container than its authors'."""
+    signature = (*layout.signature, r"^decoder_embed\.")
+    return replace(layout, family=f"{layout.family}_whole", paths=_BARE, signature=signature)
+
+
+WHOLE_MAES = (_whole(DBOT), _whole(CROSSMAE), _whole(MAE))
 
 _CLASSIFIER_HEAD = (r"(?:head|head_dist)\..*", "classifier")
 # of the mean of the patches; the blocks then end without a norm
@@ -152,23 +154,20 @@ _ATTENTION_POOLING = (
 )
 
 
-def _split_packed_gates(placed: dict[str, Any]) -> dict[str, Any]:
-    """First layers of MLPs (2 W, D) of which the second takes W: gate and first layer in one.
-
-    In place of a tensor there may be the name that it came from: it is for both.
-    """
-    split: dict[str, Any] = {}
-    for name, value in placed.items():
+def _split_packed_gates(placed: Placed) -> Placed:
+    """First layers of MLPs (2 W, D) of which the second takes W: gate and first layer in one."""
+    split: Placed = {}
+    for name, tensor in placed.items():
         inner = placed.get(re.sub(r"fc1\.(weight|bias)$", "fc2.weight", name))
-        packed = isinstance(value, Tensor) and name.endswith(("mlp.fc1.weight", "mlp.fc1.bias"))
-        if packed and inner is not None and inner.ndim == 2 and len(value) == 2 * inner.shape[1]:
-            split |= split_gate(name.replace("fc1", "*"), value)
+        is_first = name.endswith(("mlp.fc1.weight", "mlp.fc1.bias"))
+        if is_first and inner is not None and inner.ndim == 2 and len(tensor) == 2 * inner.shape[1]:
+            split |= split_gate(name.replace("fc1", "*"), tensor)
         else:
-            split[name] = value
+            split[name] = tensor
     return split
 
 
-def _without_idle_pooling(placed: dict[str, Any]) -> dict[str, Any]:
+def _without_idle_pooling(placed: Placed) -> Placed:
     """Attention pooling without a projection of the query and an MLP that do nothing.
 
     So AIMv2's goes to timm (`export_timm_eva.py`).
@@ -176,12 +175,13 @@ def _without_idle_pooling(placed: dict[str, Any]) -> dict[str, Any]:
     pool = "attention_pooling."
     query = placed.get(f"{pool}q_proj.weight")
     silent = [placed.get(pool + name) for name in ("q_proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")]
-    if not isinstance(query, Tensor) or query.ndim != 2 or query.shape[0] != query.shape[1]:
+    if query is None or query.ndim != 2 or query.shape[0] != query.shape[1]:
         return placed
-    if any(not isinstance(tensor, Tensor) or tensor.any() for tensor in silent):
+    if any(tensor is None or tensor.any() for tensor in silent):
         return placed
     if not torch.equal(query, torch.eye(len(query), dtype=query.dtype)):
         return placed
+
     idle = [f"{pool}q_proj.", f"{pool}norm.", f"{pool}mlp."]
     # biases that timm has to have, and the blocks have not
     for name in (f"{pool}k_proj.bias", f"{pool}v_proj.bias"):
@@ -191,7 +191,7 @@ def _without_idle_pooling(placed: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in placed.items() if not name.startswith(tuple(idle))}
 
 
-def _as_timm_has_it(placed: dict[str, Any]) -> dict[str, Any]:
+def _as_timm_has_it(placed: Placed) -> Placed:
     return _without_idle_pooling(_split_packed_gates(placed))
 
 
@@ -406,20 +406,20 @@ MAE_CT_MEAN = replace(
 # --- data2vec 2.0 (fairseq) ---------------------------------------------------------------------
 
 
-def _stack_prenet(placed: dict[str, Any]) -> dict[str, Any]:
+def _stack_prenet(names: Collection[str]) -> dict[str, str]:
     """The modality's own blocks run first: they become layers 0, 1, ..., the shared ones follow."""
-    own = [int(name.split(".")[1]) for name in placed if name.startswith("prenet.")]
+    own = [int(name.split(".")[1]) for name in names if name.startswith("prenet.")]
     depth = max(own, default=-1) + 1
 
     stacked = {}
-    for name, tensor in placed.items():
-        family, _, rest = name.partition(".")
-        if family == "layers":
+    for name in names:
+        part, _, rest = name.partition(".")
+        stacked[name] = name
+        if part == "layers":
             block, _, rest = rest.partition(".")
-            name = f"layers.{int(block) + depth}.{rest}"
-        elif family == "prenet":
-            name = f"layers.{rest}"
-        stacked[name] = tensor
+            stacked[name] = f"layers.{int(block) + depth}.{rest}"
+        elif part == "prenet":
+            stacked[name] = f"layers.{rest}"
     return stacked
 
 
@@ -447,7 +447,7 @@ DATA2VEC2 = Layout(
     drops=((r"_ema\..*", "moving average of the training"), (rf"{_IMAGE}decoder\..*", "decoder")),
     settings=_POST_NORM,
     facts={"num_attention_heads": stated("cfg", "model", "num_heads")},
-    finish=_stack_prenet,
+    rename=_stack_prenet,
 )
 
 
@@ -515,7 +515,6 @@ CAPI_WHOLE = replace(
 # --- birder: the RoPE ViTs of its CAPI models; `birder_models.py` reads what a file states --------
 
 _BIRDER_BLOCK = r"encoder\.block\.(\d+)\."
-_BIRDER_POOL = r"attn_pool\."
 BIRDER_ROPE_VIT = Layout(
     family=BIRDER,
     title="a RoPE ViT of birder (birder-project/birder), such as its CAPI models",
@@ -537,13 +536,9 @@ BIRDER_ROPE_VIT = Layout(
         Rule(_BIRDER_BLOCK + r"mlp\.fc1_g\.(weight|bias)", r"layers.\1.mlp.gate.\2"),
         Rule(_BIRDER_BLOCK + r"mlp\.(?:3|fc2)\.(weight|bias)", r"layers.\1.mlp.fc2.\2"),
         _FINAL_NORM,
-        Rule(_BIRDER_POOL + r"latent", "attention_pooling.query"),
-        Rule(_BIRDER_POOL + r"q\.(weight|bias)", r"attention_pooling.q_proj.\1"),
-        Rule(_BIRDER_POOL + r"kv\.(weight|bias)", r"attention_pooling.*_proj.\1", split_kv),
-        Rule(_BIRDER_POOL + r"proj\.(weight|bias)", r"attention_pooling.o_proj.\1"),
-        Rule(_BIRDER_POOL + r"norm\.(weight|bias)", r"attention_pooling.norm.\1"),
-        Rule(_BIRDER_POOL + r"mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
-        Rule(_BIRDER_POOL + r"mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
+        *_ATTENTION_POOLING,
+        Rule(r"attn_pool\.mlp\.0\.(weight|bias)", r"attention_pooling.mlp.fc1.\1"),
+        Rule(r"attn_pool\.mlp\.3\.(weight|bias)", r"attention_pooling.mlp.fc2.\1"),
     ),
     drops=((r"classifier\.(?:weight|bias)", "classifier"),),
     settings={

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils.hub import cached_file
 
+from ..runtime.strangers import file_of_model
 from ..runtime.text import one_line
 from ..runtime.wording import setting
 
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 """The card of a model, beside its weights."""
 
+# our fields with the keys of a card's metadata
+_KEYS = {"identifier": "license", "name": "license_name", "link": "license_link"}
 # of a card; the longest of the zoo has 12 kB of metadata
 _MOST_BYTES = 256 * 1024
 _MOST_CHARACTERS = 300
@@ -61,29 +63,22 @@ class Licence:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], where: object = "a card") -> "Licence":
         """What the metadata of a card state; `where` they stand, for the warning."""
-        stated: dict[str, str | None] = {}
-        for field, key in (
-            ("identifier", "license"),
-            ("name", "license_name"),
-            ("link", "license_link"),
-        ):
+        stated = {}
+        for field, key in _KEYS.items():
             value = metadata.get(key)
             # a list of one is how some write it
             if isinstance(value, list) and len(value) == 1:
                 value = value[0]
             stated[field] = _checked(field, value, where)
+
         if stated["identifier"] is None and (stated["name"] or stated["link"]):
             stated["identifier"] = "other"
         return cls(**stated)
 
     def metadata(self) -> dict[str, str]:
         """The metadata of a card under this licence; empty where it is not known."""
-        fields = {
-            "license": self.identifier,
-            "license_name": self.name,
-            "license_link": self.link,
-        }
-        return {key: value for key, value in fields.items() if value is not None}
+        stated = {key: getattr(self, field) for field, key in _KEYS.items()}
+        return {key: value for key, value in stated.items() if value is not None}
 
 
 UNKNOWN = Licence()
@@ -128,7 +123,7 @@ def licence_beside(folder: Path, hub_name: str | None = None) -> Licence:
     return licence
 
 
-def _front_matter(card: Path) -> dict[str, Any]:
+def _front_matter(card: Path) -> Mapping[str, Any]:
     """The metadata on top of a card, every scalar as text; empty where there are none."""
     with card.open("rb") as file:
         text = file.read(_MOST_BYTES).decode("utf-8", errors="replace")
@@ -149,18 +144,10 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 def saved_licence(name: str) -> Licence:
     """What the card of a folder or of a Hub name states; not known where there is none."""
-    if not name:
+    card = file_of_model(name, CARD)
+    if card is None:
         return UNKNOWN
-    if Path(name).is_dir():
-        return licence_beside(Path(name))
-    if Path(name).exists() or name.count("/") != 1:
-        return UNKNOWN
-    try:
-        card = cached_file(name, CARD)
-    # no such model, no card, or no network
-    except (OSError, ValueError):
-        return UNKNOWN
-    return UNKNOWN if card is None else licence_beside(Path(card).parent, name)
+    return licence_beside(card.parent, None if Path(name).is_dir() else name)
 
 
 def is_licence(identifier: object) -> bool:
@@ -186,6 +173,7 @@ def agreed_licence(found: Licence, stated: str | None, source: object, publish: 
             f"{setting('license', stated)}: must be an identifier of the Hub's list of licences, "
             "such as cc-by-nc-4.0, mit or other"
         )
+
     if found == UNKNOWN and stated is None and publish:
         raise ValueError(
             f"{source} states no licence, and to be published it needs one: ask its authors and "
@@ -194,6 +182,7 @@ def agreed_licence(found: Licence, stated: str | None, source: object, publish: 
         )
     if found == UNKNOWN:
         return Licence(stated)
+
     if stated not in (None, found.identifier):
         raise ValueError(
             f"{setting('license', stated)}: {source} is under {found}, and so is what is made of "

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from ..runtime.wording import setting
 from .birder_models import birder_in_our_words
-from .claims import check_claims
+from .claims import check_claims, check_sizes
 from .containers import (
     InnerEncoder,
     inner_encoder,
@@ -43,12 +43,12 @@ from .containers import (
     teacher_beside,
     without_wrappers,
 )
-from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, Layout, Source, listed, stated
+from .layout import POSITIONS, EncoderFields, Layout, Source, listed, stated
 from .layouts import CLASSIFIER, DECODER, LAYOUTS
 from .licence import saved_licence
 from .model_objects import own_encoder, source_of_object
 from .placement import check_shapes, of_one_dtype, place_all
-from .positions import Size, as_size, check_stated_size, exact_sum, settle_positions
+from .positions import Size, as_size, check_stated_size, settle_positions, shape_as_ours
 from .preprocessing import for_channels, image_processor, saved_preprocessing
 from .read import read_source
 from .shapes import BIAS_TABLE, HEADS_OF_WIDTH, KERNEL, read_shapes
@@ -150,7 +150,7 @@ def encoder_from(
         placement = replace(placement, tensors=found.finish(placement.tensors))
     size = _settle(found, placement.tensors, image_size)
     config = _read_config(found, layout, placement.tensors, num_heads, size)
-    _shape_as_ours(placement.tensors)
+    shape_as_ours(placement.tensors)
 
     # shapes only: every weight comes from the source
     with torch.device("meta"):
@@ -159,9 +159,9 @@ def encoder_from(
 
     # copies, no views of a mapped file
     dtype = _dtype_of(found.name, placement.tensors)
-    weights = {
-        name: tensor.to(dtype, copy=True).contiguous() for name, tensor in placement.tensors.items()
-    }
+    weights = {}
+    for name, tensor in placement.tensors.items():
+        weights[name] = tensor.to(dtype, copy=True).contiguous()
     encoder.load_state_dict(weights, assign=True)
     encoder.train(False)
 
@@ -240,7 +240,10 @@ def _recognise(found: Source, family: str | None) -> tuple[Layout, dict[str, Ten
         if sign:
             kept = [name for name in tensors if layout.reason_to_drop(name) is None]
             _refuse_classifier(found.name, kept)
-            return layout, tensors, f"{sign} under {where!r}" if where else sign
+            if where:
+                sign += f" under {where!r}"
+            return layout, tensors, sign
+
     if family is None and model_type is None:
         inner = inner_encoder(found.name, found.contents)
         # with the same names there is nothing else to see in it
@@ -276,11 +279,11 @@ def _unknown_family(
         return CheckpointError(f"family={family!r} is unknown; allowed: {families}")
     if model_type is not None:
         known = ", ".join(", ".join(layout.model_types) for layout in LAYOUTS if layout.model_types)
+        problem = f"model_type={brief(model_type)}, not a plain ViT known here ({known})"
         reason = why_not(str(model_type))
-        return CheckpointError(
-            f"{name} has model_type={brief(model_type)}, not a plain ViT known here ({known})"
-            f"{f': {reason}' if reason else ''}; give one of these"
-        )
+        if reason:
+            problem += f": {reason}"
+        return CheckpointError(f"{name} has {problem}; give one of these")
 
     tensors = dict(named_tensors(contents))
     _refuse_classifier(name, list(tensors))
@@ -313,12 +316,14 @@ def _settle(
     kernel = placed.get(KERNEL)
     patch = kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else 1
     allowed = size and all(side % max(patch, 1) == 0 for side in size) and max(size) <= LARGEST_SIDE
+
     if asked is not None and not allowed:
         raise CheckpointError(
             f"{setting('image_size')} {brief(asked)} is no size for {found.name}; give one side, "
             "or height and width, in whole pixels, multiples of the patch size "
             f"{patch} up to {LARGEST_SIDE}"
         )
+
     args = stated("args", "input_size")(found.contents)
     size = size or as_size(found.config.get("image_size")) or as_size(args)
     return settle_positions(found.name, placed, size, asked is not None)
@@ -332,26 +337,10 @@ def _read_config(
     size: Size | None,
 ) -> MimRefinerConfig:
     """The configuration: what shapes tell, what the family fixes, above both what is stated."""
-    states = {
-        name: value
-        for name, value in found.config.items()
-        # what begins with an underline is what transformers makes of others
-        if name in MimRefinerConfig.__annotations__ and not name.startswith("_")
-    }
-    for name, read in layout.facts.items():
-        states[name] = read(found.config or found.contents)
-    states = {name: value for name, value in states.items() if value is not None}
-    # a model of ours says itself where it came from
-    model_type = found.config.get("model_type")
-    if layout in TRANSFORMERS_LAYOUTS:
-        named = model_type in layout.model_types
-        states["source_model_type"] = model_type if named else layout.model_types[-1]
-    if size is not None:
-        states["image_size"] = size[0] if size[0] == size[1] else list(size)
-
+    states = _stated_fields(found, layout, size)
     from_shapes = read_shapes(found.name, placed)
     _check_stated(found, layout, placed, from_shapes, states)
-    fields = from_shapes | dict(layout.settings) | states
+    fields = from_shapes | layout.settings | states
     if not fields["position_encoding"]:
         raise CheckpointError(
             f"{found.name}: {POSITIONS} is missing, and there is no {BIAS_TABLE} either"
@@ -374,8 +363,10 @@ def _read_config(
             f"({', '.join(map(str, HEADS_OF_WIDTH))}); pass num_heads="
         )
 
+    # what a stranger states is of any type still
+    unchecked: Mapping[str, Any] = fields
     try:
-        config = MimRefinerConfig(**fields)
+        config = MimRefinerConfig(**unchecked)
     except ConfigurationError as error:
         raise CheckpointError(
             f"{found.name} describes an encoder that cannot be built: {error}; get its config.json "
@@ -385,15 +376,36 @@ def _read_config(
     return config
 
 
+def _stated_fields(found: Source, layout: Layout, size: Size | None) -> EncoderFields:
+    """What the source itself, and the size that is settled, say of the fields."""
+    states = {}
+    for name, value in found.config.items():
+        # what begins with an underline is what transformers makes of others
+        if name in MimRefinerConfig.__annotations__ and not name.startswith("_"):
+            states[name] = value
+    for name, read in layout.facts.items():
+        states[name] = read(found.config or found.contents)
+    known = {name: value for name, value in states.items() if value is not None}
+    fields = cast(EncoderFields, known)
+
+    # a model of ours says itself where it came from
+    if layout in TRANSFORMERS_LAYOUTS:
+        kind = found.config.get("model_type")
+        fields["source_model_type"] = kind if kind in layout.model_types else layout.model_types[-1]
+    if size is not None:
+        fields["image_size"] = size[0] if size[0] == size[1] else list(size)
+    return fields
+
+
 def _check_stated(
     found: Source,
     layout: Layout,
     placed: Mapping[str, Tensor],
-    shapes: Mapping[str, Any],
-    states: dict[str, Any],
+    shapes: EncoderFields,
+    states: EncoderFields,
 ) -> None:
     """CheckpointError where the weights are not what is stated, which becomes whole; in place."""
-    _compare_sizes(found.name, shapes, states)
+    check_sizes(found.name, shapes, states)
     if found.config:
         check_claims(found.name, layout.claims, found.config, placed, shapes)
 
@@ -402,31 +414,6 @@ def _check_stated(
     if size and found.config.get("model_type") != MimRefinerConfig.model_type:
         states["cut_to_patches"] = any(side % shapes["patch_size"] for side in size)
         check_stated_size(found.name, placed, size, shapes)
-
-
-def _compare_sizes(name: str, held: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """CheckpointError where the weights are of another size than is stated: none is built."""
-    for field_name in ("num_hidden_layers", "predictor_layers", "hidden_size"):
-        count = states.get(field_name)
-        if not isinstance(count, int) or count == held[field_name]:
-            continue
-        blocks = " such blocks" if field_name != "hidden_size" else ""
-        raise CheckpointError(
-            f"{name} states {field_name}={brief(count)}, but its weights have "
-            f"{held[field_name]}{blocks}; get its config.json and its weights again"
-        )
-
-
-def _shape_as_ours(placed: dict[str, Tensor]) -> None:
-    """Positions of a grid in one row, and that of CLS added to its token; in place."""
-    if POSITIONS in placed and placed[POSITIONS].ndim == 4:
-        placed[POSITIONS] = placed[POSITIONS].flatten(1, -2)
-    if CLS_POSITION in placed and CLS_TOKEN in placed:
-        token = placed[CLS_TOKEN]
-        position = placed.pop(CLS_POSITION)
-        # else one of them is wrong, which `check_shapes` will say
-        if token.shape == position.shape and token.dtype == position.dtype:
-            placed[CLS_TOKEN] = exact_sum(token, position)
 
 
 def _dtype_of(name: str, placed: Mapping[str, Tensor]) -> torch.dtype:

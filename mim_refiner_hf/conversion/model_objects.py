@@ -9,8 +9,6 @@ under the name that the model was loaded by (`config.name_or_path`, timm's `pret
 where there is none, the family's own is taken.
 """
 
-from typing import Any
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +21,7 @@ from .preprocessing import saved_preprocessing
 from .timm_models import model_in_our_words
 
 
-def source_of_object(model: Any) -> Source:
+def source_of_object(model: object) -> Source:
     """What `load_encoder` reads of a model object.
 
     Raises:
@@ -32,6 +30,7 @@ def source_of_object(model: Any) -> Source:
     model = unwrapped(model)
     if isinstance(model, nn.Module):
         _refuse_without_weights(model)
+
     if isinstance(model, PreTrainedModel):
         return _of_transformers(model)
     if isinstance(model, nn.Module) and type(model).__module__.startswith("timm."):
@@ -44,7 +43,7 @@ def source_of_object(model: Any) -> Source:
     )
 
 
-def own_encoder(model: Any) -> MimRefinerModel | None:
+def own_encoder(model: object) -> MimRefinerModel | None:
     """The `MimRefinerModel` that an object is, or that its head stands on; else None."""
     model = unwrapped(model)
     if isinstance(model, MimRefinerModel):
@@ -54,7 +53,7 @@ def own_encoder(model: Any) -> MimRefinerModel | None:
     return inner if is_ours else None
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: object) -> object:
     """The model that `torch.compile` or a wrapper for several devices holds."""
     while isinstance(model, nn.Module):
         inner = getattr(model, "_orig_mod", None)
@@ -89,14 +88,14 @@ def _of_transformers(model: PreTrainedModel) -> Source:
     return Source(name, state, config, preprocessing, licence=saved_licence(name))
 
 
-def _name_of_timm(model: Any) -> str:
+def _name_of_timm(model: nn.Module) -> str:
     stated = getattr(model, "pretrained_cfg", None) or {}
     architecture = stated.get("architecture") or type(model).__name__
     tag = stated.get("tag")
     return f"{architecture}.{tag}" if tag else str(architecture)
 
 
-def _licence_of_timm(model: Any) -> Licence:
+def _licence_of_timm(model: nn.Module) -> Licence:
     """What timm states of the pretrained weights of this name; it does so for most of them."""
     stated = getattr(model, "pretrained_cfg", None) or {}
     return Licence.from_metadata(stated, where=_name_of_timm(model))

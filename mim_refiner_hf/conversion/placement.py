@@ -75,9 +75,12 @@ def place_all(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> Place
         )
     if not placed:
         raise _nothing_placed(name, layout, dropped)
+    if layout.rename is not None:
+        names = layout.rename(placed)
+        placed = {names[key]: tensor for key, tensor in placed.items()}
+        came_from = {names[key]: origin for key, origin in came_from.items()}
     if layout.finish is not None:
         placed = layout.finish(placed)
-        came_from = layout.finish(came_from)
     return Placement(placed, came_from, dropped)
 
 
@@ -138,9 +141,8 @@ def of_one_dtype(name: str, placement: Placement) -> Placement:
     kinds = Counter(tensor.dtype for tensor in placement.tensors.values())
     if len(kinds) == 1:
         return placement
-    counts = ", ".join(
-        f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in kinds.most_common()
-    )
+    counted = [f"{count} {dtype}" for dtype, count in kinds.most_common()]
+    counts = ", ".join(counted).replace("torch.", "")
     logger.warning("%s: its tensors are of several dtypes (%s); read as float32", name, counts)
     tensors = {key: tensor.float() for key, tensor in placement.tensors.items()}
     placement = replace(placement, tensors=tensors)
@@ -157,7 +159,9 @@ def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, 
     for key, what in broken.items():
         # what `finish` has made is of several names, or of a part of one
         origin = placement.came_from.get(key, key)
-        named.append(key + what + (f" (from {origin})" if origin != key else ""))
+        if origin != key:
+            what += f" (from {origin})"
+        named.append(key + what)
     raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
 
 

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ..runtime.files import CheckpointError
 from ..runtime.wording import setting
-from .layout import ANY_POSITIONS, CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS
+from .layout import (
+    ANY_POSITIONS,
+    CLS_POSITION,
+    CLS_TOKEN,
+    POSITIONS,
+    REGISTERS,
+    EncoderFields,
+)
 from .shapes import KERNEL
 
 logger = logging.getLogger(__name__)
@@ -81,11 +88,13 @@ def settle_positions(
                 _split(placed, count)
                 return image_size
         if asked:
+            held = f"positions for {rows}"
+            if prefix:
+                held += f", or {rows - prefix} beside {prefix} that are none"
             raise CheckpointError(
                 f"{name}: {setting('image_size')} {height} x {width} is {patches} patches of "
-                f"{patch_size} pixels, but the file has positions for {rows}"
-                + (f", or {rows - prefix} beside {prefix} that are none" if prefix else "")
-                + f"; give {_a_size_of(rows, prefix, patch_size)}"
+                f"{patch_size} pixels, but the file has {held}; give "
+                f"{_a_size_of(rows, prefix, patch_size)}"
             )
 
     if table is not None:
@@ -102,7 +111,7 @@ def settle_positions(
 
 
 def check_stated_size(
-    name: str, placed: Mapping[str, Tensor], image_size: Size, shapes: Mapping[str, Any]
+    name: str, placed: Mapping[str, Tensor], image_size: Size, shapes: EncoderFields
 ) -> None:
     """CheckpointError where the size of images is not that of the tables of positions.
 
@@ -113,12 +122,14 @@ def check_stated_size(
     patch_size = shapes["patch_size"]
     height, width = image_size
     patches = (height // patch_size) * (width // patch_size)
+
     positions = placed.get(POSITIONS)
+    side = shapes.get("image_size")
     held = None
     if positions is not None and positions.ndim == 3:
         held = positions.shape[1]
-    elif "relative" in shapes["position_encoding"] and isinstance(shapes.get("image_size"), int):
-        held = (shapes["image_size"] // patch_size) ** 2
+    elif "relative" in shapes["position_encoding"] and isinstance(side, int):
+        held = (side // patch_size) ** 2
     if held not in (None, patches):
         size = height if height == width else [height, width]
         raise CheckpointError(
@@ -166,6 +177,7 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
         return
     positions = placed[POSITIONS]
     placed[POSITIONS] = positions[:, count:]
+
     first = int(CLS_TOKEN in placed)
     rows = positions[:, first:count]
     fit = REGISTERS in placed and placed[REGISTERS].shape == rows.shape
@@ -174,6 +186,18 @@ def _split(placed: dict[str, Tensor], count: int) -> None:
     # of another shape they are wrong, which the check of the shapes will say
     if first or not fit:
         placed[CLS_POSITION] = positions[:, :1]
+
+
+def shape_as_ours(placed: dict[str, Tensor]) -> None:
+    """Positions of a grid in one row, and that of CLS added to its token; in place."""
+    if POSITIONS in placed and placed[POSITIONS].ndim == 4:
+        placed[POSITIONS] = placed[POSITIONS].flatten(1, -2)
+    if CLS_POSITION in placed and CLS_TOKEN in placed:
+        token = placed[CLS_TOKEN]
+        position = placed.pop(CLS_POSITION)
+        # else one of them is wrong, which the check of the shapes will say
+        if token.shape == position.shape and token.dtype == position.dtype:
+            placed[CLS_TOKEN] = exact_sum(token, position)
 
 
 def exact_sum(token: Tensor, position: Tensor) -> Tensor:
@@ -189,4 +213,4 @@ def exact_sum(token: Tensor, position: Tensor) -> Tensor:
     return total
 
 
-__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions"]
+__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions", "shape_as_ours"]

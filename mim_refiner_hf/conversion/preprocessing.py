@@ -10,10 +10,7 @@ border.
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from transformers.utils.hub import cached_file
+from typing import Any, Literal
 
 from ..model.configuration_mim_refiner import MimRefinerConfig, brief
 from ..model.image_processing_mim_refiner import (
@@ -21,7 +18,8 @@ from ..model.image_processing_mim_refiner import (
     check_settings,
     sides_of,
 )
-from ..runtime.strangers import read_json
+from ..runtime.strangers import file_of_model, read_json
+from .layout import PreprocessorFields
 
 _FILE = "preprocessor_config.json"
 # where transformers 5 nests the same for models with several inputs
@@ -95,20 +93,25 @@ def image_processor(
     mean = _per_channel(source, "image_mean", mean)
     std = _per_channel(source, "image_std", std)
     mean, std = _of_unit_pixels(source, mean, std)
+
     resample = source.get("resample")
+    if resample is None:
+        resample = MimRefinerImageProcessor.resample
+    if not squash:
+        size = {"shortest_edge": max(size.values())}
     return MimRefinerImageProcessor(
-        size=size if squash else {"shortest_edge": max(size.values())},
+        size=size,
         squash=squash,
         crop_size=crop,
         image_mean=mean,
         image_std=std,
-        resample=MimRefinerImageProcessor.resample if resample is None else resample,
+        resample=resample,
         do_convert_rgb=config.num_channels == 3,
         value_range=source.get("value_range"),
     )
 
 
-def as_in_the_paper(config: MimRefinerConfig, source: Mapping[str, Any]) -> dict[str, Any]:
+def as_in_the_paper(config: MimRefinerConfig, source: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a source states, but for the size: the crop is the native one, of 8/7 of its side.
 
     For 224 pixels that is 256, then 224, as the authors evaluate on ImageNet and iNaturalist.
@@ -134,6 +137,7 @@ def _per_channel(source: Mapping[str, Any], key: str, default: list[float]) -> l
     value = source.get(key)
     if value is None:
         return default
+
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     if len(numbers) == 1:
         numbers *= len(default)
@@ -177,24 +181,25 @@ def _of_a_share(size: dict[str, int], share: float) -> tuple[dict[str, int], dic
     return {"shortest_edge": int(side / share)}, square
 
 
-def for_channels(family: Mapping[str, Any], channels: int) -> dict[str, Any]:
+def for_channels(family: PreprocessorFields, channels: int) -> PreprocessorFields:
     """What a family does with colours, for so many channels; nothing where they are not alike."""
-    fitted = dict(family)
-    for name in ("image_mean", "image_std"):
+    fitted = family.copy()
+    names: tuple[Literal["image_mean", "image_std"], ...] = ("image_mean", "image_std")
+    for name in names:
         numbers = fitted.get(name)
         if numbers is None or len(numbers) == channels:
             continue
         if len(set(numbers)) == 1:
-            fitted[name] = list(numbers[:1]) * channels
+            fitted[name] = numbers[:1] * channels
         else:
             del fitted[name]
     return fitted
 
 
-def nested_preprocessing(processor: Mapping[str, Any]) -> dict[str, Any]:
+def nested_preprocessing(processor: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a `processor_config.json` says of images; empty where it says nothing."""
     nested = processor.get(_NESTED)
-    return dict(nested) if isinstance(nested, Mapping) else {}
+    return nested if isinstance(nested, Mapping) else {}
 
 
 def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
@@ -204,24 +209,15 @@ def _sides(stated_size: Any, native: dict[str, int]) -> dict[str, int]:
     return sides_of(stated_size) or native
 
 
-def saved_preprocessing(name: str) -> dict[str, Any]:
+def saved_preprocessing(name: str) -> Mapping[str, Any]:
     """The preprocessing that a folder or a Hub name states; empty where it states none."""
-    if not name:
-        return {}
     return nested_preprocessing(_stated(name, PROCESSOR)) or _stated(name, _FILE)
 
 
-def _stated(name: str, file: str) -> dict[str, Any]:
+def _stated(name: str, file: str) -> Mapping[str, Any]:
     """The object in a JSON file of a folder or a Hub name; empty where there is none."""
-    path = Path(name) / file
-    found = str(path) if path.is_file() else None
-    if not Path(name).exists() and name.count("/") == 1:
-        try:
-            found = cached_file(name, file)
-        # no such model or file, or no network: the family's own preprocessing is as good
-        except (OSError, ValueError):
-            found = None
-    return {} if found is None else read_json(Path(found))
+    path = file_of_model(name, file)
+    return {} if path is None else read_json(path)
 
 
 __all__ = [

@@ -47,15 +47,18 @@ class Note:
         """Nor of the state."""
 
 
-# NumPy 1 and 2
-_CORES = ("core", "_core")
-_ARRAYS = [f"{core}.multiarray.{what}" for core in _CORES for what in ("scalar", "_reconstruct")]
-_PATHS = [f"{pure}{system}Path" for pure in ("", "Pure") for system in ("", "Posix", "Windows")]
-# what trainers note beside the weights, by its names in pickles: scores as numbers of NumPy, the
-# state of its random generator, folders
+# what trainers note beside the weights, by its names in pickles: scores as numbers of NumPy (1 and
+# 2), the state of its random generator, folders
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _NOTED = [
-    *(f"numpy.{name}" for name in ("dtype", "ndarray", *_ARRAYS)),
-    *(f"pathlib{module}.{name}" for module in ("", "._local") for name in _PATHS),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    *(f"pathlib.{name}" for name in _PATHS),
+    *(f"pathlib._local.{name}" for name in _PATHS),
 ]
 
 
@@ -105,9 +108,9 @@ def _read_folder(name: str, folder: Path, licence: Licence, more: tuple[str, ...
         more: names of weights besides `WEIGHTS`.
     """
     digests = read_json(folder / DIGESTS)
-    config, preprocessing = (read_json(folder / file) for file in SETTINGS)
+    config, stated = (read_json(folder / file) for file in SETTINGS)
     # as transformers: one that is nested in the processor's file comes first
-    preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or preprocessing
+    preprocessing = nested_preprocessing(read_json(folder / PROCESSOR)) or stated
 
     contents: dict[str, Any] = {}
     for file in weight_files(folder, name, more):
@@ -170,6 +173,7 @@ def _hub_folder(name: str, revision: str | None) -> Path:
             folder = Path(patiently(download, f"loading {name}"))
             if any((folder / found).is_file() for found in weights[:2]):
                 break
+
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: the Hub does not answer ({error}); check the name and the "

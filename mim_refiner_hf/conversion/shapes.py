@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.configuration_mim_refiner import brief
 from ..runtime.files import CheckpointError
-from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS, listed
+from .layout import CLS_POSITION, CLS_TOKEN, POSITIONS, REGISTERS, EncoderFields, listed
 
 KERNEL = "embeddings.patch_embeddings.weight"
 BIAS_TABLE = "relative_position_bias.table"
@@ -28,7 +28,7 @@ def most_frequent(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
+def read_shapes(name: str, placed: Mapping[str, Tensor]) -> EncoderFields:
     """Every field of the configuration that tensors tell; a feature is there if any of its is.
 
     Args:
@@ -53,7 +53,7 @@ def read_shapes(name: str, placed: Mapping[str, Tensor]) -> dict[str, Any]:
     pooled_norm = any(key.startswith("pooled_norm.") for key in placed)
     predictor_blocks = {key.split(".")[2] for key in placed if key.startswith("predictor.blocks.")}
 
-    fields: dict[str, Any] = {
+    fields: EncoderFields = {
         "hidden_size": width,
         "num_channels": channels,
         "patch_size": patch,
@@ -130,9 +130,9 @@ def _position_encoding(placed: Mapping[str, Tensor]) -> str:
     return "+".join(kinds)
 
 
-def _heads_and_size(placed: Mapping[str, Tensor], width: int, patch: int) -> dict[str, Any]:
+def _heads_and_size(placed: Mapping[str, Tensor], width: int, patch: int) -> EncoderFields:
     """The number of heads and the size of images, where tables of positions tell them."""
-    fields: dict[str, Any] = {}
+    fields: EncoderFields = {}
     grid: tuple[int, int] | None = None
 
     # norms of queries and keys: (head dim)

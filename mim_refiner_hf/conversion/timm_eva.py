@@ -19,19 +19,17 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import CheckpointError
+from .layout import EncoderFields, Placed
 
 _KNOWN = (
     "of this class, EVA-02 (eva02_*), RoPE-ViT (vit_*_rope_*), Perception Encoder (vit_pe_*), "
     "DINOv3 (vit_*_dinov3) and Sapiens2 (vit_*_sapiens2) load"
 )
-_TURNED = (
-    *(f".attention.{which}_proj.{kind}" for which in "qk" for kind in ("weight", "bias")),
-    *(f".attention.{which}_norm.{kind}" for which in "qk" for kind in ("weight", "bias")),
-)
+_TURNED = re.compile(r".*\.attention\.[qk]_(?:proj|norm)\.(?:weight|bias)")
 _SHARED = re.compile(r"layers\.(\d+)\.attention\.[kv]_proj\.(?:weight|bias)")
 
 
-def eva_fields(name: str, model: Any) -> dict[str, Any]:
+def eva_fields(name: str, model: Any) -> EncoderFields:
     """The fields of the configuration that only this class of timm has; its positions among them.
 
     Raises:
@@ -42,8 +40,9 @@ def eva_fields(name: str, model: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"{name} is timm's Eva with {' and '.join(lacking)}, which is not known here; {_KNOWN}"
         )
+
     kinds = []
-    fields: dict[str, Any] = {}
+    fields: EncoderFields = {}
     if model.pos_embed is not None:
         kinds.append("absolute")
         # as timm resizes it
@@ -51,13 +50,14 @@ def eva_fields(name: str, model: Any) -> dict[str, Any]:
     if model.rope is not None:
         kinds.append("rope")
         fields |= _rope_fields(model.rope)
+
     pool = model.attn_pool
     if pool is not None and pool.num_heads != model.blocks[0].attn.num_heads:
         fields["pooling_heads"] = pool.num_heads
     return {**fields, "position_encoding": "+".join(kinds)}
 
 
-def _rope_fields(rope: Any) -> dict[str, Any]:
+def _rope_fields(rope: Any) -> EncoderFields:
     """The rotary positions of a model whose settings are all known."""
     kind = type(rope).__name__
     if kind == "RotaryEmbeddingMixed":
@@ -65,6 +65,7 @@ def _rope_fields(rope: Any) -> dict[str, Any]:
     theta = float(rope.temperature)
     if kind == "RotaryEmbeddingDinoV3":
         return {"rope_theta": theta}
+
     grid = rope.ref_feat_shape
     return {
         "rope_theta": theta,
@@ -82,27 +83,27 @@ def _lacking(rope: Any) -> list[str]:
     if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
         return [f"{kind} positions"]
 
-    known: dict[str, Any] = {"normalize_coords": "separate"}
+    known: dict[str, str | float | None] = {"normalize_coords": "separate"}
     if kind == "RotaryEmbeddingCat":
         known |= {"grid_type": "index"}
     else:
         known |= {"grid_offset": 0.0, "min_period": None, "max_period": None}
-    settings = [(key, getattr(rope, key, value), value) for key, value in known.items()]
-    return [
-        f"rotary positions of {key}={theirs!r} (only {value!r})"
-        for key, theirs, value in settings
-        if theirs != value
-    ]
+    lacking = []
+    for key, value in known.items():
+        theirs = getattr(rope, key, value)
+        if theirs != value:
+            lacking.append(f"rotary positions of {key}={theirs!r} (only {value!r})")
+    return lacking
 
 
-def eva_finish(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def eva_finish(model: Any) -> Callable[[Placed], Placed]:
     """What turns the placed tensors of such a model into ours."""
     groups = [getattr(block.attn, "num_kv_groups", 1) for block in model.blocks]
     head_dim = model.blocks[0].attn.head_dim
     attention_alone = _scales_attention_alone(model.blocks[0])
     turn = _turn_of(model)
 
-    def finish(placed: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish(placed: Placed) -> Placed:
         arranged = {}
         for name, tensor in placed.items():
             match = _SHARED.fullmatch(name)
@@ -146,7 +147,7 @@ def _turn_of(model: Any) -> Callable[[str, Tensor], Tensor] | None:
     def turn(name: str, tensor: Tensor) -> Tensor:
         # what is misshapen is named where all shapes are checked
         fits = tensor.ndim > 0 and len(tensor) % len(order) == 0
-        if name.endswith(_TURNED) and fits:
+        if _TURNED.fullmatch(name) and fits:
             return in_order(tensor, order)
         if name.endswith(".rope.frequencies") and columns_first:
             return tensor.flip(0)

@@ -24,7 +24,7 @@ from ..model.image_processing_mim_refiner import check_settings
 from ..runtime.files import CheckpointError
 from ..runtime.text import one_line
 from .birder_models import is_birder
-from .layout import Source
+from .layout import EncoderFields, PreprocessorFields, Source
 from .timm_eva import eva_fields, eva_finish
 
 # of an argument of timm's models, in either direction; `depth` is compared with the weights
@@ -93,6 +93,7 @@ def in_our_words(found: Source) -> Source:
         )
     arguments = found.config.get("model_args") or {}
     _check_arguments(found, arguments)
+
     try:
         model = _build(found.name, str(architecture), arguments)
         return model_in_our_words(found, model, pretrained)
@@ -146,13 +147,15 @@ def model_in_our_words(
     Args:
         pretrained: timm's `pretrained_cfg`; None for the model's own.
     """
-    config = {"model_type": f"timm.{type(model).__name__}"}
+    model_type = f"timm.{type(model).__name__}"
+    fields: EncoderFields = {}
     finish = None
-    if config["model_type"] in _KINDS:
-        config |= _config_fields(found.name, model)
-    if config["model_type"] == "timm.Eva":
-        config |= eva_fields(found.name, model)
+    if model_type in _KINDS:
+        fields |= _config_fields(found.name, model)
+    if model_type == "timm.Eva":
+        fields |= eva_fields(found.name, model)
         finish = eva_finish(model)
+
     if pretrained is None:
         # a model may be built for another size than its weights were trained at
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -160,6 +163,7 @@ def model_in_our_words(
         if size is not None and tuple(pretrained.get("input_size", ()))[1:] != tuple(size):
             pretrained.update(input_size=(3, *size), crop_pct=1.0)
     preprocessing = _preprocessor_fields(pretrained or {})
+    config = {"model_type": model_type, **fields}
     return replace(found, config=config, preprocessing=preprocessing, finish=finish)
 
 
@@ -226,7 +230,7 @@ def _one_of(name: str, what: str, module: nn.Module, known: Mapping[str, str]) -
     return known[kind]
 
 
-def _config_fields(name: str, model: Any) -> dict[str, Any]:
+def _config_fields(name: str, model: Any) -> EncoderFields:
     """The fields of `MimRefinerConfig` that timm's `VisionTransformer` or `Beit` states."""
     block = model.blocks[0]
     placement = _one_of(name, "blocks", block, _BLOCKS)
@@ -241,7 +245,9 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
     has_cls = model.cls_token is not None
     # as the authors of registers resize the table, and timm any
     has_registers = getattr(model, "reg_token", None) is not None
+    resampling = "bicubic_antialias" if has_registers else None
     height, width = model.patch_embed.img_size
+    size = height if height == width else [height, width]
     return {
         "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(model.blocks),
@@ -249,9 +255,9 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
         "norm_type": _one_of(name, "norms", block.norm1, _NORMS),
         "layer_norm_eps": block.norm1.eps,
         "hidden_act": _activation(name, block.mlp),
-        "image_size": height if height == width else [height, width],
+        "image_size": size,
         "position_encoding": "+".join(positions),
-        "position_resampling": "bicubic_antialias" if has_registers else None,
+        "position_resampling": resampling,
         "use_cls_token": has_cls,
         "num_register_tokens": model.num_prefix_tokens - int(has_cls),
         "final_norm": not isinstance(model.norm, nn.Identity),
@@ -260,16 +266,23 @@ def _config_fields(name: str, model: Any) -> dict[str, Any]:
     }
 
 
-def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:
+def _preprocessor_fields(pretrained: Mapping[str, Any]) -> PreprocessorFields:
     """timm's evaluation transform in the words of `preprocessor_config.json`.
 
     Images are resized to 1 / `crop_pct` of the size, then their centre is cropped.
     """
-    fields: dict[str, Any] = {
-        "image_mean": pretrained.get("mean"),
-        "image_std": pretrained.get("std"),
-        "resample": _RESAMPLE.get(str(pretrained.get("interpolation"))),
-    }
+    fields: PreprocessorFields = {}
+    # lists, as JSON has them
+    mean = pretrained.get("mean")
+    if mean is not None:
+        fields["image_mean"] = list(mean) if isinstance(mean, tuple) else mean
+    std = pretrained.get("std")
+    if std is not None:
+        fields["image_std"] = list(std) if isinstance(std, tuple) else std
+    resample = _RESAMPLE.get(str(pretrained.get("interpolation")))
+    if resample is not None:
+        fields["resample"] = resample
+
     size = pretrained.get("input_size")
     if size and pretrained.get("crop_mode", "center") == "center":
         if not isinstance(size, list | tuple) or len(size) != 3:
@@ -282,13 +295,7 @@ def _preprocessor_fields(pretrained: Mapping[str, Any]) -> dict[str, Any]:
         share = 1.0 if pretrained.get("crop_pct") is None else pretrained["crop_pct"]
         check_settings({**fields, "crop_pct": share}, "pretrained_cfg of the model says")
         fields["size"] = {"shortest_edge": math.floor(min(height, width) / share)}
-
-    # lists, as JSON has them
-    stated = {}
-    for name, value in fields.items():
-        if value is not None:
-            stated[name] = list(value) if isinstance(value, tuple) else value
-    return stated
+    return fields
 
 
 __all__ = ["hub_name", "in_our_words", "model_in_our_words"]

@@ -23,7 +23,9 @@ from .layout import (
     CLS_TOKEN,
     POSITIONS,
     REGISTERS,
+    EncoderFields,
     Layout,
+    PreprocessorFields,
     Rule,
     any_positions,
     as_kernel,
@@ -40,15 +42,20 @@ from .layout import (
 
 THEIR_BIAS_TABLE = r"relative_position_bias_table"
 POSITION_INDEX = (r".*relative_position_index", "position index")
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+HALF: PreprocessorFields = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 """BEiT's and SigLIP's normalisation of pixels, to [-1, 1]."""
-_OF_CLIP = {
+_OF_CLIP: PreprocessorFields = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
-_ABSOLUTE = {"embedding_norm": False, "position_encoding": "absolute"}
-_PRE_NORM = {**_ABSOLUTE, "norm_placement": "pre", "use_cls_token": True, "final_norm": True}
+_PRE_NORM: EncoderFields = {
+    "embedding_norm": False,
+    "position_encoding": "absolute",
+    "norm_placement": "pre",
+    "use_cls_token": True,
+    "final_norm": True,
+}
 
 # --- ViT, ViTMAE, BEiT, Data2VecVision ------------------------------------------------------------
 

@@ -68,10 +68,11 @@ def _entries(
     licence: str | None = None,
 ) -> list[ZooEntry]:
     """Entries of one origin: each row is a name, its architecture and its file below `folder`."""
-    return [
-        ZooEntry(name, title, family, f"ViT-{architecture}", f"{folder}/{file}", licence=licence)
-        for name, architecture, file in rows
-    ]
+    entries = []
+    for name, architecture, file in rows:
+        url = f"{folder}/{file}"
+        entries.append(ZooEntry(name, title, family, f"ViT-{architecture}", url, licence=licence))
+    return entries
 
 
 def _mae_ct(title: str, name: str, stem: str, *sizes: str) -> list[ZooEntry]:
@@ -83,9 +84,10 @@ def _mae_ct(title: str, name: str, stem: str, *sizes: str) -> list[ZooEntry]:
     for size in sizes:
         # base16 is B/16
         letter = size[0].upper()
+        family = "maect_mean" if letter == "B" else "maect"
         entries += _entries(
             title,
-            "maect_mean" if letter == "B" else "maect",
+            family,
             _MAE_CT,
             (f"{name}-{size[0]}{size[-2:]}", f"{letter}/{size[-2:]}", f"{stem}_{size}.th"),
         )

@@ -61,7 +61,9 @@ def encode_visible(
     else:
         tokens, places = visible_input(encoder, patches, visible)
 
-    coordinates: Tensor = places["coordinates"]
+    coordinates = places["coordinates"]
+    # CAPI's encoder has rope
+    assert coordinates is not None
     if kept is None:
         tokens = encoder.encode_tokens(tokens, places)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.views import MultiCrop
 from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, Places
 from ..model.positions_mim_refiner import sincos_position_table
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
 from .masks import mae_noise
@@ -87,7 +87,7 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
 
 def visible_tokens(
     encoder: MimRefinerModel, pixels: Tensor, noise: Tensor, mask_ratio: float
-) -> tuple[Tensor, dict[str, Any], Tensor]:
+) -> tuple[Tensor, Places, Tensor]:
     """What the encoder gets to see: CLS, registers and the patches with the smallest `noise`.
 
     Args:

@@ -7,12 +7,10 @@ tokens, places = replaced_input(encoder, pixels, masked, mask_token)
 output = encoder.norm(encoder.encode_tokens(tokens, places))           # (B, prefix + N, D)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..model.modeling_mim_refiner import MimRefinerModel
+from ..model.modeling_mim_refiner import MimRefinerModel, Places
 
 # Shapes below: B images, N patches, V visible ones, D width of the encoder.
 
@@ -25,7 +23,7 @@ def embedded_patches(encoder: MimRefinerModel, pixels: Tensor) -> Tensor:
 
 def visible_input(
     encoder: MimRefinerModel, patches: Tensor, visible: Tensor
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Places]:
     """What the blocks read of images of which only some patches are there, and where it is.
 
     Args:
@@ -45,7 +43,7 @@ def visible_input(
 
 def replaced_input(
     encoder: MimRefinerModel, pixels: Tensor, masked: Tensor, mask_token: Tensor
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Places]:
     """What the blocks read of images with a mask token in the place of some patches.
 
     Args:

@@ -7,7 +7,9 @@ whose `refusal` has nothing against it. The words are in `ways_to_use.md.jinja`;
 tests/test_ways_to_use.py runs them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -23,7 +25,8 @@ def family_config(family: str) -> MimRefinerConfig:
     """What the encoders of a family of `LAYOUTS` are, shapes aside: enough to say their formats."""
     settings = {layout.family: layout.settings for layout in LAYOUTS}[family]
     # CrossMAE's, as released, have no final norm; every other layout states whether
-    return MimRefinerConfig(**{"final_norm": False, **settings})
+    fields: Mapping[str, Any] = {"final_norm": False, **settings}
+    return MimRefinerConfig(**fields)
 
 
 def ways_to_use(name: str, config: MimRefinerConfig, *, local: bool = False) -> str:

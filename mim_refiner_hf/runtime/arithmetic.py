@@ -11,7 +11,7 @@ is said in one line.
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -21,25 +21,34 @@ from .distributed import rank, world_size
 logger = logging.getLogger(__name__)
 
 
-def arithmetic(micro_batch_size: int | None, bf16: bool) -> dict[str, Any]:
-    """What decides the bits here and now, by name, as JSON."""
+class Arithmetic(TypedDict):
+    """What decides the last bits, as a checkpoint keeps it."""
+
+    torch: str
+    device: str
+    processes: int
+    threads: int
+    micro_batch_size: int | None
+    precision: str
+
+
+def arithmetic(micro_batch_size: int | None, bf16: bool) -> Arithmetic:
+    """What decides the bits here and now."""
     device = "CPU"
-    precision = "fp32"
-    if bf16:
-        precision = "bf16"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
+
     return {
         "torch": torch.__version__,
         "device": device,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "micro_batch_size": micro_batch_size,
-        "precision": precision,
+        "precision": "bf16" if bf16 else "fp32",
     }
 
 
-def say_changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def say_changes(begun: Mapping[str, object], now: Arithmetic) -> None:
     """A warning, by the main process, that names what was another at the start of the run.
 
     What the start did not record is not compared.
@@ -60,4 +69,4 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-__all__ = ["arithmetic", "full_precision", "say_changes"]
+__all__ = ["Arithmetic", "arithmetic", "full_precision", "say_changes"]

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ from .held import LostFolderError, check_held, lost_folder
 from .room import SaveError
 from .sharding import own_parts, shard_like
 from .strangers import parse_json
-from .tensor_files import PLACES, TENSORS, ShardedTensors, read_tensors, tensor_files
+from .tensor_files import PLACES, TENSORS, Place, ShardedTensors, read_tensors, tensor_files
 from .text import one_line
 from .versions import FORMAT_VERSIONS, NewerFormatError, check_format
 from .wording import setting
@@ -96,7 +96,8 @@ def save_checkpoint(
     """
     parts, places = own_parts(tensors)
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    names = tensor_files(world_size() if sharded else 1)
+    writers = world_size() if sharded else 1
+    names = tensor_files(writers)
     text = json.dumps(state)
     own_bytes = sum(part.nbytes for part in parts.values())
     needed = sum(gather_objects(own_bytes)) + len(text) + _SMALL_FILES
@@ -171,21 +172,30 @@ def _begin(folder: Path, step: int, needed: int) -> tuple[Path, Path]:
     return target, temporary
 
 
+class _FileRecord(TypedDict):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
 def _write_part(
-    path: Path, parts: dict[str, Tensor], places: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
+    path: Path, parts: dict[str, Tensor], places: dict[str, Place]
+) -> tuple[str, _FileRecord]:
     """Write the tensors of this process; as `_on_disk`."""
     save_file(parts, path, {PLACES: json.dumps(places)} if places else None)
     return _on_disk(path)
 
 
-def _on_disk(path: Path) -> tuple[str, dict[str, Any]]:
+def _on_disk(path: Path) -> tuple[str, _FileRecord]:
     """Bring a file to the disk; its name, and what the manifest says of it."""
     sync_to_disk(path)
     return path.name, {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _complete(temporary: Path, target: Path, step: int, text: str, files: dict[str, Any]) -> None:
+def _complete(
+    temporary: Path, target: Path, step: int, text: str, files: dict[str, _FileRecord]
+) -> None:
     """Write state and manifest beside the tensors, and give the folder its name."""
     (temporary / _STATE).write_text(text)
     version = {"format_version": FORMAT_VERSIONS["checkpoint"]}
@@ -387,13 +397,10 @@ def check_tensors(
 
 def place_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     """Put the checkpoint's tensors of a name that begins with `prefix` into a module."""
-    own = module.state_dict()
-    module.load_state_dict(
-        {
-            name: shard_like(checkpoint.tensors[prefix + name], tensor)
-            for name, tensor in own.items()
-        }
-    )
+    own = {}
+    for name, tensor in module.state_dict().items():
+        own[name] = shard_like(checkpoint.tensors[prefix + name], tensor)
+    module.load_state_dict(own)
 
 
 def _shape_and_dtype(tensor: Tensor) -> str:

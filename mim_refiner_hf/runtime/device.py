@@ -89,14 +89,17 @@ def check_compile(requested: bool) -> None:
         raise ValueError(
             f"{asked}: blocks are compiled for a GPU, and there is none here; {remedy}"
         )
+
     if torch.cuda.get_device_capability() < (7, 0):
         name = torch.cuda.get_device_name()
         raise ValueError(f"{asked}: {name} is older than compute capability 7.0; {remedy}")
+
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"{asked}: kernels are made by Triton, which is not installed; "
             f"pip install triton, or {remedy}"
         )
+
     compilers = [os.environ.get("CC"), "gcc", "clang"]
     if not any(shutil.which(compiler) for compiler in compilers if compiler):
         raise ValueError(

@@ -156,7 +156,8 @@ def reduced(tensor: Tensor, how: Literal["sum", "max"]) -> Tensor:
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+    dist.all_reduce(total, operation)
     return total
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     # the ending is another one, so that nobody who looks for *.json meets it
     new = path.with_name(f".{path.name}.tmp")
     _clear(new)
+
     with room_to_write(path):
         try:
             yield new
@@ -80,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Write JSON as `write_text` does."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -96,7 +97,8 @@ def sync_to_disk(path: Path) -> None:
     # Windows syncs no folder, and a file only where it is open for writing
     if ON_WINDOWS and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
+    access = os.O_RDWR if ON_WINDOWS else os.O_RDONLY
+    descriptor = os.open(path, access)
     try:
         os.fsync(descriptor)
     finally:
@@ -183,6 +185,7 @@ def check_folder(folder: Path, marker: str, kind: str) -> Path:
     aside = left_aside(folder)
     if aside is not None:
         aside.rename(folder)
+
     if not folder.exists():
         return folder
     if (folder / marker).is_file():

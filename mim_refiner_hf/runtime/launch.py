@@ -80,6 +80,7 @@ def take_the_cores() -> None:
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
     if not by_accelerate or os.environ.get("OMP_NUM_THREADS") != "1":
         return
+
     # some systems show no process the environment of another: what is set may then be meant
     try:
         launcher = psutil.Process().parent()
@@ -88,6 +89,7 @@ def take_the_cores() -> None:
         was_set = True
     if was_set or _asked_of_the_launcher("--num_cpu_threads_per_process") is not None:
         return
+
     # those that this process may use, which a container or `taskset` can make fewer
     usable = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -111,7 +113,8 @@ def launch_processes(count: int) -> int:
         run_processes([*options, *target, *sys.argv[1:]])
     # the processes had it too, and time to finish their step
     except SignalException as error:
-        return 128 + (signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM)
+        number = signal.SIGINT if error.sigval == signal.SIGINT else signal.SIGTERM
+        return 128 + number
     # what went wrong has been said by the process itself
     except ChildFailedError as error:
         _, failure = error.get_first_failure()

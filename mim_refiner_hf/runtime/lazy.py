@@ -148,6 +148,7 @@ def _file_of(package: str, name: str) -> ModuleType:
     spec = spec_from_file_location(name, Path(whole.origin).with_name(f"{name}.py"))
     if spec is None or spec.loader is None:
         raise ImportError(f"{package} has no file {name}.py")
+
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

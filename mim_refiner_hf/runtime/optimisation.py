@@ -127,8 +127,10 @@ def _groups(
     rows = []
     for name, parameter, scale in named:
         exempt = name.endswith((".bias", "_token", "_tokens")) or parameter.ndim <= 1
-        exempt = exempt or is_position(name)
-        rows.append((name, parameter, scale, 0.0 if exempt else weight_decay))
+        decay = weight_decay
+        if exempt or is_position(name):
+            decay = 0.0
+        rows.append((name, parameter, scale, decay))
     return parameter_groups(rows)
 
 
@@ -186,9 +188,11 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], checkpoint: 
         CheckpointError: naming file and tensor, for the state of a parameter that does not exist,
             has another shape, or is not whole.
     """
-    parameters = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
+    parameters = []
+    for optimizer in optimizers:
+        parameters += _parameters(optimizer)
     names = _names_by_parameter(checkpoint)
-    keys = {key for own in names.values() for key in own}
+    keys = set().union(*names.values())
 
     state: dict[int, dict[str, Tensor]] = {}
     for number, own in names.items():
@@ -209,9 +213,10 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], checkpoint: 
     first = 0
     for optimizer in optimizers:
         count = len(_parameters(optimizer))
-        own_state = {
-            number: state[first + number] for number in range(count) if first + number in state
-        }
+        own_state = {}
+        for number in range(count):
+            if first + number in state:
+                own_state[number] = state[first + number]
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": own_state, "param_groups": groups})
         first += count

@@ -40,6 +40,7 @@ class Pace:
             self._began = time.perf_counter()
             self._steps = 0
             return None
+
         self._steps += 1
         if self._steps != _TIMED or left == 0:
             return None

@@ -37,14 +37,14 @@ def take_ranks() -> None:
     Raises:
         ValueError: where a number makes no sense.
     """
-    if "WORLD_SIZE" not in os.environ:
-        for theirs in _LAUNCHERS:
-            if _number(theirs[1], 1) > 1:
-                told = {
-                    our: os.environ.get(their) for our, their in zip(_OURS, theirs, strict=True)
-                }
-                os.environ.update({name: value for name, value in told.items() if value})
-                break
+    if "WORLD_SIZE" in os.environ:
+        return
+    for theirs in _LAUNCHERS:
+        if _number(theirs[1], 1) > 1:
+            for our, their in zip(_OURS, theirs, strict=True):
+                if os.environ.get(their):
+                    os.environ[our] = os.environ[their]
+            break
 
 
 def check_ranks() -> None:
@@ -58,6 +58,7 @@ def check_ranks() -> None:
     processes = stated_processes()
     if processes == 1:
         return
+
     missing = [name for name in ("RANK", *_MEETING) if not os.environ.get(name)]
     if missing:
         raise ValueError(
@@ -70,6 +71,7 @@ def check_ranks() -> None:
             f"RANK={stated_rank()} must be less than the number of processes, "
             f"WORLD_SIZE={processes}"
         )
+
     # of a process that was lost torch warns by a page of addresses; read before it is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

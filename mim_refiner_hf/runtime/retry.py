@@ -96,11 +96,12 @@ def _is_of_the_network(cause: BaseException) -> bool:
 
 def has_no_way(error: BaseException) -> bool:
     """Whether the host cannot be found or reached, or refuses to be talked to."""
-    return any(
-        isinstance(cause, socket.gaierror | ConnectionRefusedError)
-        or (isinstance(cause, OSError) and cause.errno in _NO_ROUTE)
-        for cause in _causes(error)
-    )
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror | ConnectionRefusedError):
+            return True
+        if isinstance(cause, OSError) and cause.errno in _NO_ROUTE:
+            return True
+    return False
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -54,6 +54,7 @@ def room_to_write(place: Path | None = None) -> Iterator[None]:
         number = _number_of(error)
         if number is None or (place is None and isinstance(error, SaveError)):
             raise
+
         written = "a file" if place is None else str(place)
         problem = f"{written} could not be written"
         remedy = "make the disk writable"

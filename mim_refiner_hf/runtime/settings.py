@@ -100,10 +100,10 @@ def check_fields(settings: Any) -> None:
     union of them. An int passes for a float; a bool passes for neither.
     """
     annotations = get_type_hints(type(settings), include_extras=True)
-    for name in (each.name for each in fields(settings)):
-        annotation = annotations[name]
+    for known in fields(settings):
+        name = known.name
         value = getattr(settings, name)
-        parts = _parts(annotation)
+        parts = _parts(annotations[name])
 
         of_this_type = [part for part in parts if _is_of(value, part)]
         if not of_this_type:
@@ -132,6 +132,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_is_of(item, item_kind) for item in value)
     if origin is Literal:
         return isinstance(value, str)
+
     if isinstance(value, bool):
         return kind is bool
     if kind is float:

@@ -19,7 +19,6 @@ gathered together is said here.
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from .distributed import rank, world_size
+from .tensor_files import Place
 
 # Environment variables that `accelerate launch` sets to true, and what is said then.
 _INSTEAD = "launch with --use_fsdp --fsdp_version 2 to shard the model"
@@ -159,17 +159,16 @@ def _start_of_part(tensor: DTensor) -> tuple[int, int]:
     return placement.dim, min(size, mesh.get_local_rank() * chunk)
 
 
-def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Place]]:
     """What this process writes of the tensors of a job: its parts of the sharded ones.
 
     The first process writes the whole ones too.
 
     Returns:
-        The parts on the CPU, and for each sharded one the `shape` of the whole and the `offset` of
-        the part in it.
+        The parts on the CPU, and for each sharded one its place in the whole.
     """
     parts = {}
-    places = {}
+    places: dict[str, Place] = {}
     for name, tensor in tensors.items():
         part = local(tensor)
         if isinstance(tensor, DTensor):
@@ -181,6 +180,7 @@ def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             places[name] = {"shape": list(tensor.shape), "offset": offset}
         elif rank():
             continue
+
         parts[name] = part.detach().contiguous().cpu()
     return parts, places
 
@@ -192,6 +192,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return whole
+
     dim, start = _start_of_part(like)
     part = whole.narrow(dim, start, local(like).shape[dim]).clone().to(like.device)
     return DTensor.from_local(

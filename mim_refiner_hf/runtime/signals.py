@@ -47,7 +47,7 @@ class Interrupted(EarlyEnd):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class Ended(KeyboardInterrupt):

@@ -1,6 +1,7 @@
 """Files of strangers, bounded before they are believed: JSON, and what torch files hold.
 
     config = read_json(folder / "config.json")     # {} where there is none
+    card = file_of_model("user/name", "README.md")
     check_contents(path, torch.load(path, weights_only=True))
 
 A file of a hundred kilobytes can be nested so deep that its reader crashes, hold a number that
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from .files import CheckpointError, in_bytes
 from .text import one_line
@@ -76,17 +78,35 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is larger than {in_bytes(_MOST_BYTES)}, which JSON beside a model may have; "
             "get it again"
         )
+
     try:
         found = parse_json(content.decode("utf-8"))
     except ValueError as error:
         reason = one_line(error)[:200]
         raise CheckpointError(f"{path} is not valid JSON: {reason}; get it again") from error
+
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path} is not valid JSON: it holds no object, {{..}}, but a "
             f"{type(found).__name__}; get it again"
         )
     return found
+
+
+def file_of_model(name: str, file: str) -> Path | None:
+    """A file of a model folder, or of a Hub name; None where there is none, or no network."""
+    path = Path(name, file)
+    if name and path.is_file():
+        return path
+    if Path(name).exists() or name.count("/") != 1:
+        return None
+
+    try:
+        found = cached_file(name, file)
+    # no such model or file, or no network
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
 
 
 def check_contents(path: Path, contents: Mapping[Any, Any]) -> None:
@@ -96,38 +116,42 @@ def check_contents(path: Path, contents: Mapping[Any, Any]) -> None:
         CheckpointError: for dictionaries within dictionaries without an end, and for tensors
             without values of their own or with many times more of them than the file has bytes.
     """
-    size = path.stat().st_size
-    entries = values = 0
-    open_ended: list[tuple[Mapping[Any, Any], int]] = [(contents, 1)]
-    while open_ended:
-        mapping, depth = open_ended.pop()
+    entries = 0
+    total = 0
+    # not by recursion: what is nested without an end would crash it
+    waiting: list[tuple[Mapping[Any, Any], int]] = [(contents, 1)]
+    while waiting:
+        mapping, depth = waiting.pop()
         entries += len(mapping)
         if depth > _DEEPEST or entries > _MOST_ENTRIES:
             raise CheckpointError(
                 f"{path} is nested deeper than {_DEEPEST} times or has more than {_MOST_ENTRIES} "
                 "entries, which no weight file needs; have its state dict saved alone"
             )
+
         for key, value in mapping.items():
             if isinstance(value, Mapping):
-                open_ended.append((value, depth + 1))
+                waiting.append((value, depth + 1))
             elif isinstance(value, Tensor):
-                if not _has_values(value):
-                    raise CheckpointError(
-                        f"{path} holds {one_line(key)[:200]} without its values, sparse or nested; "
-                        "have its state dict saved as plain tensors"
-                    )
-                values += value.numel() * value.element_size()
-    if values > _MOST_SHARING * size:
+                total += _bytes_of(path, key, value)
+
+    size = path.stat().st_size
+    if total > _MOST_SHARING * size:
         raise CheckpointError(
-            f"{path} has {in_bytes(size)}, but its tensors would have {in_bytes(values)}: they "
+            f"{path} has {in_bytes(size)}, but its tensors would have {in_bytes(total)}: they "
             "are views of few values; have its state dict saved as plain tensors"
         )
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain array in the memory of this machine."""
+def _bytes_of(path: Path, key: object, tensor: Tensor) -> int:
+    """Bytes of a plain array in the memory of this machine; CheckpointError for another tensor."""
     is_plain = tensor.layout == torch.strided and not tensor.is_nested
-    return is_plain and tensor.device.type == "cpu"
+    if not is_plain or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path} holds {one_line(key)[:200]} without its values, sparse or nested; "
+            "have its state dict saved as plain tensors"
+        )
+    return tensor.numel() * tensor.element_size()
 
 
-__all__ = ["check_contents", "parse_json", "read_json"]
+__all__ = ["check_contents", "file_of_model", "parse_json", "read_json"]

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,13 @@ from .text import ODD_BYTES
 TENSORS = "tensors.safetensors"
 # the key, in the header of a file, of the JSON that says where its parts belong
 PLACES = "places"
+
+
+class Place(TypedDict):
+    """Where a part of a sharded tensor belongs: the shape of the whole, the offset in it."""
+
+    shape: list[int]
+    offset: list[int]
 
 
 def tensor_files(count: int) -> list[str]:
@@ -81,10 +89,11 @@ class ShardedTensors(Mapping[str, Tensor]):
     def _add_file(self, path: Path) -> None:
         """Take over the parts in a file; ValueError where one lies outside its whole."""
         with safe_open(path, "pt") as file:
-            places = dict(json.loads((file.metadata() or {}).get(PLACES, "{}")))
+            stated = (file.metadata() or {}).get(PLACES, "{}")
+            places: dict[str, Place] = dict(json.loads(stated))
             for name in file.keys():  # noqa: SIM118  # it is no mapping
                 part = file.get_tensor(name)
-                whole = {"shape": list(part.shape), "offset": [0] * part.ndim}
+                whole: Place = {"shape": list(part.shape), "offset": [0] * part.ndim}
                 place = places.get(name, whole)
 
                 shape = self._shapes.setdefault(name, place["shape"])
@@ -131,6 +140,7 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
 __all__ = [
     "PLACES",
     "TENSORS",
+    "Place",
     "ShardedTensors",
     "read_header",
     "read_tensor_file",

@@ -60,25 +60,26 @@ class JsonlTracker(GeneralTracker):
         """
         kept: list[str] = []
         damaged: list[bytes] = []
-        if self.start_step:
-            for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
+        if self.start_step and self.path.is_file():
+            for line in self.path.read_bytes().splitlines():
                 step = _step_of(line)
                 if step is None:
                     damaged.append(line)
                 elif step <= self.start_step:
                     kept.append(line.decode() + "\n")
-            if damaged:
-                aside = self.path.with_name(f"{self.path.name}.damaged")
-                with aside.open("ab") as file:
-                    file.write(b"\n".join(damaged) + b"\n")
-                logger.warning(
-                    "%s: %d damaged lines are set aside in %s; the log lacks their steps",
-                    one_line(self.path),
-                    len(damaged),
-                    aside.name,
-                )
-            if not kept:
-                logger.warning("%s lacks the steps up to %d", one_line(self.path), self.start_step)
+
+        if damaged:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            with aside.open("ab") as file:
+                file.write(b"\n".join(damaged) + b"\n")
+            logger.warning(
+                "%s: %d damaged lines are set aside in %s; the log lacks their steps",
+                one_line(self.path),
+                len(damaged),
+                aside.name,
+            )
+        if self.start_step and not kept:
+            logger.warning("%s lacks the steps up to %d", one_line(self.path), self.start_step)
         write_text(self.path, "".join(kept))
 
     @on_main_process
