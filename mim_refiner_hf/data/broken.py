@@ -72,7 +72,7 @@ class BrokenImages:
                 "" where there were none.
         """
         for report in reports:
-            entries = [report] if isinstance(report, dict) else json.loads(report or "[]")
+            entries = json.loads(report or "[]") if isinstance(report, str) else [report]
             for entry in entries:
                 if entry["index"] not in self._known:
                     self._new[entry["index"]] = entry

@@ -12,7 +12,7 @@ is said in `clustering/decoding.py`.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,14 @@ Candidate = int | tuple[int, Example]
 """Where a sample is: a place in an `ImageDataset`, or a place in a stream and an example."""
 Key = tuple[Any, ...]
 """What a worker gets of a `BatchSampler`: (epoch, candidate, those that may stand in for it...)."""
-Broken = dict[str, Any]
-"""An image that cannot be read: {"index": place in the whole data set, "path", "reason"}."""
+
+
+class Broken(TypedDict):
+    """An image that cannot be read, as `broken.json` lists it; its place in the whole data set."""
+
+    index: int
+    path: str
+    reason: str
 
 
 class Sample(NamedTuple):

@@ -18,7 +18,7 @@ are fewer: on ImageNet the same.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.broken import BrokenImages
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import BatchSampler
 from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -173,7 +173,7 @@ def patches_of(encoder: MimRefinerModel, pixels: Tensor) -> Tensor:
 
 def attentive_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -232,7 +232,7 @@ def _train(
     probes: AttentiveProbes,
     encoder: MimRefinerModel,
     images: "ImageDataset",
-    processor: Any,
+    processor: ImageProcessor,
     batch: int,
     seed: int,
     loading: Loading,
@@ -268,7 +268,7 @@ def _correct(
     probes: AttentiveProbes,
     encoder: MimRefinerModel,
     images: "ImageDataset",
-    processor: Any,
+    processor: ImageProcessor,
     loading: Loading,
 ) -> Tensor:
     """Which answers of C classifiers are right (C, N)."""

@@ -16,13 +16,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
 from .feature_cache import ImageRows, for_altered_images, read_rows
@@ -134,7 +134,7 @@ def attention_distances(encoder: MimRefinerModel, pixels: Tensor) -> list[float]
 
 def block_profile(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -185,7 +185,7 @@ def block_profile(
 
     columns = own_columns(encoder.config)
 
-    def read(images: "ImageDataset", shown: Any, folder: Path | None, what: str) -> ImageRows:
+    def read(images: "ImageDataset", shown: Processor, folder: Path | None, what: str) -> ImageRows:
         desc = f"block analysis: {what}"
         return read_rows(
             encoder, images, shown, columns, features=folder, loading=loading, desc=desc
@@ -226,7 +226,7 @@ def knn_per_block(bank: ImageRows, queries: ImageRows, columns: Sequence[str]) -
     return accuracies
 
 
-def pixels_of(images: "ImageDataset", processor: Any, device: torch.device) -> Tensor:
+def pixels_of(images: "ImageDataset", processor: Processor, device: torch.device) -> Tensor:
     """All images of a small set as one batch (N, C, H, W)."""
     pictures = [images[i].image for i in range(len(images))]
     pixels: Tensor = processor(pictures, return_tensors="pt")["pixel_values"]

@@ -19,7 +19,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from ..data.found import digest
 from ..data.images import Broken, ImageDataset, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
@@ -40,6 +39,7 @@ from .features import check_columns, encode_images, own_columns
 from .manifest import differences, store_manifest
 from .shard_files import (
     STORE_MANIFEST,
+    StoreManifest,
     columns_of_shard,
     read_manifest,
     recorded_shards,
@@ -119,7 +119,7 @@ def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> l
 def read_rows(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     *,
     features: Path | None,
@@ -191,7 +191,7 @@ def is_one_store(features: Path) -> bool:
     return (features / STORE_MANIFEST).is_file()
 
 
-def store_name(manifest: dict[str, Any]) -> str:
+def store_name(manifest: StoreManifest) -> str:
     """A name for people, and a fingerprint of all that the features depend on."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(manifest["data"]["name"]).name)
     parts = [manifest["encoder"]["fingerprint"], manifest["dtype"], str(manifest["preprocessing"])]
@@ -212,7 +212,7 @@ def open_growing_store(folder: Path, columns: Sequence[str]) -> FeatureStore | N
     return FeatureStore(folder, shards)
 
 
-def open_one_store(folder: Path, wanted: dict[str, Any]) -> FeatureStore:
+def open_one_store(folder: Path, wanted: StoreManifest) -> FeatureStore:
     """The store in `folder`; ValueError if it is of something else, has less, or is damaged."""
     store = FeatureStore(folder)
     lacking = [column for column in wanted["columns"] if column not in store.columns]

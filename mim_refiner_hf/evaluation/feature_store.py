@@ -77,8 +77,8 @@ class FeatureStore:
                 f"{folder} holds no features; make them with mim-refiner embed ... --out {folder}"
             )
         self.manifest = manifest
-        self.class_names: list[str] | None = manifest["class_names"]
-        self.columns: dict[str, int] = manifest["columns"]
+        self.class_names = manifest["class_names"]
+        self.columns = manifest["columns"]
         if shards is None:
             self.shards = self._all_shards()
         else:

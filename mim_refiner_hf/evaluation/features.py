@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, Sample
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
@@ -64,7 +64,7 @@ class FeatureSet:
 class Preprocess:
     """Collates samples into (pixels (B, C, H, W), labels (B,)) inside the loader's workers."""
 
-    processor: Any
+    processor: Processor
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         prepared = self.processor([sample.image for sample in samples], return_tensors="pt")
@@ -93,6 +93,15 @@ def blocks_of(column: str, depth: int) -> list[int]:
     if place == "last4":
         return list(range(depth - 4, depth))
     return [int(place.removeprefix("block"))]
+
+
+def column_widths(columns: Sequence[str], config: MimRefinerConfig) -> dict[str, int]:
+    """How many numbers an image has in each column: those of all its blocks together."""
+    widths = {}
+    for column in columns:
+        side_by_side = len(blocks_of(column, config.num_hidden_layers)) or 1
+        widths[column] = config.hidden_size * side_by_side
+    return widths
 
 
 def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]:
@@ -263,7 +272,7 @@ def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
 def encode_images(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     *,
     loading: Loading = Loading(),
@@ -306,7 +315,7 @@ def encode_images(
 def extract_features(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     *,
     blocks: Sequence[int] | None = None,
     loading: Loading = Loading(),

@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..clustering.channels import as_picture
 from ..data.images import Key
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import BatchSampler
 from ..data.reading import read_sample
 from ..data.split_files import listed_places
@@ -171,7 +171,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any
+        self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: ImageProcessor
     ) -> None:
         self.images = images
         self.seed = recipe.seed
@@ -290,7 +290,7 @@ def classifier_groups(
 
 def fine_tune(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     images: "ImageDataset",
     recipe: FineTuneRecipe,
     *,
@@ -413,7 +413,7 @@ def train_classifier(
 
 def fine_tuning(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,

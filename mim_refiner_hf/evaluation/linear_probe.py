@@ -30,14 +30,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.broken import BrokenImages
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import BatchSampler, epoch_order
 from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -222,7 +222,7 @@ def stored_batches(
 def augmented_batches(
     encoder: MimRefinerModel,
     images: "ImageDataset",
-    processor: Any,
+    processor: ImageProcessor,
     columns: Sequence[str],
     training: Training,
     loading: Loading,
@@ -257,7 +257,7 @@ def augmented_batches(
 
 def linear_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,

@@ -22,7 +22,7 @@ W = (-w/2, w/2) with ||W||^2 = ||w||^2 / 2: there C = 2 / (lambda n).
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..data.split_files import listed_places
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
@@ -184,7 +184,7 @@ def encoded_lists(
 
 def low_shot(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: Processor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
@@ -76,7 +76,7 @@ class Evaluation:
 
 def evaluate_encoder(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: Processor,
     train_images: ImageDataset,
     eval_images: ImageDataset,
     *,
@@ -157,7 +157,7 @@ def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[
 
 
 def evaluate_pixels(
-    processor: Any,
+    processor: Processor,
     train_images: ImageDataset,
     eval_images: ImageDataset,
     *,

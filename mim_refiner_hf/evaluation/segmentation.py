@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import epoch_order
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -80,7 +80,7 @@ class PatchProbe:
     def __init__(
         self,
         encoder: MimRefinerModel,
-        processor: Any,
+        processor: ImageProcessor,
         num_classes: int,
         rates: Sequence[float],
         seed: int,
@@ -262,7 +262,7 @@ def bootstrap_miou(per_image: NDArray[np.int32], seed: int) -> tuple[float, floa
 
 def segmentation_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: SegmentationDataset,
     eval_images: SegmentationDataset,
     *,

@@ -84,8 +84,8 @@ def embed(
             loading,
             stop_at_broken=not skip_broken,
         )
-        values = rows[columns[0]]
-        indices = np.asarray(rows["index"], dtype=np.int64)
+        values = rows.columns[columns[0]]
+        indices = np.asarray(rows.index, dtype=np.int64)
     else:
         processor = encoder.image_processor
         store = embed_images(encoder, opened, processor, out, columns=columns, loading=loading)
