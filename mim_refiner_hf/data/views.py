@@ -68,9 +68,9 @@ class ViewSpec:
 
     size: int
     scale: tuple[float, float]
-    blur_p: float
-    solarize_p: float
-    colour: bool
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+    colour: bool = False
     flip: float = 0.5
     local: bool = False
     blur_scale: float = 1.0

@@ -27,9 +27,9 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
 from .feature_cache import ImageRows, for_altered_images, read_rows
 from .features import own_columns
-from .knn import knn_accuracy
 from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from .reconstruction import reconstruction_losses
+from .report import knn_of_columns
 
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
@@ -195,7 +195,7 @@ def block_profile(
     accuracies: list[float] | None = None
     if fully_labelled(train_images) and fully_labelled(eval_images):
         bank = read(train_images, processor, features, "k-NN bank")
-        accuracies = knn_per_block(bank, clean, columns)
+        accuracies = knn_of_columns(bank, clean, columns, say_known=True)
 
     view = global_view(processor, encoder.config.image_hw[0], flip, seed)
     altered = read(eval_images, view, for_altered_images(features), "augmented images")
@@ -207,23 +207,6 @@ def block_profile(
     few = evenly_spaced(eval_images, ATTENTION_IMAGES)
     distances = attention_distances(encoder, pixels_of(few, processor, encoder.device))
     return assemble(accuracies, agreements, losses, vectors, distances)
-
-
-def knn_per_block(bank: ImageRows, queries: ImageRows, columns: Sequence[str]) -> list[float]:
-    """k-NN accuracy (0 to 1) of every column that both have, by the paper's protocol."""
-    assert bank.labels is not None and queries.labels is not None
-    accuracies = []
-    for column in columns:
-        accuracy = knn_accuracy(
-            bank.column(column),
-            bank.labels,
-            queries.column(column),
-            queries.labels,
-            k=NUM_NEIGHBOURS,
-            say_known=column == columns[-1],
-        )
-        accuracies.append(accuracy)
-    return accuracies
 
 
 def pixels_of(images: "ImageDataset", processor: Processor, device: torch.device) -> Tensor:

@@ -65,7 +65,7 @@ from ..runtime.settings import (
     documented,
 )
 from ..runtime.wording import setting
-from .features import Preprocess
+from .features import pixel_batches
 from .scores import ProtocolResult, class_labels, mean_score
 
 logger = logging.getLogger(__name__)
@@ -177,10 +177,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         self.seed = recipe.seed
         self.mean = processor.image_mean
         self.std = processor.image_std
-        scale = (recipe.scale, 1.0)
-        self.crop = ViewSpec(
-            size, scale, blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip
-        )
+        self.crop = ViewSpec(size, (recipe.scale, 1.0), flip=recipe.flip)
 
         self.rand_augment: Any = None
         if recipe.rand_augment:
@@ -446,15 +443,9 @@ def fine_tuning(
     chosen = train_images.subset(places)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 
-    loader = DataLoader(
-        eval_images,
-        batch_size=loading.batch_size,
-        num_workers=loading.num_workers,
-        collate_fn=Preprocess(processor),
-    )
     answers = []
     with torch.inference_mode():
-        for pixels, _ in loader:
+        for pixels, _ in pixel_batches(eval_images, processor, loading):
             answers.append(model(pixels.to(model.device)).logits.argmax(dim=1).cpu())
     setting = (
         f"{len(chosen)} images ({origin}), {recipe.epochs} epochs, "

@@ -26,6 +26,7 @@ encoder over the data in all. Without, each image is encoded once and the classi
 stored features, many times faster.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,19 +35,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.broken import BrokenImages
 from ..data.loading import ImageProcessor, Loading
-from ..data.order import BatchSampler, epoch_order
-from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
+from ..data.order import epoch_order
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import progress_bar, rank
 from ..runtime.optimisation import learning_rate
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
-from .feature_cache import read_rows
-from .features import encode, frozen, own_column
+from .feature_cache import ImageRows, read_rows
+from .features import encode, frozen, own_column, random_crops
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
@@ -58,8 +56,6 @@ LAST_BLOCKS = 4
 PROBE_BATCH = 1024
 # of the updates, with the paper's variant
 WARMUP_SHARE = 0.1
-# share of the image's area that a random crop shows
-PROBE_CROP_SCALE = (0.08, 1.0)
 
 Variant = Literal["paper", "dinov2"]
 Columns = dict[str, Tensor]
@@ -123,9 +119,8 @@ class LinearProbes:
 
     Args:
         kinds: as `feature_kinds` gives them.
-        features: of any images, for the widths of their columns.
-        learning_rates: of each grid, as they are told.
-        scale: what the rates are multiplied by.
+        features: of any images: their widths count, and where they are.
+        learning_rates: of each grid, before their scaling by batch / 256.
     """
 
     def __init__(
@@ -134,16 +129,17 @@ class LinearProbes:
         features: Columns,
         num_classes: int,
         learning_rates: Sequence[float],
-        scale: float,
-        seed: int,
-        device: torch.device,
+        training: Training,
         variant: Variant = "paper",
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(training.seed)
+        scale = training.batch / 256
+        device = next(iter(features.values())).device
         self.kinds = kinds
         self.learning_rates = learning_rates
         self.variant = variant
         self.rates = [rate * scale for rate in learning_rates]
+
         self.grids = {}
         self.norms: dict[str, nn.Module] = {}
         for kind, columns in kinds.items():
@@ -228,28 +224,13 @@ def augmented_batches(
     loading: Loading,
 ) -> Iterator[tuple[Columns, Tensor]]:
     """The same batches, each encoded anew from random resized crops and flips."""
-    size = encoder.config.image_hw[0]
-    crop = ViewSpec(size, PROBE_CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)
-    value_range = getattr(processor, "value_range", None)
-    views = ViewDataset(images, MultiCrop([crop]), training.seed, value_range)
-    sampler = BatchSampler(
-        images,
-        batch_size=training.batch,
-        seed=training.seed,
-        steps=training.epochs * (len(images) // training.batch),
+    steps = training.epochs * (len(images) // training.batch)
+    crops = random_crops(
+        encoder, images, processor, loading, batch=training.batch, steps=steps, seed=training.seed
     )
-
-    broken = BrokenImages(images, max_fraction=1)
-    for drawn in DataLoader(views, batch_sampler=sampler, num_workers=loading.num_workers):
-        broken.add(drawn["broken"])
-        parts = []
-        for pixels in drawn["global_views"][:, 0].split(loading.batch_size):
-            pixels = pixels.to(encoder.device)
-            pixels = normalise(pixels, processor.image_mean, processor.image_std)
-            parts.append(encode(encoder, pixels, columns))
-        features = {column: torch.cat([part[column] for part in parts]) for column in columns}
-        yield features, drawn["label"].to(encoder.device)
-    broken.share()
+    for parts, labels in crops:
+        encoded = [encode(encoder, pixels, columns) for pixels in parts]
+        yield {column: torch.cat([part[column] for part in encoded]) for column in columns}, labels
 
 
 # --- the protocol ----------------------------------------------------------------------------
@@ -294,13 +275,15 @@ def linear_probe(
     """
     check_probe(encoder, train_images, eval_images, augment, epochs, learning_rates)
     kinds = feature_kinds(encoder.config, variant)
-    columns = list(dict.fromkeys(column for needed in kinds.values() for column in needed))
-    train, test = (
-        read_rows(
+    columns = list(dict.fromkeys(itertools.chain(*kinds.values())))
+
+    def read(images: "ImageDataset", desc: str) -> ImageRows:
+        return read_rows(
             encoder, images, processor, columns, features=features, loading=loading, desc=desc
         )
-        for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
-    )
+
+    train = read(train_images, "training images")
+    test = read(eval_images, "evaluation images")
     # check_probe has refused images without labels
     assert train.labels is not None and test.labels is not None
 
@@ -322,10 +305,7 @@ def linear_probe(
             queries = with_final_norm(encoder, queries)
             batches = ((with_final_norm(encoder, rows), own) for rows, own in batches)
 
-        scale = batch / 256
-        probes = LinearProbes(
-            kinds, queries, num_classes, learning_rates, scale, seed, device, variant
-        )
+        probes = LinearProbes(kinds, queries, num_classes, learning_rates, training, variant)
         found: Best | None = None
         for epoch in probes.train(batches, epochs * (len(labels) // batch), epochs):
             if variant == "dinov2" and epoch < epochs:

@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.loading import ImageProcessor, Loading
 from ..data.views import normalise
@@ -48,7 +47,7 @@ from .knn import channel_statistics
 from .scores import ProtocolResult, Score
 from .search import nearest
 from .segmentation import bootstrap_miou, check_same_classes, mean_iou, pixel_counts
-from .segmentation_data import VOID, Crops, SegmentationDataset
+from .segmentation_data import VOID, SegmentationDataset, masked_batches
 
 PATCH_NEIGHBOURS = (1, 3, 10, 30)
 DISTANCES = ("cosine", "Euclidean")
@@ -234,10 +233,8 @@ def _measured(
             "settings on some of them; give 2 or more"
         )
     count = len(train_images.class_names)
-    train, test = (
-        encoded_patches(encoder, processor, images, seed, loading)
-        for images in (train_images, eval_images)
-    )
+    train = encoded_patches(encoder, processor, train_images, loading)
+    test = encoded_patches(encoder, processor, eval_images, loading)
     order = random_generator(seed, "patch segmentation").permutation(len(train_images))
     held = max(len(order) // _CHOSEN_ON, 1)
 
@@ -280,17 +277,11 @@ def encoded_patches(
     encoder: MimRefinerModel,
     processor: ImageProcessor,
     images: SegmentationDataset,
-    seed: int,
     loading: Loading,
 ) -> Patches:
     """The patches of all images, squashed to the encoder's size; on its device."""
     side = encoder.config.patch_size
-    loader = DataLoader(
-        Crops(images, encoder.config, seed, squash=True),
-        sampler=range(len(images)),
-        batch_size=loading.batch_size,
-        num_workers=loading.num_workers,
-    )
+    loader = masked_batches(images, encoder.config, loading, squash=True)
     features = []
     classes = []
     with frozen(encoder, loading.device) as device:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled
 from ..data.loading import Loading, Processor
@@ -27,7 +26,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
 from .feature_cache import ImageRows, read_rows
-from .features import FeatureSet, Preprocess, own_columns
+from .features import FeatureSet, own_columns, pixel_batches
 from .knn import (
     grid_settings,
     knn_accuracy,
@@ -136,22 +135,29 @@ def evaluate_encoder(
     groups = kmeans_runs(last.features, len(np.unique(last.labels)), seed=seed)
     metrics |= clustering_metrics(last.labels.numpy(), groups)
     if per_block:
-        metrics["knn_per_block"] = knn_of_blocks(profile_rows, rows, own)
+        metrics["knn_per_block"] = knn_of_columns(profile_rows, rows, own)
     metrics["rankme"] = rankme(last.features)
     return Evaluation(metrics, last, groups, predicted, neighbours)
 
 
-def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[float]:
-    """k-NN accuracy of every block, first block first; `own` are their columns.
+def knn_of_columns(
+    bank: ImageRows, rows: ImageRows, columns: Sequence[str], *, say_known: bool = False
+) -> list[float]:
+    """k-NN accuracy (0 to 1) of every column that both have, by the paper's protocol.
 
-    `knn_metrics` has said what is in the bank too.
+    With `say_known`, it is said of the last column how many images are in the bank too.
     """
     assert bank.labels is not None and rows.labels is not None
     accuracies = []
-    for column in own:
-        bank_x, eval_x = bank.side_by_side([column]), rows.column(column)
-        labels = (bank.labels, rows.labels)
-        accuracy = knn_accuracy(bank_x, labels[0], eval_x, labels[1], shared=True, say_known=False)
+    for column in columns:
+        accuracy = knn_accuracy(
+            bank.column(column),
+            bank.labels,
+            rows.column(column),
+            rows.labels,
+            shared=True,
+            say_known=say_known and column == columns[-1],
+        )
         accuracies.append(accuracy)
     return accuracies
 
@@ -172,13 +178,7 @@ def evaluate_pixels(
     pixels = []
     labels = []
     for images in (evenly_spaced(train_images, BANK_SIZE), eval_images):
-        loader = DataLoader(
-            images,
-            batch_size=loading.batch_size,
-            num_workers=loading.num_workers,
-            collate_fn=Preprocess(processor),
-        )
-        batches = list(loader)
+        batches = list(pixel_batches(images, processor, loading))
         pixels.append(torch.cat([batch.flatten(1).float() for batch, _ in batches]))
         labels.append(torch.cat([batch for _, batch in batches]))
 

@@ -48,7 +48,7 @@ from .classifier_grid import ClassifierGrid
 from .features import frozen
 from .linear_probe import check_grid
 from .scores import ProtocolResult, Score
-from .segmentation_data import VOID, Crops, OwnSize, SegmentationDataset
+from .segmentation_data import VOID, Crops, OwnSize, SegmentationDataset, masked_batches
 
 # of the authors' grid; times batch / 256
 SEGMENTATION_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
@@ -297,19 +297,10 @@ def segmentation_probe(
     keys = crop_keys(len(train_images), batch, epochs, seed)
     crops = Crops(train_images, encoder.config, seed)
 
-    def in_order(images: SegmentationDataset) -> DataLoader[Any]:
-        """The centre crops of all images."""
-        return DataLoader(
-            Crops(images, encoder.config, seed),
-            sampler=range(len(images)),
-            batch_size=loading.batch_size,
-            num_workers=loading.num_workers,
-        )
-
     with frozen(encoder, loading.device):
         rates = [rate * batch / 256 for rate in learning_rates]
         probe = PatchProbe(encoder, processor, len(train_images.class_names), rates, seed)
-        probe.measure_channels(in_order(train_images))
+        probe.measure_channels(masked_batches(train_images, encoder.config, loading))
 
         loader = DataLoader(crops, batch_sampler=keys, num_workers=loading.num_workers)
         progress = progress_bar(
@@ -320,7 +311,8 @@ def segmentation_probe(
             probe.train_step(pixels, targets, decay)
 
         if inference == "whole":
-            measured = [probe.confusions(pixels, truth) for pixels, truth in in_order(eval_images)]
+            batches = masked_batches(eval_images, encoder.config, loading)
+            measured = [probe.confusions(pixels, truth) for pixels, truth in batches]
             tables = np.concatenate(measured)  # (N, C, K, K)
         else:
             tables = by_windows(probe, eval_images, loading)
