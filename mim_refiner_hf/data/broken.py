@@ -10,12 +10,14 @@ A training replaces a broken image by another one (`images.py`); an evaluation t
 exactly once, and leaves it out. An entry is {"index": place in the data set, "path", "reason"}.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
@@ -153,7 +155,7 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
     ):
         own_entries += filter(None, batch)
 
-    entries = [entry for part in gather_objects(own_entries) for entry in part]
+    entries = list(itertools.chain(*gather_objects(own_entries)))
     entries.sort(key=lambda entry: entry["index"])
     if not entries:
         return images, []
@@ -163,9 +165,9 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
             f"first: {entries[0]['reason']}"
         )
 
-    broken = {entry["index"] for entry in entries}
-    left = [place for place, index in enumerate(images.indices.tolist()) if index not in broken]
-    return images.subset(left), entries
+    broken = [entry["index"] for entry in entries]
+    left = ~np.isin(images.indices, broken)
+    return images.subset(np.flatnonzero(left)), entries
 
 
 __all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable"]

@@ -121,19 +121,20 @@ class ImageDataset(Dataset[Sample]):
         for old, new in numbers.items():
             labels[self.found.labels == old] = new
         found = self.found._replace(labels=labels, class_names=class_names)
-        indices = None if self.is_whole else self.indices
-        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
+        return self._same_images(found, self.num_channels)
 
     def without_labels(self) -> "ImageDataset":
         """The same images, unlabelled."""
         found = self.found._replace(labels=None, class_names=None)
-        indices = None if self.is_whole else self.indices
-        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
+        return self._same_images(found, self.num_channels)
 
     def in_channels(self, num_channels: int) -> "ImageDataset":
         """The same images, read in so many channels."""
+        return self._same_images(self.found, num_channels)
+
+    def _same_images(self, found: FoundImages, num_channels: int) -> "ImageDataset":
         indices = None if self.is_whole else self.indices
-        return ImageDataset(self.found, num_channels=num_channels, indices=indices)
+        return ImageDataset(found, num_channels=num_channels, indices=indices)
 
     def describe(self, i: int) -> str:
         """Where image `i` comes from, for messages: its path, or its row in the data set."""

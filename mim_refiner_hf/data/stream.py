@@ -154,6 +154,7 @@ class ImageStream:
         """What labels an example; None, which is said once, where that is no label."""
         if self.label_column is None:
             return None
+
         try:
             return label_of(example[self.label_column])
         except ValueError as error:
@@ -202,6 +203,7 @@ def open_stream(
             "The digits are 1797 images in memory and are not streamed; "
             "open them without streaming."
         )
+
     stream, class_names, fingerprint = find_stream(
         dataset, config=config, split=split, options=options
     )

@@ -264,6 +264,7 @@ def drawn_view(image: Image.Image, draw: ViewDraw, size: int) -> Image.Image:
     view = resized_crop(image, draw.box, size)
     if draw.flip:
         view = flip_horizontally(view)
+
     if draw.jitter:
         view = colour_jitter(view, draw.jitter)
     if draw.sigma:

@@ -16,6 +16,7 @@ a hundredth of the images, between 32 and 1 024, and there are ten passes, or 50
 are fewer: on ImageNet the same.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -206,7 +207,7 @@ def attentive_probe(
 
     batch, own_steps = length_of(len(trained_on))
     steps = own_steps if steps is None else steps
-    settings = [(rate, decay) for rate in learning_rates for decay in weight_decays]
+    settings = list(itertools.product(learning_rates, weight_decays))
     scaled = [(rate * batch / 256, decay) for rate, decay in settings]
     classes = np.concatenate([images.labels for images in (train_images, eval_images)])
     with frozen(encoder, loading.device) as device:

@@ -103,7 +103,8 @@ def embed_images(
 
     # anyone may read a complete store
     with nullcontext() if is_complete(folder) else sole_run(folder, "out"):
-        manifest = claim(folder, new, compared=() if shard_size is None else ("shard_size",))
+        compared = [] if shard_size is None else ["shard_size"]
+        manifest = claim(folder, new, compared)
         try:
             manifest = fill_store(folder, manifest, encoder, images, processor, loading)
         # such as features that are not finite
@@ -337,6 +338,7 @@ def write_shards(
     desc = "features"
     if world_size() > 1:
         desc = f"features, process 1 of {world_size()}"
+
     with (
         frozen(encoder, loading.device) as device,
         progress_bar(total=total, hidden=rank() > 0, desc=desc, unit=" images") as bar,

@@ -206,9 +206,10 @@ def open_growing_store(folder: Path, columns: Sequence[str]) -> FeatureStore | N
     if read_manifest(folder) is None:
         return None
     intact = intact_shards(folder, recorded_shards(folder))
-    shards = [
-        shard for shard in sorted(intact) if set(columns) <= columns_of_shard(folder, shard).keys()
-    ]
+    shards = []
+    for shard in sorted(intact):
+        if set(columns) <= columns_of_shard(folder, shard).keys():
+            shards.append(shard)
     return FeatureStore(folder, shards)
 
 
@@ -225,12 +226,14 @@ def open_one_store(folder: Path, wanted: StoreManifest) -> FeatureStore:
             f"{setting('blocks')} for every block and {setting('pooling')} for "
             f"{' and '.join(poolings)}"
         )
+
     differing = differences(store.manifest, wanted, data="whole")
     if differing:
         raise ValueError(
             f"{setting('features', folder)}: it holds other features: {'; '.join(differing)}; "
             "name another folder"
         )
+
     if not all(shard_is_intact(folder, shard) for shard in store.shards):
         raise ValueError(
             f"{setting('features', folder)}: it is damaged; run the command that made it again: "

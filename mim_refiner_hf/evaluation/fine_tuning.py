@@ -36,12 +36,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from ..clustering.channels import as_picture
 from ..data.images import Key
@@ -179,7 +180,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         self.std = processor.image_std
         self.crop = ViewSpec(size, (recipe.scale, 1.0), flip=recipe.flip)
 
-        self.rand_augment: Any = None
+        self.rand_augment: RandAugment | None = None
         if recipe.rand_augment:
             # what stands where a shifted image has no pixels: a tuple, or of one channel a number
             grey = [round(255 * value) for value in self.mean]
@@ -189,7 +190,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             for operation in self.rand_augment.ops:
                 if operation.name == "PosterizeIncreasing":
                     operation.aug_fn = _posterize
-        self.erase: Any = None
+        self.erase: RandomErasing | None = None
         if recipe.erasing:
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
 
@@ -243,7 +244,7 @@ def make_classifier(
     state = dict(encoder.state_dict())
     if not encoder.config.final_norm:
         # weight 1, bias 0
-        state |= {f"norm.{name}": each for name, each in model.encoder.norm.state_dict().items()}
+        state |= model.encoder.norm.state_dict(prefix="norm.")
     model.encoder.load_state_dict(state)
 
     # it is one, as num_classes is at least 1
@@ -255,7 +256,7 @@ def make_classifier(
     return model
 
 
-def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[Any]:
+def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[RemovableHandle]:
     """Stochastic depth on both residual branches of every block while training.
 
     0 in the first block, growing linearly to `rate` in the last. Returns the hooks, to be removed
@@ -341,7 +342,8 @@ def fine_tune(
     loader = DataLoader(augmented, batch_sampler=sampler, num_workers=loading.num_workers)
 
     home = encoder.device if loading.device is None else torch.device(loading.device)
-    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+    gpus = [home] if home.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(recipe.seed)
         model = make_classifier(encoder, num_classes, recipe.freeze_blocks).train().to(home)
         # what drop path draws differs between processes
@@ -369,13 +371,15 @@ def train_classifier(
     """
     groups = classifier_groups(model, recipe.layer_decay, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters: list[nn.Parameter] = []
+    for group in groups:
+        parameters += group["params"]
     steps = len(loader)
     warmup = round(recipe.warmup_epochs * steps / recipe.epochs)
     peak = recipe.learning_rate * batch / 256
 
     home = model.device
-    mix: Any = None
+    mix: Mixup | None = None
     if recipe.mixes:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=model.num_labels)
 

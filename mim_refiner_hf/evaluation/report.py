@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -131,13 +131,16 @@ def evaluate_encoder(
     # `labelled` says so
     assert last.labels is not None
 
-    predicted, neighbours, metrics = knn_metrics(bank_rows, rows, own, grid)
+    knn = classified(bank_rows, rows, own, grid)
+    metrics: dict[str, Any] = {"knn_accuracy": knn.accuracy}
+    if grid:
+        metrics["knn"] = knn.settings
     groups = kmeans_runs(last.features, len(np.unique(last.labels)), seed=seed)
     metrics |= clustering_metrics(last.labels.numpy(), groups)
     if per_block:
         metrics["knn_per_block"] = knn_of_columns(profile_rows, rows, own)
     metrics["rankme"] = rankme(last.features)
-    return Evaluation(metrics, last, groups, predicted, neighbours)
+    return Evaluation(metrics, last, groups, knn.predicted, knn.neighbours)
 
 
 def knn_of_columns(
@@ -209,16 +212,36 @@ def clustering_metrics(labels: NDArray[np.int64], groups: KMeansRun) -> dict[str
     }
 
 
-def knn_metrics(
-    bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """By the last block, k = 10 and temperature 0.07: the classes (M,) and the neighbours (M, 10).
+class KnnSetting(TypedDict):
+    """The accuracy (0 to 1) of one setting of the grid."""
 
-    And the metrics. The bank is never whole in memory, unless its features are held there.
+    k: int
+    temperature: float
+    accuracy: float
+
+
+class Classified(NamedTuple):
+    """What k-NN makes of M images by the last block, k = 10 and temperature 0.07.
+
+    Attributes:
+        predicted: the classes (M,).
+        neighbours: their rows in the bank (M, up to 10), best first.
+        accuracy: 0 to 1.
+        settings: of every setting that was tried, by the blocks whose features it reads.
+    """
+
+    predicted: Tensor
+    neighbours: Tensor
+    accuracy: float
+    settings: dict[str, list[KnnSetting]]
+
+
+def classified(bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool) -> Classified:
+    """k-NN of the images; the bank is whole in memory only if its features are held there.
 
     Args:
         own: the column of every block, first block first.
-        grid: also the accuracy of many other settings.
+        grid: also by many other settings.
     """
     assert rows.labels is not None and bank.labels is not None
     settings = [_SETTING]
@@ -228,35 +251,26 @@ def knn_metrics(
         if len(own) > 1:
             places[f"last {len(own[-4:])} blocks"] = own[-4:]
 
-    answers = {}
-    neighbours = {}
+    tried: dict[str, list[KnnSetting]] = {}
+    most = max(k for k, _ in settings)
     for place, columns in places.items():
         bank_x, eval_x = standardised_bank(
             bank.side_by_side(columns), rows.side_by_side(columns)[:], shared=True
         )
-        most = max(k for k, _ in settings)
-        similarity, neighbours[place] = nearest(eval_x, bank_x, most, shared=True)
-        if place == "last block" and rank() == 0:
-            warn_of_known_rows(similarity, neighbours[place], eval_x, bank_x)
-        answers[place] = predicted_classes(similarity, neighbours[place], bank.labels, settings)
+        similarity, index = nearest(eval_x, bank_x, most, shared=True)
+        answers = predicted_classes(similarity, index, bank.labels, settings)
+        if place == "last block":
+            predicted, neighbours = answers[_SETTING], index[:, : _SETTING[0]]
+            if rank() == 0:
+                warn_of_known_rows(similarity, index, eval_x, bank_x)
 
-    table = {
-        place: [
-            {"k": k, "temperature": temperature, "accuracy": hit_rate(classes == rows.labels)}
-            for (k, temperature), classes in found.items()
-        ]
-        for place, found in answers.items()
-    }
-    predicted = answers["last block"][_SETTING]
-    metrics: dict[str, Any] = {"knn_accuracy": hit_rate(predicted == rows.labels)}
-    if grid:
-        metrics["knn"] = table
-    return predicted, neighbours["last block"][:, : _SETTING[0]], metrics
+        tried[place] = []
+        for (k, temperature), classes in answers.items():
+            accuracy = (classes == rows.labels).float().mean().item()
+            tried[place].append({"k": k, "temperature": temperature, "accuracy": accuracy})
 
-
-def hit_rate(hits: Tensor) -> float:
-    """How many of `hits` (M,) are true, as a fraction of 1."""
-    return hits.float().mean().item()
+    accuracy = (predicted == rows.labels).float().mean().item()
+    return Classified(predicted, neighbours, accuracy, tried)
 
 
 __all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder", "evaluate_pixels"]

@@ -200,7 +200,7 @@ def robustness(
         queries, labels = read(eval_images, shown, folder, desc)
         bank_x, eval_x = standardised_bank(bank, queries[:], shared=True)
         k = min(10, len(bank_x))
-        # `knn_metrics` has said what is in the bank too
+        # the last block of every evaluation has said what is in the bank too
         answers = knn_predict(bank_x, bank_labels, eval_x, k=(k,), shared=True, say_known=False)
         (predicted,) = answers.values()
         return predicted == labels

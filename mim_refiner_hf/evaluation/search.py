@@ -76,10 +76,10 @@ def nearest(
     tiles = math.ceil(len(bank) / BANK_AT_ONCE)
     width = math.ceil(len(bank) / tiles / _COLUMNS_OF_BLOCK) * _COLUMNS_OF_BLOCK
 
-    parts = {
-        number: F.normalize(queries[number * QUERIES_AT_ONCE : (number + 1) * QUERIES_AT_ONCE])
-        for number in own_share(count, shared and tiles < count)
-    }
+    parts = {}
+    for number in own_share(count, shared and tiles < count):
+        first = number * QUERIES_AT_ONCE
+        parts[number] = F.normalize(queries[first : first + QUERIES_AT_ONCE])
     tile = queries.new_empty(min(QUERIES_AT_ONCE, len(queries)), width)
     unit = queries.new_empty(width, queries.shape[1])
 

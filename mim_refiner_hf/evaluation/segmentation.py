@@ -186,10 +186,8 @@ class PatchProbe:
         missing = [max(0, width - pixels.shape[2]), max(0, height - pixels.shape[1])]
         padded = F.pad(normalised, (0, missing[0], 0, missing[1]))
 
-        tops, lefts = (
-            window_starts(side, window)
-            for side, window in zip(padded.shape[1:], (height, width), strict=True)
-        )
+        tops = window_starts(padded.shape[1], height)
+        lefts = window_starts(padded.shape[2], width)
         corners = list(product(tops, lefts))
         windows = torch.stack([padded[:, y : y + height, x : x + width] for y, x in corners])
         parts = [self.grid.logits(self.patches_of(part)) for part in windows.split(batch_size)]
