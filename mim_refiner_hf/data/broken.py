@@ -150,9 +150,7 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
     own = images.subset(range(rank(), len(images), world_size()))
     loader = DataLoader(_Checked(own), batch_size=64, num_workers=num_workers, collate_fn=_as_list)
     own_entries: list[Broken] = []
-    for batch in progress_bar(
-        loader, hidden=rank() > 0, desc="readable images", unit="batch", leave=False
-    ):
+    for batch in progress_bar(loader, desc="readable images", unit="batch", leave=False):
         own_entries += filter(None, batch)
 
     entries = list(itertools.chain(*gather_objects(own_entries)))

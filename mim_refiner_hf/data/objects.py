@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..clustering.decoding import count_channels
 from ..clustering.image_items import find_items, read_item
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.wording import kind_of
 from .columns import (
     LABEL_COLUMNS,
@@ -230,7 +230,7 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
 
 def _in_sight(count: int) -> Any:
     """The places of items, with a progress bar where they are many."""
-    hidden = rank() > 0 or count < _MANY
+    hidden = count < _MANY
     return progress_bar(range(count), hidden=hidden, desc="looking at the images", leave=False)
 
 

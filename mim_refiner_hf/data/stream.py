@@ -148,7 +148,9 @@ class ImageStream:
             label = self._numbers.get(label)
         elif isinstance(label, str):
             label = int(digest([label])[:13], 16)
-        return image, -1 if label is None else label
+        if label is None:
+            label = -1
+        return image, label
 
     def _label(self, example: Example) -> int | str | None:
         """What labels an example; None, which is said once, where that is no label."""

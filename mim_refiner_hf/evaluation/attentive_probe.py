@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..data.loading import ImageProcessor, Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from .features import frozen, pixel_batches, random_crops
 from .scores import ProtocolResult, class_labels, mean_score
 
@@ -217,12 +217,7 @@ def attentive_probe(
             encoder, trained_on, processor, loading, batch=batch, steps=steps, seed=seed
         )
         progress = progress_bar(
-            batches,
-            total=steps,
-            hidden=rank() > 0,
-            desc="attentive probe",
-            unit="step",
-            leave=False,
+            batches, total=steps, desc="attentive probe", unit="step", leave=False
         )
         for step, (parts, labels) in enumerate(progress):
             patches = torch.cat([patches_of(encoder, pixels) for pixels in parts])
@@ -247,11 +242,11 @@ def _correct(
     loading: Loading,
 ) -> Tensor:
     """Which answers of C classifiers are right (C, N)."""
-    found = []
+    correct = []
     for pixels, labels in pixel_batches(images, processor, loading):
         said = probes.predict(patches_of(encoder, pixels))
-        found.append(said == labels.to(said.device))
-    return torch.cat(found, dim=1)
+        correct.append(said == labels.to(said.device))
+    return torch.cat(correct, dim=1)
 
 
 def check_attentive(

@@ -311,8 +311,10 @@ def profile_table(profile: Sequence[BlockProfile]) -> str:
     """
     columns = [["block", *(str(block.block) for block in profile)]]
     for field, (title, form) in PROFILE_COLUMNS.items():
-        values = [getattr(block, field) for block in profile]
-        cells = ["" if value is None else form.format(value) for value in values]
+        cells = []
+        for block in profile:
+            value = getattr(block, field)
+            cells.append("" if value is None else form.format(value))
         if any(cells):
             columns.append([title, *cells])
 

@@ -120,7 +120,7 @@ def embed_images(
 
 def grow_store(
     folder: Path,
-    wanted: StoreManifest,
+    manifest: StoreManifest,
     encoder: MimRefinerModel,
     images: ImageDataset,
     processor: Processor,
@@ -132,21 +132,22 @@ def grow_store(
     other images to add.
 
     Args:
-        wanted: the manifest of a store of these columns over the whole data set.
+        manifest: the manifest of a store of these columns over the whole data set.
     """
     with sole_run(folder, "features"):
-        growing = wanted.copy()
-        growing["data"] = {**wanted["data"], "fingerprint": wanted["data"]["whole"]}
+        growing = manifest.copy()
+        growing["data"] = {**manifest["data"], "fingerprint": manifest["data"]["whole"]}
         growing["columns"] = {}
         growing["num_images"] = None
         claim(folder, growing, compared=())
         # the main process says it, for another may see what the first one has just added
         known = recorded_shards(folder)
-        first = gather_objects(known[-1] + 1 if known else 0)[0]
+        following = known[-1] + 1 if known else 0
+        first = gather_objects(following)[0]
 
-        size = min(wanted["shard_size"], math.ceil(len(images) / world_size()))
+        size = min(manifest["shard_size"], math.ceil(len(images) / world_size()))
         sampler = ShardSampler(images, size, loading.batch_size, is_own_shard)
-        columns = wanted["columns"]
+        columns = manifest["columns"]
         write_shards(folder, columns, encoder, sampler, processor, loading, first_shard=first)
         wait_for_everyone()
 
@@ -178,12 +179,9 @@ def encode_in_memory(
 
     widths = column_widths(columns, encoder.config)
     total = len(images)
-    hidden = rank() > 0
     with (
         frozen(encoder, loading.device) as device,
-        progress_bar(
-            total=total, hidden=hidden, desc="features", unit=" images", leave=False
-        ) as bar,
+        progress_bar(total=total, desc="features", unit=" images", leave=False) as bar,
     ):
         loader = shard_loader(sampler, processor, loading.num_workers, device)
         return encode_shard(encoder, until_broken(loader), widths, device, bar.update)
@@ -290,9 +288,8 @@ def fill_store(
     included, and which classes.
     """
     recorded = list(filter(is_own_shard, recorded_shards(folder)))
-    hidden = rank() > 0 or not recorded
-    verifying = progress_bar(recorded, hidden=hidden, desc="verifying", unit=" shards", leave=False)
-    intact = intact_shards(folder, verifying)
+    bar = progress_bar(recorded, hidden=not recorded, desc="verifying", unit=" shards", leave=False)
+    intact = intact_shards(folder, bar)
 
     stated = manifest["num_images"]
     # of a stream nobody knows it but who has read all
@@ -341,7 +338,7 @@ def write_shards(
 
     with (
         frozen(encoder, loading.device) as device,
-        progress_bar(total=total, hidden=rank() > 0, desc=desc, unit=" images") as bar,
+        progress_bar(total=total, desc=desc, unit=" images") as bar,
     ):
         loader = shard_loader(sampler, processor, loading.num_workers, device)
         for shard, batches in itertools.groupby(loader, key=lambda batch: batch.shard):

@@ -110,10 +110,11 @@ def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> l
     The probes read the mean patches of the last 4 and of the output too.
     """
     own = own_columns(config)
+    pooled = own if per_block else own[-4:]
     depth = config.num_hidden_layers
     means = [f"block{block}.mean" for block in range(max(depth - 4, 0), depth)]
     outputs = [f"output.{config.pooling}", "output.mean"]
-    return list(dict.fromkeys([*(own if per_block else own[-4:]), *means, *outputs]))
+    return list(dict.fromkeys([*pooled, *means, *outputs]))
 
 
 def read_rows(
@@ -146,9 +147,9 @@ def read_rows(
             refuse_not_finite(values.numpy(), column, lambda row: images.describe(row))
         return ImageRows(images, lambda column, part: found[column][part])
 
-    wanted = store_manifest(encoder, images, processor, columns)
+    manifest = store_manifest(encoder, images, processor, columns)
     if is_one_store(features):
-        one = open_one_store(features, wanted)
+        one = open_one_store(features, manifest)
         missing = missing_places(images, one)
         if len(missing):
             raise ValueError(
@@ -158,14 +159,14 @@ def read_rows(
             )
         return gather_rows(images, one)
 
-    folder = features / store_name(wanted)
+    folder = features / store_name(manifest)
     store = open_growing_store(folder, columns)
     missing = missing_places(images, store)
     # all have looked, before one of them adds to the folder
     wait_for_everyone()
     if len(missing):
         rest = images.subset(missing)
-        grow_store(folder, wanted, encoder, rest, processor, loading)
+        grow_store(folder, manifest, encoder, rest, processor, loading)
         store = open_growing_store(folder, columns)
     return gather_rows(images, store)
 
@@ -213,13 +214,13 @@ def open_growing_store(folder: Path, columns: Sequence[str]) -> FeatureStore | N
     return FeatureStore(folder, shards)
 
 
-def open_one_store(folder: Path, wanted: StoreManifest) -> FeatureStore:
+def open_one_store(folder: Path, manifest: StoreManifest) -> FeatureStore:
     """The store in `folder`; ValueError if it is of something else, has less, or is damaged."""
     store = FeatureStore(folder)
-    lacking = [column for column in wanted["columns"] if column not in store.columns]
+    lacking = [column for column in manifest["columns"] if column not in store.columns]
     if lacking:
         plural = "s" if len(lacking) > 1 else ""
-        poolings = sorted({column.partition(".")[2] for column in wanted["columns"]})
+        poolings = sorted({column.partition(".")[2] for column in manifest["columns"]})
         raise ValueError(
             f"{setting('features', folder)}: it lacks the column{plural} {', '.join(lacking)} and "
             f"has {', '.join(store.columns)}; embed again into another folder, with "
@@ -227,7 +228,7 @@ def open_one_store(folder: Path, wanted: StoreManifest) -> FeatureStore:
             f"{' and '.join(poolings)}"
         )
 
-    differing = differences(store.manifest, wanted, data="whole")
+    differing = differences(store.manifest, manifest, data="whole")
     if differing:
         raise ValueError(
             f"{setting('features', folder)}: it holds other features: {'; '.join(differing)}; "

@@ -352,7 +352,7 @@ def encode_images(
     with frozen(encoder, loading.device) as device:
         on_gpu = device.type == "cuda"
         loader = pixel_batches(share_of(images), processor, loading, pin_memory=on_gpu)
-        progress = progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False)
+        progress = progress_bar(loader, desc=desc, unit="batch", leave=False)
         for pixel_values, batch_labels in progress:
             pixel_values = pixel_values.to(device, non_blocking=True)
             for column, vectors in encode(encoder, pixel_values, list(pooled)).items():

@@ -383,9 +383,7 @@ def train_classifier(
     if recipe.mixes:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=model.num_labels)
 
-    progress = progress_bar(
-        loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False
-    )
+    progress = progress_bar(loader, total=steps, desc="fine-tuning", unit="step", leave=False)
     for step, (pixels, labels) in enumerate(progress):
         pixels, labels = pixels.to(home), labels.to(home)
         targets = F.one_hot(labels, model.num_labels).float()
@@ -443,7 +441,9 @@ def fine_tuning(
         origin = f"listed in {split_file.name}"
     else:
         places = labelled_share(labels, recipe.fraction, recipe.seed)
-        origin = "all" if len(places) == len(labels) else f"drawn, {recipe.fraction:g} of all"
+        origin = "all"
+        if len(places) < len(labels):
+            origin = f"drawn, {recipe.fraction:g} of all"
     chosen = train_images.subset(places)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 

@@ -40,7 +40,7 @@ from ..data.loading import ImageProcessor, Loading
 from ..data.order import epoch_order
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.optimisation import learning_rate
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
 from .feature_cache import ImageRows, read_rows
@@ -163,9 +163,7 @@ class LinearProbes:
         self, batches: Iterator[tuple[Columns, Tensor]], steps: int, epochs: int
     ) -> Iterator[int]:
         """One step of every classifier per batch; yields the number of every epoch that is done."""
-        progress = progress_bar(
-            batches, total=steps, hidden=rank() > 0, desc="linear probe", unit="step", leave=False
-        )
+        progress = progress_bar(batches, total=steps, desc="linear probe", unit="step", leave=False)
         for step, (features, labels) in enumerate(progress):
             decay = self.decay(step, steps)
             for kind, grid in self.grids.items():
@@ -177,16 +175,16 @@ class LinearProbes:
 
     def best(self, features: Columns, targets: Tensor) -> Best:
         """Which answers of the classifier that is right most often are right, and its setting."""
-        found: Best | None = None
+        best: Best | None = None
         for kind, grid in self.grids.items():
             inputs = self.norms[kind].eval()(side_by_side(features, self.kinds[kind]))
             correct = grid.predict(inputs) == targets  # (C, N)
             for place, count in enumerate(correct.sum(dim=1).tolist()):
-                if found is None or count > found.hits:
+                if best is None or count > best.hits:
                     rate = self.learning_rates[place]
-                    found = Best(correct[place], count, f"learning rate {rate:g}; {kind}")
-        assert found is not None
-        return found
+                    best = Best(correct[place], count, f"learning rate {rate:g}; {kind}")
+        assert best is not None
+        return best
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -306,16 +304,16 @@ def linear_probe(
             batches = ((with_final_norm(encoder, rows), own) for rows, own in batches)
 
         probes = LinearProbes(kinds, queries, num_classes, learning_rates, training, variant)
-        found: Best | None = None
+        best: Best | None = None
         for epoch in probes.train(batches, epochs * (len(labels) // batch), epochs):
             if variant == "dinov2" and epoch < epochs:
                 continue
-            best = probes.best(queries, targets)
-            if found is None or best.hits > found.hits:
-                found = best._replace(setting=f"{best.setting}; epoch {epoch}")
-    assert found is not None
+            of_epoch = probes.best(queries, targets)
+            if best is None or of_epoch.hits > best.hits:
+                best = of_epoch._replace(setting=f"{of_epoch.setting}; epoch {epoch}")
+    assert best is not None
     name = "linear_probe_accuracy" if variant == "paper" else f"linear_probe_{variant}_accuracy"
-    return ProtocolResult({name: mean_score(found.correct, found.setting)})
+    return ProtocolResult({name: mean_score(best.correct, best.setting)})
 
 
 def check_probe(

@@ -40,7 +40,7 @@ from torch import Tensor
 from ..data.loading import ImageProcessor, Loading
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.seeding import random_generator
 from .features import frozen
 from .knn import channel_statistics
@@ -120,12 +120,12 @@ def nearest_by(queries: Tensor, bank: Tensor, k: int, distance: str) -> Tensor:
     if distance == "cosine":
         return nearest(queries, bank, k)[1]
     squares = bank.square().sum(dim=1)
-    found = []
+    places = []
     for part in queries.split(_ROWS_AT_ONCE):
         # but for the query's own square, which changes no order
         apart = torch.addmm(squares, part, bank.T, alpha=-2)
-        found.append(apart.topk(k, dim=1, largest=False).indices)
-    return torch.cat(found)
+        places.append(apart.topk(k, dim=1, largest=False).indices)
+    return torch.cat(places)
 
 
 def by_neighbours(
@@ -238,13 +238,13 @@ def _measured(
     order = random_generator(seed, "patch segmentation").permutation(len(train_images))
     held = max(len(order) // _CHOSEN_ON, 1)
 
-    progress = progress_bar(methods, hidden=rank() > 0, desc=name, unit="setting", leave=False)
+    progress = progress_bar(methods, desc=name, unit="setting", leave=False)
     rest, tenth = train.of(np.sort(order[held:])), train.of(np.sort(order[:held]))
-    found = {}
+    mious = {}
     for setting in progress:
         tables = _tables(methods[setting], rest, tenth, count, name)
-        found[setting] = float(mean_iou(tables.sum(axis=0)))
-    best = max(found, key=lambda setting: found[setting])
+        mious[setting] = float(mean_iou(tables.sum(axis=0)))
+    best = max(mious, key=lambda setting: mious[setting])
 
     tables = _tables(methods[best], train, test, count, name)
     error, low, high = bootstrap_miou(tables, seed)
@@ -286,9 +286,7 @@ def encoded_patches(
     classes = []
     with frozen(encoder, loading.device) as device:
         prefix = encoder.config.num_prefix_tokens
-        progress = progress_bar(
-            loader, hidden=rank() > 0, desc="patches", unit="batch", leave=False
-        )
+        progress = progress_bar(loader, desc="patches", unit="batch", leave=False)
         for pixels, targets in progress:
             pixels = normalise(pixels.to(device), processor.image_mean, processor.image_std)
             output = encoder(pixels).last_hidden_state[:, prefix:]

@@ -127,7 +127,8 @@ def evaluate_encoder(
     profile_rows = read(profile, columns, "k-NN bank")
     bank_rows = profile_rows
     if bank_size is None and len(profile) < len(train_images):
-        bank_rows = read(train_images, own[-4:] if grid else own[-1:], "k-NN bank")
+        places = own[-4:] if grid else own[-1:]
+        bank_rows = read(train_images, places, "k-NN bank")
     # `labelled` says so
     assert last.labels is not None
 

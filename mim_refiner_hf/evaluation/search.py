@@ -130,7 +130,7 @@ def best_first(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Of equal entries those of the lower index come first.
     """
     more = values.topk(min(k + 1, values.shape[1]), dim=1)
-    best, found = more.values[:, :k], index.gather(1, more.indices[:, :k])
+    best, places = more.values[:, :k], index.gather(1, more.indices[:, :k])
 
     # topk gives equal entries in any order: such rows, which are rare, are sorted
     tied = (more.values[:, 1:] == more.values[:, :-1]).any(dim=1)
@@ -138,8 +138,8 @@ def best_first(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
         by_index = index[tied].sort(dim=1)
         ordered = values[tied].gather(1, by_index.indices).sort(dim=1, descending=True, stable=True)
         best[tied] = ordered.values[:, :k]
-        found[tied] = by_index.values.gather(1, ordered.indices[:, :k])
-    return best, found
+        places[tied] = by_index.values.gather(1, ordered.indices[:, :k])
+    return best, places
 
 
 def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from ..data.loading import ImageProcessor, Loading
 from ..data.order import epoch_order
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.seeding import random_generator
 from .classifier_grid import ClassifierGrid
 from .features import frozen
@@ -301,9 +301,7 @@ def segmentation_probe(
         probe.measure_channels(masked_batches(train_images, encoder.config, loading))
 
         loader = DataLoader(crops, batch_sampler=keys, num_workers=loading.num_workers)
-        progress = progress_bar(
-            loader, hidden=rank() > 0, desc="segmentation probe", unit="step", leave=False
-        )
+        progress = progress_bar(loader, desc="segmentation probe", unit="step", leave=False)
         for step, (pixels, targets) in enumerate(progress):
             decay = 0.5 * (1 + math.cos(math.pi * step / len(keys)))
             probe.train_step(pixels, targets, decay)

@@ -194,14 +194,15 @@ def comparison_table(
 
     `pixels` are scores of the images without an encoder, in a column of their own.
     """
-    rows = [("metric", "before", "after", "change" if not changes else "change (95 %)")]
-    rows += comparison_rows(before, after, changes)
+    change = "change (95 %)" if changes else "change"
+    rows = [("metric", "before", "after", change), *comparison_rows(before, after, changes)]
     if pixels is None:
         return text_table(rows)
 
     cells = ["raw pixels"]
     for name, *_ in _both_sides(before, after):
-        cells.append(format_metric(name, pixels[name]) if name in pixels else "")
+        cell = format_metric(name, pixels[name]) if name in pixels else ""
+        cells.append(cell)
     return text_table([(row[0], cell, *row[1:]) for row, cell in zip(rows, cells, strict=True)])
 
 
