@@ -29,7 +29,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -127,6 +127,21 @@ def random_crops(
         parts = drawn["global_views"][:, 0].split(loading.batch_size)
         yield map(normalised, parts), drawn["label"].to(encoder.device)
     broken.share()
+
+
+class FeatureChoice(NamedTuple):
+    """Which features of an encoder are meant; the fields are arguments of `feature_columns`."""
+
+    blocks: Sequence[int | Literal["output"]] = ()
+    poolings: Sequence[Pooling] = ()
+    last4: bool = False
+
+    def columns(self, config: MimRefinerConfig) -> list[str]:
+        """Their names as columns."""
+        return feature_columns(config, self.blocks, self.poolings, last4=self.last4)
+
+
+OWN_FEATURES = FeatureChoice()
 
 
 # --- columns: names of features -------------------------------------------------------------------
@@ -403,4 +418,12 @@ def extract_features(
     )
 
 
-__all__ = ["FeatureSet", "encode_images", "extract_features", "feature_columns", "own_columns"]
+__all__ = [
+    "OWN_FEATURES",
+    "FeatureChoice",
+    "FeatureSet",
+    "encode_images",
+    "extract_features",
+    "feature_columns",
+    "own_columns",
+]
