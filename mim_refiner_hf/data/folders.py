@@ -95,17 +95,14 @@ def as_stream(found: FoundImages) -> Any:
     """The same images and labels as a `datasets.IterableDataset`, of which nothing is read yet."""
     import datasets
 
-    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    features = datasets.Features(image=datasets.Image(decode=False))
     # a relative one would count from the folder itself, as in a table
-    paths = [str(Path(str(path)).absolute()) for path in found.sources]
-    rows: dict[str, Any] = {"paths": paths}
+    rows = {"paths": [str(Path(str(path)).absolute()) for path in found.sources]}
     if found.labels is not None:
         names = found.class_names
         features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
         rows["labels"] = found.labels.tolist()
-    return datasets.IterableDataset.from_generator(
-        _examples, features=datasets.Features(features), gen_kwargs=rows
-    )
+    return datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=rows)
 
 
 def _examples(paths: list[str], labels: list[int] | None = None) -> Iterator[dict[str, Any]]:

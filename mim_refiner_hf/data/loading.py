@@ -1,4 +1,4 @@
-"""How images are read on their way to an encoder: how many at once, by whom, and where to."""
+"""How images are read on their way to an encoder: how many at once, by whom, where to, by what."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

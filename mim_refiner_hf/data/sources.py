@@ -391,7 +391,7 @@ def _name_below(root: Path, file: Path) -> str:
     return file.name if file == root else str(file.relative_to(root))
 
 
-def _choose_split(splits: Mapping[str, Any], split: str | None) -> str:
+def _choose_split(splits: Mapping[str, object], split: str | None) -> str:
     """`split` may carry a slice ("train[:10%]"); without it "train", or the only split there is."""
     if split is None and len(splits) == 1:
         return next(iter(splits))

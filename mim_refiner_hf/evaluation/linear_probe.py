@@ -30,6 +30,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import progress_bar
 from ..runtime.optimisation import learning_rate
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
-from .feature_cache import ImageRows, read_rows
+from .feature_cache import read_rows
 from .features import encode, frozen, own_column, random_crops
 from .scores import ProtocolResult, class_labels, mean_score
 
@@ -274,14 +275,9 @@ def linear_probe(
     check_probe(encoder, train_images, eval_images, augment, epochs, learning_rates)
     kinds = feature_kinds(encoder.config, variant)
     columns = list(dict.fromkeys(itertools.chain(*kinds.values())))
-
-    def read(images: "ImageDataset", desc: str) -> ImageRows:
-        return read_rows(
-            encoder, images, processor, columns, features=features, loading=loading, desc=desc
-        )
-
-    train = read(train_images, "training images")
-    test = read(eval_images, "evaluation images")
+    read = partial(read_rows, encoder, processor=processor, columns=columns)
+    train = read(train_images, features=features, loading=loading, desc="training images")
+    test = read(eval_images, features=features, loading=loading, desc="evaluation images")
     # check_probe has refused images without labels
     assert train.labels is not None and test.labels is not None
 

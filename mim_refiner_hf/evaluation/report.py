@@ -12,6 +12,7 @@ pictures are in `pictures.py` and `plots.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -112,23 +113,19 @@ def evaluate_encoder(
     elif labelled and grid:
         columns = own[-4:]
 
-    def read(images: ImageDataset, names: Sequence[str], desc: str) -> ImageRows:
-        return read_rows(
-            encoder, images, processor, names, features=features, loading=loading, desc=desc
-        )
-
-    rows = read(eval_images, columns, "evaluation images")
+    read = partial(read_rows, encoder, processor=processor, features=features, loading=loading)
+    rows = read(eval_images, columns=columns, desc="evaluation images")
     last = FeatureSet(rows.column(own[-1]), labels=rows.labels)
     if not labelled:
         groups = kmeans_runs(last.features, picture_groups(len(rows.images)), runs=10, seed=seed)
         return Evaluation({"rankme": rankme(last.features)}, last, groups)
 
     profile = evenly_spaced(train_images, bank_size or BANK_SIZE)
-    profile_rows = read(profile, columns, "k-NN bank")
+    profile_rows = read(profile, columns=columns, desc="k-NN bank")
     bank_rows = profile_rows
     if bank_size is None and len(profile) < len(train_images):
         places = own[-4:] if grid else own[-1:]
-        bank_rows = read(train_images, places, "k-NN bank")
+        bank_rows = read(train_images, columns=places, desc="k-NN bank")
     # `labelled` says so
     assert last.labels is not None
 
@@ -152,6 +149,7 @@ def knn_of_columns(
     With `say_known`, it is said of the last column how many images are in the bank too.
     """
     assert bank.labels is not None and rows.labels is not None
+
     accuracies = []
     for column in columns:
         accuracy = knn_accuracy(
