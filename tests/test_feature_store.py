@@ -309,12 +309,9 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
     for shard in range(shards):
         part = values[shard * rows : (shard + 1) * rows]
         numbers = range(shard * rows, (shard + 1) * rows)
-        content = {
-            "index": list(numbers),
-            "label": [-1] * rows,
-            "path": [str(i) for i in numbers],
-            "block0.cls": part,
-        }
+        paths = [str(i) for i in numbers]
+        columns = {"block0.cls": part}
+        content = shard_files.ShardRows(list(numbers), [-1] * rows, paths, columns)
         shard_files.write_shard(tmp_path, shard, content, [])
     before, most, start = pa.total_allocated_bytes(), 0, 0
     store = FeatureStore(tmp_path)

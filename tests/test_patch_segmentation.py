@@ -89,7 +89,7 @@ def test_patches_are_those_of_the_squashed_image(tmp_path: Path) -> None:
     images = open_segmentation(make_table(tmp_path, [mask], ["a", "b", "void"]))
     encoder = make_encoder(image_size=16, patch_size=4)
     processor = image_processor(encoder.config, {})
-    found = encoded_patches(encoder, processor, images, 0, Loading())
+    found = encoded_patches(encoder, processor, images, Loading())
     assert found.features.shape == (1, 16, 32) and found.classes.shape == (1, 16, 16)
     # two rows of four patches each show one cell of the mask
     expected = np.kron(np.arange(8).reshape(2, 4) % 3, np.ones((2, 1)))
@@ -119,7 +119,7 @@ def test_camvid_by_neighbours_as_scikit_learn_has_it(shared: Path) -> None:
     assert score.setting.startswith("1 neighbour, Euclidean; 95 % ")
 
     parts: list[Patches] = [
-        encoded_patches(encoder, settings["processor"], images, 0, Loading())
+        encoded_patches(encoder, settings["processor"], images, Loading())
         for images in (train, test)
     ]
     features, classes, _ = parts[0].counting(11)

@@ -210,22 +210,18 @@ def parse_embed(arguments: Sequence[str]) -> Work:
 def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator") -> None:
     """What was asked for, in the job of all processes; the first says what there is."""
     from ..data.broken import BROKEN
+    from ..data.found import Part, SourceOptions
     from ..data.loading import Loading
+    from ..evaluation.features import FeatureChoice
     from ..runs.embed import store_features
 
+    source = SourceOptions(options.image_column, options.label_column, options.follow_links)
     store = store_features(
         options.model,
         options.dataset,
         options.out,
-        dataset_config=options.dataset_config,
-        split=options.split,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        follow_links=options.follow_links,
-        streaming=options.streaming,
-        blocks=options.blocks,
-        pooling=options.pooling,
-        last4=options.last4,
+        part=Part(options.dataset_config, options.split, options.streaming, source),
+        choice=FeatureChoice(options.blocks, options.pooling, options.last4),
         dtype=options.dtype,
         loading=Loading(options.batch_size, options.num_workers, accelerator.device),
         shard_size=options.shard_size,

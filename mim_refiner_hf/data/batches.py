@@ -43,6 +43,7 @@ def batches_of_views(
         rank=rank(),
         world_size=world_size(),
     )
+
     return DataLoader(
         ViewDataset(images, multicrop, seed, value_range),
         batch_sampler=sampler,

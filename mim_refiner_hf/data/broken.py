@@ -10,12 +10,14 @@ A training replaces a broken image by another one (`images.py`); an evaluation t
 exactly once, and leaves it out. An entry is {"index": place in the data set, "path", "reason"}.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.distributed import gather_objects, progress_bar, rank, world_size
@@ -72,7 +74,7 @@ class BrokenImages:
                 "" where there were none.
         """
         for report in reports:
-            entries = [report] if isinstance(report, dict) else json.loads(report or "[]")
+            entries = json.loads(report or "[]") if isinstance(report, str) else [report]
             for entry in entries:
                 if entry["index"] not in self._known:
                     self._new[entry["index"]] = entry
@@ -148,12 +150,10 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
     own = images.subset(range(rank(), len(images), world_size()))
     loader = DataLoader(_Checked(own), batch_size=64, num_workers=num_workers, collate_fn=_as_list)
     own_entries: list[Broken] = []
-    for batch in progress_bar(
-        loader, hidden=rank() > 0, desc="readable images", unit="batch", leave=False
-    ):
+    for batch in progress_bar(loader, desc="readable images", unit="batch", leave=False):
         own_entries += filter(None, batch)
 
-    entries = [entry for part in gather_objects(own_entries) for entry in part]
+    entries = list(itertools.chain(*gather_objects(own_entries)))
     entries.sort(key=lambda entry: entry["index"])
     if not entries:
         return images, []
@@ -163,9 +163,9 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
             f"first: {entries[0]['reason']}"
         )
 
-    broken = {entry["index"] for entry in entries}
-    left = [place for place, index in enumerate(images.indices.tolist()) if index not in broken]
-    return images.subset(left), entries
+    broken = [entry["index"] for entry in entries]
+    left = ~np.isin(images.indices, broken)
+    return images.subset(np.flatnonzero(left)), entries
 
 
 __all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable"]

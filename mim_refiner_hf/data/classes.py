@@ -87,6 +87,7 @@ def labelled_part(images: ImageDataset) -> ImageDataset:
     missing = int((~has_one).sum())
     if missing == 0:
         return images
+
     logger.warning(
         "%d of %d images of %s have no label: scores by labels are those of the other %d",
         missing,
@@ -123,15 +124,18 @@ def _check_common(
     bank: ImageDataset, evaluated: ImageDataset, bank_names: dict[int, str], names: dict[int, str]
 ) -> None:
     """Whether the sets have classes in common; the bank's gaps are said."""
-    missing = [name for name in names.values() if name not in set(bank_names.values())]
+    in_bank = set(bank_names.values())
+    missing = [name for name in names.values() if name not in in_bank]
     if not missing:
         return
+
     if len(missing) == len(names):
         raise ValueError(
             f"{one_line(evaluated.name)} and {one_line(bank.name)} have no class in common: "
             f"{_some(missing)}, and {_some(list(bank_names.values()))}; name images of the same "
             "classes"
         )
+
     assert evaluated.labels is not None
     numbers = [number for number, name in names.items() if name in missing]
     lost = int(np.isin(evaluated.labels, numbers).sum())

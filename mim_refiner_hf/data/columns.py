@@ -151,23 +151,27 @@ def find_labels(features: Mapping[str, Any], name: str, asked: str | None) -> st
 
 def holds_images(features: Mapping[str, Any]) -> bool:
     """Whether a table has a column of images, encoded bytes or arrays."""
-    kinds = (_is_image, _holds_bytes, array_dtype)
-    return any(holds(feature) for feature in features.values() for holds in kinds)
+    return any(_columns_of_images(features))
+
+
+def _columns_of_images(features: Mapping[str, Any]) -> list[list[str]]:
+    """The columns of images, those of encoded bytes, and those of arrays."""
+    kinds = []
+    for holds in (_is_image, _holds_bytes, array_dtype):
+        kinds.append([column for column, feature in features.items() if holds(feature)])
+    return kinds
 
 
 def _image_column(features: Mapping[str, Any], name: str, asked: str | None) -> str:
-    by_type = [
-        [column for column, feature in features.items() if holds(feature)]
-        for holds in (_is_image, _holds_bytes, array_dtype)
-    ]
+    images, encoded, arrays = _columns_of_images(features)
     if asked is not None:
-        if not any(asked in columns for columns in by_type):
+        if asked not in (*images, *encoded, *arrays):
             raise ValueError(
                 f"{setting('image_column', asked)}: {_not_that(features, asked, name)}"
             )
         return asked
 
-    found = next((columns for columns in by_type if columns), [])
+    found = images or encoded or arrays
     if not found:
         raise ValueError(
             f"No image column in {name}: its columns are {list(features)}; "
@@ -193,6 +197,7 @@ def _label_columns(features: Mapping[str, Any], name: str, asked: str | None) ->
                 f"{setting('label_column', asked)}: {_not_that(features, asked, name)}"
             )
         return [asked]
+
     called = [column for column in LABEL_COLUMNS if column in features]
     named = [column for column in called if _may_label(features[column])]
     if not named:
@@ -203,6 +208,7 @@ def _label_columns(features: Mapping[str, Any], name: str, asked: str | None) ->
                 one_line(name),
                 one_line(features[column])[:200],
             )
+
     classes = [column for column in features if states_names(features, column)]
     others = [column for column in classes if column not in named]
     if not named and len(others) > 1:
@@ -272,15 +278,14 @@ def label_values(values: Sequence[int | str | None]) -> tuple[np.ndarray, list[s
     Words are numbered in sorted order. So are numbers too large for one to count up to them: they
     are names of their classes, such as those of a catalogue.
     """
-    given = {value for value in values if value is not None}
-    numbers = {value for value in given if isinstance(value, int)}
-    if len(numbers) == len(given) and max(numbers, default=0) < _LARGEST_LABEL:
+    labels = {value for value in values if value is not None}
+    numbers = {value for value in labels if isinstance(value, int)}
+    if len(numbers) == len(labels) and max(numbers, default=0) < _LARGEST_LABEL:
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), None
-    class_names = [str(value) for value in sorted(numbers)]
-    class_names += sorted(str(value) for value in given - numbers)
-    return numbered([None if value is None else str(value) for value in values], class_names), (
-        class_names
-    )
+
+    class_names = [*map(str, sorted(numbers)), *sorted(map(str, labels - numbers))]
+    words = [None if value is None else str(value) for value in values]
+    return numbered(words, class_names), class_names
 
 
 def states_names(features: Mapping[str, Any], column: str) -> bool:

@@ -62,8 +62,10 @@ class FastMultiCrop:
 
             views = torch.empty(len(specs), channels, size, size, dtype=torch.uint8)
             for view, draw, order in zip(views.numpy(), draws, orders, strict=True):
-                crop = fast_resized_crop(pixels, draw, size)
-                view[...] = colour_view_(crop.astype(np.int16, order="C"), order) if order else crop
+                crop: np.ndarray = fast_resized_crop(pixels, draw, size)
+                if order:
+                    crop = colour_view_(crop.astype(np.int16, order="C"), order)
+                view[...] = crop
             item[f"{kind}_views"] = views
         return item
 

@@ -76,7 +76,10 @@ def find_in_folder(
         about.append(rows)
         paths = paths[chosen]
         labels = None if labels is None else labels[chosen]
-    entries = Entries.of([*paths, *tables, *([f"its split {split}"] if rows else [])], about)
+    names: list[Path | str] = [*paths, *tables]
+    if rows:
+        names.append(f"its split {split}")
+    entries = Entries.of(names, about)
     return FoundImages(paths, labels, class_names, str(folder), entries)
 
 
@@ -92,17 +95,14 @@ def as_stream(found: FoundImages) -> Any:
     """The same images and labels as a `datasets.IterableDataset`, of which nothing is read yet."""
     import datasets
 
-    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    features = datasets.Features(image=datasets.Image(decode=False))
     # a relative one would count from the folder itself, as in a table
-    paths = [str(Path(str(path)).absolute()) for path in found.sources]
-    rows: dict[str, Any] = {"paths": paths}
+    rows = {"paths": [str(Path(str(path)).absolute()) for path in found.sources]}
     if found.labels is not None:
         names = found.class_names
         features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
         rows["labels"] = found.labels.tolist()
-    return datasets.IterableDataset.from_generator(
-        _examples, features=datasets.Features(features), gen_kwargs=rows
-    )
+    return datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=rows)
 
 
 def _examples(paths: list[str], labels: list[int] | None = None) -> Iterator[dict[str, Any]]:
@@ -188,6 +188,7 @@ def _folder_labels(
                 folder,
             )
         return None, None
+
     first_level = [part[0] for part in parts]
     class_names = sorted(set(first_level))
     return numbered(first_level, class_names), class_names
@@ -285,8 +286,8 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
             )
         return
     class_names = getattr(features[label], "names", None)
-    columns = (table.column(name).to_pylist() for name in (names[0], label))
-    for name, cell in zip(*columns, strict=True):
+    files = table.column(names[0]).to_pylist()
+    for name, cell in zip(files, table.column(label).to_pylist(), strict=True):
         value = label_of(cell.strip() if isinstance(cell, str) else cell)
         if class_names is not None and isinstance(value, int):
             value = class_names[value]

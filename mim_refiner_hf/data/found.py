@@ -36,6 +36,23 @@ class SourceOptions(NamedTuple):
 NO_OPTIONS = SourceOptions()
 
 
+class Part(NamedTuple):
+    """Which part of a data set that is named is read, and how.
+
+    Attributes:
+        config, split: as of `open_images`.
+        streaming: read in passing, nothing downloaded first.
+    """
+
+    config: str | None = None
+    split: str | None = None
+    streaming: bool = False
+    options: SourceOptions = NO_OPTIONS
+
+
+MAIN_PART = Part()
+
+
 class Entries(NamedTuple):
     """What a data set consists of, to notice that it changed.
 
@@ -92,4 +109,13 @@ def file_size(path: Path) -> int:
         return -1
 
 
-__all__ = ["NO_OPTIONS", "Entries", "FoundImages", "SourceOptions", "digest", "file_size"]
+__all__ = [
+    "MAIN_PART",
+    "NO_OPTIONS",
+    "Entries",
+    "FoundImages",
+    "Part",
+    "SourceOptions",
+    "digest",
+    "file_size",
+]

@@ -12,7 +12,7 @@ is said in `clustering/decoding.py`.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,14 @@ Candidate = int | tuple[int, Example]
 """Where a sample is: a place in an `ImageDataset`, or a place in a stream and an example."""
 Key = tuple[Any, ...]
 """What a worker gets of a `BatchSampler`: (epoch, candidate, those that may stand in for it...)."""
-Broken = dict[str, Any]
-"""An image that cannot be read: {"index": place in the whole data set, "path", "reason"}."""
+
+
+class Broken(TypedDict):
+    """An image that cannot be read, as `broken.json` lists it; its place in the whole data set."""
+
+    index: int
+    path: str
+    reason: str
 
 
 class Sample(NamedTuple):
@@ -115,19 +121,20 @@ class ImageDataset(Dataset[Sample]):
         for old, new in numbers.items():
             labels[self.found.labels == old] = new
         found = self.found._replace(labels=labels, class_names=class_names)
-        indices = None if self.is_whole else self.indices
-        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
+        return self._same_images(found, self.num_channels)
 
     def without_labels(self) -> "ImageDataset":
         """The same images, unlabelled."""
         found = self.found._replace(labels=None, class_names=None)
-        indices = None if self.is_whole else self.indices
-        return ImageDataset(found, num_channels=self.num_channels, indices=indices)
+        return self._same_images(found, self.num_channels)
 
     def in_channels(self, num_channels: int) -> "ImageDataset":
         """The same images, read in so many channels."""
+        return self._same_images(self.found, num_channels)
+
+    def _same_images(self, found: FoundImages, num_channels: int) -> "ImageDataset":
         indices = None if self.is_whole else self.indices
-        return ImageDataset(self.found, num_channels=num_channels, indices=indices)
+        return ImageDataset(found, num_channels=num_channels, indices=indices)
 
     def describe(self, i: int) -> str:
         """Where image `i` comes from, for messages: its path, or its row in the data set."""

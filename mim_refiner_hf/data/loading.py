@@ -1,8 +1,41 @@
-"""How images are read on their way to an encoder: how many at once, by whom, and where to."""
+"""How images are read on their way to an encoder: how many at once, by whom, where to, by what."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
+
+from ..clustering.channels import Picture
+
+
+class Processor(Protocol):
+    """What makes an encoder's input: an image processor, or one that alters the images first."""
+
+    def __call__(self, images: Sequence[Picture], *, return_tensors: str) -> Mapping[str, Tensor]:
+        """`pixel_values` (B, C, H, W) of B images."""
+
+    def to_json_string(self) -> str:
+        """All that the pixels depend on."""
+
+
+class ImageProcessor(Processor, Protocol):
+    """An image processor of transformers, as it comes with every model."""
+
+    @property
+    def image_mean(self) -> Sequence[float]:
+        """Of each channel, in [0, 1]."""
+
+    @property
+    def image_std(self) -> Sequence[float]:
+        """Of each channel, in [0, 1]."""
+
+    def __call__(
+        self, images: Sequence[Picture | np.ndarray], *, return_tensors: str, **settings: bool
+    ) -> Mapping[str, Tensor]:
+        """`pixel_values` (B, C, H, W) of B images; `settings` such as do_resize=False."""
 
 
 @dataclass(frozen=True)
@@ -28,4 +61,4 @@ class Loading:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
-__all__ = ["Loading"]
+__all__ = ["ImageProcessor", "Loading", "Processor"]

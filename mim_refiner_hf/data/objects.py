@@ -38,15 +38,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..clustering.decoding import count_channels
 from ..clustering.image_items import find_items, read_item
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.wording import kind_of
 from .columns import (
     LABEL_COLUMNS,
     TableColumn,
     find_columns,
     label_of,
+    label_values,
     labels_of,
-    numbered,
 )
 from .found import NO_OPTIONS, Entries, FoundImages, SourceOptions, file_size
 from .sources import refuse_options
@@ -117,14 +117,17 @@ def _refuse_others(source: Any) -> None:
             f"This {type(source).__name__} holds {len(source)} sets of images: {names}; "
             f"give one of them, such as data[{first!r}]."
         )
+
     if isinstance(source, DataLoader):
         raise ValueError("A DataLoader gives batches; give its data set, loader.dataset.")
+
     is_stream = isinstance(source, IterableDataset) or not hasattr(source, "__len__")
     if is_stream and (isinstance(source, IterableDataset) or hasattr(source, "select_columns")):
         raise ValueError(
             f"This {type(source).__name__} is a stream without a length; give a data set with one, "
             "or, to refine, the name of the data set with streaming=True."
         )
+
     if isinstance(source, np.ndarray | Tensor) and source.ndim < 3:
         raise ValueError(
             f"This {kind_of(source)} holds no images: they are (n, height, width, channels), "
@@ -227,7 +230,7 @@ def _look_at_all(source: Any, items: Sequence[Any], name: str) -> FoundImages:
 
 def _in_sight(count: int) -> Any:
     """The places of items, with a progress bar where they are many."""
-    hidden = rank() > 0 or count < _MANY
+    hidden = count < _MANY
     return progress_bar(range(count), hidden=hidden, desc="looking at the images", leave=False)
 
 
@@ -286,10 +289,12 @@ class _FloatImages:
                 f"values down to {self.lowest:.3g}, as after Normalize, are stretched from the "
                 "lowest to the highest of each image; give the images before they are normalised"
             )
+
         if self.without_data:
             lines.append(
                 f"{self.without_data} images hold NaN or infinity; these pixels become black"
             )
+
         if self.within_one and self.beyond_one and self.lowest >= 0:
             lines.append(
                 f"of {self.within_one} images of floats 1 is white, for no value is above it, and "
@@ -334,9 +339,7 @@ def _numbered_labels(
     if len(kinds) > 1:
         raise ValueError(f"The labels of {name} are numbers and words; give one of both.")
     if kinds == {str}:
-        words = [None if label is None else str(label) for label in labels]
-        class_names = sorted({word for word in words if word is not None})
-        return numbered(words, class_names), class_names
+        return label_values(labels)
 
     numbers = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
     if not (numbers >= 0).any():

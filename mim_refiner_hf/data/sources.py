@@ -11,7 +11,7 @@ holds the rules for names and splits, and the sentences for what goes wrong.
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -370,28 +370,28 @@ def _words_in_tables(
     files = splits[_choose_split(splits, split)]
     if Path(files[0]).suffix.lower() != ".parquet":
         return None
-    words = {label_of(x) for file in files for x in _distinct(parquet.ParquetFile(file), label)}
-    return sorted(word for word in words if isinstance(word, str))
-
-
-def _distinct(file: Any, column: str) -> Iterable[Any]:
-    """The values of a column, each once per row group."""
-    for batch in file.iter_batches(columns=[column]):
-        yield from batch.column(0).unique().to_pylist()
+    labels: set[int | str | None] = set()
+    for file in files:
+        for batch in parquet.ParquetFile(file).iter_batches(columns=[label]):
+            labels.update(map(label_of, batch.column(0).unique().to_pylist()))
+    return sorted(word for word in labels if isinstance(word, str))
 
 
 def _by_split(files: Sequence[Path], root: Path) -> dict[str, list[str]]:
     """Files by the first word of their name below `root` that names a split; else "train"."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        name = file.name if file == root else str(file.relative_to(root))
-        words = re.findall("[a-z]+", name.lower())
+        words = re.findall("[a-z]+", _name_below(root, file).lower())
         split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
         splits.setdefault(split, []).append(str(file))
     return splits
 
 
-def _choose_split(splits: Mapping[str, Any], split: str | None) -> str:
+def _name_below(root: Path, file: Path) -> str:
+    return file.name if file == root else str(file.relative_to(root))
+
+
+def _choose_split(splits: Mapping[str, object], split: str | None) -> str:
     """`split` may carry a slice ("train[:10%]"); without it "train", or the only split there is."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
@@ -408,6 +408,9 @@ def _table_entries(path: Path, split: str | None, table: Any, options: SourceOpt
     if not path.exists():
         return Entries.of(["its revision"], [table._fingerprint])
     files = sorted(path.rglob("*.arrow")) if _is_saved(path) else _table_files(path, options)
-    names = [file.name if file == path else str(file.relative_to(path)) for file in files]
-    lines = [f"{name} {file_size(file)}" for name, file in zip(names, files, strict=True)]
+    names = []
+    lines = []
+    for file in files:
+        names.append(_name_below(path, file))
+        lines.append(f"{names[-1]} {file_size(file)}")
     return Entries.of([*names, f"its split {split}"], [*lines, f"{split} {len(table)}"])

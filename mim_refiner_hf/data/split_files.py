@@ -70,10 +70,12 @@ def _names_in(path: Path) -> list[str]:
         raise FileNotFoundError(f"{asked}: no such file; name a text file with a name on each line")
     if path.stat().st_size > _LARGEST_LIST:
         raise ValueError(f"{asked}: has more than {_LARGEST_LIST} bytes; it is no list of names")
+
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{asked}: is no text; name a file with a name on each line") from None
+
     names = [_bare(line.strip()) for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{asked}: is empty; name a text file with a name on each line")
@@ -91,6 +93,7 @@ def _names_of(images: "ImageDataset", asked: str) -> list[str]:
         paths = _paths_in_table(sources)
     else:
         paths = [str(source) if isinstance(source, Path) else None for source in sources]
+
     names = list(paths)
     if not names or names[0] is None:
         raise ValueError(

@@ -148,12 +148,15 @@ class ImageStream:
             label = self._numbers.get(label)
         elif isinstance(label, str):
             label = int(digest([label])[:13], 16)
-        return image, -1 if label is None else label
+        if label is None:
+            label = -1
+        return image, label
 
     def _label(self, example: Example) -> int | str | None:
         """What labels an example; None, which is said once, where that is no label."""
         if self.label_column is None:
             return None
+
         try:
             return label_of(example[self.label_column])
         except ValueError as error:
@@ -202,6 +205,7 @@ def open_stream(
             "The digits are 1797 images in memory and are not streamed; "
             "open them without streaming."
         )
+
     stream, class_names, fingerprint = find_stream(
         dataset, config=config, split=split, options=options
     )

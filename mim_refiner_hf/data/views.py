@@ -68,9 +68,9 @@ class ViewSpec:
 
     size: int
     scale: tuple[float, float]
-    blur_p: float
-    solarize_p: float
-    colour: bool
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+    colour: bool = False
     flip: float = 0.5
     local: bool = False
     blur_scale: float = 1.0
@@ -264,6 +264,7 @@ def drawn_view(image: Image.Image, draw: ViewDraw, size: int) -> Image.Image:
     view = resized_crop(image, draw.box, size)
     if draw.flip:
         view = flip_horizontally(view)
+
     if draw.jitter:
         view = colour_jitter(view, draw.jitter)
     if draw.sigma:

@@ -16,23 +16,20 @@ a hundredth of the images, between 32 and 1 024, and there are ten passes, or 50
 are fewer: on ImageNet the same.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.broken import BrokenImages
-from ..data.loading import Loading
-from ..data.order import BatchSampler
-from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
+from ..data.loading import ImageProcessor, Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
-from .features import Preprocess, frozen
+from ..runtime.distributed import progress_bar
+from .features import frozen, pixel_batches, random_crops
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
@@ -173,7 +170,7 @@ def patches_of(encoder: MimRefinerModel, pixels: Tensor) -> Tensor:
 
 def attentive_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -210,13 +207,22 @@ def attentive_probe(
 
     batch, own_steps = length_of(len(trained_on))
     steps = own_steps if steps is None else steps
-    settings = [(rate, decay) for rate in learning_rates for decay in weight_decays]
+    settings = list(itertools.product(learning_rates, weight_decays))
     scaled = [(rate * batch / 256, decay) for rate, decay in settings]
     classes = np.concatenate([images.labels for images in (train_images, eval_images)])
     with frozen(encoder, loading.device) as device:
         width = encoder.config.hidden_size
         probes = AttentiveProbes(width, int(classes.max()) + 1, scaled, steps, seed, device)
-        _train(probes, encoder, trained_on, processor, batch, seed, loading)
+        batches = random_crops(
+            encoder, trained_on, processor, loading, batch=batch, steps=steps, seed=seed
+        )
+        progress = progress_bar(
+            batches, total=steps, desc="attentive probe", unit="step", leave=False
+        )
+        for step, (parts, labels) in enumerate(progress):
+            patches = torch.cat([patches_of(encoder, pixels) for pixels in parts])
+            probes.train_step(step, patches, labels)
+
         best = int(_correct(probes, encoder, chosen_on, processor, loading).sum(dim=1).argmax())
         probes.classifiers = [probes.classifiers[best]]
         correct = _correct(probes, encoder, eval_images, processor, loading)[0]
@@ -228,61 +234,19 @@ def attentive_probe(
     return ProtocolResult({"attentive_probe_accuracy": mean_score(correct, setting)})
 
 
-def _train(
-    probes: AttentiveProbes,
-    encoder: MimRefinerModel,
-    images: "ImageDataset",
-    processor: Any,
-    batch: int,
-    seed: int,
-    loading: Loading,
-) -> None:
-    """All steps, each on random resized crops and flips that are encoded for it."""
-    # torchvision's default crop
-    crop = ViewSpec(
-        encoder.config.image_hw[0], (0.08, 1.0), blur_p=0.0, solarize_p=0.0, colour=False
-    )
-    views = ViewDataset(images, MultiCrop([crop]), seed, getattr(processor, "value_range", None))
-    sampler = BatchSampler(images, batch_size=batch, seed=seed, steps=probes.steps)
-    loader = DataLoader(views, batch_sampler=sampler, num_workers=loading.num_workers)
-    progress = progress_bar(
-        loader,
-        total=probes.steps,
-        hidden=rank() > 0,
-        desc="attentive probe",
-        unit="step",
-        leave=False,
-    )
-    broken = BrokenImages(images, max_fraction=1)
-    for step, drawn in enumerate(progress):
-        broken.add(drawn["broken"])
-        parts = []
-        for pixels in drawn["global_views"][:, 0].split(loading.batch_size):
-            pixels = normalise(pixels.to(encoder.device), processor.image_mean, processor.image_std)
-            parts.append(patches_of(encoder, pixels))
-        probes.train_step(step, torch.cat(parts), drawn["label"].to(encoder.device))
-    broken.share()
-
-
 def _correct(
     probes: AttentiveProbes,
     encoder: MimRefinerModel,
     images: "ImageDataset",
-    processor: Any,
+    processor: ImageProcessor,
     loading: Loading,
 ) -> Tensor:
     """Which answers of C classifiers are right (C, N)."""
-    loader = DataLoader(
-        images,
-        batch_size=loading.batch_size,
-        num_workers=loading.num_workers,
-        collate_fn=Preprocess(processor),
-    )
-    found = []
-    for pixels, labels in loader:
+    correct = []
+    for pixels, labels in pixel_batches(images, processor, loading):
         said = probes.predict(patches_of(encoder, pixels))
-        found.append(said == labels.to(said.device))
-    return torch.cat(found, dim=1)
+        correct.append(said == labels.to(said.device))
+    return torch.cat(correct, dim=1)
 
 
 def check_attentive(
@@ -301,11 +265,13 @@ def check_attentive(
             f"{train_images.name} has {len(train_images)} training images, but the attentive probe "
             f"holds out one in {_HELD_OUT}; give {_HELD_OUT} or more"
         )
+
     height, width = encoder.config.image_hw
     if height != width:
         raise ValueError(
             f"the attentive probe crops squares, but the encoder takes {height} x {width} pixels"
         )
+
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"learning_rates={tuple(learning_rates)} must be greater than 0")
     if not weight_decays or min(weight_decays) < 0:

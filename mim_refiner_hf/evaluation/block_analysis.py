@@ -16,20 +16,20 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data.images import evenly_spaced, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..refinement.resolve import default_head_blocks
 from .feature_cache import ImageRows, for_altered_images, read_rows
 from .features import own_columns
-from .knn import knn_accuracy
 from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement
 from .reconstruction import reconstruction_losses
+from .report import knn_of_columns
 
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
@@ -134,7 +134,7 @@ def attention_distances(encoder: MimRefinerModel, pixels: Tensor) -> list[float]
 
 def block_profile(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -185,7 +185,7 @@ def block_profile(
 
     columns = own_columns(encoder.config)
 
-    def read(images: "ImageDataset", shown: Any, folder: Path | None, what: str) -> ImageRows:
+    def read(images: "ImageDataset", shown: Processor, folder: Path | None, what: str) -> ImageRows:
         desc = f"block analysis: {what}"
         return read_rows(
             encoder, images, shown, columns, features=folder, loading=loading, desc=desc
@@ -195,7 +195,7 @@ def block_profile(
     accuracies: list[float] | None = None
     if fully_labelled(train_images) and fully_labelled(eval_images):
         bank = read(train_images, processor, features, "k-NN bank")
-        accuracies = knn_per_block(bank, clean, columns)
+        accuracies = knn_of_columns(bank, clean, columns, say_known=True)
 
     view = global_view(processor, encoder.config.image_hw[0], flip, seed)
     altered = read(eval_images, view, for_altered_images(features), "augmented images")
@@ -209,24 +209,7 @@ def block_profile(
     return assemble(accuracies, agreements, losses, vectors, distances)
 
 
-def knn_per_block(bank: ImageRows, queries: ImageRows, columns: Sequence[str]) -> list[float]:
-    """k-NN accuracy (0 to 1) of every column that both have, by the paper's protocol."""
-    assert bank.labels is not None and queries.labels is not None
-    accuracies = []
-    for column in columns:
-        accuracy = knn_accuracy(
-            bank.column(column),
-            bank.labels,
-            queries.column(column),
-            queries.labels,
-            k=NUM_NEIGHBOURS,
-            say_known=column == columns[-1],
-        )
-        accuracies.append(accuracy)
-    return accuracies
-
-
-def pixels_of(images: "ImageDataset", processor: Any, device: torch.device) -> Tensor:
+def pixels_of(images: "ImageDataset", processor: Processor, device: torch.device) -> Tensor:
     """All images of a small set as one batch (N, C, H, W)."""
     pictures = [images[i].image for i in range(len(images))]
     pixels: Tensor = processor(pictures, return_tensors="pt")["pixel_values"]
@@ -328,8 +311,10 @@ def profile_table(profile: Sequence[BlockProfile]) -> str:
     """
     columns = [["block", *(str(block.block) for block in profile)]]
     for field, (title, form) in PROFILE_COLUMNS.items():
-        values = [getattr(block, field) for block in profile]
-        cells = ["" if value is None else form.format(value) for value in values]
+        cells = []
+        for block in profile:
+            value = getattr(block, field)
+            cells.append("" if value is None else form.format(value))
         if any(cells):
             columns.append([title, *cells])
 

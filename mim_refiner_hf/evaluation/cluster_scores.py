@@ -110,6 +110,7 @@ def cluster_scores(
         "ami": float(adjusted_mutual_info_score(classes, groups)),
         "ari": float(adjusted_rand_score(classes, groups)),
     }
+
     if embeddings is not None:
         points = np.asarray(embeddings)
         if points.ndim != 2 or len(points) != len(has_one):

@@ -17,14 +17,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.broken import BROKEN
 from ..data.images import Broken, ImageDataset
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..data.sources import say_if_misstated
 from ..data.stream import ImageStream
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -38,11 +37,13 @@ from ..runtime.distributed import (
 from ..runtime.files import write_json
 from ..runtime.lock import check_writable, sole_run
 from .feature_store import FeatureStore
-from .features import blocks_of, check_columns, encode, feature_columns, frozen
+from .features import check_columns, column_widths, encode, feature_columns, frozen
 from .image_shards import SetOrStream, ShardBatch, ShardSampler, shard_loader
 from .manifest import differences, store_manifest
 from .shard_files import (
     STORE_MANIFEST,
+    ShardRows,
+    StoreManifest,
     images_in,
     number_of_shards,
     read_manifest,
@@ -62,7 +63,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def embed_images(
     encoder: MimRefinerModel,
     images: SetOrStream,
-    processor: Any,
+    processor: Processor,
     folder: str | Path,
     *,
     columns: Sequence[str] = (),
@@ -102,7 +103,8 @@ def embed_images(
 
     # anyone may read a complete store
     with nullcontext() if is_complete(folder) else sole_run(folder, "out"):
-        manifest = claim(folder, new, compared=() if shard_size is None else ("shard_size",))
+        compared = [] if shard_size is None else ["shard_size"]
+        manifest = claim(folder, new, compared)
         try:
             manifest = fill_store(folder, manifest, encoder, images, processor, loading)
         # such as features that are not finite
@@ -118,10 +120,10 @@ def embed_images(
 
 def grow_store(
     folder: Path,
-    wanted: dict[str, Any],
+    manifest: StoreManifest,
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     loading: Loading,
 ) -> None:
     """Add images to the store that grows in `folder`: in new shards, behind those that it has.
@@ -130,18 +132,22 @@ def grow_store(
     other images to add.
 
     Args:
-        wanted: the manifest of a store of these columns over the whole data set.
+        manifest: the manifest of a store of these columns over the whole data set.
     """
     with sole_run(folder, "features"):
-        whole = wanted["data"] | {"fingerprint": wanted["data"]["whole"]}
-        claim(folder, wanted | {"data": whole, "columns": {}, "num_images": None}, compared=())
+        growing = manifest.copy()
+        growing["data"] = {**manifest["data"], "fingerprint": manifest["data"]["whole"]}
+        growing["columns"] = {}
+        growing["num_images"] = None
+        claim(folder, growing, compared=())
         # the main process says it, for another may see what the first one has just added
         known = recorded_shards(folder)
-        first = gather_objects(known[-1] + 1 if known else 0)[0]
+        following = known[-1] + 1 if known else 0
+        first = gather_objects(following)[0]
 
-        size = min(wanted["shard_size"], math.ceil(len(images) / world_size()))
+        size = min(manifest["shard_size"], math.ceil(len(images) / world_size()))
         sampler = ShardSampler(images, size, loading.batch_size, is_own_shard)
-        columns = wanted["columns"]
+        columns = manifest["columns"]
         write_shards(folder, columns, encoder, sampler, processor, loading, first_shard=first)
         wait_for_everyone()
 
@@ -149,19 +155,16 @@ def grow_store(
 def encode_in_memory(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     loading: Loading,
     *,
     stop_at_broken: bool,
-) -> tuple[dict[str, Any], list[Broken]]:
+) -> tuple[ShardRows, list[Broken]]:
     """What `embed_images` writes, kept in memory: rows of the readable images, and the others.
 
     Args:
         stop_at_broken: go no further than the batch with the first image that cannot be read.
-
-    Returns:
-        "index", "label", "path" and every column by name, (N, D) fp32; and the broken images.
     """
     check_embedding(images, None)
     sampler = ShardSampler(images, len(images), loading.batch_size, lambda shard: True)
@@ -174,21 +177,13 @@ def encode_in_memory(
             if met and stop_at_broken:
                 return
 
-    widths = {
-        column: encoder.config.hidden_size * max(1, len(blocks_of(column, len(encoder.layers))))
-        for column in columns
-    }
-    bar_settings: dict[str, Any] = {"desc": "features", "unit": " images", "leave": False}
+    widths = column_widths(columns, encoder.config)
+    total = len(images)
     with (
         frozen(encoder, loading.device) as device,
-        progress_bar(total=len(images), hidden=rank() > 0, **bar_settings) as bar,
+        progress_bar(total=total, desc="features", unit=" images", leave=False) as bar,
     ):
-        loader = shard_loader(
-            sampler,
-            processor,
-            num_workers=loading.num_workers,
-            pin_memory=device.type == "cuda",
-        )
+        loader = shard_loader(sampler, processor, loading.num_workers, device)
         return encode_shard(encoder, until_broken(loader), widths, device, bar.update)
 
 
@@ -216,7 +211,7 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def claim(folder: Path, new: dict[str, Any], compared: Sequence[str]) -> dict[str, Any]:
+def claim(folder: Path, new: StoreManifest, compared: Sequence[str]) -> StoreManifest:
     """The manifest of the store in `folder`, which is `new` where there was none.
 
     ValueError where it is of something else; arguments as in `differences`.
@@ -281,30 +276,29 @@ def intact_shards(folder: Path, shards: Iterable[int]) -> set[int]:
 
 def fill_store(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: StoreManifest,
     encoder: MimRefinerModel,
     images: SetOrStream,
-    processor: Any,
+    processor: Processor,
     loading: Loading,
-) -> dict[str, Any]:
+) -> StoreManifest:
     """Compute those of this process's shards that are not finished.
 
     Returns the manifest with what the end of a stream told: how many images there are, broken ones
     included, and which classes.
     """
     recorded = list(filter(is_own_shard, recorded_shards(folder)))
-    hidden = rank() > 0 or not recorded
-    verifying = progress_bar(recorded, hidden=hidden, desc="verifying", unit=" shards", leave=False)
-    intact = intact_shards(folder, verifying)
+    bar = progress_bar(recorded, hidden=not recorded, desc="verifying", unit=" shards", leave=False)
+    intact = intact_shards(folder, bar)
 
     stated = manifest["num_images"]
     # of a stream nobody knows it but who has read all
     if isinstance(images, ImageStream) and stated != images_in(folder):
-        manifest = manifest | {"num_images": None}
+        manifest = {**manifest, "num_images": None}
     size = manifest["shard_size"]
     count = number_of_shards(manifest)
     total = None  # of a stream nobody knows
-    if count is not None:
+    if count is not None and manifest["num_images"] is not None:
         todo = [shard for shard in filter(is_own_shard, range(count)) if shard not in intact]
         if not todo:
             return manifest
@@ -320,7 +314,7 @@ def fill_store(
     # the loader came to the end of the stream
     assert sampler.num_images is not None
     say_if_misstated(str(folder / STORE_MANIFEST), stated, sampler.num_images)
-    return manifest | {"num_images": sampler.num_images, "class_names": images.class_names}
+    return {**manifest, "num_images": sampler.num_images, "class_names": images.class_names}
 
 
 def write_shards(
@@ -328,7 +322,7 @@ def write_shards(
     columns: dict[str, int],
     encoder: MimRefinerModel,
     sampler: ShardSampler,
-    processor: Any,
+    processor: Processor,
     loading: Loading,
     *,
     total: int | None = None,
@@ -341,16 +335,12 @@ def write_shards(
     desc = "features"
     if world_size() > 1:
         desc = f"features, process 1 of {world_size()}"
+
     with (
         frozen(encoder, loading.device) as device,
-        progress_bar(total=total, hidden=rank() > 0, desc=desc, unit=" images") as bar,
+        progress_bar(total=total, desc=desc, unit=" images") as bar,
     ):
-        loader = shard_loader(
-            sampler,
-            processor,
-            num_workers=loading.num_workers,
-            pin_memory=device.type == "cuda",
-        )
+        loader = shard_loader(sampler, processor, loading.num_workers, device)
         for shard, batches in itertools.groupby(loader, key=lambda batch: batch.shard):
             rows, broken = encode_shard(encoder, batches, columns, device, bar.update)
             write_shard(folder, first_shard + shard, rows, broken)
@@ -361,13 +351,13 @@ def encode_shard(
     batches: Iterable[ShardBatch],
     columns: dict[str, int],
     device: torch.device,
-    done: Callable[[int], Any],
-) -> tuple[dict[str, Any], list[Broken]]:
+    done: Callable[[int], object],
+) -> tuple[ShardRows, list[Broken]]:
     """Rows and broken images of one shard, for `write_shard`.
 
     `done` is told the number of images as they are finished.
     """
-    facts: list[tuple[int, int, str]] = []
+    rows = ShardRows([], [], [], {})
     broken: list[Broken] = []
     # an empty part, in case that all images are broken
     parts = {column: [np.empty((0, width), dtype=np.float32)] for column, width in columns.items()}
@@ -376,24 +366,27 @@ def encode_shard(
             pixel_values = batch.pixel_values.to(device, non_blocking=True)
             for column, vectors in encode(encoder, pixel_values, list(columns)).items():
                 parts[column].append(vectors.cpu().numpy())
-        facts += batch.rows
+        for index, label, path in batch.rows:
+            rows.index.append(index)
+            rows.label.append(label)
+            rows.path.append(path)
         broken += batch.broken
         done(len(batch.rows) + len(batch.broken))
 
-    rows: dict[str, Any] = {
-        name: [fact[place] for fact in facts]
-        for place, name in enumerate(("index", "label", "path"))
-    }
     for column, of_column in parts.items():
-        rows[column] = np.concatenate(of_column)
+        rows.columns[column] = np.concatenate(of_column)
     return rows, broken
 
 
-def finish(folder: Path, manifest: dict[str, Any]) -> None:
+def finish(folder: Path, manifest: StoreManifest) -> None:
     """Write the whole manifest, and list the broken images in `broken.json`."""
-    records = [read_record(folder, shard) for shard in range(number_of_shards(manifest) or 0)]
-    broken = {"images": [image for record in records if record for image in record["broken"]]}
-    for path, content in ((folder / BROKEN, broken), (folder / STORE_MANIFEST, manifest)):
+    broken: list[Broken] = []
+    for shard in range(number_of_shards(manifest) or 0):
+        record = read_record(folder, shard)
+        broken += record["broken"] if record else []
+    contents = {BROKEN: {"images": broken}, STORE_MANIFEST: manifest}
+    for name, content in contents.items():
+        path = folder / name
         # a complete store is only read
         if not path.is_file() or json.loads(path.read_text()) != content:
             write_json(path, content)

@@ -19,7 +19,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from ..data.found import digest
 from ..data.images import Broken, ImageDataset, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import wait_for_everyone
@@ -40,6 +39,7 @@ from .features import check_columns, encode_images, own_columns
 from .manifest import differences, store_manifest
 from .shard_files import (
     STORE_MANIFEST,
+    StoreManifest,
     columns_of_shard,
     read_manifest,
     recorded_shards,
@@ -110,16 +110,17 @@ def evaluation_columns(config: MimRefinerConfig, *, per_block: bool = True) -> l
     The probes read the mean patches of the last 4 and of the output too.
     """
     own = own_columns(config)
+    pooled = own if per_block else own[-4:]
     depth = config.num_hidden_layers
     means = [f"block{block}.mean" for block in range(max(depth - 4, 0), depth)]
     outputs = [f"output.{config.pooling}", "output.mean"]
-    return list(dict.fromkeys([*(own if per_block else own[-4:]), *means, *outputs]))
+    return list(dict.fromkeys([*pooled, *means, *outputs]))
 
 
 def read_rows(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     *,
     features: Path | None,
@@ -146,9 +147,9 @@ def read_rows(
             refuse_not_finite(values.numpy(), column, lambda row: images.describe(row))
         return ImageRows(images, lambda column, part: found[column][part])
 
-    wanted = store_manifest(encoder, images, processor, columns)
+    manifest = store_manifest(encoder, images, processor, columns)
     if is_one_store(features):
-        one = open_one_store(features, wanted)
+        one = open_one_store(features, manifest)
         missing = missing_places(images, one)
         if len(missing):
             raise ValueError(
@@ -158,14 +159,14 @@ def read_rows(
             )
         return gather_rows(images, one)
 
-    folder = features / store_name(wanted)
+    folder = features / store_name(manifest)
     store = open_growing_store(folder, columns)
     missing = missing_places(images, store)
     # all have looked, before one of them adds to the folder
     wait_for_everyone()
     if len(missing):
         rest = images.subset(missing)
-        grow_store(folder, wanted, encoder, rest, processor, loading)
+        grow_store(folder, manifest, encoder, rest, processor, loading)
         store = open_growing_store(folder, columns)
     return gather_rows(images, store)
 
@@ -191,7 +192,7 @@ def is_one_store(features: Path) -> bool:
     return (features / STORE_MANIFEST).is_file()
 
 
-def store_name(manifest: dict[str, Any]) -> str:
+def store_name(manifest: StoreManifest) -> str:
     """A name for people, and a fingerprint of all that the features depend on."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(manifest["data"]["name"]).name)
     parts = [manifest["encoder"]["fingerprint"], manifest["dtype"], str(manifest["preprocessing"])]
@@ -206,31 +207,34 @@ def open_growing_store(folder: Path, columns: Sequence[str]) -> FeatureStore | N
     if read_manifest(folder) is None:
         return None
     intact = intact_shards(folder, recorded_shards(folder))
-    shards = [
-        shard for shard in sorted(intact) if set(columns) <= columns_of_shard(folder, shard).keys()
-    ]
+    shards = []
+    for shard in sorted(intact):
+        if set(columns) <= columns_of_shard(folder, shard).keys():
+            shards.append(shard)
     return FeatureStore(folder, shards)
 
 
-def open_one_store(folder: Path, wanted: dict[str, Any]) -> FeatureStore:
+def open_one_store(folder: Path, manifest: StoreManifest) -> FeatureStore:
     """The store in `folder`; ValueError if it is of something else, has less, or is damaged."""
     store = FeatureStore(folder)
-    lacking = [column for column in wanted["columns"] if column not in store.columns]
+    lacking = [column for column in manifest["columns"] if column not in store.columns]
     if lacking:
         plural = "s" if len(lacking) > 1 else ""
-        poolings = sorted({column.partition(".")[2] for column in wanted["columns"]})
+        poolings = sorted({column.partition(".")[2] for column in manifest["columns"]})
         raise ValueError(
             f"{setting('features', folder)}: it lacks the column{plural} {', '.join(lacking)} and "
             f"has {', '.join(store.columns)}; embed again into another folder, with "
             f"{setting('blocks')} for every block and {setting('pooling')} for "
             f"{' and '.join(poolings)}"
         )
-    differing = differences(store.manifest, wanted, data="whole")
+
+    differing = differences(store.manifest, manifest, data="whole")
     if differing:
         raise ValueError(
             f"{setting('features', folder)}: it holds other features: {'; '.join(differing)}; "
             "name another folder"
         )
+
     if not all(shard_is_intact(folder, shard) for shard in store.shards):
         raise ValueError(
             f"{setting('features', folder)}: it is damaged; run the command that made it again: "

@@ -22,7 +22,7 @@ zstd).
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -77,8 +77,8 @@ class FeatureStore:
                 f"{folder} holds no features; make them with mim-refiner embed ... --out {folder}"
             )
         self.manifest = manifest
-        self.class_names: list[str] | None = manifest["class_names"]
-        self.columns: dict[str, int] = manifest["columns"]
+        self.class_names = manifest["class_names"]
+        self.columns = manifest["columns"]
         if shards is None:
             self.shards = self._all_shards()
         else:
@@ -106,6 +106,7 @@ class FeatureStore:
         """
         count = number_of_shards(self.manifest)
         done = len(recorded_shards(self.folder))
+
         if count is not None and count <= done:
             stated = self.manifest["num_images"]
             records = [read_record(self.folder, shard) for shard in range(count)]
@@ -119,6 +120,7 @@ class FeatureStore:
                     f"its shards hold {held}; make the features again"
                 )
             done = count - missing
+
         raise ValueError(
             f"{self.folder} is not complete, {done} of {count or 'an unknown number of'} shards "
             "are there; run the command that began it again: "
@@ -141,7 +143,10 @@ class FeatureStore:
     @cached_property
     def paths(self) -> list[str]:
         """Where each image came from: its path, or its row in the data set."""
-        return [read_back(path) for _, array in self._read("path") for path in array.to_pylist()]
+        paths: list[str] = []
+        for _, array in self._read("path"):
+            paths += map(read_back, array.to_pylist())
+        return paths
 
     def batches(self, column: str) -> Iterator[Tensor]:
         """The rows of a column in order, (at most 1024, D) fp32 at a time, each let go again.
@@ -207,13 +212,13 @@ class FeatureStore:
                 f"{self.folder} has no column {column!r}; it has {', '.join(self.columns)}"
             )
 
-    def _tensor(self, column: str, array: Any) -> Tensor:
+    def _tensor(self, column: str, array: pa.FixedSizeListArray) -> Tensor:
         values = array.flatten().to_numpy(zero_copy_only=False, writable=True)
         return torch.from_numpy(values.reshape(-1, self.columns[column]))
 
     def _read(
         self, column: str, wanted: Callable[[int, int], bool] = lambda start, end: True
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Iterator[tuple[int, pa.Array]]:
         """Each row group of a column that is wanted: the number of its first row, and its rows."""
         for shard, first, count in zip(self.shards, self._first, self._count, strict=True):
             if not wanted(first, first + count):

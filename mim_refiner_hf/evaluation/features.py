@@ -23,24 +23,31 @@ with pooling cls, mean (of the patches), register (the first one), prefix (the m
 registers), or, for `output` alone, attention and global_repr.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.broken import BrokenImages
 from ..data.images import ImageDataset, Sample
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading, Processor
+from ..data.order import BatchSampler
+from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel, prefix_tokens_only
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.distributed import all_gather, progress_bar, rank, world_size
+
+# share of the image's area that a random crop shows
+RANDOM_CROP_SCALE = (0.08, 1.0)
 
 # Shapes below: N images, B images of a batch, D the width of the encoder.
 
@@ -60,16 +67,81 @@ class FeatureSet:
     labels: Tensor | None = None
 
 
+# --- batches of images ----------------------------------------------------------------------------
+
+
 @dataclass
 class Preprocess:
     """Collates samples into (pixels (B, C, H, W), labels (B,)) inside the loader's workers."""
 
-    processor: Any
+    processor: Processor
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         prepared = self.processor([sample.image for sample in samples], return_tensors="pt")
         labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
         return prepared["pixel_values"], labels
+
+
+def pixel_batches(
+    images: ImageDataset, processor: Processor, loading: Loading, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Pixels (B, C, H, W) and labels (B,) of all images in their order, batch by batch."""
+    return DataLoader(
+        images,
+        batch_size=loading.batch_size,
+        num_workers=loading.num_workers,
+        collate_fn=Preprocess(processor),
+        pin_memory=pin_memory,
+    )
+
+
+def random_crops(
+    encoder: MimRefinerModel,
+    images: ImageDataset,
+    processor: ImageProcessor,
+    loading: Loading,
+    *,
+    batch: int,
+    steps: int,
+    seed: int,
+) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
+    """The batches of a training on random resized crops and flips, new ones at each step.
+
+    Where an image is broken, another stands in for it.
+
+    Yields:
+        The normalised pixels of a batch in parts of `loading.batch_size`, each made when it is
+        asked for, and the labels (B,), both where the encoder is.
+    """
+    crop = ViewSpec(encoder.config.image_hw[0], RANDOM_CROP_SCALE)
+    views = ViewDataset(images, MultiCrop([crop]), seed, getattr(processor, "value_range", None))
+    sampler = BatchSampler(images, batch_size=batch, seed=seed, steps=steps)
+    broken = BrokenImages(images, max_fraction=1)
+
+    def normalised(pixels: Tensor) -> Tensor:
+        pixels = pixels.to(encoder.device)
+        return normalise(pixels, processor.image_mean, processor.image_std)
+
+    for drawn in DataLoader(views, batch_sampler=sampler, num_workers=loading.num_workers):
+        broken.add(drawn["broken"])
+        parts = drawn["global_views"][:, 0].split(loading.batch_size)
+        yield map(normalised, parts), drawn["label"].to(encoder.device)
+    broken.share()
+
+
+class FeatureChoice(NamedTuple):
+    """Which features of an encoder are meant; the fields are arguments of `feature_columns`."""
+
+    blocks: Sequence[int | Literal["output"]] = ()
+    poolings: Sequence[Pooling] = ()
+    last4: bool = False
+
+    def columns(self, config: MimRefinerConfig) -> list[str]:
+        """Their names as columns."""
+        return feature_columns(config, self.blocks, self.poolings, last4=self.last4)
+
+
+OWN_FEATURES = FeatureChoice()
 
 
 # --- columns: names of features -------------------------------------------------------------------
@@ -95,10 +167,20 @@ def blocks_of(column: str, depth: int) -> list[int]:
     return [int(place.removeprefix("block"))]
 
 
+def column_widths(columns: Sequence[str], config: MimRefinerConfig) -> dict[str, int]:
+    """How many numbers an image has in each column: those of all its blocks together."""
+    widths = {}
+    for column in columns:
+        side_by_side = len(blocks_of(column, config.num_hidden_layers)) or 1
+        widths[column] = config.hidden_size * side_by_side
+    return widths
+
+
 def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]:
     """`columns`, each once; ValueError for one that is none, or that this encoder cannot give."""
     depth = config.num_hidden_layers
     poolings = get_args(Pooling)
+
     for column in columns:
         place, _, pooling = column.partition(".")
         if not re.fullmatch(r"block-?\d+|last4|output", place) or pooling not in poolings:
@@ -111,6 +193,7 @@ def check_columns(columns: Sequence[str], config: MimRefinerConfig) -> list[str]
                 f"last4 takes the last 4 blocks, but the encoder has {depth}; name single blocks"
             )
         check_blocks(blocks_of(column, depth), depth)
+
         missing = config.missing_for(pooling)  # type: ignore[arg-type]
         if missing:
             raise ValueError(f"pooling {pooling!r}: the encoder has {missing}; use 'mean'")
@@ -217,7 +300,7 @@ def encode(
     depth = encoder.config.num_hidden_layers
     blocks = {column: blocks_of(column, depth) for column in columns}
     # entry 0 of the hidden states is the embeddings
-    recorded = sorted({block + 1 for of_column in blocks.values() for block in of_column})
+    recorded = sorted({block + 1 for block in itertools.chain(*blocks.values())})
     all_tokens = reads_last_patches(columns, encoder.config)
     with nullcontext() if all_tokens else prefix_tokens_only(encoder):
         outputs = encoder(pixel_values, output_hidden_states=recorded or None)
@@ -263,7 +346,7 @@ def gathered(own: Tensor, total: int, device: torch.device) -> Tensor:
 def encode_images(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     *,
     loading: Loading = Loading(),
@@ -282,14 +365,9 @@ def encode_images(
     labels: list[Tensor] = []
 
     with frozen(encoder, loading.device) as device:
-        loader = DataLoader(
-            share_of(images),
-            batch_size=loading.batch_size,
-            num_workers=loading.num_workers,
-            collate_fn=Preprocess(processor),
-            pin_memory=device.type == "cuda",
-        )
-        progress = progress_bar(loader, hidden=rank() > 0, desc=desc, unit="batch", leave=False)
+        on_gpu = device.type == "cuda"
+        loader = pixel_batches(share_of(images), processor, loading, pin_memory=on_gpu)
+        progress = progress_bar(loader, desc=desc, unit="batch", leave=False)
         for pixel_values, batch_labels in progress:
             pixel_values = pixel_values.to(device, non_blocking=True)
             for column, vectors in encode(encoder, pixel_values, list(pooled)).items():
@@ -297,16 +375,16 @@ def encode_images(
             labels.append(batch_labels)
 
     total = len(images)
-    features = {
-        column: gathered(torch.cat(parts), total, device) for column, parts in pooled.items()
-    }
+    features = {}
+    for column, parts in pooled.items():
+        features[column] = gathered(torch.cat(parts), total, device)
     return features, gathered(torch.cat(labels), total, device)
 
 
 def extract_features(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: Processor,
     *,
     blocks: Sequence[int] | None = None,
     loading: Loading = Loading(),
@@ -340,4 +418,12 @@ def extract_features(
     )
 
 
-__all__ = ["FeatureSet", "encode_images", "extract_features", "feature_columns", "own_columns"]
+__all__ = [
+    "OWN_FEATURES",
+    "FeatureChoice",
+    "FeatureSet",
+    "encode_images",
+    "extract_features",
+    "feature_columns",
+    "own_columns",
+]

@@ -36,16 +36,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from ..clustering.channels import as_picture
 from ..data.images import Key
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import BatchSampler
 from ..data.reading import read_sample
 from ..data.split_files import listed_places
@@ -65,7 +66,7 @@ from ..runtime.settings import (
     documented,
 )
 from ..runtime.wording import setting
-from .features import Preprocess
+from .features import pixel_batches
 from .scores import ProtocolResult, class_labels, mean_score
 
 logger = logging.getLogger(__name__)
@@ -171,18 +172,15 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: Any
+        self, images: "ImageDataset", recipe: FineTuneRecipe, size: int, processor: ImageProcessor
     ) -> None:
         self.images = images
         self.seed = recipe.seed
         self.mean = processor.image_mean
         self.std = processor.image_std
-        scale = (recipe.scale, 1.0)
-        self.crop = ViewSpec(
-            size, scale, blur_p=0.0, solarize_p=0.0, colour=False, flip=recipe.flip
-        )
+        self.crop = ViewSpec(size, (recipe.scale, 1.0), flip=recipe.flip)
 
-        self.rand_augment: Any = None
+        self.rand_augment: RandAugment | None = None
         if recipe.rand_augment:
             # what stands where a shifted image has no pixels: a tuple, or of one channel a number
             grey = [round(255 * value) for value in self.mean]
@@ -192,7 +190,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             for operation in self.rand_augment.ops:
                 if operation.name == "PosterizeIncreasing":
                     operation.aug_fn = _posterize
-        self.erase: Any = None
+        self.erase: RandomErasing | None = None
         if recipe.erasing:
             self.erase = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
 
@@ -246,7 +244,7 @@ def make_classifier(
     state = dict(encoder.state_dict())
     if not encoder.config.final_norm:
         # weight 1, bias 0
-        state |= {f"norm.{name}": each for name, each in model.encoder.norm.state_dict().items()}
+        state |= model.encoder.norm.state_dict(prefix="norm.")
     model.encoder.load_state_dict(state)
 
     # it is one, as num_classes is at least 1
@@ -258,7 +256,7 @@ def make_classifier(
     return model
 
 
-def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[Any]:
+def add_drop_path(model: MimRefinerForImageClassification, rate: float) -> list[RemovableHandle]:
     """Stochastic depth on both residual branches of every block while training.
 
     0 in the first block, growing linearly to `rate` in the last. Returns the hooks, to be removed
@@ -290,7 +288,7 @@ def classifier_groups(
 
 def fine_tune(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     images: "ImageDataset",
     recipe: FineTuneRecipe,
     *,
@@ -344,7 +342,8 @@ def fine_tune(
     loader = DataLoader(augmented, batch_sampler=sampler, num_workers=loading.num_workers)
 
     home = encoder.device if loading.device is None else torch.device(loading.device)
-    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+    gpus = [home] if home.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(recipe.seed)
         model = make_classifier(encoder, num_classes, recipe.freeze_blocks).train().to(home)
         # what drop path draws differs between processes
@@ -372,19 +371,19 @@ def train_classifier(
     """
     groups = classifier_groups(model, recipe.layer_decay, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters: list[nn.Parameter] = []
+    for group in groups:
+        parameters += group["params"]
     steps = len(loader)
     warmup = round(recipe.warmup_epochs * steps / recipe.epochs)
     peak = recipe.learning_rate * batch / 256
 
     home = model.device
-    mix: Any = None
+    mix: Mixup | None = None
     if recipe.mixes:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=model.num_labels)
 
-    progress = progress_bar(
-        loader, total=steps, hidden=rank() > 0, desc="fine-tuning", unit="step", leave=False
-    )
+    progress = progress_bar(loader, total=steps, desc="fine-tuning", unit="step", leave=False)
     for step, (pixels, labels) in enumerate(progress):
         pixels, labels = pixels.to(home), labels.to(home)
         targets = F.one_hot(labels, model.num_labels).float()
@@ -413,7 +412,7 @@ def train_classifier(
 
 def fine_tuning(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -442,19 +441,15 @@ def fine_tuning(
         origin = f"listed in {split_file.name}"
     else:
         places = labelled_share(labels, recipe.fraction, recipe.seed)
-        origin = "all" if len(places) == len(labels) else f"drawn, {recipe.fraction:g} of all"
+        origin = "all"
+        if len(places) < len(labels):
+            origin = f"drawn, {recipe.fraction:g} of all"
     chosen = train_images.subset(places)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 
-    loader = DataLoader(
-        eval_images,
-        batch_size=loading.batch_size,
-        num_workers=loading.num_workers,
-        collate_fn=Preprocess(processor),
-    )
     answers = []
     with torch.inference_mode():
-        for pixels, _ in loader:
+        for pixels, _ in pixel_batches(eval_images, processor, loading):
             answers.append(model(pixels.to(model.device)).logits.argmax(dim=1).cpu())
     setting = (
         f"{len(chosen)} images ({origin}), {recipe.epochs} epochs, "

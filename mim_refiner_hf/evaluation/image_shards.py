@@ -2,7 +2,7 @@
 
     mine = lambda shard: shard % 2 == 0
     sampler = ShardSampler(images, shard_size=8192, batch_size=256, wanted=mine)
-    for batch in shard_loader(sampler, processor, num_workers=8, pin_memory=True):
+    for batch in shard_loader(sampler, processor, num_workers=8, device=encoder.device):
         batch.shard, batch.pixel_values, batch.rows, batch.broken
 
 Shard s holds the images from s * shard_size on, in the data set's or the stream's own order. A
@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data.images import Broken, ImageDataset, Sample
+from ..data.images import Broken, Example, ImageDataset, Sample
+from ..data.loading import Processor
 from ..data.stream import ImageStream
 from .features import Preprocess
 
 SetOrStream = ImageDataset | ImageStream
-ShardKey = tuple[int, int, dict[str, Any] | None]
+ShardKey = tuple[int, int, Example | None]
 """(shard, position among the images, undecoded example of a stream)."""
 
 
@@ -53,7 +55,7 @@ class ShardSampler(Sampler[list[ShardKey]]):
             places = range(shard * size, min((shard + 1) * size, total))
             yield from self._batches((shard, place, None) for place in places)
 
-    def _from_stream(self, stream: Iterable[dict[str, Any]]) -> Iterator[list[ShardKey]]:
+    def _from_stream(self, stream: Iterable[Example]) -> Iterator[list[ShardKey]]:
         examples = enumerate(stream)
         read = 0
         for shard in itertools.count():
@@ -97,7 +99,7 @@ class ReadableImages(Dataset[ShardItem]):
             return ShardItem(shard, self.images.place(candidate), path, None, str(error))
         return ShardItem(shard, sample.index, path, sample, "")
 
-    def _path(self, position: int, example: dict[str, Any] | None) -> str:
+    def _path(self, position: int, example: Example | None) -> str:
         """Where an image comes from: its path, its key in a tar shard, or its row."""
         if isinstance(self.images, ImageDataset):
             return self.images.describe(position)
@@ -127,7 +129,7 @@ class ShardBatch(NamedTuple):
 class CollateShard:
     """Items to a `ShardBatch` inside the loader's workers."""
 
-    processor: Any
+    processor: Processor
 
     def __call__(self, items: Sequence[ShardItem]) -> ShardBatch:
         samples = []
@@ -147,15 +149,15 @@ class CollateShard:
 
 
 def shard_loader(
-    sampler: ShardSampler, processor: Any, *, num_workers: int, pin_memory: bool
-) -> "DataLoader[Any]":
-    """The sampler's batches, read and preprocessed: an iterable of `ShardBatch`, in order."""
+    sampler: ShardSampler, processor: Processor, num_workers: int, device: torch.device
+) -> Iterable[ShardBatch]:
+    """The sampler's batches in order, read, preprocessed, and ready to be moved to the device."""
     return DataLoader(
         ReadableImages(sampler.images),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=CollateShard(processor),
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
     )
 
 

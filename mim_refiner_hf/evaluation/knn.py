@@ -18,6 +18,7 @@ The bank may be larger than memory: rows that are read from a feature store, som
 is in search.py.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def finite_rows(rows: Tensor | np.ndarray, name: str) -> Tensor:
         raise ValueError(f"{name} are {rows.dtype}; features are real numbers")
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
+
     if not bool(rows.isfinite().all()):
         wrong = (~rows.isfinite()).reshape(len(rows), -1).any(dim=1)
         first = int(wrong.nonzero()[0])
@@ -94,7 +96,7 @@ def channel_statistics(
         squares = (tile - mean).square_().sum(dim=0)
         parts.append((len(tile), mean.cpu(), squares.cpu()))
     if shared:
-        parts = [part for told in gather_objects(parts) for part in told]
+        parts = list(itertools.chain(*gather_objects(parts)))
 
     counts, means, squares_of = zip(*parts, strict=True)
     count = torch.tensor(counts, dtype=torch.float64)[:, None]
@@ -218,12 +220,14 @@ def check_knn_input(
             f"train_y must hold one label per training row ({len(train_x)}), "
             f"not shape {(*train_y.shape,)}"
         )
+
     if train_y.is_floating_point() or train_y.is_complex():
         raise ValueError(f"train_y is {train_y.dtype}; labels are whole numbers")
     if train_y.dtype.is_signed and bool((train_y < 0).any()):
         raise ValueError(
             "train_y has negative labels, but k-NN needs a class (0 or more) for every training row"
         )
+
     if not k or min(k) < 1 or max(k) > len(train_x):
         raise ValueError(f"k={tuple(k)} must lie between 1 and the {len(train_x)} training rows")
     # nor NaN, which compares with nothing
@@ -266,13 +270,13 @@ def predicted_classes(
     # as wide as there are classes, however large their numbers
     classes, train_y = train_y.long().unique(return_inverse=True)
     # tile by tile, for the ballots are as wide as there are classes
-    parts = [
-        vote(values, train_y[places], len(classes), settings)
-        for values, places in zip(
-            similarity.split(QUERIES_AT_ONCE), index.split(QUERIES_AT_ONCE), strict=True
-        )
-    ]
-    return {setting: classes[torch.cat([part[setting] for part in parts])] for setting in settings}
+    tiles = zip(similarity.split(QUERIES_AT_ONCE), index.split(QUERIES_AT_ONCE), strict=True)
+    parts = [vote(values, train_y[places], len(classes), settings) for values, places in tiles]
+
+    answers = {}
+    for setting in settings:
+        answers[setting] = classes[torch.cat([part[setting] for part in parts])]
+    return answers
 
 
 @torch.no_grad()
@@ -309,7 +313,7 @@ def knn_predict(
     if isinstance(train_x, Tensor):
         train_x = finite_rows(train_x, "train_x")
     test_x = finite_rows(test_x, "test_x")
-    settings = [(neighbours, tau) for neighbours in k for tau in temperature]
+    settings = list(itertools.product(k, temperature))
     similarity, index = nearest(test_x, train_x, max(k), shared=shared)
     if say_known and (rank() == 0 or not shared):
         warn_of_known_rows(similarity, index, test_x, train_x)
@@ -319,7 +323,7 @@ def knn_predict(
 def grid_settings(bank: int) -> list[tuple[int, float]]:
     """Pairs (k, temperature): k = 1 to 200, as far as a bank of so many rows goes, and three."""
     neighbours = [k for k in _GRID_NEIGHBOURS if k <= bank]
-    return [(k, temperature) for k in neighbours for temperature in _GRID_TEMPERATURES]
+    return list(itertools.product(neighbours, _GRID_TEMPERATURES))
 
 
 def knn_accuracy(

@@ -22,7 +22,6 @@ the last compare rows that are standardised by the photos as they are.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from ..data.images import ImageDataset
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .cluster_scores import KMeansRun, kmeans_runs, rankme
 from .evidence import measure, measure_mean, resamples
@@ -91,7 +90,7 @@ class LabelFree:
 def two_views(
     encoder: MimRefinerModel,
     images: ImageDataset,
-    processor: Any,
+    processor: ImageProcessor,
     *,
     flip: float = 0.5,
     colour: bool = True,

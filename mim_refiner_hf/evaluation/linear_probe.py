@@ -26,27 +26,26 @@ encoder over the data in all. Without, each image is encoded once and the classi
 stored features, many times faster.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.broken import BrokenImages
-from ..data.loading import Loading
-from ..data.order import BatchSampler, epoch_order
-from ..data.views import MultiCrop, ViewDataset, ViewSpec, normalise
+from ..data.loading import ImageProcessor, Loading
+from ..data.order import epoch_order
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.optimisation import learning_rate
 from .classifier_grid import ClassifierGrid, cross_entropy_gradient
 from .feature_cache import read_rows
-from .features import encode, frozen, own_column
+from .features import encode, frozen, own_column, random_crops
 from .scores import ProtocolResult, class_labels, mean_score
 
 if TYPE_CHECKING:
@@ -58,8 +57,6 @@ LAST_BLOCKS = 4
 PROBE_BATCH = 1024
 # of the updates, with the paper's variant
 WARMUP_SHARE = 0.1
-# share of the image's area that a random crop shows
-PROBE_CROP_SCALE = (0.08, 1.0)
 
 Variant = Literal["paper", "dinov2"]
 Columns = dict[str, Tensor]
@@ -123,9 +120,8 @@ class LinearProbes:
 
     Args:
         kinds: as `feature_kinds` gives them.
-        features: of any images, for the widths of their columns.
-        learning_rates: of each grid, as they are told.
-        scale: what the rates are multiplied by.
+        features: of any images: their widths count, and where they are.
+        learning_rates: of each grid, before their scaling by batch / 256.
     """
 
     def __init__(
@@ -134,16 +130,17 @@ class LinearProbes:
         features: Columns,
         num_classes: int,
         learning_rates: Sequence[float],
-        scale: float,
-        seed: int,
-        device: torch.device,
+        training: Training,
         variant: Variant = "paper",
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(training.seed)
+        scale = training.batch / 256
+        device = next(iter(features.values())).device
         self.kinds = kinds
         self.learning_rates = learning_rates
         self.variant = variant
         self.rates = [rate * scale for rate in learning_rates]
+
         self.grids = {}
         self.norms: dict[str, nn.Module] = {}
         for kind, columns in kinds.items():
@@ -167,9 +164,7 @@ class LinearProbes:
         self, batches: Iterator[tuple[Columns, Tensor]], steps: int, epochs: int
     ) -> Iterator[int]:
         """One step of every classifier per batch; yields the number of every epoch that is done."""
-        progress = progress_bar(
-            batches, total=steps, hidden=rank() > 0, desc="linear probe", unit="step", leave=False
-        )
+        progress = progress_bar(batches, total=steps, desc="linear probe", unit="step", leave=False)
         for step, (features, labels) in enumerate(progress):
             decay = self.decay(step, steps)
             for kind, grid in self.grids.items():
@@ -181,16 +176,16 @@ class LinearProbes:
 
     def best(self, features: Columns, targets: Tensor) -> Best:
         """Which answers of the classifier that is right most often are right, and its setting."""
-        found: Best | None = None
+        best: Best | None = None
         for kind, grid in self.grids.items():
             inputs = self.norms[kind].eval()(side_by_side(features, self.kinds[kind]))
             correct = grid.predict(inputs) == targets  # (C, N)
             for place, count in enumerate(correct.sum(dim=1).tolist()):
-                if found is None or count > found.hits:
+                if best is None or count > best.hits:
                     rate = self.learning_rates[place]
-                    found = Best(correct[place], count, f"learning rate {rate:g}; {kind}")
-        assert found is not None
-        return found
+                    best = Best(correct[place], count, f"learning rate {rate:g}; {kind}")
+        assert best is not None
+        return best
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -222,34 +217,19 @@ def stored_batches(
 def augmented_batches(
     encoder: MimRefinerModel,
     images: "ImageDataset",
-    processor: Any,
+    processor: ImageProcessor,
     columns: Sequence[str],
     training: Training,
     loading: Loading,
 ) -> Iterator[tuple[Columns, Tensor]]:
     """The same batches, each encoded anew from random resized crops and flips."""
-    size = encoder.config.image_hw[0]
-    crop = ViewSpec(size, PROBE_CROP_SCALE, blur_p=0.0, solarize_p=0.0, colour=False)
-    value_range = getattr(processor, "value_range", None)
-    views = ViewDataset(images, MultiCrop([crop]), training.seed, value_range)
-    sampler = BatchSampler(
-        images,
-        batch_size=training.batch,
-        seed=training.seed,
-        steps=training.epochs * (len(images) // training.batch),
+    steps = training.epochs * (len(images) // training.batch)
+    crops = random_crops(
+        encoder, images, processor, loading, batch=training.batch, steps=steps, seed=training.seed
     )
-
-    broken = BrokenImages(images, max_fraction=1)
-    for drawn in DataLoader(views, batch_sampler=sampler, num_workers=loading.num_workers):
-        broken.add(drawn["broken"])
-        parts = []
-        for pixels in drawn["global_views"][:, 0].split(loading.batch_size):
-            pixels = pixels.to(encoder.device)
-            pixels = normalise(pixels, processor.image_mean, processor.image_std)
-            parts.append(encode(encoder, pixels, columns))
-        features = {column: torch.cat([part[column] for part in parts]) for column in columns}
-        yield features, drawn["label"].to(encoder.device)
-    broken.share()
+    for parts, labels in crops:
+        encoded = [encode(encoder, pixels, columns) for pixels in parts]
+        yield {column: torch.cat([part[column] for part in encoded]) for column in columns}, labels
 
 
 # --- the protocol ----------------------------------------------------------------------------
@@ -257,7 +237,7 @@ def augmented_batches(
 
 def linear_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -294,13 +274,10 @@ def linear_probe(
     """
     check_probe(encoder, train_images, eval_images, augment, epochs, learning_rates)
     kinds = feature_kinds(encoder.config, variant)
-    columns = list(dict.fromkeys(column for needed in kinds.values() for column in needed))
-    train, test = (
-        read_rows(
-            encoder, images, processor, columns, features=features, loading=loading, desc=desc
-        )
-        for images, desc in ((train_images, "training images"), (eval_images, "evaluation images"))
-    )
+    columns = list(dict.fromkeys(itertools.chain(*kinds.values())))
+    read = partial(read_rows, encoder, processor=processor, columns=columns)
+    train = read(train_images, features=features, loading=loading, desc="training images")
+    test = read(eval_images, features=features, loading=loading, desc="evaluation images")
     # check_probe has refused images without labels
     assert train.labels is not None and test.labels is not None
 
@@ -322,20 +299,17 @@ def linear_probe(
             queries = with_final_norm(encoder, queries)
             batches = ((with_final_norm(encoder, rows), own) for rows, own in batches)
 
-        scale = batch / 256
-        probes = LinearProbes(
-            kinds, queries, num_classes, learning_rates, scale, seed, device, variant
-        )
-        found: Best | None = None
+        probes = LinearProbes(kinds, queries, num_classes, learning_rates, training, variant)
+        best: Best | None = None
         for epoch in probes.train(batches, epochs * (len(labels) // batch), epochs):
             if variant == "dinov2" and epoch < epochs:
                 continue
-            best = probes.best(queries, targets)
-            if found is None or best.hits > found.hits:
-                found = best._replace(setting=f"{best.setting}; epoch {epoch}")
-    assert found is not None
+            of_epoch = probes.best(queries, targets)
+            if best is None or of_epoch.hits > best.hits:
+                best = of_epoch._replace(setting=f"{of_epoch.setting}; epoch {epoch}")
+    assert best is not None
     name = "linear_probe_accuracy" if variant == "paper" else f"linear_probe_{variant}_accuracy"
-    return ProtocolResult({name: mean_score(found.correct, found.setting)})
+    return ProtocolResult({name: mean_score(best.correct, best.setting)})
 
 
 def check_probe(

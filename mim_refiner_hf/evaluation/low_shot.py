@@ -22,7 +22,7 @@ W = (-w/2, w/2) with ||W||^2 = ||w||^2 / 2: there C = 2 / (lambda n).
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..data.split_files import listed_places
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
@@ -74,9 +74,11 @@ def fit_logistic(features: Tensor, labels: Tensor, *, penalty: float = PENALTY) 
             f"penalty={penalty} must be greater than 0: without it, separable classes have no "
             "optimum"
         )
+
     two_classes = int(labels.max()) == 1
+    strength = 2 if two_classes else 1
     solver = LogisticRegression(
-        C=(2 if two_classes else 1) / penalty,
+        C=strength / penalty,
         fit_intercept=False,
         solver="newton-cg",
         tol=GRADIENT_TOLERANCE,
@@ -148,9 +150,11 @@ def listed_split(images: "ImageDataset", file: Path) -> NDArray[np.int64]:
     labels = class_labels(images, "low-shot classification")
     classes, counts = np.unique(labels[places], return_counts=True)
     lacking = np.setdiff1d(labels, classes)
+
     if len(lacking) or counts.min() < counts.max():
-        scarce = lacking[0] if len(lacking) else classes[counts.argmin()]
-        least = 0 if len(lacking) else counts.min()
+        scarce, least = classes[counts.argmin()], counts.min()
+        if len(lacking):
+            scarce, least = lacking[0], 0
         raise ValueError(
             f"{setting('split_file', file)}: has {least} images of class {scarce} and up to "
             f"{counts.max()} of others; low-shot classification needs equally many of each"
@@ -184,7 +188,7 @@ def encoded_lists(
 
 def low_shot(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: Processor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -226,7 +230,9 @@ def low_shot(
         splits, bank = encoded_lists(train_images, read, listed)
     else:
         names, drawn, bank = encoded_splits(train_images, read, max(shots), seed)
-        splits = [split[:, :count] for count in shots for split in drawn]
+        splits = []
+        for count in shots:
+            splits += [split[:, :count] for split in drawn]
     test = read(eval_images)
     # check_low_shot has refused images without labels
     assert test.labels is not None
@@ -242,13 +248,13 @@ def low_shot(
         predicted = classes[(targets @ weights).argmax(dim=1)]
         answers = (predicted == test.labels).double().numpy()
         correct.setdefault(count, []).append(answers)
+
     origin = "listed" if listed else "drawn"
-    return ProtocolResult(
-        {
-            f"low_shot_{count}_accuracy": mean_of_splits(np.stack(answers), count, origin)
-            for count, answers in sorted(correct.items())
-        }
-    )
+    scores = {}
+    for count, of_splits in sorted(correct.items()):
+        score = mean_of_splits(np.stack(of_splits), count, origin)
+        scores[f"low_shot_{count}_accuracy"] = score
+    return ProtocolResult(scores)
 
 
 def mean_of_splits(correct: NDArray[np.float64], shots: int, origin: str) -> Score:

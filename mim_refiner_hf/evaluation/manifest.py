@@ -10,18 +10,19 @@ by fingerprints, and says how they were computed.
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..conversion.digests import tensor_digest
 from ..data.found import digest
 from ..data.images import ImageDataset
+from ..data.loading import Processor
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import world_size
-from .features import blocks_of, own_columns
+from .features import column_widths, own_columns
 from .image_shards import SetOrStream
-from .shard_files import STORE_FORMAT
+from .shard_files import STORE_FORMAT, Identity, StoreManifest
 
 IMAGES_PER_SHARD = 8192
 _PACKAGES = (
@@ -45,16 +46,14 @@ def weights_fingerprint(encoder: MimRefinerModel) -> str:
         for name in MimRefinerConfig.__annotations__
         if not name.startswith("_") and name not in ("pooling", "features", "format_version")
     }
+
     tensors = sorted(encoder.state_dict().items())
-    return digest(
-        [
-            json.dumps(settings, sort_keys=True),
-            *(f"{name} {tensor_digest(tensor)}" for name, tensor in tensors),
-        ]
-    )
+    parts = [json.dumps(settings, sort_keys=True)]
+    parts += [f"{name} {tensor_digest(tensor)}" for name, tensor in tensors]
+    return digest(parts)
 
 
-def data_identity(images: SetOrStream) -> dict[str, str]:
+def data_identity(images: SetOrStream) -> Identity:
     """Name and fingerprint of the images, and of the whole data set that a subset was taken from.
 
     Of a stream only name, configuration and split are known beforehand.
@@ -70,11 +69,11 @@ def data_identity(images: SetOrStream) -> dict[str, str]:
 def store_manifest(
     encoder: MimRefinerModel,
     images: SetOrStream,
-    processor: Any,
+    processor: Processor,
     columns: Sequence[str],
     shard_size: int | None = None,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> StoreManifest:
     """The manifest of a new store."""
     num_images = len(images) if isinstance(images, ImageDataset) else None
     if shard_size is None:
@@ -82,11 +81,6 @@ def store_manifest(
         share = math.ceil(num_images / world_size()) if num_images else IMAGES_PER_SHARD
         shard_size = min(IMAGES_PER_SHARD, share)
 
-    depth = encoder.config.num_hidden_layers
-    widths = {}
-    for column in columns:
-        side_by_side = max(1, len(blocks_of(column, depth)))
-        widths[column] = encoder.config.hidden_size * side_by_side
     return {
         "format": STORE_FORMAT,
         "encoder": {
@@ -98,7 +92,7 @@ def store_manifest(
         "data": data_identity(images),
         "num_images": num_images,
         "class_names": images.class_names,
-        "columns": widths,
+        "columns": column_widths(columns, encoder.config),
         "own_columns": own_columns(encoder.config),
         "shard_size": shard_size,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -107,8 +101,8 @@ def store_manifest(
 
 
 def differences(
-    old: dict[str, Any],
-    new: dict[str, Any],
+    old: StoreManifest,
+    new: StoreManifest,
     compared: Sequence[str] = (),
     data: str = "fingerprint",
 ) -> list[str]:
@@ -120,21 +114,27 @@ def differences(
         compared: settings to compare beside dtype and preprocessing.
         data: "fingerprint" for the same images, "whole" for some of the same data set.
     """
-    settings = ["dtype", "preprocessing", *compared]
-    found = [f"{key} was {old[key]}, is {new[key]}" for key in settings if old[key] != new[key]]
+    before: Mapping[str, Any] = old
+    after: Mapping[str, Any] = new
+    differing = []
+    for key in ("dtype", "preprocessing", *compared):
+        if before[key] != after[key]:
+            differing.append(f"{key} was {before[key]}, is {after[key]}")
+
     identities = {"data": data}
     # other weights go without saying in another dtype
     if old["dtype"] == new["dtype"]:
         identities["encoder"] = "fingerprint"
     for part, key in identities.items():
-        was, now = (f"{side[part]['name']} ({side[part].get(key)})" for side in (old, new))
-        if old[part].get(key) != new[part].get(key):
-            found.append(f"{part} was {was}, is {now}")
+        was, now = before[part].get(key), after[part].get(key)
+        if was != now:
+            names = before[part]["name"], after[part]["name"]
+            differing.append(f"{part} was {names[0]} ({was}), is {names[1]} ({now})")
 
     missing = [column for column in new["columns"] if column not in old["columns"]]
     if missing:
-        found.append(f"columns were {', '.join(old['columns'])}, now with {', '.join(missing)}")
-    return found
+        differing.append(f"columns were {', '.join(old['columns'])}, now with {', '.join(missing)}")
+    return differing
 
 
 __all__ = ["IMAGES_PER_SHARD", "differences", "store_manifest", "weights_fingerprint"]

@@ -7,13 +7,16 @@ neighbour_agreement(features, seen.features).mean()       # 0 to 1; by chance k 
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..clustering.channels import ChannelImage
+from ..data.loading import ImageProcessor
 from ..data.views import ViewSpec, channel_views, make_view, view_specs
 from ..model.image_processing_mim_refiner import to_eight_bits
 from ..runtime.seeding import random_generator
@@ -74,15 +77,15 @@ class RandomView:
     The view is a pure function of seed and pixels: workers and processes change nothing.
     """
 
-    processor: Any
+    processor: ImageProcessor
     spec: ViewSpec
     seed: int
 
-    def __call__(self, images: "Sequence[Picture]", return_tensors: str) -> Any:
+    def __call__(self, images: "Sequence[Picture]", *, return_tensors: str) -> Mapping[str, Tensor]:
         views = [self._view(image) for image in images]
         return self.processor(views, return_tensors=return_tensors)
 
-    def _view(self, image: "Picture") -> Any:
+    def _view(self, image: "Picture") -> Image.Image | np.ndarray:
         rng = self._generator(image)
         if not isinstance(image, ChannelImage):
             return make_view(image, self.spec, rng)
@@ -95,12 +98,12 @@ class RandomView:
         settings = json.loads(self.processor.to_json_string())
         return json.dumps(settings | {"view": asdict(self.spec), "seed": self.seed})
 
-    def _generator(self, image: "Picture") -> Any:
+    def _generator(self, image: "Picture") -> np.random.Generator:
         return random_generator(self.seed, "block analysis", zlib.crc32(image.tobytes()))
 
 
 def global_view(
-    processor: Any, size: int, flip: float = 0.5, seed: int = 0, colour: bool = True
+    processor: ImageProcessor, size: int, flip: float = 0.5, seed: int = 0, colour: bool = True
 ) -> RandomView:
     """The view behind `neighbour_agreement`: the paper's first global one.
 

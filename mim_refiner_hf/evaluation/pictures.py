@@ -7,6 +7,7 @@
 Every file appears whole or not at all.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -169,8 +170,8 @@ def draw_row(axes: Axes, strip: Image.Image, caption: str) -> None:
     """One group: its images, the caption to their left."""
     axes.imshow(np.asarray(strip), interpolation="nearest")
     axes.set_axis_off()
-    style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9, "linespacing": 1.4}
-    axes.text(-10, TILE / 2, caption, parse_math=False, **style)
+    text = axes.text(-10, TILE / 2, caption, ha="right", va="center", fontsize=9, linespacing=1.4)
+    text.set_parse_math(False)
 
 
 # --- the run ---------------------------------------------------------------------------------
@@ -192,7 +193,8 @@ def draw_curves(
     heads = [key.removesuffix("/loss") for key in last if key.endswith("/loss")]
 
     # where there are labels, the share of neighbours of the same class says more
-    labelled = any(f"{head}/neighbour_accuracy" in line for head in heads for line in lines)
+    logged_names = set(itertools.chain(*lines))
+    labelled = any(f"{head}/neighbour_accuracy" in logged_names for head in heads)
     neighbours = "neighbour_accuracy" if labelled else "neighbour_similarity"
     titles = {
         "loss": "loss per head",

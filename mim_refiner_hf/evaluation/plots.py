@@ -89,8 +89,9 @@ def draw_confusion(images: "ImageDataset", evaluation: Evaluation, path: Path) -
     side = min(12.0, 2.5 + 0.28 * len(classes))
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    shades: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "Blues", "interpolation": "nearest"}
-    picture = axes.imshow(shares, aspect="auto", **shades)
+    picture = axes.imshow(
+        shares, aspect="auto", vmin=0, vmax=1, cmap="Blues", interpolation="nearest"
+    )
     if len(classes) <= NAMED_CLASSES:
         names = [class_name(images, label) for label in classes]
         axes.set_yticks(range(len(classes)), names, parse_math=False)
@@ -136,8 +137,13 @@ def draw_map(images: "ImageDataset", evaluation: Evaluation, path: Path) -> None
 
 def legend_beside(axes: Axes, markerscale: float) -> None:
     """A legend to the right of the dots; a name with a dollar sign is no formula."""
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    legend = axes.legend(fontsize=7, markerscale=markerscale, frameon=False, **beside)
+    legend = axes.legend(
+        fontsize=7,
+        markerscale=markerscale,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -180,7 +186,8 @@ def draw_neighbours(
         for row in neighbours[place, :SHOWN_NEIGHBOURS].tolist():
             neighbour = bank_images[row]
             same = neighbour.label == int(measured.labels[place])
-            tiles.append(framed(square_tile(neighbour.image), "tab:green" if same else "tab:red"))
+            colour = "tab:green" if same else "tab:red"
+            tiles.append(framed(square_tile(neighbour.image), colour))
         sheet.append(tiles)
 
     words = ["right"] * len(right) + ["wrong"] * len(wrong)

@@ -14,7 +14,7 @@ pre-training's.
 import copy
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import batches_of_views
 from ..data.broken import BrokenImages
+from ..data.loading import ImageProcessor
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -116,7 +117,7 @@ def block_errors(
 
 def train_decoders(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     images: "ImageDataset",
     recipe: PretrainRecipe,
     num_workers: int,
@@ -169,7 +170,7 @@ def train_decoders(
 def mean_errors(
     encoder: MimRefinerModel,
     decoders: nn.ModuleList,
-    processor: Any,
+    processor: ImageProcessor,
     images: "ImageDataset",
     recipe: PretrainRecipe,
 ) -> list[float]:
@@ -190,7 +191,7 @@ def mean_errors(
 
 def reconstruction_losses(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,

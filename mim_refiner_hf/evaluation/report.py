@@ -12,22 +12,22 @@ pictures are in `pictures.py` and `plots.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..data.images import ImageDataset, evenly_spaced, fully_labelled
-from ..data.loading import Loading
+from ..data.loading import Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank
 from .cluster_scores import KMeansRun, cluster_scores, kmeans_runs, mean_scores, rankme
 from .feature_cache import ImageRows, read_rows
-from .features import FeatureSet, Preprocess, own_columns
+from .features import FeatureSet, own_columns, pixel_batches
 from .knn import (
     grid_settings,
     knn_accuracy,
@@ -76,7 +76,7 @@ class Evaluation:
 
 def evaluate_encoder(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: Processor,
     train_images: ImageDataset,
     eval_images: ImageDataset,
     *,
@@ -113,51 +113,59 @@ def evaluate_encoder(
     elif labelled and grid:
         columns = own[-4:]
 
-    def read(images: ImageDataset, names: Sequence[str], desc: str) -> ImageRows:
-        return read_rows(
-            encoder, images, processor, names, features=features, loading=loading, desc=desc
-        )
-
-    rows = read(eval_images, columns, "evaluation images")
+    read = partial(read_rows, encoder, processor=processor, features=features, loading=loading)
+    rows = read(eval_images, columns=columns, desc="evaluation images")
     last = FeatureSet(rows.column(own[-1]), labels=rows.labels)
     if not labelled:
         groups = kmeans_runs(last.features, picture_groups(len(rows.images)), runs=10, seed=seed)
         return Evaluation({"rankme": rankme(last.features)}, last, groups)
 
     profile = evenly_spaced(train_images, bank_size or BANK_SIZE)
-    profile_rows = read(profile, columns, "k-NN bank")
+    profile_rows = read(profile, columns=columns, desc="k-NN bank")
     bank_rows = profile_rows
     if bank_size is None and len(profile) < len(train_images):
-        bank_rows = read(train_images, own[-4:] if grid else own[-1:], "k-NN bank")
+        places = own[-4:] if grid else own[-1:]
+        bank_rows = read(train_images, columns=places, desc="k-NN bank")
     # `labelled` says so
     assert last.labels is not None
 
-    predicted, neighbours, metrics = knn_metrics(bank_rows, rows, own, grid)
+    knn = classified(bank_rows, rows, own, grid)
+    metrics: dict[str, Any] = {"knn_accuracy": knn.accuracy}
+    if grid:
+        metrics["knn"] = knn.settings
     groups = kmeans_runs(last.features, len(np.unique(last.labels)), seed=seed)
     metrics |= clustering_metrics(last.labels.numpy(), groups)
     if per_block:
-        metrics["knn_per_block"] = knn_of_blocks(profile_rows, rows, own)
+        metrics["knn_per_block"] = knn_of_columns(profile_rows, rows, own)
     metrics["rankme"] = rankme(last.features)
-    return Evaluation(metrics, last, groups, predicted, neighbours)
+    return Evaluation(metrics, last, groups, knn.predicted, knn.neighbours)
 
 
-def knn_of_blocks(bank: ImageRows, rows: ImageRows, own: Sequence[str]) -> list[float]:
-    """k-NN accuracy of every block, first block first; `own` are their columns.
+def knn_of_columns(
+    bank: ImageRows, rows: ImageRows, columns: Sequence[str], *, say_known: bool = False
+) -> list[float]:
+    """k-NN accuracy (0 to 1) of every column that both have, by the paper's protocol.
 
-    `knn_metrics` has said what is in the bank too.
+    With `say_known`, it is said of the last column how many images are in the bank too.
     """
     assert bank.labels is not None and rows.labels is not None
+
     accuracies = []
-    for column in own:
-        bank_x, eval_x = bank.side_by_side([column]), rows.column(column)
-        labels = (bank.labels, rows.labels)
-        accuracy = knn_accuracy(bank_x, labels[0], eval_x, labels[1], shared=True, say_known=False)
+    for column in columns:
+        accuracy = knn_accuracy(
+            bank.column(column),
+            bank.labels,
+            rows.column(column),
+            rows.labels,
+            shared=True,
+            say_known=say_known and column == columns[-1],
+        )
         accuracies.append(accuracy)
     return accuracies
 
 
 def evaluate_pixels(
-    processor: Any,
+    processor: Processor,
     train_images: ImageDataset,
     eval_images: ImageDataset,
     *,
@@ -172,13 +180,7 @@ def evaluate_pixels(
     pixels = []
     labels = []
     for images in (evenly_spaced(train_images, BANK_SIZE), eval_images):
-        loader = DataLoader(
-            images,
-            batch_size=loading.batch_size,
-            num_workers=loading.num_workers,
-            collate_fn=Preprocess(processor),
-        )
-        batches = list(loader)
+        batches = list(pixel_batches(images, processor, loading))
         pixels.append(torch.cat([batch.flatten(1).float() for batch, _ in batches]))
         labels.append(torch.cat([batch for _, batch in batches]))
 
@@ -209,16 +211,36 @@ def clustering_metrics(labels: NDArray[np.int64], groups: KMeansRun) -> dict[str
     }
 
 
-def knn_metrics(
-    bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """By the last block, k = 10 and temperature 0.07: the classes (M,) and the neighbours (M, 10).
+class KnnSetting(TypedDict):
+    """The accuracy (0 to 1) of one setting of the grid."""
 
-    And the metrics. The bank is never whole in memory, unless its features are held there.
+    k: int
+    temperature: float
+    accuracy: float
+
+
+class Classified(NamedTuple):
+    """What k-NN makes of M images by the last block, k = 10 and temperature 0.07.
+
+    Attributes:
+        predicted: the classes (M,).
+        neighbours: their rows in the bank (M, up to 10), best first.
+        accuracy: 0 to 1.
+        settings: of every setting that was tried, by the blocks whose features it reads.
+    """
+
+    predicted: Tensor
+    neighbours: Tensor
+    accuracy: float
+    settings: dict[str, list[KnnSetting]]
+
+
+def classified(bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool) -> Classified:
+    """k-NN of the images; the bank is whole in memory only if its features are held there.
 
     Args:
         own: the column of every block, first block first.
-        grid: also the accuracy of many other settings.
+        grid: also by many other settings.
     """
     assert rows.labels is not None and bank.labels is not None
     settings = [_SETTING]
@@ -228,35 +250,26 @@ def knn_metrics(
         if len(own) > 1:
             places[f"last {len(own[-4:])} blocks"] = own[-4:]
 
-    answers = {}
-    neighbours = {}
+    tried: dict[str, list[KnnSetting]] = {}
+    most = max(k for k, _ in settings)
     for place, columns in places.items():
         bank_x, eval_x = standardised_bank(
             bank.side_by_side(columns), rows.side_by_side(columns)[:], shared=True
         )
-        most = max(k for k, _ in settings)
-        similarity, neighbours[place] = nearest(eval_x, bank_x, most, shared=True)
-        if place == "last block" and rank() == 0:
-            warn_of_known_rows(similarity, neighbours[place], eval_x, bank_x)
-        answers[place] = predicted_classes(similarity, neighbours[place], bank.labels, settings)
+        similarity, index = nearest(eval_x, bank_x, most, shared=True)
+        answers = predicted_classes(similarity, index, bank.labels, settings)
+        if place == "last block":
+            predicted, neighbours = answers[_SETTING], index[:, : _SETTING[0]]
+            if rank() == 0:
+                warn_of_known_rows(similarity, index, eval_x, bank_x)
 
-    table = {
-        place: [
-            {"k": k, "temperature": temperature, "accuracy": hit_rate(classes == rows.labels)}
-            for (k, temperature), classes in found.items()
-        ]
-        for place, found in answers.items()
-    }
-    predicted = answers["last block"][_SETTING]
-    metrics: dict[str, Any] = {"knn_accuracy": hit_rate(predicted == rows.labels)}
-    if grid:
-        metrics["knn"] = table
-    return predicted, neighbours["last block"][:, : _SETTING[0]], metrics
+        tried[place] = []
+        for (k, temperature), classes in answers.items():
+            accuracy = (classes == rows.labels).float().mean().item()
+            tried[place].append({"k": k, "temperature": temperature, "accuracy": accuracy})
 
-
-def hit_rate(hits: Tensor) -> float:
-    """How many of `hits` (M,) are true, as a fraction of 1."""
-    return hits.float().mean().item()
+    accuracy = (predicted == rows.labels).float().mean().item()
+    return Classified(predicted, neighbours, accuracy, tried)
 
 
 __all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder", "evaluate_pixels"]

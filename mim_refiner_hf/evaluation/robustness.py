@@ -14,18 +14,19 @@ not depend on the size.
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ..clustering.channels import Picture
 from ..data.images import evenly_spaced
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
 from .feature_cache import StoredRows, for_altered_images, read_rows
@@ -109,24 +110,23 @@ class CorruptedInput:
     It falls after resizing and cropping, before normalising.
     """
 
-    processor: Any
+    processor: ImageProcessor
     corrupt: Corruption
     severity: int
     seed: int
 
-    def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> dict[str, Tensor]:
+    def __call__(self, images: Sequence[Picture], *, return_tensors: str) -> Mapping[str, Tensor]:
         cropped = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
-        pixels = cropped["pixel_values"].float().round().clamp(0, 255).byte()
-        pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+        values = cropped["pixel_values"].float().round().clamp(0, 255).byte()
+        pixels = values.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         if pixels.shape[-1] == 1:
             pixels = pixels.squeeze(-1)
 
         as_seen = [Image.fromarray(image) for image in pixels]
         corrupted = [self.corrupt(image, self.severity, self.seed) for image in as_seen]
-        finished: dict[str, Tensor] = self.processor(
+        return self.processor(
             corrupted, do_resize=False, do_center_crop=False, return_tensors=return_tensors
         )
-        return finished
 
     def to_json_string(self) -> str:
         """All that the pixels depend on, for the manifest of a feature store."""
@@ -142,7 +142,7 @@ class CorruptedInput:
 
 def robustness(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
@@ -183,7 +183,7 @@ def robustness(
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)
 
     def read(
-        images: "ImageDataset", shown: Any, folder: Path | None, desc: str
+        images: "ImageDataset", shown: Processor, folder: Path | None, desc: str
     ) -> tuple[StoredRows, Tensor]:
         """Features (N, D) of the images as `shown` processes them, and their classes (N,)."""
         rows = read_rows(
@@ -195,12 +195,12 @@ def robustness(
 
     bank, bank_labels = read(bank_images, processor, features, "k-NN bank")
 
-    def correct(shown: Any, folder: Path | None, desc: str) -> Tensor:
+    def correct(shown: Processor, folder: Path | None, desc: str) -> Tensor:
         """Whether k-NN is right about each evaluation image (N,)."""
         queries, labels = read(eval_images, shown, folder, desc)
         bank_x, eval_x = standardised_bank(bank, queries[:], shared=True)
         k = min(10, len(bank_x))
-        # `knn_metrics` has said what is in the bank too
+        # the last block of every evaluation has said what is in the bank too
         answers = knn_predict(bank_x, bank_labels, eval_x, k=(k,), shared=True, say_known=False)
         (predicted,) = answers.values()
         return predicted == labels

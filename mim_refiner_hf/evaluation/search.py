@@ -76,10 +76,10 @@ def nearest(
     tiles = math.ceil(len(bank) / BANK_AT_ONCE)
     width = math.ceil(len(bank) / tiles / _COLUMNS_OF_BLOCK) * _COLUMNS_OF_BLOCK
 
-    parts = {
-        number: F.normalize(queries[number * QUERIES_AT_ONCE : (number + 1) * QUERIES_AT_ONCE])
-        for number in own_share(count, shared and tiles < count)
-    }
+    parts = {}
+    for number in own_share(count, shared and tiles < count):
+        first = number * QUERIES_AT_ONCE
+        parts[number] = F.normalize(queries[first : first + QUERIES_AT_ONCE])
     tile = queries.new_empty(min(QUERIES_AT_ONCE, len(queries)), width)
     unit = queries.new_empty(width, queries.shape[1])
 
@@ -130,7 +130,7 @@ def best_first(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Of equal entries those of the lower index come first.
     """
     more = values.topk(min(k + 1, values.shape[1]), dim=1)
-    best, found = more.values[:, :k], index.gather(1, more.indices[:, :k])
+    best, places = more.values[:, :k], index.gather(1, more.indices[:, :k])
 
     # topk gives equal entries in any order: such rows, which are rare, are sorted
     tied = (more.values[:, 1:] == more.values[:, :-1]).any(dim=1)
@@ -138,8 +138,8 @@ def best_first(values: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
         by_index = index[tied].sort(dim=1)
         ordered = values[tied].gather(1, by_index.indices).sort(dim=1, descending=True, stable=True)
         best[tied] = ordered.values[:, :k]
-        found[tied] = by_index.values.gather(1, ordered.indices[:, :k])
-    return best, found
+        places[tied] = by_index.values.gather(1, ordered.indices[:, :k])
+    return best, places
 
 
 def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

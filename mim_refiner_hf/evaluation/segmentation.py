@@ -38,17 +38,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.loading import Loading
+from ..data.loading import ImageProcessor, Loading
 from ..data.order import epoch_order
 from ..data.views import normalise
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..runtime.distributed import progress_bar, rank
+from ..runtime.distributed import progress_bar
 from ..runtime.seeding import random_generator
 from .classifier_grid import ClassifierGrid
 from .features import frozen
 from .linear_probe import check_grid
 from .scores import ProtocolResult, Score
-from .segmentation_data import VOID, Crops, OwnSize, SegmentationDataset
+from .segmentation_data import VOID, Crops, OwnSize, SegmentationDataset, masked_batches
 
 # of the authors' grid; times batch / 256
 SEGMENTATION_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
@@ -80,7 +80,7 @@ class PatchProbe:
     def __init__(
         self,
         encoder: MimRefinerModel,
-        processor: Any,
+        processor: ImageProcessor,
         num_classes: int,
         rates: Sequence[float],
         seed: int,
@@ -186,10 +186,8 @@ class PatchProbe:
         missing = [max(0, width - pixels.shape[2]), max(0, height - pixels.shape[1])]
         padded = F.pad(normalised, (0, missing[0], 0, missing[1]))
 
-        tops, lefts = (
-            window_starts(side, window)
-            for side, window in zip(padded.shape[1:], (height, width), strict=True)
-        )
+        tops = window_starts(padded.shape[1], height)
+        lefts = window_starts(padded.shape[2], width)
         corners = list(product(tops, lefts))
         windows = torch.stack([padded[:, y : y + height, x : x + width] for y, x in corners])
         parts = [self.grid.logits(self.patches_of(part)) for part in windows.split(batch_size)]
@@ -262,7 +260,7 @@ def bootstrap_miou(per_image: NDArray[np.int32], seed: int) -> tuple[float, floa
 
 def segmentation_probe(
     encoder: MimRefinerModel,
-    processor: Any,
+    processor: ImageProcessor,
     train_images: SegmentationDataset,
     eval_images: SegmentationDataset,
     *,
@@ -297,30 +295,20 @@ def segmentation_probe(
     keys = crop_keys(len(train_images), batch, epochs, seed)
     crops = Crops(train_images, encoder.config, seed)
 
-    def in_order(images: SegmentationDataset) -> DataLoader[Any]:
-        """The centre crops of all images."""
-        return DataLoader(
-            Crops(images, encoder.config, seed),
-            sampler=range(len(images)),
-            batch_size=loading.batch_size,
-            num_workers=loading.num_workers,
-        )
-
     with frozen(encoder, loading.device):
         rates = [rate * batch / 256 for rate in learning_rates]
         probe = PatchProbe(encoder, processor, len(train_images.class_names), rates, seed)
-        probe.measure_channels(in_order(train_images))
+        probe.measure_channels(masked_batches(train_images, encoder.config, loading))
 
         loader = DataLoader(crops, batch_sampler=keys, num_workers=loading.num_workers)
-        progress = progress_bar(
-            loader, hidden=rank() > 0, desc="segmentation probe", unit="step", leave=False
-        )
+        progress = progress_bar(loader, desc="segmentation probe", unit="step", leave=False)
         for step, (pixels, targets) in enumerate(progress):
             decay = 0.5 * (1 + math.cos(math.pi * step / len(keys)))
             probe.train_step(pixels, targets, decay)
 
         if inference == "whole":
-            measured = [probe.confusions(pixels, truth) for pixels, truth in in_order(eval_images)]
+            batches = masked_batches(eval_images, encoder.config, loading)
+            measured = [probe.confusions(pixels, truth) for pixels, truth in batches]
             tables = np.concatenate(measured)  # (N, C, K, K)
         else:
             tables = by_windows(probe, eval_images, loading)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..clustering.channels import as_picture
 from ..clustering.decoding import FORMATS, decode_image, read_file
 from ..data.columns import find_columns, stored, undecoded
+from ..data.loading import Loading
 from ..data.sources import load_table
 from ..data.views import draw_crop, flip_horizontally, resized_crop
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -152,6 +153,7 @@ def names_beside(dataset: str) -> list[str]:
     path = Path(dataset).expanduser()
     folder = path if path.is_dir() else path.parent
     file = folder / "classes.json"
+
     if not file.is_file():
         raise FileNotFoundError(
             f"No names for the classes of {dataset}: give class_names, or write the list to {file}."
@@ -244,4 +246,20 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
         return image, mask
 
 
-__all__ = ["VOID", "Crops", "OwnSize", "SegmentationDataset", "open_segmentation"]
+def masked_batches(
+    images: SegmentationDataset,
+    config: MimRefinerConfig,
+    loading: Loading,
+    *,
+    squash: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """All images batch by batch: their centres, or all of each if `squash`."""
+    return DataLoader(
+        Crops(images, config, seed=0, squash=squash),
+        sampler=range(len(images)),
+        batch_size=loading.batch_size,
+        num_workers=loading.num_workers,
+    )
+
+
+__all__ = ["VOID", "Crops", "OwnSize", "SegmentationDataset", "masked_batches", "open_segmentation"]

@@ -20,9 +20,9 @@ What reads a whole store is in feature_store.py.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +47,54 @@ _MOST_IMAGES = 10**12
 _FACTS = {"index": pa.int64(), "label": pa.int64(), "path": pa.string()}
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+class Identity(TypedDict):
+    """What a store is of: `whole` is the fingerprint of the data set that a subset was taken from.
+
+    Of an encoder there is none.
+    """
+
+    name: str
+    fingerprint: str
+    whole: NotRequired[str]
+
+
+class StoreManifest(TypedDict):
+    """`manifest.json`; what the keys mean is said in manifest.py, which makes one."""
+
+    format: str
+    encoder: Identity
+    dtype: str
+    preprocessing: dict[str, Any]
+    data: Identity
+    num_images: int | None
+    class_names: list[str] | None
+    columns: dict[str, int]
+    own_columns: list[str]
+    shard_size: int
+    versions: dict[str, str]
+    command: str | None
+
+
+class ShardRecord(TypedDict):
+    """The record of a finished shard; earlier versions did not note `finite`."""
+
+    rows: int
+    size: int
+    sha256: str
+    finite: NotRequired[bool]
+    broken: list[Broken]
+
+
+class ShardRows(NamedTuple):
+    """The readable images of a shard, and their features by column, (rows, D) float32 each."""
+
+    index: list[int]  # type: ignore[assignment]  # hides tuple.index, which nobody asks of rows
+    label: list[int]
+    path: list[str]
+    columns: dict[str, NDArray[np.float32]]
+
+
+def read_manifest(folder: Path) -> StoreManifest | None:
     """The manifest of a store; None where there is nothing, hidden files apart.
 
     Raises:
@@ -103,7 +150,7 @@ def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path} is damaged: its {field} is {shown}; make the features again")
 
 
-def number_of_shards(manifest: Mapping[str, Any]) -> int | None:
+def number_of_shards(manifest: StoreManifest) -> int | None:
     """Shards of a complete store; None for a stream that has not been read to its end."""
     if manifest["num_images"] is None:
         return None
@@ -125,7 +172,7 @@ def recorded_shards(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in (folder / _RECORDS).glob("*.json"))
 
 
-def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
+def read_record(folder: Path, shard: int) -> ShardRecord | None:
     """What is known of a finished shard; None if its file is not there in the size written."""
     try:
         record = parse_json(record_file(folder, shard).read_text())
@@ -142,7 +189,7 @@ def images_in(folder: Path) -> int:
     return sum(record["rows"] + len(record["broken"]) for record in records if record)
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(record: object) -> TypeGuard[ShardRecord]:
     """Whether something has the form of a record."""
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
         return False
@@ -199,9 +246,7 @@ def columns_of_shard(folder: Path, shard: int) -> dict[str, int]:
     return {field.name: field.type.list_size for field in schema if field.name not in _FACTS}
 
 
-def write_shard(
-    folder: Path, shard: int, rows: Mapping[str, Any], broken: Sequence[Broken]
-) -> None:
+def write_shard(folder: Path, shard: int, rows: ShardRows, broken: list[Broken]) -> None:
     """Write one shard, then its record: a shard with a record is complete and on the disk.
 
     ValueError, before anything is written, for features that are not finite.
@@ -209,26 +254,19 @@ def write_shard(
     Args:
         folder: of the store.
         shard: its number.
-        rows: `index`, `label`, `path` as lists, every column of features as (rows, D) float32.
+        rows: of the readable images.
         broken: those images of the shard that have no row.
     """
-    for name in rows.keys() - _FACTS.keys():
-        refuse_not_finite(rows[name], name, rows["path"].__getitem__)
+    for name, values in rows.columns.items():
+        refuse_not_finite(values, name, rows.path.__getitem__)
 
-    arrays = []
-    fields = []
-    vectors = []
-    for name, values in rows.items():
-        if name in _FACTS:
-            facts = map(spelt_out, values) if name == "path" else values
-            array = pa.array(facts, _FACTS[name])
-        else:
-            element = pa.field("element", pa.float32(), nullable=False)
-            kind = pa.list_(element, values.shape[1])
-            array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
-            vectors.append(f"{name}.list.element")
-        arrays.append(array)
-        fields.append(pa.field(name, array.type, nullable=False))
+    facts = (rows.index, rows.label, map(spelt_out, rows.path))
+    arrays = dict(zip(_FACTS, map(pa.array, facts, _FACTS.values()), strict=True))
+    element = pa.field("element", pa.float32(), nullable=False)
+    for name, values in rows.columns.items():
+        kind = pa.list_(element, values.shape[1])
+        arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+    fields = [pa.field(name, array.type, nullable=False) for name, array in arrays.items()]
 
     path = shard_file(folder, shard)
     record = record_file(folder, shard)
@@ -237,16 +275,16 @@ def write_shard(
     with whole_file(path) as new:
         with new.open("wb") as file:
             pq.write_table(
-                pa.table(arrays, schema=pa.schema(fields)),
+                pa.table(list(arrays.values()), schema=pa.schema(fields)),
                 file,
                 row_group_size=_ROWS_OF_GROUP,
                 compression="zstd",
                 use_dictionary=["path", "label"],
-                use_byte_stream_split=vectors,
+                use_byte_stream_split=[f"{name}.list.element" for name in rows.columns],
                 write_page_checksum=True,
             )
-        about = {
-            "rows": len(rows["index"]),
+        about: ShardRecord = {
+            "rows": len(rows.index),
             "size": new.stat().st_size,
             "sha256": sha256_of(new),
             "finite": True,
@@ -260,6 +298,10 @@ def write_shard(
 __all__ = [
     "STORE_FORMAT",
     "STORE_MANIFEST",
+    "Identity",
+    "ShardRecord",
+    "ShardRows",
+    "StoreManifest",
     "columns_of_shard",
     "images_in",
     "number_of_shards",

@@ -2,12 +2,15 @@
 
 print(comparison_table(before.metrics, after.metrics))     # plain text, for a terminal
 print(report_table(report))     # Markdown, with errors and verdicts; `report` as `evaluate` gives
+
+Of metrics only the numbers are looked at, not lists such as `knn_per_block`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..runtime.text import plain
+from .evidence import JudgedChange
 
 
 class Metric(NamedTuple):
@@ -41,7 +44,7 @@ METRICS = {
 }
 
 
-NO_CHANGES: Mapping[str, Mapping[str, Any]] = {}
+NO_CHANGES: Mapping[str, JudgedChange] = {}
 """Where no change was judged."""
 
 
@@ -73,7 +76,7 @@ def format_change(name: str, before: float, after: float) -> str:
     return f"{change:+.{_decimals(name, max(abs(before), abs(after)))}f}"
 
 
-def _with_interval(name: str, text: str, changes: Mapping[str, Mapping[str, Any]]) -> str:
+def _with_interval(name: str, text: str, changes: Mapping[str, JudgedChange]) -> str:
     """A change as text with its 95 % interval, where that is known."""
     if name not in changes:
         return text
@@ -84,7 +87,7 @@ def _with_interval(name: str, text: str, changes: Mapping[str, Mapping[str, Any]
     return f"{text} ({low:+.{decimals}f} to {high:+.{decimals}f})"
 
 
-def _with_error(metrics: Mapping[str, Any], name: str) -> str:
+def _with_error(metrics: Mapping[str, float], name: str) -> str:
     """A score as text, with its standard error where it has one."""
     text = format_metric(name, metrics[name])
     error = metrics.get(f"{name}_standard_error")
@@ -98,7 +101,7 @@ def _with_error(metrics: Mapping[str, Any], name: str) -> str:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
+def protocol_labels(after: Mapping[str, float]) -> dict[str, str]:
     """What to call the scores of the added protocols, by name.
 
     These are the scores with an error that are no metrics of every evaluation.
@@ -111,14 +114,14 @@ def protocol_labels(after: Mapping[str, Any]) -> dict[str, str]:
     return labels
 
 
-def score_labels(after: Mapping[str, Any]) -> dict[str, str]:
+def score_labels(after: Mapping[str, float]) -> dict[str, str]:
     """The scores that were measured, in the order of the tables, and what to call each."""
     measured = {name: metric.label for name, metric in METRICS.items() if name in after}
     return measured | protocol_labels(after)
 
 
 def _both_sides(
-    before: Mapping[str, Any], after: Mapping[str, Any]
+    before: Mapping[str, float], after: Mapping[str, float]
 ) -> Iterator[tuple[str, str, str, str]]:
     """Name, label, before and after as text, of every score that both sides have."""
     for name, label in score_labels(after).items():
@@ -127,9 +130,9 @@ def _both_sides(
 
 
 def comparison_rows(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    changes: Mapping[str, Mapping[str, Any]] = NO_CHANGES,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    changes: Mapping[str, JudgedChange] = NO_CHANGES,
 ) -> list[tuple[str, str, str, str]]:
     """(label, before, after, change) of every score that both sides have, as text.
 
@@ -143,7 +146,7 @@ def comparison_rows(
 
 
 def judged_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
+    before: Mapping[str, float], after: Mapping[str, float], changes: Mapping[str, JudgedChange]
 ) -> list[tuple[str, str, str, str, str]]:
     """The same with the 95 % interval of the change, and its verdict.
 
@@ -182,23 +185,24 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_table(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    changes: Mapping[str, Mapping[str, Any]] = NO_CHANGES,
-    pixels: Mapping[str, Any] | None = None,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    changes: Mapping[str, JudgedChange] = NO_CHANGES,
+    pixels: Mapping[str, float] | None = None,
 ) -> str:
     """The metrics of two evaluations as plain text: metric, before, after, change.
 
     `pixels` are scores of the images without an encoder, in a column of their own.
     """
-    rows = [("metric", "before", "after", "change" if not changes else "change (95 %)")]
-    rows += comparison_rows(before, after, changes)
+    change = "change (95 %)" if changes else "change"
+    rows = [("metric", "before", "after", change), *comparison_rows(before, after, changes)]
     if pixels is None:
         return text_table(rows)
 
     cells = ["raw pixels"]
     for name, *_ in _both_sides(before, after):
-        cells.append(format_metric(name, pixels[name]) if name in pixels else "")
+        cell = format_metric(name, pixels[name]) if name in pixels else ""
+        cells.append(cell)
     return text_table([(row[0], cell, *row[1:]) for row, cell in zip(rows, cells, strict=True)])
 
 

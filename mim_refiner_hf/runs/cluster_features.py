@@ -38,7 +38,7 @@ from ..evaluation.embed import embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
-from ..evaluation.shard_files import read_manifest, read_record, recorded_shards
+from ..evaluation.shard_files import StoreManifest, read_manifest, read_record, recorded_shards
 from ..runtime.pace import duration
 from ..runtime.text import one_line, spelt_out
 from ..runtime.wording import setting
@@ -121,8 +121,8 @@ def encoded(
         rows, broken = encode_in_memory(
             encoder, opened, processor, columns, loading, stop_at_broken=False
         )
-        features = torch.from_numpy(rows[columns[0]])
-        return _known(opened, features, rows["index"], broken)
+        features = torch.from_numpy(rows.columns[columns[0]])
+        return _known(opened, features, rows.index, broken)
 
     folder = features_folder(out)
     size = max(_PART, -(-len(opened) // _MOST_PARTS))
@@ -146,7 +146,7 @@ def features_folder(out: Path) -> Path:
     return whole.with_name(f".{whole.name}.features")
 
 
-def _finished(folder: Path, wanted: dict[str, Any]) -> int:
+def _finished(folder: Path, wanted: StoreManifest) -> int:
     """How many images are encoded already; what is of other images or another model is removed."""
     try:
         manifest = read_manifest(folder)

@@ -4,31 +4,31 @@
     vectors = embed("facebook/vit-mae-base", images)     # whatever `open_images` takes
     vectors = embed(encoder, images, out="features/")    # kept; the same call again resumes
 
-    store = store_features("facebook/vit-mae-base", "photos/", Path("features/"), blocks=[8, 11])
+    choice = FeatureChoice(blocks=[8, 11])
+    store = store_features("facebook/vit-mae-base", "photos/", Path("features/"), choice=choice)
 
 The vectors are what the paper evaluates and what `cluster` groups: the pooled raw output of the
 last block (evaluation/features.py). `mim-refiner embed` runs `store_features`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..conversion import load_encoder
-from ..data.found import SourceOptions
-from ..data.images import ImageDataset, open_images
+from ..data.found import MAIN_PART, Part
+from ..data.images import Broken, ImageDataset, open_images
 from ..data.loading import Loading
 from ..data.stream import open_stream
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore
-from ..evaluation.features import feature_columns
-from ..evaluation.shard_files import read_manifest
-from ..model.poolings_mim_refiner import Pooling
+from ..evaluation.features import OWN_FEATURES, FeatureChoice, feature_columns
+from ..evaluation.shard_files import StoreManifest, read_manifest
 from ..runtime.device import feature_precision, warn_of_emulation
 from ..runtime.distributed import rank
 from ..runtime.precision import Precision
@@ -84,8 +84,8 @@ def embed(
             loading,
             stop_at_broken=not skip_broken,
         )
-        values = rows[columns[0]]
-        indices = np.asarray(rows["index"], dtype=np.int64)
+        values = rows.columns[columns[0]]
+        indices = np.asarray(rows.index, dtype=np.int64)
     else:
         processor = encoder.image_processor
         store = embed_images(encoder, opened, processor, out, columns=columns, loading=loading)
@@ -113,15 +113,8 @@ def store_features(
     images: Any,
     out: Path,
     *,
-    dataset_config: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    follow_links: bool = False,
-    streaming: bool = False,
-    blocks: Sequence[int | Literal["output"]] = (),
-    pooling: Sequence[Pooling] = (),
-    last4: bool = False,
+    part: Part = MAIN_PART,
+    choice: FeatureChoice = OWN_FEATURES,
     dtype: Precision = "fp32",
     loading: Loading = Loading(),
     shard_size: int | None = None,
@@ -130,9 +123,9 @@ def store_features(
     """Fill the store in `out`, or complete it; several processes share the work.
 
     Args:
-        model, images: as of `embed`; `dataset_config`, `split`, `image_column`, `label_column`,
-            `follow_links` and `streaming` are of a data set that is named.
-        blocks, pooling, last4: which features, see `feature_columns`.
+        model, images: as of `embed`.
+        part: of a data set that is named.
+        choice: which features.
         dtype: of the computation; float32 is stored. "auto": what the features that are there have,
             else bf16 where the device computes it; the choice is printed.
         loading, shard_size, command: as of `embed_images`.
@@ -146,13 +139,13 @@ def store_features(
     precision = _precision(dtype, begun, device)
     encoder: Any = load_encoder(model)
     encoder.to(PRECISIONS[precision])
-    open_source: Any = open_stream if streaming else open_images
+    open_source: Any = open_stream if part.streaming else open_images
     opened = open_source(
         images,
-        config=dataset_config,
-        split=split,
+        config=part.config,
+        split=part.split,
         num_channels=encoder.config.num_channels,
-        options=SourceOptions(image_column, label_column, follow_links),
+        options=part.options,
     )
     if isinstance(opened, ImageDataset):
         encoder, opened = fit_and_tell(encoder, opened)
@@ -161,14 +154,14 @@ def store_features(
         opened,
         encoder.image_processor,
         out,
-        columns=feature_columns(encoder.config, blocks, pooling, last4=last4),
+        columns=choice.columns(encoder.config),
         loading=loading,
         shard_size=shard_size,
         command=command,
     )
 
 
-def _precision(asked: Precision, begun: Mapping[str, Any] | None, device: str) -> str:
+def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> str:
     """In which numbers to compute, by its name in `PRECISIONS`.
 
     What was chosen is said, as is bfloat16 that is only emulated.
@@ -204,7 +197,7 @@ def _positions(images: ImageDataset, indices: NDArray[np.int64]) -> NDArray[np.i
     return position[indices]
 
 
-def _tell_of_broken(broken: Sequence[Any], total: int, skip: bool) -> None:
+def _tell_of_broken(broken: Sequence[Broken], total: int, skip: bool) -> None:
     first = f"{len(broken)} of {total} images cannot be read, first: {broken[0]['reason']}"
     if not skip:
         raise ValueError(f"{first} Or give {setting('skip_broken', True)}: NaN in its row.")

@@ -208,9 +208,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def progress_bar(
     iterable: Iterable[Any] | None = None, *, hidden: bool = False, **settings: Any
 ) -> Any:
-    """tqdm with an ETA: lively on a terminal, a line every half minute in a log file."""
+    """tqdm with an ETA: lively on a terminal, a line every half minute in a log file.
+
+    It is the main process's; the others show none.
+    """
     seconds = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(iterable, disable=hidden, mininterval=seconds, **settings)
+    return tqdm(iterable, disable=hidden or rank() > 0, mininterval=seconds, **settings)
 
 
 __all__ = [
