@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .channels import Picture, blank, check_channels
-from .cluster_count import Proposal, propose_num_clusters
+from .cluster_count import Entry, Proposal, propose_num_clusters
 from .cluster_heads import train_heads
 from .image_items import Images, find_items
 from .k_means import Clustering, kmeans
@@ -184,6 +184,37 @@ def processor_of(model: Any) -> Any:
     return AutoImageProcessor.from_pretrained(name)
 
 
+class ImageInGroup(TypedDict):
+    """One readable image: what the caller knows it by, its place, its group, the confidence."""
+
+    image: Any
+    index: int
+    cluster: int
+    score: float
+
+
+class UnreadImage(TypedDict):
+    """One image that cannot be read, and why."""
+
+    index: int
+    image: Any
+    error: str
+
+
+class Summary(TypedDict):
+    """What a call of the pipeline found; see `ImageClusteringPipeline` and `Proposal`."""
+
+    num_images: int
+    sizes: list[int]
+    exemplars: list[list[int]]
+    broken: list[UnreadImage]
+    num_clusters: int | None
+    interval: tuple[int, int] | None
+    clear: bool
+    reason: str
+    evidence: list[Entry]
+
+
 class ImageClusteringPipeline(Pipeline):
     """Groups of alike images, see the file's docstring.
 
@@ -208,7 +239,7 @@ class ImageClusteringPipeline(Pipeline):
 
     model: Any
     image_processor: Any
-    summary: dict[str, Any]
+    summary: Summary
     clustering: Clustering
     features: Tensor
 
@@ -272,11 +303,11 @@ class ImageClusteringPipeline(Pipeline):
 
     def encode(
         self, items: Sequence[Any], **settings: Any
-    ) -> tuple[Tensor, list[int], list[dict[str, Any]]]:
+    ) -> tuple[Tensor, list[int], list[UnreadImage]]:
         """Features (N, D) of the readable images, their places in `items`, and the broken ones."""
         rows: list[Tensor] = []
         kept: list[int] = []
-        broken: list[dict[str, Any]] = []
+        broken: list[UnreadImage] = []
         outputs = super().__call__(Images(items, self.num_channels), **settings)
         bar = logging.tqdm(outputs, total=len(items), desc="features", unit="image")
         for index, (row, error) in enumerate(bar):
@@ -312,7 +343,7 @@ class ImageClusteringPipeline(Pipeline):
         seed: int = 0,
         batch_size: int | None = None,
         num_workers: int | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[ImageInGroup]:
         """Put every image into a group.
 
         Args:
@@ -367,7 +398,7 @@ class ImageClusteringPipeline(Pipeline):
         self,
         features: Tensor,
         clustering: Clustering,
-        broken: list[dict[str, Any]],
+        broken: list[UnreadImage],
         why: Proposal,
     ) -> None:
         """Set what the caller may ask for after a call."""
@@ -378,7 +409,11 @@ class ImageClusteringPipeline(Pipeline):
             "sizes": clustering.counts.tolist(),
             "exemplars": clustering.exemplars(features),
             "broken": broken,
-            **vars(why),
+            "num_clusters": why.num_clusters,
+            "interval": why.interval,
+            "clear": why.clear,
+            "reason": why.reason,
+            "evidence": why.evidence,
         }
 
     def save_pretrained(  # type: ignore[override]

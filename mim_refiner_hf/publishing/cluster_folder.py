@@ -33,7 +33,7 @@ from torch import Tensor
 from ..clustering.channels import as_picture, is_picture
 from ..clustering.decoding import FORMATS, decode_image
 from ..clustering.k_means import near_duplicates
-from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
+from ..clustering.pipeline_image_clustering import ImageClusteringPipeline, ImageInGroup
 from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
 from ..runtime.files import check_folder, write_json, write_text
@@ -98,7 +98,7 @@ class Corrected:
 def write_groups(
     folder: Path,
     images: ImageDataset,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ImageInGroup],
     pipe: ImageClusteringPipeline,
     corrected: Corrected | None = None,
     also: Sequence[str] = (),
@@ -180,7 +180,7 @@ def _write_near_duplicates(folder: Path, paths: Sequence[str], features: Tensor)
 def _grouped_images(
     home: Path,
     images: ImageDataset,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ImageInGroup],
     links: Mapping[int, str],
     groups: Sequence[str],
 ) -> list[GroupedImage]:
@@ -198,7 +198,7 @@ def _grouped_images(
 
 def _tiles(
     images: ImageDataset,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ImageInGroup],
     shown: Sequence[tuple[int, str]],
     corrected: Corrected | None,
 ) -> list[Tile]:
@@ -222,7 +222,7 @@ def _tiles(
 
 def _beside(
     images: ImageDataset,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ImageInGroup],
     shown: Sequence[int],
     corrected: Corrected | None,
 ) -> Beside:
@@ -243,7 +243,7 @@ def _beside(
 def _write_groups_table(
     folder: Path,
     images: ImageDataset,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[ImageInGroup],
     corrected: Corrected | None,
 ) -> None:
     """`groups.csv`; of corrected groups with their names, and beside it what they leave out."""

@@ -16,7 +16,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ..clustering.cluster_count import Proposal
 from ..clustering.k_means import Clustering
 from ..clustering.pipeline_image_clustering import (
     ImageClusteringPipeline,
+    ImageInGroup,
+    UnreadImage,
     check_num_clusters,
     find_groups,
 )
@@ -79,7 +81,7 @@ class Groups:
     exemplars: list[list[int]]
     proposal: Proposal
     features: NDArray[np.float32]
-    broken: list[dict[str, Any]]
+    broken: list[UnreadImage]
     clustering: Clustering
     summary: dict[str, Any]
 
@@ -235,7 +237,7 @@ def _holds_numbers(images: Any) -> bool:
 
 def _of_images(
     images: ImageDataset,
-    entries: list[dict[str, Any]],
+    entries: list[ImageInGroup],
     pipe: ImageClusteringPipeline,
     summary: dict[str, Any],
 ) -> Groups:
@@ -311,7 +313,7 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
     )
 
 
-def _proposal_of(summary: dict[str, Any]) -> Proposal:
+def _proposal_of(summary: Mapping[str, Any]) -> Proposal:
     return Proposal(**{field.name: summary[field.name] for field in fields(Proposal)})
 
 

@@ -26,7 +26,11 @@ from torch import Tensor
 
 from ..clustering.cluster_count import Proposal
 from ..clustering.k_means import Clustering
-from ..clustering.pipeline_image_clustering import ImageClusteringPipeline
+from ..clustering.pipeline_image_clustering import (
+    ImageClusteringPipeline,
+    ImageInGroup,
+    UnreadImage,
+)
 from ..data.found import Entries, FoundImages
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
@@ -61,7 +65,7 @@ class KnownFeatures:
     images: ImageDataset
     features: Tensor
     kept: list[int]
-    broken: list[dict[str, Any]]
+    broken: list[UnreadImage]
 
 
 class FeaturePipeline(ImageClusteringPipeline):
@@ -75,7 +79,7 @@ class FeaturePipeline(ImageClusteringPipeline):
 
     def encode(
         self, items: Sequence[Any], **settings: Any
-    ) -> tuple[Tensor, list[int], list[dict[str, Any]]]:
+    ) -> tuple[Tensor, list[int], list[UnreadImage]]:
         """What is known of the images."""
         known = self.known
         if not known.kept:
@@ -86,7 +90,7 @@ class FeaturePipeline(ImageClusteringPipeline):
             )
         return known.features, known.kept, known.broken
 
-    def grouped_as(self, clustering: Clustering, why: Proposal) -> list[dict[str, Any]]:
+    def grouped_as(self, clustering: Clustering, why: Proposal) -> list[ImageInGroup]:
         """What a call returns and sets, where the groups of all rows are there already."""
         known = self.known
         self._keep(known.features, clustering, known.broken, why)
@@ -191,7 +195,7 @@ def _known(
 ) -> KnownFeatures:
     """From places in the whole data set to places among `images`."""
     place_of = {int(index): place for place, index in enumerate(images.indices)}
-    lost = [
+    lost: list[UnreadImage] = [
         {"index": place_of[image["index"]], "image": image["path"], "error": image["reason"]}
         for image in broken
     ]
@@ -222,7 +226,7 @@ def from_store(store: FeatureStore) -> KnownFeatures:
         )
 
     readable = len(store)
-    broken = [
+    broken: list[UnreadImage] = [
         {"index": readable + place, "image": image["path"], "error": image["reason"]}
         for place, image in enumerate(store.broken)
     ]

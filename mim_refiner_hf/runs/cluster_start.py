@@ -8,13 +8,12 @@ pipe, entries, corrected = grouped_as_corrected(known, start, seed=0)
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..clustering.cluster_count import Proposal
 from ..clustering.given_groups import group_as_given
-from ..clustering.pipeline_image_clustering import largest_first, refuse_infinite
+from ..clustering.pipeline_image_clustering import ImageInGroup, largest_first, refuse_infinite
 from ..publishing.cluster_folder import Corrected
 from ..publishing.corrections import Corrections, StartingGroups, read_corrections
 from ..runtime.text import one_line
@@ -47,7 +46,7 @@ def open_corrections(start: str | Path, num_clusters: int | None, method: str) -
 
 def grouped_as_corrected(
     known: KnownFeatures, start: StartingGroups, seed: int
-) -> tuple[FeaturePipeline, list[dict[str, Any]], Corrected]:
+) -> tuple[FeaturePipeline, list[ImageInGroup], Corrected]:
     """The groups of the images that are not left out, the largest first.
 
     Returns:
