@@ -12,7 +12,7 @@ k-means adds noise of its own, the spread over its runs.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,15 @@ from .scores import Score
 RESAMPLES = 500
 # two-sided 95 % of a normal distribution
 _NORMAL_95 = 1.96
+
+
+class JudgedChange(TypedDict):
+    """A change as a report has it: with the ends of its 95 % interval, and the verdict in words."""
+
+    difference: float
+    low: float
+    high: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,10 @@ class Change:
         reach = _NORMAL_95 * self.error
         return self.difference - reach, self.difference + reach
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JudgedChange:
         """Difference, 95 % interval, verdict."""
         low, high = self.interval
-        change = {"difference": self.difference, "low": low, "high": high}
-        return {**change, "verdict": self.verdict}
+        return {"difference": self.difference, "low": low, "high": high, "verdict": self.verdict}
 
     @property
     def verdict(self) -> str:
@@ -108,4 +116,4 @@ def change_between(before: Score, after: Score) -> Change:
     return Change(difference, math.hypot(images, before.spread, after.spread))
 
 
-__all__ = ["Change", "change_between", "measure", "measure_mean", "resamples"]
+__all__ = ["Change", "JudgedChange", "change_between", "measure", "measure_mean", "resamples"]

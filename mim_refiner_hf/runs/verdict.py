@@ -28,7 +28,7 @@ from ..conversion import load_encoder
 from ..data.broken import readable
 from ..data.images import ImageDataset, evenly_spaced
 from ..data.loading import Loading
-from ..evaluation.evidence import Change, change_between
+from ..evaluation.evidence import Change, JudgedChange, change_between
 from ..evaluation.label_free import (
     JUDGED_IMAGES,
     LabelFree,
@@ -84,7 +84,7 @@ class Verdict:
         return self.outcome == "not better"
 
     @property
-    def changes_as_json(self) -> dict[str, dict[str, Any]]:
+    def changes_as_json(self) -> dict[str, JudgedChange]:
         """Every change as metrics.json has it."""
         return {name: change.as_json() for name, change in self.changes.items()}
 

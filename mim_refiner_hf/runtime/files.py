@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Write JSON as `write_text` does."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
