@@ -20,7 +20,7 @@ is gone.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -69,17 +69,32 @@ _HEAD_FIELDS = (
 )
 
 
+class StartState(TypedDict):
+    """What a checkpoint says, as JSON, for those who start from it.
+
+    Attributes:
+        encoder: its configuration.
+        preprocessing: its image processor.
+        data: tells the data set that sample indices are places of; None for a stream.
+        warmup_steps: from which step on the heads are warm.
+        licence: of the weights.
+    """
+
+    encoder: dict[str, Any]
+    preprocessing: dict[str, Any]
+    data: str | None
+    warmup_steps: int
+    licence: dict[str, str]
+
+
 def start_state(
     encoder: MimRefinerModel,
     processor: Any,
     images: ImageDataset | ImageStream,
     warmup: int,
     licence: Licence,
-) -> dict[str, Any]:
-    """What a checkpoint says, as JSON, for those who start from it.
-
-    Its encoder with its licence, its data, and from which step on its heads are warm.
-    """
+) -> StartState:
+    """What a checkpoint of this run says; `images` are trained on."""
     return {
         "encoder": encoder.config.to_dict(),
         "preprocessing": processor.to_dict(),
