@@ -156,9 +156,7 @@ def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
         )
 
 
-def _refuse_changes(
-    output: Path, stated: Mapping[str, object], old: Mapping[str, object]
-) -> None:
+def _refuse_changes(output: Path, stated: Mapping[str, object], old: Mapping[str, object]) -> None:
     """ValueError that names the fields of a recipe that are not as the run in a folder has them."""
     changes = []
     for name, value in stated.items():

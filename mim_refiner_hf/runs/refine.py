@@ -106,9 +106,7 @@ def refine(
     return result
 
 
-def _recipe_of(
-    images: Any, model: Any, settings: Mapping[str, Any]
-) -> tuple[RefineRecipe, Given]:
+def _recipe_of(images: Any, model: Any, settings: Mapping[str, Any]) -> tuple[RefineRecipe, Given]:
     """The recipe, with names, and the objects that it has the names of."""
     known = [field.name for field in dataclasses.fields(RefineRecipe)]
     for name in settings:

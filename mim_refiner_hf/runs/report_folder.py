@@ -191,7 +191,7 @@ def draw_pictures(folder: Path, data: Data, sides: Sequence[Side], found: Evalua
 
 
 def write_report(
-    output_dir: Path, report: dict[str, Any], sides: Sequence[Side], data: Data
+    output_dir: Path, report: Mapping[str, Any], sides: Sequence[Side], data: Data
 ) -> None:
     """Write the folder: numbers, words and pictures, in place of an earlier evaluation."""
     found = sides[-1].evaluation
