@@ -37,6 +37,7 @@ from ..clustering.k_means import near_duplicates
 from ..clustering.pipeline_image_clustering import (
     ImageClusteringPipeline,
     ImageInGroup,
+    Summary,
     UnreadImage,
 )
 from ..data.images import ImageDataset
@@ -97,6 +98,21 @@ class GroupsSummary(TypedDict):
     note: NotRequired[str]
 
 
+def begin_summary(summary: Summary) -> GroupsSummary:
+    """What the pipeline says of groups, to which the rest is added."""
+    return {
+        "num_images": summary["num_images"],
+        "sizes": summary["sizes"],
+        "exemplars": summary["exemplars"],
+        "broken": summary["broken"],
+        "num_clusters": summary["num_clusters"],
+        "interval": summary["interval"],
+        "clear": summary["clear"],
+        "reason": summary["reason"],
+        "evidence": summary["evidence"],
+    }
+
+
 @dataclass(frozen=True)
 class Corrected:
     """What a correction says of groups, when they are written.
@@ -115,7 +131,7 @@ class Corrected:
     new_images: int
     file: Path
 
-    def tell(self, summary: "GroupsSummary", images: ImageDataset) -> None:
+    def tell(self, summary: GroupsSummary, images: ImageDataset) -> None:
         """Put what `summary.json` says of it there."""
         summary["names"] = self.names
         summary["left_out"] = [spelt_out(images.describe(index)) for index in self.left_out]
@@ -166,13 +182,11 @@ def write_groups(
     alike = _write_near_duplicates(folder, paths, pipe.features)
 
     title = spelt_out(images.name)
-    summary: GroupsSummary = {
-        **pipe.summary,
-        "images": title,
-        "exemplars": [[names[place] for place in group] for group in exemplars],
-        "near_duplicates": [[names[place] for place in same] for same in alike],
-        "broken": [spelt_out(path) for path, _ in broken],
-    }
+    summary = begin_summary(pipe.summary)
+    summary["images"] = title
+    summary["exemplars"] = [[names[place] for place in group] for group in exemplars]
+    summary["near_duplicates"] = [[names[place] for place in same] for same in alike]
+    summary["broken"] = [spelt_out(path) for path, _ in broken]
     if corrected is not None:
         corrected.tell(summary, images)
     note = describe_groups(summary)
@@ -373,6 +387,7 @@ __all__ = [
     "GROUPS_TABLE",
     "Corrected",
     "GroupsSummary",
+    "begin_summary",
     "check_groups_folder",
     "describe_groups",
     "write_groups",

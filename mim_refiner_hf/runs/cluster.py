@@ -43,6 +43,7 @@ from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
     GROUPS_TABLE,
     GroupsSummary,
+    begin_summary,
     check_groups_folder,
     describe_groups,
     write_groups,
@@ -172,7 +173,7 @@ def cluster(
     except ValueError:
         _forget(folder)
         raise
-    summary: GroupsSummary = {**pipe.summary}
+    summary = begin_summary(pipe.summary)
     if corrected is not None:
         corrected.tell(summary, known.images)
     summary["note"] = describe_groups(summary)
