@@ -213,9 +213,12 @@ def _write_near_duplicates(folder: Path, paths: Sequence[str], features: Tensor)
     alike: list[list[int]] = []
     if len(paths) <= COMPARED:
         alike = near_duplicates(features - features.mean(0), NEARLY_SAME)
-    if alike:
-        sets = [(paths[place], number) for number, same in enumerate(alike) for place in same]
-        write_table(folder / "near-duplicates.csv", ("path", "set"), sets)
+
+    rows = []
+    for number, same in enumerate(alike):
+        rows += [(paths[place], number) for place in same]
+    if rows:
+        write_table(folder / "near-duplicates.csv", ("path", "set"), rows)
     return alike
 
 
@@ -294,12 +297,14 @@ def _write_groups_table(
     for entry in entries:
         name = images.describe(entry["index"])
         rows.append([name, entry["cluster"], f"{entry['score']:.4f}"])
+
     if corrected is not None:
         header += ["group", "state"]
         for row, entry in zip(rows, entries, strict=True):
             state = MOVED if entry["index"] in corrected.moved else ""
             row += [corrected.names[entry["cluster"]], state]
     write_table(folder / GROUPS_TABLE, header, rows)
+
     if corrected is not None and corrected.left_out:
         out = [(images.describe(index),) for index in corrected.left_out]
         write_table(folder / "left-out.csv", ("path",), out)

@@ -294,12 +294,11 @@ class CardData:
     @property
     def pixel_scores(self) -> str:
         """What the images give without an encoder, in one line; empty where it was not measured."""
-        scores = self.pixels or {}
-        return ", ".join(
-            f"{METRICS[name].label} {format_metric(name, value)}"
-            for name, value in scores.items()
-            if name in METRICS
-        )
+        parts = []
+        for name, value in (self.pixels or {}).items():
+            if name in METRICS:
+                parts.append(f"{METRICS[name].label} {format_metric(name, value)}")
+        return ", ".join(parts)
 
     def block_rows(self) -> list[tuple[int, str, str]]:
         """(block, k-NN accuracy of the starting weights, of this model), where both have it."""

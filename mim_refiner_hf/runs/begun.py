@@ -168,6 +168,7 @@ def _refuse_changes(output: Path, stated: Mapping[str, object], old: Mapping[str
         if name == "pretrain" and _same_pretraining(before, value):
             continue
         changes.append(f"{name} was {before}, is {value}")
+
     if changes:
         raise ValueError(
             f"{setting('output_dir', output)}: holds a run of another recipe "
@@ -206,6 +207,7 @@ def saved_recipe(output: Path) -> dict[str, Any] | None:
     saved = output / _RECIPE
     if not saved.is_file():
         return None
+
     try:
         recipe = dict(parse_json(saved.read_text()))
     except (ValueError, TypeError) as error:

@@ -146,6 +146,7 @@ class Data:
         else:
             bank_images = len(self.bank)
             num_classes = self.evaluated.num_classes
+
         return {
             "name": self.name,
             "config": self.config,
@@ -416,11 +417,11 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
 
     Silhouettes live in two spaces and are not compared.
     """
-    return {
-        name: change_between(before.measured[name], score)
-        for name, score in after.measured.items()
-        if name in before.measured and name != "silhouette"
-    }
+    changes = {}
+    for name, score in after.measured.items():
+        if name in before.measured and name != "silhouette":
+            changes[name] = change_between(before.measured[name], score)
+    return changes
 
 
 __all__ = [

@@ -388,6 +388,7 @@ def how_measured(
         hardware = torch.cuda.get_device_name()
     if world_size() > 1:
         hardware = f"{world_size()} x {hardware}"
+
     return {
         "fingerprints": {name: weights_fingerprint(encoder) for name, encoder in encoders.items()},
         "protocol": {

@@ -182,17 +182,16 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         dropped.setdefault(_DROPPED[prefix], []).append(name)
 
     encoder = MimRefinerModel(MimRefinerConfig.from_dict(start.state["encoder"]))
-    average = {
-        name.removeprefix("average."): start.tensors[name]
-        for name in placed
-        if name.startswith("average.")
-    }
+    average = {}
+    for name in placed:
+        if name.startswith("average."):
+            average[name.removeprefix("average.")] = start.tensors[name]
     try:
         encoder.load_state_dict(average)
     except RuntimeError as error:
         # it lists every name
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: its average is not of its encoder ({told})") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where}: its average is not of its encoder ({reason})") from error
 
     source = f"step {start.step} of {start.path.parent}"
     report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))

@@ -137,13 +137,15 @@ def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accele
 def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
     device = accelerator.device.type
     evaluation = prepared.images.evaluation
+    num_eval = 0 if evaluation is None else len(evaluation)
     text = plan_text(
         prepared.recipe,
         prepared.start.config,
-        num_eval=0 if evaluation is None else len(evaluation),
+        num_eval=num_eval,
         device=device,
         available=available_memory(device, accelerator.num_processes),
     )
+
     if prepared.start.encoder is not None:
         text += f"\n  weights {prepared.start.encoder.load_report}"
     if prepared.start.channels:

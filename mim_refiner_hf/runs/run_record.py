@@ -96,6 +96,7 @@ def run_record(
     if pretraining is not None:
         method = "MAE" if pretraining.objective == "mae" else f"{pretraining.objective} encoder"
         begun = f"a {method} pre-trained in this run"
+
     words = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {
         "before": measured.before,
@@ -153,6 +154,7 @@ def _dataset(prepared: Prepared) -> RunDataset:
         "eval_images": None,
         "num_classes": 0,
     }
+
     if evaluated is not None:
         facts["eval_name"] = f"{evaluated.name} ({asked.eval_split or 'held out'})"
         facts["eval_images"] = len(evaluated)
