@@ -175,7 +175,7 @@ def render_card(name: str, results: Results, start: Results | None) -> str:
         results=results,
         start=start,
         colour=results.starting_model is not None and read_recipe(name).colour,
-        copy_mark=COPY_MARK.format(name),
+        copy_mark=COPY_MARK,
         address=entry.url or on_the_hub,
         ways=ways_to_use(f"out/{name}", family_config(entry.family), local=True),
         notes=[plain(note) for note in results.notes],

@@ -35,6 +35,8 @@ def _cluster_parser() -> ArgumentParser:
         "folder, read at any depth; or parquet, Hub name, 'digits'; or features of "
         "mim-refiner embed, which need no model",
     )
+
+    # the groups
     parser.add_argument(
         "--num_clusters", type=int, help="number of groups; default: proposed from the images"
     )
@@ -47,6 +49,7 @@ def _cluster_parser() -> ArgumentParser:
         metavar="CORRECTED.CSV",
         help="groups as corrected on the page: they are kept, and new images go to the nearest",
     )
+
     parser.add_argument(
         "--out",
         type=Path,
@@ -60,6 +63,7 @@ def _cluster_parser() -> ArgumentParser:
         choices=TOOLS,
         help="tools to write the groups for too",
     )
+
     add_image_column(parser)
     add_follow_links(parser)
     add_batch_size(parser, 32)
@@ -91,6 +95,7 @@ def parse_cluster(arguments: Sequence[str]) -> Work:
                 seed=options.seed,
                 num_workers=options.num_workers,
             )
+
         print(groups)
         page = options.out / "index.html"
         if page.is_file():

@@ -38,6 +38,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     add_model_and_images(parser, "image folder, parquet, Hub name, or 'digits': the k-NN bank")
     add_splits(parser)
     add_columns(parser)
+
     parser.add_argument(
         "--eval_dataset", help="images to evaluate on, if they are another data set"
     )
@@ -52,6 +53,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         metavar="DATASET",
         help="other data to measure the models on too",
     )
+
     parser.add_argument(
         "--features",
         type=Path,
@@ -107,7 +109,8 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
 def parse_evaluate(arguments: Sequence[str]) -> Work:
     """`mim-refiner evaluate`."""
     options = vars(parse_model_and_images(_evaluate_parser(), arguments))
-    model, dataset = options.pop("model"), options.pop("dataset")
+    model = options.pop("model")
+    dataset = options.pop("dataset")
 
     def work() -> None:
         from ..conversion.licence import CARD
@@ -122,6 +125,7 @@ def parse_evaluate(arguments: Sequence[str]) -> Work:
             report = evaluate(model, dataset, **options)
         if not accelerator.is_main_process:
             return
+
         print(report_table(report))
         print(f"The report: {options['output_dir']}/report.md")
         folder = Path(report["model"])
@@ -154,12 +158,18 @@ def _embed_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read the images in passing, without a download first",
     )
+
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         help="folder for the features; one that was begun is continued",
     )
+    parser.add_argument(
+        "--shard_size", type=int, help="images per file; default: 8192, or what the folder has"
+    )
+
+    # which features
     parser.add_argument(
         "--blocks",
         nargs="+",
@@ -177,6 +187,7 @@ def _embed_parser() -> argparse.ArgumentParser:
         help="default: what the model's configuration says",
     )
     parser.add_argument("--last4", action="store_true", help="also the last 4 blocks side by side")
+
     parser.add_argument(
         "--dtype",
         choices=get_args(Precision),
@@ -186,9 +197,6 @@ def _embed_parser() -> argparse.ArgumentParser:
     )
     add_batch_size(parser, 256)
     add_workers(parser, None)
-    parser.add_argument(
-        "--shard_size", type=int, help="images per file; default: 8192, or what the folder has"
-    )
     return parser
 
 

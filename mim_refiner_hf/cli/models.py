@@ -51,6 +51,8 @@ def parse_convert(arguments: Sequence[str]) -> Work:
         help="checkpoint file, model folder, Hub name, or a name of the zoo (model_cards/)",
     )
     parser.add_argument("destination", type=Path, help="new folder for the model")
+
+    # what a source does not tell
     parser.add_argument("--family", help="family of the file, when detection should be overruled")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the source's")
     parser.add_argument(
@@ -64,6 +66,7 @@ def parse_convert(arguments: Sequence[str]) -> Work:
         help="height and width, or the side of a square, for a file that does not tell",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub name")
+
     parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
     _add_publishing(parser)
     options = parser.parse_args(arguments)

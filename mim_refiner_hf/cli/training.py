@@ -163,10 +163,10 @@ def parse_replay(arguments: Sequence[str]) -> Work:
     def work() -> None:
         from ..runs.replay import replay
 
-        told = replay(
+        report = replay(
             options.output_dir, step=options.step, mixed_precision=options.mixed_precision
         )
-        print(told)
+        print(report)
 
     return work
 

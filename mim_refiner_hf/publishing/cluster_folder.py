@@ -24,16 +24,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 from urllib.parse import quote
 
 from PIL import Image
 from torch import Tensor
 
 from ..clustering.channels import as_picture, is_picture
+from ..clustering.cluster_count import Entry
 from ..clustering.decoding import FORMATS, decode_image
 from ..clustering.k_means import near_duplicates
-from ..clustering.pipeline_image_clustering import ImageClusteringPipeline, ImageInGroup
+from ..clustering.pipeline_image_clustering import (
+    ImageClusteringPipeline,
+    ImageInGroup,
+    Summary,
+    UnreadImage,
+)
 from ..data.images import ImageDataset
 from ..runtime.distributed import progress_bar
 from ..runtime.files import check_folder, write_json, write_text
@@ -68,6 +74,45 @@ def check_groups_folder(folder: Path) -> Path:
     return check_folder(folder, GROUPS_TABLE, "groups")
 
 
+class GroupsSummary(TypedDict):
+    """How many groups and why, and what they hold; `summary.json` as a whole.
+
+    Images are named by their places, in `summary.json` by their paths. Of corrected groups there
+    are also their `names`, and which images are `left_out` or were not in the correction.
+    """
+
+    num_images: int
+    sizes: list[int]
+    exemplars: Sequence[Sequence[int | str]]
+    broken: Sequence[UnreadImage | str]
+    num_clusters: int | None
+    interval: tuple[int, int] | None
+    clear: bool
+    reason: str
+    evidence: list[Entry]
+    images: NotRequired[str]
+    near_duplicates: NotRequired[list[list[str]]]
+    names: NotRequired[list[str]]
+    left_out: NotRequired[list[str]]
+    new_images: NotRequired[int]
+    note: NotRequired[str]
+
+
+def begin_summary(summary: Summary) -> GroupsSummary:
+    """What the pipeline says of groups, to which the rest is added."""
+    return {
+        "num_images": summary["num_images"],
+        "sizes": summary["sizes"],
+        "exemplars": summary["exemplars"],
+        "broken": summary["broken"],
+        "num_clusters": summary["num_clusters"],
+        "interval": summary["interval"],
+        "clear": summary["clear"],
+        "reason": summary["reason"],
+        "evidence": summary["evidence"],
+    }
+
+
 @dataclass(frozen=True)
 class Corrected:
     """What a correction says of groups, when they are written.
@@ -86,13 +131,11 @@ class Corrected:
     new_images: int
     file: Path
 
-    def summary(self, images: ImageDataset) -> dict[str, Any]:
-        """What `summary.json` says of it."""
-        return {
-            "names": self.names,
-            "left_out": [spelt_out(images.describe(index)) for index in self.left_out],
-            "new_images": self.new_images,
-        }
+    def tell(self, summary: GroupsSummary, images: ImageDataset) -> None:
+        """Put what `summary.json` says of it there."""
+        summary["names"] = self.names
+        summary["left_out"] = [spelt_out(images.describe(index)) for index in self.left_out]
+        summary["new_images"] = self.new_images
 
 
 def write_groups(
@@ -103,7 +146,7 @@ def write_groups(
     corrected: Corrected | None = None,
     also: Sequence[str] = (),
     home: Path | None = None,
-) -> dict[str, Any]:
+) -> GroupsSummary:
     """Write what `pipe` found about `images`, its `entries`, into an empty folder.
 
     Args:
@@ -138,16 +181,16 @@ def write_groups(
 
     alike = _write_near_duplicates(folder, paths, pipe.features)
 
-    summary: dict[str, Any] = {
-        **pipe.summary,
-        "images": spelt_out(images.name),
-        "exemplars": [[names[place] for place in group] for group in exemplars],
-        "near_duplicates": [[names[place] for place in same] for same in alike],
-        "broken": [spelt_out(path) for path, _ in broken],
-    }
+    title = spelt_out(images.name)
+    summary = begin_summary(pipe.summary)
+    summary["images"] = title
+    summary["exemplars"] = [[names[place] for place in group] for group in exemplars]
+    summary["near_duplicates"] = [[names[place] for place in same] for same in alike]
+    summary["broken"] = [spelt_out(path) for path, _ in broken]
     if corrected is not None:
-        summary |= corrected.summary(images)
-    summary["note"] = describe_groups(summary)
+        corrected.tell(summary, images)
+    note = describe_groups(summary)
+    summary["note"] = note
     write_json(folder / "summary.json", summary)
 
     # the page, of the images that are still there
@@ -159,9 +202,8 @@ def write_groups(
     tile_of = {place: number for number, place in enumerate(shown)}
     seen = [[tile_of[place] for place in same if place in tile_of] for same in alike]
     beside = replace(beside, broken=broken, alike=[same for same in seen if len(same) > 1])
-    title = Path(summary["images"]).resolve().name
-    features = pipe.features[shown]
-    page = render_page(title, summary["note"], tiles, features, summary["sizes"], beside)
+    title = Path(title).resolve().name
+    page = render_page(title, note, tiles, pipe.features[shown], summary["sizes"], beside)
     write_text(folder / "index.html", page)
     return summary
 
@@ -171,9 +213,12 @@ def _write_near_duplicates(folder: Path, paths: Sequence[str], features: Tensor)
     alike: list[list[int]] = []
     if len(paths) <= COMPARED:
         alike = near_duplicates(features - features.mean(0), NEARLY_SAME)
-    if alike:
-        sets = [(paths[place], number) for number, same in enumerate(alike) for place in same]
-        write_table(folder / "near-duplicates.csv", ("path", "set"), sets)
+
+    rows = []
+    for number, same in enumerate(alike):
+        rows += [(paths[place], number) for place in same]
+    if rows:
+        write_table(folder / "near-duplicates.csv", ("path", "set"), rows)
     return alike
 
 
@@ -252,12 +297,14 @@ def _write_groups_table(
     for entry in entries:
         name = images.describe(entry["index"])
         rows.append([name, entry["cluster"], f"{entry['score']:.4f}"])
+
     if corrected is not None:
         header += ["group", "state"]
         for row, entry in zip(rows, entries, strict=True):
             state = MOVED if entry["index"] in corrected.moved else ""
             row += [corrected.names[entry["cluster"]], state]
     write_table(folder / GROUPS_TABLE, header, rows)
+
     if corrected is not None and corrected.left_out:
         out = [(images.describe(index),) for index in corrected.left_out]
         write_table(folder / "left-out.csv", ("path",), out)
@@ -319,7 +366,7 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
         return jpeg_thumbnail(as_picture(decode_image(image, name=str(source))))
 
 
-def describe_groups(summary: dict[str, Any]) -> str:
+def describe_groups(summary: Mapping[str, Any]) -> str:
     """The groups, their number and what is special about them, in a sentence.
 
     A summary as the pipeline gives it, which knows of no near-duplicates, will do too.
@@ -344,6 +391,8 @@ def describe_groups(summary: dict[str, Any]) -> str:
 __all__ = [
     "GROUPS_TABLE",
     "Corrected",
+    "GroupsSummary",
+    "begin_summary",
     "check_groups_folder",
     "describe_groups",
     "write_groups",

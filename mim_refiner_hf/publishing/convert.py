@@ -38,7 +38,7 @@ from .ways_to_use import family_config, ways_to_use
 READ_BACK_TOLERANCE = 1e-5
 
 # a line in every card of the zoo, by which `convert` finds the card of a name
-COPY_MARK = "<!-- {}: a converted copy says here how it was made -->"
+COPY_MARK = "<!-- a converted copy says here how it was made -->"
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _zoo_copy(
     theirs = ways_to_use(f"out/{shipped.name}", family_config(entry.family), local=True)
     text = text.replace(theirs, ways_to_use(name, config, local=True))
     text = text.replace(f" out/{shipped.name} ", f" {name} ")
-    text = text.replace(COPY_MARK.format(shipped.name), f"## This copy\n\n{copy}")
+    text = text.replace(COPY_MARK, f"## This copy\n\n{copy}")
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 

@@ -127,9 +127,11 @@ def _rows(file: Path, named: str) -> Iterable[_Row]:
     text = _text(file, named)
     header = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(header), strict=True)
+
     try:
         columns = [cell.strip().lower() for cell in next(reader)]
         places = _places(columns, named)
+
         for cells in reader:
             if not any(cells):
                 continue
@@ -152,12 +154,14 @@ def _text(file: Path, named: str) -> str:
         raise FileNotFoundError(
             f"{named}: no such file; give the CSV file that the page saved (Save corrections)"
         )
+
     content = file.read_bytes()
     kind = _HEADS.get(content[:2])
-    if kind is None and (b"\0" in content):
+    if kind is None and b"\0" in content:
         kind = "no text in UTF-8"
     if kind is not None:
         raise ValueError(f"{named}: is {kind}; save it as CSV (UTF-8)")
+
     text = content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
     if not text.strip():
         raise ValueError(f"{named}: is empty; it needs a line with the columns path and group")

@@ -269,6 +269,7 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
     }
     if is_eva(config):
         return shared | eva_model_args(config)
+
     shared["qkv_bias"] = True
     shared["init_values"] = layer_scale_value(config.layer_scale_init)
     if _is_beit(config):
@@ -290,23 +291,20 @@ def timm_model_args(config: MimRefinerConfig) -> dict[str, Any]:
     if config.pooling == "attention":
         optional["pool_include_prefix"] = True
 
-    # timm's final norm comes before the pooling or, as `fc_norm`, after it
     registers = 0 if _is_distilled(config) else config.num_register_tokens
-    return (
-        shared
-        | optional
-        | {
-            "qkv_bias": config.bias in ("all", "no_key"),
-            "proj_bias": config.bias != "none",
-            "class_token": config.use_cls_token,
-            "reg_tokens": registers,
-            "no_embed_class": registers > 0,
-            "pre_norm": config.embedding_norm,
-            "final_norm": config.final_norm or config.pooled_norm,
-            "fc_norm": config.pooled_norm,
-            "act_layer": _ACTIVATIONS[config.hidden_act],
-        }
-    )
+    plain = {
+        "qkv_bias": config.bias in ("all", "no_key"),
+        "proj_bias": config.bias != "none",
+        "class_token": config.use_cls_token,
+        "reg_tokens": registers,
+        "no_embed_class": registers > 0,
+        "pre_norm": config.embedding_norm,
+        # timm's final norm comes before the pooling or, as `fc_norm`, after it
+        "final_norm": config.final_norm or config.pooled_norm,
+        "fc_norm": config.pooled_norm,
+        "act_layer": _ACTIVATIONS[config.hidden_act],
+    }
+    return shared | optional | plain
 
 
 def _pretrained_cfg(

@@ -286,11 +286,11 @@ def _idle_pooling_parts(config: MimRefinerConfig) -> dict[str, Tensor]:
 
 def _fuse_attention(state: dict[str, Tensor], config: MimRefinerConfig, attention: str) -> None:
     """Queries, keys and values of a block in one, heads in timm's order of channels; in place."""
-    projections = {
-        (which, kind): state.pop(f"{attention}{which}_proj.{kind}")
-        for which in "qkv"
-        for kind in ("weight", "bias")
-    }
+    projections = {}
+    for which in "qkv":
+        for kind in ("weight", "bias"):
+            projections[which, kind] = state.pop(f"{attention}{which}_proj.{kind}")
+
     if config.has_rope and config.rope_places != "centre":
         head_dim = config.hidden_size // config.num_attention_heads
         order = head_order(head_dim, neighbours=True, columns_first=False).argsort()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import (
@@ -29,6 +29,7 @@ from huggingface_hub import (
 from ..conversion.licence import CARD, UNKNOWN, Licence
 from ..evaluation.tables import (
     METRICS,
+    NO_CHANGES,
     comparison_rows,
     format_metric,
     report_table,
@@ -39,6 +40,7 @@ from ..runtime.files import write_text
 from ..runtime.pace import duration
 from ..runtime.text import fenced, one_line, plain
 from .card_licence import licence_line
+from .run_file import RUN_FILE, Judgement, Metrics, RunDataset, read_run
 from .ways_to_use import ways_to_use
 
 # in the card's snippets, until `push_folder` knows the repository
@@ -49,6 +51,7 @@ CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # as run_record.py ends `starting_model`
 _PRETRAINED_HERE = "pre-trained in this run"
+Side = Literal["before", "after"]
 _BEGIN = "<!-- evaluation: {} -->"
 _END = "<!-- end of evaluation -->"
 
@@ -96,7 +99,7 @@ def _base_model(name: str) -> dict[str, str]:
 
 
 def _model_index(
-    metrics: Mapping[str, Any], data: Mapping[str, Any], *, suffix: str = ""
+    metrics: Metrics, data: Mapping[str, Any], *, suffix: str = ""
 ) -> list[EvalResult]:
     """The scores of one model on one data set, for the `model-index`.
 
@@ -153,10 +156,10 @@ class CardData:
     """
 
     model_name: str
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
+    before: Metrics | None
+    after: Metrics | None
     starting_model: str
-    dataset: dict[str, Any]
+    dataset: RunDataset
     protocol: dict[str, str]
     seed: int
     command: str
@@ -164,10 +167,10 @@ class CardData:
     stage_seconds: dict[str, float]
     versions: dict[str, str]
     hardware: str
-    recipe: dict[str, Any]
+    recipe: Mapping[str, object]
     licence: Licence = UNKNOWN
     verdict: str | None = None
-    judgement: dict[str, Any] | None = None
+    judgement: Judgement | None = None
     pixels: dict[str, float] | None = None
 
     @classmethod
@@ -178,22 +181,10 @@ class CardData:
             FileNotFoundError: when the run has not written it.
             ValueError: when it is not JSON or lacks a field.
         """
-        path = Path(run_folder) / "metrics.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; give the output folder of a finished run"
-            )
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is not valid JSON ({error}); the run has to be evaluated again"
-            ) from error
-
-        name = one_line(Path(run_folder).resolve().name)
-        facts = {field.name: run.get(field.name) for field in fields(cls)}
-        facts["model_name"] = name
-
+        run = read_run(run_folder)
+        path = Path(run_folder) / RUN_FILE
+        facts: dict[str, Any] = {field.name: run.get(field.name) for field in fields(cls)}
+        facts["model_name"] = one_line(Path(run_folder).resolve().name)
         facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
 
         required = facts.keys() - {"before", "after", "verdict", "judgement", "pixels"}
@@ -218,12 +209,12 @@ class CardData:
     @property
     def reason(self) -> str:
         """The verdict's reason, safe in Markdown; empty where there is no verdict."""
-        return plain((self.judgement or {}).get("reason", ""))
+        return "" if self.judgement is None else plain(self.judgement.get("reason", ""))
 
-    def scores(self, side: str) -> dict[str, Any] | None:
-        """All that was measured of the side "before" or "after"; None where nothing was."""
+    def scores(self, side: Side) -> Metrics | None:
+        """All that was measured of one side; None where nothing was."""
         evaluated = self.before if side == "before" else self.after
-        judged = (self.judgement or {}).get(side)
+        judged = None if self.judgement is None else self.judgement.get(side)
         if evaluated is None and judged is None:
             return None
         return {**(evaluated or {}), **(judged or {})}
@@ -269,7 +260,7 @@ class CardData:
         if is_hub_name(self.dataset["name"]):
             optional["datasets"] = [self.dataset["name"]]
 
-        names = {"after": "", "before": " (starting weights)"}
+        names: dict[Side, str] = {"after": "", "before": " (starting weights)"}
         if self.ships_start:
             names = {"before": "", "after": " (refined, not in this folder)"}
         index = []
@@ -284,32 +275,30 @@ class CardData:
 
         Only what was measured on both sides has a change.
         """
-        before, after = (self.scores(side) for side in ("before", "after"))
+        before = self.scores("before")
+        after = self.scores("after")
         if before is not None and after is not None:
-            changes = (self.judgement or {}).get("changes", {})
+            changes = NO_CHANGES
+            if self.judgement is not None:
+                changes = self.judgement.get("changes", NO_CHANGES)
             return comparison_rows(before, after, changes)
 
-        def cell(metrics: dict[str, Any] | None, name: str) -> str:
-            if metrics is None:
-                return "-"
-            return format_metric(name, metrics[name])
-
-        measured = after or before or {}
         rows = []
         for name, metric in METRICS.items():
-            if name in measured:
-                rows.append((metric.label, cell(before, name), cell(after, name), "-"))
+            if before is not None and name in before:
+                rows.append((metric.label, format_metric(name, before[name]), "-", "-"))
+            elif after is not None and name in after:
+                rows.append((metric.label, "-", format_metric(name, after[name]), "-"))
         return rows
 
     @property
     def pixel_scores(self) -> str:
         """What the images give without an encoder, in one line; empty where it was not measured."""
-        scores = self.pixels or {}
-        return ", ".join(
-            f"{METRICS[name].label} {format_metric(name, value)}"
-            for name, value in scores.items()
-            if name in METRICS
-        )
+        parts = []
+        for name, value in (self.pixels or {}).items():
+            if name in METRICS:
+                parts.append(f"{METRICS[name].label} {format_metric(name, value)}")
+        return ", ".join(parts)
 
     def block_rows(self) -> list[tuple[int, str, str]]:
         """(block, k-NN accuracy of the starting weights, of this model), where both have it."""

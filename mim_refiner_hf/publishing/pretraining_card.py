@@ -43,20 +43,18 @@ def pretraining_card(
         more |= {"base_model": start, "base_model_relation": "finetune"}
     method = _METHODS.get(objective, objective)
     lines = [f"- **{fact}:** {plain(str(value))}" for fact, value in facts.items()]
+    lines.append(licence_line(licence, start))
     begun = f"from the weights of {plain(start)}" if start else "from fresh weights"
-    return (
-        "\n\n".join(
-            [
-                f"---\n{card_metadata(**more).to_yaml()}\n---\n# {plain(name)}",
-                f"A plain ViT, pre-trained {begun} on images without labels by {method}. "
-                "Nothing was measured, so this card claims no score.",
-                "\n".join([*lines, licence_line(licence, start)]),
-                "## How to use",
-                ways_to_use(REPO_PLACEHOLDER, config),
-            ]
-        )
-        + "\n"
-    )
+
+    parts = [
+        f"---\n{card_metadata(**more).to_yaml()}\n---\n# {plain(name)}",
+        f"A plain ViT, pre-trained {begun} on images without labels by {method}. "
+        "Nothing was measured, so this card claims no score.",
+        "\n".join(lines),
+        "## How to use",
+        ways_to_use(REPO_PLACEHOLDER, config),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 __all__ = ["pretraining_card"]

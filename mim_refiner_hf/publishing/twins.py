@@ -105,21 +105,26 @@ def unsupported(config: MimRefinerConfig, beside: Collection[str] = ()) -> list[
         )
     if config.norm_placement == "branch":
         lacking["branch"] = "norm at the end of a branch, x + norm(f(x)) (norm_placement='branch')"
+
     if config.embedding_norm:
         lacking["embedding_norm"] = "norm before the first block (embedding_norm=True)"
     if config.norm_type != "layernorm":
         lacking["norm_type"] = f"norm but a LayerNorm (norm_type={config.norm_type!r})"
+
     if config.has_rope:
         lacking["rope"] = f"rotary positions (position_encoding={config.position_encoding!r})"
     if config.position_encoding == "sincos":
         lacking["sincos"] = "computed table of positions (position_encoding='sincos')"
+
     for name, words in _NORMS_AND_GATES.items():
         if getattr(config, name):
             lacking[name] = f"{words} ({name}=True)"
+
     if config.final_norm and not config.final_norm_affine:
         lacking["final_norm_affine"] = "final norm without weights (final_norm_affine=False)"
     if config.features == "last_block" and config.final_norm:
         lacking["features"] = "pooling before the final norm (features='last_block')"
+
     if config.pooling not in ("cls", "mean"):
         lacking["pooling"] = f"pooling but of CLS or patches (pooling={config.pooling!r})"
     elif config.pooling_head != "none":

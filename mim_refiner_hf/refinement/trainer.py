@@ -181,7 +181,7 @@ class Trainer:
         start_step: int,
         stop_step: int,
         extra_state: Mapping[str, Any],
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Run the steps from `start_step` to `stop_step`; both stages, one sequence.
 

@@ -7,6 +7,7 @@ check_as_begun(output, resolved)     # and the rest is the same
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def check_as_begun(output: Path, recipe: ResolvedRecipe) -> None:
         )
 
 
-def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -> None:
+def _refuse_changes(output: Path, stated: Mapping[str, object], old: Mapping[str, object]) -> None:
+    """ValueError that names the fields of a recipe that are not as the run in a folder has them."""
     changes = []
     for name, value in stated.items():
         before = old.get(name)
@@ -166,6 +168,7 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
         if name == "pretrain" and _same_pretraining(before, value):
             continue
         changes.append(f"{name} was {before}, is {value}")
+
     if changes:
         raise ValueError(
             f"{setting('output_dir', output)}: holds a run of another recipe "
@@ -173,7 +176,7 @@ def _refuse_changes(output: Path, stated: dict[str, Any], old: dict[str, Any]) -
         )
 
 
-def same_place(before: Any, now: Any) -> bool:
+def same_place(before: object, now: object) -> bool:
     """Whether two spellings are of one file or folder, or of one model of the zoo.
 
     Such as `photos` and `./photos/`, or `mae_large16` and `mae-l16`.
@@ -187,7 +190,7 @@ def same_place(before: Any, now: Any) -> bool:
     return entry is not None and find_entry(before) is entry
 
 
-def _same_pretraining(before: Any, now: Any) -> bool:
+def _same_pretraining(before: object, now: object) -> bool:
     """Whether two spellings are of one recipe of pre-training, which have been renamed."""
     if not isinstance(before, str) or not isinstance(now, str):
         return False
@@ -204,6 +207,7 @@ def saved_recipe(output: Path) -> dict[str, Any] | None:
     saved = output / _RECIPE
     if not saved.is_file():
         return None
+
     try:
         recipe = dict(parse_json(saved.read_text()))
     except (ValueError, TypeError) as error:

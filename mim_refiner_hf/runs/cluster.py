@@ -42,6 +42,8 @@ from ..evaluation.shard_files import STORE_MANIFEST
 from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
     GROUPS_TABLE,
+    GroupsSummary,
+    begin_summary,
     check_groups_folder,
     describe_groups,
     write_groups,
@@ -83,7 +85,7 @@ class Groups:
     features: NDArray[np.float32]
     broken: list[UnreadImage]
     clustering: Clustering
-    summary: dict[str, Any]
+    summary: GroupsSummary
 
     @property
     def num_clusters(self) -> int:
@@ -171,9 +173,9 @@ def cluster(
     except ValueError:
         _forget(folder)
         raise
-    summary = dict(pipe.summary)
+    summary = begin_summary(pipe.summary)
     if corrected is not None:
-        summary |= corrected.summary(known.images)
+        corrected.tell(summary, known.images)
     summary["note"] = describe_groups(summary)
     if folder is not None:
         if (folder / GROUPS_TABLE).is_file():
@@ -239,7 +241,7 @@ def _of_images(
     images: ImageDataset,
     entries: list[ImageInGroup],
     pipe: ImageClusteringPipeline,
-    summary: dict[str, Any],
+    summary: GroupsSummary,
 ) -> Groups:
     """The result for images; warns of those that could not be read."""
     labels = np.full(len(images), -1, dtype=np.int64)
@@ -293,19 +295,23 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
 
     clustering, why = find_groups(vectors, num_clusters, seed, method)
     exemplars = clustering.exemplars(vectors)
-    summary = {
+    summary: GroupsSummary = {
         "num_images": len(vectors),
         "sizes": clustering.counts.tolist(),
         "exemplars": exemplars,
         "broken": [],
-        **vars(why),
+        "num_clusters": why.num_clusters,
+        "interval": why.interval,
+        "clear": why.clear,
+        "reason": why.reason,
+        "evidence": why.evidence,
     }
     summary["note"] = describe_groups(summary).replace(" images in ", " vectors in ", 1)
     return Groups(
         clustering.assignments.numpy(),
         clustering.confidence.numpy(),
         exemplars,
-        _proposal_of(summary),
+        why,
         vectors.numpy(),
         [],
         clustering,

@@ -94,6 +94,7 @@ def _say_what_is_gone(start: StartingGroups, filled: list[int]) -> None:
             len(start.gone),
             one_line(start.gone[0]),
         )
+
     empty = [name for group, name in enumerate(start.names) if group not in set(filled)]
     if empty:
         logger.warning(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score, silhouette_samples
@@ -55,6 +55,7 @@ from ..evaluation.scores import ProtocolResult, Score, as_metrics
 from ..evaluation.segmentation import segmentation_probe
 from ..evaluation.segmentation_data import SegmentationDataset, open_segmentation
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..publishing.run_file import Metrics
 from ..runtime.wording import setting
 from .choices import ON_MASKS
 
@@ -81,6 +82,21 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
 """By what `--protocols` can add (`choices.AddedProtocol`), the function."""
 # it reads patches, and a store keeps pooled features
 _WITHOUT_FEATURES = ("attentive_probe",)
+
+
+class DataFacts(TypedDict):
+    """Which images were learnt from and measured on, told so that someone else can take them."""
+
+    name: str
+    config: str | None
+    split: str | None
+    bank_images: int
+    train_images: int
+    fingerprint: str
+    eval_name: str
+    eval_images: int
+    eval_fingerprint: str
+    num_classes: int
 
 
 @dataclass(frozen=True)
@@ -122,14 +138,15 @@ class Data:
         """The bank of the table of the blocks, which reads many columns."""
         return evenly_spaced(self.train, self.bank_size or BANK_SIZE)
 
-    def describe(self) -> dict[str, Any]:
-        """Which images, told so that someone else can take the same."""
+    def describe(self) -> DataFacts:
+        """Which images, for a report."""
         if isinstance(self.train, SegmentationDataset):
             bank_images = len(self.train)
             num_classes = len(self.evaluated.class_names)
         else:
             bank_images = len(self.bank)
             num_classes = self.evaluated.num_classes
+
         return {
             "name": self.name,
             "config": self.config,
@@ -156,7 +173,7 @@ class Side:
     """
 
     name: str
-    metrics: dict[str, Any]
+    metrics: Metrics
     measured: dict[str, Score] = field(repr=False)
     extra: dict[str, ProtocolResult]
     evaluation: Evaluation | None = field(default=None, repr=False)
@@ -400,17 +417,18 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
 
     Silhouettes live in two spaces and are not compared.
     """
-    return {
-        name: change_between(before.measured[name], score)
-        for name, score in after.measured.items()
-        if name in before.measured and name != "silhouette"
-    }
+    changes = {}
+    for name, score in after.measured.items():
+        if name in before.measured and name != "silhouette":
+            changes[name] = change_between(before.measured[name], score)
+    return changes
 
 
 __all__ = [
     "HELD_OUT",
     "PROTOCOLS",
     "Data",
+    "DataFacts",
     "Side",
     "changes_of",
     "errors_of",

@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -41,14 +41,16 @@ from ..clustering.channels import is_picture
 from ..conversion import load_encoder
 from ..conversion.channels import extend_channels
 from ..data.found import SourceOptions
-from ..data.images import ImageDataset
+from ..data.images import Broken, ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
+from ..evaluation.evidence import JudgedChange
 from ..evaluation.feature_cache import check_features
 from ..evaluation.manifest import weights_fingerprint
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
 from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..publishing.run_file import Metrics
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
@@ -57,6 +59,7 @@ from .choices import ON_MASKS, Protocol
 from .comparison import (
     PROTOCOLS,
     Data,
+    DataFacts,
     Side,
     changes_of,
     measure_side,
@@ -265,26 +268,27 @@ def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[P
 
     Lists of file names are of the first data set; errors as of `check_splits`.
     """
-    for place, each in enumerate(data):
-        if not isinstance(each.train, ImageDataset):
+    for place, images in enumerate(data):
+        if not isinstance(images.train, ImageDataset):
             continue
+        name = images.name
+        count = len(images.train)
         asked = setting("protocols", list(protocols))
         if place:
-            asked = setting("transfer", each.name)
-        if not each.labelled and (place or protocols):
+            asked = setting("transfer", name)
+
+        if not images.labelled and (place or protocols):
             raise ValueError(
-                f"{asked}: needs a label for every image, and {each.name} has images without"
+                f"{asked}: needs a label for every image, and {name} has images without"
             )
-        if each.labelled and len(each.train) < NUM_NEIGHBOURS:
+        if images.labelled and count < NUM_NEIGHBOURS:
             raise ValueError(
-                f"{each.name} has {len(each.train)} images for the k-NN bank, but k-NN looks at "
+                f"{name} has {count} images for the k-NN bank, but k-NN looks at "
                 f"{NUM_NEIGHBOURS} neighbours; give more"
             )
-        if len(each.evaluated) < 2:
-            raise ValueError(
-                f"{each.name} has {len(each.evaluated)} image to be measured on; errors take at "
-                "least 2"
-            )
+        count = len(images.evaluated)
+        if count < 2:
+            raise ValueError(f"{name} has {count} image to be measured on; errors take at least 2")
     check_splits(data[0], lists, protocols)
 
 
@@ -306,7 +310,8 @@ def feature_folder(features: Path | None, output_dir: Path | None) -> Iterator[P
         if rank() == 0:
             folder = stack.enter_context(scratch_folder(beside, "features"))
         yield Path(gather_objects(folder)[0])
-        wait_for_everyone()  # nobody reads it any more
+        # until nobody reads it any more
+        wait_for_everyone()
 
 
 def without_broken(
@@ -331,7 +336,17 @@ def without_broken(
     return replace(data, train=train, evaluated=evaluated, broken=[*broken, *more])
 
 
-def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
+class Compared(TypedDict):
+    """What was measured on one data set: `before` only where two encoders were."""
+
+    dataset: DataFacts
+    broken: list[Broken]
+    before: Metrics | None
+    after: Metrics
+    changes: dict[str, JudgedChange]
+
+
+def compared(data: Data, sides: Sequence[Side]) -> Compared:
     """Which images, those left out, and what was measured on them: the part of a report."""
     before = None
     changes = {}
@@ -347,20 +362,33 @@ def compared(data: Data, sides: Sequence[Side]) -> dict[str, Any]:
     }
 
 
+class HowMeasured(TypedDict):
+    """Everything needed to get the same numbers again."""
+
+    fingerprints: dict[str, str]
+    protocol: dict[str, object]
+    seed: int
+    command: str
+    seconds: float
+    versions: dict[str, str]
+    hardware: str
+
+
 def how_measured(
     encoders: Mapping[str, MimRefinerModel],
     protocols: Sequence[str],
     bank_size: int | None,
     seed: int,
     began: float,
-) -> dict[str, Any]:
-    """Everything needed to get the same numbers again."""
+) -> HowMeasured:
+    """How the encoders were measured, since the time `began`."""
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     hardware = f"{hardware}, {torch.get_num_threads()} in use"
     if device_here() == "cuda":
         hardware = torch.cuda.get_device_name()
     if world_size() > 1:
         hardware = f"{world_size()} x {hardware}"
+
     return {
         "fingerprints": {name: weights_fingerprint(encoder) for name, encoder in encoders.items()},
         "protocol": {

@@ -20,7 +20,7 @@ is gone.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -69,17 +69,32 @@ _HEAD_FIELDS = (
 )
 
 
+class StartState(TypedDict):
+    """What a checkpoint says, as JSON, for those who start from it.
+
+    Attributes:
+        encoder: its configuration.
+        preprocessing: its image processor.
+        data: tells the data set that sample indices are places of; None for a stream.
+        warmup_steps: from which step on the heads are warm.
+        licence: of the weights.
+    """
+
+    encoder: dict[str, Any]
+    preprocessing: dict[str, Any]
+    data: str | None
+    warmup_steps: int
+    licence: dict[str, str]
+
+
 def start_state(
     encoder: MimRefinerModel,
     processor: Any,
     images: ImageDataset | ImageStream,
     warmup: int,
     licence: Licence,
-) -> dict[str, Any]:
-    """What a checkpoint says, as JSON, for those who start from it.
-
-    Its encoder with its licence, its data, and from which step on its heads are warm.
-    """
+) -> StartState:
+    """What a checkpoint of this run says; `images` are trained on."""
     return {
         "encoder": encoder.config.to_dict(),
         "preprocessing": processor.to_dict(),
@@ -167,17 +182,16 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         dropped.setdefault(_DROPPED[prefix], []).append(name)
 
     encoder = MimRefinerModel(MimRefinerConfig.from_dict(start.state["encoder"]))
-    average = {
-        name.removeprefix("average."): start.tensors[name]
-        for name in placed
-        if name.startswith("average.")
-    }
+    average = {}
+    for name in placed:
+        if name.startswith("average."):
+            average[name.removeprefix("average.")] = start.tensors[name]
     try:
         encoder.load_state_dict(average)
     except RuntimeError as error:
         # it lists every name
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{where}: its average is not of its encoder ({told})") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{where}: its average is not of its encoder ({reason})") from error
 
     source = f"step {start.step} of {start.path.parent}"
     report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))

@@ -58,6 +58,7 @@ def plan_text(
     """
     asked = recipe.asked
     images = "a stream" if recipe.num_images is None else f"{recipe.num_images} images"
+
     lines = [
         ("start", _start_text(recipe, config)),
         ("data", f"{asked.dataset}: {images} to refine on, {num_eval} to evaluate on"),
@@ -69,6 +70,8 @@ def plan_text(
     if fsdp2_requested():
         lines.append(("shards", _shards_text(recipe.processes)))
     lines.append(("steps", _steps_text(recipe)))
+
+    # what it takes, and what it leaves
     lines += _named("memory", _memory_lines(recipe, config, available))
     disk = disk_text(recipe, config) if recipe.save_every else "no checkpoints"
     files = "metrics.json, neighbours.png, groups_before_after.png, curves.png, log.jsonl"
@@ -158,11 +161,13 @@ def _batch_text(recipe: ResolvedRecipe, device: str) -> str:
             precision = "bf16, emulated and slower than fp32 on this CPU"
         elif device == "cpu" and recipe.asked.mixed_precision == "auto":
             precision = "bf16 (auto: this CPU computes it)"
+
     passes = ""
     if "micro_batch_size" in recipe.to_measure:
         passes = ", as many at a time through the encoder as fit (auto; exact)"
     elif recipe.micro_batch_size is not None:
         passes = f", {recipe.micro_batch_size} at a time through the encoder (exact)"
+
     threads = f" ({torch.get_num_threads()} threads)" if device == "cpu" else ""
     return (
         f"{recipe.batch_size} images over {recipe.processes} process(es) on {device}{threads}, "
@@ -217,6 +222,7 @@ def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, au
     ways = [recipe]
     if not recipe.gradient_checkpointing:
         ways.append(dataclasses.replace(recipe, gradient_checkpointing=True))
+
     for way in ways:
         size = fitting_micro_batch(way, config, available)
         if size == 0:
@@ -228,6 +234,7 @@ def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, au
             changes.append(setting("gradient_checkpointing", True))
         need = bytes_needed(dataclasses.replace(way, micro_batch_size=size), config) / GIGA
         return f": {' '.join(changes)} needs {need:.2f} GiB and gives the same gradients"
+
     others = f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
     return f", whatever the micro-batch: lower {others}"
 

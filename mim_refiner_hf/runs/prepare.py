@@ -194,7 +194,9 @@ def _check_preprocessing(encoder: MimRefinerModel, source: object) -> None:
     config = encoder.config
     if config.num_channels not in (1, 3):
         return
-    image = Image.new("L" if config.num_channels == 1 else "RGB", (40, 30))
+
+    mode = "L" if config.num_channels == 1 else "RGB"
+    image = Image.new(mode, (40, 30))
     processor = vars(encoder)["image_processor"]
     pixels = processor([image], return_tensors="pt")["pixel_values"]
     made = tuple(pixels.shape[-2:])
@@ -224,6 +226,7 @@ def _with_channels(
                     f"the encoder reads; set num_channels in {setting('pretrain', recipe.pretrain)}"
                 )
         return dataclasses.replace(start, processor=fitted_processor(start.config, training))
+
     encoder, done = fit_channels(start.encoder, training, recipe.num_channels, recipe.value_range)
     processor = vars(encoder)["image_processor"]
     return dataclasses.replace(

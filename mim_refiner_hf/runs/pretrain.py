@@ -10,8 +10,8 @@ further encoders of the method in folders of their own. A finished model is neve
 import dataclasses
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,6 +57,27 @@ _TENSORBOARD = "tensorboard"
 _MEASURED = 0.1
 
 
+@dataclass(frozen=True)
+class PretrainingRecord:
+    """What `recipe.json` says of a pre-training, by which a later call knows it again.
+
+    Attributes:
+        init_from: what the encoder to go on from is called; None for fresh weights.
+        streaming: whether the images are read in passing.
+    """
+
+    recipe: PretrainRecipe
+    init_from: str | None
+    streaming: bool
+
+    def as_written(self) -> dict[str, object]:
+        """As JSON, under the recipe's names."""
+        written = {**dataclasses.asdict(self.recipe), "init_from": self.init_from}
+        if self.streaming:
+            written["streaming"] = True
+        return written
+
+
 def run_pretraining(
     recipe: PretrainRecipe,
     output_dir: Path,
@@ -97,9 +118,7 @@ def run_pretraining(
     length = len(images) if isinstance(images, ImageDataset) else None
     _check_channels(recipe.num_channels, images)
     recipe = recipe.fitted(length)
-    record = {**dataclasses.asdict(recipe), "init_from": init_from}
-    if streaming:
-        record["streaming"] = True
+    record = PretrainingRecord(recipe, init_from, streaming)
     if is_finished(output_dir, record):
         _check_data(output_dir, images)
         print(f"The pre-trained model is finished already: {output_dir}")
@@ -142,7 +161,7 @@ def _accelerator(options: LoopOptions, output: Path) -> Accelerator:
 
 def _train_and_write(
     trainer: Pretrainer,
-    record: dict[str, Any],
+    record: PretrainingRecord,
     output: Path,
     start: MimRefinerModel | None,
 ) -> None:
@@ -155,7 +174,7 @@ def _train_and_write(
     if main:
         output.mkdir(parents=True, exist_ok=True)
         version = {"format_version": FORMAT_VERSIONS["recipe"]}
-        write_json(output / "recipe.json", version | record)
+        write_json(output / "recipe.json", version | record.as_written())
         if isinstance(images, ImageDataset):
             write_data_record(output / RECORD, images)
     accelerator.wait_for_everyone()
@@ -176,7 +195,7 @@ def _train_and_write(
 
 def _write(
     output: Path,
-    record: dict[str, Any],
+    record: PretrainingRecord,
     objective: Objective,
     trainer: Pretrainer,
     start: MimRefinerModel | None,
@@ -187,7 +206,6 @@ def _write(
         return check_pretraining_folder(folder, record)
 
     licence = UNKNOWN if start is None else vars(start)["licence"]
-    begun = record["init_from"] or ""
     shipped = objective.shipped()
     card = pretraining_card(
         output.resolve().name,
@@ -195,7 +213,7 @@ def _write(
         _facts(trainer),
         licence,
         shipped.config,
-        begun,
+        record.init_from or "",
     )
     with staged_folder(output, check) as new:
         write_model(new, shipped, trainer.processor, torch.float32)
@@ -267,16 +285,16 @@ def _check_channels(count: int, images: ImageDataset | ImageStream) -> None:
     """ValueError for images of another number of channels than the recipe's."""
     if not isinstance(images, ImageDataset):
         return
-    found = channels_of(images)
-    if found is None and not is_picture(count):
+    own = channels_of(images)
+    if own is None and not is_picture(count):
         raise ValueError(
             f"{setting('num_channels', count)}: {images.name} holds pictures, of 3 channels or 1, "
             "not arrays, .npy files or TIFFs of so many; leave it out"
         )
-    if found not in (None, count):
+    if own not in (None, count):
         raise ValueError(
-            f"{setting('num_channels', count)}: those of {images.name} have {found} channels; say "
-            f"{setting('num_channels', found)}"
+            f"{setting('num_channels', count)}: those of {images.name} have {own} channels; say "
+            f"{setting('num_channels', own)}"
         )
 
 
@@ -330,7 +348,7 @@ def fitted_to_method(
     return encoder
 
 
-def is_finished(output: Path, record: dict[str, Any]) -> bool:
+def is_finished(output: Path, record: PretrainingRecord) -> bool:
     """Whether the folder holds the finished model of this very recipe, weights and all.
 
     Raises:
@@ -346,7 +364,7 @@ def is_finished(output: Path, record: dict[str, Any]) -> bool:
     )
 
 
-def check_pretraining_folder(output: Path, record: dict[str, Any]) -> Path:
+def check_pretraining_folder(output: Path, record: PretrainingRecord) -> Path:
     """`output`, resolved, if this pre-training may write there: new, empty, or begun by it.
 
     Raises:
@@ -364,7 +382,7 @@ def check_pretraining_folder(output: Path, record: dict[str, Any]) -> Path:
     return output
 
 
-def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
+def _changes(output: Path, record: PretrainingRecord) -> list[str] | None:
     """How the recipe of the pre-training in a folder differs; None where there is none."""
     begun = saved_recipe(output)
     if begun is None:
@@ -375,9 +393,11 @@ def _changes(output: Path, record: dict[str, Any]) -> list[str] | None:
         )
     # a version that did not know a field did what its default does
     defaults = {field.name: field.default for field in dataclasses.fields(PretrainRecipe)}
+    written = record.as_written()
     changes = []
-    for name in sorted(begun.keys() | record.keys()):
-        before, now = begun.get(name, defaults.get(name)), record.get(name)
+    for name in sorted(begun.keys() | written.keys()):
+        before = begun.get(name, defaults.get(name))
+        now = written.get(name)
         if before != now and not (name == "init_from" and same_place(before, now)):
             changes.append(f"{name} was {before}, is {now}")
     # another method has other settings
@@ -394,10 +414,10 @@ def _knn(model: MimRefinerModel, trainer: Pretrainer) -> dict[str, float]:
     bank, queries = hold_out(trainer.images, _MEASURED, trainer.recipe.seed)
     loading = Loading(num_workers=trainer.options.num_workers)
     seed = trainer.recipe.seed
-    found = evaluate_encoder(
+    evaluation = evaluate_encoder(
         model, trainer.processor, bank, queries, seed=seed, loading=loading, per_block=False
     )
-    return {"knn_accuracy": float(found.metrics["knn_accuracy"])}
+    return {"knn_accuracy": float(evaluation.metrics["knn_accuracy"])}
 
 
 __all__ = [

@@ -78,11 +78,11 @@ def _kept(objective: Objective) -> int:
     with torch.device("meta"):
         shipped = MimRefinerModel(objective.shipped_config())
     names = dict(shipped.named_parameters()).keys()
-    return sum(
-        part.numel()
-        for name, part in objective.encoder.named_parameters()
-        if part.requires_grad and name in names
-    )
+    kept = 0
+    for name, part in objective.encoder.named_parameters():
+        if part.requires_grad and name in names:
+            kept += part.numel()
+    return kept
 
 
 def _shards_text(processes: int) -> str:

@@ -59,6 +59,7 @@ def check_lists(split_file: Sequence[str | Path], protocols: Sequence[str]) -> l
     lists = [Path(file) for file in split_file]
     if not lists:
         return []
+
     asked = setting("split_file", lists[0])
     readers = [name for name in ("low_shot", "fine_tuning") if name in protocols]
     if len(readers) != 1:
@@ -86,10 +87,12 @@ def checked_bank_size(
             f"{setting('bank_size', bank_size)}: must be at least {NUM_NEIGHBOURS}, the neighbours "
             "that k-NN looks at"
         )
+
     on_masks = [name for name in protocols if name in ON_MASKS]
     if on_masks and (protocol or bank_size):
         named = setting("protocol", protocol) if protocol else setting("bank_size", bank_size)
         raise ValueError(f"{named}: {on_masks[0]} has none of that; leave it out")
+
     if protocol == "quick":
         return bank_size or BANK_SIZE
     return bank_size

@@ -13,14 +13,14 @@ import dataclasses
 import difflib
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from ..conversion import load_encoder
-from ..data.images import open_images
+from ..data.images import ImageDataset, open_images
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.hub import check_model_folder, check_repo_id, push_folder, save_model_folder
 from ..publishing.model_card import write_card
@@ -106,7 +106,7 @@ def refine(
     return result
 
 
-def _recipe_of(images: Any, model: Any, settings: dict[str, Any]) -> tuple[RefineRecipe, Given]:
+def _recipe_of(images: Any, model: Any, settings: Mapping[str, Any]) -> tuple[RefineRecipe, Given]:
     """The recipe, with names, and the objects that it has the names of."""
     known = [field.name for field in dataclasses.fields(RefineRecipe)]
     for name in settings:
@@ -115,45 +115,42 @@ def _recipe_of(images: Any, model: Any, settings: dict[str, Any]) -> tuple[Refin
             hint = f"did you mean {close[0]}?" if close else "RefineRecipe lists all of them"
             raise TypeError(f"refine() has no setting {name!r}; {hint}")
 
-    values: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
-    }
-    if isinstance(images, RefineRecipe):
-        given, named = _names_of(
-            values.pop("dataset", None), model, values.pop("eval_dataset", None)
-        )
-        return dataclasses.replace(images, **values, **named), given
-
-    if images is not None and "dataset" in values:
+    is_recipe = isinstance(images, RefineRecipe)
+    if not is_recipe and images is not None and "dataset" in settings:
         raise ValueError("images and dataset name both the images; give one of them")
-    dataset = values.pop("dataset", images)
+
+    values = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, Path):
+            values[name] = str(value)
+    dataset = values.pop("dataset", None if is_recipe else images)
     given, named = _names_of(dataset, model, values.pop("eval_dataset", None))
     values.update(named)
-    if "recipe" in values and values["recipe"] is not None:
+    if is_recipe:
+        return dataclasses.replace(images, **values), given
+    if values.get("recipe") is not None:
         return read_recipe(values.pop("recipe"), **values), given
     return RefineRecipe(**values), given
 
 
-def _names_of(dataset: Any, model: Any, evaluation: Any) -> tuple[Given, dict[str, Any]]:
+def _names_of(dataset: Any, model: Any, evaluation: Any) -> tuple[Given, dict[str, str]]:
     """Objects, opened, and what the recipe calls them; what was named already keeps its name."""
-    objects: dict[str, Any] = {}
-    named: dict[str, Any] = {}
-    for field, name, source in (
-        ("images", "dataset", dataset),
-        ("evaluation", "eval_dataset", evaluation),
-    ):
+    named: dict[str, str] = {}
+    opened: dict[str, ImageDataset] = {}
+    for name, source in (("dataset", dataset), ("eval_dataset", evaluation)):
         if isinstance(source, str | Path):
             named[name] = str(source)
         elif source is not None:
-            objects[field] = open_images(source)
-            named[name] = objects[field].name
+            opened[name] = open_images(source)
+            named[name] = opened[name].name
 
+    encoder = None
     if isinstance(model, str | Path):
         named["model"] = str(model)
     elif model is not None:
-        objects["encoder"] = _own_copy(model)
-        named["model"] = objects["encoder"].config.name_or_path or type(model).__name__
-    return Given(**objects), named
+        encoder = _own_copy(model)
+        named["model"] = encoder.config.name_or_path or type(model).__name__
+    return Given(opened.get("dataset"), opened.get("eval_dataset"), encoder), named
 
 
 def _own_copy(model: Any) -> MimRefinerModel:

@@ -61,16 +61,15 @@ def knn_tables(report: Mapping[str, Any]) -> str:
     before = report["before"] or {}
     parts = []
     for place, entries in report["after"].get("knn", {}).items():
-        new = {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in entries}
-        old = {
-            (entry["k"], entry["temperature"]): entry["accuracy"]
-            for entry in before.get("knn", {}).get(place, [])
-        }
+        new = _by_setting(entries)
+        old = _by_setting(before.get("knn", {}).get(place, []))
         temperatures = sorted({temperature for _, temperature in new})
+
         rows = [["k", *(f"temperature {temperature:g}" for temperature in temperatures)]]
         for k in sorted({k for k, _ in new}):
             row = [str(k)]
-            for cell in ((k, temperature) for temperature in temperatures):
+            for temperature in temperatures:
+                cell = (k, temperature)
                 text = f"{100 * new[cell]:.1f}"
                 if cell in old:
                     text = f"{100 * old[cell]:.1f} -> {text}"
@@ -79,6 +78,11 @@ def knn_tables(report: Mapping[str, Any]) -> str:
         title = f"{place[0].upper()}{place[1:]}, accuracy in %:"
         parts.append(f"{title}\n\n{markdown_table(rows)}")
     return "\n\n".join(parts)
+
+
+def _by_setting(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], float]:
+    """The accuracies of a grid by k and temperature."""
+    return {(entry["k"], entry["temperature"]): entry["accuracy"] for entry in entries}
 
 
 def block_table(report: Mapping[str, Any]) -> str:
@@ -191,7 +195,7 @@ def draw_pictures(folder: Path, data: Data, sides: Sequence[Side], found: Evalua
 
 
 def write_report(
-    output_dir: Path, report: dict[str, Any], sides: Sequence[Side], data: Data
+    output_dir: Path, report: Mapping[str, Any], sides: Sequence[Side], data: Data
 ) -> None:
     """Write the folder: numbers, words and pictures, in place of an earlier evaluation."""
     found = sides[-1].evaluation

@@ -32,6 +32,7 @@ from ..data.stream import ImageStream
 from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..publishing.run_file import Metrics, RunRecord
 from ..refinement.auto import Choice
 from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
@@ -73,7 +74,7 @@ class RunResult:
     refined: MimRefinerModel = field(repr=False)
     verdict: Verdict
     processor: Any = field(repr=False)
-    metrics: dict[str, Any] = field(repr=False)
+    metrics: RunRecord = field(repr=False)
     output_dir: Path
 
 
@@ -136,13 +137,15 @@ def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accele
 def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
     device = accelerator.device.type
     evaluation = prepared.images.evaluation
+    num_eval = 0 if evaluation is None else len(evaluation)
     text = plan_text(
         prepared.recipe,
         prepared.start.config,
-        num_eval=0 if evaluation is None else len(evaluation),
+        num_eval=num_eval,
         device=device,
         available=available_memory(device, accelerator.num_processes),
     )
+
     if prepared.start.encoder is not None:
         text += f"\n  weights {prepared.start.encoder.load_report}"
     if prepared.start.channels:
@@ -160,7 +163,7 @@ class _Trained:
     """What the training leaves; its optimiser, heads and queue are gone with the trainer."""
 
     refined: MimRefinerModel
-    before: dict[str, Any] | None
+    before: Metrics | None
     seconds: dict[str, float]
     broken: int
     choice: HeadChoice | None
@@ -242,7 +245,7 @@ def _train(
         ),
     }
 
-    def evaluate_average() -> dict[str, Any]:
+    def evaluate_average() -> Metrics:
         return _metrics(_evaluate(prepared, trainer.averaged(), per_block=False)) or {}
 
     warms_up_only = recipe.asked.stage == "warmup"
@@ -293,19 +296,18 @@ def _pixels(prepared: Prepared) -> dict[str, float] | None:
     None for a start that came from elsewhere, and without labels.
     """
     images = prepared.images
-    labelled = [
-        found
-        for found in (images.bank, images.evaluation)
-        if found is not None and fully_labelled(found)
-    ]
-    if prepared.recipe.asked.pretrain is None or len(labelled) < 2:
+    bank = images.bank
+    evaluation = images.evaluation
+    if prepared.recipe.asked.pretrain is None or bank is None or evaluation is None:
+        return None
+    if not fully_labelled(bank) or not fully_labelled(evaluation):
         return None
     loading = Loading(num_workers=prepared.recipe.num_workers)
     seed = prepared.recipe.seed
-    return evaluate_pixels(prepared.start.processor, *labelled, seed=seed, loading=loading)
+    return evaluate_pixels(prepared.start.processor, bank, evaluation, seed=seed, loading=loading)
 
 
-def _metrics(evaluation: Evaluation | None) -> dict[str, Any] | None:
+def _metrics(evaluation: Evaluation | None) -> Metrics | None:
     return None if evaluation is None else evaluation.metrics
 
 

@@ -18,7 +18,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +26,7 @@ from ..evaluation.pictures import draw_clusters, draw_curves
 from ..evaluation.plots import draw_groups_before_after, draw_neighbours_before_after
 from ..evaluation.report import Evaluation
 from ..evaluation.tables import comparison_table
+from ..publishing.run_file import RUN_FILE, Metrics, RunDataset, RunRecord
 from ..runtime.files import write_json
 from ..runtime.sharding import fsdp2_requested
 from .prepare import Prepared
@@ -67,8 +67,8 @@ class BeforeAfter:
     start that the run itself pre-trained stands what the pixels give without an encoder.
     """
 
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
+    before: Metrics | None
+    after: Metrics | None
     verdict: Verdict
     pixels: dict[str, float] | None = None
 
@@ -84,7 +84,7 @@ class BeforeAfter:
 
 def run_record(
     prepared: Prepared, accelerator: Accelerator, measured: BeforeAfter, seconds: dict[str, float]
-) -> dict[str, Any]:
+) -> RunRecord:
     """The contents of metrics.json, as JSON.
 
     Args:
@@ -96,6 +96,7 @@ def run_record(
     if pretraining is not None:
         method = "MAE" if pretraining.objective == "mae" else f"{pretraining.objective} encoder"
         begun = f"a {method} pre-trained in this run"
+
     words = shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {
         "before": measured.before,
@@ -139,11 +140,11 @@ def _hardware(accelerator: Accelerator) -> str:
     return f"{count} x {device}" if count > 1 else device
 
 
-def _dataset(prepared: Prepared) -> dict[str, Any]:
+def _dataset(prepared: Prepared) -> RunDataset:
     """What was trained and measured on."""
     asked = prepared.recipe.asked
     evaluated = prepared.images.evaluation
-    facts = {
+    facts: RunDataset = {
         "name": asked.dataset,
         "config": asked.dataset_config,
         "split": asked.split,
@@ -153,6 +154,7 @@ def _dataset(prepared: Prepared) -> dict[str, Any]:
         "eval_images": None,
         "num_classes": 0,
     }
+
     if evaluated is not None:
         facts["eval_name"] = f"{evaluated.name} ({asked.eval_split or 'held out'})"
         facts["eval_images"] = len(evaluated)
@@ -162,14 +164,14 @@ def _dataset(prepared: Prepared) -> dict[str, Any]:
 
 def write_evidence(
     prepared: Prepared,
-    metrics: dict[str, Any],
+    metrics: RunRecord,
     measured: BeforeAfter,
     after: Evaluation | None,
     judged: Judged,
 ) -> None:
     """Write metrics.json and the pictures, and print the table."""
     output = Path(prepared.recipe.output_dir)
-    write_json(output / "metrics.json", metrics)
+    write_json(output / RUN_FILE, metrics)
     if after is not None and prepared.images.evaluation is not None:
         draw_clusters(prepared.images.evaluation, after, output / "clusters.png")
     draw_curves(output / "log.jsonl", measured.before, measured.after, output / "curves.png")

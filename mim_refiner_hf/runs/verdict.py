@@ -20,7 +20,7 @@ folder keeps: a run that was interrupted comes to the same verdict.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from accelerate import Accelerator
 
@@ -38,6 +38,7 @@ from ..evaluation.label_free import (
     two_views,
 )
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..publishing.run_file import Judgement
 from ..runtime.distributed import gather_objects
 from ..runtime.wording import setting
 from .prepare import Prepared, RunImages, start_folder
@@ -88,7 +89,7 @@ class Verdict:
         """Every change as metrics.json has it."""
         return {name: change.as_json() for name, change in self.changes.items()}
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Judgement:
         """As metrics.json has it under "judgement"."""
         return {
             "reason": self.reason,
