@@ -221,7 +221,7 @@ class Pretrainer:
         average_gradients(self.objective.parameters())
         self._check(losses, step)
         self._clip()
-        self.objective.step_optimizers(step)
+        self.objective.step_optimizers()
         return losses
 
     def _check(self, losses: Losses, step: int) -> None:
