@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
+from mim_refiner_hf import MimRefinerModel, RefineRecipe
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.refiner import Refiner
@@ -109,7 +109,8 @@ def test_products_are_counted_by_their_shapes() -> None:
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_useful_operations_are_those_that_are_counted(pooling: str) -> None:
-    config = MimRefinerConfig(**gpu.TINY, pooling=pooling)  # type: ignore[arg-type]
+    config = gpu.encoder_config("l16", tiny=True)
+    config.pooling = pooling
     fields = {**gpu.TINY_RECIPE, "queue_size": 4, "batch_size": 4, "topk": 1}
     recipe = resolve(RefineRecipe(model="a", **fields), config, 64)  # type: ignore[arg-type]
     heads = IdHeads(len(recipe.head_blocks), 48, 24, 32, 16)
