@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.views import Multicrop
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import rank, world_size
@@ -28,7 +27,7 @@ from .capi_masks import draw_masks, mask_counts
 from .capi_start import check_positions, prototypes_of, start_head, with_predictor
 from .capi_student import encode_visible, predicted_logits, start_weights
 from .clustering_layer import ClusteringLayer
-from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows, trained_groups
+from .objective import Losses, Masks, Objective, micro_batches, rows, trained_groups
 from .schedules import WarmupCosine
 from .stochastic_depth import kept_count, kept_images
 
@@ -101,10 +100,6 @@ class CapiObjective(Objective):
             for groups in (student, layer)
         ]
 
-    def crops(self) -> Multicrop:
-        """One view, without colour."""
-        return plain_crop(self.recipe)
-
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """ "visible" (b, V) and "predicted" (b, P) positions, and "kept" of stochastic depth."""
         seed = self.recipe.seed
@@ -166,10 +161,12 @@ class CapiObjective(Objective):
             warmup=self.steps.warmup,
             truncate=recipe.truncated_cosine,
         )
+
         peaks = (recipe.learning_rate, recipe.clustering_learning_rate)
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
             rate = cosine(base=peak, final=recipe.end_learning_rate)
             set_learning_rate(optimizer, rate(step))
+
         momentum = cosine(
             base=recipe.momentum_after_warmup,
             start=recipe.momentum_start,

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.views import MultiCrop
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.optimisation import freeze, set_learning_rate
 from ..runtime.seeding import random_generator
 from .data2vec2_student import ConvDecoder, averaged_targets, fresh_weights, recorded_outputs
 from .masks import inverse_blocks, warn_of_no_blocks
-from .objective import Losses, Masks, Objective, micro_batches, plain_crop, rows, trained_groups
+from .objective import Losses, Masks, Objective, micro_batches, rows, trained_groups
 from .student import embedded_patches, visible_input
 
 _BETAS = (0.9, 0.95)
@@ -55,10 +54,6 @@ class Data2vec2Objective(Objective):
         groups = trained_groups({"encoder": self.encoder, "decoder": self.decoder}, scale_and_decay)
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
         self.optimizers = [adamw]
-
-    def crops(self) -> MultiCrop:
-        """One random crop, flipped or not, for both networks."""
-        return plain_crop(self.recipe)
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """Visible patches (b, M, V), ascending, and the seed of each image's noise (b,)."""
@@ -99,7 +94,8 @@ class Data2vec2Objective(Objective):
     def targets(self, images: Tensor) -> Tensor:
         """The teacher's features of whole images (B, N, D), fp32."""
         layers = self.teacher.layers[-self.recipe.target_layers :]
-        with self.autocast(images), recorded_outputs([layer.mlp for layer in layers]) as outputs:
+        mlps = [layer.get_submodule("mlp") for layer in layers]
+        with self.autocast(images), recorded_outputs(mlps) as outputs:
             self.teacher(images)
         prefix = self.teacher.config.num_prefix_tokens
         return averaged_targets([output[:, prefix:] for output in outputs])

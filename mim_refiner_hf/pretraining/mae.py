@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.views import MultiCrop
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
 from .mae_decoder import MaeDecoder, decoder_groups, xavier_uniform
 from .masks import mae_noise
-from .objective import Losses, Masks, Objective, micro_batches, plain_crop
+from .objective import Losses, Masks, Objective, micro_batches
 from .student import embedded_patches, visible_input
 
 
@@ -96,10 +95,6 @@ class MaeObjective(Objective):
         groups = encoder_groups(self.encoder, 1.0, recipe.weight_decay)
         groups += decoder_groups(self.decoder, recipe.weight_decay)
         self.optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
-
-    def crops(self) -> MultiCrop:
-        """One random crop, flipped or not, or several."""
-        return plain_crop(self.recipe, self.recipe.crops_per_image)
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """The noise of all images (b, V * N), drawn at once for the whole batch."""

@@ -85,9 +85,9 @@ class Objective(nn.Module, ABC):
         self._copies.append((average, network))
         return average
 
-    @abstractmethod
     def crops(self) -> Multicrop:
         """What makes the views of an image: all V of them as "global_views" (V, C, S, S)."""
+        return plain_crop(self.recipe)
 
     @abstractmethod
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
@@ -139,10 +139,10 @@ class Objective(nn.Module, ABC):
         return torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def plain_crop(recipe: PretrainRecipe, count: int = 1) -> MultiCrop:
+def plain_crop(recipe: PretrainRecipe) -> MultiCrop:
     """Random crops of every image, flipped or not, their colours as they are."""
     specs = view_specs(
-        global_views=count,
+        global_views=recipe.crops_per_image,
         local_views=0,
         global_size=recipe.image_size,
         local_size=recipe.image_size,

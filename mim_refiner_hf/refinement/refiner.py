@@ -164,21 +164,25 @@ class Refiner(nn.Module):
         self.heads = heads
         self.queue = queue
         self.head_blocks = list(head_blocks)
+
         self.num_global = num_global
         self.num_views = num_views
         self.temperature = temperature
         self.head_temperature = head_temperature
         self.swap = swap
         self.norm_views = norm_views
+        self.register_buffer(
+            "weights", pair_weights(num_global, num_views, pairs), persistent=False
+        )
+
         self.target_momentum = target_momentum
         self.target_projector: nn.Module | None = None
         if target_momentum is not None:
             self.target_projector = copy.deepcopy(heads.projector).requires_grad_(False)
+
         self.bf16 = bf16
         if bf16:
             attend_in_fp32(encoder)
-        weights = pair_weights(num_global, num_views, pairs)
-        self.register_buffer("weights", weights, persistent=False)
 
     @property
     def head_names(self) -> list[str]:

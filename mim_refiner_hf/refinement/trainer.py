@@ -331,6 +331,7 @@ class Trainer:
             total = self.steps.refine
             warmup = recipe.warmups.refine
             base = recipe.learning_rate
+
         peak = base * recipe.batch_size / 256
         return learning_rate(step - first, warmup, total, peak, recipe.end_learning_rate)
 
