@@ -30,7 +30,7 @@ from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.runtime.optimisation import freeze
 
 from .__main__ import processor
@@ -87,9 +87,7 @@ def a_refiner(encoder: MimRefinerModel, heads: int, views: int) -> Refiner:
         list(range(blocks - heads, blocks)),
         IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
         NearestNeighbourQueue(heads, 4096, EMBEDDING),
-        num_global=GLOBAL,
-        num_views=views,
-        temperature=0.2,
+        NnaSettings(GLOBAL, views, temperature=0.2),
     )
     return refiner.train()
 

@@ -99,15 +99,17 @@ class PlainStep:
             with torch.autocast("cpu", torch.bfloat16, enabled=refiner.bf16):
                 projected = self.projectors[head](rows)
                 predicted = self.predictors[head](projected)
-            projected = projected.detach().unflatten(0, (refiner.num_views, -1))
-            predicted = predicted.unflatten(0, (refiner.num_views, -1))
+            projected = projected.detach().unflatten(0, (refiner.settings.num_views, -1))
+            predicted = predicted.unflatten(0, (refiner.settings.num_views, -1))
 
             queue = self.queues[head]
-            targets = projected[: refiner.num_global]
+            targets = projected[: refiner.settings.num_global]
             found = []
             for view, drawn in zip(targets, draw[head], strict=True):
                 found.append(queue.lookup(view, sample_index, topk, drawn))
-            losses.append(plain_loss(targets, torch.stack(found), predicted, refiner.temperature))
+            losses.append(
+                plain_loss(targets, torch.stack(found), predicted, refiner.settings.temperature)
+            )
             queue.enqueue(projected[0], sample_index)
         return torch.stack(losses).sum()
 

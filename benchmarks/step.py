@@ -19,7 +19,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.runtime.attention import fp32_on_cpu
 from mim_refiner_hf.runtime.device import emulates_bf16
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups, update_average
@@ -69,9 +69,7 @@ def make_refiner(bf16: bool = False) -> Refiner:
         list(range(6 - HEADS, 6)),
         heads,
         queue,
-        num_global=GLOBAL,
-        num_views=GLOBAL + LOCAL,
-        temperature=0.2,
+        NnaSettings(GLOBAL, GLOBAL + LOCAL, temperature=0.2),
         bf16=bf16,
     )
     return refiner.train()

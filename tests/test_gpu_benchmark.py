@@ -16,7 +16,7 @@ from benchmarks import gpu
 from mim_refiner_hf import MimRefinerModel, RefineRecipe
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 
 
@@ -123,9 +123,7 @@ def test_useful_operations_are_those_that_are_counted(pooling: str) -> None:
         recipe.head_blocks,
         heads,
         queue,
-        num_global=2,
-        num_views=4,
-        temperature=0.2,
+        NnaSettings(2, 4, temperature=0.2),
     )
     views = [torch.randn(4, 2, 3, size, size) for size in (recipe.global_size, recipe.local_size)]
     for stage, expected in gpu.useful_operations(config, recipe).items():
