@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,24 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     torch.set_flush_denormal(True)
+    if not asked.json:
+        print(aligned("row", ("target", "measured", "peer", "ratio", "wall", "floor")))
+
     found = []
     left_out = []
-
-    if not asked.json:
-        print(
-            f"{'row':<22} {'target':>8} {'measured':>10} {'peer':>10} {'ratio':>7} {'wall':>8}"
-            f" {'floor':>10}"
-        )
-
     for name in asked.rows or ROWS:
         try:
             row = ROWS[name]()
         except (ModuleNotFoundError, LeftOut) as error:
-            reason = (
-                f"{error.name} is not installed"
-                if isinstance(error, ModuleNotFoundError)
-                else str(error)
-            )
+            reason = str(error)
+            if isinstance(error, ModuleNotFoundError):
+                reason = f"{error.name} is not installed"
             print(f"{name}: left out, {reason}", file=sys.stderr)
             left_out.append(f"`{name}`: left out, {reason}")
             continue
@@ -107,20 +101,30 @@ def facts(row: Row) -> dict[str, object]:
 
 def cells(row: Row) -> list[str]:
     """Target, measured, peer, ratio, ratio by wall time, and floor in words."""
-    target = f"{'<=' if row.at_most else '>='} {row.target:.2f}x"
-    measured, peer, floor = (
-        f"{value:.4f}{row.unit}" if value is not None else "-"
-        for value in (row.measured, row.peer, row.floor)
-    )
-    wall = f"{row.wall_ratio:.2f}x" if row.wall_ratio is not None else "-"
-    return [target, measured, peer, f"{row.ratio:.2f}x", wall, floor]
+    sign = "<=" if row.at_most else ">="
+    floor = "-" if row.floor is None else f"{row.floor:.4f}{row.unit}"
+    wall = "-" if row.wall_ratio is None else f"{row.wall_ratio:.2f}x"
+    return [
+        f"{sign} {row.target:.2f}x",
+        f"{row.measured:.4f}{row.unit}",
+        f"{row.peer:.4f}{row.unit}",
+        f"{row.ratio:.2f}x",
+        wall,
+        floor,
+    ]
+
+
+def aligned(name: str, numbers: Sequence[str]) -> str:
+    """The cells of a line of the table on the terminal, each as wide as its column."""
+    widths = (8, 10, 10, 7, 8, 10)
+    padded = [number.rjust(width) for number, width in zip(numbers, widths, strict=True)]
+    return " ".join([f"{name:<22}", *padded])
 
 
 def line(row: Row) -> str:
     """A row of the table."""
-    widths = (8, 10, 10, 7, 8, 10)
-    numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells(row), widths, strict=True))
-    return f"{row.name:<22} {numbers}  {row.note}{'' if row.holds else '  MISSED'}"
+    missed = "" if row.holds else "  MISSED"
+    return f"{aligned(row.name, cells(row))}  {row.note}{missed}"
 
 
 def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
@@ -128,11 +132,10 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
     head = (
         "| row | target | measured | peer | ratio | wall, 2 threads | floor | met | sizes; peer |"
     )
-    table = [
-        f"| {row.name} | {' | '.join(cells(row))} | {'yes' if row.holds else '**no**'} |"
-        f" {row.note} |"
-        for row in found
-    ]
+    table = []
+    for row in found:
+        met = "yes" if row.holds else "**no**"
+        table.append(f"| {row.name} | {' | '.join(cells(row))} | {met} | {row.note} |")
 
     text = [
         "# Speed against named peers",
@@ -161,12 +164,11 @@ def markdown(found: list[Row], left_out: list[str], asked: list[str]) -> str:
 def processor() -> str:
     """The processor's name, as Linux gives it; elsewhere its kind."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0].partition(":")[2].strip() if names else platform.machine()
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for text in lines:
+        if text.startswith("model name"):
+            return text.partition(":")[2].strip()
+    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -204,8 +204,7 @@ def photos(data: str, shared: Path, work: Path) -> str:
 def bank_and_test(data: str, shared: Path, work: Path) -> tuple[ImageDataset, ImageDataset]:
     """The k-NN bank, of the images that are refined on, and test images."""
     if data == "digits":
-        bank, test = (open_images("digits", split=part) for part in ("train", "test"))
-        return bank, test
+        return open_images("digits", split="train"), open_images("digits", split="test")
     test = open_images(str(shared / f"data/{data}/test.parquet"))
     places = [place * len(test) // TEST for place in range(min(TEST, len(test)))]
     return open_images(photos(data, shared, work)), test.subset(places)
@@ -217,9 +216,11 @@ def run_cell(data: str, name: str, seed: int, shared: Path, work: Path) -> dict[
     origin = name.removeprefix("from-") if name.startswith("from-") else "mae"
     encoder: Any
     if data == "digits":
-        model, dataset = digits_start(origin, seed, work), "digits"
+        model = digits_start(origin, seed, work)
+        dataset = "digits"
     else:
-        model, dataset = photos_start(origin, seed, shared, work), photos(data, shared, work)
+        model = photos_start(origin, seed, shared, work)
+        dataset = photos(data, shared, work)
 
     if name == "start":
         encoder = load_encoder(model)
@@ -230,7 +231,8 @@ def run_cell(data: str, name: str, seed: int, shared: Path, work: Path) -> dict[
         named = {"model": model, "dataset": dataset, "output_dir": output, "seed": seed}
         result = run(read_recipe(RECIPES[data], **settings, **named))
         assert result is not None
-        encoder, processor = result.refined, result.processor
+        encoder = result.refined
+        processor = result.processor
 
     bank, test = bank_and_test(data, shared, work)
     metrics = evaluate_encoder(encoder, processor, bank, test, seed=seed, per_block=False).metrics
@@ -266,7 +268,8 @@ def keep(data: str, name: str, seed: int, scores: dict[str, float]) -> None:
 
 def differences(found: Found, data: str, claim: Claim, score: str) -> list[float]:
     """`more` minus `less` in points, for every seed that both have."""
-    more, less = (found.get((data, name), {}) for name in (claim.more, claim.less))
+    more = found.get((data, claim.more), {})
+    less = found.get((data, claim.less), {})
     return [100 * (more[seed][score] - less[seed][score]) for seed in sorted(more.keys() & less)]
 
 
@@ -279,13 +282,15 @@ class Noise(NamedTuple):
 
 def noise_of(found: Found, data: str, score: str) -> Noise:
     """Pooled over the claims of a set: three seeds alone tell no deviation."""
-    squares, freedom = 0.0, 0
+    squares = 0.0
+    freedom = 0
     for claim in claims_of(data):
         apart = differences(found, data, claim, score)
         if len(apart) > 1:
             squares += statistics.variance(apart) * (len(apart) - 1)
             freedom += len(apart) - 1
-    return Noise(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+    deviation = math.sqrt(squares / freedom) if freedom else math.nan
+    return Noise(deviation, freedom)
 
 
 def verdict(apart: list[float], noise: Noise) -> str:
@@ -395,7 +400,8 @@ def main(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    for data in () if options.table else options.sets:
+    sets = () if options.table else options.sets
+    for data in sets:
         for name in options.cells or ("start", *variants(data)):
             for seed in options.seeds:
                 if seed in finished().get((data, name), {}):

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +56,8 @@ def directions(rng: np.random.Generator, count: int, width: int) -> Array:
 def members(rng: np.random.Generator, groups: int, unequal: bool) -> NDArray[np.int64]:
     """Group of every row; `unequal`: the largest group has eight times the rows of the smallest."""
     sizes = np.geomspace(8, 1, groups) if unequal else np.ones(groups)
-    return np.repeat(
-        np.arange(groups),
-        np.maximum(15, np.round(sizes / sizes.sum() * max(1500, 40 * groups))).astype(int),
-    )
+    rows = np.round(sizes / sizes.sum() * max(1500, 40 * groups))
+    return np.repeat(np.arange(groups), np.maximum(15, rows).astype(int))
 
 
 def normal_groups(
@@ -106,9 +103,9 @@ def round_groups(
 
 def with_noise(rng: np.random.Generator, rows: Array) -> Array:
     """A tenth of the rows replaced by draws from one normal cloud around all of them."""
-    rows[rng.choice(len(rows), len(rows) // 10, replace=False)] = rows.mean(0) + rows.std(
-        0
-    ) * rng.standard_normal((len(rows) // 10, rows.shape[1]))
+    count = len(rows) // 10
+    noise = rows.mean(0) + rows.std(0) * rng.standard_normal((count, rows.shape[1]))
+    rows[rng.choice(len(rows), count, replace=False)] = noise
     return rows
 
 
@@ -116,61 +113,36 @@ def planted(rng: np.random.Generator) -> Iterator[Case]:
     """Groups that can be told apart."""
     widths = itertools.cycle(WIDTHS)
     apart = itertools.cycle((10.0, 8.0, 7.0))
-
     for groups in (2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 50):
         width = next(widths)
         gap = next(apart)
-        yield Case(
-            "normal",
-            f"{groups} in {width}-d, {gap:g} apart",
-            groups,
-            normal_groups(rng, groups, width, gap),
-        )
+        rows = normal_groups(rng, groups, width, gap)
+        yield Case("normal", f"{groups} in {width}-d, {gap:g} apart", groups, rows)
 
     for groups in (2, 3, 5, 8, 12, 20, 30, 40):
         width = next(widths)
-        yield Case(
-            "normal, sizes 8:1",
-            f"{groups} in {width}-d",
-            groups,
-            normal_groups(rng, groups, width, 8, unequal=True),
-        )
+        rows = normal_groups(rng, groups, width, 8, unequal=True)
+        yield Case("normal, sizes 8:1", f"{groups} in {width}-d", groups, rows)
 
     for groups in (3, 5, 10, 20, 30, 50):
         width = next(widths)
-        yield Case(
-            "normal, 10 % noise",
-            f"{groups} in {width}-d",
-            groups,
-            with_noise(rng, normal_groups(rng, groups, width, 9)),
-        )
+        rows = with_noise(rng, normal_groups(rng, groups, width, 9))
+        yield Case("normal, 10 % noise", f"{groups} in {width}-d", groups, rows)
 
     for groups in (2, 4, 7, 14, 24, 36):
         width = next(widths)
-        yield Case(
-            "normal, stretched",
-            f"{groups} in {width}-d",
-            groups,
-            normal_groups(rng, groups, width, 9, stretched=True),
-        )
+        rows = normal_groups(rng, groups, width, 9, stretched=True)
+        yield Case("normal, stretched", f"{groups} in {width}-d", groups, rows)
 
     for groups in (2, 3, 5, 7, 10, 16, 20, 30, 40, 50):
         width = next(widths)
-        yield Case(
-            "von Mises-Fisher",
-            f"{groups} in {width}-d",
-            groups,
-            round_groups(rng, groups, width, 1.0),
-        )
+        rows = round_groups(rng, groups, width, 1.0)
+        yield Case("von Mises-Fisher", f"{groups} in {width}-d", groups, rows)
 
     for groups in (4, 6, 9, 22):
         width = next(widths)
-        yield Case(
-            "von Mises-Fisher, sizes 8:1",
-            f"{groups} in {width}-d",
-            groups,
-            round_groups(rng, groups, width, 1.0, unequal=True),
-        )
+        rows = round_groups(rng, groups, width, 1.0, unequal=True)
+        yield Case("von Mises-Fisher, sizes 8:1", f"{groups} in {width}-d", groups, rows)
 
 
 def uncountable(rng: np.random.Generator) -> Iterator[Case]:
@@ -178,14 +150,12 @@ def uncountable(rng: np.random.Generator) -> Iterator[Case]:
     for width in (16, 64, 256):
         ball = directions(rng, 1500, width) * rng.random((1500, 1)) ** (1 / width)
         yield Case("no groups", f"uniform ball, {width}-d", None, ball)
-        yield Case(
-            "no groups", f"normal cloud, {width}-d", None, rng.standard_normal((1500, width))
-        )
+        cloud = rng.standard_normal((1500, width))
+        yield Case("no groups", f"normal cloud, {width}-d", None, cloud)
         stretched = rng.standard_normal((1500, width)) / np.arange(1, width + 1) ** 0.5
         yield Case("no groups", f"stretched cloud, {width}-d", None, stretched)
-        shifted = rng.standard_normal((1500, width)) / np.arange(1, width + 1) + 3 * directions(
-            rng, 1, width
-        )
+        very = rng.standard_normal((1500, width)) / np.arange(1, width + 1)
+        shifted = very + 3 * directions(rng, 1, width)
         yield Case("no groups", f"very stretched cloud off the origin, {width}-d", None, shifted)
         yield Case("no groups", f"heavy tails, {width}-d", None, rng.standard_t(3, (1500, width)))
         turns = rng.random((1500, 1)) * np.linspace(1, 3, width // 2)
@@ -193,18 +163,10 @@ def uncountable(rng: np.random.Generator) -> Iterator[Case]:
         yield Case("no groups", f"a curve, {width}-d", None, curve)
 
     for groups, width in zip((3, 6, 12, 25, 40), itertools.cycle(WIDTHS), strict=False):
-        yield Case(
-            "too close",
-            f"{groups} normal in {width}-d, 1.5 apart",
-            None,
-            normal_groups(rng, groups, width, 1.5),
-        )
-        yield Case(
-            "too close",
-            f"{groups} von Mises-Fisher in {width}-d",
-            None,
-            round_groups(rng, groups, width, 0.03),
-        )
+        rows = normal_groups(rng, groups, width, 1.5)
+        yield Case("too close", f"{groups} normal in {width}-d, 1.5 apart", None, rows)
+        rows = round_groups(rng, groups, width, 0.03)
+        yield Case("too close", f"{groups} von Mises-Fisher in {width}-d", None, rows)
 
 
 def digits(rng: np.random.Generator) -> Iterator[Case]:
@@ -217,28 +179,26 @@ def digits(rng: np.random.Generator) -> Iterator[Case]:
 
 def cifar10(rng: np.random.Generator, shared: Path) -> Iterator[Case]:
     """Classes of CIFAR-10, which a good encoder may or may not turn into groups."""
-    from mim_refiner_hf import load_encoder  # here: the other cases do without transformers
+    # here: the other cases do without transformers
+    from mim_refiner_hf import load_encoder
     from mim_refiner_hf.data.images import open_images
     from mim_refiner_hf.evaluation import extract_features
 
     encoder = load_encoder(shared / "models" / "mae-tiny-cifar10")
-    images = open_images(str(shared / "data" / "cifar10" / "test.parquet")).subset(
-        np.arange(0, 4000, 2)
-    )
-    spaces: dict[str, Any] = {
-        "MAE features": (
-            extract_features(encoder, images, encoder.image_processor).features.double().numpy()
-        ),
-        "pixels": np.stack(
-            [
-                np.asarray(images[i].image, dtype=np.float64).reshape(-1) / 255
-                for i in range(len(images))
-            ]
-        ),
+    test = open_images(str(shared / "data" / "cifar10" / "test.parquet"))
+    images = test.subset(np.arange(0, 4000, 2))
+    samples = [images[place] for place in range(len(images))]
+    labels = np.array([sample.label for sample in samples])
+
+    features = extract_features(encoder, images, encoder.image_processor).features
+    pixels = np.stack([np.asarray(sample.image, dtype=np.float64).ravel() for sample in samples])
+    pixels /= 255
+    centred = pixels - pixels.mean(0)
+    spaces = {
+        "MAE features": features.double().numpy(),
+        "pixels": pixels,
+        "50 principal components": centred @ np.linalg.eigh(centred.T @ centred)[1][:, -50:],
     }
-    centred = spaces["pixels"] - spaces["pixels"].mean(0)
-    spaces["50 principal components"] = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -50:]
-    labels = np.array([images[i].label for i in range(len(images))])
     for name, rows in spaces.items():
         for count in (10, 2, 3, 5):
             chosen = np.isin(labels, rng.choice(10, count, replace=False))
@@ -273,34 +233,28 @@ class Tally:
         """
         guess = proposal.num_clusters
         interval = proposal.interval
-        close = truth is not None and guess is not None and abs(guess - truth) <= 0.1 * truth
+        close = False
         self.cases += 1
-        self.exact += guess is not None and guess == truth
+        if truth is not None and guess is not None:
+            close = abs(guess - truth) <= 0.1 * truth
+            self.exact += guess == truth
+        if truth is not None and interval is not None:
+            self.covered += interval[0] <= truth <= interval[1]
         self.close += close
-        self.covered += (
-            truth is not None and interval is not None and interval[0] <= truth <= interval[1]
-        )
         self.unclear += not proposal.clear
         self.wrong += proposal.clear and not close
 
     def row(self, kind: str, countable: bool) -> str:
         """A line of the table."""
-        found = [
-            f"{value}" if countable else "-" for value in (self.exact, self.close, self.covered)
-        ]
-        return (
-            f"| {kind} |"
-            f" {' | '.join([str(self.cases), *found, str(self.unclear), str(self.wrong)])} |"
-        )
+        right = f"{self.exact} | {self.close} | {self.covered}" if countable else "- | - | -"
+        return f"| {kind} | {self.cases} | {right} | {self.unclear} | {self.wrong} |"
 
 
 def table(tallies: dict[str, Tally], countable: set[str]) -> list[str]:
     """The table of one half of the cases."""
     lines = [
-        (
-            "| kind | cases | best guess exact | within 10 % | in interval | no clear answer |"
-            " clear but wrong |"
-        ),
+        "| kind | cases | best guess exact | within 10 % | in interval | no clear answer |"
+        " clear but wrong |",
         "|---|---|---|---|---|---|---|",
     ]
     return lines + [tally.row(kind, kind in countable) for kind, tally in tallies.items()]
@@ -312,27 +266,23 @@ def main(shared: Path | None) -> None:
     halves: tuple[dict[str, Tally], dict[str, Tally]] = ({}, {})
     countable = set[str]()
     seconds = list[float]()
-
     for number, case in enumerate(cases(shared)):
         began = time.process_time()
-        proposal = propose_num_clusters(
-            torch.tensor(case.features, dtype=torch.float32), max_samples=SAMPLES
-        )
+        rows = torch.tensor(case.features, dtype=torch.float32)
+        proposal = propose_num_clusters(rows, max_samples=SAMPLES)
         seconds.append(time.process_time() - began)
         halves[number % 2].setdefault(case.kind, Tally()).add(case.truth, proposal)
-        countable |= {case.kind} if case.truth is not None else set()
+        if case.truth is not None:
+            countable.add(case.kind)
+
         verdict = "clear" if proposal.clear else "unclear"
-        print(
-            number,
-            case.kind,
-            case.name,
-            case.truth,
-            proposal.num_clusters,
-            proposal.interval,
-            verdict,
-            proposal.reason,
-            flush=True,
-        )
+        about = (number, case.kind, case.name, case.truth)
+        answer = (proposal.num_clusters, proposal.interval, verdict, proposal.reason)
+        print(*about, *answer, flush=True)
+
+    umap = "installed" if importlib.util.find_spec("umap") else "not installed"
+    page = Path(__file__).parent / "results" / "cluster-count.md"
+    shown = " ../shared" if shared else ""
 
     text = [
         "# Is the proposed number of groups right?",
@@ -343,10 +293,10 @@ def main(shared: Path | None) -> None:
         "on the sphere) have no right number: there `no clear answer` is right. The true number",
         "of real images is that of their classes, which these features need not separate: an",
         "honest answer is often an unclear one. umap-learn decides nothing and was",
-        f"{'' if importlib.util.find_spec('umap') else 'not '}installed.",
+        f"{umap}.",
         "",
         "```bash",
-        f"python -m benchmarks.cluster_count_study{' ../shared' if shared else ''}",
+        f"python -m benchmarks.cluster_count_study{shown}",
         "```",
         "",
         "## Odd-numbered cases",
@@ -363,9 +313,7 @@ def main(shared: Path | None) -> None:
         f"{datetime.date.today()}, 1 of {os.cpu_count()} CPU cores ({platform.machine()}), torch",
         f"{version('torch')}",
     ]
-    (Path(__file__).parent / "results" / "cluster-count.md").write_text(
-        "\n".join(text) + "\n", encoding="utf-8"
-    )
+    page.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

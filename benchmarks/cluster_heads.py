@@ -62,15 +62,13 @@ def features(
     """Features (N, D) as the pipeline clusters them, and classes (N,), of all splits together."""
     stores = []
     encoder = None
-
     for split in splits:
         if not (folder / split / "broken.json").is_file():
             encoder = encoder or load_encoder(str(model))
             images = open_images(dataset, split=split, num_channels=encoder.config.num_channels)
             if len(images) > MOST:
-                images = images.subset(
-                    np.sort(np.random.default_rng(0).choice(len(images), MOST, replace=False))
-                )
+                chosen = np.random.default_rng(0).choice(len(images), MOST, replace=False)
+                images = images.subset(np.sort(chosen))
             embed_images(encoder, images, encoder.image_processor, folder / split)
         stores.append(FeatureStore(folder / split))
 
@@ -94,22 +92,18 @@ def measure(rows: Tensor, classes: Tensor, seed: int) -> dict[str, Scores]:
     heads, seconds = timed(lambda: train_heads(rows, number, seed=seed, refits=0, self_training=0))
     best = heads.heads.only(int(heads.heads.losses.argmin())).assign(unit, TEMPERATURE)[0]
     last, last_seconds = timed(lambda: train_heads(rows, number, seed=seed, refits=0))
-    found = (
-        plain.assignments,
-        control.assignments,
-        best,
-        heads.assignments,
-        last.assignments,
-    )
-    clocks = (plain_seconds, control_seconds, seconds, seconds, last_seconds)
-    return {
-        method: {
-            **cluster_scores(classes, labels),
-            "seconds": clock,
-            "groups": len(labels.unique()),
-        }
-        for method, labels, clock in zip(METHODS, found, clocks, strict=True)
-    }
+
+    scores = {}
+    for method, labels, taken in (
+        (METHODS[0], plain.assignments, plain_seconds),
+        (METHODS[1], control.assignments, control_seconds),
+        (METHODS[2], best, seconds),
+        (METHODS[3], heads.assignments, seconds),
+        (METHODS[4], last.assignments, last_seconds),
+    ):
+        counts = {"seconds": taken, "groups": len(labels.unique())}
+        scores[method] = {**cluster_scores(classes, labels), **counts}
+    return scores
 
 
 def line(
@@ -117,12 +111,10 @@ def line(
 ) -> list[str]:
     """The table's lines for one cell."""
     gain = [run[METHODS[-1]]["accuracy"] - run[METHODS[0]]["accuracy"] for run in runs]
-    low, high = (
-        statistics.mean(gain) + sign * T95 * statistics.stdev(gain) / len(gain) ** 0.5
-        for sign in (-1, 1)
-    )
+    within = T95 * statistics.stdev(gain) / len(gain) ** 0.5
+    low = statistics.mean(gain) - within
+    high = statistics.mean(gain) + within
     verdict = "neither"
-
     if low > 0:
         verdict = "heads"
     elif high < 0:
@@ -130,8 +122,13 @@ def line(
 
     rows, width, classes = shape
     star = " *" if (dataset, encoder) in TUNED else ""
-    lines = []
+    # what the cell is stands in its first line, the verdict in its last
+    about = dict.fromkeys(METHODS, " | ")
+    about[METHODS[0]] = f"{dataset}, {encoder}{star} | {rows} x {width}, {classes}"
+    judged = dict.fromkeys(METHODS, "")
+    judged[METHODS[-1]] = f"{verdict} ({100 * low:+.1f} to {100 * high:+.1f})"
 
+    lines = []
     for method in METHODS:
         cells = []
         for name in ("accuracy", "nmi", "ari"):
@@ -139,17 +136,8 @@ def line(
             cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
         seconds = statistics.mean(run[method]["seconds"] for run in runs)
         least = min(int(run[method]["groups"]) for run in runs)
-        about = (
-            f"{dataset}, {encoder}{star} | {rows} x {width}, {classes}"
-            if method == METHODS[0]
-            else " | "
-        )
-        judged = (
-            f"{verdict} ({100 * low:+.1f} to {100 * high:+.1f})" if method == METHODS[-1] else ""
-        )
-        lines.append(
-            f"| {about} | {method} | {' | '.join(cells)} | {least} | {seconds:.1f} | {judged} |"
-        )
+        cells += [str(least), f"{seconds:.1f}", judged[method]]
+        lines.append(f"| {about[method]} | {method} | {' | '.join(cells)} |")
     return lines
 
 
@@ -159,15 +147,11 @@ def write(table: list[str]) -> None:
         "| features | rows x width, classes | method | accuracy | NMI | ARI | groups | seconds |"
         " better |"
     )
-    head = (
-        RESULTS.read_text(encoding="utf-8").partition(MARK)[0]
-        if RESULTS.is_file()
-        else "# Cluster heads against k-means\n\n"
-    )
-    versions = (
-        f"torch {version('torch')}, {torch.get_num_threads()} thread on 1 of {os.cpu_count()} CPU"
-        " cores"
-    )
+    head = "# Cluster heads against k-means\n\n"
+    if RESULTS.is_file():
+        head = RESULTS.read_text(encoding="utf-8").partition(MARK)[0]
+    cores = f"{torch.get_num_threads()} thread on 1 of {os.cpu_count()} CPU cores"
+    versions = f"torch {version('torch')}, {cores}"
     text = [MARK, "", header, "|---|---|---|---:|---:|---:|---:|---:|---|", *table, "", versions]
     RESULTS.write_text(head + "\n".join(text) + "\n", encoding="utf-8")
 
@@ -175,23 +159,18 @@ def write(table: list[str]) -> None:
 def time_many(rows: int = 100_000, width: int = 384, classes: int = 100) -> None:
     """Print the seconds that a large set takes: random rows, since only their number matters."""
     generator = torch.Generator().manual_seed(0)
-    points = torch.randn(classes, width, generator=generator)[
-        torch.randint(classes, (rows,), generator=generator)
-    ]
+    centres = torch.randn(classes, width, generator=generator)
+    points = centres[torch.randint(classes, (rows,), generator=generator)]
     points += 2 * torch.randn(rows, width, generator=generator)
-    begin = time.perf_counter()
-    _, search = timed(lambda: nearest_neighbours(F.normalize(points, dim=1), 50))
-    print(
-        f"neighbours alone: {search:.0f} s of processor time, {time.perf_counter() - begin:.0f} s"
-        " of wall time",
-        flush=True,
-    )
-    begin = time.perf_counter()
-    _, total = timed(lambda: train_heads(points, classes, refits=0))
-    print(
-        f"everything: {total:.0f} s of processor time, {time.perf_counter() - begin:.0f} s of wall"
-        " time"
-    )
+    ways: dict[str, Callable[[], Any]] = {
+        "neighbours alone": lambda: nearest_neighbours(F.normalize(points, dim=1), 50),
+        "everything": lambda: train_heads(points, classes, refits=0),
+    }
+    for name, way in ways.items():
+        begin = time.perf_counter()
+        _, seconds = timed(way)
+        wall = time.perf_counter() - begin
+        print(f"{name}: {seconds:.0f} s of processor time, {wall:.0f} s of wall time", flush=True)
 
 
 def encoder_of(dataset: str, encoder: str, options: argparse.Namespace) -> Path:
@@ -215,33 +194,30 @@ def main(options: argparse.Namespace) -> None:
     """Measure the chosen cells, and write the table of all that are finished."""
     torch.set_num_threads(1)
     disable_progress_bar()
-    cells = [
-        ("digits", "refined"),
-        *((name, encoder) for name in SETS for encoder in ("refined", "start")),
-    ]
-    table = []
+    cells = [("digits", "refined")]
+    for name in SETS:
+        cells += [(name, "refined"), (name, "start")]
 
+    table = []
     for dataset, encoder in cells:
         file = options.work / f"{encoder}-{dataset}.json"
-        if not file.is_file() and (not options.parts or f"{encoder}-{dataset}" in options.parts):
-            splits = ("train",) if dataset == "digits" else ("train", "test")
-            source = dataset if dataset == "digits" else str(options.data / dataset)
-            model = encoder_of(dataset, encoder, options)
+        is_asked = not options.parts or f"{encoder}-{dataset}" in options.parts
+        if not file.is_file() and is_asked:
+            source = str(options.data / dataset)
+            splits: tuple[str, ...] = ("train", "test")
+            if dataset == "digits":
+                source = dataset
+                splits = ("train",)
             folder = options.work / "features" / encoder / dataset
+            model = encoder_of(dataset, encoder, options)
             rows, classes = features(model, source, splits, folder)
             runs = [measure(rows, classes, seed) for seed in SEEDS]
-            file.write_text(
-                json.dumps({"shape": [*rows.shape, len(classes.unique())], "runs": runs})
-            )
-            print(
-                *line(dataset, encoder, runs, (*rows.shape, len(classes.unique()))),
-                sep="\n",
-                flush=True,
-            )
+            shape = (*rows.shape, len(classes.unique()))
+            file.write_text(json.dumps({"shape": shape, "runs": runs}))
+            print(*line(dataset, encoder, runs, shape), sep="\n", flush=True)
         if file.is_file():
-            found = json.loads(file.read_text())
-            table += line(dataset, encoder, found["runs"], tuple(found["shape"]))
-
+            kept = json.loads(file.read_text())
+            table += line(dataset, encoder, kept["runs"], tuple(kept["shape"]))
     write(table)
 
 

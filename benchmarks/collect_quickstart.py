@@ -22,9 +22,9 @@ def main(folders: list[str]) -> None:
     lines.append(f"| raw pixels | {' | '.join(pixels)} | |")
 
     for run in runs:
-        cells = [
-            f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}" for key in METRICS
-        ]
+        cells = []
+        for key in METRICS:
+            cells.append(f"{100 * run['before'][key]:.1f} -> {100 * run['after'][key]:.1f}")
         lines.append(f"| {run['seed']} | {' | '.join(cells)} | {run['seconds']:.0f} |")
 
     gains = []

@@ -178,8 +178,8 @@ def main(options: argparse.Namespace) -> None:
         rows, altered, classes = features(model, options.data / name, options.work / name)
         proposal = propose_num_clusters(rows).num_clusters
         numbers = sorted({classes, 20} | ({proposal} if proposal else set()))
-        wanted = [("kmeans", number) for number in numbers] + [("heads", classes)]
-        for method, number in wanted:
+        cells = [("kmeans", number) for number in numbers] + [("heads", classes)]
+        for method, number in cells:
             file = options.work / f"{name}-{method}-{number}.txt"
             if not file.is_file():
                 file.write_text(cell(name, method, rows, altered, number), encoding="utf-8")

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SHAPES = {  # width, blocks, heads, patch (METHOD: shapes)
+# width, blocks, heads, patch (METHOD: shapes)
+SHAPES = {
     "L/16": (1024, 24, 16, 16),
     "2B/14": (2560, 24, 32, 14),
 }
@@ -38,29 +39,28 @@ def mae_weights(width: int, depth: int, patch: int) -> dict[str, Tensor]:
         return noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
 
     tokens = (224 // patch) ** 2 + 1
-    weights = {"cls_token": random(1, 1, width), "pos_embed": random(1, tokens, width)}
-    weights |= {
+    weights = {
+        "cls_token": random(1, 1, width),
+        "pos_embed": random(1, tokens, width),
         "patch_embed.proj.weight": random(width, 3, patch, patch),
         "patch_embed.proj.bias": random(width),
+        "norm.weight": 1 + random(width),
+        "norm.bias": random(width),
+    }
+    linear = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (4 * width, width),
+        "mlp.fc2": (width, 4 * width),
     }
     for block in range(depth):
-        linear = {
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            "mlp.fc1": (4 * width, width),
-            "mlp.fc2": (width, 4 * width),
-        }
         for name, shape in linear.items():
-            weights |= {
-                f"blocks.{block}.{name}.weight": random(*shape),
-                f"blocks.{block}.{name}.bias": random(shape[0]),
-            }
+            weights[f"blocks.{block}.{name}.weight"] = random(*shape)
+            weights[f"blocks.{block}.{name}.bias"] = random(shape[0])
         for name in ("norm1", "norm2"):
-            weights |= {
-                f"blocks.{block}.{name}.weight": 1 + random(width),
-                f"blocks.{block}.{name}.bias": random(width),
-            }
-    return weights | {"norm.weight": 1 + random(width), "norm.bias": random(width)}
+            weights[f"blocks.{block}.{name}.weight"] = 1 + random(width)
+            weights[f"blocks.{block}.{name}.bias"] = random(width)
+    return weights
 
 
 def status(pid: int) -> dict[str, float]:
@@ -70,9 +70,11 @@ def status(pid: int) -> dict[str, float]:
     except OSError:
         return {}
     fields = dict(line.split(":", 1) for line in lines)
-    return {
-        name: int(fields[name].split()[0]) / 1e6 for name in ("VmHWM", "RssAnon") if name in fields
-    }
+    found = {}
+    for name in ("VmHWM", "RssAnon"):
+        if name in fields:
+            found[name] = int(fields[name].split()[0]) / 1e6
+    return found
 
 
 def measure(name: str, scratch: Path) -> tuple[str, ...]:
@@ -96,7 +98,8 @@ def measure(name: str, scratch: Path) -> tuple[str, ...]:
     peaks = {"VmHWM": 0.0, "RssAnon": 0.0}
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while process.poll() is None:
-        peaks = {key: max(value, status(process.pid).get(key, 0.0)) for key, value in peaks.items()}
+        for key, value in status(process.pid).items():
+            peaks[key] = max(peaks[key], value)
         time.sleep(0.05)
     seconds = time.perf_counter() - began
     assert process.returncode == 0, (
@@ -122,27 +125,29 @@ def main() -> None:
     parser.add_argument("scratch", type=Path, help="folder for the weights, removed again")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
+
     options.scratch.mkdir(parents=True, exist_ok=True)
     rows = [measure(name, options.scratch) for name in options.shapes]
-    head = (
-        "shape",
-        "weights, GB",
-        "seconds",
-        "own memory, GB",
-        "per weights",
-        "with mapped file, GB",
-    )
-    table = "\n".join(
-        " | ".join(("", *row, "")).strip() for row in (head, ("---:",) * len(head), *rows)
-    )
-    machine = (
-        f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__},"
-        f" {datetime.date.today()}"
-    )
-    text = (
-        "# Conversion: time and memory\n\n```bash\npython -m benchmarks.conversion"
-        " /tmp/scratch\n```\n\n`mim-refiner convert` of random fp32 weights in MAE's layout; start"
-        f" of Python, hashing, writing and reading back included.\n\n{machine}\n\n{table}\n"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    text = "\n".join(
+        [
+            "# Conversion: time and memory",
+            "",
+            "```bash",
+            "python -m benchmarks.conversion /tmp/scratch",
+            "```",
+            "",
+            "`mim-refiner convert` of random fp32 weights in MAE's layout; start of Python, "
+            "hashing, writing and reading back included.",
+            "",
+            f"{machine}, {datetime.date.today()}",
+            "",
+            "| shape | weights, GB | seconds | own memory, GB | per weights "
+            "| with mapped file, GB |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+        ]
     )
     (Path(__file__).parent / "results" / "conversion.md").write_text(text)
     print(text)

@@ -50,27 +50,25 @@ def knn_ways(queries: int) -> list[Callable[[], Tensor]]:
     centres = torch.randn(CLASSES, WIDTH)
     classes = torch.randint(CLASSES, (BANK,))
     truth = torch.randint(CLASSES, (queries,))
-    bank, rows = (centres[own] + 6 * torch.randn(len(own), WIDTH) for own in (classes, truth))
+    bank = centres[classes] + 6 * torch.randn(BANK, WIDTH)
+    rows = centres[truth] + 6 * torch.randn(queries, WIDTH)
     unit_bank = F.normalize(bank, dim=1)
     unit_rows = F.normalize(rows, dim=1)
     product = torch.empty(QUERIES, BANK)
-    peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute").fit(
-        unit_bank.numpy(), classes.numpy()
-    )
+    peer = KNeighborsClassifier(NEIGHBOURS, algorithm="brute")
+    peer.fit(unit_bank.numpy(), classes.numpy())
 
     def ours(temperature: float = 0.07) -> Tensor:
-        (predicted,) = knn_predict(
-            bank, classes, rows, k=(NEIGHBOURS,), temperature=(temperature,)
-        ).values()
+        found = knn_predict(bank, classes, rows, k=(NEIGHBOURS,), temperature=(temperature,))
+        (predicted,) = found.values()
         return predicted
 
     def theirs(count: int = queries) -> Tensor:
         return torch.from_numpy(peer.predict(unit_rows[:count].numpy()))
 
-    agreement = (ours(float("inf"))[:256] == theirs(256)).float().mean()  # its votes are all alike
-    assert agreement > 0.99, (
-        f"only {agreement:.2%} of the classes agree"
-    )  # rows may tie but for rounding
+    # its votes are all alike; rows may tie but for rounding
+    agreement = (ours(float("inf"))[:256] == theirs(256)).float().mean()
+    assert agreement > 0.99, f"only {agreement:.2%} of the classes agree"
 
     def floor() -> Tensor:
         for part in unit_rows.split(QUERIES):
@@ -116,28 +114,29 @@ def knn_floor() -> Row:
 def vit_products() -> Callable[[], None]:
     """The matrix products of the encoder of `features`, into tensors that are there already."""
     tokens = IMAGES * 197
-    rows, wide, out, wide_out = (
-        torch.randn(tokens, width) for width in (WIDTH, 4 * WIDTH, WIDTH, 4 * WIDTH)
-    )
-    square, up, down = (
-        torch.randn(*shape) for shape in ((WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
-    )
+    rows = torch.randn(tokens, WIDTH)
+    wide = torch.randn(tokens, 4 * WIDTH)
+    out = torch.empty_like(rows)
+    wide_out = torch.empty_like(wide)
+    square = torch.randn(WIDTH, WIDTH)
+    up = torch.randn(WIDTH, 4 * WIDTH)
+    down = torch.randn(4 * WIDTH, WIDTH)
     query = torch.randn(IMAGES * 12, 197, 64)
     scores = torch.empty(IMAGES * 12, 197, 197)
     attended = torch.empty_like(query)
 
     def products() -> None:
-        torch.mm(rows, square, out=out)  # the patches
-        for block in range(DEPTH):
-            for _ in range(
-                2 if block == DEPTH - 1 else 4
-            ):  # keys and values of the last block; of all others queries, output too
+        # the patches, and keys and values of the last block
+        for _ in range(3):
+            torch.mm(rows, square, out=out)
+        for _ in range(DEPTH - 1):
+            # queries, keys, values and the output
+            for _ in range(4):
                 torch.mm(rows, square, out=out)
-            if block < DEPTH - 1:
-                torch.bmm(query, query.transpose(1, 2), out=scores)
-                torch.bmm(scores, query, out=attended)
-                torch.mm(rows, up, out=wide_out)
-                torch.mm(wide, down, out=out)
+            torch.bmm(query, query.transpose(1, 2), out=scores)
+            torch.bmm(scores, query, out=attended)
+            torch.mm(rows, up, out=wide_out)
+            torch.mm(wide, down, out=out)
 
     return products
 
@@ -145,16 +144,16 @@ def vit_products() -> Callable[[], None]:
 def feature_encoder() -> tuple[MimRefinerModel, Tensor]:
     """A ViT-B/16, always with the same weights, and images for it."""
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": 12,
-        "intermediate_size": 4 * WIDTH,
-    }
-    encoder = MimRefinerModel(
-        MimRefinerConfig(**shape, image_size=224, patch_size=16, layer_norm_eps=1e-6)
-    ).eval()
-    return encoder, torch.randn(IMAGES, 3, 224, 224)
+    config = MimRefinerConfig(
+        image_size=224,
+        patch_size=16,
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=12,
+        intermediate_size=4 * WIDTH,
+        layer_norm_eps=1e-6,
+    )
+    return MimRefinerModel(config).eval(), torch.randn(IMAGES, 3, 224, 224)
 
 
 def feature_ways() -> list[Callable[[], Tensor]]:
@@ -247,13 +246,10 @@ def linear_probe() -> Row:
             for place, layer in enumerate(row):
                 layer.weight.copy_(grid.weight[:, place].T)
                 layer.bias.zero_()
-    optimizers = [
-        [
-            torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
-            for layer, rate in zip(row, PROBE_LEARNING_RATES, strict=True)
-        ]
-        for row in layers
-    ]
+    optimizers = []
+    for row in layers:
+        for layer, rate in zip(row, PROBE_LEARNING_RATES, strict=True):
+            optimizers.append(torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9))
 
     def ours() -> None:
         for _ in range(PROBE_STEPS):
@@ -262,8 +258,10 @@ def linear_probe() -> Row:
 
     def theirs() -> None:
         for _ in range(PROBE_STEPS):
-            for row, own, rows in zip(layers, optimizers, inputs, strict=True):
-                for layer, optimizer in zip(row, own, strict=True):
+            each = iter(optimizers)
+            for row, rows in zip(layers, inputs, strict=True):
+                for layer in row:
+                    optimizer = next(each)
                     optimizer.zero_grad()
                     F.cross_entropy(layer(rows), labels).backward()
                     optimizer.step()

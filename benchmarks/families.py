@@ -16,9 +16,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -115,22 +115,26 @@ def measured(
     return Row((*cells, *rest), came_in=True, went_out=went_out)
 
 
-def refused(title: str, folder: Path, stated: dict[str, Any]) -> Row:
-    """The row of a source that does not load, with the sentence that it is refused by."""
+def refused(name: str, key: str, folder: Path) -> Row:
+    """The row of a source that does not load, with the sentence that it is refused by.
+
+    Args:
+        key: of its configuration, which says its name.
+    """
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({key: name}), encoding="utf-8")
     try:
         load_encoder(folder)
     except ValueError as error:
         reason = str(error).replace(str(folder), "it")
     else:
-        raise AssertionError(f"{title} was to be refused")
+        raise AssertionError(f"`{name}` was to be refused")
     # which classes there are says the table itself
     before, bracket, after = reason.partition(" known here (")
     if bracket:
         reason = before + after.partition(")")[2].removesuffix("; give one of these")
     empty = (NONE,) * 5
-    return Row((title, *empty, reason, NONE), came_in=False, went_out=False)
+    return Row((f"`{name}`", *empty, reason, NONE), came_in=False, went_out=False)
 
 
 # --- transformers' classes ------------------------------------------------------------------------
@@ -180,20 +184,10 @@ def timm_row(name: str, folder: Path) -> Row:
 def rows() -> tuple[list[Row], list[Row]]:
     """Those of transformers' classes and those of timm's models, the refused ones last."""
     jobs: list[list[Callable[[Path], Row]]] = [[], []]
-    for name in back.EVERY:
-        jobs[0].append(lambda folder, name=name: class_row(name, folder))
-    for name in classes.REFUSED:
-        stated = {"model_type": name}
-        jobs[0].append(
-            lambda folder, name=name, stated=stated: refused(f"`{name}`", folder, stated)
-        )
-    for name in timms.MODELS:
-        jobs[1].append(lambda folder, name=name: timm_row(name, folder))
-    for name in timms.REFUSED:
-        stated = {"architecture": name}
-        jobs[1].append(
-            lambda folder, name=name, stated=stated: refused(f"`{name}`", folder, stated)
-        )
+    jobs[0] += [partial(class_row, name) for name in back.EVERY]
+    jobs[0] += [partial(refused, name, "model_type") for name in classes.REFUSED]
+    jobs[1] += [partial(timm_row, name) for name in timms.MODELS]
+    jobs[1] += [partial(refused, name, "architecture") for name in timms.REFUSED]
 
     tables: tuple[list[Row], list[Row]] = ([], [])
     for table, work in zip(tables, jobs, strict=True):

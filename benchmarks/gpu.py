@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -55,34 +55,23 @@ from mim_refiner_hf.refinement.resolve import ResolvedRecipe, Steps, resolve
 from mim_refiner_hf.refinement.trainer import Trainer
 from mim_refiner_hf.runtime.device import available_memory, check_compile, uses_bf16
 
-SIZES: dict[str, dict[str, Any]] = {
-    "b16": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-    },
-    "l16": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-    "h14": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "intermediate_size": 5120,
-        "patch_size": 14,
-    },
+
+class Shape(NamedTuple):
+    """Shape of a ViT's encoder; its MLPs are 4 times as wide as it."""
+
+    width: int
+    layers: int
+    heads: int
+    patch: int = 16
+    image: int = 224
+
+
+SIZES = {
+    "b16": Shape(768, 12, 12),
+    "l16": Shape(1024, 24, 16),
+    "h14": Shape(1280, 32, 16, patch=14),
 }
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 96,
-}
-TINY |= {"image_size": 32, "patch_size": 8}
+TINY = Shape(48, 2, 2, patch=8, image=32)
 TINY_RECIPE = {
     "projector_dim": 24,
     "predictor_dim": 32,
@@ -132,6 +121,19 @@ class Measured:
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+def encoder_config(size: str, tiny: bool) -> MimRefinerConfig:
+    """The configuration of an encoder of a size; the same tiny one for all of them."""
+    shape = TINY if tiny else SIZES[size]
+    return MimRefinerConfig(
+        image_size=shape.image,
+        patch_size=shape.patch,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width,
+    )
+
+
 def cases(sizes: list[str]) -> list[Case]:
     """Every size as it would be run, and what more is asked of some.
 
@@ -145,23 +147,20 @@ def cases(sizes: list[str]) -> list[Case]:
     ]
 
     if "l16" in sizes:
-        small = {"batch_size": 1024, "micro_batch_size": 64, "gradient_checkpointing": True}
-        found.append(Case("l16", "24 GB: blocks recomputed", small))
-        found.append(
-            Case(
-                "l16",
-                "24 GB: smaller micro-batches",
-                {**small, "micro_batch_size": 16, "gradient_checkpointing": False},
-            )
-        )
+        recomputed = {"batch_size": 1024, "micro_batch_size": 64, "gradient_checkpointing": True}
+        smaller = {"batch_size": 1024, "micro_batch_size": 16}
+        found.append(Case("l16", "24 GB: blocks recomputed", recomputed))
+        found.append(Case("l16", "24 GB: smaller micro-batches", smaller))
     return found
 
 
 def useful_operations(config: MimRefinerConfig, recipe: ResolvedRecipe) -> dict[str, float]:
     """Floating-point operations per image and stage, by the formula above."""
-    width, inner, prefix = config.hidden_size, config.intermediate_size, config.num_prefix_tokens
-    forward = patches_in = 0.0
-
+    width = config.hidden_size
+    inner = config.intermediate_size
+    prefix = config.num_prefix_tokens
+    forward = 0.0
+    patches_in = 0.0
     for views, size in (
         (recipe.global_views, recipe.global_size),
         (recipe.local_views, recipe.local_size),
@@ -178,6 +177,7 @@ def useful_operations(config: MimRefinerConfig, recipe: ResolvedRecipe) -> dict[
             )
         forward += views * (block * (config.num_hidden_layers - 1) + last)
         patches_in += views * 2 * patches * config.num_channels * config.patch_size**2 * width
+
     heads = 2.0 * head_parameters(recipe, config) * recipe.num_views
     return {
         "warmup": forward + patches_in + 3 * heads,
@@ -195,26 +195,28 @@ def make_trainer(
 
     ValueError where the device cannot do what the case asks for.
     """
-    config = MimRefinerConfig(**(TINY if options.tiny else SIZES[case.size]))
+    config = encoder_config(case.size, options.tiny)
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
         "micro_batch_size": "auto",
         "views": "fast",
-    } | case.changes
+        **case.changes,
+    }
     if options.tiny:
-        settings |= TINY_RECIPE | {"batch_size": 8}
-        settings["micro_batch_size"] = (
-            min(settings["micro_batch_size"], 2) if "24 GB" in case.name else None
-        )
-    quiet = {"save_every": 0, "log_every": 10**6, "report_to": "none", "output_dir": folder}
+        micro = 2 if "24 GB" in case.name else None
+        settings |= {**TINY_RECIPE, "batch_size": 8, "micro_batch_size": micro}
     recipe = RefineRecipe(
         model="random weights",
         dataset=str(options.images),
         max_steps=options.steps,
+        save_every=0,
+        log_every=10**6,
+        report_to="none",
+        output_dir=folder,
         **settings,
-        **quiet,
     )
     check_compile(recipe.compile)
+
     bf16 = options.device == "cuda" and uses_bf16(recipe.mixed_precision)
     resolved = resolve(recipe, config, len(images), bf16=bf16)
     steps = Steps(options.steps, options.steps)
@@ -222,7 +224,8 @@ def make_trainer(
     accelerator = Accelerator(cpu=options.device == "cpu")
     with accelerator.device:
         encoder = MimRefinerModel(config)
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    mean = list(IMAGENET_DEFAULT_MEAN)
+    std = list(IMAGENET_DEFAULT_STD)
     trainer = Trainer(resolved, accelerator, images, encoder, mean, std)
     if "micro_batch_size" in resolved.to_measure:
         trainer.choose_micro_batch(available_memory(options.device))
@@ -300,9 +303,8 @@ def labelled(trainer: Trainer) -> Iterator[None]:
 
     with ExitStack() as stack:
         for target, attribute, part in places:
-            stack.enter_context(
-                patch.object(target, attribute, named(getattr(target, attribute), part))
-            )
+            function = named(getattr(target, attribute), part)
+            stack.enter_context(patch.object(target, attribute, function))
         yield
 
 
@@ -313,14 +315,17 @@ def seconds_by_part(profiler: profile, on_gpu: bool) -> dict[str, float]:
     """
     found = dict.fromkeys(PARTS, 0.0)
     total = 0.0
-
     for event in profiler.key_averages():
-        if (
-            event.device_type != DeviceType.CPU
-        ):  # kernels, which the operations that launched them count
+        # kernels are counted by the operations that launched them
+        if event.device_type != DeviceType.CPU:
             continue
-        of_it = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
-        total += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        of_it = event.cpu_time_total / 1e6
+        own = event.self_cpu_time_total / 1e6
+        if on_gpu:
+            of_it = event.device_time_total / 1e6
+            own = event.self_device_time_total / 1e6
+        total += own
+
         if event.key.startswith("part: "):
             found[event.key.removeprefix("part: ")] += of_it
         elif event.key.startswith("autograd::engine::evaluate_function"):
@@ -337,24 +342,24 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
     Features per size; k-NN and k-means on random features of the width of a ViT-L.
     """
     for size in options.size:
-        config = MimRefinerConfig(**(TINY if options.tiny else SIZES[size]))
+        config = encoder_config(size, options.tiny)
+        precision = torch.bfloat16 if options.device == "cuda" else torch.float32
         with torch.device(options.device):
-            encoder = MimRefinerModel(config).to(
-                torch.bfloat16 if options.device == "cuda" else torch.float32
-            )
+            encoder = MimRefinerModel(config).to(precision)
         loading = Loading(options.batch_size, options.num_workers, options.device)
         chosen = images.subset(range(8 if options.tiny else 4096))
         processor = image_processor(config, {})
+        # the first batch finds memory and kernels
         extract_features(encoder, images.subset(range(8)), processor, loading=loading)
         began = time.perf_counter()
         extract_features(encoder, chosen, processor, loading=loading)
         rate = len(chosen) / (time.perf_counter() - began)
-        yield (
-            f"features, {size}, {next(encoder.parameters()).dtype}".replace("torch.", ""),
-            f"{rate:.0f} images/s with decoding",
-        )
+        shown = str(precision).removeprefix("torch.")
+        yield f"features, {size}, {shown}", f"{rate:.0f} images/s with decoding"
 
-    rows, width, groups = (200, 16, 4) if options.tiny else (100_000, 1024, 1000)
+    rows, width, groups = 100_000, 1024, 1000
+    if options.tiny:
+        rows, width, groups = 200, 16, 4
     features = torch.randn(rows, width, device=options.device)
     labels = torch.arange(rows, device=options.device) % groups
     bank = rows * 9 // 10
@@ -378,57 +383,55 @@ def evaluation_rows(images: ImageDataset, options: argparse.Namespace) -> Iterat
 
 def page(images: ImageDataset, options: argparse.Namespace) -> Iterator[str]:
     """The lines of the page, as they are measured."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
-    peak = (
-        next((value for part, value in PEAKS.items() if part in name), None)
-        if options.device == "cuda"
-        else None
-    )
+    name = "the CPU"
+    peak = None
+    if options.device == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = next((value for part, value in PEAKS.items() if part in name), None)
+    machine = f"{name}, {options.num_workers} workers, torch {torch.__version__}"
     yield from (
         "# What a refinement costs on a GPU",
         "",
         f"`python -m benchmarks.gpu {shlex.join(sys.argv[1:])}`  ",
-    )
-    yield (
-        f"{name}, {options.num_workers} workers, torch {torch.__version__},"
-        f" {datetime.date.today()}; random weights, real JPEGs"
-    )
-    yield from (
+        f"{machine}, {datetime.date.today()}; random weights, real JPEGs",
         "",
-        (
-            "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for"
-            " data |"
-        ),
+        "| encoder | case | stage | batch | at a time | images/s | MFU | peak GiB | waiting for"
+        " data |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     )
-    yield "|---|---|---|---:|---:|---:|---:|---:|---:|"
-    profiles: dict[str, dict[str, float]] = {}
 
+    profiles: dict[str, dict[str, float]] = {}
     for case in cases(options.size):
-        trainer = stages = None  # frees the last one's
+        # frees the last one's
+        trainer = stages = None
         torch.cuda.empty_cache()
         try:
             with tempfile.TemporaryDirectory() as folder:
                 trainer = make_trainer(case, images, options, folder)
                 stages = measure(trainer)
         except (ValueError, torch.OutOfMemoryError) as error:
-            yield (
-                f"| {case.size} | {case.name} | left out: {str(error).splitlines()[0]} |" + " |" * 6
-            )
+            reason = str(error).splitlines()[0]
+            yield f"| {case.size} | {case.name} | left out: {reason} |" + " |" * 6
             continue
         for stage, measured in stages.items():
             yield stage_line(case, stage, trainer, measured, peak)
             profiles[f"{case.size}, {case.name}, {stage}"] = measured.parts
 
-    yield from ("", "Where the time of a step goes, in ms (one step under torch.profiler):", "")
     columns = [*PARTS, "the rest"]
-    yield f"| step | {' | '.join(columns)} |"
-    yield "|---|" + "---:|" * len(columns)
-
+    yield from (
+        "",
+        "Where the time of a step goes, in ms (one step under torch.profiler):",
+        "",
+        f"| step | {' | '.join(columns)} |",
+        "|---|" + "---:|" * len(columns),
+    )
     for step, parts in profiles.items():
-        yield f"| {step} | {' | '.join(f'{1000 * parts[part]:.1f}' for part in columns)} |"
+        cells = [f"{1000 * parts[part]:.1f}" for part in columns]
+        yield f"| {step} | {' | '.join(cells)} |"
 
     yield from ("", "| evaluation | |", "|---|---:|")
-    yield from (f"| {name} | {result} |" for name, result in evaluation_rows(images, options))
+    for way, result in evaluation_rows(images, options):
+        yield f"| {way} | {result} |"
 
 
 def stage_line(
@@ -440,19 +443,22 @@ def stage_line(
     batch.
     """
     recipe = trainer.recipe
-    step = median(measured.seconds)
-    waited = sum(measured.waited)
-    rate = recipe.batch_size / step
-    useful = useful_operations(trainer.encoder.config, recipe)[stage]
-    mfu = f"{100 * rate * useful / peak:.0f} %" if peak and trainer.bf16 else "unknown"
-    share = waited / (waited + sum(measured.seconds))
+    rate = recipe.batch_size / median(measured.seconds)
+    mfu = "unknown"
+    if peak and recipe.bf16:
+        useful = useful_operations(trainer.encoder.config, recipe)[stage]
+        mfu = f"{100 * rate * useful / peak:.0f} %"
     memory = f"{measured.peak / 2**30:.1f}" if measured.peak else "unknown"
+
+    waited = sum(measured.waited)
+    share = waited / (waited + sum(measured.seconds))
+    data = f"{100 * share:.0f} %"
+    if share > 0.1:
+        data += ", data-bound"
+
     micro = recipe.micro_batch_size or "all"
-    data = f"{100 * share:.0f} %{', data-bound' if share > 0.1 else ''}"
-    return (
-        f"| {case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro} | {rate:.1f} |"
-        f" {mfu} | {memory} | {data} |"
-    )
+    setting = f"{case.size} | {case.name} | {stage} | {recipe.batch_size} | {micro}"
+    return f"| {setting} | {rate:.1f} | {mfu} | {memory} | {data} |"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -495,6 +501,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("benchmarks/results/gpu.md"), help="the page"
     )
     options = parser.parse_args(arguments)
+
     unknown = set(options.size) - set(SIZES)
     if unknown:
         parser.error(f"--size {','.join(sorted(unknown))}: there are {', '.join(SIZES)}")
@@ -511,7 +518,6 @@ def main(arguments: list[str] | None = None) -> None:
     images = open_images(str(options.images))
     images = images.subset(np.arange(max(8192, len(images))) % len(images))
     lines = []
-
     for line in page(images, options):
         print(line, flush=True)
         lines.append(line)

@@ -30,7 +30,7 @@ from mim_refiner_hf.evaluation.features import encode_images
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.runtime.optimisation import freeze
 
 from .__main__ import processor
@@ -79,24 +79,28 @@ def an_encoder(size: int, blocks: int = BLOCKS) -> MimRefinerModel:
     return MimRefinerModel(config)
 
 
+def a_refiner(encoder: MimRefinerModel, heads: int, views: int) -> Refiner:
+    """With heads on so many of the last blocks."""
+    blocks = encoder.config.num_hidden_layers
+    refiner = Refiner(
+        encoder,
+        list(range(blocks - heads, blocks)),
+        IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
+        NearestNeighbourQueue(heads, 4096, EMBEDDING),
+        NnaSettings(GLOBAL, views, temperature=0.2),
+    )
+    return refiner.train()
+
+
 def step(batch: int = 16, heads: int = 2, local: int = 4, size: int = 64) -> Callable[[], object]:
     """The gradients of one refinement step; local views have half the side of global ones."""
     torch.manual_seed(0)
     encoder = an_encoder(size)
     freeze(encoder, 0)
-    modules = (
-        IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
-        NearestNeighbourQueue(heads, 4096, EMBEDDING),
-    )
-    places = list(range(BLOCKS - heads, BLOCKS))
-    refiner = Refiner(
-        encoder, places, *modules, num_global=GLOBAL, num_views=GLOBAL + local, temperature=0.2
-    ).train()
-    views = [
-        torch.randn(batch, count, 3, side, side)
-        for count, side in ((GLOBAL, size), (local, size // 2))
-        if count
-    ]
+    refiner = a_refiner(encoder, heads, GLOBAL + local)
+    views = [torch.randn(batch, GLOBAL, 3, size, size)]
+    if local:
+        views.append(torch.randn(batch, local, 3, size // 2, size // 2))
     index = torch.arange(batch)
     draw = torch.randint(TOPK, (heads, GLOBAL, batch))
 
@@ -110,16 +114,9 @@ def step(batch: int = 16, heads: int = 2, local: int = 4, size: int = 64) -> Cal
 def align(heads: int) -> Callable[[], object]:
     """Heads, queue and loss alone, forward and backward."""
     torch.manual_seed(0)
-    encoder = an_encoder(16, heads)
     batch = 16
     views = 8
-    modules = (
-        IdHeads(heads, WIDTH, 512, 1024, EMBEDDING),
-        NearestNeighbourQueue(heads, 4096, EMBEDDING),
-    )
-    refiner = Refiner(
-        encoder, list(range(heads)), *modules, num_global=GLOBAL, num_views=views, temperature=0.2
-    ).train()
+    refiner = a_refiner(an_encoder(16, heads), heads, views)
     features = torch.randn(heads, views * batch, WIDTH, requires_grad=True)
     index = torch.arange(batch)
     draw = torch.randint(TOPK, (heads, GLOBAL, batch))
@@ -248,9 +245,8 @@ def measure(axis: Axis) -> list[float]:
 
 def exponent(axis: Axis, seconds: list[float]) -> float:
     """The slope of log time over log work, by least squares."""
-    return float(
-        np.polyfit(np.log([axis.work(size) for size in axis.sizes]), np.log(seconds), 1)[0]
-    )
+    works = [axis.work(size) for size in axis.sizes]
+    return float(np.polyfit(np.log(works), np.log(seconds), 1)[0])
 
 
 def table(name: str, axis: Axis, seconds: list[float]) -> list[str]:
@@ -258,13 +254,13 @@ def table(name: str, axis: Axis, seconds: list[float]) -> list[str]:
     low, high = axis.expected
     fitted = exponent(axis, seconds)
     verdict = "as expected"
-
     if fitted < low:
         verdict = "NOT as expected: less"
     elif fitted > high:
         verdict = "NOT as expected: more"
 
     works = [f"{axis.work(size):.0f}" for size in axis.sizes]
+    times = [f"{1000 * value:.1f}" for value in seconds]
     return [
         f"## {name}",
         "",
@@ -272,7 +268,7 @@ def table(name: str, axis: Axis, seconds: list[float]) -> list[str]:
         "",
         f"| {axis.unit} | {' | '.join(works)} |",
         f"|---|{'---:|' * len(works)}",
-        f"| milliseconds | {' | '.join(f'{1000 * value:.1f}' for value in seconds)} |",
+        f"| milliseconds | {' | '.join(times)} |",
         "",
     ]
 
@@ -290,9 +286,8 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
         name, seconds = item
         axis = AXES[name]
         works = np.array([axis.work(size) for size in axis.sizes])
-        panel.loglog(
-            works, seconds, "o-", color="tab:blue", label=f"measured, {exponent(axis, seconds):.2f}"
-        )
+        measured = f"measured, {exponent(axis, seconds):.2f}"
+        panel.loglog(works, seconds, "o-", color="tab:blue", label=measured)
         panel.loglog(works, seconds[-1] * works / works[-1], ":", color="grey", label="exponent 1")
         panel.set(title=name, xlabel=axis.unit, ylabel="seconds")
         panel.set_xticks(works, [f"{work:.0f}" for work in works], fontsize=8)
@@ -307,13 +302,12 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     lines = []
-
     with threadpool_limits(1):
         for name in names or AXES:
             found[name] = measure(AXES[name])
-            lines += table(name, AXES[name], found[name])
-            print("\n".join(table(name, AXES[name], found[name])), flush=True)
-
+            part = table(name, AXES[name], found[name])
+            lines += part
+            print("\n".join(part), flush=True)
     if names:
         return
     head = [
@@ -332,10 +326,8 @@ def main(names: list[str]) -> None:
         "![eight panels: time over size, and lines of exponent 1](growth.png)",
         "",
     ]
-    machine = (
-        f"{datetime.date.today()}, {processor()}, 1 of {os.cpu_count()} cores, torch"
-        f" {version('torch')}"
-    )
+    cores = f"{processor()}, 1 of {os.cpu_count()} cores"
+    machine = f"{datetime.date.today()}, {cores}, torch {version('torch')}"
     (RESULTS / "growth.md").write_text("\n".join([*head, *lines, machine]) + "\n", encoding="utf-8")
     draw(found, RESULTS / "growth.png")
 

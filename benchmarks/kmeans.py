@@ -63,9 +63,8 @@ def features(num_clusters: int) -> Tensor:
     spread = 0.3 + torch.rand(groups, 1, generator=generator)
     group = torch.randint(groups, (count,), generator=generator)
     inner = centres[group] + spread[group] * torch.randn(count, 40, generator=generator)
-    return inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5 + 0.1 * torch.randn(
-        count, WIDTH, generator=generator
-    )
+    turned = inner @ torch.randn(40, WIDTH, generator=generator) / 40**0.5
+    return turned + 0.1 * torch.randn(count, WIDTH, generator=generator)
 
 
 def apart(num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -260,16 +259,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     lines = []
-
     for num_clusters, count in ROUNDS.items():
         rows = features(num_clusters)
         check(rows)
         rounds = []
         for seed in range(count):
+            endings = {}
             with threadpool_limits(1):
-                rounds.append(
-                    {name: timed(way, rows, num_clusters, seed) for name, way in WAYS.items()}
-                )
+                for name, way in WAYS.items():
+                    endings[name] = timed(way, rows, num_clusters, seed)
+            rounds.append(endings)
             print(num_clusters, rounds[-1], flush=True)
         lines += table(num_clusters, rounds)
 

@@ -135,13 +135,9 @@ def main() -> None:
     for size, shape in SHAPES.items():
         ready, start = NAMES[size]
         features, refining = minutes(shape)
-        cells = [
-            size,
-            f"`{ready}`" if ready else "-",
-            *map(told, features),
-            f"`{start}` ({licence_of(start)})" if start in ZOO else start,
-            *map(told, refining),
-        ]
+        ready_shown = f"`{ready}`" if ready else "-"
+        start_shown = f"`{start}` ({licence_of(start)})" if start in ZOO else start
+        cells = [size, ready_shown, *map(told, features), start_shown, *map(told, refining)]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
 

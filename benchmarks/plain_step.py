@@ -22,11 +22,9 @@ def modules_of(layers: nn.Sequential, head: int) -> nn.Sequential:
         assert isinstance(layer, GroupedLayer)
         linear = nn.Linear(layer.weight.shape[2], layer.weight.shape[1], bias=False)
         linear.weight.data.copy_(layer.weight[head])
-        parts += [
-            linear,
-            nn.BatchNorm1d(layer.weight.shape[1]),
-            *([nn.GELU()] if layer.activation else []),
-        ]
+        parts += [linear, nn.BatchNorm1d(layer.weight.shape[1])]
+        if layer.activation:
+            parts.append(nn.GELU())
     return nn.Sequential(*parts)
 
 
@@ -41,9 +39,8 @@ class PlainQueue:
     @torch.no_grad()
     def lookup(self, targets: Tensor, sample_index: Tensor, topk: int, draw: Tensor) -> Tensor:
         """The drawn neighbour of each of one view's targets, (b, E) -> (b, E)."""
-        similarity = F.normalize(targets, dim=-1) @ F.normalize(self.rows, dim=-1).T.to(
-            targets.dtype
-        )
+        rows = F.normalize(self.rows, dim=-1).to(targets.dtype)
+        similarity = F.normalize(targets, dim=-1) @ rows.T
         similarity[sample_index[:, None] == self.index[None]] = -1.0
         positions = similarity.topk(topk, dim=-1).indices
         return self.rows[positions.gather(1, draw[:, None]).squeeze(1)]
@@ -61,13 +58,15 @@ def plain_loss(
     targets: Tensor, neighbours: Tensor, predictions: Tensor, temperature: float
 ) -> Tensor:
     """Eq. 1 of one head, pair by pair: targets, neighbours (G, b, E), predictions (V, b, E)."""
-    targets, neighbours, predictions = (
-        F.normalize(x, dim=-1).to(predictions.dtype) for x in (targets, neighbours, predictions)
-    )
+    targets = F.normalize(targets, dim=-1).to(predictions.dtype)
+    neighbours = F.normalize(neighbours, dim=-1).to(predictions.dtype)
+    predictions = F.normalize(predictions, dim=-1).to(predictions.dtype)
     own = torch.arange(targets.shape[1])
     terms = []
     for i in range(len(targets)):
-        for j in (j for j in range(len(predictions)) if j != i):
+        for j in range(len(predictions)):
+            if j == i:
+                continue
             logits = (targets[i] @ predictions[j].T).float() / temperature
             swapped = (neighbours[i] * predictions[j]).sum(dim=-1).float() / temperature
             logits = logits.index_put((own, own), swapped)
@@ -96,21 +95,22 @@ class PlainStep:
         """The total loss of features (V * b, D) per head."""
         refiner = self.refiner
         losses = []
-
         for head, rows in enumerate(features):
             with torch.autocast("cpu", torch.bfloat16, enabled=refiner.bf16):
                 projected = self.projectors[head](rows)
                 predicted = self.predictors[head](projected)
-            projected, predicted = (
-                x.unflatten(0, (refiner.num_views, -1)) for x in (projected.detach(), predicted)
+            projected = projected.detach().unflatten(0, (refiner.settings.num_views, -1))
+            predicted = predicted.unflatten(0, (refiner.settings.num_views, -1))
+
+            queue = self.queues[head]
+            targets = projected[: refiner.settings.num_global]
+            found = []
+            for view, drawn in zip(targets, draw[head], strict=True):
+                found.append(queue.lookup(view, sample_index, topk, drawn))
+            losses.append(
+                plain_loss(targets, torch.stack(found), predicted, refiner.settings.temperature)
             )
-            targets = projected[: refiner.num_global]
-            found = [
-                self.queues[head].lookup(view, sample_index, topk, draw[head, v])
-                for v, view in enumerate(targets)
-            ]
-            losses.append(plain_loss(targets, torch.stack(found), predicted, refiner.temperature))
-            self.queues[head].enqueue(projected[0], sample_index)
+            queue.enqueue(projected[0], sample_index)
         return torch.stack(losses).sum()
 
     def backward(

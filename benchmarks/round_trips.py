@@ -66,9 +66,8 @@ def original(fixtures: Path, checkpoint: str) -> tuple[MimRefinerModel, float]:
     encoder = load_encoder(file, num_heads=heads)
     pixels = load_file(file.parent / "inputs.safetensors")["pixel_values"]
     expected = load_file(file.parent / "outputs.safetensors")["blocks"]
-    hidden = encoder(
-        pixels, interpolate_pos_encoding=True, output_hidden_states=True
-    ).hidden_states[1:]
+    output = encoder(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+    hidden = output.hidden_states[1:]
     config = encoder.config
     if config.use_cls_token and config.num_register_tokens:
         # birder has CLS behind the registers
@@ -93,7 +92,6 @@ def data2vec_vision(folder: Path) -> tuple[MimRefinerModel, float]:
         **shape, image_size=32, patch_size=8, use_shared_relative_position_bias=True
     )
     theirs = transformers.Data2VecVisionModel(config).eval()
-
     for parameter in theirs.parameters():
         parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.7 * (parameter.ndim == 1))
 
@@ -119,43 +117,41 @@ def there_and_back(encoder: MimRefinerModel, folder: Path, to: str) -> str:
     returned = load_encoder(folder / to)
     pixels = torch.randn(2, encoder.config.num_channels, *encoder.config.image_hw)
     back = worst(returned(pixels).last_hidden_state, encoder(pixels).last_hidden_state)
-    ours = encoder.state_dict()
-    theirs = returned.state_dict()
-    equal = ours.keys() == theirs.keys() and all(
-        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
-    )
-    return f"{text}, back {shown(back)}{' (bit-equal weights)' if equal else ''}"
+    text += f", back {shown(back)}"
+    if same_weights(encoder, returned):
+        text += " (bit-equal weights)"
+    return text
+
+
+def same_weights(first: MimRefinerModel, second: MimRefinerModel) -> bool:
+    """Whether two encoders have the same tensors, bit for bit."""
+    ours = first.state_dict()
+    theirs = second.state_dict()
+    if ours.keys() != theirs.keys():
+        return False
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @torch.no_grad()
 def measure(fixtures: Path, checkpoint: str, folder: Path) -> Row:
     """One family's row."""
     torch.manual_seed(0)
-    source = (
-        data2vec_vision(folder / "source")
-        if checkpoint == "transformers"
-        else original(fixtures, checkpoint)
-    )
-    encoder, difference = source
+    if checkpoint == "transformers":
+        encoder, difference = data2vec_vision(folder / "source")
+    else:
+        encoder, difference = original(fixtures, checkpoint)
     save_model_folder(folder / "model", encoder, encoder.image_processor)
-    reloaded = load_encoder(folder / "model")
-    equal = all(
-        torch.equal(tensor, reloaded.state_dict()[name])
-        for name, tensor in encoder.state_dict().items()
-    )
+    equal = same_weights(encoder, load_encoder(folder / "model"))
     row = {
         "original -> ours": shown(difference),
         "model folder": "bit-equal" if equal else "DIFFERS",
     }
-
     for to, title in (("timm", "timm"), ("vit", "native class"), ("onnx", "ONNX")):
         row[title] = there_and_back(encoder, folder, to)
 
     if (folder / "vit").is_dir():
-        row["native class"] = (
-            f"`{json.loads((folder / 'vit/config.json').read_text())['architectures'][0]}`"
-            f" {row['native class']}"
-        )
+        stated = json.loads((folder / "vit/config.json").read_text())
+        row["native class"] = f"`{stated['architectures'][0]}` {row['native class']}"
     return row
 
 

@@ -19,7 +19,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.runtime.attention import fp32_on_cpu
 from mim_refiner_hf.runtime.device import emulates_bf16
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups, update_average
@@ -57,22 +57,27 @@ def make_refiner(bf16: bool = False) -> Refiner:
     """A refiner with random weights and a full queue."""
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**ENCODER, intermediate_size=4 * WIDTH))
-    with torch.no_grad():  # fresh weights would give all images nearly the same features
+    # fresh weights would give all images nearly the same features
+    with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     freeze(encoder, 0)
     heads = IdHeads(HEADS, WIDTH, PROJECTOR, PREDICTOR, EMBEDDING)
     queue = NearestNeighbourQueue(HEADS, QUEUE, EMBEDDING)
-    blocks = list(range(6 - HEADS, 6))
-    settings = {"num_global": GLOBAL, "num_views": GLOBAL + LOCAL, "temperature": 0.2, "bf16": bf16}
-    return Refiner(encoder, blocks, heads, queue, **settings).train()  # type: ignore[arg-type]
+    refiner = Refiner(
+        encoder,
+        list(range(6 - HEADS, 6)),
+        heads,
+        queue,
+        NnaSettings(GLOBAL, GLOBAL + LOCAL, temperature=0.2),
+        bf16=bf16,
+    )
+    return refiner.train()
 
 
 def a_batch(batch: int = BATCH) -> tuple[list[Tensor], Tensor, Tensor]:
     """Views of both sizes, sample indices, and which neighbours are drawn."""
-    views = [
-        torch.randn(batch, count, 3, size, size) for count, size in ((GLOBAL, 64), (LOCAL, 32))
-    ]
+    views = [torch.randn(batch, GLOBAL, 3, 64, 64), torch.randn(batch, LOCAL, 3, 32, 32)]
     return views, torch.arange(batch), torch.randint(TOPK, (HEADS, GLOBAL, batch))
 
 
@@ -95,8 +100,10 @@ def head_products() -> list[tuple[int, int, int]]:
     """The layers of all heads in training, the queue's lookup, and the loss."""
     rows = (GLOBAL + LOCAL) * BATCH
     widths = [WIDTH, PROJECTOR, PROJECTOR, EMBEDDING, PREDICTOR, EMBEDDING]
-    layers = [shape for sizes in itertools.pairwise(widths) for shape in trained(rows, *sizes)]
-    return [*layers, (GLOBAL * BATCH, EMBEDDING, QUEUE)] * HEADS + loss_products()
+    head = [(GLOBAL * BATCH, EMBEDDING, QUEUE)]
+    for inputs, outputs in itertools.pairwise(widths):
+        head += trained(rows, inputs, outputs)
+    return head * HEADS + loss_products()
 
 
 def encoder_products() -> list[tuple[int, int, int]]:
@@ -105,14 +112,18 @@ def encoder_products() -> list[tuple[int, int, int]]:
     Of the last one not every token is needed.
     """
     layers = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
-    tokens = [count * BATCH * (1 + (size // 8) ** 2) for count, size in ((GLOBAL, 64), (LOCAL, 32))]
-    return [shape for rows in tokens for sizes in layers for shape in trained(rows, *sizes)] * 5
+    block = []
+    for views, size in ((GLOBAL, 64), (LOCAL, 32)):
+        tokens = views * BATCH * (1 + (size // 8) ** 2)
+        for inputs, outputs in layers:
+            block += trained(tokens, inputs, outputs)
+    return block * 5
 
 
 def heads_queue_loss() -> Row:
     """Heads, queue and loss, forward and backward, from features."""
     refiner = make_refiner()
-    (_, index, draw) = a_batch()
+    _, index, draw = a_batch()
     plain = PlainStep(refiner)
     features = torch.randn(HEADS, (GLOBAL + LOCAL) * BATCH, WIDTH, requires_grad=True)
     separate = [rows.detach().clone().requires_grad_() for rows in features]
@@ -195,7 +206,8 @@ def queue_lightly() -> Row:
     index = torch.arange(BATCH)
     banks = [NNMemoryBankModule(size=PAPER_QUEUE) for _ in range(HEADS)]
     for bank, rows in zip(banks, ours.rows, strict=True):
-        bank(targets[0, 0])  # the first call makes the bank
+        # the first call makes the bank
+        bank(targets[0, 0])
         bank.bank.copy_(rows.T if bank.bank.shape[0] == PAPER_QUEUE[1] else rows)
 
     def mine() -> Tensor:
@@ -204,12 +216,11 @@ def queue_lightly() -> Row:
         return rows
 
     def lightly() -> Tensor:
-        return torch.stack(
-            [
-                torch.stack([bank(targets[h, v], update=v == 0) for v in range(GLOBAL)])
-                for h, bank in enumerate(banks)
-            ]
-        )
+        found = []
+        for own, bank in zip(targets, banks, strict=True):
+            rows = [bank(view, update=number == 0) for number, view in enumerate(own)]
+            found.append(torch.stack(rows))
+        return torch.stack(found)
 
     first = ours.lookup(targets, index, exclude_self=False).rows
     found = torch.stack([bank(targets[h, 0], update=False) for h, bank in enumerate(banks)])
@@ -253,18 +264,18 @@ def micro_batches(name: str, parts: int) -> Row:
     """
     batch = 4 * BATCH
     refiner = make_refiner()
-    (views, index, draw) = a_batch(batch)
+    views, index, draw = a_batch(batch)
     start = copy.deepcopy(refiner.state_dict())
 
     def step(micro: int | None) -> Tensor:
         refiner.zero_grad()
         refiner.backward(views, index, index, topk=TOPK, draw=draw, micro_batch_size=micro)
-        return torch.cat(
-            [p.grad.flatten() for p in refiner.encoder.parameters() if p.grad is not None]
-        )
+        trained = [p.grad for p in refiner.encoder.parameters() if p.grad is not None]
+        return torch.cat([gradient.flatten() for gradient in trained])
 
     whole = step(None)
-    refiner.load_state_dict(start)  # the queue has moved on
+    # the queue has moved on
+    refiner.load_state_dict(start)
     assert_close(step(batch // parts), whole, 1e-5)
     measured, peer = interleaved(lambda: step(batch // parts), lambda: step(None), rounds=3)
     sizes = SIZES.replace(f"batch {BATCH}", f"batch {batch}")
@@ -323,31 +334,19 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
     if bf16:
         check_bf16()
     refiner = make_refiner(bf16)
-    (views, index, draw) = a_batch()
+    views, index, draw = a_batch()
     other = copy.deepcopy(refiner)
     # attention as whoever writes it plainly calls it
     other.encoder.set_attn_implementation("sdpa")
     plain = PlainStep(other)
-    parts = [
-        (refiner.encoder, [refiner.heads]),
-        (other.encoder, [plain.projectors, plain.predictors]),
-    ]
-    (fused, average), (looped, plain_average) = (
-        (
-            torch.optim.AdamW(
-                [
-                    *encoder_groups(encoder, 0.65, 0.05),
-                    *(group for each in heads for group in head_groups(each, 1e-5)),
-                ],
-                lr=1e-5,
-                **way,
-            ),
-            copy.deepcopy(encoder),
-        )
-        for (encoder, heads), way in zip(
-            parts, ({"fused": True}, {"foreach": False, "fused": False}), strict=True
-        )
-    )
+
+    groups = encoder_groups(refiner.encoder, 0.65, 0.05) + head_groups(refiner.heads, 1e-5)
+    fused = torch.optim.AdamW(groups, lr=1e-5, fused=True)
+    average = copy.deepcopy(refiner.encoder)
+    groups = encoder_groups(other.encoder, 0.65, 0.05)
+    groups += head_groups(plain.projectors, 1e-5) + head_groups(plain.predictors, 1e-5)
+    looped = torch.optim.AdamW(groups, lr=1e-5, foreach=False, fused=False)
+    plain_average = copy.deepcopy(other.encoder)
 
     def ours() -> Tensor:
         fused.zero_grad()
@@ -368,11 +367,12 @@ def whole_step(name: str, bf16: bool, target: float) -> Row:
         move_average()
         return total
 
-    for _ in range(2):  # the second step sees what the first one did to weights and queue
-        assert_close(ours(), theirs(), 0.02 if bf16 else 1e-4)
-    measured, peer, floor = interleaved(
-        ours, theirs, products(*encoder_products(), *head_products()), rounds=9
-    )
+    # the second step sees what the first one did to weights and queue
+    tolerance = 0.02 if bf16 else 1e-4
+    for _ in range(2):
+        assert_close(ours(), theirs(), tolerance)
+    least = products(*encoder_products(), *head_products())
+    measured, peer, floor = interleaved(ours, theirs, least, rounds=9)
     note = f"{SIZES}; 6 blocks of width {WIDTH}; the step written straight from the method"
     return Row(name, target, measured, peer, None if bf16 else floor, note)
 

@@ -79,14 +79,11 @@ def check(photo: Image.Image) -> None:
 
     The mean differences of fast and exact views, in grey levels, of 255, are small.
     """
-    exact, fast = (
-        make(photo, view_rng(0, 0, 1))
-        for make in (MultiCrop(SPECS), FastMultiCrop(SPECS, hand_over=False))
-    )
+    exact = MultiCrop(SPECS)(photo, view_rng(0, 0, 1))
+    fast = FastMultiCrop(SPECS, hand_over=False)(photo, view_rng(0, 0, 1))
     for kind, views in exact.items():
-        assert (fast[kind].float() - views.float()).abs().mean() < 1.0, (
-            f"fast {kind} are not the exact ones"
-        )
+        apart = (fast[kind].float() - views.float()).abs().mean()
+        assert apart < 1.0, f"fast {kind} are not the exact ones"
 
 
 def views(name: str, hand_over: bool, target: float) -> Row:
@@ -94,9 +91,8 @@ def views(name: str, hand_over: bool, target: float) -> Row:
     if not PHOTOS.is_file():
         raise LeftOut(f"there is no {PHOTOS}; MIM_REFINER_SHARED names the folder that holds data/")
     table = open_images(str(PHOTOS))
-    encoded = [
-        table.found.sources[int(place)] for place in table.indices[:: len(table) // IMAGES][:IMAGES]
-    ]
+    places = table.indices[:: len(table) // IMAGES][:IMAGES]
+    encoded = [table.found.sources[int(place)] for place in places]
     check(decode_image(encoded[0]))
 
     def over_all(make: Callable[[Image.Image], object]) -> Callable[[], None]:

@@ -61,9 +61,8 @@ def cifar_images(shared: Path, work: Path) -> str:
     """
     path = work / "cifar10.parquet"
     if not path.is_file():
-        parquet.write_table(
-            parquet.read_table(shared / "data/cifar10/train.parquet").slice(0, IMAGES), path
-        )
+        whole = parquet.read_table(shared / "data/cifar10/train.parquet")
+        parquet.write_table(whole.slice(0, IMAGES), path)
     return str(path)
 
 
@@ -73,12 +72,11 @@ def start_and_images(data: str, shared: Path, work: Path) -> tuple[str, ImageDat
     None of the cells has seen the test images.
     """
     if data == "digits":
-        train, test = (
-            open_images("digits", split=split, num_channels=3) for split in ("train", "test")
-        )
+        train = open_images("digits", split="train", num_channels=3)
+        test = open_images("digits", split="test", num_channels=3)
         return digits_start(work), train, test
-    files = (cifar_images(shared, work), str(shared / "data/cifar10/test.parquet"))
-    train, test = (open_images(name).subset(range(TEST)) for name in files)
+    train = open_images(cifar_images(shared, work)).subset(range(TEST))
+    test = open_images(str(shared / "data/cifar10/test.parquet")).subset(range(TEST))
     return str(shared / "models/mae-tiny-cifar10"), train, test
 
 
@@ -92,7 +90,6 @@ def cell(data: str, way: str, seed: int, shared: Path, work: Path) -> Scores:
         "output_dir": str(work / f"{data}-{way}-{seed}"),
     }
     encoder: Any
-
     if way == "start":
         encoder = load_encoder(model)
         processor = encoder.image_processor
@@ -140,10 +137,8 @@ def write(table: list[str]) -> None:
         "",
         "Scores of refined encoders in per cent, seeds 0, 1, 2. Both ways start from the same",
         "weights and make the same draws. The",
-        (
-            'difference is the mean over seeds with its standard error; a verdict other than "no'
-            ' difference shown" means that its'
-        ),
+        "difference is the mean over seeds with its standard error; a verdict other than "
+        '"no difference shown" means that its',
         f"95 % interval (Student's t, {T95} standard errors) leaves out zero. Three seeds can show",
         "large differences only, and one of six intervals does so by chance in a quarter of such",
         "tables.",
@@ -175,11 +170,11 @@ def main(shared: Path, work: Path) -> None:
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     table = []
-
     for data in ("digits", "CIFAR-10"):
         scores = {}
         for seed in SEEDS:
-            for way in (*WAYS, *(("start",) if seed == 0 else ())):
+            # the start has no seed
+            for way in (*WAYS, "start") if seed == 0 else WAYS:
                 file = work / f"{data}-{way}-{seed}.json"
                 if not file.is_file():
                     start = time.process_time()

@@ -72,9 +72,8 @@ def main() -> int:
         bank, measured = hold_out(evenly_spaced(images, options.limit), 1 / 3, seed=0)
     else:
         bank = evenly_spaced(images, 2 * options.limit // 3)
-        measured = evenly_spaced(
-            open_images(options.eval_images, num_channels=channels), options.limit // 3
-        )
+        measured = open_images(options.eval_images, num_channels=channels)
+        measured = evenly_spaced(measured, options.limit // 3)
 
     profile = block_profile(
         encoder,
@@ -84,10 +83,8 @@ def main() -> int:
         reconstruction_epochs=options.reconstruction_epochs,
     )
     blocks, reason = propose_head_blocks(profile)
-    print(
-        f"{options.model}: {len(bank)} images as k-NN bank, {len(measured)}"
-        f" measured\n\n{profile_table(profile)}\n"
-    )
+    print(f"{options.model}: {len(bank)} images as k-NN bank, {len(measured)} measured\n")
+    print(f"{profile_table(profile)}\n")
     print(f"Heads on blocks {', '.join(map(str, blocks))}: {reason}")
     draw_block_profile(profile, options.output, blocks)
     print(f"The picture: {options.output}")

@@ -72,11 +72,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    images = (
-        open_images(options.images)
-        if options.images
-        else open_images("digits", split="test").subset(range(200))
-    )
+    if options.images:
+        images = open_images(options.images)
+    else:
+        images = open_images("digits", split="test").subset(range(200))
     if not 0 <= options.query < len(images):
         print(
             f"--query {options.query}: there are {len(images)} images, numbered from 0",
@@ -89,15 +88,16 @@ def main() -> int:
     save_file({"features": features}, options.output, metadata={"images": json.dumps(names)})
     print(f"{len(features)} features of {features.shape[1]} numbers -> {options.output}")
 
-    similarity = F.normalize(features, dim=1) @ F.normalize(
-        features[options.query], dim=0
-    )  # cosine, (N,)
-    nearest = similarity.topk(min(6, len(images))).indices.tolist()  # the first is the image itself
-    for place, i in enumerate(nearest):
-        label = (
-            "" if images.class_names is None else f"  class {images.class_names[images[i].label]}"
-        )
-        print(f"{'nearest to' if place == 0 else f'{similarity[i]:10.3f}'}  {names[i]}{label}")
+    unit = F.normalize(features, dim=1)
+    similarity = unit @ unit[options.query]  # cosine, (N,)
+    nearest = similarity.topk(min(6, len(images)))
+    for place, i in enumerate(nearest.indices.tolist()):
+        # the first is the image itself
+        heading = f"{similarity[i]:10.3f}" if place else "nearest to"
+        label = ""
+        if images.class_names is not None:
+            label = f"  class {images.class_names[images[i].label]}"
+        print(f"{heading}  {names[i]}{label}")
     return 0
 
 

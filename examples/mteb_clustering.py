@@ -67,8 +67,8 @@ class OwnImages(AbsTaskClusteringLegacy):
         """They are loaded."""
 
 
-def scores_of(folder: str, tasks: list[Any]) -> list[dict[str, Any]]:
-    """MTEB's scores of a model folder, a dictionary for each task."""
+def scores_of(folder: str, tasks: list[Any]) -> list[dict[str, float]]:
+    """MTEB's scores of a model folder, by name, for each task."""
     # this package is imported, so that the folder needs no code of its own
     model = SentenceTransformer(folder)
     wrapped = SentenceTransformerEncoderWrapper(model)
@@ -99,10 +99,9 @@ def main() -> int:
             return 2
         tasks = [OwnImages(images)]
     for task, scores in zip(tasks, scores_of(options.model, tasks), strict=True):
-        shown = "  ".join(
-            f"{name} {scores[name]:.3f}" for name in ("v_measure", "nmi", "ari", "cluster_accuracy")
-        )
-        print(f"{task.metadata.name}: {shown}")
+        names = ("v_measure", "nmi", "ari", "cluster_accuracy")
+        shown = [f"{name} {scores[name]:.3f}" for name in names]
+        print(f"{task.metadata.name}: {'  '.join(shown)}")
     return 0
 
 

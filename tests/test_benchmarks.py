@@ -128,7 +128,7 @@ def test_the_rows_of_families(tmp_path: Path) -> None:
     assert row.came_in and row.went_out and row.cells[6] == "`IJepaModel`"
 
     (tmp_path / "other").mkdir()
-    row = families.refused("`swin`", tmp_path / "other", {"model_type": "swin"})
+    row = families.refused("swin", "model_type", tmp_path / "other")
     assert not row.came_in and not row.went_out
     assert row.cells[6].endswith("its tokens change in width and number from stage to stage")
     assert len(families.table_of([row])) == 3

@@ -34,7 +34,8 @@ from mim_refiner_hf.evaluation.reconstruction import (
     reconstruction_losses,
     train_decoders,
 )
-from mim_refiner_hf.pretraining.mae import MaeDecoder, mae_loss
+from mim_refiner_hf.pretraining.mae import mae_loss
+from mim_refiner_hf.pretraining.mae_decoder import MaeDecoder
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,7 @@ def test_three_steps_are_the_authors(tmp_path: Path, micro: int | None) -> None:
             torch.testing.assert_close(features, expected[f"step{step}.teacher_patches"], **TOKENS)
         if any(name.startswith(f"step{step}.grad.") for name in expected):
             compare(gradients(objective), f"step{step}.grad.", GRADIENTS)
-        objective.step_optimizers(step)
+        objective.step_optimizers()
         if any(name.startswith(f"after{step}.") for name in expected):
             compare(objective.state_dict(), f"after{step}.", WEIGHTS)
 

@@ -29,7 +29,7 @@ from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
-from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner, neighbour_draw
 from mim_refiner_hf.runtime.distributed import average_gradients
 from mim_refiner_hf.runtime.optimisation import freeze
 
@@ -74,8 +74,8 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
     freeze(encoder, blocks=0)
     heads = IdHeads(2, 24, 16, 20, 8, **HEADS[method])
     queue = NearestNeighbourQueue(2, QUEUE, 8)
-    settings = {"num_global": 2, "num_views": 5, "temperature": 0.2, **REFINERS[method]}
-    refiner = Refiner(encoder, [1, 2], heads, queue, **settings).double().train()
+    settings = NnaSettings(2, 5, temperature=0.2, **REFINERS[method])
+    refiner = Refiner(encoder, [1, 2], heads, queue, settings).double().train()
     optimizer = torch.optim.SGD((p for p in refiner.parameters() if p.requires_grad), lr=0.1)
     share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
     for step in range(STEPS):

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
+from mim_refiner_hf import MimRefinerModel, RefineRecipe
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 
 
@@ -109,7 +109,8 @@ def test_products_are_counted_by_their_shapes() -> None:
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_useful_operations_are_those_that_are_counted(pooling: str) -> None:
-    config = MimRefinerConfig(**gpu.TINY, pooling=pooling)  # type: ignore[arg-type]
+    config = gpu.encoder_config("l16", tiny=True)
+    config.pooling = pooling
     fields = {**gpu.TINY_RECIPE, "queue_size": 4, "batch_size": 4, "topk": 1}
     recipe = resolve(RefineRecipe(model="a", **fields), config, 64)  # type: ignore[arg-type]
     heads = IdHeads(len(recipe.head_blocks), 48, 24, 32, 16)
@@ -122,9 +123,7 @@ def test_useful_operations_are_those_that_are_counted(pooling: str) -> None:
         recipe.head_blocks,
         heads,
         queue,
-        num_global=2,
-        num_views=4,
-        temperature=0.2,
+        NnaSettings(2, 4, temperature=0.2),
     )
     views = [torch.randn(4, 2, 3, size, size) for size in (recipe.global_size, recipe.local_size)]
     for stage, expected in gpu.useful_operations(config, recipe).items():

@@ -18,7 +18,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.loss import nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.runtime.optimisation import (
     encoder_groups,
     freeze,
@@ -124,12 +124,14 @@ def build(case: dict[str, Any], encoder: MimRefinerModel, momentum: float | None
         [encoder.config.num_hidden_layers - 1],
         heads,
         NearestNeighbourQueue(1, case["queue_size"], dim),
-        num_global=VIEWS,
-        num_views=VIEWS,
-        temperature=case["temperature"],
-        swap="all",
-        norm_views="apart",
-        target_momentum=momentum,
+        NnaSettings(
+            num_global=VIEWS,
+            num_views=VIEWS,
+            temperature=case["temperature"],
+            swap="all",
+            norm_views="apart",
+            target_momentum=momentum,
+        ),
     ).train()
 
 

@@ -90,7 +90,7 @@ def take_steps(case: str, rank: int, processes: int, micro: int | None) -> dict[
         for name, parameter in objective.named_parameters():
             if parameter.grad is not None:
                 kept[f"{step}.gradient.{name}"] = parameter.grad.clone()
-        objective.step_optimizers(step)
+        objective.step_optimizers()
     return kept | {name: tensor.clone() for name, tensor in objective.state_dict().items()}
 
 

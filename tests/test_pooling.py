@@ -30,7 +30,7 @@ from mim_refiner_hf.evaluation import extract_features
 from mim_refiner_hf.model.positions_mim_refiner import patch_coordinates, token_coordinates
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze
 
@@ -80,7 +80,7 @@ def test_heads_and_features_read_what_the_pooling_says(pooling: str) -> None:
         (lambda t: t[:, 0]) if pooling == "register" else (lambda t: t[:, 4:].mean(1))
     )
     heads, queue = IdHeads(2, 32, 8, 8, 4), NearestNeighbourQueue(2, 8, 4)
-    refiner = Refiner(model, [1, 2], heads, queue, num_global=2, num_views=2, temperature=0.2)
+    refiner = Refiner(model, [1, 2], heads, queue, NnaSettings(2, 2, temperature=0.2))
     with torch.no_grad():
         output = model(pixels, output_hidden_states=True)
         features = refiner.encode(pixels)

@@ -20,7 +20,8 @@ from mim_refiner_hf.data.order import BatchSampler
 from mim_refiner_hf.data.views import MultiCrop, ViewDataset, normalise, view_specs
 from mim_refiner_hf.pretraining import mae
 from mim_refiner_hf.pretraining.loop import pretrain
-from mim_refiner_hf.pretraining.mae import MaeDecoder, MaeObjective, mae_loss, patchify
+from mim_refiner_hf.pretraining.mae import MaeObjective, mae_loss, patchify
+from mim_refiner_hf.pretraining.mae_decoder import MaeDecoder, decoder_groups, xavier_uniform
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
 from mim_refiner_hf.runtime.optimisation import (
     encoder_groups,
@@ -257,12 +258,12 @@ def plain_loop(recipe: PretrainRecipe, images: ImageDataset) -> MimRefinerModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder, decoder = MimRefinerModel(recipe.encoder_config()), MaeDecoder(recipe)
-        mae.xavier_uniform(encoder)
-        mae.xavier_uniform(decoder)
+        xavier_uniform(encoder)
+        xavier_uniform(decoder)
     encoder.train()
     freeze(encoder, blocks=0)
     groups = encoder_groups(encoder, 1.0, recipe.weight_decay)
-    groups += mae.decoder_groups(decoder, recipe.weight_decay)
+    groups += decoder_groups(decoder, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     per_epoch = len(images) // recipe.batch_size

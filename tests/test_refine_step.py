@@ -18,7 +18,7 @@ from mim_refiner_hf.conversion import load_encoder
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.loss import Pairs, head_weights, nna_loss, pair_weights
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner, neighbour_draw
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner, neighbour_draw
 from mim_refiner_hf.refinement.trainer import compile_blocks
 from mim_refiner_hf.runtime.optimisation import freeze
 
@@ -318,10 +318,12 @@ def build_refiner(
         [*blocks, case["depth"] - 1],
         heads,
         queue,
-        num_global=case["num_global"],
-        num_views=case["num_global"] + case["num_local"],
-        temperature=case["temperature"],
-        pairs=pairs,
+        NnaSettings(
+            num_global=case["num_global"],
+            num_views=case["num_global"] + case["num_local"],
+            temperature=case["temperature"],
+            pairs=pairs,
+        ),
     )
     return refiner.train(), inputs
 

@@ -39,7 +39,7 @@ from mim_refiner_hf.refinement.failure import NotFiniteError, check_step
 from mim_refiner_hf.refinement.heads import GroupedLayer, IdHeads
 from mim_refiner_hf.refinement.memory import memory_estimate
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.prepare import prepare
@@ -89,11 +89,8 @@ def refiner_after_a_step(
         [0, 1],
         heads,
         queue,
-        num_global=2,
-        num_views=4,
-        temperature=0.2,
+        NnaSettings(2, 4, temperature=0.2, **method),
         bf16=bf16,
-        **method,
     ).train()
     if recompute:
         renamed = hasattr(encoder, "activation_checkpointing_enable")  # in transformers 5.23

@@ -27,7 +27,7 @@ from mim_refiner_hf.refinement.memory import (
     memory_estimate,
 )
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner, keeps_a_graph, neighbour_draw
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner, keeps_a_graph, neighbour_draw
 from mim_refiner_hf.refinement.resolve import ResolvedRecipe, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runtime.optimisation import encoder_groups, freeze, head_groups
@@ -58,9 +58,8 @@ def small_refiner(heads: int = 4, views: int = 5, bf16: bool = False, **changes:
     freeze(encoder, 0)
     blocks = list(range(4 - min(heads, 4), 4)) if heads <= 4 else [3] * heads
     stack, queue = IdHeads(heads, 48, 24, 32, 16), NearestNeighbourQueue(heads, 64, 16)
-    return Refiner(
-        encoder, blocks, stack, queue, num_global=2, num_views=views, temperature=0.2, bf16=bf16
-    ).train()
+    settings = NnaSettings(2, views, temperature=0.2)
+    return Refiner(encoder, blocks, stack, queue, settings, bf16=bf16).train()
 
 
 def views_of(batch: int, local: int = 3) -> list[Tensor]:
@@ -305,9 +304,7 @@ def measured_peak(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
             blocks,
             heads,
             queue,
-            num_global=2,
-            num_views=count,
-            temperature=0.2,
+            NnaSettings(2, count, temperature=0.2),
             bf16=recipe.bf16,
         ).train()
         optimizer = torch.optim.AdamW(

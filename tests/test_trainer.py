@@ -5,6 +5,7 @@ From foreign weights and real images to a saved model, and its settings.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,8 @@ def test_loss_that_is_not_finite_stops_before_the_update(
 
     def spoiled(self: Trainer, now: int, batch: dict[str, Tensor]) -> Any:
         if now == 5:
-            self.refiner.temperature = 0.0
+            settings = self.refiner.settings
+            self.refiner.settings = replace(settings, temperature=0.0)
             seen["trainer"], seen["index"] = self, batch["index"].tolist()
             seen["before"] = {
                 name: tensor.clone() for name, tensor in self.refiner.named_parameters()

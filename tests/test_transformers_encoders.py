@@ -26,7 +26,7 @@ from mim_refiner_hf.publishing import export_timm
 from mim_refiner_hf.publishing.export import export
 from mim_refiner_hf.refinement.heads import IdHeads
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.refinement.refiner import Refiner
+from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner
 from mim_refiner_hf.refinement.resolve import resolve
 from mim_refiner_hf.runtime.optimisation import freeze
 
@@ -207,9 +207,7 @@ def three_steps(encoder: MimRefinerModel) -> list[float]:
         recipe.head_blocks,
         IdHeads(count, width, 16, 16, 8, seed=0),
         NearestNeighbourQueue(count, 32, 8, seed=0),
-        num_global=2,
-        num_views=3,
-        temperature=recipe.temperature,
+        NnaSettings(2, 3, temperature=recipe.temperature),
     )
     trained = [parameter for parameter in refiner.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)

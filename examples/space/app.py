@@ -85,16 +85,12 @@ def uploaded(files: Sequence[Mapping[str, Any]] | None, num_channels: int) -> Co
             f"{len(paths)} images: give 2 to {MAX_IMAGES}; `mim-refiner cluster` takes any number."
         )
 
-    entries = Entries.of(
-        range(len(paths)), (f"{path.name} {path.stat().st_size}" for path in paths)
-    )
-    images = ImageDataset(
-        FoundImages(paths, None, None, "upload", entries), num_channels=num_channels
-    )
-    return Collection(
-        images,
-        [spelt_out(Path(file.get("orig_name") or file["path"]).name) for file in files or ()],
-    )
+    names = []
+    for file in files or ():
+        names.append(spelt_out(Path(file.get("orig_name") or file["path"]).name))
+    keys = [f"{path.name} {path.stat().st_size}" for path in paths]
+    found = FoundImages(paths, None, None, "upload", Entries.of(range(len(paths)), keys))
+    return Collection(ImageDataset(found, num_channels=num_channels), names)
 
 
 def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collection]:
@@ -115,10 +111,9 @@ def open_samples(samples: Sequence[str], num_channels: int) -> dict[str, Collect
     collections = {}
     for name, images in found.items():
         images = evenly_spaced(images, MAX_IMAGES)
-        names = [
-            spelt_out(images.describe(i)).removeprefix(f"{images.name}/")
-            for i in range(len(images))
-        ]
+        names = []
+        for place in range(len(images)):
+            names.append(spelt_out(images.describe(place)).removeprefix(f"{images.name}/"))
         collections[name] = Collection(images, names)
     return collections
 
@@ -146,8 +141,8 @@ def compare(
 
     A generator, so that it can clear up afterwards.
     """
-    wanted = int(num_clusters or 0) or None
-    if wanted != (num_clusters or None):
+    asked = int(num_clusters or 0) or None
+    if asked != (num_clusters or None):
         raise ValueError(
             f"The number of groups is {num_clusters}; give a whole number, or 0 to have it"
             " proposed."
@@ -155,14 +150,12 @@ def compare(
 
     sides: list[Grouping] = []
     total = len(collection.images)
-    readings = len(encoders) * len(collection.images)
-
-    for name in reversed(
-        list(encoders)
-    ):  # the refined encoder proposes a number; the other one takes it, to be comparable
+    readings = len(encoders) * total
+    # the refined encoder proposes a number; the other one takes it, to be comparable
+    for name in reversed(list(encoders)):
         tell = partial(tell_progress, progress, SIDES[name], len(sides) * total, total, readings)
-        sides.insert(0, group_images(name, encoders[name], collection, wanted, tell))
-        wanted = sides[-1].summary["num_clusters"]
+        sides.insert(0, group_images(name, encoders[name], collection, asked, tell))
+        asked = sides[-1].summary["num_clusters"]
 
     progress(0.8, desc="Maps and pages")
     found = sides[-1]
@@ -170,17 +163,11 @@ def compare(
 
     with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
         columns = "".join(show_side(side, thumbnails, Path(folder)) for side in sides)
-        numbers = {
-            **{
-                name: found.summary[name]
-                for name in ("num_images", "num_clusters", "clear", "reason")
-            },
-            "broken": [collection.names[entry["index"]] for entry in found.summary["broken"]],
-            **{
-                side.side.name: {**side.side.metrics, "sizes": side.summary["sizes"]}
-                for side in sides
-            },
-        }
+        names = ("num_images", "num_clusters", "clear", "reason")
+        numbers = {name: found.summary[name] for name in names}
+        numbers["broken"] = found.broken_of(collection.names)
+        for side in sides:
+            numbers[side.side.name] = {**side.side.metrics, "sizes": side.summary["sizes"]}
         downloads = write_downloads(Path(folder), sides, thumbnails)
         yield (
             show_note(found, collection.names),
@@ -199,9 +186,8 @@ def answer(collection: Collection, *settings: Any) -> Iterator[tuple[Any, ...]]:
     try:
         yield from compare(collection, *settings)
     except ValueError as error:
-        raise gr.Error(
-            escape(collection.without_paths(str(error)), quote=False), print_exception=False
-        ) from error
+        message = escape(collection.without_paths(str(error)), quote=False)
+        raise gr.Error(message, print_exception=False) from error
 
 
 def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -> gr.Blocks:
@@ -270,8 +256,9 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
         shared: dict[str, Any] = {
             "outputs": [note, scores, sides, downloads, numbers],
             "show_progress_on": note,
+            "concurrency_id": "encoders",
+            "concurrency_limit": 1,
         }
-        shared |= {"concurrency_id": "encoders", "concurrency_limit": 1}
         sample_button.click(from_sample, [sample, number], api_name="sample", **shared)
         # not preprocessed: the names that files have at the user's, which gradio drops
         upload_button.click(
@@ -327,10 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     try:
-        encoders: dict[str, Any] = {
-            side: load_encoder(name)
-            for side, name in choose_models(options.before, options.after).items()
-        }
+        models = choose_models(options.before, options.after)
+        encoders = {side: load_encoder(name) for side, name in models.items()}
         channels = {encoder.config.num_channels for encoder in encoders.values()}
         if len(channels) > 1:
             raise ValueError(
@@ -342,18 +327,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
-    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"]}  # none from the network
-    fonts["font_mono"] = ["ui-monospace", "monospace"]
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="zinc", **fonts)
-    style = Path(__file__).with_name("style.css")
-    plain: dict[str, Any] = {
-        "share": False,
-        "ssr_mode": False,
-        "run_history": False,
-        "footer_links": ["api"],
-    }
-    limit = f"{MAX_MEGABYTES}mb"
-    build_page(encoders, samples).launch(theme=theme, css_paths=style, max_file_size=limit, **plain)
+    # no fonts from the network
+    theme = gr.themes.Base(
+        primary_hue="blue",
+        neutral_hue="zinc",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    build_page(encoders, samples).launch(
+        theme=theme,
+        css_paths=Path(__file__).with_name("style.css"),
+        max_file_size=f"{MAX_MEGABYTES}mb",
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        footer_links=["api"],
+    )
     return 0
 
 

@@ -10,6 +10,7 @@ All work is done by functions of the package; every name of a file is escaped.
 
 import base64
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ class Grouping:
     side: Side
     evaluation: Evaluation
 
+    def broken_of(self, names: Sequence[str]) -> list[str]:
+        """Which of all the images, of these names, could not be read."""
+        return [names[entry["index"]] for entry in self.summary["broken"]]
+
 
 def group_images(
     name: str,
@@ -133,6 +138,7 @@ def group_images(
     entries = pipe(Watched(collection.images, tell), num_clusters=num_clusters)
     if len(entries) < 2:
         raise ValueError("Only 1 of these images can be read; give at least 2.")
+
     kept = [entry["index"] for entry in entries]
     images = collection.images.subset(kept)
     evaluation = measure(pipe, images)
@@ -159,9 +165,8 @@ def measure(pipe: ImageClusteringPipeline, images: ImageDataset) -> Evaluation:
     groups = KMeansRun(
         assignments, found.centroids.numpy(), found.inertia, assignments[None].astype(np.int32)
     )
-    metrics: dict[str, Any] = {"rankme": rankme(features)}
+    metrics = {"rankme": rankme(features)}
     labels = predicted = None
-
     if fully_labelled(images) and len(images) > 2 * NUM_NEIGHBOURS:
         labels = torch.from_numpy(images.labels)
         scores = cluster_scores(labels, assignments)
@@ -180,7 +185,8 @@ def knn_by_halves(features: Tensor, labels: Tensor) -> Tensor:
 
     Each half of the images has the other one as its bank.
     """
-    order = labels.argsort(stable=True)  # every class in both halves
+    # every class in both halves
+    order = labels.argsort(stable=True)
     predicted = torch.empty_like(labels)
     for bank, half in ((order[::2], order[1::2]), (order[1::2], order[::2])):
         bank_x, half_x = standardise(features[bank], features[half])
@@ -198,13 +204,13 @@ def data_uri(picture: bytes, kind: str) -> str:
 
 def show_note(found: Grouping, names: Sequence[str]) -> str:
     """How many groups and why, whether that is clear, and which files could not be read."""
-    broken = [names[entry["index"]] for entry in found.summary["broken"]]
-    lines = [("note" if found.summary["clear"] else "note unclear", describe_groups(found.summary))]
+    kind = "note" if found.summary["clear"] else "note unclear"
+    note = f'<p class="{kind}">{escape(describe_groups(found.summary))}</p>'
+    broken = found.broken_of(names)
     if broken:
-        lines.append(
-            ("note broken", f"Not read, as they are no images or damaged: {', '.join(broken)}")
-        )
-    return "".join(f'<p class="{kind}">{escape(text)}</p>' for kind, text in lines)
+        text = f"Not read, as they are no images or damaged: {', '.join(broken)}"
+        note += f'<p class="note broken">{escape(text)}</p>'
+    return note
 
 
 def show_group(
@@ -218,6 +224,7 @@ def show_group(
     caption, _, size = group_caption(found.images, labels, np.asarray(members)).rpartition("\n")
     mostly = f"<b>mostly {escape(caption)}</b>" if caption else ""
     most = None if labels is None else int(labels[members].bincount().argmax())
+
     tiles = []
     for place in members[:SHOWN]:
         kinds = ["tile"]
@@ -226,12 +233,14 @@ def show_group(
         # its pixels stay sharp
         if max(Image.open(io.BytesIO(thumbnails[place])).size) < 48:
             kinds.append("small")
-        text = escape(f"{found.names[place]}, confidence {100 * found.scores[place]:.0f} %")
+        share = f"{100 * found.scores[place]:.0f}"
+        text = escape(f"{found.names[place]}, confidence {share} %")
         tiles.append(
             f'<span class="{" ".join(kinds)}" title="{text}">'
             f'<img alt="{text}" src="{data_uri(thumbnails[place], "jpeg")}">'
-            f'<i style="width:{100 * found.scores[place]:.0f}%"></i></span>'
+            f'<i style="width:{share}%"></i></span>'
         )
+
     more = f"<small>and {len(members) - SHOWN} more</small>" if len(members) > SHOWN else ""
     heading = f"<h4>Group {number} <small>{size}</small>{mostly}</h4>"
     return (
@@ -243,24 +252,20 @@ def show_side(found: Grouping, thumbnails: Sequence[bytes], folder: Path) -> str
     """One column of the comparison: heading, map, groups."""
     draw_map(found.images, found.evaluation, folder / "map.png")
     picture = data_uri((folder / "map.png").read_bytes(), "png")
-    order = by_confidence(found.groups, found.scores)
-    groups = "".join(
-        show_group(found, number, members, thumbnails) for number, members in enumerate(order)
-    )
-    heading = f"<h3>{SIDES[found.side.name]}</h3>"
-    return (
-        f'<div class="side">{heading}<img class="map" alt="map of the images"'
-        f' src="{picture}">{groups}</div>'
-    )
+    parts = [
+        f"<h3>{SIDES[found.side.name]}</h3>",
+        f'<img class="map" alt="map of the images" src="{picture}">',
+    ]
+    for number, members in enumerate(by_confidence(found.groups, found.scores)):
+        parts.append(show_group(found, number, members, thumbnails))
+    return f'<div class="side">{"".join(parts)}</div>'
 
 
 def legend(found: Grouping) -> str:
     """What the marks on the images mean."""
-    odd = (
-        ""
-        if found.evaluation.features.labels is None
-        else '<i class="odd"></i> not of the group\'s most frequent class'
-    )
+    odd = ""
+    if found.evaluation.features.labels is not None:
+        odd = '<i class="odd"></i> not of the group\'s most frequent class'
     return f'<p class="legend"><i class="bar"></i> confidence, 0 to 100 % of the width {odd}</p>'
 
 
@@ -294,18 +299,16 @@ def write_downloads(
     Returns the paths.
     """
     header = ["image"]
-    columns = [sides[-1].names]
-
+    columns: list[Sequence[object]] = [sides[-1].names]
     for found in sides:
         header += [f"cluster_{found.side.name}", f"confidence_{found.side.name}"]
-        columns += [found.groups, [f"{score:.4f}" for score in found.scores]]  # type: ignore[list-item]
-        order = [
-            place for members in by_confidence(found.groups, found.scores) for place in members
-        ]
-        tiles = [
-            Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None)
-            for i in order
-        ]
+        columns += [found.groups, [f"{score:.4f}" for score in found.scores]]
+
+        order = list(itertools.chain(*by_confidence(found.groups, found.scores)))
+        tiles = []
+        for i in order:
+            tile = Tile(found.names[i], found.groups[i], found.scores[i], thumbnails[i], None)
+            tiles.append(tile)
         features = found.evaluation.features.features[order]
         page = render_page(
             SIDES[found.side.name],

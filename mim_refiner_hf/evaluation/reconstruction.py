@@ -28,13 +28,8 @@ from ..data.loading import ImageProcessor
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..pretraining.mae import (
-    MaeDecoder,
-    decoder_groups,
-    reconstruction_error,
-    visible_tokens,
-    xavier_uniform,
-)
+from ..pretraining.mae import reconstruction_error, visible_tokens
+from ..pretraining.mae_decoder import MaeDecoder, decoder_groups, xavier_uniform
 from ..pretraining.masks import mae_noise
 from ..pretraining.objective import plain_crop
 from ..pretraining.recipe import PretrainRecipe

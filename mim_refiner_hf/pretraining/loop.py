@@ -15,10 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -31,6 +28,7 @@ from ..data.images import ImageDataset
 from ..data.stream import ImageStream
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..model.image_processing_mim_refiner import MimRefinerImageProcessor
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.arithmetic import arithmetic, say_changes
 from ..runtime.attention import attend_in_fp32
@@ -43,7 +41,13 @@ from ..runtime.checkpoint import (
     size_of,
 )
 from ..runtime.device import uses_bf16
-from ..runtime.distributed import average_gradients, progress_bar, rank, world_size
+from ..runtime.distributed import (
+    average_gradients,
+    finite_everywhere,
+    progress_bar,
+    rank,
+    world_size,
+)
 from ..runtime.files import in_bytes
 from ..runtime.launch import job_of_processes
 from ..runtime.optimisation import optimizer_tensors, recompute_blocks, restore_optimizers
@@ -107,7 +111,8 @@ class Pretrainer:
         own = {} if encoder is None else vars(encoder)
         objective = make_objective(recipe, self.steps, encoder)
         config = objective.encoder.config
-        self.processor: Any = own.get("image_processor") or fitted_processor(config, images)
+        processor: MimRefinerImageProcessor | None = own.get("image_processor")
+        self.processor = processor or fitted_processor(config, images)
 
         objective.bf16 = uses_bf16(options.mixed_precision)
         if objective.bf16:
@@ -202,7 +207,7 @@ class Pretrainer:
         gather_into(objective, self.objective)
         return objective.to(self.accelerator.device)
 
-    def update(self, step: int, batch: dict[str, Any]) -> Losses:
+    def update(self, step: int, batch: dict[str, Tensor]) -> Losses:
         """One update of the networks on this process's share of a batch.
 
         Raises:
@@ -221,18 +226,15 @@ class Pretrainer:
         average_gradients(self.objective.parameters())
         self._check(losses, step)
         self._clip()
-        self.objective.step_optimizers(step)
+        self.objective.step_optimizers()
         return losses
 
     def _check(self, losses: Losses, step: int) -> None:
         """FloatingPointError in all processes if a loss or a gradient of any is not finite."""
         norm = gradient_norm(self.objective.parameters())
-        finite = torch.isfinite(norm) & torch.stack(list(losses.values())).isfinite().all()
-        if world_size() > 1:
-            finite = finite.int()
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite:
+        if finite_everywhere(norm, *losses.values()):
             return
+
         shown = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
         raise FloatingPointError(
             f"the pre-training is not finite in step {step} ({shown}, gradient {norm.item():g}); "
@@ -325,6 +327,7 @@ class Pretrainer:
         tensors = self.tensors() | optimizer_tensors(*self.objective.optimizers)
         keep = self.options.keep
         path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
+
         if not self._size_said and self.accelerator.is_main_process:
             self._size_said = True
             size = in_bytes(size_of(path))
@@ -348,6 +351,7 @@ class Pretrainer:
         check_tensors(found, self.tensors())
         restore_optimizers(self.objective.optimizers, found)
         place_tensors(self.objective, found, "objective.")
+
         begun = found.state["arithmetic"]
         say_changes(begun, self._arithmetic)
         self._arithmetic = begun
@@ -360,7 +364,9 @@ class Pretrainer:
         return found.step
 
 
-def fitted_processor(config: MimRefinerConfig, images: ImageDataset | ImageStream) -> Any:
+def fitted_processor(
+    config: MimRefinerConfig, images: ImageDataset | ImageStream
+) -> MimRefinerImageProcessor:
     """The preprocessing for an encoder that is trained from nothing on these images.
 
     ImageNet's for photos; of other numbers of channels than 3 and 1, range, means and deviations

@@ -9,73 +9,16 @@ their mean squared error.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.views import MultiCrop
-from ..model.configuration_mim_refiner import MimRefinerConfig
-from ..model.modeling_mim_refiner import MimRefinerLayer, MimRefinerModel, Places
-from ..model.positions_mim_refiner import sincos_position_table
+from ..model.modeling_mim_refiner import MimRefinerModel, Places
 from ..runtime.optimisation import encoder_groups, freeze, learning_rate, set_learning_rate
+from .mae_decoder import MaeDecoder, decoder_groups, xavier_uniform
 from .masks import mae_noise
-from .objective import Losses, Masks, Objective, micro_batches, plain_crop
-from .recipe import PretrainRecipe, PretrainSteps
+from .objective import Losses, Masks, Objective, micro_batches
 from .student import embedded_patches, visible_input
-
-
-class MaeDecoder(nn.Module):
-    """Visible tokens back to the pixels of every patch.
-
-    Linear, mask tokens at the gaps, a few blocks, linear.
-    """
-
-    positions: Tensor
-
-    def __init__(self, recipe: PretrainRecipe, encoder: MimRefinerConfig | None = None) -> None:
-        super().__init__()
-        encoder = encoder or recipe.encoder_config()
-        dim = recipe.decoder_size
-        config = MimRefinerConfig(
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            hidden_size=dim,
-            num_hidden_layers=recipe.decoder_layers,
-            num_attention_heads=recipe.decoder_attention_heads,
-            intermediate_size=4 * dim,
-        )
-        config._attn_implementation = "sdpa"
-
-        self.embed = nn.Linear(encoder.hidden_size, dim)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.register_buffer("positions", sincos_position_table(config.grid, dim), persistent=False)
-        self.layers = nn.ModuleList(MimRefinerLayer(config) for _ in range(recipe.decoder_layers))
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.predict = nn.Linear(dim, encoder.patch_size**2 * encoder.num_channels)
-
-    def forward(self, tokens: Tensor, restore: Tensor, prefix: int) -> Tensor:
-        """The pixels of every patch (B, N, p*p*C).
-
-        Args:
-            tokens: CLS, registers and visible patches (B, prefix + visible, D).
-            restore: place of each patch among visible-then-masked (B, N).
-            prefix: how many tokens are no patches.
-        """
-        tokens = self.embed(tokens)
-        visible = tokens[:, prefix:]
-
-        # mask tokens behind the visible patches, then all back to their places in the image
-        gaps = self.mask_token.expand(len(tokens), restore.shape[1] - visible.shape[1], -1)
-        patches = torch.cat([visible, gaps.to(visible.dtype)], dim=1)
-        places = restore.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-        patches = patches.gather(1, places)
-
-        tokens = torch.cat([tokens[:, :prefix], patches + self.positions], dim=1)
-        for layer in self.layers:
-            tokens = layer(tokens)
-        pixels: Tensor = self.predict(self.norm(tokens))[:, prefix:]
-        return pixels
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -135,57 +78,22 @@ def mae_loss(
     return reconstruction_error(predicted, pixels, encoder.config.patch_size, masked)
 
 
-def xavier_uniform(module: nn.Module) -> None:
-    """Give every linear layer in `module` MAE's initial weights: Xavier-uniform, biases 0."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def decoder_groups(decoder: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of decoders; no weight decay on tensors of at most one dimension."""
-    matrices = [parameter for parameter in decoder.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in decoder.parameters() if parameter.ndim <= 1]
-    return [
-        {"params": matrices, "lr_scale": 1.0, "weight_decay": weight_decay},
-        {"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0},
-    ]
-
-
 class MaeObjective(Objective):
-    """Encoder and decoder of a masked autoencoding.
+    """Encoder and decoder of a masked autoencoding."""
 
-    Args:
-        steps: of the training.
-        encoder: trained on from its weights; None for fresh ones.
-    """
-
-    def __init__(
-        self,
-        recipe: PretrainRecipe,
-        steps: PretrainSteps,
-        encoder: MimRefinerModel | None = None,
-    ) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.steps = steps
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            self.encoder = encoder or MimRefinerModel(recipe.encoder_config())
-            self.decoder = MaeDecoder(recipe, self.encoder.config)
-            if encoder is None:
-                xavier_uniform(self.encoder)
-            xavier_uniform(self.decoder)
+    def build(self, encoder: MimRefinerModel | None) -> None:
+        """One optimiser for both; positions stay as they are."""
+        recipe = self.recipe
+        self.encoder = encoder or MimRefinerModel(recipe.encoder_config())
+        self.decoder = MaeDecoder(recipe, self.encoder.config)
+        if encoder is None:
+            xavier_uniform(self.encoder)
+        xavier_uniform(self.decoder)
 
         freeze(self.encoder, blocks=0)
         groups = encoder_groups(self.encoder, 1.0, recipe.weight_decay)
         groups += decoder_groups(self.decoder, recipe.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-
-    def crops(self) -> MultiCrop:
-        """One random crop, flipped or not, or several."""
-        return plain_crop(self.recipe, self.recipe.crops_per_image)
+        self.optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
 
     def masks(self, step: int, sample_index: Sequence[int]) -> Masks:
         """The noise of all images (b, V * N), drawn at once for the whole batch."""
@@ -206,27 +114,13 @@ class MaeObjective(Objective):
             total += loss.detach()
         return {"loss": total}
 
-    @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW for encoder and decoder."""
-        return [self._optimizer]
-
     def set_schedules(self, step: int) -> None:
         """Linear warm-up, then a cosine; the peak grows with the crops of a batch."""
         recipe = self.recipe
         peak = recipe.learning_rate * recipe.batch_size * recipe.crops_per_image / 256
         end = recipe.end_learning_rate
         rate = learning_rate(step, self.steps.warmup, self.steps.total, peak, end)
-        set_learning_rate(self._optimizer, rate)
+        set_learning_rate(self.optimizers[0], rate)
 
 
-__all__ = [
-    "MaeDecoder",
-    "MaeObjective",
-    "decoder_groups",
-    "mae_loss",
-    "patchify",
-    "reconstruction_error",
-    "visible_tokens",
-    "xavier_uniform",
-]
+__all__ = ["MaeObjective", "mae_loss", "patchify", "reconstruction_error", "visible_tokens"]

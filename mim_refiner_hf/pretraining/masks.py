@@ -4,12 +4,17 @@ noise = mae_noise(seed=0, step=7, batch_size=256, patches=196)         # this pr
 masks = inverse_blocks((14, 14), rng, rows=16, visible=39, centres=5, length=3)    # (16, 39)
 """
 
+import logging
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime.distributed import rank, world_size
+from ..runtime.wording import setting
+
+logger = logging.getLogger(__name__)
 
 
 def mae_noise(seed: int, step: int, batch_size: int, patches: int) -> Tensor:
@@ -69,4 +74,19 @@ def inverse_blocks(
     return exactly(squares(places, grid, length), rng.random((rows, patches)), visible)
 
 
-__all__ = ["exactly", "inverse_blocks", "mae_noise", "squares"]
+def warn_of_no_blocks(side: int, length: int) -> None:
+    """Say that a grid of `side` is too small for the blocks that are to stay visible."""
+    logger.warning(
+        "%s: too few of %d x %d patches stay visible for a block of %d x %d, so that single ones "
+        "do; take a smaller block, a lower %s, or a smaller %s",
+        setting("mask_length", length),
+        side,
+        side,
+        length,
+        length,
+        setting("mask_ratio"),
+        setting("patch_size"),
+    )
+
+
+__all__ = ["exactly", "inverse_blocks", "mae_noise", "squares", "warn_of_no_blocks"]

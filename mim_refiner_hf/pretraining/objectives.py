@@ -1,7 +1,5 @@
 """The methods of pre-training by the name that a recipe states."""
 
-from collections.abc import Callable
-
 from ..model.modeling_mim_refiner import MimRefinerModel
 from .capi import CapiObjective
 from .conmim import ConmimObjective
@@ -10,15 +8,12 @@ from .mae import MaeObjective
 from .objective import Objective
 from .recipe import PretrainRecipe, PretrainSteps
 
-Maker = Callable[[PretrainRecipe, PretrainSteps, MimRefinerModel | None], Objective]
-
-OBJECTIVES: dict[str, Maker] = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "mae": MaeObjective,
     "data2vec2": Data2vec2Objective,
     "conmim": ConmimObjective,
     "capi": CapiObjective,
 }
-"""Every one is made of a recipe, its steps, and an encoder or None."""
 
 
 def make_objective(

@@ -381,6 +381,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             return self
         if num_images < 2 and "batch_size" in self._left_open:
             raise ValueError(f"there is only {num_images} image; a pre-training takes 2 or more")
+
         most = max(num_images // 8, 2)
         if "batch_size" not in self._left_open or self.batch_size <= most:
             return self
@@ -410,11 +411,13 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             total = self.max_steps
             warmup = min(round(total * self.warmup_epochs / self.epochs), total - 1)
             return PretrainSteps(max(total // self.epochs, 1), warmup, total)
+
         if self.batch_size > num_images:
             raise ValueError(
                 f"{setting('batch_size', self.batch_size)}: exceeds the {num_images} images; "
                 "lower it"
             )
+
         per_epoch = num_images // self.batch_size
         total = self.epochs * per_epoch
         warmup = round(self.warmup_epochs * per_epoch)

@@ -10,6 +10,7 @@ and the reach of the moving average (benchmarks/results/small-data.md); the pape
 would ship the start. From 20 000 images on, and on a GPU, views and swap are the paper's.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.poolings_mim_refiner import Pooling
 from ..runtime.launch import workers_per_process
 from ..runtime.wording import setting
-from .recipe import FITTED, RefineRecipe
+from .recipe import RefineRecipe
 
 T = TypeVar("T")
 
@@ -95,33 +96,34 @@ def fit(recipe: RefineRecipe, at: Situation) -> Fitted:
     Raises:
         ValueError: where what was stated and what is fitted to it contradict each other.
     """
-    known: dict[str, Any] = {name: getattr(recipe, name) for name in FITTED}
+    filled = copy.copy(recipe)
+    stated = Stated(filled)
     reasons = {}
 
     # in this order: a rule reads what stands before it
     for name, rule in _RULES.items():
         shared = name == "warmup_epochs" and recipe.warmup_share is not None
-        if known[name] is not None or shared:
+        if stated[name] is not None or shared:
             continue
-        choice = rule(Stated(recipe, known), at)
-        known[name] = choice.value
+        choice = rule(stated, at)
+        setattr(filled, name, choice.value)
         reasons[name] = choice.reason
 
     # the local views' side means nothing without local views
-    if known["local_views"] == 0:
+    if filled.local_views == 0:
         reasons.pop("local_size", None)
-    return Fitted(dataclasses.replace(recipe, **known), reasons)
+    # made anew, it is checked once more
+    return Fitted(dataclasses.replace(filled), reasons)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """The recipe that is being filled in: `recipe` as written, `known` by now."""
+    """The recipe that is being filled in; `stated[name]` is a field that a rule before has set."""
 
     recipe: RefineRecipe
-    known: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
-        return self.known[name]
+        return getattr(self.recipe, name)
 
     @property
     def updates(self) -> int:

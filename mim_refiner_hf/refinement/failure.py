@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..runtime.distributed import all_gather, world_size
+from ..runtime.distributed import all_gather, finite_everywhere
 from ..runtime.ending import EarlyEnd
 from ..runtime.sharding import local
 from ..runtime.wording import setting
@@ -87,14 +86,7 @@ def check_step(refiner: Refiner, result: StepResult, *, step: int, sample_index:
         NotFiniteError: what is not finite, and where.
     """
     gradients = [local(p.grad) for p in refiner.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(result.loss.detach()) & torch.isfinite(norm)
-
-    # one process in trouble stops all of them: the others would wait for it for ever
-    if world_size() > 1:
-        finite = finite.int()
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    if not finite:
+    if not finite_everywhere(result.loss, torch.nn.utils.get_total_norm(gradients)):
         raise NotFiniteError(describe_failure(refiner, result, step, sample_index))
 
 

@@ -255,6 +255,7 @@ def _passes_on_trial(refiner: Refiner, recipe: ResolvedRecipe, images: int, rese
     device = refiner.encoder.device
     group = max(_view_groups(recipe, config), key=lambda group: group.tokens)
     shape = (images * group.views, config.num_channels, group.size, group.size)
+
     taken = pixels = None
     try:
         taken = torch.empty(reserve, dtype=torch.uint8, device=device)

@@ -220,12 +220,14 @@ def _wrong_schedule(recipe: RefineRecipe) -> Iterator[str]:
             f"{setting('streaming')}: a stream has no length; "
             f"say with {setting('max_steps')} how many updates each stage has"
         )
+
     if recipe.warmup_epochs is not None and recipe.warmup_share is not None:
         share = setting("warmup_share", recipe.warmup_share)
         both = f"{setting('warmup_epochs', recipe.warmup_epochs)} and {share}"
         yield f"{both} exclude each other: give one of them"
     if recipe.max_steps is None:
         yield from _warmup_problems(recipe.warmup_epochs, recipe.epochs, recipe.head_epochs)
+
     if recipe.stage == "warmup" and recipe.head_epochs == 0:
         yield (
             f"{setting('stage', 'warmup')} and {setting('head_epochs', 0)} exclude each other: "

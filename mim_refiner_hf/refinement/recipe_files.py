@@ -101,6 +101,7 @@ def _without_auto(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(arguments)
     stated = []
     left_open = []
+
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")

@@ -1,8 +1,7 @@
 """One step of the refinement: views -> encoder -> heads <-> queue -> loss -> gradients.
 
-    refiner = Refiner(
-        encoder, head_blocks, heads, queue, num_global=2, num_views=12, temperature=0.2
-    )
+    settings = NnaSettings(num_global=2, num_views=12, temperature=0.2)
+    refiner = Refiner(encoder, head_blocks, heads, queue, settings)
     draw = neighbour_draw(seed, step, topk=20, heads=8, views=2, batch=64)
     result = refiner.backward([global_views, local_views], sample_index, labels, topk=20, draw=draw)
 
@@ -118,14 +117,11 @@ class _Pass(NamedTuple):
         return view_major(self.group)
 
 
-class Refiner(nn.Module):
-    """Encoder, heads and queue, and how one batch of views becomes gradients.
+@dataclass(frozen=True)
+class NnaSettings:
+    """Which views of an image are compared, and how (Nearest-Neighbour Alignment).
 
-    Args:
-        encoder: the model to refine.
-        head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the
-            encoder's output.
-        heads, queue: with as many heads as there are head blocks.
+    Attributes:
         num_global, num_views: how many global views, and views in all, an image has.
         temperature: of the loss.
         head_temperature: of the loss in the head warm-up; None for the same.
@@ -134,10 +130,31 @@ class Refiner(nn.Module):
         norm_views: whether the heads' batch norms see all views together or each apart.
         target_momentum: of the copy of the projectors that gives the targets of the refinement;
             None for no copy.
+    """
+
+    num_global: int
+    num_views: int
+    temperature: float
+    head_temperature: float | None = None
+    swap: Swap = "positive"
+    pairs: Pairs = "intended"
+    norm_views: NormViews = "together"
+    target_momentum: float | None = None
+
+
+class Refiner(nn.Module):
+    """Encoder, heads and queue, and how one batch of views becomes gradients.
+
+    Args:
+        encoder: the model to refine.
+        head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the
+            encoder's output.
+        heads, queue: with as many heads as there are head blocks.
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
 
     Attributes:
-        target_projector: that copy, in training mode as the heads are, never trained.
+        target_projector: the copy with `target_momentum`, in training mode as the heads are, never
+            trained.
     """
 
     weights: Tensor
@@ -148,15 +165,8 @@ class Refiner(nn.Module):
         head_blocks: Sequence[int],
         heads: IdHeads,
         queue: NearestNeighbourQueue,
+        settings: NnaSettings,
         *,
-        num_global: int,
-        num_views: int,
-        temperature: float,
-        head_temperature: float | None = None,
-        swap: Swap = "positive",
-        pairs: Pairs = "intended",
-        norm_views: NormViews = "together",
-        target_momentum: float | None = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -164,21 +174,17 @@ class Refiner(nn.Module):
         self.heads = heads
         self.queue = queue
         self.head_blocks = list(head_blocks)
-        self.num_global = num_global
-        self.num_views = num_views
-        self.temperature = temperature
-        self.head_temperature = head_temperature
-        self.swap = swap
-        self.norm_views = norm_views
-        self.target_momentum = target_momentum
+        self.settings = settings
+        weights = pair_weights(settings.num_global, settings.num_views, settings.pairs)
+        self.register_buffer("weights", weights, persistent=False)
+
         self.target_projector: nn.Module | None = None
-        if target_momentum is not None:
+        if settings.target_momentum is not None:
             self.target_projector = copy.deepcopy(heads.projector).requires_grad_(False)
+
         self.bf16 = bf16
         if bf16:
             attend_in_fp32(encoder)
-        weights = pair_weights(num_global, num_views, pairs)
-        self.register_buffer("weights", weights, persistent=False)
 
     @property
     def head_names(self) -> list[str]:
@@ -198,7 +204,7 @@ class Refiner(nn.Module):
 
         Statistics of their batch norms are copied. Nothing without `target_momentum`.
         """
-        self._follow(self.target_momentum or 0.0)
+        self._follow(self.settings.target_momentum or 0.0)
 
     def _follow(self, momentum: float) -> None:
         """`target = momentum * target + (1 - momentum) * projector`, of the weights."""
@@ -244,29 +250,30 @@ class Refiner(nn.Module):
         If not `refining`, it is the head warm-up: the projectors themselves give the targets, and
         the temperature is its own.
         """
+        settings = self.settings
         batch = len(sample_index)
-        passes = self.num_views if self.norm_views == "apart" else 1
+        passes = settings.num_views if settings.norm_views == "apart" else 1
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             projected, predicted = self.heads(features, passes)
-        predicted = predicted.unflatten(1, (self.num_views, batch))  # (H, V, b, E)
+        predicted = predicted.unflatten(1, (settings.num_views, batch))  # (H, V, b, E)
 
         # neighbours come from the queue as the steps before left it
-        own = projected.detach().unflatten(1, (self.num_views, batch))
-        targets = own[:, : self.num_global]  # (H, G, b, E)
+        own = projected.detach().unflatten(1, (settings.num_views, batch))
+        targets = own[:, : settings.num_global]  # (H, G, b, E)
         if refining and self.target_projector is not None:
             targets = self._momentum_targets(self.target_projector, features, batch)
         neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
 
-        temperature = self.temperature
-        if not refining and self.head_temperature is not None:
-            temperature = self.head_temperature
+        temperature = settings.temperature
+        if not refining and settings.head_temperature is not None:
+            temperature = settings.head_temperature
         head_losses, alignment = nna_loss(
             targets,
             neighbours.rows,
             all_gather_with_gradient(predicted, dim=2),
             self.weights,
             temperature=temperature,
-            swap=self.swap,
+            swap=settings.swap,
             first_row=rank() * batch,
         )
         weights = torch.ones_like(head_losses)
@@ -293,11 +300,12 @@ class Refiner(nn.Module):
     @torch.no_grad()
     def _momentum_targets(self, projector: nn.Module, features: Tensor, batch: int) -> Tensor:
         """What the target projectors make of the global views (H, G, b, E)."""
-        columns = features[:, : self.num_global * batch].transpose(1, 2)
-        passes = self.num_global if self.norm_views == "apart" else 1
+        num_global = self.settings.num_global
+        columns = features[:, : num_global * batch].transpose(1, 2)
+        passes = num_global if self.settings.norm_views == "apart" else 1
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             targets = in_passes(projector, columns, passes)
-        return targets.transpose(1, 2).unflatten(1, (self.num_global, batch))
+        return targets.transpose(1, 2).unflatten(1, (num_global, batch))
 
     def backward(
         self,
@@ -361,7 +369,8 @@ class Refiner(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Detached features of every head block (H, V, b, D); those of the first `keep` passes
         also with their graph."""
-        shape = (len(self.head_blocks), self.num_views, batch, self.encoder.config.hidden_size)
+        width = self.encoder.config.hidden_size
+        shape = (len(self.head_blocks), self.settings.num_views, batch, width)
         features = torch.empty(shape, dtype=self.encoder.dtype, device=passes[0].group.device)
 
         def store(part: _Pass, encoded: Tensor) -> None:
@@ -393,4 +402,4 @@ def _passes(views: Sequence[Tensor], micro: int) -> list[_Pass]:
     return sorted(passes, key=lambda part: part.group.numel(), reverse=True)
 
 
-__all__ = ["Refiner", "StepResult", "keeps_a_graph", "neighbour_draw", "view_major"]
+__all__ = ["NnaSettings", "Refiner", "StepResult", "keeps_a_graph", "neighbour_draw", "view_major"]

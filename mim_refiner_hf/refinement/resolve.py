@@ -378,21 +378,19 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
     """Whether a batch can be filled by the data and divided among the processes."""
     batch = recipe.batch_size
     assert batch is not None
-    others = recipe.eval_dataset is not None or recipe.eval_split is not None
-    if num_images is not None and batch > num_images and recipe.eval_fraction and not others:
-        held_back = setting("eval_fraction", recipe.eval_fraction)
-        raise ValueError(
-            f"{setting('batch_size', batch)}: only {num_images} images are left to train on, for "
-            f"{held_back} holds back the others; lower one of them"
-        )
+    named = setting("batch_size", batch)
     if num_images is not None and batch > num_images:
+        others = recipe.eval_dataset is not None or recipe.eval_split is not None
+        if not recipe.eval_fraction or others:
+            raise ValueError(f"{named}: the data set has only {num_images} training images")
         raise ValueError(
-            f"{setting('batch_size', batch)}: the data set has only {num_images} training images"
+            f"{named}: only {num_images} images are left to train on, for "
+            f"{setting('eval_fraction', recipe.eval_fraction)} holds back the others; lower one "
+            "of them"
         )
+
     if batch % processes:
-        raise ValueError(
-            f"{setting('batch_size', batch)}: must be a multiple of the {processes} processes"
-        )
+        raise ValueError(f"{named}: must be a multiple of the {processes} processes")
     micro = recipe.micro_batch_size
     if isinstance(micro, int) and micro > batch // processes:
         raise ValueError(

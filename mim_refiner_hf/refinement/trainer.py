@@ -60,7 +60,7 @@ from .heads import GroupedLayer, IdHeads
 from .loss import head_weights
 from .memory import choose_micro_batch
 from .queue import NearestNeighbourQueue
-from .refiner import Refiner, StepResult, neighbour_draw
+from .refiner import NnaSettings, Refiner, StepResult, neighbour_draw
 from .resolve import ResolvedRecipe
 
 
@@ -73,6 +73,34 @@ def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
     """
     for layer in encoder.layers:
         layer.compile(backend=backend)
+
+
+def make_refiner(recipe: ResolvedRecipe, encoder: MimRefinerModel) -> Refiner:
+    """Heads and queue as the recipe has them, beside the encoder, on the CPU."""
+    count = len(recipe.head_blocks)
+    heads = IdHeads(
+        count,
+        encoder.config.hidden_size,
+        recipe.projector_dim,
+        recipe.predictor_dim,
+        recipe.embedding_dim,
+        seed=recipe.seed,
+        activation=recipe.activation,
+        predictor_norm=recipe.predictor_norm,
+        init=recipe.head_init,
+    )
+    queue = NearestNeighbourQueue(count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed)
+    settings = NnaSettings(
+        num_global=recipe.global_views,
+        num_views=recipe.num_views,
+        temperature=recipe.temperature,
+        head_temperature=recipe.head_temperature,
+        swap=recipe.swap,
+        pairs=recipe.pairs,
+        norm_views=recipe.norm_views,
+        target_momentum=recipe.target_momentum,
+    )
+    return Refiner(encoder, recipe.head_blocks, heads, queue, settings, bf16=recipe.bf16)
 
 
 @dataclass
@@ -112,36 +140,7 @@ class Trainer:
         average = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.average = average.to(device)
 
-        count = len(recipe.head_blocks)
-        heads = IdHeads(
-            count,
-            self.encoder.config.hidden_size,
-            recipe.projector_dim,
-            recipe.predictor_dim,
-            recipe.embedding_dim,
-            seed=recipe.seed,
-            activation=recipe.activation,
-            predictor_norm=recipe.predictor_norm,
-            init=recipe.head_init,
-        )
-        queue = NearestNeighbourQueue(
-            count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed
-        )
-        self.refiner = Refiner(
-            self.encoder,
-            recipe.head_blocks,
-            heads,
-            queue,
-            num_global=recipe.global_views,
-            num_views=recipe.num_views,
-            temperature=recipe.temperature,
-            head_temperature=recipe.head_temperature,
-            swap=recipe.swap,
-            pairs=recipe.pairs,
-            norm_views=recipe.norm_views,
-            target_momentum=recipe.target_momentum,
-            bf16=recipe.bf16,
-        ).to(device)
+        self.refiner = make_refiner(recipe, self.encoder).to(device)
         self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
 
         if recipe.gradient_checkpointing:
@@ -152,7 +151,7 @@ class Trainer:
         if self.sharded:
             shard(self.encoder, self.encoder.layers)
             shard(self.average, self.average.layers)
-            for part in filter(None, (heads, self.refiner.target_projector)):
+            for part in filter(None, (self.refiner.heads, self.refiner.target_projector)):
                 shard(part, [layer for layer in part.modules() if isinstance(layer, GroupedLayer)])
 
         self.optimizer = self._optimizer(0)
@@ -331,6 +330,7 @@ class Trainer:
             total = self.steps.refine
             warmup = recipe.warmups.refine
             base = recipe.learning_rate
+
         peak = base * recipe.batch_size / 256
         return learning_rate(step - first, warmup, total, peak, recipe.end_learning_rate)
 

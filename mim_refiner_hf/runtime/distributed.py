@@ -205,6 +205,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in pairs])
 
 
+def finite_everywhere(*values: Tensor) -> bool:
+    """Whether scalars are finite in every process; the same answer in all of them.
+
+    One in trouble stops all: the others would wait for it for ever.
+    """
+    finite = torch.stack([value.detach().isfinite() for value in values]).all()
+    if world_size() > 1:
+        finite = finite.int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None, *, hidden: bool = False, **settings: Any
 ) -> Any:
@@ -222,6 +234,7 @@ __all__ = [
     "all_gather",
     "all_gather_with_gradient",
     "average_gradients",
+    "finite_everywhere",
     "gather_objects",
     "lost_processes_named",
     "patience",
