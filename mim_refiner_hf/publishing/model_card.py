@@ -51,7 +51,7 @@ CITATION = Path(__file__).with_name("citation.bib").read_text(encoding="utf-8").
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 # as run_record.py ends `starting_model`
 _PRETRAINED_HERE = "pre-trained in this run"
-Side = Literal["before", "after"]
+RunSide = Literal["before", "after"]
 _BEGIN = "<!-- evaluation: {} -->"
 _END = "<!-- end of evaluation -->"
 
@@ -211,7 +211,7 @@ class CardData:
         """The verdict's reason, safe in Markdown; empty where there is no verdict."""
         return "" if self.judgement is None else plain(self.judgement.get("reason", ""))
 
-    def scores(self, side: Side) -> Metrics | None:
+    def scores(self, side: RunSide) -> Metrics | None:
         """All that was measured of one side; None where nothing was."""
         evaluated = self.before if side == "before" else self.after
         judged = None if self.judgement is None else self.judgement.get(side)
@@ -260,7 +260,7 @@ class CardData:
         if is_hub_name(self.dataset["name"]):
             optional["datasets"] = [self.dataset["name"]]
 
-        names: dict[Side, str] = {"after": "", "before": " (starting weights)"}
+        names: dict[RunSide, str] = {"after": "", "before": " (starting weights)"}
         if self.ships_start:
             names = {"before": "", "after": " (refined, not in this folder)"}
         index = []

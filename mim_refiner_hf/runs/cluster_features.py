@@ -39,6 +39,7 @@ from ..evaluation.feature_store import FeatureStore
 from ..evaluation.features import feature_columns
 from ..evaluation.manifest import differences, store_manifest
 from ..evaluation.shard_files import StoreManifest, read_manifest, read_record, recorded_shards
+from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.pace import duration
 from ..runtime.text import one_line, spelt_out
 from ..runtime.wording import setting
@@ -110,13 +111,13 @@ class FeaturePipeline(ImageClusteringPipeline):
 
 
 def encoded(
-    encoder: Any, images: ImageDataset, loading: Loading, out: Path | None
+    encoder: MimRefinerModel, images: ImageDataset, loading: Loading, out: Path | None
 ) -> KnownFeatures:
     """Encode the images; with `out`, what an interrupted call had finished is read instead."""
     channels = encoder.config.num_channels
     opened = ImageDataset(images.found, num_channels=channels, indices=images.indices)
     columns = feature_columns(encoder.config)
-    processor = encoder.image_processor
+    processor = vars(encoder)["image_processor"]
     if out is None:
         rows, broken = encode_in_memory(
             encoder, opened, processor, columns, loading, stop_at_broken=False
@@ -166,7 +167,9 @@ def _finished(folder: Path, wanted: StoreManifest) -> int:
     return done
 
 
-def _say_how_long(encoder: Any, images: ImageDataset, loading: Loading, left: int) -> None:
+def _say_how_long(
+    encoder: MimRefinerModel, images: ImageDataset, loading: Loading, left: int
+) -> None:
     """How long the images that are left will take, by a first batch of them."""
     first = min(len(images), loading.batch_size)
     # that few are encoded sooner than measured
@@ -175,9 +178,8 @@ def _say_how_long(encoder: Any, images: ImageDataset, loading: Loading, left: in
     batch = images.subset(range(first))
     begin = time.perf_counter()
     columns = feature_columns(encoder.config)
-    encode_in_memory(
-        encoder, batch, encoder.image_processor, columns, loading, stop_at_broken=False
-    )
+    processor = vars(encoder)["image_processor"]
+    encode_in_memory(encoder, batch, processor, columns, loading, stop_at_broken=False)
     speed = first / (time.perf_counter() - begin)
     say(
         f"{left} images at about {speed:.3g} a second, by a first batch: "

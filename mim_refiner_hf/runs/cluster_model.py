@@ -18,6 +18,7 @@ from PIL import Image
 from ..clustering.channels import as_picture
 from ..conversion import load_encoder
 from ..data.images import ImageDataset, evenly_spaced
+from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.files import CheckpointError
 from ..runtime.wording import setting
 from .cluster_features import say
@@ -38,7 +39,7 @@ _FAR_MEAN = 1.5
 _GENERAL = ("imagenet", "lvd", "laion", "cc12m", "datacomp", "places", "coco", "inaturalist")
 
 
-def choose_encoder(model: Any) -> Any:
+def choose_encoder(model: Any) -> MimRefinerModel:
     """What `load_encoder` makes of `model`; of None, the default, if it can be had.
 
     Raises:
@@ -58,17 +59,15 @@ def choose_encoder(model: Any) -> Any:
     return encoder
 
 
-def warn_of_misfit(encoder: Any, images: ImageDataset) -> None:
+def warn_of_misfit(encoder: MimRefinerModel, images: ImageDataset) -> None:
     """One line for each sign that the encoder was not made for such images."""
     looked_at = _some(images)
     if not looked_at:
         return
     name = encoder.config.name_or_path or "the model"
-    for reason in (
-        _too_small(encoder, looked_at),
-        _other_channels(encoder, looked_at),
-        _other_images(encoder, images),
-    ):
+    reasons = [_too_small(encoder, looked_at), _other_channels(encoder, looked_at)]
+    reasons.append(_other_images(encoder, images))
+    for reason in reasons:
         if reason:
             logger.warning("%s may not suit these images: %s", name, reason)
 
@@ -77,33 +76,33 @@ def _some(images: ImageDataset) -> list[Image.Image]:
     """A few images that can be read, in RGB."""
     few = evenly_spaced(images, _LOOKED_AT)
     coloured = ImageDataset(few.found, indices=few.indices)
-    found = []
+    images_read = []
     for place in range(len(coloured)):
         try:
-            found.append(as_picture(coloured[place].image))
+            images_read.append(as_picture(coloured[place].image))
         # broken ones are told later, all of them
         except ValueError:
             continue
-    return found
+    return images_read
 
 
-def _too_small(encoder: Any, looked_at: Sequence[Image.Image]) -> str:
+def _too_small(encoder: MimRefinerModel, looked_at: Sequence[Image.Image]) -> str:
     side = encoder.config.image_size
     seen = max(side) if isinstance(side, list | tuple) else side
-    shown = round(statistics.median(min(image.size) for image in looked_at))
+    shown = round(statistics.median([min(image.size) for image in looked_at]))
     if seen >= _SMALL_SIDE or shown < _FAR_BELOW * seen:
         return ""
     return f"it sees {seen} x {seen} pixels, and theirs are about {shown} wide or high"
 
 
-def _other_channels(encoder: Any, looked_at: Sequence[Image.Image]) -> str:
+def _other_channels(encoder: MimRefinerModel, looked_at: Sequence[Image.Image]) -> str:
     pixels = [np.asarray(image.resize((8, 8)), dtype=np.float64) / 255 for image in looked_at]
     values = np.concatenate([image.reshape(-1, image.shape[-1]) for image in pixels])
     spread = np.abs(values - values.mean(1, keepdims=True)).mean()
     if encoder.config.num_channels == 1:
         return "it knows grey images only, and these have colours" if spread > 0.02 else ""
 
-    processor = encoder.image_processor
+    processor = vars(encoder)["image_processor"]
     mean = np.asarray(processor.image_mean)
     scale = np.asarray(processor.image_std)
     if len(mean) != values.shape[1]:
@@ -117,7 +116,7 @@ def _other_channels(encoder: Any, looked_at: Sequence[Image.Image]) -> str:
     )
 
 
-def _other_images(encoder: Any, images: ImageDataset) -> str:
+def _other_images(encoder: MimRefinerModel, images: ImageDataset) -> str:
     """By the data sets that its card names, where it is a folder with one."""
     card = Path(encoder.config.name_or_path or "") / "README.md"
     if not encoder.config.name_or_path or not card.is_file():
@@ -128,7 +127,9 @@ def _other_images(encoder: Any, images: ImageDataset) -> str:
     except (OSError, ValueError, yaml.YAMLError) as error:
         kind = type(error).__name__
         return f"its card cannot be read ({kind}), so what it was trained on is unknown"
-    names = [str(name) for name in ([stated] if isinstance(stated, str) else stated or [])]
+    if isinstance(stated, str):
+        stated = [stated]
+    names = [str(name) for name in stated or []]
     known = [name.lower() for name in names]
     if not known or images.name.lower() in known:
         return ""
