@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, BrokenImages
 from ..data.channels import measure_channels
 from ..data.images import ImageDataset
+from ..data.loading import ImageProcessor
 from ..data.stream import ImageStream
 from ..data.views import normalise
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -111,8 +113,8 @@ class Pretrainer:
         own = {} if encoder is None else vars(encoder)
         objective = make_objective(recipe, self.steps, encoder)
         config = objective.encoder.config
-        processor: MimRefinerImageProcessor | None = own.get("image_processor")
-        self.processor = processor or fitted_processor(config, images)
+        own_processor: ImageProcessor | None = own.get("image_processor")
+        self.processor = own_processor or cast(ImageProcessor, fitted_processor(config, images))
 
         objective.bf16 = uses_bf16(options.mixed_precision)
         if objective.bf16:
