@@ -11,7 +11,8 @@ few large channels of one token from coarsening all others, and a vector from de
 images beside it.
 
 torch's kernel (`_int_mm`, on which torchao builds too) uses VNNI or AMX; `python -m benchmarks
-features-int8` measures it.
+features-int8` measures it. torch's own dynamic quantisation has one step for a whole batch: as fast,
+but at 2 to 5 times the angle, 0.9988 for the least cosine of a ViT-B where this has 0.9995.
 """
 
 import copy
@@ -28,7 +29,7 @@ from .features import encode, frozen
 from .image_shards import SetOrStream, ShardSampler, shard_loader
 
 # rows multiplied at a time: what stands between the steps of the computation stays in the cache
-_ROWS = 256
+_ROWS = 512
 _LARGEST = 127
 
 

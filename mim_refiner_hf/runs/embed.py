@@ -195,8 +195,8 @@ def in_precision(
         begun: the manifest of the features that are there, for "auto".
 
     Raises:
-        ValueError: for an unknown name, for int8 on a GPU, and where the cosine of a vector in int8 with the one in fp32
-            is below 0.999.
+        ValueError: for an unknown name, for int8 on a GPU, and where the cosine of a vector in int8
+            with the one in fp32 is below 0.999.
     """
     if asked is None:
         return encoder
