@@ -160,8 +160,7 @@ def cluster(
         check_num_clusters(num_clusters, len(opened), method, setting("num_clusters"))
         if corrections is not None:
             places = match_corrections(corrections, opened)
-        loading = Loading(batch_size, num_workers, device_here())
-        known = _encode(opened, model, dtype, folder, loading)
+        known = _encode(opened, model, dtype, folder, batch_size, num_workers)
 
     corrected = None
     try:
@@ -212,11 +211,13 @@ def _encode(
     model: Any,
     dtype: Precision | None,
     folder: Path | None,
-    loading: Loading,
+    batch_size: int,
+    num_workers: int,
 ) -> KnownFeatures:
     """The features of images by the model asked for, or the default."""
     encoder, images = fit_and_tell(choose_encoder(model), images)
     warn_of_misfit(encoder, images)
+    loading = Loading(batch_size, num_workers, device_here())
     encoder = in_precision(encoder, images, dtype, feature_columns(encoder.config), loading)
     return encoded(encoder, images, loading, folder)
 

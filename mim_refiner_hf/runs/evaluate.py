@@ -152,16 +152,13 @@ def evaluate(
         ValueError, FileNotFoundError: before any measurement, for wrong input.
     """
     began = time.perf_counter()
-    fine_tune = check_protocols(protocols, recipe, transfer, seed)
-    check_dtype(dtype, protocols)
+    fine_tune = check_protocols(protocols, recipe, transfer, seed, dtype)
     lists = check_lists(split_file, protocols)
     bank_size = checked_bank_size(protocol, bank_size, protocols)
     output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
     encoders = load_encoders(model, against, protocol)
     *others, name_of_model = encoders
-    check_channels_of(encoders[name_of_model], protocols)
-
-    channels = encoders[name_of_model].config.num_channels
+    channels = checked_channels(encoders[name_of_model], protocols)
     opened = partial(open_evaluation_data, split=split, eval_split=eval_split, seed=seed)
     opened = partial(opened, num_channels=channels, bank_size=bank_size)
     opened = partial(opened, masks=any(name in ON_MASKS for name in protocols))
@@ -248,16 +245,6 @@ def load_encoders(
     return encoders
 
 
-def check_dtype(dtype: Precision | None, protocols: Sequence[str]) -> None:
-    """ValueError for a protocol that trains the encoder, or reads its patches, in other numbers."""
-    for protocol in protocols:
-        if dtype is not None and protocol in ("fine_tuning", *ON_MASKS):
-            raise ValueError(
-                f"{setting('dtype', dtype)}: {setting('protocols', protocol)} has none of that; "
-                "leave one of them out"
-            )
-
-
 def as_asked(
     encoders: dict[str, MimRefinerModel],
     dtype: Precision | None,
@@ -278,8 +265,11 @@ def as_asked(
     return made
 
 
-def check_channels_of(encoder: MimRefinerModel, protocols: Sequence[str]) -> None:
-    """ValueError for a protocol that alters pictures, of a model of other channels."""
+def checked_channels(encoder: MimRefinerModel, protocols: Sequence[str]) -> int:
+    """How many channels a model reads.
+
+    ValueError for a protocol that alters pictures, of a model of other channels.
+    """
     count = encoder.config.num_channels
     for protocol in protocols:
         if protocol in _OF_PICTURES and not is_picture(count):
@@ -287,6 +277,7 @@ def check_channels_of(encoder: MimRefinerModel, protocols: Sequence[str]) -> Non
                 f"{setting('protocols', protocol)}: is for images of 3 channels or 1, and the "
                 f"model reads {count}; leave it out"
             )
+    return count
 
 
 def name_of(source: Any, encoder: MimRefinerModel) -> str:
