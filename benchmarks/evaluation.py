@@ -1,6 +1,7 @@
 """Rows about evaluation on one CPU thread.
 
-    python -m benchmarks knn knn-floor features features-bf16 features-floor linear-probe
+    python -m benchmarks knn knn-floor features features-bf16 features-int8 features-floor
+    python -m benchmarks linear-probe
 
 The floors are bare matrix products of the shapes that cannot be done without; the rows named after
 them promise how close ours come. Before anything is timed, the answers of both ways are compared:
@@ -21,10 +22,11 @@ from transformers import ViTModel
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode
+from mim_refiner_hf.evaluation.int8 import in_int8
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
-from mim_refiner_hf.runtime.device import emulates_bf16
+from mim_refiner_hf.runtime.device import emulates_bf16, lacks_int8
 
 from .rows import LeftOut, Row, interleaved
 from .step import assert_close
@@ -230,6 +232,40 @@ def features_bf16() -> Row:
     return Row("features-bf16", 2.0, measured, min(peers), None, f"{note}; cosine {cosine:.5f}")
 
 
+@torch.inference_mode()
+def features_int8() -> Row:
+    """Features in int8 against ours in fp32, whose cosine is to stay above 0.999.
+
+    Beside them ours in bfloat16, where this CPU computes it.
+    """
+    if lacks_int8("cpu"):
+        raise LeftOut("this CPU has neither VNNI nor AMX")
+    exact, *others = feature_ways()
+    in_fp32 = exact()
+    encoder, pixels = feature_encoder()
+    quick = in_int8(encoder)
+    encoder.to(torch.bfloat16)
+
+    def in_8_bits() -> Tensor:
+        return encode(quick, pixels, ["output.cls"])["output.cls"]
+
+    def in_bf16() -> Tensor:
+        return encode(encoder, pixels, ["output.cls"])["output.cls"]
+
+    cosine = float(F.cosine_similarity(in_8_bits(), in_fp32).min())
+    assert cosine >= 0.999, f"the cosine of int8 features with fp32 ones is {cosine:.5f}"
+    ways = [in_8_bits, *others]
+    if not emulates_bf16("cpu"):
+        ways.append(in_bf16)
+    measured, *peers = interleaved(*ways, rounds=3)
+
+    note = f"ViT-B/16, {IMAGES} images of 224 px, int8; the faster of timm and transformers in fp32"
+    note = f"{note}; cosine {cosine:.5f}"
+    for half in peers[len(others) :]:
+        note = f"{note}; ours in bf16 {half:.4f}s"
+    return Row("features-int8", 2.0, measured, min(peers[: len(others)]), None, note)
+
+
 def linear_probe() -> Row:
     """Steps of all classifiers of the grid.
 
@@ -285,6 +321,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "knn-floor": knn_floor,
     "features": features,
     "features-bf16": features_bf16,
+    "features-int8": features_int8,
     "features-floor": features_floor,
     "linear-probe": linear_probe,
 }

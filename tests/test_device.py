@@ -20,8 +20,10 @@ from mim_refiner_hf.refinement.trainer import compile_blocks
 from mim_refiner_hf.runtime.attention import NAME, attend_in_fp32, fp32_on_cpu
 from mim_refiner_hf.runtime.device import (
     check_compile,
+    check_int8,
     emulates_bf16,
     feature_precision,
+    lacks_int8,
     uses_bf16,
     warn_of_emulation,
 )
@@ -41,6 +43,32 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
     assert len(said) == (not native) and all(
         "--dtype bf16" in line and "fp32 is faster" in line for line in said
     )
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "lacking"),
+    [
+        ({}, False),
+        ({"avx512_vnni": True, "amx_int8": False}, False),
+        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": True}, False),
+        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": False}, True),
+    ],
+)
+def test_int8_on_a_cpu_without_it_is_warned_of_and_on_a_gpu_refused(
+    capabilities: dict[str, bool],
+    lacking: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert lacks_int8("cpu") == lacking
+    assert feature_precision("int8", "cpu") == "int8"
+    check_int8("--dtype int8", "cpu")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == lacking
+    assert all("--dtype int8: this CPU has neither VNNI nor AMX" in line for line in said)
+    with pytest.raises(ValueError, match="--dtype int8: is for a CPU, and this computes on cuda"):
+        check_int8("--dtype int8", "cuda")
 
 
 @pytest.mark.parametrize(

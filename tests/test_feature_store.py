@@ -4,6 +4,7 @@ use.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from small_store import (
 )
 from torch import Tensor
 
+import mim_refiner_hf
+from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.data.found import SourceOptions
 from mim_refiner_hf.data.images import open_images
@@ -37,6 +40,7 @@ from mim_refiner_hf.evaluation import (
     feature_columns,
     shard_files,
 )
+from mim_refiner_hf.evaluation.int8 import Int8Linear, computed_in, in_int8
 from mim_refiner_hf.publishing.hub import save_model_folder
 
 
@@ -155,6 +159,138 @@ def test_bf16_is_computed_in_bf16_and_kept_exactly(photos: Path, tmp_path: Path)
     assert torch.equal(features, features.bfloat16().float())
     exact = embed(photos, tmp_path / "fp32").features("block3.cls")
     assert 0 < (features - exact).norm() < 0.03 * exact.norm()
+
+
+# --- in int8 --------------------------------------------------------------------------------------
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Each row (..., D) in whole numbers up to 127 of a step of its own, in double precision."""
+    exact = values.detach().double()
+    step = exact.abs().amax(dim=-1, keepdim=True) / 127
+    return torch.round(exact / step) * step
+
+
+def by_hand(linear: torch.nn.Linear, tokens: Tensor) -> Tensor:
+    """What a linear layer gives for rounded tokens and weights."""
+    product = rounded(tokens) @ rounded(linear.weight).T
+    return (product + linear.bias.double()).float()
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (3, 300, 48), (257, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_in_int8(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, tokens = torch.nn.Linear(48, 20, bias=bias), torch.randn(shape)
+    tokens[..., 3] *= 50  # one large channel
+    if bias:
+        expected = by_hand(linear, tokens)
+    else:
+        expected = (rounded(tokens) @ rounded(linear.weight).T).float()
+    with torch.inference_mode():
+        torch.testing.assert_close(Int8Linear(linear)(tokens), expected, atol=1e-4, rtol=1e-4)
+        assert not Int8Linear(linear)(torch.zeros(2, 48)).sub(linear(torch.zeros(2, 48))).any()
+        # neither hidden nor spread: features that are not finite are refused
+        tokens[..., 0, 5] = torch.nan
+        assert Int8Linear(linear)(tokens)[..., 0, :].isnan().all()
+
+
+def test_int8_is_what_rounding_by_hand_gives(photos: Path, tmp_path: Path) -> None:
+    encoder = make_encoder()
+    store = embed(photos, tmp_path / "out", in_int8(encoder))
+    features = store.features("block3.cls")
+    assert store.manifest["dtype"] == "int8"
+    exact = embed(photos, tmp_path / "fp32", encoder).features("block3.cls")
+
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(by_hand, module)  # type: ignore[method-assign]
+    expected = embed(photos, tmp_path / "by hand", encoder).features("block3.cls")
+    # a few values lie so near a half that they are rounded the other way
+    off = (features - expected).norm()
+    assert 0 < (features - exact).norm() < 0.03 * exact.norm()
+    assert off < 0.1 * (features - exact).norm()
+
+
+def test_an_encoder_in_int8_is_a_copy_and_vectors_do_not_depend_on_the_batch() -> None:
+    encoder = make_encoder().eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    quick = in_int8(encoder)
+    assert computed_in(quick) == "int8" and computed_in(encoder) == "float32"
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    pixels = torch.randn(5, 3, *encoder.config.image_hw)
+    with torch.inference_mode():
+        whole = quick(pixels).pooler_output
+        torch.testing.assert_close(quick(pixels[3:4]).pooler_output, whole[3:4])
+
+
+def spoilt() -> MimRefinerModel:
+    """A model with a weight so large that all others of its output are rounded to nothing.
+
+    It reads a channel that is always zero, so in fp32 it is without effect.
+    """
+    encoder = make_encoder()
+    with torch.no_grad():
+        for layer in encoder.layers:
+            layer.norm2.weight[0] = layer.norm2.bias[0] = 0.0
+            layer.mlp.fc1.weight[:, 0] = 1e5
+    return encoder
+
+
+def test_int8_that_spoils_an_encoder_is_refused_with_the_number(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model_folder(tmp_path / "model", spoilt(), make_processor())
+    words = [str(tmp_path / "model"), "--dataset", str(photos), "--dtype", "int8"]
+    for command, out in (("embed", "--out"), ("cluster", "--out"), ("evaluate", "--output_dir")):
+        folder = tmp_path / command
+        assert main([command, *words, out, str(folder), "--num_workers", "0"]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(
+            r"--dtype int8: on the first \d+ images the cosine of int8 with fp32 features is down "
+            r"to -?0\.\d{5}, below 0\.999; int8 spoils this encoder, use bf16 or fp32",
+            said,
+        )
+        assert not folder.exists()
+
+
+def test_commands_in_int8(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "store"
+    words = ["embed", model, "--dataset", str(photos), "--out", str(out), "--num_workers", "0"]
+    words += ["--blocks", "0", "1", "2", "3", "--dtype"]
+    assert main([*words, "int8"]) == 0
+    said = f"--dtype int8: on the first {COUNT} images the cosine of int8 with fp32 features is at"
+    assert said in capsys.readouterr().out
+    store = FeatureStore(out)
+    assert store.manifest["dtype"] == "int8"
+    assert main([*words, "auto"]) == 0
+    assert "--dtype auto: int8, as the features that are there" in capsys.readouterr().out
+    assert main([*words, "fp32"]) == 2
+    assert "dtype was int8, is float32" in capsys.readouterr().err
+
+    # the same in memory, and what the other two commands compute
+    features = store.features("block3.cls").numpy()
+    vectors = mim_refiner_hf.embed(model, photos, dtype="int8")
+    np.testing.assert_allclose(vectors, features, atol=1e-4)
+    groups = mim_refiner_hf.cluster(photos, model, num_clusters=2, dtype="int8")
+    np.testing.assert_allclose(groups.features, features, atol=1e-4)
+    with pytest.raises(ValueError, match="dtype='int8': is for images"):
+        mim_refiner_hf.cluster(vectors, dtype="int8")
+
+    report = mim_refiner_hf.evaluate(model, photos, dtype="int8", features=tmp_path / "kept")
+    exact = mim_refiner_hf.evaluate(model, photos)
+    assert report["protocol"]["dtype"] == "int8"
+    assert report["fingerprints"] == exact["fingerprints"]
+    assert report["after"]["rankme"] != exact["after"]["rankme"]
+    assert report["after"]["rankme"] == pytest.approx(exact["after"]["rankme"], rel=0.02)
+    (kept,) = (tmp_path / "kept").glob("*/manifest.json")
+    assert json.loads(kept.read_text())["dtype"] == "int8"
+    with pytest.raises(ValueError, match="dtype='int8': protocols='fine_tuning' has none of that"):
+        mim_refiner_hf.evaluate(model, photos, dtype="int8", protocols=["fine_tuning"])
+    with pytest.raises(ValueError, match="dtype='int4': must be one of auto, fp32, bf16, int8"):
+        mim_refiner_hf.embed(model, photos, dtype="int4")  # type: ignore[arg-type]
 
 
 def test_names_of_columns() -> None:

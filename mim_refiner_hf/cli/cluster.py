@@ -11,6 +11,7 @@ from ..publishing.choices import TOOLS
 from .flags import (
     Work,
     add_batch_size,
+    add_dtype,
     add_follow_links,
     add_image_column,
     add_model_and_images,
@@ -66,6 +67,7 @@ def _cluster_parser() -> ArgumentParser:
 
     add_image_column(parser)
     add_follow_links(parser)
+    add_dtype(parser, None)
     add_batch_size(parser, 32)
     add_workers(parser, 0)
     add_seed(parser)
@@ -91,6 +93,7 @@ def parse_cluster(arguments: Sequence[str]) -> Work:
                 also=options.also,
                 image_column=options.image_column,
                 follow_links=options.follow_links,
+                dtype=options.dtype,
                 batch_size=options.batch_size,
                 seed=options.seed,
                 num_workers=options.num_workers,

@@ -9,8 +9,10 @@ options.model, options.dataset
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from ..data.missing import refuse_missing
+from ..runtime.precision import Precision
 
 Work = Callable[[], None]
 """What a command does once its words are understood; only then heavy rooms are imported."""
@@ -135,6 +137,18 @@ def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
         type=at_least(1),
         default=default,
         help=f"images per forward pass and process; default: {default}",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str | None, auto: str = "") -> None:
+    """In which numbers features are computed; None for those of the weights."""
+    shown = "that of the weights" if default is None else default
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(Precision),
+        default=default,
+        help=f"of the computation; auto: bf16 where this machine computes it{auto}; int8: for a "
+        f"CPU, checked against fp32 on a first batch; default: {shown}",
     )
 
 

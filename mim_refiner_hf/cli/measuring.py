@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..model.poolings_mim_refiner import Pooling
 from ..runs.choices import AddedProtocol, Protocol
-from ..runtime.precision import Precision
 from .flags import (
     Work,
     add_batch_size,
     add_columns,
+    add_dtype,
     add_model_and_images,
     add_seed,
     add_splits,
@@ -61,6 +61,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         "'mim-refiner embed' made; default: none are kept",
     )
     add_seed(parser, "k-means, the held-out part and the protocols")
+    add_dtype(parser, None)
     add_workers(parser, 2)
     parser.add_argument(
         "--output_dir",
@@ -188,13 +189,7 @@ def _embed_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--last4", action="store_true", help="also the last 4 blocks side by side")
 
-    parser.add_argument(
-        "--dtype",
-        choices=get_args(Precision),
-        default="fp32",
-        help="of the computation; float32 is stored; auto: bf16 where this machine computes it, "
-        "or what the folder has",
-    )
+    add_dtype(parser, "fp32", auto=", or what the folder has")
     add_batch_size(parser, 256)
     add_workers(parser, None)
     return parser

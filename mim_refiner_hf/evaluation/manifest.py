@@ -22,6 +22,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.distributed import world_size
 from .features import column_widths, own_columns
 from .image_shards import SetOrStream
+from .int8 import computed_in
 from .shard_files import STORE_FORMAT, Identity, StoreManifest
 
 IMAGES_PER_SHARD = 8192
@@ -87,7 +88,7 @@ def store_manifest(
             "name": encoder.config.name_or_path or "unnamed",
             "fingerprint": weights_fingerprint(encoder),
         },
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": computed_in(encoder),
         "preprocessing": json.loads(processor.to_json_string()),
         "data": data_identity(images),
         "num_images": num_images,

@@ -38,6 +38,7 @@ from ..data.found import SourceOptions
 from ..data.images import ImageDataset, open_images
 from ..data.loading import Loading
 from ..evaluation.feature_store import FeatureStore
+from ..evaluation.features import feature_columns
 from ..evaluation.shard_files import STORE_MANIFEST
 from ..publishing.annotation_tools import check_tools
 from ..publishing.cluster_folder import (
@@ -50,13 +51,14 @@ from ..publishing.cluster_folder import (
 )
 from ..publishing.corrections import match_corrections
 from ..runtime.files import check_apart, staged_folder
+from ..runtime.precision import Precision
 from ..runtime.text import one_line
 from ..runtime.wording import kind_of, setting, written
 from .channels import fit_and_tell
 from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
 from .cluster_model import choose_encoder, warn_of_misfit
 from .cluster_start import grouped_as_corrected, open_corrections
-from .embed import device_here
+from .embed import device_here, in_precision
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def cluster(
     image_column: str | None = None,
     follow_links: bool = False,
     seed: int = 0,
+    dtype: Precision | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> Groups:
@@ -134,6 +137,7 @@ def cluster(
         image_column: of a table of images; None to find it.
         follow_links: of a folder, enter links to folders, wherever they lead.
         seed: of everything random.
+        dtype: of the computation of features, as of `embed`; of images only.
         batch_size, num_workers: images per forward pass, and processes that decode.
 
     Raises:
@@ -142,7 +146,7 @@ def cluster(
     """
     also = _tools(also, out)
     if _holds_numbers(images) and images.ndim < 3:
-        _refuse_for_vectors(model=model, out=out, start=start)
+        _refuse_for_vectors(model=model, out=out, start=start, dtype=dtype)
         return _of_vectors(images, num_clusters, method, seed)
     corrections = None if start is None else open_corrections(start, num_clusters, method)
     folder = None
@@ -152,7 +156,7 @@ def cluster(
 
     places = None
     if _is_store(images):
-        known = _stored(images, model)
+        known = _stored(images, model=model, dtype=dtype)
         if corrections is not None:
             places = match_corrections(corrections, known.images)
     else:
@@ -160,7 +164,7 @@ def cluster(
         check_num_clusters(num_clusters, len(opened), method, setting("num_clusters"))
         if corrections is not None:
             places = match_corrections(corrections, opened)
-        known = _encode(opened, model, folder, Loading(batch_size, num_workers, device_here()))
+        known = _encode(opened, model, dtype, folder, batch_size, num_workers)
 
     corrected = None
     try:
@@ -186,13 +190,14 @@ def cluster(
     return _of_images(known.images, entries, pipe, summary)
 
 
-def _stored(store: Any, model: Any) -> KnownFeatures:
-    """The features of a store; ValueError where a model is given too."""
-    if model is not None:
-        raise ValueError(
-            f"{setting('model', model)}: is for images; {written(_store_name(store))} holds "
-            "features already"
-        )
+def _stored(store: Any, **settings: Any) -> KnownFeatures:
+    """The features of a store; ValueError where a setting that only images have is given too."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(
+                f"{setting(name, value)}: is for images; {written(_store_name(store))} holds "
+                "features already"
+            )
     return from_store(store if isinstance(store, FeatureStore) else FeatureStore(store))
 
 
@@ -206,11 +211,18 @@ def _tools(also: str | Sequence[str], out: str | Path | None) -> Sequence[str]:
 
 
 def _encode(
-    images: ImageDataset, model: Any, folder: Path | None, loading: Loading
+    images: ImageDataset,
+    model: Any,
+    dtype: Precision | None,
+    folder: Path | None,
+    batch_size: int,
+    num_workers: int,
 ) -> KnownFeatures:
     """The features of images by the model asked for, or the default."""
     encoder, images = fit_and_tell(choose_encoder(model), images)
     warn_of_misfit(encoder, images)
+    loading = Loading(batch_size, num_workers, device_here())
+    encoder = in_precision(encoder, images, dtype, feature_columns(encoder.config), loading)
     return encoded(encoder, images, loading, folder)
 
 

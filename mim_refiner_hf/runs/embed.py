@@ -11,10 +11,11 @@ The vectors are what the paper evaluates and what `cluster` groups: the pooled r
 last block (evaluation/features.py). `mim-refiner embed` runs `store_features`.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,14 +29,19 @@ from ..data.stream import open_stream
 from ..evaluation.embed import PRECISIONS, embed_images, encode_in_memory
 from ..evaluation.feature_store import FeatureStore
 from ..evaluation.features import OWN_FEATURES, FeatureChoice, feature_columns
+from ..evaluation.image_shards import SetOrStream
+from ..evaluation.int8 import in_int8, least_cosine
 from ..evaluation.shard_files import StoreManifest, read_manifest
-from ..runtime.device import feature_precision, warn_of_emulation
+from ..runtime.device import check_int8, feature_precision, warn_of_emulation
 from ..runtime.distributed import rank
 from ..runtime.precision import Precision
 from ..runtime.wording import setting
 from .channels import fit_and_tell
 
 logger = logging.getLogger(__name__)
+
+# of int8 vectors with fp32 ones, as of an export in 8 bits
+_LEAST_COSINE = 0.999
 
 
 def embed(
@@ -44,6 +50,7 @@ def embed(
     *,
     out: str | Path | None = None,
     skip_broken: bool = False,
+    dtype: Precision | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -57,6 +64,7 @@ def embed(
         out: a folder that keeps the features as a store; finished parts are not computed again.
         skip_broken: give an image that cannot be read a row of NaN, and name it in a warning. An
             error is raised for it otherwise.
+        dtype: of the computation, as of `store_features`; None for that of the weights.
         batch_size: images per forward pass.
         num_workers: processes that decode.
         device: where to compute; None for a GPU where there is one.
@@ -74,6 +82,8 @@ def embed(
     encoder, opened = fit_and_tell(encoder, opened)
     loading = Loading(batch_size, num_workers, device or device_here())
     columns = feature_columns(encoder.config)
+    begun = None if out is None else read_manifest(Path(out))
+    encoder = in_precision(encoder, opened, dtype, columns, loading, begun)
 
     if out is None:
         rows, broken = encode_in_memory(
@@ -127,7 +137,8 @@ def store_features(
         part: of a data set that is named.
         choice: which features.
         dtype: of the computation; float32 is stored. "auto": what the features that are there have,
-            else bf16 where the device computes it; the choice is printed.
+            else bf16 where the device computes it; the choice is printed. "int8": for a CPU,
+            see evaluation/int8.py; refused for an encoder whose vectors it turns.
         loading, shard_size, command: as of `embed_images`.
 
     Raises:
@@ -135,10 +146,7 @@ def store_features(
     """
     # says so now if the folder is something else
     begun = read_manifest(out)
-    device = torch.device(loading.device or "cpu").type
-    precision = _precision(dtype, begun, device)
     encoder: Any = load_encoder(model)
-    encoder.to(PRECISIONS[precision])
     open_source: Any = open_stream if part.streaming else open_images
     opened = open_source(
         images,
@@ -149,20 +157,69 @@ def store_features(
     )
     if isinstance(opened, ImageDataset):
         encoder, opened = fit_and_tell(encoder, opened)
+    columns = choice.columns(encoder.config)
+    encoder = in_precision(encoder, opened, dtype, columns, loading, begun)
     return embed_images(
         encoder,
         opened,
         encoder.image_processor,
         out,
-        columns=choice.columns(encoder.config),
+        columns=columns,
         loading=loading,
         shard_size=shard_size,
         command=command,
     )
 
 
+def in_precision(
+    encoder: Any,
+    images: SetOrStream,
+    asked: Precision | None,
+    columns: Sequence[str],
+    loading: Loading,
+    begun: StoreManifest | None = None,
+) -> Any:
+    """The encoder as it is to compute; a copy, where that changes its weights.
+
+    Args:
+        images: of which a first batch is computed in int8 and in fp32.
+        asked: None for the numbers that the weights are in.
+        columns: the features to compute.
+        begun: the manifest of the features that are there, for "auto".
+
+    Raises:
+        ValueError: for an unknown name, for int8 on a GPU, and where the cosine of a vector in int8
+            with the one in fp32 is below 0.999.
+    """
+    if asked is None:
+        return encoder
+    if asked not in get_args(Precision):
+        raise ValueError(
+            f"{setting('dtype', asked)}: must be one of {', '.join(get_args(Precision))}"
+        )
+    precision = _precision(asked, begun, torch.device(loading.device or "cpu").type)
+    number_type = PRECISIONS.get(precision, torch.float32)
+    if encoder.dtype != number_type:
+        encoder = copy.deepcopy(encoder).to(number_type)
+    if precision != "int8":
+        return encoder
+
+    quick = in_int8(encoder)
+    cosine, count = least_cosine(encoder, quick, images, columns, loading)
+    compared = f"on the first {count} images the cosine of int8 with fp32 features is"
+    named = setting("dtype", "int8")
+    if not cosine >= _LEAST_COSINE:
+        raise ValueError(
+            f"{named}: {compared} down to {cosine:.5f}, below {_LEAST_COSINE}; int8 spoils this "
+            "encoder, use bf16 or fp32"
+        )
+    if rank() == 0 and count:
+        print(f"{named}: {compared} at least {cosine:.5f}", flush=True)
+    return quick
+
+
 def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> str:
-    """In which numbers to compute, by its name in `PRECISIONS`.
+    """In which numbers to compute: "int8", or a name in `PRECISIONS`.
 
     What was chosen is said, as is bfloat16 that is only emulated.
 
@@ -175,6 +232,7 @@ def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> st
         if precision == "fp32":
             why = f"as this {device} is not known to compute bfloat16"
         names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
+        names["int8"] = "int8"
         if begun is not None and begun["dtype"] in names:
             precision = names[begun["dtype"]]
             why = "as the features that are there"
@@ -182,6 +240,8 @@ def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> st
             print(f"{setting('dtype', 'auto')}: {precision}, {why}", flush=True)
     if precision == "bf16" and rank() == 0:
         warn_of_emulation(setting("dtype", precision), device)
+    if precision == "int8":
+        check_int8(setting("dtype", precision), device)
     return precision
 
 
@@ -205,4 +265,4 @@ def _tell_of_broken(broken: Sequence[Broken], total: int, skip: bool) -> None:
         logger.warning("%s Their rows are NaN", first)
 
 
-__all__ = ["device_here", "embed", "store_features"]
+__all__ = ["device_here", "embed", "in_precision", "store_features"]

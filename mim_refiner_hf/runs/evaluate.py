@@ -45,15 +45,17 @@ from ..data.images import Broken, ImageDataset
 from ..data.loading import Loading
 from ..evaluation import evidence
 from ..evaluation.evidence import JudgedChange
-from ..evaluation.feature_cache import check_features
+from ..evaluation.feature_cache import check_features, evaluation_columns, is_one_store
 from ..evaluation.manifest import weights_fingerprint
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
+from ..evaluation.shard_files import read_manifest
 from ..evaluation.tables import report_table
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.run_file import Metrics
 from ..runtime.distributed import gather_objects, rank, wait_for_everyone, world_size
 from ..runtime.files import check_apart
 from ..runtime.lock import scratch_folder
+from ..runtime.precision import Precision
 from ..runtime.wording import setting
 from .choices import ON_MASKS, Protocol
 from .comparison import (
@@ -66,7 +68,7 @@ from .comparison import (
     open_evaluation_data,
     readable_images,
 )
-from .embed import device_here
+from .embed import device_here, in_precision
 from .protocol import (
     bank_words,
     check_lists,
@@ -117,6 +119,7 @@ def evaluate(
     transfer: Sequence[Any] = (),
     features: str | Path | None = None,
     seed: int = 0,
+    dtype: Precision | None = None,
     num_workers: int = 0,
 ) -> Report:
     """Measure an encoder, and a second one beside it, and write the evidence.
@@ -141,6 +144,7 @@ def evaluate(
         features: a folder that keeps the features for the next command, or a store made by
             `mim-refiner embed`; None to keep none.
         seed: of k-means, the held-out part and the protocols.
+        dtype: of the computation of features, as of `embed`, for both models.
         output_dir: folder of the result, None for none; an earlier result in it is replaced.
 
     Returns:
@@ -151,15 +155,13 @@ def evaluate(
         ValueError, FileNotFoundError: before any measurement, for wrong input.
     """
     began = time.perf_counter()
-    fine_tune = check_protocols(protocols, recipe, transfer, seed)
+    fine_tune = check_protocols(protocols, recipe, transfer, seed, dtype)
     lists = check_lists(split_file, protocols)
     bank_size = checked_bank_size(protocol, bank_size, protocols)
     output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
     encoders = load_encoders(model, against, protocol)
     *others, name_of_model = encoders
-    check_channels_of(encoders[name_of_model], protocols)
-
-    channels = encoders[name_of_model].config.num_channels
+    channels = checked_channels(encoders[name_of_model], protocols)
     opened = partial(open_evaluation_data, split=split, eval_split=eval_split, seed=seed)
     opened = partial(opened, num_channels=channels, bank_size=bank_size)
     opened = partial(opened, masks=any(name in ON_MASKS for name in protocols))
@@ -168,8 +170,9 @@ def evaluate(
     data += [opened(name) for name in transfer]
     check_data(data, protocols, lists)
 
+    loading = Loading(num_workers=num_workers, device=device_here())
+    given, encoders = encoders, as_asked(encoders, dtype, data[0], features, loading)
     with feature_folder(features, output_dir) as folder:
-        loading = Loading(num_workers=num_workers, device=device_here())
         data = [without_broken(encoders, each, folder, loading) for each in data]
         measured = partial(measure_side, seed=seed, features=folder, loading=loading)
         sides = [[measured(*m, data[0], protocols, fine_tune, lists) for m in encoders.items()]]
@@ -182,7 +185,7 @@ def evaluate(
         against=next(iter(others), None),
         **first,
         transfer={each.name: part for each, part in zip(data[1:], more, strict=True)},
-        **how_measured(encoders, protocols, bank_size, seed, began),
+        **how_measured(given, protocols, bank_size, seed, began, dtype),
     )
     if rank() == 0 and output_dir is not None:
         write_report(output_dir, report, sides[0], data[0])
@@ -245,8 +248,31 @@ def load_encoders(
     return encoders
 
 
-def check_channels_of(encoder: MimRefinerModel, protocols: Sequence[str]) -> None:
-    """ValueError for a protocol that alters pictures, of a model of other channels."""
+def as_asked(
+    encoders: dict[str, MimRefinerModel],
+    dtype: Precision | None,
+    data: Data,
+    features: Path | None,
+    loading: Loading,
+) -> dict[str, MimRefinerModel]:
+    """The encoders in the numbers asked for; arguments and errors as of `in_precision`."""
+    if dtype is None:
+        return encoders
+    begun = None
+    if features is not None and is_one_store(features):
+        begun = read_manifest(features)
+    made = {}
+    for name, encoder in encoders.items():
+        columns = evaluation_columns(encoder.config)
+        made[name] = in_precision(encoder, data.train, dtype, columns, loading, begun)
+    return made
+
+
+def checked_channels(encoder: MimRefinerModel, protocols: Sequence[str]) -> int:
+    """How many channels a model reads.
+
+    ValueError for a protocol that alters pictures, of a model of other channels.
+    """
     count = encoder.config.num_channels
     for protocol in protocols:
         if protocol in _OF_PICTURES and not is_picture(count):
@@ -254,6 +280,7 @@ def check_channels_of(encoder: MimRefinerModel, protocols: Sequence[str]) -> Non
                 f"{setting('protocols', protocol)}: is for images of 3 channels or 1, and the "
                 f"model reads {count}; leave it out"
             )
+    return count
 
 
 def name_of(source: Any, encoder: MimRefinerModel) -> str:
@@ -380,6 +407,7 @@ def how_measured(
     bank_size: int | None,
     seed: int,
     began: float,
+    dtype: Precision | None,
 ) -> HowMeasured:
     """How the encoders were measured, since the time `began`."""
     hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
@@ -394,6 +422,7 @@ def how_measured(
         "protocol": {
             "images": {name: words_of_images(encoder) for name, encoder in encoders.items()},
             "bank": bank_words(bank_size),
+            **({} if dtype is None else {"dtype": dtype}),
             "knn": "last block, standardised by the bank, k = 10, temperature 0.07",
             "clustering": "mini-batch k-means on L2-normalised features, 100 runs, the one with "
             "the lowest inertia",

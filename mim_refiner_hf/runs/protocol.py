@@ -25,7 +25,11 @@ from .comparison import PROTOCOLS, Data
 
 
 def check_protocols(
-    protocols: Sequence[str], recipe: str | None, transfer: Sequence[Any], seed: int
+    protocols: Sequence[str],
+    recipe: str | None,
+    transfer: Sequence[Any],
+    seed: int,
+    dtype: str | None = None,
 ) -> FineTuneRecipe | None:
     """The recipe of "fine_tuning", if that is asked for.
 
@@ -42,6 +46,13 @@ def check_protocols(
             f"{setting('protocols', on_masks[0])}: it needs masks and all else needs labels; "
             "give it a run of its own"
         )
+    # these train the encoder, or read its patches, in numbers of their own
+    for name in protocols:
+        if dtype is not None and name in ("fine_tuning", *ON_MASKS):
+            raise ValueError(
+                f"{setting('dtype', dtype)}: {setting('protocols', name)} has none of that; "
+                "leave one of them out"
+            )
     if recipe is not None and "fine_tuning" not in protocols:
         raise ValueError(
             f"{setting('recipe', recipe)}: it is for fine-tuning; add "

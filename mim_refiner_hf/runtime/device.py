@@ -66,10 +66,31 @@ def warn_of_emulation(asked: str, device: str) -> None:
         logger.warning(message, asked)
 
 
-def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16"]:
+def lacks_int8(device: str) -> bool:
+    """Whether int8 is slower than fp32 here: on a CPU that says it has neither VNNI nor AMX."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    stated = [capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")]
+    return device == "cpu" and True not in stated and False in stated
+
+
+def check_int8(asked: str, device: str) -> None:
+    """Log a warning where `asked`, a setting, asks for int8 and the CPU has no instruction for it.
+
+    Raises:
+        ValueError: on a GPU.
+    """
+    if device != "cpu":
+        raise ValueError(f"{asked}: is for a CPU, and this computes on {device}; use bf16")
+    if lacks_int8(device):
+        message = "%s: this CPU has neither VNNI nor AMX; fp32 or bf16 may be faster here"
+        logger.warning(message, asked)
+
+
+def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16", "int8"]:
     """In which numbers features are computed: as asked; "auto" means bf16 where it is fast.
 
-    That is on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16.
+    That is on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16. It never means
+    int8, which not every encoder stands.
     """
     if asked != "auto":
         return asked
@@ -118,8 +139,10 @@ def available_memory(device: str, processes: int = 1) -> int:
 __all__ = [
     "available_memory",
     "check_compile",
+    "check_int8",
     "emulates_bf16",
     "feature_precision",
+    "lacks_int8",
     "uses_bf16",
     "warn_of_emulation",
 ]
