@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from small_runs import Stopped, assert_identical, final_state, losses, stop_before, trained_folder
 from test_sharded import FSDP2, free_port, job
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load_encoder
 from mim_refiner_hf.refinement import adapters
-from mim_refiner_hf.refinement.adapters import adapt, adapter_of, merged
+from mim_refiner_hf.refinement.adapters import adapt, adapter_of, merged_encoder
 from mim_refiner_hf.refinement.memory import encoder_parameters
 from mim_refiner_hf.refinement.resolve import resolve
 from mim_refiner_hf.runs.plan import plan_text
@@ -100,13 +99,13 @@ def test_adapters_begin_as_none_and_merge(gated: bool) -> None:
         for parameter in trained.values():
             parameter.normal_(std=0.1)
     after = encoder(pixels).pooler_output
-    plain = merged(encoder)
+    plain = merged_encoder(encoder)
     assert type(plain) is MimRefinerModel and plain.state_dict().keys() == names
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(plain(pixels).pooler_output, after, atol=1e-5, rtol=0)
     # it is a copy
     assert torch.equal(encoder(pixels).pooler_output, after)
-    assert merged(plain) is plain and adapter_of(plain) is None
+    assert merged_encoder(plain) is plain and adapter_of(plain) is None
 
 
 # ---- whole runs
@@ -209,7 +208,6 @@ def process(rank: int, port: int, recipe: RefineRecipe, sharded: bool) -> None:
         assert result is not None and result.adapter is not None
         if rank == 0:
             torch.save(result.refined.state_dict(), Path(recipe.output_dir) / "refined.pt")
-        dist.barrier()
 
 
 @pytest.mark.slow

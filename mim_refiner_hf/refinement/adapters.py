@@ -1,7 +1,7 @@
 """Low-rank adapters: `--trainable lora:R` trains these in place of the encoder's own weights.
 
     adapt(encoder, rank=8, first_block=0, seed=0)     # in place; only the adapters are trained
-    merged(encoder)                                   # an ordinary encoder that gives the same
+    merged_encoder(encoder)                           # an ordinary encoder that gives the same
     adapter_of(encoder).save(Path("out/adapter"))
 
 Beside every linear layer W of attention and MLP stand two factors (LoRA, arXiv 2106.09685): the
@@ -136,8 +136,10 @@ def check_rank(rank: int, config: MimRefinerConfig, first_block: int) -> None:
 def adapt(encoder: MimRefinerModel, rank: int, first_block: int, seed: int) -> None:
     """Put adapters into the blocks from `first_block` on, in place; nothing else is trained then.
 
-    Where they begin is a pure function of the seed.
+    Where they begin is a pure function of the seed. Nothing for a rank of 0.
     """
+    if rank == 0:
+        return
     import peft
 
     config = peft.LoraConfig(
@@ -158,7 +160,7 @@ def is_adapted(encoder: MimRefinerModel) -> bool:
 
 
 @torch.no_grad()
-def merged(encoder: MimRefinerModel) -> MimRefinerModel:
+def merged_encoder(encoder: MimRefinerModel) -> MimRefinerModel:
     """An ordinary encoder with the adapters in its weights, a copy; itself where it has none."""
     if not is_adapted(encoder):
         return encoder
@@ -195,5 +197,5 @@ __all__ = [
     "check_adapter_folder",
     "check_rank",
     "is_adapted",
-    "merged",
+    "merged_encoder",
 ]

@@ -302,7 +302,7 @@ def choose_blocks_with_heads(
     default = _default_heads(layers, recipe.freeze_blocks)
     count = recipe.num_heads
     if recipe.head_blocks == "auto":
-        return default
+        return _default_heads(layers, frozen=0)
     if count is not None and count > layers:
         raise ValueError(f"{setting('num_heads', count)}: the encoder has only {layers} blocks")
     if recipe.head_blocks is not None:

@@ -30,7 +30,7 @@ from ..data.images import ImageDataset
 from ..data.stream import ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..refinement.adapters import adapt, check_rank, merged
+from ..refinement.adapters import adapt, check_rank, merged_encoder
 from ..refinement.heads import IdHeads
 from ..refinement.queue import NearestNeighbourQueue
 from ..refinement.recipe import RefineRecipe
@@ -186,7 +186,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         told = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: its average is not of its encoder ({told})") from error
 
-    encoder = merged(encoder)
+    encoder = merged_encoder(encoder)
     source = f"step {start.step} of {start.path.parent}"
     report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))
     processor = image_processor(encoder.config, start.state["preprocessing"])
