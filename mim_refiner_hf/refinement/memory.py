@@ -28,6 +28,7 @@ from ..runtime.distributed import all_gather
 from ..runtime.optimisation import freeze
 from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
+from .adapters import adapted_layers
 from .auto import Choice
 from .refiner import Refiner, keeps_a_graph
 from .resolve import ResolvedRecipe
@@ -42,22 +43,31 @@ _FP32 = 4.0
 
 
 class EncoderWeights(NamedTuple):
-    """Numbers of weights of an encoder: all, and those that are trained."""
+    """Numbers of weights of an encoder, its adapters among them.
+
+    All; those that are trained; those that gradients pass through, of which bf16 keeps copies.
+    """
 
     total: int
     trained: int
+    passed: int
 
 
-def encoder_parameters(config: MimRefinerConfig, freeze_blocks: int = 0) -> EncoderWeights:
+def encoder_parameters(
+    config: MimRefinerConfig, freeze_blocks: int = 0, lora_rank: int = 0
+) -> EncoderWeights:
     """How many weights the encoder has, without allocating it."""
     with torch.device("meta"):
         encoder = MimRefinerModel(config)
     freeze(encoder, freeze_blocks)
     parameters = list(encoder.parameters())
-    return EncoderWeights(
-        total=sum(parameter.numel() for parameter in parameters),
-        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-    )
+    total = sum(parameter.numel() for parameter in parameters)
+    passed = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if not lora_rank:
+        return EncoderWeights(total, passed, passed)
+    layers = adapted_layers(encoder, freeze_blocks).values()
+    adapters = lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+    return EncoderWeights(total + adapters, adapters, passed + adapters)
 
 
 def projector_parameters(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
@@ -179,7 +189,7 @@ def _pixels(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
 
 def memory_estimate(recipe: ResolvedRecipe, config: MimRefinerConfig) -> dict[str, float]:
     """Bytes of one process at the peak of a refinement step, by part."""
-    weights = encoder_parameters(config, recipe.freeze_blocks)
+    weights = encoder_parameters(config, recipe.freeze_blocks, recipe.lora_rank)
     parts = _throughout(recipe, config, weights)
     at_the_heads = _at_the_heads(recipe, config)
     groups = _view_groups(recipe, config)
@@ -197,13 +207,13 @@ def memory_estimate(recipe: ResolvedRecipe, config: MimRefinerConfig) -> dict[st
         if recipe.bf16:
             # a copy of the weights for the views of each size
             sizes = sum(1 for group in groups if group.views)
-            activations += 2.0 * weights.trained * sizes
+            activations += 2.0 * weights.passed * sizes
         return {**parts, **at_the_heads, "activations": activations, "gradients": gradients}
 
     tokens = min(micro, batch) * largest
     activations = _activations(recipe, config, tokens, tokens)
     if recipe.bf16:
-        activations += 2.0 * weights.trained
+        activations += 2.0 * weights.passed
 
     # one graph waits: gradients of the encoder come when heads and loss have gone
     if keeps_a_graph(batch, micro):

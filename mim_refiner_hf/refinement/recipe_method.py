@@ -4,8 +4,9 @@ With the defaults it is MIM-Refiner (arXiv 2402.10093). What MAE-CT (arXiv 2304.
 another way has a field each; the recipes `mae-ct-*` state them all.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from ..runtime.settings import (
     Allowed,
@@ -28,6 +29,25 @@ def _is_area_range(scale: list[float]) -> bool:
     return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
 
 
+class TrainedPart(NamedTuple):
+    """What `trainable` says: "all"; "last", so many blocks; or "lora", adapters of that rank."""
+
+    kind: str
+    number: int = 0
+
+
+def trained_part(trainable: str) -> TrainedPart | None:
+    """The parts of such as "last:4"; None for what says nothing."""
+    if trainable == "all":
+        return TrainedPart("all")
+    said = re.fullmatch(r"(last|lora):([1-9]\d{0,4})", trainable)
+    return TrainedPart(said[1], int(said[2])) if said else None
+
+
+_TRAINABLE = Allowed(
+    "all, last:N or lora:R, with N blocks or a rank R of at least 1",
+    lambda trainable: trained_part(trainable) is not None,
+)
 # their order is checked among the other contradictions
 BlockNumbers = Annotated[list[int], Allowed("numbers of blocks", lambda blocks: True)]
 AreaRange = Annotated[list[float], Allowed("two numbers, 0 < low <= high <= 1", _is_area_range)]
@@ -111,6 +131,12 @@ class MethodFields:
     )
     freeze_blocks: NonNegativeInt = documented(
         0, "Keep the embeddings and the first so many blocks as they are."
+    )
+    trainable: Annotated[str, _TRAINABLE] = documented(
+        "all",
+        "What is trained of the encoder: all; last:N, its last N blocks, as freeze_blocks says it "
+        "from the other end; or lora:R, adapters of rank R beside the linear layers of attention "
+        'and MLP and nothing else (pip install "mim_refiner_hf[lora]"), kept in adapter/ too.',
     )
     # ---- views
     global_views: PositiveInt | None = documented(None, "Global views per image. Auto: 2.")
@@ -209,4 +235,4 @@ class MethodFields:
     )
 
 
-__all__ = ["AreaRange", "BlockNumbers", "MethodFields"]
+__all__ = ["AreaRange", "BlockNumbers", "MethodFields", "TrainedPart", "trained_part"]

@@ -21,9 +21,11 @@ from typing import Any, Literal, NamedTuple
 from ..model.configuration_mim_refiner import LARGEST_SIDE, MimRefinerConfig
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.wording import setting
+from .adapters import check_rank
 from .auto import Choice, Situation, fit
 from .choices import Activation, HeadInit, LossSchedule, NormViews, Pairs, Swap
 from .recipe import RefineRecipe
+from .recipe_method import TrainedPart, trained_part
 
 
 class ViewSizes(NamedTuple):
@@ -90,6 +92,7 @@ class ResolvedRecipe:
     pairs: Pairs
     loss_schedule: LossSchedule
     freeze_blocks: int
+    trainable: str
     # views
     global_views: int
     local_views: int
@@ -137,6 +140,11 @@ class ResolvedRecipe:
     def num_views(self) -> int:
         """Views of an image, global and local."""
         return self.global_views + self.local_views
+
+    @property
+    def lora_rank(self) -> int:
+        """Of the adapters that are trained in place of the encoder's weights; 0 for none."""
+        return _part(self.trainable).number if self.trainable.startswith("lora") else 0
 
     @property
     def process_batch(self) -> int:
@@ -210,12 +218,11 @@ def resolve(
     asked = recipe
     situation = Situation(config, num_images, processes, gpu)
     fitted = fit(recipe, situation)
-    recipe = fitted.recipe
+    recipe = _with_frozen_blocks(fitted.recipe, config)
     unstated = fit(dataclasses.replace(recipe, learning_rate=None), situation).recipe
     assert recipe.pooling is not None and recipe.global_scale is not None
     assert recipe.global_size is not None and recipe.local_size is not None
 
-    _check_freezing(recipe.freeze_blocks, config.num_hidden_layers)
     check_pooling(recipe.pooling, config)
     check_view_sizes(ViewSizes(recipe.global_size, recipe.local_size), config.patch_size)
     _check_batch(recipe, num_images, processes)
@@ -277,14 +284,24 @@ def default_head_blocks(num_layers: int) -> list[int]:
     return list(range(num_layers - heads, num_layers))
 
 
+def _default_heads(layers: int, frozen: int) -> Choice[list[int]]:
+    """The default blocks that are trained."""
+    blocks = default_head_blocks(layers)
+    trained = [block for block in blocks if block >= frozen]
+    reason = f"the last third of the {layers} blocks"
+    if trained != blocks:
+        reason = f"those that are trained of the last third of the {layers} blocks"
+    return Choice(trained, reason)
+
+
 def choose_blocks_with_heads(
     recipe: RefineRecipe, layers: int, pooling: Pooling
 ) -> Choice[list[int]]:
     """The blocks with a head; for "auto", which measures before it chooses, the default ones."""
-    default = Choice(default_head_blocks(layers), f"the last third of the {layers} blocks")
+    default = _default_heads(layers, recipe.freeze_blocks)
     count = recipe.num_heads
     if recipe.head_blocks == "auto":
-        return default
+        return _default_heads(layers, frozen=0)
     if count is not None and count > layers:
         raise ValueError(f"{setting('num_heads', count)}: the encoder has only {layers} blocks")
     if recipe.head_blocks is not None:
@@ -366,12 +383,37 @@ def choose_steps(recipe: RefineRecipe, num_images: int | None) -> Choice[Steps]:
 # ---- what cannot work
 
 
-def _check_freezing(freeze_blocks: int, layers: int) -> None:
-    if freeze_blocks >= layers:
+def _part(trainable: str) -> TrainedPart:
+    part = trained_part(trainable)
+    # or the recipe would have refused it
+    assert part is not None
+    return part
+
+
+def _with_frozen_blocks(recipe: RefineRecipe, config: MimRefinerConfig) -> RefineRecipe:
+    """The recipe whose `freeze_blocks` is what it and `trainable` say."""
+    layers = config.num_hidden_layers
+    frozen = recipe.freeze_blocks
+    if frozen >= layers:
         raise ValueError(
-            f"{setting('freeze_blocks', freeze_blocks)}: the encoder has {layers} blocks, "
+            f"{setting('freeze_blocks', frozen)}: the encoder has {layers} blocks, "
             "at least one must be trained"
         )
+    part = _part(recipe.trainable)
+    named = setting("trainable", recipe.trainable)
+    if part.kind == "lora":
+        check_rank(part.number, config, frozen)
+    if part.kind != "last":
+        return recipe
+
+    if part.number > layers:
+        raise ValueError(f"{named}: the encoder has only {layers} blocks; use at most that many")
+    # a run says both of itself when it goes on
+    if frozen not in (0, layers - part.number):
+        raise ValueError(
+            f"{setting('freeze_blocks', frozen)} and {named} exclude each other: give one of them"
+        )
+    return dataclasses.replace(recipe, freeze_blocks=layers - part.number)
 
 
 def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -> None:

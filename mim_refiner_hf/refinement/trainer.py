@@ -52,6 +52,7 @@ from ..runtime.pace import Pace
 from ..runtime.sharding import fsdp2_requested, gather_into, shard
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.wording import setting
+from .adapters import Adapter, adapt, adapter_of, merged_encoder
 from .auto import Choice
 from .batches import view_batches
 from .failure import check_step
@@ -137,6 +138,7 @@ class Trainer:
             # it would be left, untrained, with an encoder that it was not trained on
             self.encoder.drop_predictor()
         freeze(self.encoder, recipe.freeze_blocks)
+        adapt(self.encoder, recipe.lora_rank, recipe.freeze_blocks, recipe.seed)
         average = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.average = average.to(device)
 
@@ -257,9 +259,17 @@ class Trainer:
 
     def averaged(self) -> MimRefinerModel:
         """The moving average of the encoder as an ordinary model, whole in every process."""
+        return merged_encoder(self._whole_average())
+
+    def averaged_adapter(self) -> Adapter | None:
+        """The adapters of the moving average, in every process; None where none are trained."""
+        return adapter_of(self._whole_average())
+
+    def _whole_average(self) -> MimRefinerModel:
         if not self.sharded:
             return self.average
         encoder = MimRefinerModel(self.average.config).to(self.accelerator.device)
+        adapt(encoder, self.recipe.lora_rank, self.recipe.freeze_blocks, self.recipe.seed)
         encoder.requires_grad_(False).eval()
         gather_into(encoder, self.average)
         return encoder

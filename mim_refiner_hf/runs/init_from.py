@@ -30,9 +30,11 @@ from ..data.images import ImageDataset
 from ..data.stream import ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..refinement.adapters import adapt, check_rank, merged_encoder
 from ..refinement.heads import IdHeads
 from ..refinement.queue import NearestNeighbourQueue
 from ..refinement.recipe import RefineRecipe
+from ..refinement.recipe_method import trained_part
 from ..refinement.resolve import ResolvedRecipe
 from ..runtime.checkpoint import (
     Checkpoint,
@@ -182,6 +184,11 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         dropped.setdefault(_DROPPED[prefix], []).append(name)
 
     encoder = MimRefinerModel(MimRefinerConfig.from_dict(start.state["encoder"]))
+    begun = start.state["recipe"]
+    part = trained_part(begun.get("trainable", "all"))
+    if part is not None and part.kind == "lora":
+        check_rank(part.number, encoder.config, begun["freeze_blocks"])
+        adapt(encoder, part.number, begun["freeze_blocks"], seed=0)
     average = {}
     for name in placed:
         if name.startswith("average."):
@@ -193,6 +200,7 @@ def encoder_of(start: Checkpoint) -> MimRefinerModel:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{where}: its average is not of its encoder ({reason})") from error
 
+    encoder = merged_encoder(encoder)
     source = f"step {start.step} of {start.path.parent}"
     report = LoadReport(source, len(placed), len(placed), dropped, setting("init_from"))
     processor = image_processor(encoder.config, start.state["preprocessing"])
@@ -251,7 +259,9 @@ def place_heads(
     Raises:
         CheckpointError: naming file and tensor.
     """
-    check_tensors(start, expected, beside=("optimizer.", "refiner.target_projector."))
+    # of the encoder, which adapters change: `encoder_of` has placed it
+    beside = ("optimizer.", "refiner.target_projector.", "refiner.encoder.", "average.")
+    check_tensors(start, expected, beside)
     place_tensors(heads, start, "refiner.heads.")
     place_tensors(queue, start, "refiner.queue.")
     if not same_data:

@@ -63,7 +63,7 @@ def plan_text(
         ("start", _start_text(recipe, config)),
         ("data", f"{asked.dataset}: {images} to refine on, {num_eval} to evaluate on"),
         ("heads", _heads_text(recipe, config.num_hidden_layers - 1)),
-        ("frozen", _frozen_text(recipe.freeze_blocks)),
+        ("frozen", _frozen_text(recipe, config)),
         ("views", _views_text(recipe, config.num_channels)),
         ("batch", _batch_text(recipe, device)),
     ]
@@ -134,10 +134,17 @@ def _heads_text(recipe: ResolvedRecipe, last: int) -> str:
     )
 
 
-def _frozen_text(freeze_blocks: int) -> str:
-    if freeze_blocks:
-        return f"embeddings and blocks 0-{freeze_blocks - 1}"
-    return "nothing (position tables are never trained)"
+def _frozen_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
+    """What stays as it is, and how much of the encoder does not."""
+    text = "nothing (position tables are never trained)"
+    if recipe.freeze_blocks:
+        text = f"embeddings and blocks 0-{recipe.freeze_blocks - 1}"
+    if recipe.lora_rank:
+        first = recipe.freeze_blocks
+        text = f"all but adapters of rank {recipe.lora_rank} in blocks {first} and later"
+    weights = encoder_parameters(config, recipe.freeze_blocks, recipe.lora_rank)
+    share = 100 * weights.trained / weights.total
+    return f"{text}; {millions(weights.trained)} weights of the encoder train, {share:.1f} %"
 
 
 def _views_text(recipe: ResolvedRecipe, num_channels: int) -> str:
@@ -244,7 +251,7 @@ def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
 
     Weights, their average and AdamW's moments of both, heads, queue.
     """
-    weights = encoder_parameters(config, recipe.freeze_blocks)
+    weights = encoder_parameters(config, recipe.freeze_blocks, recipe.lora_rank)
     # of each head rows and norms; of all together index, label and age
     row = 4 * len(recipe.head_blocks) * (recipe.embedding_dim + 1) + 24
     of_heads = 12 * head_parameters(recipe, config)

@@ -96,6 +96,7 @@ class Start:
         licence: of the weights, and so of the result; else as the recipe states it.
         checkpoint: of another run, whose heads and queues come along (`init_from.py`).
         channels: what was done to fit it to the channels of the images; "" for nothing.
+        name: by which `load_encoder` gives the same encoder; "" where nothing does.
     """
 
     config: MimRefinerConfig
@@ -105,6 +106,7 @@ class Start:
     pretraining: PretrainRecipe | None = None
     checkpoint: Checkpoint | None = None
     channels: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,15 @@ def open_starting_weights(
         encoder = given.encoder or load_encoder(recipe.model, family=recipe.family)
     licence = _licence(recipe, vars(encoder)["licence"], recipe.model or recipe.init_from)
     _check_preprocessing(encoder, recipe.model or recipe.init_from)
-    return Start(encoder.config, encoder.image_processor, licence, encoder, checkpoint=checkpoint)
+    named = recipe.model is not None and given.encoder is None and recipe.family is None
+    return Start(
+        encoder.config,
+        encoder.image_processor,
+        licence,
+        encoder,
+        checkpoint=checkpoint,
+        name=str(recipe.model) if named else "",
+    )
 
 
 def _check_preprocessing(encoder: MimRefinerModel, source: object) -> None:
@@ -230,7 +240,12 @@ def _with_channels(
     encoder, done = fit_channels(start.encoder, training, recipe.num_channels, recipe.value_range)
     processor = vars(encoder)["image_processor"]
     return dataclasses.replace(
-        start, config=encoder.config, processor=processor, encoder=encoder, channels=done
+        start,
+        config=encoder.config,
+        processor=processor,
+        encoder=encoder,
+        channels=done,
+        name="" if done else start.name,
     )
 
 

@@ -24,6 +24,7 @@ from ..data.images import ImageDataset, open_images
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.hub import check_model_folder, check_repo_id, push_folder, save_model_folder
 from ..publishing.model_card import write_card
+from ..refinement.adapters import check_adapter_folder
 from ..refinement.failure import NotBetterError
 from ..refinement.recipe import RefineRecipe
 from ..refinement.recipe_files import read_recipe
@@ -40,6 +41,10 @@ SHIPPED = "model"
 """Folder of what ships."""
 NOT_SHIPPED = "refined_not_shipped"
 """Folder of what was trained, where it is not better than the start."""
+ADAPTER = "adapter"
+"""Folder of the adapters that were trained, where `model/` is the start with them."""
+ADAPTER_NOT_SHIPPED = "adapter_not_shipped"
+"""The same where they are not better than the start alone."""
 
 
 def refine(
@@ -92,6 +97,8 @@ def refine(
         check_repo_id(recipe.push_to_hub)
     for name in filter(None, (SHIPPED, NOT_SHIPPED, recipe.save_as)):
         check_model_folder(output / name)
+    for name in (ADAPTER, ADAPTER_NOT_SHIPPED):
+        check_adapter_folder(output / name)
     if recipe.dry_run:
         return run(recipe, given)
 
@@ -171,6 +178,7 @@ def _publish(result: RunResult, recipe: RefineRecipe) -> None:
         check_held()
         # of an earlier run of this recipe: it is older than what ships
         shutil.rmtree(kept_back)
+    _publish_adapter(result)
     write_card(output)
     if recipe.save_as is not None:
         check_held()
@@ -178,11 +186,28 @@ def _publish(result: RunResult, recipe: RefineRecipe) -> None:
 
     # the run is complete: nothing is left to resume
     check_held()
-    for name in ("checkpoints", START):
+    left = ["checkpoints", START]
+    if result.adapter is not None and result.adapter.base == str(output / START):
+        left.remove(START)
+    for name in left:
         shutil.rmtree(output / name, ignore_errors=True)
     print(_ending(result, recipe.dataset))
     if recipe.push_to_hub is not None:
         print(f"Published: {push_folder(folder, recipe.push_to_hub)}")
+
+
+def _publish_adapter(result: RunResult) -> None:
+    """Write the adapters, if such were trained."""
+    output = result.output_dir
+    names = (ADAPTER, ADAPTER_NOT_SHIPPED)
+    if result.adapter is None:
+        return
+    name, other = reversed(names) if result.verdict.ships_start else names
+    check_held()
+    # of an earlier run of this recipe
+    shutil.rmtree(output / other, ignore_errors=True)
+
+    result.adapter.save(output / name)
 
 
 def _ending(result: RunResult, images: str) -> str:

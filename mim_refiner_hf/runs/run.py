@@ -33,6 +33,7 @@ from ..evaluation.pictures import draw_block_profile
 from ..evaluation.report import BANK_SIZE, Evaluation, evaluate_encoder, evaluate_pixels
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.run_file import Metrics, RunRecord
+from ..refinement.adapters import Adapter
 from ..refinement.auto import Choice
 from ..refinement.failure import NotFiniteError
 from ..refinement.recipe import RefineRecipe
@@ -68,6 +69,7 @@ class RunResult:
         processor: its image processor.
         metrics: what metrics.json says.
         output_dir: the run's folder.
+        adapter: what `refined` is the start with, of `--trainable lora:R`.
     """
 
     encoder: MimRefinerModel = field(repr=False)
@@ -76,6 +78,7 @@ class RunResult:
     processor: Any = field(repr=False)
     metrics: RunRecord = field(repr=False)
     output_dir: Path
+    adapter: Adapter | None = field(default=None, repr=False)
 
 
 def run(
@@ -163,6 +166,7 @@ class _Trained:
     """What the training leaves; its optimiser, heads and queue are gone with the trainer."""
 
     refined: MimRefinerModel
+    adapter: Adapter | None
     before: Metrics | None
     seconds: dict[str, float]
     broken: int
@@ -202,7 +206,8 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
         assert start is not None
         ships = start
     output = Path(prepared.recipe.output_dir)
-    return RunResult(ships, refined, judged.verdict, begun.processor, metrics, output)
+    verdict = judged.verdict
+    return RunResult(ships, refined, verdict, begun.processor, metrics, output, trained.adapter)
 
 
 def _train(
@@ -264,7 +269,11 @@ def _train(
     average = trainer.averaged()
     remedy = f"lower {setting('learning_rate')}, or {setting('mixed_precision', 'no')}"
     check_finite(average.state_dict(), "the moving average of the encoder", remedy)
-    return _Trained(average, before, trainer.seconds, len(trainer.broken), choice)
+    adapter = trainer.averaged_adapter()
+    if adapter is not None:
+        base = prepared.start.name or str(start_folder(recipe))
+        adapter = dataclasses.replace(adapter, base=base)
+    return _Trained(average, adapter, before, trainer.seconds, len(trainer.broken), choice)
 
 
 def _evaluate(
