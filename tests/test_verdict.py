@@ -267,6 +267,7 @@ def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[st
             assert picture.width > 400 and np.asarray(picture.convert("L")).std() > 20
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("Better: separation d' ") and "on 200 training photos" in last
+    assert last.endswith(f"--model {output}/model --method heads")
 
 
 @pytest.mark.slow

@@ -219,12 +219,15 @@ def _ending(result: RunResult, images: str) -> str:
     if (output / NEIGHBOURS).is_file():
         parts.append(f"Look at {output / NEIGHBOURS} and {output / GROUPS}.")
 
-    ships = f"The refined model: {folder}."
-    if verdict.ships_start:
-        ships = f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}."
     photos = images if Path(images).exists() else "photos/"
-    command = shlex.join(["mim-refiner", "cluster", photos, "--model", str(folder)])
-    parts += [ships, f"Next: {command}"]
+    command = ["mim-refiner", "cluster", photos, "--model", str(folder)]
+    if verdict.ships_start:
+        parts.append(f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}.")
+    else:
+        parts.append(f"The refined model: {folder}.")
+        # better than k-means on refined features (benchmarks/results/cluster-heads.md)
+        command += ["--method", "heads"]
+    parts.append(f"Next: {shlex.join(command)}")
     return " ".join(parts)
 
 
