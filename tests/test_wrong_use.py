@@ -398,7 +398,7 @@ OTHER_COMMANDS = [
         ["pooling 'cls'", "no CLS token", "'mean'"],
     ),
     ("embed {model} --dataset digits --out out --last4", ["last4", "the encoder has 2"]),
-    ("embed {model} --dataset digits --out out --dtype int8", ["--dtype", "'int8'", "'bf16'"]),
+    ("embed {model} --dataset digits --out out --dtype int4", ["--dtype", "'int4'", "'bf16'"]),
     (
         "embed {model} --dataset digits --out out --batch_size 0",
         ["--batch_size", "0", "at least 1"],
