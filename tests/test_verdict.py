@@ -5,8 +5,9 @@ and what a run ships, writes, says and exits with, whatever the answer.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ from mim_refiner_hf.evaluation.label_free import (
     two_views,
 )
 from mim_refiner_hf.publishing import CardData
+from mim_refiner_hf.publishing.run_file import RunRecord
 from mim_refiner_hf.refinement.failure import NotBetterError
+from mim_refiner_hf.runs import refine as refine_module
 from mim_refiner_hf.runs.prepare import RunImages, prepare
 from mim_refiner_hf.runs.run_folder import begin_folder
 from mim_refiner_hf.runs.verdict import GUARD, LEAST_PHOTOS, judging_photos, verdict_on
@@ -267,7 +270,11 @@ def test_a_better_result_ships(recipe: Recipes, capsys: pytest.CaptureFixture[st
             assert picture.width > 400 and np.asarray(picture.convert("L")).std() > 20
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("Better: separation d' ") and "on 200 training photos" in last
-    assert last.endswith(f"--model {output}/model --method heads")
+    # cluster heads are advised where they were measured to be better
+    assert last.endswith(f"--model {output}/model")
+    many = {**result.metrics, "dataset": {**result.metrics["dataset"], "images": 1000}}
+    advice = refine_module._ending(replace(result, metrics=cast(RunRecord, many)), "nowhere/")
+    assert advice.endswith(f"mim-refiner cluster photos/ --model {output}/model --method heads")
 
 
 @pytest.mark.slow

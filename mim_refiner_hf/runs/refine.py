@@ -45,6 +45,9 @@ ADAPTER = "adapter"
 """Folder of the adapters that were trained, where `model/` is the start with them."""
 ADAPTER_NOT_SHIPPED = "adapter_not_shipped"
 """The same where they are not better than the start alone."""
+# images from which on cluster heads were better than k-means on refined features; fewer were not
+# measured there: benchmarks/results/cluster-heads.md
+_ENOUGH_FOR_HEADS = 1000
 
 
 def refine(
@@ -225,8 +228,8 @@ def _ending(result: RunResult, images: str) -> str:
         parts.append(f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}.")
     else:
         parts.append(f"The refined model: {folder}.")
-        # better than k-means on refined features (benchmarks/results/cluster-heads.md)
-        command += ["--method", "heads"]
+        if (result.metrics["dataset"].get("images") or 0) >= _ENOUGH_FOR_HEADS:
+            command += ["--method", "heads"]
     parts.append(f"Next: {shlex.join(command)}")
     return " ".join(parts)
 
