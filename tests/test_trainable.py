@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Stopped, assert_identical, final_state, losses, stop_before, trained_folder
+from small_runs import (
+    SHAPE,
+    Stopped,
+    assert_identical,
+    final_state,
+    losses,
+    stop_before,
+    trained_folder,
+)
 from test_sharded import FSDP2, free_port, job
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load_encoder
@@ -24,14 +32,6 @@ from mim_refiner_hf.runs.run import run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-SHAPE: dict[str, Any] = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 LAYERS = [*(f"attention.{part}_proj" for part in "qkvo"), "mlp.fc1", "mlp.fc2"]
 
 

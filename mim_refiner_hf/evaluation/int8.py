@@ -11,9 +11,8 @@ few large channels of one token from coarsening all others, and a vector from de
 images beside it.
 
 torch's kernel (`_int_mm`, on which torchao builds too) uses VNNI or AMX; `python -m benchmarks
-features-int8` measures it. torch's own dynamic quantisation has one step for a whole batch: it is
-as fast, but turns vectors by 1.5 to 2 times the angle: the least cosine of a ViT-B was 0.9988, and
-is 0.9995 here.
+features-int8` measures speed and least cosine. torch's own dynamic quantisation has one step for a
+whole batch, so a vector would depend on the images beside it.
 """
 
 import copy

@@ -114,8 +114,8 @@ def votes(classes: Tensor, num_classes: int, *, void_counts: bool = False) -> Te
 def nearest_by(queries: Tensor, bank: Tensor, k: int, distance: str) -> Tensor:
     """Places of the k rows of the bank (T, D) that are nearest to each query (M, D): (M, k).
 
-    Euclidean distances are not searched in tiles as cosines are: of 60 000 rows of width 384 that
-    took 7.6 s where this takes 6.3 s, found the same rows, and put near-equal ones otherwise.
+    Euclidean distances are not searched in tiles as cosines are: that finds the same rows, but puts
+    near-equal ones in another order, and so a vote could fall otherwise.
     """
     if distance == "cosine":
         return nearest(queries, bank, k)[1]
