@@ -74,13 +74,13 @@ def projector_parameters(recipe: ResolvedRecipe, config: MimRefinerConfig) -> in
     """How many weights the projectors of all heads have."""
     hidden = recipe.projector_dim
     of_a_head = hidden * (config.hidden_size + hidden + recipe.embedding_dim)
-    return len(recipe.head_blocks) * of_a_head
+    return recipe.num_heads * of_a_head
 
 
 def head_parameters(recipe: ResolvedRecipe, config: MimRefinerConfig) -> int:
     """How many weights all heads have: projectors and predictors."""
     predictor = 2 * recipe.embedding_dim * recipe.predictor_dim
-    return projector_parameters(recipe, config) + len(recipe.head_blocks) * predictor
+    return projector_parameters(recipe, config) + recipe.num_heads * predictor
 
 
 class _Group(NamedTuple):
@@ -132,7 +132,7 @@ def _activations(
 
 def _at_the_heads(recipe: ResolvedRecipe, config: MimRefinerConfig) -> dict[str, float]:
     """Bytes alive while heads, queue and loss see the whole batch."""
-    heads = len(recipe.head_blocks)
+    heads = recipe.num_heads
     embedding = recipe.embedding_dim
     of_a_number = 2 if recipe.bf16 else 4
     targets = recipe.global_views * recipe.process_batch
@@ -158,16 +158,16 @@ def _throughout(
     recipe: ResolvedRecipe, config: MimRefinerConfig, weights: EncoderWeights
 ) -> dict[str, float]:
     """Bytes that are alive from the beginning of a step to its end."""
-    heads = len(recipe.head_blocks)
     of_heads = head_parameters(recipe, config)
     shards = recipe.processes if fsdp2_requested() else 1
-    features = heads * recipe.process_batch * recipe.num_views * config.hidden_size
+    features = len(recipe.head_blocks) * config.hidden_size
+    features *= recipe.process_batch * recipe.num_views
     parts = {
         "encoder and EMA": 2 * _FP32 * weights.total / shards,
         # and their gradients
         "heads": 2 * _FP32 * of_heads / shards,
         "AdamW": 2 * _FP32 * (weights.trained + of_heads) / shards,
-        "queue": _FP32 * heads * recipe.queue_size * (recipe.embedding_dim + 1),
+        "queue": _FP32 * recipe.num_heads * recipe.queue_size * (recipe.embedding_dim + 1),
         "views": _FP32 * recipe.process_batch * _pixels(recipe, config),
         # and their gradients
         "features": 2 * _FP32 * features,
@@ -176,7 +176,7 @@ def _throughout(
         parts["target projectors"] = _FP32 * projector_parameters(recipe, config) / shards
     if shards > 1:
         block = weights.total / config.num_hidden_layers
-        layer = heads * recipe.projector_dim**2
+        layer = recipe.num_heads * recipe.projector_dim**2
         parts["gathered weights"] = 2 * _FP32 * max(block, layer)
     return parts
 

@@ -67,6 +67,11 @@ class MethodFields:
     num_heads: PositiveInt | None = documented(
         None, "Heads on the last so many blocks, instead of head_blocks."
     )
+    matryoshka: bool = documented(
+        False,
+        "Three more heads on the encoder's output, which see only its first eighth, quarter and "
+        "half of the channels, so that a vector may be cut there (Matryoshka, arXiv 2205.13147).",
+    )
     projector_dim: PositiveInt | None = documented(
         None, "Hidden width of the projectors. Auto: 4 times the encoder's, 768 to 2048."
     )

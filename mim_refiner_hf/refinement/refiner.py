@@ -149,7 +149,9 @@ class Refiner(nn.Module):
         encoder: the model to refine.
         head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the
             encoder's output.
-        heads, queue: with as many heads as there are head blocks.
+        heads, queue: with as many heads as there are head blocks and nested widths.
+        nested_widths: of so many first channels of the output a head of its own learns (Matryoshka
+            Representation Learning, arXiv 2205.13147); its other inputs are 0.
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
 
     Attributes:
@@ -167,6 +169,7 @@ class Refiner(nn.Module):
         queue: NearestNeighbourQueue,
         settings: NnaSettings,
         *,
+        nested_widths: Sequence[int] = (),
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -174,6 +177,7 @@ class Refiner(nn.Module):
         self.heads = heads
         self.queue = queue
         self.head_blocks = list(head_blocks)
+        self.nested_widths = list(nested_widths)
         self.settings = settings
         weights = pair_weights(settings.num_global, settings.num_views, settings.pairs)
         self.register_buffer("weights", weights, persistent=False)
@@ -188,9 +192,10 @@ class Refiner(nn.Module):
 
     @property
     def head_names(self) -> list[str]:
-        """Names for logs: `block16`, ..., and `output` for the head on the encoder's output."""
+        """Names for logs: `block16`, ..., `output`, and `output:96` of its first 96 channels."""
         last = self.encoder.config.num_hidden_layers - 1
-        return ["output" if block == last else f"block{block}" for block in self.head_blocks]
+        names = ["output" if block == last else f"block{block}" for block in self.head_blocks]
+        return names + [f"output:{width}" for width in self.nested_widths]
 
     def start_momentum(self) -> None:
         """Let the target projectors begin as the projectors are: before the first refinement step.
@@ -252,6 +257,7 @@ class Refiner(nn.Module):
         """
         settings = self.settings
         batch = len(sample_index)
+        features = self._with_nested(features)
         passes = settings.num_views if settings.norm_views == "apart" else 1
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             projected, predicted = self.heads(features, passes)
@@ -296,6 +302,16 @@ class Refiner(nn.Module):
         first_views = all_gather(targets[:, 0], dim=1)
         self.queue.enqueue(first_views, all_gather(sample_index), all_gather(labels))
         return result
+
+    def _with_nested(self, features: Tensor) -> Tensor:
+        """Features of the head blocks (H, N, D), and for every nested width those of the output
+        with the channels behind it at 0.
+        """
+        if not self.nested_widths:
+            return features
+        widths = torch.tensor(self.nested_widths, device=features.device)
+        kept = torch.arange(features.shape[2], device=features.device) < widths.unsqueeze(1)
+        return torch.cat([features, features[-1] * kept.unsqueeze(1)])
 
     @torch.no_grad()
     def _momentum_targets(self, projector: nn.Module, features: Tensor, batch: int) -> Tensor:

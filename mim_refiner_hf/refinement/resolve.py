@@ -15,6 +15,7 @@ and the checks that need encoder and data. Every choice has one reason, which th
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +58,8 @@ class ResolvedRecipe:
         asked: the recipe as it was written. Names of data, model and repository are read there.
         num_images: images to train on; None for a stream.
         processes: how many processes share a batch.
+        nested_widths: first channels of the output that have a head of their own, see
+            `matryoshka`.
         steps: updates of each stage.
         bf16: whether encoder and heads are computed in bfloat16.
         micro_batch_size: images of one process per pass; None for its whole share of the batch
@@ -75,6 +78,8 @@ class ResolvedRecipe:
     # heads
     pooling: Pooling
     head_blocks: list[int]
+    matryoshka: bool
+    nested_widths: list[int]
     projector_dim: int
     predictor_dim: int
     embedding_dim: int
@@ -140,6 +145,11 @@ class ResolvedRecipe:
     def num_views(self) -> int:
         """Views of an image, global and local."""
         return self.global_views + self.local_views
+
+    @property
+    def num_heads(self) -> int:
+        """All heads: one a block of `head_blocks`, and one a nested width."""
+        return len(self.head_blocks) + len(self.nested_widths)
 
     @property
     def lora_rank(self) -> int:
@@ -251,6 +261,7 @@ def resolve(
         "fitting_rate": unstated.learning_rate,
         "bf16": bf16,
         "head_blocks": blocks.value,
+        "nested_widths": choose_nested_widths(recipe, config, blocks.value),
         "global_scale": tuple(recipe.global_scale),
         "local_scale": tuple(recipe.local_scale),
         "micro_batch_size": micro,
@@ -326,6 +337,31 @@ def choose_blocks_with_heads(
             f"add block {layers - 1} to {named}, or use mean"
         )
     return chosen
+
+
+_NESTED_SHARES = (8, 4, 2)
+
+
+def choose_nested_widths(
+    recipe: RefineRecipe, config: MimRefinerConfig, blocks: Sequence[int]
+) -> list[int]:
+    """The first channels of the output that get a head of their own; none without `matryoshka`."""
+    if not recipe.matryoshka:
+        return []
+    width = config.hidden_size
+    named = setting("matryoshka", True)
+    if width % _NESTED_SHARES[0]:
+        raise ValueError(
+            f"{named}: the encoder's width must be a multiple of {_NESTED_SHARES[0]}, is {width}; "
+            f"leave {setting('matryoshka')} out"
+        )
+    last = config.num_hidden_layers - 1
+    if last not in blocks:
+        raise ValueError(
+            f"{named}: needs a head on the encoder's output; add block {last} to "
+            f"{setting('head_blocks', list(blocks))}"
+        )
+    return [width // share for share in _NESTED_SHARES]
 
 
 def check_view_sizes(sizes: ViewSizes, patch: int) -> None:

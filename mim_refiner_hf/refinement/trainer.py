@@ -78,9 +78,8 @@ def compile_blocks(encoder: MimRefinerModel, backend: str = "inductor") -> None:
 
 def make_refiner(recipe: ResolvedRecipe, encoder: MimRefinerModel) -> Refiner:
     """Heads and queue as the recipe has them, beside the encoder, on the CPU."""
-    count = len(recipe.head_blocks)
     heads = IdHeads(
-        count,
+        recipe.num_heads,
         encoder.config.hidden_size,
         recipe.projector_dim,
         recipe.predictor_dim,
@@ -90,7 +89,9 @@ def make_refiner(recipe: ResolvedRecipe, encoder: MimRefinerModel) -> Refiner:
         predictor_norm=recipe.predictor_norm,
         init=recipe.head_init,
     )
-    queue = NearestNeighbourQueue(count, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed)
+    queue = NearestNeighbourQueue(
+        recipe.num_heads, recipe.queue_size, recipe.embedding_dim, seed=recipe.seed
+    )
     settings = NnaSettings(
         num_global=recipe.global_views,
         num_views=recipe.num_views,
@@ -101,7 +102,15 @@ def make_refiner(recipe: ResolvedRecipe, encoder: MimRefinerModel) -> Refiner:
         norm_views=recipe.norm_views,
         target_momentum=recipe.target_momentum,
     )
-    return Refiner(encoder, recipe.head_blocks, heads, queue, settings, bf16=recipe.bf16)
+    return Refiner(
+        encoder,
+        recipe.head_blocks,
+        heads,
+        queue,
+        settings,
+        nested_widths=recipe.nested_widths,
+        bf16=recipe.bf16,
+    )
 
 
 @dataclass
@@ -287,7 +296,6 @@ class Trainer:
         recipe = self.recipe
         device = self.accelerator.device
         refining = step >= self.steps.warmup
-        count = len(recipe.head_blocks)
         self.refiner.train(True)
         self.encoder.train(refining)
 
@@ -303,8 +311,12 @@ class Trainer:
         if refining:
             topk = recipe.topk
             progress = (step - self.steps.warmup) / self.steps.refine
-            weights = head_weights(recipe.loss_schedule, count, progress)
-        draw = neighbour_draw(recipe.seed, step, topk, count, recipe.global_views, len(index))
+            weights = head_weights(recipe.loss_schedule, len(recipe.head_blocks), progress)
+            # nested widths are of the output, whose weight they have
+            weights += [weights[-1]] * len(recipe.nested_widths)
+        draw = neighbour_draw(
+            recipe.seed, step, topk, recipe.num_heads, recipe.global_views, len(index)
+        )
 
         set_learning_rate(self.optimizer, self._learning_rate(step))
         self.optimizer.zero_grad()

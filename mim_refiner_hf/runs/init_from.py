@@ -61,6 +61,7 @@ _NEEDED_STATE = ("recipe", "encoder", "preprocessing", "data", "warmup_steps")
 # What decides which tensors heads and queues have, and what the heads read.
 _HEAD_FIELDS = (
     "head_blocks",
+    "matryoshka",
     "pooling",
     "projector_dim",
     "predictor_dim",

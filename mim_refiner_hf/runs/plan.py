@@ -125,6 +125,8 @@ def _heads_text(recipe: ResolvedRecipe, last: int) -> str:
     heads = ", ".join(names)
     if "head_blocks" in recipe.to_measure:
         heads = f"what measuring all blocks proposes (auto; by default {heads})"
+    if recipe.nested_widths:
+        heads += f", and on its first {', '.join(map(str, recipe.nested_widths))} channels"
     momentum = ""
     if recipe.target_momentum is not None:
         momentum = f"; targets by projectors with momentum {recipe.target_momentum:g}"
@@ -253,7 +255,7 @@ def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
     """
     weights = encoder_parameters(config, recipe.freeze_blocks, recipe.lora_rank)
     # of each head rows and norms; of all together index, label and age
-    row = 4 * len(recipe.head_blocks) * (recipe.embedding_dim + 1) + 24
+    row = 4 * recipe.num_heads * (recipe.embedding_dim + 1) + 24
     of_heads = 12 * head_parameters(recipe, config)
     if recipe.target_momentum is not None:
         of_heads += 4 * projector_parameters(recipe, config)
