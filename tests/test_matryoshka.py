@@ -43,7 +43,8 @@ def one_head(refiner: Refiner, number: int, width: int) -> Refiner:
     queue = NearestNeighbourQueue(1, 32, 16)
     queue.rows.copy_(refiner.queue.rows[number : number + 1])
     queue.norms.copy_(refiner.queue.norms[number : number + 1])
-    return Refiner(refiner.encoder, [2], heads, queue, refiner.settings).train()
+    settings = dataclasses.replace(refiner.settings, nested_widths=())
+    return Refiner(refiner.encoder, [2], heads, queue, settings).train()
 
 
 def aligned(refiner: Refiner, features: Tensor, weights: list[float]) -> StepResult:
@@ -62,8 +63,8 @@ def test_a_nested_head_is_a_head_of_that_width(number: int, momentum: float | No
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     heads = IdHeads(4, WIDTH, 24, 40, 16)
     queue = NearestNeighbourQueue(4, 32, 16, seed=3)
-    settings = NnaSettings(2, 3, temperature=0.2, target_momentum=momentum)
-    refiner = Refiner(encoder, [2], heads, queue, settings, nested_widths=WIDTHS).train()
+    settings = NnaSettings(2, 3, temperature=0.2, target_momentum=momentum, nested_widths=WIDTHS)
+    refiner = Refiner(encoder, [2], heads, queue, settings).train()
     assert refiner.head_names == ["output", *(f"output:{width}" for width in WIDTHS)]
     width = WIDTHS[number - 1]
     alone = one_head(refiner, number, width)

@@ -119,7 +119,7 @@ class _Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class NnaSettings:
-    """Which views of an image are compared, and how (Nearest-Neighbour Alignment).
+    """Which views and channels are compared, and how (Nearest-Neighbour Alignment).
 
     Attributes:
         num_global, num_views: how many global views, and views in all, an image has.
@@ -130,6 +130,8 @@ class NnaSettings:
         norm_views: whether the heads' batch norms see all views together or each apart.
         target_momentum: of the copy of the projectors that gives the targets of the refinement;
             None for no copy.
+        nested_widths: so many first channels of the encoder's output have a head of their own,
+            whose other inputs are 0 (Matryoshka Representation Learning, arXiv 2205.13147).
     """
 
     num_global: int
@@ -140,6 +142,7 @@ class NnaSettings:
     pairs: Pairs = "intended"
     norm_views: NormViews = "together"
     target_momentum: float | None = None
+    nested_widths: Sequence[int] = ()
 
 
 class Refiner(nn.Module):
@@ -150,8 +153,6 @@ class Refiner(nn.Module):
         head_blocks: 0-based blocks that carry a head, ascending; the last block stands for the
             encoder's output.
         heads, queue: with as many heads as there are head blocks and nested widths.
-        nested_widths: of so many first channels of the output a head of its own learns (Matryoshka
-            Representation Learning, arXiv 2205.13147); its other inputs are 0.
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
 
     Attributes:
@@ -169,7 +170,6 @@ class Refiner(nn.Module):
         queue: NearestNeighbourQueue,
         settings: NnaSettings,
         *,
-        nested_widths: Sequence[int] = (),
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -177,7 +177,6 @@ class Refiner(nn.Module):
         self.heads = heads
         self.queue = queue
         self.head_blocks = list(head_blocks)
-        self.nested_widths = list(nested_widths)
         self.settings = settings
         weights = pair_weights(settings.num_global, settings.num_views, settings.pairs)
         self.register_buffer("weights", weights, persistent=False)
@@ -195,7 +194,7 @@ class Refiner(nn.Module):
         """Names for logs: `block16`, ..., `output`, and `output:96` of its first 96 channels."""
         last = self.encoder.config.num_hidden_layers - 1
         names = ["output" if block == last else f"block{block}" for block in self.head_blocks]
-        return names + [f"output:{width}" for width in self.nested_widths]
+        return names + [f"output:{width}" for width in self.settings.nested_widths]
 
     def start_momentum(self) -> None:
         """Let the target projectors begin as the projectors are: before the first refinement step.
@@ -307,9 +306,9 @@ class Refiner(nn.Module):
         """Features of the head blocks (H, N, D), and for every nested width those of the output
         with the channels behind it at 0.
         """
-        if not self.nested_widths:
+        if not self.settings.nested_widths:
             return features
-        widths = torch.tensor(self.nested_widths, device=features.device)
+        widths = torch.tensor(self.settings.nested_widths, device=features.device)
         kept = torch.arange(features.shape[2], device=features.device) < widths.unsqueeze(1)
         return torch.cat([features, features[-1] * kept.unsqueeze(1)])
 

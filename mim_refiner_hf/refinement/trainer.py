@@ -101,16 +101,9 @@ def make_refiner(recipe: ResolvedRecipe, encoder: MimRefinerModel) -> Refiner:
         pairs=recipe.pairs,
         norm_views=recipe.norm_views,
         target_momentum=recipe.target_momentum,
-    )
-    return Refiner(
-        encoder,
-        recipe.head_blocks,
-        heads,
-        queue,
-        settings,
         nested_widths=recipe.nested_widths,
-        bf16=recipe.bf16,
     )
+    return Refiner(encoder, recipe.head_blocks, heads, queue, settings, bf16=recipe.bf16)
 
 
 @dataclass
@@ -312,11 +305,10 @@ class Trainer:
             topk = recipe.topk
             progress = (step - self.steps.warmup) / self.steps.refine
             weights = head_weights(recipe.loss_schedule, len(recipe.head_blocks), progress)
-            # nested widths are of the output, whose weight they have
+            # of the output, as the last of them
             weights += [weights[-1]] * len(recipe.nested_widths)
-        draw = neighbour_draw(
-            recipe.seed, step, topk, recipe.num_heads, recipe.global_views, len(index)
-        )
+        size = (recipe.num_heads, recipe.global_views, len(index))
+        draw = neighbour_draw(recipe.seed, step, topk, *size)
 
         set_learning_rate(self.optimizer, self._learning_rate(step))
         self.optimizer.zero_grad()
