@@ -1,6 +1,7 @@
 """`--matryoshka`: heads on the first channels of the output, and vectors that are cut there."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.stats import rankdata
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.preprocessing import StandardScaler
 from small_runs import SHAPE, Stopped, assert_identical, losses, stop_before, trained_folder
 from torch import Tensor
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load_encoder
+from mim_refiner_hf.evaluation.label_free import TwoViews
 from mim_refiner_hf.refinement.heads import GroupedLayer, IdHeads
 from mim_refiner_hf.refinement.memory import head_parameters
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
@@ -21,6 +27,7 @@ from mim_refiner_hf.refinement.trainer import make_refiner
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.refine import refine
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runs.run_record import nested_line
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -127,10 +134,18 @@ def test_a_run_stopped_and_in_micro_batches(recipe: Callable[..., RefineRecipe])
     assert run(dataclasses.replace(new, matryoshka=True)) is not None
 
 
-def test_vectors_are_cut(recipe: Callable[..., RefineRecipe]) -> None:
+def test_vectors_are_cut(
+    recipe: Callable[..., RefineRecipe], capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = recipe(matryoshka=True)
     assert refine(asked) is not None
-    encoder = load_encoder(trained_folder(Path(asked.output_dir)))
+    said = re.search(
+        r"Of 32 channels the first ones alone: MRR (.*)\.$", capsys.readouterr().out, re.M
+    )
+    assert said is not None
+    assert [part.split()[-1] for part in said[1].split(", ")] == [*map(str, WIDTHS), "32"]
+    folder = trained_folder(Path(asked.output_dir))
+    encoder = load_encoder(folder)
     images = [np.full((20, 24, 3), shade, np.uint8) for shade in (0, 90, 200)]
     whole = encoder.encode(images)
     for width in (1, *WIDTHS, WIDTH):
@@ -138,6 +153,33 @@ def test_vectors_are_cut(recipe: Callable[..., RefineRecipe]) -> None:
     for wrong in (0, -1, WIDTH + 1):
         with pytest.raises(ValueError, match=f"truncate={wrong}: must be 1 to {WIDTH}"):
             encoder.encode(images, truncate=wrong)
+
+    # sentence-transformers cuts what it pools, after the final norm
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    pictures = [Image.fromarray(image) for image in images]
+    vectors = []
+    for cut in ({}, {"truncate_dim": WIDTHS[1]}):
+        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", **cut)
+        vectors.append(model.encode(pictures))
+    np.testing.assert_allclose(vectors[1], vectors[0][:, : WIDTHS[1]], atol=1e-6)
+
+
+def test_the_line_about_widths_counts_places() -> None:
+    """As scikit-learn and scipy count them."""
+    plain = torch.tensor([[1.0, 0.0], [2.0, 5.0], [3.0, 1.0], [-1.0, 2.0]])
+    views = TwoViews(
+        plain, plain.flip(0) * torch.tensor([1.0, 0.0]) + plain * torch.tensor([0.0, 1.0])
+    )
+    expected = []
+    for width in (1, 2):
+        table = StandardScaler().fit(plain[:, :width])
+        a, b = (table.transform(side[:, :width]) for side in (views.plain, views.copies))
+        cosines = cosine_similarity(b, a)
+        ranks = [rankdata(-row)[place] for place, row in enumerate(cosines)]
+        expected.append(f"{100 * np.mean(1 / np.array(ranks)):.1f} % by {width}")
+    assert (
+        nested_line(views, [1]) == f"Of 2 channels the first ones alone: MRR {', '.join(expected)}."
+    )
 
 
 # ---- wrong use

@@ -16,12 +16,14 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from ..evaluation.label_free import TwoViews, reciprocal_ranks, similarities
 from ..evaluation.pictures import draw_clusters, draw_curves
 from ..evaluation.plots import draw_groups_before_after, draw_neighbours_before_after
 from ..evaluation.report import Evaluation
@@ -186,6 +188,19 @@ def write_evidence(
     table = measured.table()
     if table:
         print(f"\n{table}\n", flush=True)
+    if judged.found and prepared.recipe.nested_widths:
+        print(nested_line(judged.views[-1], prepared.recipe.nested_widths), flush=True)
+
+
+def nested_line(views: TwoViews, widths: Sequence[int]) -> str:
+    """How well photos are found again from distorted copies by the first channels alone."""
+    whole = views.plain.shape[1]
+    found = []
+    for width in (*widths, whole):
+        cut = TwoViews(views.plain[:, :width], views.copies[:, :width])
+        retrieval = 100 * reciprocal_ranks(similarities(cut)).mean()
+        found.append(f"{retrieval:.1f} % by {width}")
+    return f"Of {whole} channels the first ones alone: MRR {', '.join(found)}."
 
 
 __all__ = ["GROUPS", "NEIGHBOURS", "BeforeAfter", "run_record", "write_evidence"]
