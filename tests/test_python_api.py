@@ -272,7 +272,7 @@ def test_a_run_on_other_pixels_is_not_continued(
 
     settings = {**RUN, "output_dir": tmp_path, "eval_fraction": 0, "save_every": 1}
     with pytest.raises(InterruptedError):
-        refine(pixels, model=encoder, callbacks=[stop], **settings)
+        refine(pixels, model=encoder, callbacks=stop, **settings)
     with pytest.raises(ValueError, match=r"not the data set that this run began with.*output_dir"):
         refine(pixels[::-1].copy(), model=encoder, **settings)
     assert refine(pixels.copy(), model=encoder, **settings) is not None
@@ -539,6 +539,10 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
         (3, "not as int"),
         (None, "not as NoneType"),
         (np.zeros((5, 8)), r"ndarray of shape \(5, 8\) holds no images.*cluster"),
+        (
+            (np.zeros((5, 8, 8, 3)), np.arange(5)),
+            r"None of the 2.*\(5, 8, 8, 3\) is not one image.*labels come as \(image, label\)",
+        ),
         (np.zeros((20, 64, 64)), r"\(20, 64, 64\) has no axis of channels.*images\[\.\.\., None\]"),
         (np.zeros((5, 70, 60, 90)), "None of the 5 images|images .* cannot be read"),
         ({"train": [1], "test": [2]}, "'train', 'test'; give one of them"),
@@ -611,6 +615,8 @@ def test_settings_are_arguments_in_python_and_flags_in_the_shell(
         refine(pixels, model=encoder, epochs="many")
     with pytest.raises(TypeError, match=r"no setting 'epoch'; did you mean epochs\?"):
         refine(pixels, model=encoder, epoch=3)
+    with pytest.raises(ValueError, match=r"^callbacks=3: each must be a function of \(step,"):
+        refine(pixels, model=encoder, callbacks=3, dry_run=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^No model is given, and the default"):
         cluster(pixels)
     with pytest.raises(ValueError, match=r"^split='test': chooses a part"):
