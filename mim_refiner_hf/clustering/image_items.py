@@ -277,8 +277,8 @@ def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
         return item if item.exists() else item.expanduser()
     if isinstance(item, np.ndarray | Tensor) and item.ndim not in (2, 3):
         raise ValueError(
-            f"an array of shape {tuple(item.shape)} is not one image, (height, width) with channels "
-            "if any; labels come as (image, label) in the list"
+            f"an array of shape {tuple(item.shape)} is not one image, which has height and width, "
+            "and channels if any; labels come as (image, label) in the list"
         )
     if isinstance(item, bytes | Image.Image | np.ndarray | Tensor):
         return item
