@@ -160,6 +160,9 @@ def resolved(images: int, **fields: Any) -> ResolvedRecipe:
             {"queue_size": 4096, "swap": "positive"},
             "queue_size=4096: more than 4 times the 300 images",
         ),
+        ({"queue_size": 65536}, "queue_size=65536: more than 4 times the 300 images"),
+        ({"temperature": 0.01}, "temperature=0.01: 0.05 times what fits this encoder, only the"),
+        ({"temperature": 2.0}, "temperature=2.0: 10 times what fits this encoder, other images"),
     ],
 )
 def test_what_cannot_work_is_said_with_the_number_to_take(

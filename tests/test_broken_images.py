@@ -5,7 +5,10 @@ are too many.
 import io
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
 import time
 import warnings
 import zlib
@@ -319,6 +322,37 @@ def test_a_substitute_has_its_own_index_and_views_of_its_own(tmp_path: Path) -> 
         match=r"1 images of .* in a row are broken, first: Cannot decode .*3\.png: it is empty",
     ):
         read_sample(images, (0, 3))
+
+
+# the loader, and so its workers, are kept by the frames of the error until the process ends
+UNREADABLE = """
+import sys
+from mim_refiner_hf.data.batches import batches_of_views
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.views import MultiCrop, view_specs
+crops = MultiCrop(view_specs(2, 0, 8, 8, (0.3, 1.0), (0.1, 0.5), colour=True))
+kept = iter(batches_of_views(
+    open_images(sys.argv[1]), crops, batch_size=2, seed=0, stop_step=3, num_workers=2
+))
+try:
+    next(kept)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_workers_end_with_a_process_that_no_image_could_be_read_for(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"none")
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert re.match(r"10 images of .* in a row are broken, first: Cannot decode", line), line
 
 
 def test_without_broken_images_every_process_has_its_own_part_of_a_stream(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from mim_refiner_hf.data.views import MultiCrop, ViewSpec, view_rng
 from mim_refiner_hf.model.image_processing_mim_refiner import to_eight_bits
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runs.channels import fit_channels
+from mim_refiner_hf.runs.embed import store_features
 
 # loads a saved model without the package, and prints the sum of its features
 WITHOUT_PACKAGE = """
@@ -430,6 +431,17 @@ def test_an_image_of_another_number_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as error:
         fit_channels(start(), open_images(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_number_reads_none_and_says_so(tmp_path: Path) -> None:
+    model = start(num_channels=5)
+    vars(model)["image_processor"].value_range = [0.0, 9000.0]
+    for number, image in enumerate(arrays(3, 13)):
+        np.save(tmp_path / f"{number}.npy", image)
+    with pytest.raises(ValueError, match=r"3 of 3 images cannot .*13 channels, and 5 are expected"):
+        embed(model, tmp_path)
+    with pytest.raises(ValueError, match=r"None of the 3 .*it has 13 channels, and 5 are expected"):
+        store_features(model, tmp_path, tmp_path / "features")
 
 
 def test_settings_that_say_nothing_of_the_images() -> None:

@@ -272,7 +272,7 @@ def test_a_run_on_other_pixels_is_not_continued(
 
     settings = {**RUN, "output_dir": tmp_path, "eval_fraction": 0, "save_every": 1}
     with pytest.raises(InterruptedError):
-        refine(pixels, model=encoder, callbacks=[stop], **settings)
+        refine(pixels, model=encoder, callbacks=stop, **settings)
     with pytest.raises(ValueError, match=r"not the data set that this run began with.*output_dir"):
         refine(pixels[::-1].copy(), model=encoder, **settings)
     assert refine(pixels.copy(), model=encoder, **settings) is not None
@@ -363,6 +363,7 @@ def test_encode_takes_images_arrays_and_paths(
         ([], "no images"),
         (pixels[0] / 255, "float64"),
         ([3], "int is neither"),
+        (str(folder), "is a folder; give a list of its images, or the folder to `embed`"),
     ):
         with pytest.raises(ValueError, match=says):
             encoder.encode(wrong)
@@ -464,7 +465,8 @@ def test_embed_resumes_from_a_folder(
 def test_vectors_are_grouped_as_their_images(folder: Path, encoder: MimRefinerModel) -> None:
     groups = cluster(folder, model=encoder, num_clusters=4)
     vectors = embed(encoder, folder)
-    for given in (vectors, torch.from_numpy(vectors), vectors.astype(np.float64)):
+    listed = (list(vectors), vectors.tolist(), list(torch.from_numpy(vectors)))
+    for given in (vectors, torch.from_numpy(vectors), vectors.astype(np.float64), *listed):
         assert np.array_equal(cluster(given, num_clusters=4).labels, groups.labels)
     assert str(groups) == "40 images in 4 groups (as asked for)"
     assert repr(cluster(vectors, num_clusters=2)) == (
@@ -537,6 +539,11 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
         (3, "not as int"),
         (None, "not as NoneType"),
         (np.zeros((5, 8)), r"ndarray of shape \(5, 8\) holds no images.*cluster"),
+        (
+            (np.zeros((5, 8, 8, 3)), np.arange(5)),
+            r"None of the 2.*\(5, 8, 8, 3\) is not one image.*labels come as \(image, label\)",
+        ),
+        (np.zeros((20, 64, 64)), r"\(20, 64, 64\) has no axis of channels.*images\[\.\.\., None\]"),
         (np.zeros((5, 70, 60, 90)), "None of the 5 images|images .* cannot be read"),
         ({"train": [1], "test": [2]}, "'train', 'test'; give one of them"),
         (
@@ -585,6 +592,8 @@ def test_images_that_are_none(
         (np.full((9, 4), np.nan), {}, "9 of 9 vectors hold NaN or infinity, first row 0"),
         (np.zeros(9, np.int64), {}, r"ndarray of shape \(9,\) holds no vectors.*labels"),
         (np.zeros((0, 4)), {}, "no images"),
+        ([[1.0, 2.0], [3.0]], {}, "begins with a vector of 2 numbers, but not all"),
+        ([np.eye(4)[0], "a.png"], {}, "begins with a vector of 4 numbers, but not all"),
         (np.eye(4), {"num_clusters": 12}, "num_clusters is 12 for 4"),
         (np.eye(4), {"method": "kmean"}, "'kmean'.*'kmeans'"),
         (np.eye(4), {"model": "facebook/vit-mae-base"}, "model='facebook/vit-mae-base': is for"),
@@ -606,6 +615,8 @@ def test_settings_are_arguments_in_python_and_flags_in_the_shell(
         refine(pixels, model=encoder, epochs="many")
     with pytest.raises(TypeError, match=r"no setting 'epoch'; did you mean epochs\?"):
         refine(pixels, model=encoder, epoch=3)
+    with pytest.raises(ValueError, match=r"^callbacks=3: each must be a function of \(step,"):
+        refine(pixels, model=encoder, callbacks=3, dry_run=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^No model is given, and the default"):
         cluster(pixels)
     with pytest.raises(ValueError, match=r"^split='test': chooses a part"):

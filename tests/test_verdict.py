@@ -33,7 +33,13 @@ from mim_refiner_hf.refinement.failure import NotBetterError
 from mim_refiner_hf.runs import refine as refine_module
 from mim_refiner_hf.runs.prepare import RunImages, prepare
 from mim_refiner_hf.runs.run_folder import begin_folder
-from mim_refiner_hf.runs.verdict import GUARD, LEAST_PHOTOS, judging_photos, verdict_on
+from mim_refiner_hf.runs.verdict import (
+    GUARD,
+    LEAST_PHOTOS,
+    judges_text,
+    judging_photos,
+    verdict_on,
+)
 
 Recipes = Callable[..., RefineRecipe]
 
@@ -192,6 +198,19 @@ def test_who_judges(cifar: str) -> None:
     assert chosen(many, few) == (2000, "training photos")
     assert chosen(many, train) == (200, "held-out photos")
     assert chosen(few, train) == (200, "held-out photos")
+
+
+def test_the_plan_says_who_will_judge(
+    cifar: str, recipe: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = open_images(cifar)
+    few = train.subset(range(LEAST_PHOTOS - 1))
+    text = judges_text(RunImages(few, None, bank=few))
+    assert text.startswith("19 training photos are too few to judge, it takes 20: the start")
+    assert judges_text(RunImages(train, None, bank=train)).startswith("by 200 training photos")
+    refine(recipe(dry_run=True, eval_fraction=None))
+    plan = capsys.readouterr().out
+    assert "  verdict by 180 training photos, without labels" in plan, plan
 
 
 # --- what a run does with it ----------------------------------------------------------------------

@@ -217,6 +217,7 @@ def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator"
     from ..data.loading import Loading
     from ..evaluation.features import FeatureChoice
     from ..runs.embed import store_features
+    from ..runtime.text import one_line
 
     source = SourceOptions(options.image_column, options.label_column, options.follow_links)
     store = store_features(
@@ -236,7 +237,8 @@ def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator"
         print(f"The features: {len(store)} images, {widths}: {options.out}")
         if store.broken:
             listed = options.out / BROKEN
-            print(f"Images that could not be read: {len(store.broken)}, listed in {listed}")
+            print(f"Images that could not be read: {len(store.broken)}, listed in {listed}, first:")
+            print(f"  {one_line(store.broken[0]['reason'])}")
 
 
 __all__ = ["parse_embed", "parse_evaluate"]

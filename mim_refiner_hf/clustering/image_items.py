@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 # the client that this version of transformers has: httpx, or httpx2
 from transformers.image_utils import httpx  # type: ignore[attr-defined]
 
-from .channels import Picture
+from .channels import MAX_CHANNELS, Picture
 from .decoding import ARRAY_EXTENSIONS, EXTENSIONS, MAX_BYTES, ImageSource, decode_image
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,11 @@ def find_items(images: Any) -> Sequence[Any]:
     if isinstance(images, Image.Image | bytes):
         return [images]
     if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
+        if images.ndim == 3 and min(images.shape[0], images.shape[-1]) > MAX_CHANNELS:
+            raise ValueError(
+                f"An array of shape {tuple(images.shape)} has no axis of channels, 1 to "
+                f"{MAX_CHANNELS}; grey images are (n, height, width, 1): give images[..., None]."
+            )
         return [images]
     if isinstance(images, Mapping):
         names = ", ".join(map(str, images))
@@ -270,6 +275,11 @@ def read_item(item: Any) -> ImageSource | np.ndarray | Tensor:
     if isinstance(item, Path):
         # a file may be called "~a.png"
         return item if item.exists() else item.expanduser()
+    if isinstance(item, np.ndarray | Tensor) and item.ndim not in (2, 3):
+        raise ValueError(
+            f"an array of shape {tuple(item.shape)} is not one image, which has height and width, "
+            "and channels if any; labels come as (image, label) in the list"
+        )
     if isinstance(item, bytes | Image.Image | np.ndarray | Tensor):
         return item
     raise ValueError(

@@ -1,6 +1,9 @@
 """The views of every batch of a training, in the order of its steps."""
 
+import atexit
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,27 @@ from .images import ImageDataset
 from .order import BatchSampler
 from .stream import ImageStream
 from .views import Multicrop, ViewDataset
+
+
+class _Batches(DataLoader[dict[str, Tensor]]):
+    """A loader whose workers end with the process, though no SIGTERM ends them.
+
+    torch and multiprocessing end those that are left at the exit by SIGTERM, and wait. Some are
+    left where an error keeps the frames, and so the loader, until then.
+    """
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        # of hooks the last one registered is the first to run: this one comes before torch's
+        atexit.register(_end_workers, weakref.ref(batches))
+        return batches
+
+
+def _end_workers(batches: weakref.ref[Any]) -> None:
+    """Have the workers of a loader end as they do when it is forgotten."""
+    end = getattr(batches(), "_shutdown_workers", None)
+    if end is not None:
+        end()
 
 
 def batches_of_views(
@@ -44,7 +68,7 @@ def batches_of_views(
         world_size=world_size(),
     )
 
-    return DataLoader(
+    return _Batches(
         ViewDataset(images, multicrop, seed, value_range),
         batch_sampler=sampler,
         num_workers=num_workers,

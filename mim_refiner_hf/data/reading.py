@@ -30,6 +30,17 @@ class Reading(NamedTuple):
     broken: list[Broken]
 
 
+class NoneReadableError(ValueError):
+    """An image, and all that could stand in for it, are broken.
+
+    From a worker torch raises it again with the worker's whole traceback as its text, of which the
+    last line is this message.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
 def read_sample(
     source: ImageDataset | ImageStream,
     key: Key,
@@ -42,7 +53,7 @@ def read_sample(
         read: candidate to sample, ValueError if it is broken; None for `source[candidate]`.
 
     Raises:
-        ValueError: when all candidates are broken.
+        NoneReadableError: when all candidates are broken.
     """
     read = read or source.__getitem__
     broken: list[Broken] = []
@@ -51,10 +62,10 @@ def read_sample(
             return Reading(read(candidate), source.place(key[1]), broken)
         except ValueError as error:
             broken.append(source.broken(candidate, error))
-    raise ValueError(
+    raise NoneReadableError(
         f"{len(broken)} images of {source.name} in a row are broken, "
         f"first: {broken[0]['reason']} Check the data."
     )
 
 
-__all__ = ["Reading", "read_sample"]
+__all__ = ["NoneReadableError", "Reading", "read_sample"]

@@ -209,9 +209,11 @@ def _head_epochs(stated: Stated, at: Situation) -> Choice[float]:
 def _warmup_epochs(stated: Stated, at: Situation) -> Choice[float]:
     epochs = min(0.1 * stated["epochs"], 4.0)
     if stated["head_epochs"] == 0:
-        return Choice(epochs, "a tenth of the refinement")
+        return Choice(epochs, "a tenth of the refinement, at most 4 epochs")
     epochs = min(epochs, 0.2 * stated["head_epochs"])
-    return Choice(epochs, "a tenth of the refinement, at most a fifth of the head warm-up")
+    return Choice(
+        epochs, "a tenth of the refinement, at most a fifth of the head warm-up and 4 epochs"
+    )
 
 
 # ---- heads, queue, objective

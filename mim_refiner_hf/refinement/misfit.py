@@ -16,9 +16,9 @@ _MOST_OF_THE_START = 0.1
 # passes over the images after which the queue's rows are stale and repeat themselves
 _MOST_EPOCHS_QUEUED = 4
 _FEWEST_UPDATES = 100
-# of auto's learning rate: in a first trial ten times as much ended below the start, a tenth did
-# next to nothing
-_FAR_FROM_THE_RATE = 6
+# of auto's learning rate and temperature: of the rate ten times as much ended below the start, a
+# tenth did next to nothing; of the temperature a twentieth cost 7 points of cluster accuracy
+_FAR = 6
 # of the queue: so many "nearest" rows are no neighbours
 _LARGEST_TOPK = 0.05
 
@@ -26,7 +26,7 @@ _LARGEST_TOPK = 0.05
 def misfits(recipe: ResolvedRecipe) -> list[str]:
     """One line for each setting that does not fit; none for what `auto` chose."""
     problems = [_start_ships(recipe), _few_updates(recipe), _long_warmup(recipe)]
-    problems += [_far_rate(recipe), _no_neighbours(recipe)]
+    problems += [_far_rate(recipe), _far_temperature(recipe), _no_neighbours(recipe)]
     if recipe.num_images is not None:
         problems.append(_stale_queue(recipe, recipe.num_images))
     return [problem for problem in problems if problem]
@@ -76,12 +76,23 @@ def _long_warmup(recipe: ResolvedRecipe) -> str:
 
 def _far_rate(recipe: ResolvedRecipe) -> str:
     ratio = recipe.learning_rate / recipe.fitting_rate
-    if 1 / _FAR_FROM_THE_RATE < ratio < _FAR_FROM_THE_RATE or recipe.asked.stage == "warmup":
+    if 1 / _FAR < ratio < _FAR or recipe.asked.stage == "warmup":
         return ""
     what = "changes little" if ratio < 1 else "may spoil the features"
     return (
         f"{setting('learning_rate', recipe.learning_rate)}: {ratio:.2g} times what fits batch "
         f"{recipe.batch_size} and this encoder, it {what}; take {recipe.fitting_rate:.3g}"
+    )
+
+
+def _far_temperature(recipe: ResolvedRecipe) -> str:
+    ratio = recipe.temperature / recipe.fitting_temperature
+    if 1 / _FAR < ratio < _FAR:
+        return ""
+    what = "other images hardly count" if ratio > 1 else "only the nearest other image counts"
+    return (
+        f"{setting('temperature', recipe.temperature)}: {ratio:.2g} times what fits this encoder, "
+        f"{what}; take {recipe.fitting_temperature:.3g}"
     )
 
 
@@ -97,7 +108,7 @@ def _no_neighbours(recipe: ResolvedRecipe) -> str:
 
 def _stale_queue(recipe: ResolvedRecipe, num_images: int) -> str:
     most = _MOST_EPOCHS_QUEUED * num_images
-    if recipe.queue_size <= most or recipe.swap == "none":
+    if recipe.queue_size <= most:
         return ""
     fitting = 2 ** int(math.log2(max(2, num_images) / 2))
     return (

@@ -66,6 +66,7 @@ class ResolvedRecipe:
         warmup_epochs: None where `warmup_share` says it.
         save_every: 0 for no checkpoints.
         fitting_rate: the learning rate that `auto` would take for this batch and encoder.
+        fitting_temperature: the temperature that it would take for this encoder.
         to_measure: fields whose value is an estimate until the run has measured.
         reasons: why a field that was left open has its value, by its name.
     """
@@ -137,6 +138,7 @@ class ResolvedRecipe:
     log_every: int
     # how it was resolved
     fitting_rate: float
+    fitting_temperature: float
     to_measure: frozenset[str]
     reasons: dict[str, str]
 
@@ -228,7 +230,8 @@ def resolve(
     situation = Situation(config, num_images, processes, gpu)
     fitted = fit(recipe, situation)
     recipe = _with_frozen_blocks(fitted.recipe, config)
-    unstated = fit(dataclasses.replace(recipe, learning_rate=None), situation).recipe
+    open_again = dataclasses.replace(recipe, learning_rate=None, temperature=None)
+    unstated = fit(open_again, situation).recipe
     assert recipe.pooling is not None and recipe.global_scale is not None
     assert recipe.global_size is not None and recipe.local_size is not None
 
@@ -258,6 +261,7 @@ def resolve(
         "num_images": num_images,
         "processes": processes,
         "fitting_rate": unstated.learning_rate,
+        "fitting_temperature": unstated.temperature,
         "bf16": bf16,
         "head_blocks": blocks.value,
         "nested_widths": choose_nested_widths(recipe, config, blocks.value),

@@ -121,8 +121,8 @@ def cluster(
 
     Args:
         images: what `open_images` takes: a folder, a list of paths, PIL images or arrays, a data
-            set of `datasets` or torch; or an array or tensor (n, d) of vectors, such as `embed`
-            gives; or a feature store, or its folder.
+            set of `datasets` or torch; or an array, tensor or list (n, d) of vectors, such as
+            `embed` gives; or a feature store, or its folder.
         model: of images, what `load_encoder` takes; None for a small one for photos of all kinds,
             which the Hub has. Vectors and features need none.
         num_clusters: number of groups; None to have it proposed, with its evidence.
@@ -145,6 +145,7 @@ def cluster(
             not do; nothing is written.
     """
     also = _tools(also, out)
+    images = _listed_vectors(images)
     if _holds_numbers(images) and images.ndim < 3:
         _refuse_for_vectors(model=model, out=out, start=start, dtype=dtype)
         return _of_vectors(images, num_clusters, method, seed)
@@ -247,6 +248,23 @@ def _holds_numbers(images: Any) -> bool:
     """Whether it is an array or a tensor, and not an array of paths or objects."""
     is_array = isinstance(images, np.ndarray) and images.dtype.kind in "biuf"
     return is_array or isinstance(images, torch.Tensor)
+
+
+def _listed_vectors(images: Any) -> Any:
+    """A list of vectors as an array (n, d); anything else as it is."""
+    if not isinstance(images, list | tuple) or not images:
+        return images
+    first = images[0]
+    listed = isinstance(first, list | tuple) and all(isinstance(v, int | float) for v in first)
+    if not listed and not (_holds_numbers(first) and first.ndim == 1):
+        return images
+    try:
+        return np.stack([np.asarray(vector, dtype=np.float32) for vector in images])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The {type(images).__name__} begins with a vector of {len(first)} numbers, but not "
+            "all of its items are such ones; give an array (n, d)."
+        ) from error
 
 
 def _of_images(

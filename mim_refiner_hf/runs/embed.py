@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..conversion import load_encoder
+from ..data.broken import BROKEN
 from ..data.found import MAIN_PART, Part
 from ..data.images import Broken, ImageDataset, open_images
 from ..data.loading import Loading
@@ -142,7 +143,8 @@ def store_features(
         loading, shard_size, command: as of `embed_images`.
 
     Raises:
-        ValueError, FileNotFoundError: for images, a model or a folder that will not do.
+        ValueError, FileNotFoundError: for images, a model or a folder that will not do, and where
+            none of the images can be read.
     """
     # says so now if the folder is something else
     begun = read_manifest(out)
@@ -159,7 +161,7 @@ def store_features(
         encoder, opened = fit_and_tell(encoder, opened)
     columns = choice.columns(encoder.config)
     encoder = in_precision(encoder, opened, dtype, columns, loading, begun)
-    return embed_images(
+    store = embed_images(
         encoder,
         opened,
         encoder.image_processor,
@@ -169,6 +171,12 @@ def store_features(
         shard_size=shard_size,
         command=command,
     )
+    if store.broken and len(store) == 0:
+        raise ValueError(
+            f"None of the {len(store.broken)} images can be read, first: "
+            f"{store.broken[0]['reason']} All are listed in {out / BROKEN}."
+        )
+    return store
 
 
 def in_precision(

@@ -12,6 +12,7 @@ import torch
 
 from ..clustering.channels import is_picture
 from ..model.configuration_mim_refiner import MimRefinerConfig
+from ..refinement.auto import choose_eval_fraction
 from ..refinement.memory import (
     GIGA,
     HEADROOM,
@@ -61,7 +62,7 @@ def plan_text(
 
     lines = [
         ("start", _start_text(recipe, config)),
-        ("data", f"{asked.dataset}: {images} to refine on, {num_eval} to evaluate on"),
+        ("data", f"{asked.dataset}: {images} to refine on, {_held_out(recipe, num_eval)}"),
         ("heads", _heads_text(recipe, config.num_hidden_layers - 1)),
         ("frozen", _frozen_text(recipe, config)),
         ("views", _views_text(recipe, config.num_channels)),
@@ -79,6 +80,16 @@ def plan_text(
     lines += _named("chosen", chosen_lines(recipe))
     lines += _named("careful", misfits(recipe))
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])
+
+
+def _held_out(recipe: ResolvedRecipe, num_eval: int) -> str:
+    """How many images are measured on, and where nothing states it, why so many."""
+    asked = recipe.asked
+    text = f"{num_eval} to evaluate on"
+    stated = [asked.eval_fraction, asked.eval_dataset, asked.eval_split]
+    if recipe.num_images is None or any(field is not None for field in stated):
+        return text
+    return f"{text} ({choose_eval_fraction(recipe.num_images + num_eval).reason})"
 
 
 def chosen_lines(recipe: ResolvedRecipe) -> list[str]:

@@ -32,6 +32,7 @@ from ..runtime.distributed import lost_processes_named
 from ..runtime.held import check_held
 from ..runtime.lock import sole_run
 from ..runtime.tracking import LogCallback
+from ..runtime.wording import setting
 from .prepare import START, Given
 from .run import RunResult, run
 from .run_record import GROUPS, NEIGHBOURS
@@ -54,7 +55,7 @@ def refine(
     images: Any = None,
     *,
     model: Any = None,
-    callbacks: Sequence[LogCallback] = (),
+    callbacks: LogCallback | Sequence[LogCallback] = (),
     **settings: Any,
 ) -> RunResult | None:
     """Refine an encoder on images and write the result to `output_dir`.
@@ -70,8 +71,9 @@ def refine(
             set of `datasets` or torch; or a whole `RefineRecipe`.
         model: what `load_encoder` takes: a name, a folder, a file, a model object, which stays as
             it is.
-        callbacks: called with (step, values) for every line of log.jsonl, by the main process.
-            What one raises ends the run; the same call goes on from the last checkpoint.
+        callbacks: one or several, called with (step, values) for every line of log.jsonl, by the
+            main process. What one raises ends the run; the same call goes on from the last
+            checkpoint.
         settings: fields of `RefineRecipe`, such as `output_dir` and `seed`; `recipe` names a recipe
             whose fields are the defaults; `eval_dataset` takes what `images` takes.
 
@@ -91,6 +93,7 @@ def refine(
         PushError: when the Hub fails; the local result is intact and the message says how to
             continue.
     """
+    called = _functions(callbacks)
     # the name of the first argument, before it was images
     if isinstance(settings.get("recipe"), RefineRecipe):
         images = settings.pop("recipe")
@@ -106,7 +109,7 @@ def refine(
         return run(recipe, given)
 
     with sole_run(output, "output_dir"), lost_processes_named():
-        result = run(recipe, given, callbacks)
+        result = run(recipe, given, called)
         # one process writes; were the others to fail meanwhile, a launcher would stop it
         if result is None or not PartialState().is_main_process:
             return result
@@ -114,6 +117,17 @@ def refine(
     if recipe.fail_if_not_better and result.verdict.outcome != "better":
         raise NotBetterError(str(result.verdict), result)
     return result
+
+
+def _functions(callbacks: LogCallback | Sequence[LogCallback]) -> list[LogCallback]:
+    """The callbacks as a list; ValueError for what cannot be called."""
+    listed = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    for callback in listed:
+        if not callable(callback):
+            raise ValueError(
+                f"{setting('callbacks', callback)}: each must be a function of (step, values)"
+            )
+    return list(listed)
 
 
 def _recipe_of(images: Any, model: Any, settings: Mapping[str, Any]) -> tuple[RefineRecipe, Given]:

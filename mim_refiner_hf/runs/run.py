@@ -52,7 +52,7 @@ from .pretrained_start import pretrained_start, remove_checkpoints
 from .run_folder import begin_folder, save_start, with_report
 from .run_record import BeforeAfter, run_record, write_evidence
 from .save_as import check_save_as
-from .verdict import Verdict, judge_run, load_start
+from .verdict import Verdict, judge_run, judges_text, load_start
 
 logger = logging.getLogger(__name__)
 
@@ -138,17 +138,20 @@ def _accelerator(prepared: Prepared, callbacks: Sequence[LogCallback]) -> Accele
 
 
 def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
+    recipe = prepared.recipe
     device = accelerator.device.type
     evaluation = prepared.images.evaluation
     num_eval = 0 if evaluation is None else len(evaluation)
     text = plan_text(
-        prepared.recipe,
+        recipe,
         prepared.start.config,
         num_eval=num_eval,
         device=device,
         available=available_memory(device, accelerator.num_processes),
     )
 
+    if recipe.asked.stage != "warmup":
+        text += f"\n  verdict {judges_text(prepared.images)}"
     if prepared.start.encoder is not None:
         text += f"\n  weights {prepared.start.encoder.load_report}"
     if prepared.start.channels:

@@ -143,6 +143,23 @@ def judging_photos(images: RunImages) -> tuple[ImageDataset | None, str]:
     return (None if photos is None else evenly_spaced(photos, JUDGED_IMAGES)), kind
 
 
+def judges_text(images: RunImages) -> str:
+    """Who will judge the run, said before it begins."""
+    photos, kind = judging_photos(images)
+    if photos is None:
+        return f"not judged, so it ships: a stream is gone once read; {_name_photos()}"
+    if len(photos) < LEAST_PHOTOS:
+        return (
+            f"{len(photos)} {kind} are too few to judge, it takes {LEAST_PHOTOS}: the start will "
+            "ship, and what was trained lie beside it"
+        )
+    return f"by {len(photos)} {kind}, without labels; where nothing got better the start ships"
+
+
+def _name_photos() -> str:
+    return f"name photos by {setting('eval_dataset')}"
+
+
 def judge_run(
     prepared: Prepared,
     accelerator: Accelerator,
@@ -159,8 +176,7 @@ def judge_run(
         lost = start_folder(prepared.recipe)
         return Judged(Verdict("not judged", f"{lost}, the start to compare with, is missing"))
     if photos is None:
-        name = setting("eval_dataset")
-        return Judged(Verdict("not judged", f"a stream is gone once read; name photos by {name}"))
+        return Judged(Verdict("not judged", f"a stream is gone once read; {_name_photos()}"))
 
     # the held-out ones are known to be readable
     if kind == _TRAINING:
@@ -257,6 +273,7 @@ __all__ = [
     "Outcome",
     "Verdict",
     "judge_run",
+    "judges_text",
     "judging_photos",
     "load_start",
     "verdict_on",
