@@ -302,9 +302,16 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             yield f"{heads}: must divide {setting('hidden_size', self.hidden_size)}"
 
-    def _problems_of_mae(self) -> Iterator[str]:
+    def _problems_of_mask(self) -> Iterator[str]:
+        """Of methods whose student sees a share of the patches."""
+        if self.num_patches == 1:
+            size = setting("image_size", self.image_size)
+            yield f"{setting('patch_size', self.patch_size)}: {size} is one patch; lower it"
         if self.num_visible < 1:
             yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
+
+    def _problems_of_mae(self) -> Iterator[str]:
+        yield from self._problems_of_mask()
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             width = setting("decoder_size", self.decoder_size)
             yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"
@@ -331,8 +338,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if self.target_layers > self.num_hidden_layers:
             layers = setting("num_hidden_layers", self.num_hidden_layers)
             yield f"{setting('target_layers', self.target_layers)}: must be at most {layers}"
-        if self.num_visible < 1:
-            yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
+        yield from self._problems_of_mask()
 
     @property
     def num_patches(self) -> int:
