@@ -19,6 +19,7 @@ from mim_refiner_hf.pretraining.capi_start import head_beside, load_for_capi
 from mim_refiner_hf.pretraining.capi_student import encode_visible, predict, predicted_logits
 from mim_refiner_hf.pretraining.objective import Masks
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe, PretrainSteps
+from mim_refiner_hf.runtime.settings import read_fields
 
 CASE = "capi-step"
 LOSS = {"atol": 1e-5, "rtol": 0}
@@ -399,3 +400,9 @@ def test_the_command_goes_on_from_a_model_of_its_own(
     assert cli.main(other) == 2
     error = capsys.readouterr().err
     assert "its positions are shared_relative" in error and error.count("error:") == 1
+
+
+def test_the_recipe_has_the_authors_steps() -> None:
+    recipe = PretrainRecipe(**read_fields("pretrain-capi-l14", PretrainRecipe))
+    # of the images of ImageNet-22K
+    assert recipe.steps(14_197_122) == PretrainSteps(866, 50_000, 500_000)

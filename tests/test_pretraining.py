@@ -365,6 +365,9 @@ def test_a_mask_of_everything_is_refused() -> None:
     # of 16 patches not one
     with pytest.raises(ValueError, match=r"mask_ratio.*0\.95.* leaves no patch visible; lower it"):
         tiny_recipe(mask_ratio=0.95)
+    one = r"patch_size.*16.* is one patch; lower it"
+    with pytest.raises(ValueError, match=one):
+        tiny_recipe(image_size=16, patch_size=16)
 
 
 def test_batch_larger_than_the_data_is_refused(digits: ImageDataset) -> None:

@@ -37,6 +37,7 @@ from mim_refiner_hf.pretraining.recipe import DEFAULTS, PretrainRecipe
 from mim_refiner_hf.pretraining.trial import GraphBytes, try_step
 from mim_refiner_hf.runtime.checkpoint import load_latest
 from mim_refiner_hf.runtime.launch import job_of_processes
+from mim_refiner_hf.runtime.settings import read_fields
 from mim_refiner_hf.runtime.sharding import local
 from mim_refiner_hf.runtime.signals import Interrupted
 
@@ -222,6 +223,67 @@ def test_a_batch_that_is_left_open_fits_the_images(
     assert "--batch_size 8" in caplog.text or "batch_size=8" in caplog.text
     assert recipe.fitted(10**6).batch_size == 4096 and recipe.fitted(3).batch_size == 2
     assert recipe_of("mae", batch_size=64).fitted(64).batch_size == 64
+
+
+# the small recipes that were measured, and of how many images
+MEASURED = {
+    "digits": 1297,
+    "d2v2-digits": 1297,
+    "conmim-digits": 1297,
+    "capi-digits": 1297,
+    "cifar10": 20_000,
+    "d2v2-cifar10": 20_000,
+    "capi-cifar10": 20_000,
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_rates_and_momenta_that_are_left_open_are_near_what_was_measured(name: str) -> None:
+    stated = read_fields(f"pretrain-{name}", PretrainRecipe)
+    measured = PretrainRecipe(**stated)
+    batch = stated.pop("batch_size")
+    rates = {"learning_rate", "clustering_learning_rate"}
+    momenta = {"momentum_start", "momentum_end", "momentum_after_warmup"}
+    for left_open in rates | momenta:
+        stated.pop(left_open, None)
+    # so many images that the batch is the measured one
+    fitted = PretrainRecipe(**stated).fitted(8 * batch)
+    assert fitted.batch_size == batch
+    for rate in rates:
+        assert 1 / 3 < getattr(fitted, rate) / getattr(measured, rate) < 3, rate
+
+    # the copy reaches less far back than the training is long, and never further than the authors'
+    fitted = PretrainRecipe(**stated, batch_size=batch).fitted(MEASURED[name])
+    for momentum in momenta:
+        assert getattr(fitted, momentum) <= getattr(PretrainRecipe(**stated), momentum)
+    slowest = fitted.momentum_after_warmup if "capi" in name else fitted.momentum_start
+    if fitted.objective != "mae":
+        assert 1 / (1 - slowest) <= fitted.steps(MEASURED[name]).total / 9.9
+
+
+def test_what_is_left_open_is_the_authors_with_their_images() -> None:
+    for objective in OWN:
+        recipe = PretrainRecipe(objective=objective)
+        assert recipe.fitted(14_000_000) == recipe
+        few = recipe.fitted(300)
+        # fitted once, it stays so
+        assert few.fitted(300) == few and few.batch_size == 32
+        # whatever is stated stays
+        kept = {"batch_size": 32, "learning_rate": 1e-3}
+        momenta = [name for name in vars(recipe) if name.startswith("momentum_")]
+        kept |= {name: getattr(recipe, name) for name in momenta if name in recipe._left_open}
+        asked = PretrainRecipe(objective=objective, **kept)
+        assert asked.fitted(300) == asked
+
+
+@pytest.mark.parametrize(
+    ("objective", "epochs", "warmup"),
+    [("mae", 10, 1.0), ("mae", 800, 40.0), ("data2vec2", 150, 20.0), ("capi", 20, 2.0)],
+)
+def test_a_warm_up_that_is_left_open_fits_the_epochs(
+    objective: str, epochs: int, warmup: float
+) -> None:
+    assert PretrainRecipe(objective=objective, epochs=epochs).warmup_epochs == warmup
 
 
 def test_another_recipe_is_refused(digits: ImageDataset, tmp_path: Path) -> None:

@@ -504,6 +504,11 @@ def test_recipes_of_other_commands_are_not_listed(tmp_path: Path) -> None:
     mine = read_fields(str(tmp_path / "mine.yaml"), PretrainRecipe)
     assert mine == {**read_fields("pretrain-d2v2-digits", PretrainRecipe), "epochs": 2}
     assert recipe_file("data2vec2-l16").stem == "d2v2-refined-l16"
+    with pytest.raises(FileNotFoundError, match="there are fine-tune-100percent, ") as refused:
+        read_fields("mae-refined-l14", FineTuneRecipe)
+    assert "pretrain" not in str(refused.value)
+    one = read_fields("fine-tune-1percent-h14", FineTuneRecipe)
+    assert read_fields("1percent-h14", FineTuneRecipe) == one
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(24, 8), (32, 12), (12, 4), (6, 2), (2, 2), (1, 1)])

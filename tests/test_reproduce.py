@@ -338,6 +338,18 @@ def test_bad_input_is_one_line(
         assert part in line
 
 
+def test_a_list_that_names_images_that_are_held_out_says_so(
+    stand_in: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    named = [path.name for path in (stand_in / "imagenet/train").rglob("*.png")]
+    (stand_in / "lists/all.txt").write_text("\n".join(named))
+    words = ["evaluate", "mae-refined-l16", "--dataset", "imagenet/train", "--num_workers", "0"]
+    assert main([*words, "--protocols", "low_shot", "--split_file", "lists/all.txt"]) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"5 of its {len(named)} images" in line
+    assert "held out" in line and "--eval_dataset" in line
+
+
 def test_the_whole_bank_counts_unless_a_size_is_named(stand_in: Path) -> None:
     words = ["evaluate", "mae-refined-l16", "--dataset", "imagenet/train", "--num_workers", "0"]
     words += ["--eval_dataset", "imagenet/val", "--output_dir"]

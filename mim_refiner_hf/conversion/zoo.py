@@ -258,6 +258,10 @@ _STEMS = {
     "maect": "mae-ct",
     "maectaug": "mae-ct-aug",
     "capi-vitl14": "capi-l14",
+    "maerefined": "mae-refined",
+    "d2v2refined": "d2v2-refined",
+    "dbotrefined": "dbot-refined",
+    "crossmaerefined": "crossmae-refined",
 }
 
 

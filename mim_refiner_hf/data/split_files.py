@@ -37,19 +37,31 @@ def listed_places(images: "ImageDataset", path: Path) -> NDArray[np.int64]:
     Raises:
         FileNotFoundError: when there is no such list.
         ValueError: for a list that is empty, is no text or names an image twice, and for names
-            that no image has, or several.
+            that no image has, that are held out, or that several have.
     """
     asked = setting("split_file", path)
     names = _names_in(path)
     place_of: dict[str, int] = {}
     several = set()
-    for place, name in enumerate(_names_of(images, asked)):
+    everywhere = _names_of(images, asked)
+    for place, index in enumerate(images.indices):
+        name = everywhere[index]
         if name in place_of:
             several.add(name)
         place_of[name] = place
 
     missing = [name for name in names if name not in place_of]
     if missing:
+        # a part of the data set was set aside, and the list was made for all of it
+        known = set(everywhere)
+        aside = [name for name in missing if name in known]
+        if aside:
+            raise ValueError(
+                f"{asked}: {len(aside)} of its {len(names)} images are among those of "
+                f"{images.name} that are held out to be measured on, such as {one_line(aside[0])}; "
+                f"name the images to measure on with {setting('eval_split')} or "
+                f"{setting('eval_dataset')}"
+            )
         raise ValueError(
             f"{asked}: {len(missing)} of its {len(names)} images are not in {images.name}, such as "
             f"{one_line(missing[0])}"
@@ -86,7 +98,7 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _names_of(images: "ImageDataset", asked: str) -> list[str]:
-    """The bare name of every image, without reading it."""
+    """The bare name of every image of the sources, without reading it."""
     sources = images.found.sources
     paths: Iterable[str | None]
     if isinstance(sources, TableColumn):
@@ -100,7 +112,7 @@ def _names_of(images: "ImageDataset", asked: str) -> list[str]:
             f"{asked}: the images of {images.name} have no file names to be found by; give a "
             "folder of files"
         )
-    return [_bare(names[index] or "") for index in images.indices]
+    return [_bare(name or "") for name in names]
 
 
 def _paths_in_table(column: TableColumn) -> list[str | None]:

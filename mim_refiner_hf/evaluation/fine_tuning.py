@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +83,8 @@ CLASSIFIER_STD = 2e-5
 @dataclass
 class FineTuneRecipe:
     """All settings of a fine-tuning; the defaults are the paper's for iNaturalist (table 12)."""
+
+    recipe_prefix: ClassVar[str] = "fine-tune-"
 
     fraction: ShareAboveZero = documented(
         1.0, "Share of the images of every class that is trained on, at least one of each."

@@ -50,13 +50,13 @@ class CapiFields:
     )
     sinkhorn_iterations: Depth = documented(3, "capi: iterations of Sinkhorn.")
     clustering_learning_rate: Rate = documented(
-        5e-4, "capi: peak learning rate of the clustering layer."
+        None, "capi: peak learning rate of the clustering layer. Default: 5e-4."
     )
     clustering_weight_decay: NonNegativeFloat = documented(
         0.01, "capi: weight decay of the clustering layer."
     )
     momentum_after_warmup: ShareAboveZero = documented(
-        0.999, "capi: momentum of the teacher between warm-up and cosine."
+        None, "capi: momentum of the teacher between warm-up and cosine. Default: 0.999."
     )
     truncated_cosine: ShareAboveZero = documented(
         0.8, "capi: share of its half period at which the cosine of rates and momentum is cut off."

@@ -10,7 +10,6 @@ is refused where it is stated.
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ..runtime.settings import (
     documented,
 )
 from ..runtime.wording import setting
+from .auto import chosen
 from .capi_fields import CapiFields
 from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
@@ -38,10 +38,11 @@ from .data2vec2_fields import Data2vec2Fields
 if TYPE_CHECKING:
     from ..model.configuration_mim_refiner import MimRefinerConfig
 
-logger = logging.getLogger(__name__)
-
 # the configuration's, which comes with torch
 _LARGEST_SIDE = 8192
+# at most so much of the epochs that are stated is warm-up, where it is not stated and the authors'
+# own share is no larger
+_WARMUP_SHARE = 0.1
 MaskRatio = Annotated[float, Allowed("between 0 and 1, both excluded", lambda ratio: 0 < ratio < 1)]
 
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -96,7 +97,9 @@ DEFAULTS: dict[str, dict[str, float]] = {
         "weight_decay": 0.1,
         "clip_norm": 0.0,
         "momentum_start": 1.0,
+        "momentum_after_warmup": 0.999,
         "momentum_end": 1.0,
+        "clustering_learning_rate": 5e-4,
     },
 }
 """By method: the shared settings that it reads, with the authors' numbers for a ViT-B/16."""
@@ -211,7 +214,8 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
     max_steps: PositiveInt | None = documented(None, "Updates at most; the schedule ends there.")
     warmup_epochs: NonNegativeFloat = documented(
         None,
-        "Epochs of linear learning-rate warm-up. Default: mae 40, data2vec2 20, conmim 5, capi 50.",
+        "Epochs of linear learning-rate warm-up. Default: mae 40, data2vec2 20, conmim 5, capi 50; "
+        "where epochs are stated, at most a tenth of them (data2vec2: 2/15).",
     )
     batch_size: PositiveInt = documented(
         None,
@@ -249,12 +253,17 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             # check_fields says so
             return
         self._left_open = [name for name in own if getattr(self, name) is None]
+        if self.warmup_epochs is None and self.epochs is not None:
+            # of a training that is not as long as the authors'
+            warmup = own["warmup_epochs"]
+            share = max(_WARMUP_SHARE, warmup / own["epochs"])
+            own = {**own, "warmup_epochs": min(round(share * self.epochs, 3), warmup)}
         unread: dict[str, Any] = {}
-        for table in DEFAULTS.values():
-            unread |= {name: value for name, value in table.items() if name not in own}
         for objective, kind in _OWN_FIELDS.items():
             if objective != self.objective:
                 unread |= {field.name: field.default for field in dataclasses.fields(kind)}
+        for table in DEFAULTS.values():
+            unread |= {name: value for name, value in table.items() if name not in own}
 
         for name, value in unread.items():
             if getattr(self, name) not in (None, value):
@@ -293,9 +302,16 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             yield f"{heads}: must divide {setting('hidden_size', self.hidden_size)}"
 
-    def _problems_of_mae(self) -> Iterator[str]:
+    def _problems_of_mask(self) -> Iterator[str]:
+        """Of methods whose student sees a share of the patches."""
+        if self.num_patches == 1:
+            size = setting("image_size", self.image_size)
+            yield f"{setting('patch_size', self.patch_size)}: {size} is one patch; lower it"
         if self.num_visible < 1:
             yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
+
+    def _problems_of_mae(self) -> Iterator[str]:
+        yield from self._problems_of_mask()
         if self.decoder_size % 4 or self.decoder_size % self.decoder_attention_heads:
             width = setting("decoder_size", self.decoder_size)
             yield f"{width}: must be a multiple of 4 and of {setting('decoder_attention_heads')}"
@@ -322,8 +338,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if self.target_layers > self.num_hidden_layers:
             layers = setting("num_hidden_layers", self.num_hidden_layers)
             yield f"{setting('target_layers', self.target_layers)}: must be at most {layers}"
-        if self.num_visible < 1:
-            yield f"{setting('mask_ratio', self.mask_ratio)}: leaves no patch visible; lower it"
+        yield from self._problems_of_mask()
 
     @property
     def num_patches(self) -> int:
@@ -370,29 +385,15 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         return fields
 
     def fitted(self, num_images: int | None) -> "PretrainRecipe":
-        """The recipe for so many images: a batch that was left open is at most an eighth of them.
-
-        A power of two, at least 2; the change is said. None for a stream, which counts as many.
+        """The recipe for so many images, None for a stream, which counts as many; see `auto.py`.
 
         Raises:
             ValueError: for a single image, of which no batch can be made.
         """
         if num_images is None:
             return self
-        if num_images < 2 and "batch_size" in self._left_open:
-            raise ValueError(f"there is only {num_images} image; a pre-training takes 2 or more")
-
-        most = max(num_images // 8, 2)
-        if "batch_size" not in self._left_open or self.batch_size <= most:
-            return self
-        size = 2 ** int(math.log2(most))
-        logger.warning(
-            "%s: chosen for %d images; the authors' is %d",
-            setting("batch_size", size),
-            num_images,
-            self.batch_size,
-        )
-        return dataclasses.replace(self, batch_size=size)
+        changes = chosen(self, self._left_open, num_images)
+        return dataclasses.replace(self, **changes) if changes else self
 
     def steps(self, num_images: int | None) -> PretrainSteps:
         """The updates of a training on so many images, None for a stream.
