@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.order import epoch_order

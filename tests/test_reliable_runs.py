@@ -29,7 +29,8 @@ from mim_refiner_hf.runs.evaluate import evaluate
 from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime import checkpoint as checkpointing
-from mim_refiner_hf.runtime.checkpoint import SaveError, load_latest, save_checkpoint, size_of
+from mim_refiner_hf.runtime.checkpoint import load_latest, save_checkpoint, size_of
+from mim_refiner_hf.runtime.room import SaveError
 
 SHAPE: dict[str, Any] = {
     "image_size": 16,

@@ -31,7 +31,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.conversion import zoo
 from mim_refiner_hf.conversion.download import Record
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.conversion.shapes import HEADS_OF_WIDTH
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs

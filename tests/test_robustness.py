@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessorPil, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.robustness import CORRUPTIONS, CorruptedInput, robustness

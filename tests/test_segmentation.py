@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.evaluation.segmentation import (
     PatchProbe,
     bootstrap_miou,

@@ -45,10 +45,11 @@ from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime import checkpoint as checkpointing
-from mim_refiner_hf.runtime.checkpoint import SaveError, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.checkpoint import read_checkpoint, save_checkpoint
 from mim_refiner_hf.runtime.distributed import average_gradients
 from mim_refiner_hf.runtime.files import CheckpointError, sha256_of, write_json
 from mim_refiner_hf.runtime.optimisation import freeze
+from mim_refiner_hf.runtime.room import SaveError
 from mim_refiner_hf.runtime.sharding import local, own_parts, shard, shard_like
 from mim_refiner_hf.runtime.tensor_files import PLACES, ShardedTensors, tensor_files
 

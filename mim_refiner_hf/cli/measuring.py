@@ -237,6 +237,3 @@ def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator"
         if store.broken:
             listed = options.out / BROKEN
             print(f"Images that could not be read: {len(store.broken)}, listed in {listed}")
-
-
-__all__ = ["parse_embed", "parse_evaluate"]

@@ -55,6 +55,3 @@ def read_sample(
         f"{len(broken)} images of {source.name} in a row are broken, "
         f"first: {broken[0]['reason']} Check the data."
     )
-
-
-__all__ = ["Reading", "read_sample"]

@@ -210,16 +210,3 @@ def relative_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> floa
         return 0.0
     # weights that were all 0 moved by as much as can be
     return float((moved / length).sqrt()) if length > 0 else float("inf")
-
-
-__all__ = [
-    "JUDGED_IMAGES",
-    "LabelFree",
-    "TwoViews",
-    "label_free_scores",
-    "reciprocal_ranks",
-    "relative_change",
-    "separation",
-    "similarities",
-    "two_views",
-]

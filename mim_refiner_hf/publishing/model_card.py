@@ -476,16 +476,3 @@ def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
     path = folder / ".eval_results" / f"{data_name.replace('/', '--')}.yaml"
     path.parent.mkdir(exist_ok=True)
     write_text(path, eval_results_yaml(entries))
-
-
-__all__ = [
-    "CITATION",
-    "REPO_PLACEHOLDER",
-    "CardData",
-    "card_metadata",
-    "conversion_card",
-    "eval_results_yaml",
-    "is_hub_name",
-    "update_card",
-    "write_card",
-]

@@ -422,17 +422,3 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
         if name in before.measured and name != "silhouette":
             changes[name] = change_between(before.measured[name], score)
     return changes
-
-
-__all__ = [
-    "HELD_OUT",
-    "PROTOCOLS",
-    "Data",
-    "DataFacts",
-    "Side",
-    "changes_of",
-    "errors_of",
-    "measure_side",
-    "open_evaluation_data",
-    "readable_images",
-]

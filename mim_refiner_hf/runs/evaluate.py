@@ -59,7 +59,6 @@ from ..runtime.precision import Precision
 from ..runtime.wording import setting
 from .choices import ON_MASKS, Protocol
 from .comparison import (
-    PROTOCOLS,
     Data,
     DataFacts,
     Side,
@@ -435,6 +434,3 @@ def how_measured(
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "hardware": hardware,
     }
-
-
-__all__ = ["PROTOCOLS", "Report", "evaluate"]

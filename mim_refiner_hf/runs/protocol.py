@@ -147,14 +147,3 @@ def bank_words(bank_size: int | None) -> str:
     if bank_size is None:
         return f"all images; of the table of the blocks, at most {BANK_SIZE}, evenly spaced"
     return f"at most {bank_size} images, evenly spaced"
-
-
-__all__ = [
-    "bank_words",
-    "check_lists",
-    "check_protocols",
-    "check_splits",
-    "checked_bank_size",
-    "shown_as_in_the_paper",
-    "words_of_images",
-]

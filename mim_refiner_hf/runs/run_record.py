@@ -186,6 +186,3 @@ def write_evidence(
     table = measured.table()
     if table:
         print(f"\n{table}\n", flush=True)
-
-
-__all__ = ["GROUPS", "NEIGHBOURS", "BeforeAfter", "run_record", "write_evidence"]
