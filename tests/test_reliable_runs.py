@@ -42,6 +42,8 @@ SHAPE: dict[str, Any] = {
 }
 BAD = {3, 7, 8, 20, 21, 33}
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
