@@ -42,7 +42,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe
 from mim_refiner_hf.clustering.k_means import kmeans
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy

@@ -130,6 +130,3 @@ class PlainStep:
         loss = self.align(features, sample_index, topk, draw)
         loss.backward()
         return loss.detach()
-
-
-__all__ = ["PlainStep", "plain_loss"]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mim_refiner_hf import MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.report import evaluate_encoder
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe

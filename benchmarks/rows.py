@@ -141,6 +141,3 @@ def trained(rows: int, inputs: int, outputs: int) -> list[tuple[int, int, int]]:
     Its output, the gradients of its input and those of its weight.
     """
     return [(rows, inputs, outputs), (rows, outputs, inputs), (outputs, rows, inputs)]
-
-
-__all__ = ["LeftOut", "Row", "Seconds", "interleaved", "products", "trained"]

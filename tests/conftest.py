@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import hypothesis
 import pytest
 import torch
@@ -25,6 +26,8 @@ torch.set_num_threads(1)
 torch.cpu.get_capabilities = lambda: {"avx512_bf16": False}
 # a server of a test, the stand-in Hub too, ends within 20 ms instead of half a second
 socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
+# a parquet stream closes at once instead of after five seconds
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.05
 
 
 # no test is timed: another machine is slower
@@ -97,7 +100,7 @@ def recipe(cifar: str, models: dict[str, str], tmp_path: Path) -> Callable[..., 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations with few runs of k-means, and streams that close at once."""
+    """Evaluations with few runs of k-means and resamples, and small pictures."""
     shorten(monkeypatch)
 
 

@@ -1,6 +1,5 @@
-"""A small encoder with random values everywhere, its processor, and digits.
-
-For the tests that measure blocks.
+"""Small encoders: one with random values everywhere, its processor and digits, for the tests that
+measure blocks; and one as it is initialised, for those of the protocols.
 """
 
 from typing import Any
@@ -28,6 +27,14 @@ def make_encoder(**changes: Any) -> MimRefinerModel:
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return encoder
+
+
+def fresh_encoder(seed: int = 0, **changes: Any) -> MimRefinerModel:
+    """Two blocks of width 32 as training begins with them."""
+    torch.manual_seed(seed)
+    shape = {**SHAPE, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = MimRefinerConfig(**{**shape, "image_size": 16, "patch_size": 4, **changes})
+    return MimRefinerModel(config).eval()
 
 
 def make_processor(height: int = 16, width: int = 16) -> MimRefinerImageProcessor:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import Data2VecVisionConfig, Data2VecVisionModel, ViTMAEConfig, ViTMAEModel
 
 from mim_refiner_hf import RefineRecipe
-from mim_refiner_hf.evaluation import report
+from mim_refiner_hf.evaluation import evidence, label_free, report
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.refinement.trainer import Trainer
 from mim_refiner_hf.runtime.checkpoint import load_latest
@@ -34,15 +34,22 @@ SHAPE = {
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 runs of k-means instead of 100, and none of the 5 seconds that datasets waits after each
-    parquet stream.
-    """
+    """Few runs of k-means, few resamples, pictures of few pixels."""
+
+    def save_small(figure: Figure, file: Any, **settings: Any) -> None:
+        # a layout is found by drawing the figure once more
+        figure.set_layout_engine("none")
+        savefig(figure, file, dpi=50, **settings)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", save_small)
     monkeypatch.setattr(
         report,
         "kmeans_runs",
         lambda *arguments, **settings: kmeans_runs(*arguments, **{**settings, "runs": 3}),
     )
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+    monkeypatch.setattr(label_free, "_RUNS", 3)
+    monkeypatch.setattr(evidence, "RESAMPLES", 100)
 
 
 def write_cifar(shared: Path, folder: Path) -> str:

@@ -82,6 +82,3 @@ class PeakMemory(TorchDispatchMode):
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._freed, id(storage))
         return result
-
-
-__all__ = ["Launches", "NoWaiting", "PeakMemory"]

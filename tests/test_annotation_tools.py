@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, cli, cluster
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.annotation_tools import GroupedImage, write_for_tools
 from mim_refiner_hf.publishing.csv_cells import text_of

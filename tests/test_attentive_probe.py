@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_encoder import fresh_encoder
 from torch import Tensor, nn
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.attentive_probe import (
     AttentiveClassifier,
@@ -125,15 +125,8 @@ def test_schedule_and_length_are_the_authors_on_imagenet() -> None:
     assert rates[624] == pytest.approx(0.5)
 
 
-def make_encoder(**changes: Any) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    return MimRefinerModel(MimRefinerConfig(**{**shape, **changes})).eval()
-
-
 def test_digits_are_told_apart_and_the_encoder_stays() -> None:
-    encoder = make_encoder()
+    encoder = fresh_encoder()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     train = open_images("digits", split="train").subset(range(600))
     test = open_images("digits", split="test").subset(range(200))
@@ -154,7 +147,7 @@ def test_digits_are_told_apart_and_the_encoder_stays() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    encoder = make_encoder()
+    encoder = fresh_encoder()
     images = open_images("digits").subset(range(40))
     settings: dict[str, Any] = {"processor": image_processor(encoder.config, {})}
     settings |= {"encoder": encoder, "train_images": images, "eval_images": images}
@@ -167,4 +160,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="has 9 training images, but the attentive probe holds"):
         attentive_probe(**{**settings, "train_images": images.subset(range(9))})
     with pytest.raises(ValueError, match="the encoder takes 16 x 32 pixels"):
-        attentive_probe(**{**settings, "encoder": make_encoder(image_size=[16, 32])})
+        attentive_probe(**{**settings, "encoder": fresh_encoder(image_size=[16, 32])})

@@ -204,6 +204,7 @@ def write_images(folder: Path, count: int, alike: bool = False, sizes: int = 1) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("count", "alike", "sizes"), [(2, False, 1), (3, False, 1), (12, True, 1), (12, False, 2)]
 )
@@ -221,6 +222,7 @@ def test_few_images_are_refined(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_sixty_photos_with_nothing_stated(models: dict[str, str], tmp_path: Path) -> None:
     """From folder to evidence: all updates, the verdict, what people look at, and what ships."""
     folder = write_images(tmp_path / "photos", 60, sizes=2)

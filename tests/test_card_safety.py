@@ -7,7 +7,7 @@ allowed, as on the Hub).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -18,6 +18,7 @@ from markdown_it.token import Token
 from mim_refiner_hf import MimRefinerConfig
 from mim_refiner_hf.publishing.convert import Conversion, card_files
 from mim_refiner_hf.publishing.model_card import CardData, update_card
+from mim_refiner_hf.publishing.run_file import RunRecord
 from mim_refiner_hf.runs.comparison import Side
 from mim_refiner_hf.runs.report_folder import write_report
 from mim_refiner_hf.runtime.text import UNSEEN, fenced, one_line, plain
@@ -50,21 +51,22 @@ METRICS = {"knn_accuracy": 0.9, "cluster_accuracy": 0.8, "nmi": 0.7, "rankme": 2
 def run_card(text: str) -> str:
     """The card of a run in which every name is `text`."""
     names = dict.fromkeys(("name", "eval_name", "config", "split", "fingerprint"), text)
-    return CardData(
-        model_name=one_line(text),
-        before=METRICS,
-        after=METRICS,
-        starting_model=text,
-        dataset={**names, "images": 9},
-        protocol={text: text},
-        seed=0,
-        command=text,
-        seconds=1.0,
-        stage_seconds={text: 1.0},
-        versions={text: text},
-        hardware=text,
-        recipe={"dataset": text},
-    ).render(MimRefinerConfig())
+    run: dict[str, Any] = {
+        "before": METRICS,
+        "after": METRICS,
+        "starting_model": text,
+        "dataset": {**names, "images": 9},
+        "protocol": {text: text},
+        "seed": 0,
+        "command": text,
+        "seconds": 1.0,
+        "stage_seconds": {text: 1.0},
+        "versions": {text: text},
+        "hardware": text,
+        "recipe": {"dataset": text},
+        **dict.fromkeys(("verdict", "judgement", "pixels")),
+    }
+    return CardData(one_line(text), cast(RunRecord, run)).render(MimRefinerConfig())
 
 
 def converted_card(text: str) -> str:

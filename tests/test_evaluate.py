@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_runs(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 50)
     monkeypatch.setattr(
         "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=5)

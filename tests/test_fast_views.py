@@ -246,6 +246,7 @@ def test_unknown_views_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_refinement_with_fast_views(tmp_path: Path) -> None:
     """Two short runs on digits.
 

@@ -3,6 +3,7 @@
 Each encoded once, whatever sets it belongs to, and nothing of something else.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_encoder import fresh_encoder
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import (
     FeatureStore,
@@ -33,20 +35,9 @@ from mim_refiner_hf.evaluation.knn import standardised_bank
 from mim_refiner_hf.evaluation.linear_probe import linear_probe
 from mim_refiner_hf.evaluation.low_shot import low_shot
 
+make_encoder = partial(fresh_encoder, image_size=8, num_channels=1)
+
 COLUMN = "block1.cls"
-
-
-def make_encoder(seed: int = 0) -> MimRefinerModel:
-    torch.manual_seed(seed)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(**shape, image_size=8, patch_size=4, num_channels=1)
-    ).eval()
 
 
 def digits(places: Any = range(60)) -> ImageDataset:

@@ -2,6 +2,7 @@
 them.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from small_encoder import fresh_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf import MimRefinerImageProcessor
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import (
     Evaluation,
@@ -32,6 +34,8 @@ from mim_refiner_hf.evaluation import (
     report,
 )
 from mim_refiner_hf.evaluation.features import encode
+
+make_encoder = partial(fresh_encoder, num_hidden_layers=3, patch_size=8)
 
 
 class Sample(NamedTuple):
@@ -67,19 +71,6 @@ class Images(torch.utils.data.Dataset):
 
     def subset(self, indices: list[int]) -> "Images":
         return Images([self.indices[i] for i in indices], self.labelled, self.noise)
-
-
-def make_encoder(**changes: Any) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(**{**shape, "image_size": 16, "patch_size": 8, **changes})
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ digits learnt from few labels.
 
 import random
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small_encoder import fresh_encoder
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.order import epoch_order
@@ -30,22 +32,9 @@ from mim_refiner_hf.evaluation.fine_tuning import (
 from mim_refiner_hf.runtime.optimisation import learning_rate
 from mim_refiner_hf.runtime.settings import read_fields
 
+make_encoder = partial(fresh_encoder, image_size=8, num_channels=1)
+
 EVERYTHING = {"rand_augment": True, "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2}
-
-
-def make_encoder(**changes: Any) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(
-            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
-        )
-    ).eval()
 
 
 def digits(split: str = "train") -> ImageDataset:

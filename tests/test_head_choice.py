@@ -139,6 +139,7 @@ def losses(recipe: RefineRecipe) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_auto_measures_chooses_says_why_and_is_kept(
     recipe: Callable[..., RefineRecipe],
     monkeypatch: pytest.MonkeyPatch,
@@ -172,6 +173,7 @@ def test_auto_measures_chooses_says_why_and_is_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_auto_reads_what_the_heads_read_and_leaves_frozen_blocks_alone(
     recipe: Callable[..., RefineRecipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,17 +4,19 @@ The linear probe on digits and CIFAR-10.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_encoder import fresh_encoder
 from torch import Tensor, nn
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
+from mim_refiner_hf import MimRefinerModel
 from mim_refiner_hf.conversion import load_encoder
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.data.order import epoch_order
@@ -29,22 +31,9 @@ from mim_refiner_hf.evaluation.linear_probe import (
     side_by_side,
 )
 
+make_encoder = partial(fresh_encoder, image_size=8, num_channels=1)
+
 RATES = (0.05, 0.5, 5.0)
-
-
-def make_encoder(**changes: Any) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(
-            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
-        )
-    ).eval()
 
 
 def digits(split: str) -> ImageDataset:

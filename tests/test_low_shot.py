@@ -4,6 +4,7 @@ The whole protocol.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
+from small_encoder import fresh_encoder
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.features import extract_features
 from mim_refiner_hf.evaluation.low_shot import (
@@ -26,20 +28,7 @@ from mim_refiner_hf.evaluation.low_shot import (
 )
 from mim_refiner_hf.evaluation.scores import ProtocolResult
 
-
-def make_encoder(**changes: int) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(
-            **{**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, **changes}
-        )
-    ).eval()
+make_encoder = partial(fresh_encoder, image_size=8, num_channels=1)
 
 
 def make_rows(

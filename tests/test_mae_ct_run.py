@@ -14,6 +14,7 @@ from small_runs import (
     final_state,
     log_of,
     losses,
+    shorten,
     small_recipes,
     stop_before,
 )
@@ -60,9 +61,24 @@ def whole(
 ) -> RefineRecipe:
     """A run that nothing has interrupted, with a checkpoint after every step; not to be changed."""
     recipe = small_recipes(models["vit_mae"], cifar, tmp_path_factory.mktemp("whole"))
-    asked = recipe("whole", **MAE_CT, save_every=1)
-    run(asked)
-    return asked
+    return finished(recipe("whole", **MAE_CT, save_every=1))
+
+
+@pytest.fixture(scope="module")
+def without(
+    cifar: str, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> RefineRecipe:
+    """The same run without a momentum projector; not to be changed."""
+    recipe = small_recipes(models["vit_mae"], cifar, tmp_path_factory.mktemp("without"))
+    return finished(recipe("without", **{**MAE_CT, "target_momentum": None}))
+
+
+def finished(recipe: RefineRecipe) -> RefineRecipe:
+    """The recipe, which has been run."""
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched)
+        run(recipe)
+    return recipe
 
 
 def test_the_momentum_projector_is_the_formula_from_the_warm_projector_on(
@@ -87,16 +103,10 @@ def test_the_momentum_projector_is_the_formula_from_the_warm_projector_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "steps",
-    [(3,), (WARM,), (5,), (7,), (1, WARM, 6)],
-    ids=["in the head warm-up", "between the stages", "early", "late", "three times"],
-)
-def test_interrupted_run_ends_with_the_same_bits(
-    steps: tuple[int, ...], recipe: Recipes, whole: RefineRecipe
-) -> None:
+def test_interrupted_run_ends_with_the_same_bits(recipe: Recipes, whole: RefineRecipe) -> None:
+    """In the head warm-up, between the stages, before momentum begins, and late."""
     asked = recipe("interrupted", **MAE_CT)
-    for step in steps:
+    for step in (1, 3, WARM, 5, 6, 7):
         with pytest.MonkeyPatch.context() as patched:
             stop_before(step, patched)
             with pytest.raises(Stopped):
@@ -114,11 +124,9 @@ def test_two_stages_one_after_the_other(recipe: Recipes, whole: RefineRecipe) ->
 
 @pytest.mark.slow
 def test_momentum_begins_with_the_second_refinement_step(
-    recipe: Recipes, whole: RefineRecipe
+    without: RefineRecipe, whole: RefineRecipe
 ) -> None:
     """Until then it is the projector, so that every loss is that of a run without it."""
-    without = recipe("without", **{**MAE_CT, "target_momentum": None})
-    run(without)
     assert losses(without)[: WARM + 1] == losses(whole)[: WARM + 1]
     assert losses(without)[WARM + 1] != losses(whole)[WARM + 1]
     assert not any("target_projector" in name for name in final_state(without))
@@ -178,11 +186,14 @@ def test_frozen_blocks_stay(whole: RefineRecipe) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs"), [(None, MOMENTUM), (0.5, None), (0.5, MOMENTUM)])
 def test_a_run_from_heads_with_or_without_momentum(
-    theirs: float | None, ours: float | None, recipe: Recipes
+    theirs: float | None,
+    ours: float | None,
+    recipe: Recipes,
+    whole: RefineRecipe,
+    without: RefineRecipe,
 ) -> None:
     """The projector comes along; a momentum projector begins as it, whatever the other one had."""
-    old = recipe("old", **{**MAE_CT, "target_momentum": theirs})
-    run(old)
+    old = without if theirs is None else whole
     start = open_start(old.output_dir)
     dropped = encoder_of(start).load_report.dropped
     assert ("target projectors" in dropped) == (theirs is not None)

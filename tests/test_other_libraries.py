@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.publishing import save_model_folder
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))

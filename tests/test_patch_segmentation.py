@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from test_segmentation import make_encoder, make_table, open_camvid
 
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.loading import Loading
 from mim_refiner_hf.evaluation import patch_segmentation
 from mim_refiner_hf.evaluation.patch_segmentation import (

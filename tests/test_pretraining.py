@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mim_refiner_hf import MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.data.order import BatchSampler

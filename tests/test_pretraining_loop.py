@@ -111,6 +111,12 @@ def weights(objective: Objective) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def whole(digits: ImageDataset) -> dict[str, dict[str, Tensor]]:
+    """By objective, what a run leaves that nothing has interrupted, in one process."""
+    return {name: weights(pretrain(recipe_of(name), digits)) for name in OWN}
+
+
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -166,11 +172,10 @@ def test_a_stopped_run_goes_on_bit_by_bit(
 
 @pytest.mark.parametrize("objective", OWN)
 def test_a_signal_ends_after_a_checkpoint(
-    objective: str, digits: ImageDataset, tmp_path: Path
+    objective: str, digits: ImageDataset, whole: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     recipe = recipe_of(objective)
     options = LoopOptions(save_every=100)
-    whole = weights(pretrain(recipe, digits, options=options))
     update = Pretrainer.update
 
     def signalled(self: Pretrainer, at: int, batch: dict[str, Any]) -> Losses:
@@ -186,12 +191,12 @@ def test_a_signal_ends_after_a_checkpoint(
     found = load_latest(tmp_path / "checkpoints")
     assert found is not None and found.step == 3
     again = pretrain(recipe, digits, options=options, folder=tmp_path)
-    assert_equal(weights(again), whole)
+    assert_equal(weights(again), whole[objective])
 
 
 @pytest.mark.parametrize("objective", OWN)
 def test_measuring_on_the_way_changes_nothing(
-    objective: str, digits: ImageDataset, tmp_path: Path
+    objective: str, digits: ImageDataset, whole: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     measured: list[MimRefinerModel] = []
 
@@ -203,7 +208,7 @@ def test_measuring_on_the_way_changes_nothing(
     recipe = recipe_of(objective)
     options = LoopOptions(eval_every=1, save_every=0)
     watched = pretrain(recipe, digits, options=options, folder=tmp_path, evaluate=evaluate)
-    assert_equal(weights(watched), weights(pretrain(recipe, digits)))
+    assert_equal(weights(watched), whole[objective])
     # the last was at the end
     assert len(measured) == recipe.epochs
     assert_equal(measured[-1].state_dict(), watched.shipped().state_dict())
@@ -439,12 +444,14 @@ def process(rank: int, port: int, folder: str, sharded: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "FSDP2"])
-def test_two_processes_are_one(sharded: bool, digits: ImageDataset, tmp_path: Path) -> None:
+def test_two_processes_are_one(
+    sharded: bool, digits: ImageDataset, whole: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
     torch.multiprocessing.spawn(process, (free_port(), str(tmp_path), sharded), nprocs=2)
     for objective in OWN:
         first, second = (load_file(tmp_path / f"{objective}-{rank}.safetensors") for rank in (0, 1))
         assert_equal(second, first)
-        alone = weights(pretrain(recipe_of(objective), digits))
+        alone = whole[objective]
         fresh = weights(loop.make_objective(recipe_of(objective), recipe_of(objective).steps(64)))
         for name, tensor in alone.items():
             if name.endswith("k_proj.bias") or (objective == "conmim" and name in BEFORE_A_NORM):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import ExifTags, Image
-from small_runs import SHAPE
+from small_runs import SHAPE, shorten
 from transformers import (
     AutoModel,
     ResNetConfig,
@@ -199,16 +199,34 @@ def test_evaluate_uses_labels_and_writes_a_folder(
     assert (tmp_path / "report" / "report.md").is_file()
 
 
+@pytest.fixture(scope="module")
+def refined(
+    folder: Path, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> MimRefinerModel:
+    """Trained on the folder."""
+    settings = {**RUN, "model": models["vit_mae"], "eval_fraction": 0}
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched)
+        result = refine(folder, output_dir=tmp_path_factory.mktemp("refined") / "out", **settings)
+    assert result is not None
+    return result.refined
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one array", "torch data set", "datasets", "paths"])
 def test_refine_trains_on_objects_as_on_the_folder(
-    kind: str, pixels: np.ndarray, folder: Path, models: dict[str, str], tmp_path: Path, quick: None
+    kind: str,
+    pixels: np.ndarray,
+    folder: Path,
+    models: dict[str, str],
+    refined: MimRefinerModel,
+    tmp_path: Path,
+    quick: None,
 ) -> None:
     settings = {**RUN, "model": models["vit_mae"], "eval_fraction": 0}
     result = refine(SOURCES[kind](pixels, folder), output_dir=tmp_path / "object", **settings)
-    other = refine(folder, output_dir=tmp_path / "folder", **settings)
-    assert result is not None and other is not None
-    for name, tensor in other.refined.state_dict().items():
+    assert result is not None
+    for name, tensor in refined.state_dict().items():
         assert torch.equal(result.refined.state_dict()[name], tensor), name
     vectors = embed(result.encoder, pixels[:3])
     assert np.allclose(result.encoder.encode(pixels[:3]), vectors, atol=1e-5)
@@ -711,9 +729,3 @@ def test_labels_of_objects(pixels: np.ndarray) -> None:
     source.classes = ["cat", "dog"]  # type: ignore[attr-defined]
     assert open_images(source).class_names == ["cat", "dog"]
     assert open_images([(image, None) for image in pixels]).labels is None
-
-
-def test_the_names_of_the_face_are_there() -> None:
-    for name in mim_refiner_hf.__all__:
-        assert getattr(mim_refiner_hf, name) is not None
-        assert name in dir(mim_refiner_hf)

@@ -29,7 +29,8 @@ from mim_refiner_hf.runs.evaluate import evaluate
 from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime import checkpoint as checkpointing
-from mim_refiner_hf.runtime.checkpoint import SaveError, load_latest, save_checkpoint, size_of
+from mim_refiner_hf.runtime.checkpoint import load_latest, save_checkpoint, size_of
+from mim_refiner_hf.runtime.room import SaveError
 
 SHAPE: dict[str, Any] = {
     "image_size": 16,
@@ -40,6 +41,8 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 48,
 }
 BAD = {3, 7, 8, 20, 21, 33}
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

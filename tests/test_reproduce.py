@@ -31,10 +31,9 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.cli import main
 from mim_refiner_hf.conversion import zoo
 from mim_refiner_hf.conversion.download import Record
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.conversion.shapes import HEADS_OF_WIDTH
 from mim_refiner_hf.conversion.zoo import ZOO
-from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.evaluation.linear_probe import linear_probe
 from mim_refiner_hf.evaluation.segmentation import segmentation_probe
 from mim_refiner_hf.publishing.hub import save_model_folder
@@ -122,14 +121,16 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def few_epochs(*arguments: Any) -> Any:
-    """`check_protocols`, whose recipe of fine-tuning then trains for one epoch."""
-    recipe = protocol.check_protocols(*arguments)
-    return recipe and replace(recipe, epochs=1, warmup_epochs=0)
+    """`added_protocols`, whose recipe of fine-tuning then trains for one epoch."""
+    added = protocol.added_protocols(*arguments)
+    if added.recipe is None:
+        return added
+    return replace(added, recipe=replace(added.recipe, epochs=1, warmup_epochs=0))
 
 
 @pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> None:
-    monkeypatch.setattr("mim_refiner_hf.runs.evaluate.check_protocols", few_epochs)
+def _quickly(quick: None, monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> None:
+    monkeypatch.setattr("mim_refiner_hf.runs.evaluate.added_protocols", few_epochs)
     trained = {
         "linear_probe": partial(linear_probe, epochs=2),
         "segmentation": partial(segmentation_probe, epochs=2),
@@ -138,9 +139,6 @@ def _quickly(monkeypatch: pytest.MonkeyPatch, stand_in: Path) -> None:
     for name, run in trained.items():
         monkeypatch.setitem(comparison.PROTOCOLS, name, run)  # type: ignore[arg-type]
     monkeypatch.setattr("mim_refiner_hf.evaluation.evidence.RESAMPLES", 20)
-    monkeypatch.setattr(
-        "mim_refiner_hf.evaluation.report.kmeans_runs", partial(kmeans_runs, runs=3)
-    )
     monkeypatch.setattr("mim_refiner_hf.evaluation.segmentation.MIOU_RESAMPLES", 20)
     monkeypatch.chdir(stand_in)
 

@@ -10,25 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from small_encoder import fresh_encoder
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessorPil, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf import MimRefinerImageProcessorPil, MimRefinerModel
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.evaluation import extract_features, knn_accuracy
 from mim_refiner_hf.evaluation.robustness import CORRUPTIONS, CorruptedInput, robustness
-
-
-def make_encoder(num_channels: int = 3, image_size: int = 16) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(**shape, image_size=image_size, patch_size=4, num_channels=num_channels)
-    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +120,7 @@ def test_jpeg_is_pillows(photo: Image.Image) -> None:
 def test_a_corruption_that_does_nothing_changes_nothing(
     photo: Image.Image, backend: str, num_channels: int
 ) -> None:
-    config = make_encoder(num_channels).config
+    config = fresh_encoder(num_channels=num_channels).config
     processor = image_processor(config, {})
     if backend == "pil":
         processor = MimRefinerImageProcessorPil(
@@ -178,7 +166,7 @@ def corrupted_set(
 def test_accuracy_under_a_corruption_is_k_nn_on_corrupted_files(
     shared: Path, tmp_path: Path
 ) -> None:
-    encoder = make_encoder()
+    encoder = fresh_encoder()
     processor = image_processor(encoder.config, {})
     train = open_images(str(shared / "data/cifar10"), split="train").subset(range(0, 20000, 50))
     test = open_images(str(shared / "data/cifar10"), split="test").subset(range(0, 4000, 20))
@@ -218,7 +206,7 @@ def test_accuracy_under_a_corruption_is_k_nn_on_corrupted_files(
 
 def test_bad_input_is_named() -> None:
     digits = open_images("digits", num_channels=1)
-    encoder = make_encoder(1)
+    encoder = fresh_encoder(num_channels=1)
     data = {
         "encoder": encoder,
         "processor": image_processor(encoder.config, {}),

@@ -4,6 +4,7 @@ and CamVid.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small_encoder import fresh_encoder
 from torch import nn
 
-from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf import MimRefinerModel
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.evaluation.segmentation import (
     PatchProbe,
     bootstrap_miou,
@@ -32,18 +34,7 @@ from mim_refiner_hf.evaluation.segmentation_data import (
     open_segmentation,
 )
 
-
-def make_encoder(**changes: Any) -> MimRefinerModel:
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return MimRefinerModel(
-        MimRefinerConfig(**{**shape, "image_size": 32, "patch_size": 4, **changes})
-    ).eval()
+make_encoder = partial(fresh_encoder, image_size=32)
 
 
 def make_table(folder: Path, masks: list[np.ndarray], names: list[str] | None) -> str:

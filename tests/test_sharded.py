@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import assert_identical, final_state, losses, small_recipes, trained_folder
+from small_runs import assert_identical, final_state, losses, shorten, small_recipes, trained_folder
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -45,10 +45,11 @@ from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.prepare import prepare
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime import checkpoint as checkpointing
-from mim_refiner_hf.runtime.checkpoint import SaveError, read_checkpoint, save_checkpoint
+from mim_refiner_hf.runtime.checkpoint import read_checkpoint, save_checkpoint
 from mim_refiner_hf.runtime.distributed import average_gradients
 from mim_refiner_hf.runtime.files import CheckpointError, sha256_of, write_json
 from mim_refiner_hf.runtime.optimisation import freeze
+from mim_refiner_hf.runtime.room import SaveError
 from mim_refiner_hf.runtime.sharding import local, own_parts, shard, shard_like
 from mim_refiner_hf.runtime.tensor_files import PLACES, ShardedTensors, tensor_files
 
@@ -267,7 +268,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RefineRecipe]:
     }
     recipes = {name: changed(name, **settings) for name in ("plain", "fresh", "lost", "shrunk")}
     recipes["grown"] = changed("grown", **settings, micro_batch_size=3)
-    run(recipes["plain"])
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched)
+        run(recipes["plain"])
     copy_run(recipes["plain"], recipes["grown"], without=LAST)
     # what takes longest is done once
     multiprocessing.set_forkserver_preload(["mim_refiner_hf.cli"])
@@ -279,7 +282,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RefineRecipe]:
     )
     torch.multiprocessing.start_processes(process, arguments, nprocs=2, start_method="forkserver")
     copy_run(recipes["fresh"], recipes["shrunk"], without=LAST)
-    run(recipes["shrunk"])
+    with pytest.MonkeyPatch.context() as patched:
+        shorten(patched)
+        run(recipes["shrunk"])
     return recipes
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.export import export
 

@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel
 from mim_refiner_hf.cli import main
-from mim_refiner_hf.conversion.load import image_processor
+from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.ways_to_use import family_config, ways_to_use
 

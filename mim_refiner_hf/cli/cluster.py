@@ -107,6 +107,3 @@ def parse_cluster(arguments: Sequence[str]) -> Work:
             print(f"None of the images is there any more, so there is no page: {options.out}")
 
     return work
-
-
-__all__ = ["parse_cluster"]

@@ -166,20 +166,3 @@ def add_workers(parser: argparse.ArgumentParser, default: int | None) -> None:
 def add_seed(parser: argparse.ArgumentParser, of: str = "everything random") -> None:
     """What the random choices are a function of."""
     parser.add_argument("--seed", type=at_least(0), default=0, help=f"of {of}; default: 0")
-
-
-__all__ = [
-    "Work",
-    "add_batch_size",
-    "add_columns",
-    "add_follow_links",
-    "add_image_column",
-    "add_model_and_images",
-    "add_seed",
-    "add_splits",
-    "add_workers",
-    "at_least",
-    "command_parser",
-    "parse_model_and_images",
-    "share",
-]

@@ -156,6 +156,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help=", ".join(COMMANDS))
     chosen = parser.parse_args(words[:1]).command
     return command(chosen, words[1:], launched=arguments is None)
-
-
-__all__ = ["COMMANDS", "command", "main", "refine_command"]

@@ -239,6 +239,3 @@ def _embed(options: argparse.Namespace, command: str, accelerator: "Accelerator"
             listed = options.out / BROKEN
             print(f"Images that could not be read: {len(store.broken)}, listed in {listed}, first:")
             print(f"  {one_line(store.broken[0]['reason'])}")
-
-
-__all__ = ["parse_embed", "parse_evaluate"]

@@ -150,6 +150,3 @@ def parse_export(arguments: Sequence[str]) -> Work:
             )
 
     return work
-
-
-__all__ = ["parse_convert", "parse_export", "parse_push"]

@@ -169,6 +169,3 @@ def parse_replay(arguments: Sequence[str]) -> Work:
         print(report)
 
     return work
-
-
-__all__ = ["parse_pretrain", "parse_refine", "parse_replay"]

@@ -301,20 +301,3 @@ def _read_tiff_without_help(
     if num_channels is None or (known and alone):
         return None
     raise ValueError(f"it is of mode {image.mode!r}; {_NEEDS_TIFFFILE}")
-
-
-__all__ = [
-    "GDAL_NODATA",
-    "MAX_CHANNELS",
-    "NPY_MAGIC",
-    "ChannelImage",
-    "Picture",
-    "WrongChannels",
-    "as_picture",
-    "blank",
-    "check_channels",
-    "check_count",
-    "is_picture",
-    "no_data_value",
-    "stored_pixels",
-]

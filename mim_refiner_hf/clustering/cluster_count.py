@@ -357,6 +357,3 @@ def propose_num_clusters(
     agreement = f"{best['stability']:.2f}, of 1, and lie apart"
     reason = against or f"groups learnt from other halves of the rows agree to {agreement}"
     return Proposal(num_clusters, interval, not against, reason, evidence)
-
-
-__all__ = ["Proposal", "propose_num_clusters"]

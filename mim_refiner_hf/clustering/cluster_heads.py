@@ -368,6 +368,3 @@ def grouped(rows: Tensor, heads: PrototypeHeads, num_clusters: int) -> Clusterin
         temperature=TEMPERATURE,
         heads=heads.to(torch.device("cpu")),
     )
-
-
-__all__ = ["nearest_neighbours", "pair_losses", "self_trained", "surest", "train_heads"]

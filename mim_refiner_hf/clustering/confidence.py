@@ -205,6 +205,3 @@ def _regression(
 def sample_size(num_clusters: int) -> int:
     """Rows that are clustered again, of more than that many."""
     return max(RESAMPLED, 16 * num_clusters)
-
-
-__all__ = ["Again", "Calibration", "agreement", "fitted", "sample_size", "second_clusterings"]

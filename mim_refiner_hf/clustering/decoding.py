@@ -328,18 +328,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-__all__ = [
-    "ARRAY_EXTENSIONS",
-    "EXTENSIONS",
-    "FORMATS",
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "ImageSource",
-    "count_channels",
-    "decode_image",
-    "mode_of",
-    "read_file",
-    "scale_to_bytes",
-]

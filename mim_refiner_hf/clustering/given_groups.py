@@ -110,6 +110,3 @@ def _calibrated(
 
     seconds = second_clusterings(some, number, again, refits, seed, resample=True)
     return fitted(labels, log_odds, agreement(labels, seconds, number), number)
-
-
-__all__ = ["group_as_given", "log_odds_of"]

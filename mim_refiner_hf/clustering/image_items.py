@@ -336,18 +336,3 @@ class Images(Dataset[Picture | str]):
         # Pillow, the network and data sets each raise their own
         except Exception as error:
             return " ".join(f"{error or type(error).__name__}".split())[:300]
-
-
-__all__ = [
-    "LOOKED_FOR",
-    "FolderListing",
-    "Images",
-    "ending_of",
-    "find_items",
-    "image_files",
-    "images_at",
-    "lines_about_the_rest",
-    "list_folder",
-    "read_image",
-    "read_item",
-]

@@ -444,6 +444,3 @@ def _join(parents: Tensor, first: Tensor, second: Tensor) -> None:
         parents.scatter_reduce_(0, torch.maximum(one, two), torch.minimum(one, two), "amin")
         while not torch.equal(parents[parents], parents):
             parents.copy_(parents[parents])
-
-
-__all__ = ["Clustering", "kmeans", "near_duplicates"]

@@ -85,6 +85,3 @@ def merged(clustering: Clustering, num_clusters: int) -> Clustering:
             f"num_clusters={num_clusters} must lie between 1 and the {total} groups to merge"
         )
     return clustering.joined(cut_tree(merge_tree(clustering), num_clusters))
-
-
-__all__ = ["cut_tree", "merge_tree", "merged"]

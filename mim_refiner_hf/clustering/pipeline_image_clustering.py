@@ -436,6 +436,3 @@ class ImageClusteringPipeline(Pipeline):
             announce_code(folder)
 
     save = save_pretrained
-
-
-__all__ = ["ImageClusteringPipeline", "announce_code", "check_num_clusters", "processor_of"]

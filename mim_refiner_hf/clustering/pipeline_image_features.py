@@ -40,6 +40,3 @@ class ImageRowsPipeline(ImageFeatureExtractionPipeline):
         if pool is not None or self.model.config.model_type != "mim_refiner":
             return super().postprocess(model_outputs, pool, return_tensors)
         return super().postprocess(model_outputs, True, return_tensors)[0]
-
-
-__all__ = ["FEATURES_TASK", "ImageRowsPipeline"]

@@ -109,6 +109,3 @@ def _greedy_rows(
             first = int(taken[-1]) + 1
             step += 1
     return chosen
-
-
-__all__ = ["best_start", "greedy_starts", "start_size"]

@@ -270,6 +270,3 @@ def _fold_positions(name: str, state: dict[str, Any], patches: int) -> None:
         state[key] = state[key] + table[:, start : start + count]
         start += count
     state["pos_embedding"] = table[:, start:]
-
-
-__all__ = ["BIRDER", "birder_in_our_words", "class_names", "contents_of_header", "is_birder"]

@@ -44,6 +44,3 @@ def extended_filters(weight: Tensor, num_channels: int) -> Tensor:
         return weight.sum(dim=1, keepdim=True)
     in_turn = torch.arange(num_channels, device=weight.device) % channels
     return weight[:, in_turn] * (channels / num_channels)
-
-
-__all__ = ["extend_channels", "extended_filters"]

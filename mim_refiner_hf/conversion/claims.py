@@ -237,17 +237,3 @@ OF_AIMV2: dict[str, Reader] = {
     "mlp_bias": stated("mlp_bias"),
     "pooling_head": stated("use_head"),
 }
-
-__all__ = [
-    "OF_AIMV2",
-    "OF_BEIT",
-    "OF_DINOV2",
-    "OF_DINOV3",
-    "OF_PIXIO",
-    "OF_PLAIN_BLOCKS",
-    "Reader",
-    "always",
-    "check_claims",
-    "check_sizes",
-    "size_by_patches",
-]

@@ -86,6 +86,3 @@ def _checked(name: str, key: str, tensor: object, shape: tuple[int, ...]) -> Ten
             f"{name}: classifier.{key} holds NaN, infinite or integer values; get the file again"
         )
     return tensor
-
-
-__all__ = ["load_classifier"]

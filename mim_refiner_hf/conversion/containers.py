@@ -184,6 +184,3 @@ def _below(prefix: str, contents: Mapping[str, Any], tensors: Mapping[str, Tenso
         own[_CHUNKED.sub(r"blocks.\1.", plain)] = tensor
     stated = {key: contents[key] for key in ("args", "ctor_kwargs") if key in contents}
     return InnerEncoder({**stated, **own}, prefix, outside)
-
-
-__all__ = ["InnerEncoder", "inner_encoder", "named_tensors", "teacher_beside", "without_wrappers"]

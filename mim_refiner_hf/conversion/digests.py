@@ -109,14 +109,3 @@ def check_digests(name: str, digests: Mapping[str, str], tensors: Mapping[str, T
             f"describes: {listed(changed)}; get the folder again, or, if you saved other weights "
             f"into it yourself, delete its {DIGESTS}"
         )
-
-
-__all__ = [
-    "DIGESTS",
-    "SETTINGS",
-    "add_file_digests",
-    "check_digests",
-    "check_file_digests",
-    "tensor_digest",
-    "write_digests",
-]

@@ -228,6 +228,3 @@ def _start_over(part: Path) -> None:
 def _bytes_in(path: Path) -> int:
     """Bytes in a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
-
-
-__all__ = ["BrokenDownload", "Record", "download"]

@@ -312,34 +312,3 @@ class Layout:
             if match:
                 return rule.how(match.expand(rule.target), tensor)
         return None
-
-
-__all__ = [
-    "ANY_POSITIONS",
-    "CLS_POSITION",
-    "CLS_TOKEN",
-    "POSITIONS",
-    "REGISTERS",
-    "EncoderFields",
-    "Layout",
-    "Placed",
-    "PreprocessorFields",
-    "Rule",
-    "Source",
-    "any_positions",
-    "as_kernel",
-    "as_token",
-    "by_blocks",
-    "cls_and_patches",
-    "cls_and_table_rows",
-    "first_and_registers",
-    "listed",
-    "registers_if_any",
-    "split_gate",
-    "split_kv",
-    "split_qkv",
-    "square_positions",
-    "stated",
-    "table_rows",
-    "without_first_row",
-]

@@ -595,5 +595,3 @@ CLASSIFIER = r"(?:.*\.)?(?:head|head_dist|classifier|cls_classifier)\.(?:weight|
 """Tensors that only a fine-tuned classifier has, in any family."""
 DECODER = r"(?:module\.)?(?:decoder.*|mask_token|dec_norms\..*|wfm\..*)"
 """Names of a masked autoencoder's decoder, in any family."""
-
-__all__ = ["CLASSIFIER", "DECODER", "LAYOUTS"]

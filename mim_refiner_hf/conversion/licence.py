@@ -189,14 +189,3 @@ def agreed_licence(found: Licence, stated: str | None, source: object, publish: 
             f"it; leave {setting('license')} out"
         )
     return found
-
-
-__all__ = [
-    "CARD",
-    "UNKNOWN",
-    "Licence",
-    "agreed_licence",
-    "is_licence",
-    "licence_beside",
-    "saved_licence",
-]

@@ -427,6 +427,3 @@ def _dtype_of(name: str, placed: Mapping[str, Tensor]) -> torch.dtype:
         str(dtype).removeprefix("torch."),
     )
     return torch.float32
-
-
-__all__ = ["LoadReport", "encoder_from", "image_processor", "load_encoder"]

@@ -99,6 +99,3 @@ def _licence_of_timm(model: nn.Module) -> Licence:
     """What timm states of the pretrained weights of this name; it does so for most of them."""
     stated = getattr(model, "pretrained_cfg", None) or {}
     return Licence.from_metadata(stated, where=_name_of_timm(model))
-
-
-__all__ = ["own_encoder", "source_of_object", "unwrapped"]

@@ -163,6 +163,3 @@ def _refuse(name: str, placement: Placement, problem: str, broken: Mapping[str, 
             what += f" (from {origin})"
         named.append(key + what)
     raise CheckpointError(f"{name}: {len(broken)} tensors {problem}: {listed(named)}")
-
-
-__all__ = ["Placement", "check_shapes", "of_one_dtype", "place_all"]

@@ -211,6 +211,3 @@ def exact_sum(token: Tensor, position: Tensor) -> Tensor:
         if not torch.equal(total.float(), exact):
             return exact
     return total
-
-
-__all__ = ["Size", "as_size", "check_stated_size", "exact_sum", "settle_positions", "shape_as_ours"]

@@ -218,13 +218,3 @@ def _stated(name: str, file: str) -> Mapping[str, Any]:
     """The object in a JSON file of a folder or a Hub name; empty where there is none."""
     path = file_of_model(name, file)
     return {} if path is None else read_json(path)
-
-
-__all__ = [
-    "PROCESSOR",
-    "as_in_the_paper",
-    "for_channels",
-    "image_processor",
-    "nested_preprocessing",
-    "saved_preprocessing",
-]

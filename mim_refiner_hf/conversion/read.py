@@ -273,6 +273,3 @@ def _cut_off(path: Path) -> list[str]:
         return sorted((name for name, end in ends.items() if end > size), key=ends.__getitem__)
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
-
-
-__all__ = ["read_source", "read_weights"]

@@ -169,6 +169,3 @@ def _heads_and_size(placed: Mapping[str, Tensor], width: int, patch: int) -> Enc
         height, width = grid[0] * patch, grid[1] * patch
         fields["image_size"] = height if height == width else [height, width]
     return fields
-
-
-__all__ = ["BIAS_TABLE", "HEADS_OF_WIDTH", "KERNEL", "most_frequent", "read_shapes"]

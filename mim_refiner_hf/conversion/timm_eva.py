@@ -174,6 +174,3 @@ def head_order(head_dim: int, *, neighbours: bool, columns_first: bool) -> Tenso
 def in_order(tensor: Tensor, order: Tensor) -> Tensor:
     """Rows (heads * d, ...) of a projection, those of each head in this order (d,)."""
     return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
-
-
-__all__ = ["eva_fields", "eva_finish", "head_order", "in_order"]

@@ -296,6 +296,3 @@ def _preprocessor_fields(pretrained: Mapping[str, Any]) -> PreprocessorFields:
         check_settings({**fields, "crop_pct": share}, "pretrained_cfg of the model says")
         fields["size"] = {"shortest_edge": math.floor(min(height, width) / share)}
     return fields
-
-
-__all__ = ["hub_name", "in_our_words", "model_in_our_words"]

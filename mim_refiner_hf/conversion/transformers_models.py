@@ -104,6 +104,3 @@ def why_not(model_type: str) -> str:
     if model_type.endswith("_text_model") or any(model_type in names for names in of_text):
         return "it reads text"
     return ""
-
-
-__all__ = ["stated_in_full", "why_not"]

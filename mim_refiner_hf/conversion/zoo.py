@@ -382,6 +382,3 @@ def _fetch_from_hub(name: str, repo: str, filename: str, path: Path) -> Path:
 
     Record(str(kept), size=kept.stat().st_size, sha256=sha256_of(kept)).write(path)
     return kept
-
-
-__all__ = ["ZOO", "ZOO_ENTRIES", "ZooEntry", "fetch", "find_entry"]

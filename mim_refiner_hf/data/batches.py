@@ -75,6 +75,3 @@ def batches_of_views(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_stop_signals,
     )
-
-
-__all__ = ["batches_of_views"]

@@ -166,6 +166,3 @@ def readable(images: ImageDataset, num_workers: int = 0) -> tuple[ImageDataset, 
     broken = [entry["index"] for entry in entries]
     left = ~np.isin(images.indices, broken)
     return images.subset(np.flatnonzero(left)), entries
-
-
-__all__ = ["BROKEN", "MAX_BAD_FRACTION", "BrokenImages", "readable"]

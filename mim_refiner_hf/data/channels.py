@@ -137,6 +137,3 @@ def _range_of(values: np.ndarray) -> tuple[float, float]:
     low = 0.0 if lowest >= 0 else float(np.percentile(values, _OUTSIDE))
     high = float(np.percentile(values, 100 - _OUTSIDE))
     return low, high if high > low else low + 1.0
-
-
-__all__ = ["ChannelStatistics", "channels_of", "measure_channels"]

@@ -154,6 +154,3 @@ def _some(names: list[str]) -> str:
     shown = ", ".join(one_line(name) for name in names[:_NAMED_IN_A_LINE])
     more = len(names) - _NAMED_IN_A_LINE
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-__all__ = ["labelled_part", "with_one_class_table"]

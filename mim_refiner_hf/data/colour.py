@@ -385,6 +385,3 @@ def solarise_(views: Array, _: Amount) -> None:
     """Invert every value from 128 on: whichever of value and inverse is the smaller."""
     xp: Any = torch if isinstance(views, Tensor) else np
     xp.minimum(views, 255 - views, out=views)
-
-
-__all__ = ["apply_colour", "colour_view_", "draw_table", "operations"]

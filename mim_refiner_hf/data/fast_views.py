@@ -94,6 +94,3 @@ def finished_views(
     views = batch[f"{kind}_views"].to(device, non_blocking=True)
     draws = batch.get(f"{kind}_draws")
     return views if draws is None else apply_colour(views, draws)
-
-
-__all__ = ["VIEW_KINDS", "FastMultiCrop", "fast_resized_crop", "finished_views"]

@@ -68,6 +68,3 @@ def check_data_record(path: Path, images: ImageDataset) -> None:
         f"{len(images.found.sources)} now; {which}. Put it back as it was, or start a new run in "
         f"another {setting('output_dir')}"
     )
-
-
-__all__ = ["RECORD", "check_data_record", "write_data_record"]

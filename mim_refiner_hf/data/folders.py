@@ -313,13 +313,3 @@ def _readers() -> Mapping[str, Callable[[Path], Any]]:
         return table
 
     return {".csv": read_csv, ".jsonl": json.read_json, ".parquet": parquet.read_table}
-
-
-__all__ = [
-    "SPLIT_WORDS",
-    "as_stream",
-    "find_in_folder",
-    "slice_of",
-    "split_and_rows",
-    "tell_left_aside",
-]

@@ -107,15 +107,3 @@ def file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
-
-
-__all__ = [
-    "MAIN_PART",
-    "NO_OPTIONS",
-    "Entries",
-    "FoundImages",
-    "Part",
-    "SourceOptions",
-    "digest",
-    "file_size",
-]

@@ -3,5 +3,3 @@
 # A crawl of the web has a percent or two of broken images; what is wrong as a whole, such as a
 # half-finished copy, has far more.
 MAX_BAD_FRACTION = 0.05
-
-__all__ = ["MAX_BAD_FRACTION"]

@@ -59,6 +59,3 @@ class Loading:
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-
-
-__all__ = ["ImageProcessor", "Loading", "Processor"]

@@ -40,6 +40,3 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
     if close:
         hint = f"did you mean {path.parent / close[0]}?"
     raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
-
-
-__all__ = ["refuse_missing"]

@@ -348,6 +348,3 @@ def _numbered_labels(
     if isinstance(classes, list | tuple) and len(classes) > numbers.max():
         return numbers, [str(name) for name in classes]
     return numbers, None
-
-
-__all__ = ["ObjectImages", "find_in_objects"]

@@ -138,6 +138,3 @@ class BatchSampler(Sampler[list[Key]]):
             spares = range(place, place + MAX_BROKEN_IN_A_ROW - 1)
             keys.append((epoch, batch[place], *(pool[spare % len(pool)] for spare in spares)))
         return keys
-
-
-__all__ = ["BatchSampler", "epoch_order"]

@@ -88,6 +88,3 @@ class LightAndHard:
         pixels = torch.from_numpy(np.ascontiguousarray(views))
         nothing = torch.empty(0, pixels.shape[1], 0, 0, dtype=torch.uint8)
         return {"global_views": pixels, "local_views": nothing}
-
-
-__all__ = ["LightAndHard", "light_and_hard"]

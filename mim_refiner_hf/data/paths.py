@@ -68,6 +68,3 @@ def _repository(dataset: str) -> str:
     """A pattern for the repository; names without an owner have got one since."""
     name = re.escape(dataset)
     return name if "/" in dataset else rf"(?:[\w.-]+/)?{name}"
-
-
-__all__ = ["own_file"]

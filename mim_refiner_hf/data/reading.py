@@ -66,6 +66,3 @@ def read_sample(
         f"{len(broken)} images of {source.name} in a row are broken, "
         f"first: {broken[0]['reason']} Check the data."
     )
-
-
-__all__ = ["NoneReadableError", "Reading", "read_sample"]

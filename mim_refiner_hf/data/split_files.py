@@ -132,6 +132,3 @@ def _bare(name: str) -> str:
     stem = PurePosixPath(name.replace("\\", "/")).stem
     match = _WITH_CLASS.fullmatch(stem)
     return match[1] if match else stem
-
-
-__all__ = ["listed_places"]

@@ -217,6 +217,3 @@ def open_stream(
         class_names=class_names,
         fingerprint=fingerprint,
     )
-
-
-__all__ = ["ImageStream", "open_stream"]

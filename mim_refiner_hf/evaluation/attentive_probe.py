@@ -278,6 +278,3 @@ def check_attentive(
         raise ValueError(f"weight_decays={tuple(weight_decays)} must be 0 or more")
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-
-
-__all__ = ["ATTENTIVE_DECAYS", "ATTENTIVE_RATES", "attentive_probe"]

@@ -326,13 +326,3 @@ def profile_table(profile: Sequence[BlockProfile]) -> str:
 
     rule = "|".join("-" * (len(column[0]) + 1) + ":" for column in aligned)
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-__all__ = [
-    "BlockProfile",
-    "attention_distances",
-    "block_profile",
-    "profile_table",
-    "propose_head_blocks",
-    "relative_improvements",
-]

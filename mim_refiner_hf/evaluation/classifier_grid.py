@@ -81,6 +81,3 @@ def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """
     one_hot = F.one_hot(labels, logits.shape[2]).unsqueeze(1)
     return (logits.softmax(dim=2) - one_hot) / len(labels)
-
-
-__all__ = ["ClassifierGrid", "cross_entropy_gradient"]

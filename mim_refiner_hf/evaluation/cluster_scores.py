@@ -206,14 +206,3 @@ def rankme(features: Tensor | NDArray[Any]) -> float:
     # all zero are collapsed; however small they are else, their scale says nothing
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
-
-
-__all__ = [
-    "KMeansRun",
-    "cluster_accuracy",
-    "cluster_scores",
-    "kmeans_runs",
-    "matched",
-    "mean_scores",
-    "rankme",
-]

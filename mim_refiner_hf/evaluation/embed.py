@@ -390,6 +390,3 @@ def finish(folder: Path, manifest: StoreManifest) -> None:
         # a complete store is only read
         if not path.is_file() or json.loads(path.read_text()) != content:
             write_json(path, content)
-
-
-__all__ = ["embed_images", "encode_in_memory"]

@@ -114,6 +114,3 @@ def change_between(before: Score, after: Score) -> Change:
         return Change(difference, math.hypot(after.standard_error, before.standard_error))
     images = float((after.draws - before.draws).std(ddof=1))
     return Change(difference, math.hypot(images, before.spread, after.spread))
-
-
-__all__ = ["Change", "JudgedChange", "change_between", "measure", "measure_mean", "resamples"]

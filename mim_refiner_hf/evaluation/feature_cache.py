@@ -294,13 +294,3 @@ def read_part(
     first = part.indices(len(rows))[0]
     refuse_not_finite(values.numpy(), name, lambda row: images.describe(first + row))
     return values
-
-
-__all__ = [
-    "ImageRows",
-    "StoredRows",
-    "check_features",
-    "evaluation_columns",
-    "for_altered_images",
-    "read_rows",
-]

@@ -43,6 +43,3 @@ def flat_map(features: Tensor, seed: int = 0) -> tuple[Tensor, str]:
         if points is not None:
             return points, "UMAP"
     return cosine_components(features, 2), "PCA"
-
-
-__all__ = ["cosine_components", "flat_map"]

@@ -246,6 +246,3 @@ class FeatureStore:
     def _integers(self, column: str) -> Tensor:
         arrays = [array.to_numpy() for _, array in self._read(column)]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
-
-
-__all__ = ["FeatureStore"]

@@ -416,14 +416,3 @@ def extract_features(
         blocks={block: features[own[block]] for block in chosen},
         labels=labels if bool((labels >= 0).all()) else None,
     )
-
-
-__all__ = [
-    "OWN_FEATURES",
-    "FeatureChoice",
-    "FeatureSet",
-    "encode_images",
-    "extract_features",
-    "feature_columns",
-    "own_columns",
-]

@@ -459,6 +459,3 @@ def fine_tuning(
     )
     score = mean_score(torch.cat(answers) == targets, setting)
     return ProtocolResult({"fine_tuning_accuracy": score})
-
-
-__all__ = ["FineTuneRecipe", "fine_tune", "fine_tuning"]

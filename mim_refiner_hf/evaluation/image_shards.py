@@ -159,6 +159,3 @@ def shard_loader(
         collate_fn=CollateShard(processor),
         pin_memory=device.type == "cuda",
     )
-
-
-__all__ = ["SetOrStream", "ShardBatch", "ShardSampler", "shard_loader"]

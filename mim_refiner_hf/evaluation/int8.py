@@ -109,6 +109,3 @@ def least_cosine(
         cosines = [F.cosine_similarity(vectors[0][name], vectors[1][name]) for name in columns]
         return float(torch.stack(cosines).min()), len(batch.rows)
     return 1.0, 0
-
-
-__all__ = ["Int8Linear", "computed_in", "in_int8", "least_cosine"]

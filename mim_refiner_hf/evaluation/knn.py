@@ -375,16 +375,3 @@ def knn_accuracy(
         say_known=say_known,
     )
     return (answers[k, temperature] == test_y).float().mean().item()
-
-
-__all__ = [
-    "channel_statistics",
-    "finite_rows",
-    "grid_settings",
-    "knn_accuracy",
-    "knn_predict",
-    "predicted_classes",
-    "standardise",
-    "standardised_bank",
-    "warn_of_known_rows",
-]

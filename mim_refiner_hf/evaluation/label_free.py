@@ -27,9 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
+from ..clustering.cluster_count import adjusted_rand
 from ..data.images import ImageDataset
 from ..data.loading import ImageProcessor, Loading
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -184,14 +184,14 @@ def groups_of(views: TwoViews, seed: int = 0) -> tuple[KMeansRun, KMeansRun]:
 
 def stability(first: KMeansRun, second: KMeansRun, seed: int = 0) -> Score:
     """How far two clusterings of the same photos agree; its error also over runs of k-means."""
-    one, other = first.assignments, second.assignments
+    one, other = (torch.from_numpy(run.assignments) for run in (first, second))
     runs = zip(first.all_assignments, second.all_assignments, strict=True)
-    spread = float(np.std([adjusted_rand_score(old, new) for old, new in runs]))
+    agreements = [adjusted_rand(torch.from_numpy(old), torch.from_numpy(new)) for old, new in runs]
 
     def agreement(rows: NDArray[np.int64]) -> float:
-        return float(adjusted_rand_score(one[rows], other[rows]))
+        return adjusted_rand(one[rows], other[rows])
 
-    return measure(agreement, len(one), spread=spread, seed=seed)
+    return measure(agreement, len(one), spread=float(np.std(agreements)), seed=seed)
 
 
 def relative_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
@@ -210,16 +210,3 @@ def relative_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> floa
         return 0.0
     # weights that were all 0 moved by as much as can be
     return float((moved / length).sqrt()) if length > 0 else float("inf")
-
-
-__all__ = [
-    "JUDGED_IMAGES",
-    "LabelFree",
-    "TwoViews",
-    "label_free_scores",
-    "reciprocal_ranks",
-    "relative_change",
-    "separation",
-    "similarities",
-    "two_views",
-]

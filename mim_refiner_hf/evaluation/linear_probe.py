@@ -339,6 +339,3 @@ def check_grid(epochs: int, learning_rates: Sequence[float]) -> None:
             f"epochs={epochs} must be at least 1, and learning_rates={tuple(learning_rates)} "
             "greater than 0"
         )
-
-
-__all__ = ["PROBE_LEARNING_RATES", "linear_probe"]

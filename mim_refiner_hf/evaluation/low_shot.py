@@ -286,6 +286,3 @@ def check_low_shot(
             f"{train_images.name} has images of one class only, but low-shot classification needs "
             "two or more"
         )
-
-
-__all__ = ["centred_rows", "draw_split", "fit_logistic", "low_shot"]

@@ -136,6 +136,3 @@ def differences(
     if missing:
         differing.append(f"columns were {', '.join(old['columns'])}, now with {', '.join(missing)}")
     return differing
-
-
-__all__ = ["IMAGES_PER_SHARD", "differences", "store_manifest", "weights_fingerprint"]

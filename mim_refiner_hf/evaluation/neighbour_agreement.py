@@ -111,6 +111,3 @@ def global_view(
     """
     (spec,) = view_specs(1, 0, size, size, AGREEMENT_SCALE, AGREEMENT_SCALE, colour, flip)
     return RandomView(processor, spec, seed)
-
-
-__all__ = ["NUM_NEIGHBOURS", "global_view", "neighbour_agreement"]

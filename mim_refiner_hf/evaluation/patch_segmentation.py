@@ -295,6 +295,3 @@ def encoded_patches(
             cut = targets.unfold(1, side, side).unfold(2, side, side)
             classes.append(cut.reshape(len(cut), -1, side**2).to(device))
     return Patches(torch.cat(features), torch.cat(classes))
-
-
-__all__ = ["segmentation_knn", "segmentation_logistic"]

@@ -257,6 +257,3 @@ def plot_field(
             values.append(scale * value)
     if blocks:
         axes.plot(blocks, values, marker="o", markersize=3, linewidth=1.2, label=name)
-
-
-__all__ = ["draw_block_profile", "draw_clusters", "draw_curves"]

@@ -290,13 +290,3 @@ def draw_sheet(
     axes.set(xticks=[], frame_on=False)
     axes.tick_params(length=0)
     save_figure(figure, path)
-
-
-__all__ = [
-    "draw_confusion",
-    "draw_groups_before_after",
-    "draw_map",
-    "draw_neighbours",
-    "draw_neighbours_before_after",
-    "draw_profile",
-]

@@ -224,6 +224,3 @@ def reconstruction_losses(
         return mean_errors(encoder, decoders, processor, eval_images, recipe)
     finally:
         encoder.train(training)
-
-
-__all__ = ["reconstruction_losses"]

@@ -270,6 +270,3 @@ def classified(bank: ImageRows, rows: ImageRows, own: Sequence[str], grid: bool)
 
     accuracy = (predicted == rows.labels).float().mean().item()
     return Classified(predicted, neighbours, accuracy, tried)
-
-
-__all__ = ["BANK_SIZE", "Evaluation", "evaluate_encoder", "evaluate_pixels"]

@@ -234,6 +234,3 @@ def robustness_scores(
     }
     scores |= {name: mean_score(answers) for name, answers in corrupted.items()}
     return ProtocolResult(scores)
-
-
-__all__ = ["CORRUPTIONS", "robustness"]

@@ -118,6 +118,3 @@ def labelled_rows(labels: ArrayLike) -> NDArray[np.bool_]:
             len(values) - missing,
         )
     return np.asarray(has_one, dtype=np.bool_)
-
-
-__all__ = ["ProtocolResult", "Score", "as_metrics", "class_labels", "labelled_rows", "mean_score"]

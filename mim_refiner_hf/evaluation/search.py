@@ -212,6 +212,3 @@ def improved(
     all_values[row, slot] = inside[hit, step]
     all_index[row, slot] = column + start
     return best_first(all_values, all_index, min(k, all_values.shape[1]))
-
-
-__all__ = ["RowSource", "best_first", "largest", "nearest", "own_share"]

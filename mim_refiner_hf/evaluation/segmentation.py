@@ -376,12 +376,3 @@ def check_same_classes(
             f"{train_images.name} and {eval_images.name} have different classes; they must be the "
             "same, in order"
         )
-
-
-__all__ = [
-    "bootstrap_miou",
-    "check_same_classes",
-    "mean_iou",
-    "pixel_counts",
-    "segmentation_probe",
-]

@@ -260,6 +260,3 @@ def masked_batches(
         batch_size=loading.batch_size,
         num_workers=loading.num_workers,
     )
-
-
-__all__ = ["VOID", "Crops", "OwnSize", "SegmentationDataset", "masked_batches", "open_segmentation"]

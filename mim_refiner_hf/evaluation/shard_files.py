@@ -293,24 +293,3 @@ def write_shard(folder: Path, shard: int, rows: ShardRows, broken: list[Broken])
 
     # the shard must be on the disk before its record
     write_json(record, about)
-
-
-__all__ = [
-    "STORE_FORMAT",
-    "STORE_MANIFEST",
-    "Identity",
-    "ShardRecord",
-    "ShardRows",
-    "StoreManifest",
-    "columns_of_shard",
-    "images_in",
-    "number_of_shards",
-    "read_manifest",
-    "read_record",
-    "record_file",
-    "recorded_shards",
-    "refuse_not_finite",
-    "shard_file",
-    "shard_is_intact",
-    "write_shard",
-]

@@ -219,17 +219,3 @@ def report_table(report: Mapping[str, Any], against: str | None = None) -> str:
     name = against or plain(report["against"])
     head = ("metric", name, "this model", "change (95 %)", "verdict")
     return markdown_table([head, *judged_rows(before, after, report["changes"])])
-
-
-__all__ = [
-    "METRICS",
-    "Metric",
-    "comparison_rows",
-    "comparison_table",
-    "format_metric",
-    "markdown_table",
-    "protocol_labels",
-    "report_table",
-    "score_labels",
-    "text_table",
-]

@@ -11,5 +11,3 @@ Pooling = Literal["cls", "mean", "register", "prefix", "attention", "global_repr
 
 LEARNED_POOLINGS = ("attention", "global_repr")
 """Those with weights, which were trained to read the encoder's output and nothing else."""
-
-__all__ = ["LEARNED_POOLINGS", "Pooling"]

@@ -236,22 +236,3 @@ def predicted_positions(mask: np.ndarray, noise: Sequence[float], count: int) ->
     """
     positions = np.flatnonzero(mask)
     return positions[np.argsort(np.asarray(noise), kind="stable")[:count]]
-
-
-__all__ = [
-    "ASPECTS",
-    "Grid",
-    "RectangleDraw",
-    "aspect_limits",
-    "block_mask",
-    "draw_rectangle",
-    "mask_source",
-    "masked_squares",
-    "predicted_positions",
-    "random_mask",
-    "rectangle_mask",
-    "rectangle_sides",
-    "shuffled",
-    "square_mask",
-    "squares_of",
-]

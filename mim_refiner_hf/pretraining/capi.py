@@ -187,6 +187,3 @@ class CapiObjective(Objective):
         config = copy.deepcopy(self.teacher.config)
         config.predictor_layers = 1
         return config
-
-
-__all__ = ["CapiObjective", "capi_groups"]

@@ -61,6 +61,3 @@ class CapiFields:
     truncated_cosine: ShareAboveZero = documented(
         0.8, "capi: share of its half period at which the cosine of rates and momentum is cut off."
     )
-
-
-__all__ = ["CapiFields"]

@@ -75,6 +75,3 @@ def draw_masks(
         visible.append(np.flatnonzero(seen))
         predicted.append(predicted_positions(~seen, noise, counts.predicted))
     return torch.from_numpy(np.stack(visible)), torch.from_numpy(np.stack(predicted))
-
-
-__all__ = ["MaskCounts", "draw_masks", "mask_counts"]

@@ -130,14 +130,3 @@ def prototypes_of(recipe: PretrainRecipe, positions: int) -> int:
     if recipe.positionwise:
         remedy = f"set {setting('positionwise')} to false, or take a larger batch"
     raise ValueError(f"{setting('prototypes', asked)}: {noise}; give {patches} or fewer, {remedy}")
-
-
-__all__ = [
-    "MOST_PROTOTYPES",
-    "check_positions",
-    "head_beside",
-    "load_for_capi",
-    "prototypes_of",
-    "start_head",
-    "with_predictor",
-]

@@ -150,12 +150,3 @@ def start_weights(encoder: MimRefinerModel) -> None:
     for token in tokens:
         if token is not None:
             nn.init.normal_(token, std=0.02)
-
-
-__all__ = [
-    "PrototypeHead",
-    "encode_visible",
-    "predict",
-    "predicted_logits",
-    "start_weights",
-]

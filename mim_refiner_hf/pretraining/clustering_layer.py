@@ -130,6 +130,3 @@ class ClusteringLayer(nn.Module):
                 image, place = inside.nonzero(as_tuple=True)
                 targets[image, place] = assigned[predicted[image, place] - first, image]
         return Clustered(targets, loss)
-
-
-__all__ = ["Clustered", "ClusteringLayer", "sinkhorn"]

@@ -157,6 +157,3 @@ class ConmimObjective(Objective):
     def shipped(self) -> MimRefinerModel:
         """The momentum encoder."""
         return self.teacher
-
-
-__all__ = ["ConmimObjective", "conmim_groups", "patch_contrast"]

@@ -29,6 +29,3 @@ class ConmimFields:
     temperature: PositiveFloat = documented(0.1, "conmim: temperature of the contrast.")
     projector_hidden: Width = documented(4096, "conmim: width of the projector's hidden layers.")
     projector_size: Width = documented(256, "conmim: width of what is contrasted.")
-
-
-__all__ = ["ConmimFields"]

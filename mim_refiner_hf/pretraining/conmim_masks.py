@@ -68,6 +68,3 @@ def check_masks_fit(recipe: PretrainRecipe, config: MimRefinerConfig) -> None:
         masked_squares(squares, recipe.mask_ratio)
     except ValueError as error:
         raise ValueError(f"{setting('mask_ratio', recipe.mask_ratio)}: {error}") from error
-
-
-__all__ = ["check_masks_fit", "image_mask"]

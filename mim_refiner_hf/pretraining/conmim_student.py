@@ -89,6 +89,3 @@ def conmim_start_weights(encoder: MimRefinerModel) -> None:
     for number, block in enumerate(blocks, start=1):
         block.attention.o_proj.weight /= math.sqrt(2 * number)
         block.mlp.fc2.weight /= math.sqrt(2 * number)
-
-
-__all__ = ["ConmimHead", "ProjectorLayer", "conmim_start_weights"]

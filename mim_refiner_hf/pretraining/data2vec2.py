@@ -190,6 +190,3 @@ def _error(predicted: Tensor, expected: Tensor) -> Tensor:
     """The squared error of vectors (..., D): their sum over channels / sqrt(D), the mean of all."""
     squares = (predicted.float() - expected).square().sum(dim=-1)
     return squares.mean() / math.sqrt(predicted.shape[-1])
-
-
-__all__ = ["Data2vec2Objective"]

@@ -48,6 +48,3 @@ class Data2vec2Fields:
         "data2vec2: weight decay on biases and norms too, as the authors' code has it, "
         "although it asks for none there.",
     )
-
-
-__all__ = ["Data2vec2Fields"]

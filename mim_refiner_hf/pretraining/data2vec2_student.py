@@ -96,6 +96,3 @@ def fresh_weights(encoder: MimRefinerModel) -> None:
     bound = 1 / math.sqrt(patch.weight[0].numel())
     nn.init.uniform_(patch.bias, -bound, bound)
     nn.init.normal_(encoder.embeddings.cls_token)
-
-
-__all__ = ["ConvDecoder", "averaged_targets", "fresh_weights", "recorded_outputs"]

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..clustering.channels import is_picture
-from ..conversion.load import image_processor
+from ..conversion.preprocessing import image_processor
 from ..data.batches import batches_of_views
 from ..data.broken import BROKEN, BrokenImages
 from ..data.channels import measure_channels
@@ -427,13 +427,3 @@ def pretrain(
     accelerator = accelerator or job_of_processes()
     options = options or LoopOptions()
     return Pretrainer(recipe, images, accelerator, options, folder, encoder, evaluate).fit()
-
-
-__all__ = [
-    "CHECKPOINTS",
-    "Evaluate",
-    "Pretrainer",
-    "check_same_recipe",
-    "fitted_processor",
-    "pretrain",
-]

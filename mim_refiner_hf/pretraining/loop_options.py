@@ -48,6 +48,3 @@ class LoopOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         logger_names(self.report_to)
-
-
-__all__ = ["LoopOptions"]

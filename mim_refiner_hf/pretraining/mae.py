@@ -121,6 +121,3 @@ class MaeObjective(Objective):
         end = recipe.end_learning_rate
         rate = learning_rate(step, self.steps.warmup, self.steps.total, peak, end)
         set_learning_rate(self.optimizers[0], rate)
-
-
-__all__ = ["MaeObjective", "mae_loss", "patchify", "reconstruction_error", "visible_tokens"]

@@ -84,6 +84,3 @@ def decoder_groups(decoder: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in decoder.named_parameters():
         rows.append((name, parameter, 1.0, weight_decay if parameter.ndim > 1 else 0.0))
     return parameter_groups(rows)
-
-
-__all__ = ["MaeDecoder", "decoder_groups", "xavier_uniform"]

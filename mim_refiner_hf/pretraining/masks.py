@@ -87,6 +87,3 @@ def warn_of_no_blocks(side: int, length: int) -> None:
         setting("mask_ratio"),
         setting("patch_size"),
     )
-
-
-__all__ = ["exactly", "inverse_blocks", "mae_noise", "squares", "warn_of_no_blocks"]

@@ -212,15 +212,3 @@ def backward_in_parts(
 def rows(masks: Masks, part: slice) -> Masks:
     """The masks of some of the images."""
     return {name: tensor[part] for name, tensor in masks.items()}
-
-
-__all__ = [
-    "Losses",
-    "Masks",
-    "Objective",
-    "backward_in_parts",
-    "micro_batches",
-    "plain_crop",
-    "rows",
-    "trained_groups",
-]

@@ -21,6 +21,3 @@ def make_objective(
 ) -> Objective:
     """The method of a recipe, with fresh weights or those of an encoder to go on from."""
     return OBJECTIVES[recipe.objective](recipe, steps, encoder)
-
-
-__all__ = ["OBJECTIVES", "make_objective"]

@@ -440,6 +440,3 @@ def changed_settings(begun: Mapping[str, Any], recipe: PretrainRecipe) -> list[s
         if before != value:
             changes.append(f"{name} was {before}, is {value}")
     return changes
-
-
-__all__ = ["DEFAULTS", "MaeFields", "PretrainRecipe", "PretrainSteps", "changed_settings"]

@@ -39,6 +39,3 @@ class WarmupCosine:
             return self.start + (self.base - self.start) * step / max(self.warmup - 1, 1)
         angle = math.pi * self.truncate * (step - self.warmup) / (self.total - self.warmup)
         return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(angle))
-
-
-__all__ = ["WarmupCosine"]

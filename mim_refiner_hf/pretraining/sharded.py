@@ -70,6 +70,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
     factor = (norm / (gradient_norm(parameters) + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local(gradient).mul_(factor)
-
-
-__all__ = ["clip_gradients", "divided_modules", "gradient_norm", "shard_networks"]

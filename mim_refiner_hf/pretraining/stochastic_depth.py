@@ -96,6 +96,3 @@ def _add(tokens: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor, facto
         factor = 0.0
     given = branch(images) * factor
     return tokens.index_add(0, images, given.to(tokens.dtype))
-
-
-__all__ = ["kept_count", "kept_images", "run_block"]

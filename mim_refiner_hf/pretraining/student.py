@@ -59,6 +59,3 @@ def replaced_input(
     patches = torch.where(masked.unsqueeze(-1), mask_token.to(patches.dtype), patches)
     tokens = encoder.embeddings.with_prefix(encoder.embeddings.with_positions(patches, grid))
     return tokens, encoder.places(grid, pixels.device)
-
-
-__all__ = ["embedded_patches", "replaced_input", "visible_input"]

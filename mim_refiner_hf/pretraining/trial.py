@@ -132,6 +132,3 @@ def try_step(trainer: Pretrainer) -> Trial:
     if not trainer.options.num_workers:
         seconds += loading
     return Trial(count, seconds / count, held_bytes(objective), counter.largest / count)
-
-
-__all__ = ["GraphBytes", "Trial", "held_bytes", "try_step"]

@@ -116,6 +116,3 @@ def _write_label_studio(
         f'  <Choices name="group" toName="image">\n{choices}\n  </Choices>\n</View>\n'
     )
     write_text(folder / "label-studio.xml", interface)
-
-
-__all__ = ["GroupedImage", "check_tools", "write_for_tools"]

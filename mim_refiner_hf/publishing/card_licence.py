@@ -53,6 +53,3 @@ def state_licence(folder: Path, licence: Licence) -> None:
     stated = f"{_LINE} {plain(licence)}, as who published it states"
     body = re.sub(rf"^{re.escape(_NOT_KNOWN)}.*$", lambda _: stated, card.text, flags=re.MULTILINE)
     write_text(path, f"---\n{card.data.to_yaml()}\n---\n{body}")
-
-
-__all__ = ["licence_line", "state_licence"]

@@ -13,5 +13,3 @@ EXPORT_FORMATS = {
     "onnx": "export_onnx",
 }
 """Name after `--to` -> module, imported when asked for: timm is slow, and onnx is an extra."""
-
-__all__ = ["DTYPES", "EXPORT_FORMATS", "TOOLS"]

@@ -386,14 +386,3 @@ def describe_groups(summary: Mapping[str, Any]) -> str:
     if summary["num_images"] > COMPARED:
         note += f"; near-duplicates are not looked for among more than {COMPARED} images"
     return note
-
-
-__all__ = [
-    "GROUPS_TABLE",
-    "Corrected",
-    "GroupsSummary",
-    "begin_summary",
-    "check_groups_folder",
-    "describe_groups",
-    "write_groups",
-]

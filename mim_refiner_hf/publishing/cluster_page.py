@@ -198,14 +198,3 @@ def render_page(
     text = _TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
     return template.render(title=title, note=note, data=data, map_note=_MAP_NOTES[method])
-
-
-__all__ = [
-    "Beside",
-    "Tile",
-    "by_confidence",
-    "choose_shown",
-    "default_names",
-    "jpeg_thumbnail",
-    "render_page",
-]

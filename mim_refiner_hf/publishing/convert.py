@@ -299,6 +299,3 @@ def _zoo_copy(
     text = text.replace(f" out/{shipped.name} ", f" {name} ")
     text = text.replace(COPY_MARK, f"## This copy\n\n{copy}")
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
-
-
-__all__ = ["Conversion", "convert"]

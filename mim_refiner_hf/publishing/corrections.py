@@ -278,13 +278,3 @@ def match_corrections(corrections: Corrections, images: ImageDataset) -> Startin
 def _absolute(path: str) -> str:
     """The path from the root on, without looking at the disk, so that files may be gone."""
     return str(Path(path).expanduser().absolute())
-
-
-__all__ = [
-    "LEFT_OUT",
-    "MOVED",
-    "Corrections",
-    "StartingGroups",
-    "match_corrections",
-    "read_corrections",
-]

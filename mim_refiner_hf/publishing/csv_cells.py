@@ -39,6 +39,3 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
         writer.writerow(header)
         for row in rows:
             writer.writerow([cell_of(value) if isinstance(value, str) else value for value in row])
-
-
-__all__ = ["GUARDED", "cell_of", "text_of", "write_table"]

@@ -219,6 +219,3 @@ def _difference(what: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: 
             f"{what} differ by {difference:.1e}, more than {allowed:.1e}; nothing was written"
         )
     return difference
-
-
-__all__ = ["ExportError", "export"]

@@ -152,6 +152,3 @@ def _cut_out(pixels: Tensor, patch: int) -> dict[str, Tensor]:
         "pixel_attention_mask": torch.ones(cut.shape[:2], dtype=torch.long),
         "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels)),
     }
-
-
-__all__ = ["load", "other_size", "refusal", "reverse_layout", "write"]

@@ -157,6 +157,3 @@ def load(folder: Path) -> dict[str, Twin]:
         return outputs
 
     return {"AutoModel": twin}
-
-
-__all__ = ["load", "refusal", "write"]

@@ -129,6 +129,3 @@ def _in_eight_bits(exact: Any) -> Any:
     quantizer = MatMulNBitsQuantizer(exact, bits=8, block_size=32, is_symmetric=True)
     quantizer.process()
     return quantizer.model.model
-
-
-__all__ = ["load", "refusal", "write", "write_smaller"]

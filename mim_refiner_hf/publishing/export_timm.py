@@ -364,13 +364,3 @@ def load(folder: Path) -> dict[str, Twin]:
         return lambda pixels: {"tokens": model.forward_features(pixels), "features": model(pixels)}
 
     return {"checkpoint_path": twin(by_file), "local-dir": twin(by_folder)}
-
-
-__all__ = [
-    "load",
-    "refusal",
-    "timm_architecture",
-    "timm_model_args",
-    "timm_state_dict",
-    "write",
-]

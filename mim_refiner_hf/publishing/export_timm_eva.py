@@ -319,18 +319,3 @@ def _fuse_gate(state: dict[str, Tensor], config: MimRefinerConfig, mlp: str) -> 
             state[f"{mlp}fc1_x.{kind}"] = inner
         else:
             state[f"{mlp}fc1.{kind}"] = torch.cat([gate, inner])
-
-
-__all__ = [
-    "END_NAMES",
-    "eva_architecture",
-    "eva_model_args",
-    "eva_refusal",
-    "eva_state_dict",
-    "fuse_ends",
-    "is_eva",
-    "ratio_of",
-    "rms_epsilon_gap",
-    "shared_gaps",
-    "takes_any_size",
-]

@@ -196,13 +196,3 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
         )
         patiently(upload_card, f"uploading the card of {repo_id}")
     return str(url)
-
-
-__all__ = [
-    "PushError",
-    "check_model_folder",
-    "check_repo_id",
-    "push_folder",
-    "save_model_folder",
-    "write_model",
-]

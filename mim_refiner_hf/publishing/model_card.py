@@ -13,9 +13,9 @@ long because the three write the same metadata, scores and marks.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from huggingface_hub import (
@@ -40,7 +40,7 @@ from ..runtime.files import write_text
 from ..runtime.pace import duration
 from ..runtime.text import fenced, one_line, plain
 from .card_licence import licence_line
-from .run_file import RUN_FILE, Judgement, Metrics, RunDataset, read_run
+from .run_file import RUN_FILE, Metrics, RunRecord, read_run
 from .ways_to_use import ways_to_use
 
 # in the card's snippets, until `push_folder` knows the repository
@@ -136,42 +136,23 @@ def _save_card(path: Path, text: str) -> Path:
 # The card of a run
 
 
+# what the card says without: a run need not be measured, and older ones had no verdict
+_OPTIONAL = {"before", "after", "pixels", "verdict", "judgement", "licence"}
+
+
 @dataclass(frozen=True)
 class CardData:
     """The facts of one run, as its `metrics.json` states them.
 
     Attributes:
         model_name: name of the run's folder.
-        before, after: metrics of the starting weights and of the result (see `evaluate_encoder`);
-            None when not measured.
-        verdict, judgement: whether the result is better, and by which numbers, as `runs/verdict.py`
-            has it; None for a run before there were verdicts.
-        pixels: scores of the images without an encoder, of a run that pre-trained its start.
-        starting_model: Hub name, path, or such as "a MAE pre-trained in this run".
-        dataset: `name`, `config`, `split`, `images`, `fingerprint`, `eval_name`, `eval_images`,
-            `num_classes`.
-        protocol: how each group of metrics was measured, in words.
-        seed, command, seconds, stage_seconds, versions, hardware: of the run.
-        recipe: every field of the `RefineRecipe`.
+        run: what is in `metrics.json`, with None for what is `_OPTIONAL` and not there.
+        licence: of the starting weights.
     """
 
     model_name: str
-    before: Metrics | None
-    after: Metrics | None
-    starting_model: str
-    dataset: RunDataset
-    protocol: dict[str, str]
-    seed: int
-    command: str
-    seconds: float
-    stage_seconds: dict[str, float]
-    versions: dict[str, str]
-    hardware: str
-    recipe: Mapping[str, object]
+    run: RunRecord
     licence: Licence = UNKNOWN
-    verdict: str | None = None
-    judgement: Judgement | None = None
-    pixels: dict[str, float] | None = None
 
     @classmethod
     def from_run(cls, run_folder: Path) -> "CardData":
@@ -183,54 +164,59 @@ class CardData:
         """
         run = read_run(run_folder)
         path = Path(run_folder) / RUN_FILE
-        facts: dict[str, Any] = {field.name: run.get(field.name) for field in fields(cls)}
-        facts["model_name"] = one_line(Path(run_folder).resolve().name)
-        facts["licence"] = Licence.from_metadata(run.get("licence") or {}, where=path)
-
-        required = facts.keys() - {"before", "after", "verdict", "judgement", "pixels"}
-        missing = [name for name, fact in facts.items() if name in required and fact is None]
+        needed = RunRecord.__required_keys__ - _OPTIONAL
+        missing = [name for name in RunRecord.__annotations__ if name in needed]
+        missing = [name for name in missing if run.get(name) is None]
         if missing:
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}, which the card needs; it is not a finished "
                 "run's file"
             )
-        return cls(**facts)
+        name = one_line(Path(run_folder).resolve().name)
+        licence = Licence.from_metadata(run.get("licence") or {}, where=path)
+        return cls(name, cast(RunRecord, {**dict.fromkeys(_OPTIONAL), **run}), licence)
 
     @property
     def has_labels(self) -> bool:
         """Whether the result was measured against true classes."""
-        return self.after is not None and "knn_accuracy" in self.after
+        after = self.run["after"]
+        return after is not None and "knn_accuracy" in after
 
     @property
     def ships_start(self) -> bool:
         """Whether the folder holds the starting weights, for the result was not better."""
-        return self.verdict == "not better"
+        return self.run["verdict"] == "not better"
 
     @property
     def reason(self) -> str:
         """The verdict's reason, safe in Markdown; empty where there is no verdict."""
-        return "" if self.judgement is None else plain(self.judgement.get("reason", ""))
+        judgement = self.run["judgement"]
+        return "" if judgement is None else plain(judgement.get("reason", ""))
 
     def scores(self, side: RunSide) -> Metrics | None:
         """All that was measured of one side; None where nothing was."""
-        evaluated = self.before if side == "before" else self.after
-        judged = None if self.judgement is None else self.judgement.get(side)
+        evaluated = self.run[side]
+        judgement = self.run["judgement"]
+        judged = None if judgement is None else judgement.get(side)
         if evaluated is None and judged is None:
             return None
         return {**(evaluated or {}), **(judged or {})}
 
     def warning(self) -> str | None:
         """The sentence that a reader must see first, or None when the run shows what it should."""
+        before = self.run["before"]
+        after = self.run["after"]
+        verdict = self.run["verdict"]
         if self.ships_start:
             return (
                 "This folder holds the STARTING weights: the refinement was judged not better than "
                 f"they are ({self.reason})."
             )
-        if self.verdict == "not judged":
+        if verdict == "not judged":
             return f"Nobody judged whether this model is better than its start: {self.reason}."
-        if self.verdict is not None and not self.has_labels:
+        if verdict is not None and not self.has_labels:
             return None
-        if self.after is None:
+        if after is None:
             return (
                 "This model was not evaluated: nothing here says that it is better than its "
                 "starting weights."
@@ -240,7 +226,7 @@ class CardData:
                 "No labels were available, so the only evidence is RankMe, which needs none and "
                 "says little about any one task."
             )
-        if self.before is None:
+        if before is None:
             return (
                 "The starting weights were not evaluated: nothing here says that this model is "
                 "better than they are."
@@ -248,7 +234,7 @@ class CardData:
 
         worse = []
         for name in ("knn_accuracy", "cluster_accuracy", "nmi"):
-            if self.after[name] <= self.before[name]:
+            if after[name] <= before[name]:
                 worse.append(METRICS[name][0])
         if not worse:
             return None
@@ -256,16 +242,17 @@ class CardData:
 
     def metadata(self) -> ModelCardData:
         """The YAML block of the card; both measurements, where there are two."""
-        optional: dict[str, Any] = _base_model(self.starting_model)
-        if is_hub_name(self.dataset["name"]):
-            optional["datasets"] = [self.dataset["name"]]
+        optional: dict[str, Any] = _base_model(self.run["starting_model"])
+        dataset = self.run["dataset"]
+        if is_hub_name(dataset["name"]):
+            optional["datasets"] = [dataset["name"]]
 
         names: dict[RunSide, str] = {"after": "", "before": " (starting weights)"}
         if self.ships_start:
             names = {"before": "", "after": " (refined, not in this folder)"}
         index = []
         for side, suffix in names.items():
-            index += _model_index(self.scores(side) or {}, self.dataset, suffix=suffix)
+            index += _model_index(self.scores(side) or {}, dataset, suffix=suffix)
         if index:
             optional |= {"model_name": self.model_name, "eval_results": index}
         return card_metadata(**self.licence.metadata(), **optional)
@@ -278,9 +265,10 @@ class CardData:
         before = self.scores("before")
         after = self.scores("after")
         if before is not None and after is not None:
+            judgement = self.run["judgement"]
             changes = NO_CHANGES
-            if self.judgement is not None:
-                changes = self.judgement.get("changes", NO_CHANGES)
+            if judgement is not None:
+                changes = judgement.get("changes", NO_CHANGES)
             return comparison_rows(before, after, changes)
 
         rows = []
@@ -295,15 +283,15 @@ class CardData:
     def pixel_scores(self) -> str:
         """What the images give without an encoder, in one line; empty where it was not measured."""
         parts = []
-        for name, value in (self.pixels or {}).items():
+        for name, value in (self.run["pixels"] or {}).items():
             if name in METRICS:
                 parts.append(f"{METRICS[name].label} {format_metric(name, value)}")
         return ", ".join(parts)
 
     def block_rows(self) -> list[tuple[int, str, str]]:
         """(block, k-NN accuracy of the starting weights, of this model), where both have it."""
-        old = (self.before or {}).get("knn_per_block") or []
-        new = (self.after or {}).get("knn_per_block") or []
+        old = (self.run["before"] or {}).get("knn_per_block") or []
+        new = (self.run["after"] or {}).get("knn_per_block") or []
         rows = []
         for block, (was, now) in enumerate(zip(old, new, strict=False)):
             before = format_metric("knn_accuracy", was)
@@ -313,35 +301,38 @@ class CardData:
 
     def render(self, config: MimRefinerConfig) -> str:
         """The whole card as Markdown; `config` is that of the encoder."""
+        run = self.run
         data = {}
-        for name, value in self.dataset.items():
+        for name, value in run["dataset"].items():
             if value not in (None, ""):
                 data[name] = plain(value)
 
-        is_pretrained_here = self.starting_model.endswith(_PRETRAINED_HERE)
+        is_pretrained_here = run["starting_model"].endswith(_PRETRAINED_HERE)
         stages = []
-        for stage, spent in self.stage_seconds.items():
+        for stage, spent in run["stage_seconds"].items():
             if spent:
                 stages.append(f"{plain(stage)} {duration(spent)}")
-        versions = [f"{plain(name)} {plain(number)}" for name, number in self.versions.items()]
-        recipe = json.dumps(self.recipe, indent=2, sort_keys=True, ensure_ascii=False)
+        versions = [f"{plain(name)} {plain(number)}" for name, number in run["versions"].items()]
+        recipe = json.dumps(run["recipe"], indent=2, sort_keys=True, ensure_ascii=False)
 
         return _render(
             self.metadata(),
             config,
             run=self,
+            verdict=run["verdict"],
             name=plain(self.model_name),
-            starting_model=plain(self.starting_model),
+            starting_model=plain(run["starting_model"]),
             licence=licence_line(
                 self.licence, "" if is_pretrained_here else "the starting weights"
             ),
             pretrained_here=is_pretrained_here,
             data=data,
-            protocol={plain(name): plain(text) for name, text in self.protocol.items()},
-            command=fenced(self.command.strip(), "bash"),
-            time=duration(self.seconds),
+            protocol={plain(name): plain(text) for name, text in run["protocol"].items()},
+            command=fenced(run["command"].strip(), "bash"),
+            seed=run["seed"],
+            time=duration(run["seconds"]),
             stages=", ".join(stages),
-            hardware=plain(self.hardware),
+            hardware=plain(run["hardware"]),
             versions=", ".join(versions),
             citation=fenced(CITATION, "bibtex"),
             recipe=fenced(recipe, "json"),
@@ -476,16 +467,3 @@ def _write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
     path = folder / ".eval_results" / f"{data_name.replace('/', '--')}.yaml"
     path.parent.mkdir(exist_ok=True)
     write_text(path, eval_results_yaml(entries))
-
-
-__all__ = [
-    "CITATION",
-    "REPO_PLACEHOLDER",
-    "CardData",
-    "card_metadata",
-    "conversion_card",
-    "eval_results_yaml",
-    "is_hub_name",
-    "update_card",
-    "write_card",
-]

@@ -417,6 +417,3 @@ def class_of(config: MimRefinerConfig) -> NativeClass | str:
 def class_named(name: str) -> NativeClass:
     """The class of this name; KeyError for another one than those here."""
     return {kind.name: kind for kind in _CLASSES}[name]
-
-
-__all__ = ["NativeClass", "class_named", "class_of"]

@@ -55,6 +55,3 @@ def pretraining_card(
         ways_to_use(REPO_PLACEHOLDER, config),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-__all__ = ["pretraining_card"]

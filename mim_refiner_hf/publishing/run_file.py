@@ -87,6 +87,3 @@ def read_run(run_folder: Path) -> Mapping[str, Any]:
             f"{path} is not valid JSON ({error}); the run has to be evaluated again"
         ) from error
     return run
-
-
-__all__ = ["RUN_FILE", "Judgement", "Metrics", "RunDataset", "RunRecord", "read_run"]

@@ -40,6 +40,3 @@ def write_sentence_files(folder: Path) -> None:
     """Write what sentence-transformers reads beside a model that has a `pooler_output`."""
     for name, contents in SENTENCE_FILES.items():
         write_text(folder / name, json.dumps(contents, indent=2) + "\n")
-
-
-__all__ = ["SENTENCE_FILES", "write_sentence_files"]

@@ -157,18 +157,3 @@ def native_processor(processor: MimRefinerImageProcessor) -> CLIPImageProcessor:
         "do_center_crop",
     )
     return CLIPImageProcessor(**{name: settings[name] for name in fields})
-
-
-__all__ = [
-    "Names",
-    "Twin",
-    "add_cls_position",
-    "complete_state",
-    "layer_scale_value",
-    "module_of",
-    "native_processor",
-    "refused",
-    "rename",
-    "unsupported",
-    "why_not_exported",
-]

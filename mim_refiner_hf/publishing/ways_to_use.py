@@ -52,6 +52,3 @@ def _twins(config: MimRefinerConfig) -> list[tuple[str, str]]:
     if why_not_exported(config, "timm") is None:
         twins.append(("timm", 'timm.create_model("local-dir:timm-copy", pretrained=True)'))
     return twins
-
-
-__all__ = ["family_config", "ways_to_use"]

@@ -186,16 +186,3 @@ def adapter_of(encoder: MimRefinerModel) -> Adapter | None:
             tensors[saved] = tensor.detach().cpu().contiguous()
     config = vars(encoder)["peft_config"][_NAME]
     return Adapter(tensors, config, str(encoder.config.pooling))
-
-
-__all__ = [
-    "ALPHA",
-    "Adapter",
-    "adapt",
-    "adapted_layers",
-    "adapter_of",
-    "check_adapter_folder",
-    "check_rank",
-    "is_adapted",
-    "merged_encoder",
-]

@@ -393,5 +393,3 @@ _RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
     "num_workers": _num_workers,
     "save_every": _save_every,
 }
-
-__all__ = ["MANY_IMAGES", "Choice", "Fitted", "Situation", "choose_eval_fraction", "fit"]

@@ -55,6 +55,3 @@ def view_batches(
         num_workers=recipe.num_workers,
         value_range=value_range,
     )
-
-
-__all__ = ["view_batches"]

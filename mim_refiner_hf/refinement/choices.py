@@ -10,5 +10,3 @@ NormViews = Literal["together", "apart"]
 Pairs = Literal["intended", "released"]
 Swap = Literal["positive", "all", "none"]
 LossSchedule = Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"]
-
-__all__ = ["Activation", "HeadInit", "LossSchedule", "NormViews", "Pairs", "Swap"]

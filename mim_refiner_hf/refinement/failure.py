@@ -136,13 +136,3 @@ class NotBetterError(EarlyEnd):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
-
-
-__all__ = [
-    "FAILURES",
-    "FailureReport",
-    "NotBetterError",
-    "NotFiniteError",
-    "check_step",
-    "describe_failure",
-]

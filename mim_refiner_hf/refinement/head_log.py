@@ -61,6 +61,3 @@ class HeadLog:
                     setting("learning_rate"),
                 )
         return values
-
-
-__all__ = ["HeadLog"]

@@ -132,10 +132,3 @@ def in_passes(layers: nn.Module, x: Tensor, passes: int) -> Tensor:
         columns: Tensor = layers(x)
         return columns
     return torch.cat([layers(part) for part in x.chunk(passes, dim=2)], dim=2)
-
-
-__all__ = [
-    "GroupedLayer",
-    "IdHeads",
-    "in_passes",
-]

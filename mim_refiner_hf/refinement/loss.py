@@ -199,6 +199,3 @@ def _one_hot_weight(progress: float, begin: float, end: float) -> float:
     if progress < end:
         return 1.0
     return 0.0
-
-
-__all__ = ["head_weights", "nna_loss", "pair_weights"]

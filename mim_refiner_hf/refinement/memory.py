@@ -339,17 +339,3 @@ def choose_micro_batch(
     what = "The whole batch at once" if chosen is None else f"{chosen} images at a time"
     reason = f"{what}: about {need / GIGA:.2f} GiB of {available / GIGA:.2f} that are free"
     return Choice(chosen, reason)
-
-
-__all__ = [
-    "GIGA",
-    "HEADROOM",
-    "bytes_needed",
-    "choose_micro_batch",
-    "encoder_parameters",
-    "fitting_micro_batch",
-    "head_parameters",
-    "largest_that_fits",
-    "memory_estimate",
-    "projector_parameters",
-]

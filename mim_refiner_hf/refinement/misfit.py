@@ -116,6 +116,3 @@ def _stale_queue(recipe: ResolvedRecipe, num_images: int) -> str:
         f"{num_images} images, most rows are stale copies; take "
         f"{max(fitting, recipe.batch_size)}"
     )
-
-
-__all__ = ["misfits"]

@@ -142,6 +142,3 @@ class NearestNeighbourQueue(nn.Module):
         places = (self.pointer - count + torch.arange(count, device=self.rows.device)) % size
         deviation = self.rows[:, places].std(dim=1).mean(dim=1)
         return deviation * self.rows.shape[2] ** 0.5
-
-
-__all__ = ["NearestNeighbourQueue", "Neighbours"]

@@ -251,6 +251,3 @@ def _warmup_problems(
         if length and warmup_epochs >= length:
             warmup = setting("warmup_epochs", warmup_epochs)
             yield f"{warmup}: must be less than {setting(name, length)}"
-
-
-__all__ = ["FITTED", "START_FIELDS", "RefineRecipe"]

@@ -82,6 +82,3 @@ class DataFields:
         "CLS and registers), attention (SigLIP, AIMv2) or global_repr (CAPI's predictor), both for "
         "the head on the output; heads on earlier blocks read the mean. Auto: the model's.",
     )
-
-
-__all__ = ["ChannelCount", "DataFields", "ValueRange"]

@@ -154,6 +154,3 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> RefineRecipe:
             return RefineRecipe(**values)
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
-
-
-__all__ = ["parse_recipe", "read_recipe"]

@@ -238,6 +238,3 @@ class MethodFields:
     seed: Seed = documented(
         0, "Data order, views, neighbour draws and head weights are pure functions of it."
     )
-
-
-__all__ = ["AreaRange", "BlockNumbers", "MethodFields", "TrainedPart", "trained_part"]

@@ -415,6 +415,3 @@ def _passes(views: Sequence[Tensor], micro: int) -> list[_Pass]:
                 passes.append(_Pass(group[part], slice(first, first + count), part))
         first += count
     return sorted(passes, key=lambda part: part.group.numel(), reverse=True)
-
-
-__all__ = ["NnaSettings", "Refiner", "StepResult", "keeps_a_graph", "neighbour_draw", "view_major"]

@@ -400,6 +400,3 @@ def _check_batch(recipe: RefineRecipe, num_images: int | None, processes: int) -
             f"{setting('micro_batch_size', micro)}: more than the {batch // processes} images "
             "of one process"
         )
-
-
-__all__ = ["ResolvedRecipe", "Steps", "count_steps", "resolve"]

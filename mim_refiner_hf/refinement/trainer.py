@@ -445,6 +445,3 @@ class Trainer:
         self.seconds = dict(checkpoint.state["seconds"])
         self.broken.add(checkpoint.state.get("broken", []))
         self.broken.share(images_read=checkpoint.step * self.recipe.batch_size)
-
-
-__all__ = ["Trainer", "compile_blocks"]

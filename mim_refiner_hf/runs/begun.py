@@ -217,6 +217,3 @@ def saved_recipe(output: Path) -> dict[str, Any] | None:
         ) from error
     check_format("recipe", recipe.pop("format_version", None), saved)
     return recipe
-
-
-__all__ = ["as_begun", "check_as_begun", "check_output", "same_place", "saved_recipe"]

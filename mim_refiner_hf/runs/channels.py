@@ -108,6 +108,3 @@ def _values_text(found: ChannelStatistics) -> str:
         f"; {found.dtype} values {low:g} to {high:g} become 0 to 255{clipped}; mean and deviation "
         f"of each measured on {found.num_images} images"
     )
-
-
-__all__ = ["fit_and_tell", "fit_channels"]

@@ -22,5 +22,3 @@ AddedProtocol = Literal[
 
 ON_MASKS = ("segmentation", "segmentation_slide", "segmentation_knn", "segmentation_logistic")
 """These need masks instead."""
-
-__all__ = ["ON_MASKS", "AddedProtocol", "Protocol"]

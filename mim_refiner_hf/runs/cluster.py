@@ -351,6 +351,3 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
 
 def _proposal_of(summary: Mapping[str, Any]) -> Proposal:
     return Proposal(**{field.name: summary[field.name] for field in fields(Proposal)})
-
-
-__all__ = ["Groups", "cluster"]

@@ -261,6 +261,3 @@ def _lost(images: ImageDataset) -> list[int]:
         if isinstance(source, Path) and not source.is_file():
             lost.append(place)
     return lost
-
-
-__all__ = ["FeaturePipeline", "KnownFeatures", "encoded", "features_folder", "from_store", "say"]

@@ -136,6 +136,3 @@ def _other_images(encoder: MimRefinerModel, images: ImageDataset) -> str:
     if any(part in name for name in known for part in _GENERAL):
         return ""
     return f"its card says that it was trained on {', '.join(names)}"
-
-
-__all__ = ["DEFAULT_MODEL", "choose_encoder", "warn_of_misfit"]

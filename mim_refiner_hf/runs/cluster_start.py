@@ -103,6 +103,3 @@ def _say_what_is_gone(start: StartingGroups, filled: list[int]) -> None:
             len(empty),
             one_line(", ".join(empty[:8])),
         )
-
-
-__all__ = ["grouped_as_corrected", "open_corrections"]

@@ -2,7 +2,7 @@
 
     data = open_evaluation_data("my_images/")
     before, after = (
-        measure_side(name, encoder, data, ["low_shot"], features=folder, seed=0)
+        measure_side(name, encoder, data, Added(["low_shot"]), features=folder, seed=0)
         for name, encoder in encoders.items()
     )
     changes_of(before, after)["knn_accuracy"].verdict
@@ -82,6 +82,21 @@ PROTOCOLS: Mapping[str, Callable[..., ProtocolResult]] = {
 """By what `--protocols` can add (`choices.AddedProtocol`), the function."""
 # it reads patches, and a store keeps pooled features
 _WITHOUT_FEATURES = ("attentive_probe",)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `--protocols` adds to what is always measured.
+
+    Attributes:
+        protocols: names of `PROTOCOLS`; on masks those of `ON_MASKS` alone.
+        recipe: for "fine_tuning".
+        split_files: lists of file names, for "low_shot", or one for "fine_tuning".
+    """
+
+    protocols: Sequence[str] = ()
+    recipe: FineTuneRecipe | None = None
+    split_files: Sequence[Path] = ()
 
 
 class DataFacts(TypedDict):
@@ -284,9 +299,7 @@ def measure_side(
     name: str,
     encoder: MimRefinerModel,
     data: Data,
-    protocols: Sequence[str],
-    recipe: FineTuneRecipe | None = None,
-    split_files: Sequence[Path] = (),
+    added: Added,
     *,
     seed: int,
     features: Path,
@@ -296,9 +309,6 @@ def measure_side(
 
     Args:
         data: readable images.
-        protocols: names of `PROTOCOLS`; on masks those of `ON_MASKS` alone.
-        recipe: for "fine_tuning".
-        split_files: for "low_shot", or one for "fine_tuning".
         seed: of everything random.
         features: see `read_rows`.
         loading: as in `extract_features`.
@@ -325,16 +335,17 @@ def measure_side(
         metrics = as_metrics(measured) | evaluation.metrics
 
     extra: dict[str, ProtocolResult] = {}
-    for protocol in protocols:
+    for protocol in added.protocols:
         run = partial(PROTOCOLS[protocol], seed=seed, loading=loading)
         if protocol == "fine_tuning":
-            run = partial(run, recipe=recipe, split_file=next(iter(split_files), None))
+            split_file = next(iter(added.split_files), None)
+            run = partial(run, recipe=added.recipe, split_file=split_file)
         elif protocol in ON_MASKS:
             run = partial(run, loading=replace(loading, batch_size=_SEGMENTATION_BATCH))
         elif protocol not in _WITHOUT_FEATURES:
             run = partial(run, features=features)
         if protocol == "low_shot":
-            run = partial(run, split_files=split_files)
+            run = partial(run, split_files=added.split_files)
         elif protocol == "robustness":
             run = partial(run, bank_size=data.bank_size)
         processor = vars(encoder)["image_processor"]
@@ -422,17 +433,3 @@ def changes_of(before: Side, after: Side) -> dict[str, Change]:
         if name in before.measured and name != "silhouette":
             changes[name] = change_between(before.measured[name], score)
     return changes
-
-
-__all__ = [
-    "HELD_OUT",
-    "PROTOCOLS",
-    "Data",
-    "DataFacts",
-    "Side",
-    "changes_of",
-    "errors_of",
-    "measure_side",
-    "open_evaluation_data",
-    "readable_images",
-]

@@ -271,6 +271,3 @@ def _tell_of_broken(broken: Sequence[Broken], total: int, skip: bool) -> None:
         raise ValueError(f"{first} Or give {setting('skip_broken', True)}: NaN in its row.")
     if rank() == 0:
         logger.warning("%s Their rows are NaN", first)
-
-
-__all__ = ["device_here", "embed", "in_precision", "store_features"]

@@ -59,7 +59,7 @@ from ..runtime.precision import Precision
 from ..runtime.wording import setting
 from .choices import ON_MASKS, Protocol
 from .comparison import (
-    PROTOCOLS,
+    Added,
     Data,
     DataFacts,
     Side,
@@ -70,9 +70,8 @@ from .comparison import (
 )
 from .embed import device_here, in_precision
 from .protocol import (
+    added_protocols,
     bank_words,
-    check_lists,
-    check_protocols,
     check_splits,
     checked_bank_size,
     shown_as_in_the_paper,
@@ -85,7 +84,8 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("mim_refiner_hf", "torch", "transformers", "datasets", "pillow", "scikit-learn")
 # protocols whose corruptions, augmentations or masks are those of pictures
 _OF_PICTURES = ("robustness", "fine_tuning", *ON_MASKS)
-_TRANSFER_PROTOCOLS = ("linear_probe_fast",)
+# what other data is measured by
+_OF_TRANSFER = Added(("linear_probe_fast",))
 
 
 class Report(dict[str, Any]):
@@ -155,8 +155,7 @@ def evaluate(
         ValueError, FileNotFoundError: before any measurement, for wrong input.
     """
     began = time.perf_counter()
-    fine_tune = check_protocols(protocols, recipe, transfer, seed, dtype)
-    lists = check_lists(split_file, protocols)
+    added = added_protocols(protocols, recipe, split_file, transfer, seed, dtype)
     bank_size = checked_bank_size(protocol, bank_size, protocols)
     output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
     encoders = load_encoders(model, against, protocol)
@@ -168,16 +167,16 @@ def evaluate(
     own = {"config": dataset_config, "eval_dataset": eval_dataset}
     data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
     data += [opened(name) for name in transfer]
-    check_data(data, protocols, lists)
+    check_data(data, added)
 
     loading = Loading(num_workers=num_workers, device=device_here())
     given, encoders = encoders, as_asked(encoders, dtype, data[0], features, loading)
     with feature_folder(features, output_dir) as folder:
         data = [without_broken(encoders, each, folder, loading) for each in data]
         measured = partial(measure_side, seed=seed, features=folder, loading=loading)
-        sides = [[measured(*m, data[0], protocols, fine_tune, lists) for m in encoders.items()]]
+        sides = [[measured(*m, data[0], added) for m in encoders.items()]]
         for other in data[1:]:
-            sides.append([measured(*m, other, _TRANSFER_PROTOCOLS) for m in encoders.items()])
+            sides.append([measured(*m, other, _OF_TRANSFER) for m in encoders.items()])
 
     first, *more = map(compared, data, sides)
     report = Report(
@@ -290,7 +289,7 @@ def name_of(source: Any, encoder: MimRefinerModel) -> str:
     return encoder.config.name_or_path or type(source).__name__
 
 
-def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[Path]) -> None:
+def check_data(data: Sequence[Data], added: Added) -> None:
     """ValueError for missing labels where a protocol needs them, and for too few images.
 
     Lists of file names are of the first data set; errors as of `check_splits`.
@@ -300,11 +299,11 @@ def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[P
             continue
         name = images.name
         count = len(images.train)
-        asked = setting("protocols", list(protocols))
+        asked = setting("protocols", list(added.protocols))
         if place:
             asked = setting("transfer", name)
 
-        if not images.labelled and (place or protocols):
+        if not images.labelled and (place or added.protocols):
             raise ValueError(
                 f"{asked}: needs a label for every image, and {name} has images without"
             )
@@ -316,7 +315,7 @@ def check_data(data: Sequence[Data], protocols: Sequence[str], lists: Sequence[P
         count = len(images.evaluated)
         if count < 2:
             raise ValueError(f"{name} has {count} image to be measured on; errors take at least 2")
-    check_splits(data[0], lists, protocols)
+    check_splits(data[0], added)
 
 
 @contextmanager
@@ -435,6 +434,3 @@ def how_measured(
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "hardware": hardware,
     }
-
-
-__all__ = ["PROTOCOLS", "Report", "evaluate"]

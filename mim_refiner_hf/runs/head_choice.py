@@ -84,6 +84,3 @@ def choose_head_blocks(
     )
     blocks, reason = propose_head_blocks(profile, frozen=recipe.freeze_blocks)
     return HeadChoice(blocks, reason, profile)
-
-
-__all__ = ["HeadChoice", "check_measurable", "choose_head_blocks"]

@@ -25,7 +25,8 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from ..conversion.licence import Licence
-from ..conversion.load import LoadReport, image_processor
+from ..conversion.load import LoadReport
+from ..conversion.preprocessing import image_processor
 from ..data.images import ImageDataset
 from ..data.stream import ImageStream
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -268,14 +269,3 @@ def place_heads(
     if not same_data:
         queue.sample_index.fill_(-1)
         queue.labels.fill_(-1)
-
-
-__all__ = [
-    "check_heads_fit",
-    "data_digest",
-    "encoder_of",
-    "open_start",
-    "place_heads",
-    "start_state",
-    "with_its_blocks",
-]

@@ -287,6 +287,3 @@ def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
     if free < most:
         text += f", TOO LITTLE: make room, or lower {setting('keep')}"
     return text
-
-
-__all__ = ["checkpoint_bytes", "chosen_lines", "disk_text", "encoder_text", "plan_text"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..conversion import load_encoder
 from ..conversion.licence import UNKNOWN, Licence, agreed_licence
-from ..conversion.load import image_processor
+from ..conversion.preprocessing import image_processor
 from ..data.classes import with_one_class_table
 from ..data.fingerprint import RECORD, check_data_record
 from ..data.found import SourceOptions
@@ -356,19 +356,3 @@ def check_start_folder(folder: Path) -> Path:
     It is absent, empty or holds a model.
     """
     return check_folder(folder, "config.json", "model")
-
-
-__all__ = [
-    "NOTHING",
-    "PRETRAINED",
-    "START",
-    "Given",
-    "Prepared",
-    "RunImages",
-    "Start",
-    "check_start_folder",
-    "open_run_images",
-    "open_starting_weights",
-    "prepare",
-    "start_folder",
-]

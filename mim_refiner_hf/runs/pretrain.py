@@ -418,12 +418,3 @@ def _knn(model: MimRefinerModel, trainer: Pretrainer) -> dict[str, float]:
         model, trainer.processor, bank, queries, seed=seed, loading=loading, per_block=False
     )
     return {"knn_accuracy": float(evaluation.metrics["knn_accuracy"])}
-
-
-__all__ = [
-    "check_pretraining_folder",
-    "fitted_to_method",
-    "is_finished",
-    "run_pretraining",
-    "shape_of",
-]

@@ -129,6 +129,3 @@ def _time_text(trainer: Pretrainer, trial: Trial) -> str:
         f"about {whole}, {of_a_step:.2g} s a step, from {trial.images} images; many at a time can "
         "be faster"
     )
-
-
-__all__ = ["images_text", "plan_of_pretraining"]

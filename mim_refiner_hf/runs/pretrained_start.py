@@ -50,6 +50,3 @@ def pretrained_start(prepared: Prepared, accelerator: Accelerator) -> MimRefiner
 def remove_checkpoints(output: Path) -> None:
     """Let go of the checkpoints of the run's pre-training; its log stays."""
     shutil.rmtree(output / _PRETRAINING / CHECKPOINTS, ignore_errors=True)
-
-
-__all__ = ["pretrained_start", "remove_checkpoints"]

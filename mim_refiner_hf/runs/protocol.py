@@ -2,7 +2,7 @@
 
 bank_size = checked_bank_size("quick", None, protocols)     # 10000
 show_as_in_the_paper(encoder)                               # shorter side 256, centre crop 224
-check_splits(data, check_lists(["1percent.txt"], ["fine_tuning"]), ["fine_tuning"])
+check_splits(data, added_protocols(["fine_tuning"], None, ["1percent.txt"], [], seed=0))
 """
 
 import copy
@@ -21,19 +21,21 @@ from ..runtime.distributed import rank
 from ..runtime.settings import read_fields
 from ..runtime.wording import setting
 from .choices import ON_MASKS, Protocol
-from .comparison import PROTOCOLS, Data
+from .comparison import PROTOCOLS, Added, Data
 
 
-def check_protocols(
+def added_protocols(
     protocols: Sequence[str],
     recipe: str | None,
+    split_file: Sequence[str | Path],
     transfer: Sequence[Any],
     seed: int,
     dtype: str | None = None,
-) -> FineTuneRecipe | None:
-    """The recipe of "fine_tuning", if that is asked for.
+) -> Added:
+    """What is measured beside the rest, with the recipe of "fine_tuning" where that is asked for.
 
-    ValueError for names that do not exist or do not go together.
+    ValueError for names that do not exist or do not go together, and for lists of file names that
+    nothing, or more than one protocol, reads.
     """
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown:
@@ -59,13 +61,14 @@ def check_protocols(
             f"{setting('protocols', 'fine_tuning')}"
         )
 
-    if "fine_tuning" not in protocols:
-        return None
-    named = read_fields(recipe, FineTuneRecipe) if recipe else {}
-    return FineTuneRecipe(**{"seed": seed, **named})
+    tuning = None
+    if "fine_tuning" in protocols:
+        named = read_fields(recipe, FineTuneRecipe) if recipe else {}
+        tuning = FineTuneRecipe(**{"seed": seed, **named})
+    return Added(protocols, tuning, _lists(split_file, protocols))
 
 
-def check_lists(split_file: Sequence[str | Path], protocols: Sequence[str]) -> list[Path]:
+def _lists(split_file: Sequence[str | Path], protocols: Sequence[str]) -> list[Path]:
     """The lists of file names; ValueError where nothing, or more than one protocol, reads them."""
     lists = [Path(file) for file in split_file]
     if not lists:
@@ -109,14 +112,15 @@ def checked_bank_size(
     return bank_size
 
 
-def check_splits(data: Data, lists: Sequence[Path], protocols: Sequence[str]) -> None:
+def check_splits(data: Data, added: Added) -> None:
     """Refuse lists that do not fit the data, before any work; errors as of `listed_places`."""
-    for file in lists:
-        if "low_shot" in protocols:
+    for file in added.split_files:
+        if "low_shot" in added.protocols:
             listed_split(data.train, file)
         else:
             listed_places(data.train, file)
-    if not lists and data.labelled and "low_shot" in protocols and rank() == 0:
+    drawn = "low_shot" in added.protocols and not added.split_files
+    if drawn and data.labelled and rank() == 0:
         print(f"low_shot: no {setting('split_file')}, so the splits are drawn from the seed")
 
 
@@ -147,14 +151,3 @@ def bank_words(bank_size: int | None) -> str:
     if bank_size is None:
         return f"all images; of the table of the blocks, at most {BANK_SIZE}, evenly spaced"
     return f"at most {bank_size} images, evenly spaced"
-
-
-__all__ = [
-    "bank_words",
-    "check_lists",
-    "check_protocols",
-    "check_splits",
-    "checked_bank_size",
-    "shown_as_in_the_paper",
-    "words_of_images",
-]

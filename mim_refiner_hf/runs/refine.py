@@ -246,6 +246,3 @@ def _ending(result: RunResult, images: str) -> str:
             command += ["--method", "heads"]
     parts.append(f"Next: {shlex.join(command)}")
     return " ".join(parts)
-
-
-__all__ = ["NOT_SHIPPED", "SHIPPED", "refine"]

@@ -144,6 +144,3 @@ def watched(module: nn.Module) -> Iterator[list[str]]:
 def _numbers(values: Any) -> list[Tensor]:
     """The tensors among `values` that can be infinite or not a number."""
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-__all__ = ["last_failure", "replay", "watched"]

@@ -216,6 +216,3 @@ def write_report(
             parts.append("\n".join(["## Pictures", "", *links]))
         parts.append(f"## How it was measured\n\n{method(report)}")
         write_text(new / "report.md", "\n\n".join(parts) + "\n")
-
-
-__all__ = ["check_report_folder", "command_line", "write_report"]

@@ -438,6 +438,3 @@ def make_trainer(
             device = accelerator.device.type
             trainer.choose_micro_batch(available_memory(device, accelerator.num_processes))
     return trainer
-
-
-__all__ = ["RunResult", "choose_blocks", "make_trainer", "run", "starting_encoder"]

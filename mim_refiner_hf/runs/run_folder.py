@@ -50,6 +50,3 @@ def with_report(error: NotFiniteError, output: Path, writes: bool) -> NotFiniteE
         write_json(path, dataclasses.asdict(error.report))
     hint = f". The report: {path}; `mim-refiner replay {output}` runs the step again"
     return NotFiniteError(error.report, hint)
-
-
-__all__ = ["begin_folder", "save_start", "with_report"]

@@ -201,6 +201,3 @@ def nested_line(views: TwoViews, widths: Sequence[int]) -> str:
         retrieval = 100 * reciprocal_ranks(similarities(cut)).mean()
         found.append(f"{retrieval:.1f} % by {width}")
     return f"Of {whole} channels the first ones alone: MRR {', '.join(found)}."
-
-
-__all__ = ["GROUPS", "NEIGHBOURS", "BeforeAfter", "run_record", "write_evidence"]

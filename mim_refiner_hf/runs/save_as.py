@@ -43,6 +43,3 @@ def save_as(folder: Path, to: str) -> str:
     twin = folder.with_name(to)
     differences = export(folder, twin, to)
     return f"The same for {to}: {twin}, at most {max(differences.values()):.1e} apart."
-
-
-__all__ = ["check_save_as", "save_as"]

@@ -263,18 +263,3 @@ def load_start(prepared: Prepared) -> MimRefinerModel | None:
     encoder.config.name_or_path = prepared.start.config.name_or_path
     vars(encoder)["licence"] = prepared.start.licence
     return encoder.float().requires_grad_(False).eval()
-
-
-__all__ = [
-    "GUARD",
-    "LEAST_CHANGE",
-    "LEAST_PHOTOS",
-    "Judged",
-    "Outcome",
-    "Verdict",
-    "judge_run",
-    "judges_text",
-    "judging_photos",
-    "load_start",
-    "verdict_on",
-]

@@ -67,6 +67,3 @@ def say_changes(begun: Mapping[str, object], now: Arithmetic) -> None:
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in single precision at least: half precisions are widened."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-__all__ = ["Arithmetic", "arithmetic", "full_precision", "say_changes"]

@@ -63,6 +63,3 @@ def attend_in_fp32(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
             module.set_attn_implementation(NAME)
-
-
-__all__ = ["attend_in_fp32", "fp32_on_cpu"]

@@ -75,6 +75,3 @@ class GroupedBatchNorm(nn.Module):
             return ((full - mean[..., None]) * scale[..., None]).to(x.dtype)
         scale = self.weight * scale
         return ((full - mean[..., None]) * scale[..., None] + self.bias[..., None]).to(x.dtype)
-
-
-__all__ = ["GroupedBatchNorm"]

@@ -406,17 +406,3 @@ def place_tensors(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> Non
 def _shape_and_dtype(tensor: Tensor) -> str:
     """Such as "[96, 4] float32"."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-__all__ = [
-    "Checkpoint",
-    "SaveError",
-    "check_tensors",
-    "is_checkpoint",
-    "load_latest",
-    "place_tensors",
-    "read_checkpoint",
-    "save_checkpoint",
-    "size_of",
-    "verify",
-]

@@ -134,15 +134,3 @@ def available_memory(device: str, processes: int = 1) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // processes
-
-
-__all__ = [
-    "available_memory",
-    "check_compile",
-    "check_int8",
-    "emulates_bf16",
-    "feature_precision",
-    "lacks_int8",
-    "uses_bf16",
-    "warn_of_emulation",
-]

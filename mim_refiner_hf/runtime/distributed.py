@@ -226,21 +226,3 @@ def progress_bar(
     """
     seconds = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(iterable, disable=hidden or rank() > 0, mininterval=seconds, **settings)
-
-
-__all__ = [
-    "TIMEOUT",
-    "LostProcessError",
-    "all_gather",
-    "all_gather_with_gradient",
-    "average_gradients",
-    "finite_everywhere",
-    "gather_objects",
-    "lost_processes_named",
-    "patience",
-    "progress_bar",
-    "rank",
-    "reduced",
-    "wait_for_everyone",
-    "world_size",
-]

@@ -18,6 +18,3 @@ class EarlyEnd(RuntimeError):
     """
 
     exit_code = 1
-
-
-__all__ = ["CommandFailure", "EarlyEnd"]

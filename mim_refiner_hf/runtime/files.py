@@ -348,23 +348,3 @@ def shipped_folder(name: str, in_repository: str) -> Path:
     if (REPOSITORY / "pyproject.toml").is_file() and folder.is_dir():
         return folder
     return Path(__file__).parents[1] / name
-
-
-__all__ = [
-    "STAGED",
-    "CheckpointError",
-    "check_file",
-    "check_folder",
-    "check_kinds",
-    "clear_left_over",
-    "in_bytes",
-    "left_aside",
-    "say_left_aside",
-    "sha256_of",
-    "shipped_folder",
-    "staged_folder",
-    "sync_to_disk",
-    "whole_file",
-    "write_json",
-    "write_text",
-]

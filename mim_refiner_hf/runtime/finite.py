@@ -38,6 +38,3 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
         f"{what} is not written: {len(wrong)} of {len(tensors)} tensors hold NaN or infinity, "
         f"first {wrong[0]} ({count} of its {first.numel()} values); {remedy}"
     )
-
-
-__all__ = ["NotFiniteTensorError", "check_finite"]

@@ -77,13 +77,3 @@ def check_held() -> None:
     lost = lost_folder()
     if lost is not None:
         raise lost
-
-
-__all__ = [
-    "LostFolderError",
-    "check_held",
-    "held",
-    "losses_named",
-    "lost_folder",
-    "still_held",
-]

@@ -125,12 +125,3 @@ def launch_processes(count: int) -> int:
 def workers_per_process(processes: int) -> int:
     """How many data-loading workers a process has by default: one per core, at most 16."""
     return min(16, (os.cpu_count() or 1) // processes)
-
-
-__all__ = [
-    "job_of_processes",
-    "launch_processes",
-    "launched_short",
-    "take_the_cores",
-    "workers_per_process",
-]

@@ -155,6 +155,3 @@ def _file_of(package: str, name: str) -> ModuleType:
     except FileNotFoundError as error:
         raise ImportError(f"{package} has no file {name}.py") from error
     return module
-
-
-__all__ = ["after_import", "argument_parser", "lazy_names"]

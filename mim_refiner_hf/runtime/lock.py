@@ -194,6 +194,3 @@ def _holder(path: Path) -> str:
     # it has just begun, or just ended
     except (OSError, ValueError, KeyError, TypeError):
         return "it does not say which"
-
-
-__all__ = ["check_writable", "scratch_folder", "sole_run"]

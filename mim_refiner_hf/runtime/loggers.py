@@ -17,6 +17,3 @@ def logger_names(report_to: str) -> list[str]:
         allowed = f"allowed are {', '.join(LOGGERS)} (comma-separated), or none"
         raise ValueError(f"{setting('report_to', report_to)}: {allowed}")
     return names
-
-
-__all__ = ["LOGGERS", "logger_names"]

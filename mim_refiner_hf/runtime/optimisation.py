@@ -247,20 +247,3 @@ def _refuse_state(checkpoint: Checkpoint, number: int, count: int) -> NoReturn:
         f"{count}; it is of another model or version: name another {setting('output_dir')}, or "
         "remove this checkpoint"
     )
-
-
-__all__ = [
-    "encoder_groups",
-    "freeze",
-    "head_groups",
-    "is_position",
-    "layer_scale",
-    "learning_rate",
-    "optimizer_tensors",
-    "parameter_groups",
-    "recompute_blocks",
-    "restore_optimizer",
-    "restore_optimizers",
-    "set_learning_rate",
-    "update_average",
-]

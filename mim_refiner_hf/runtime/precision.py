@@ -4,5 +4,3 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 """auto: bf16 where the device computes it, `device.feature_precision`; never int8."""
-
-__all__ = ["Precision"]

@@ -24,6 +24,3 @@ def without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if hub_shows_none:
             disable_progress_bars()
-
-
-__all__ = ["without_bars"]

@@ -93,6 +93,3 @@ def _number(name: str, default: int) -> int:
     if not re.fullmatch(r"\d{1,7}", stated):
         raise ValueError(f"{name}={stated[:40]!r} must be a whole number, 0 or more")
     return int(stated)
-
-
-__all__ = ["check_ranks", "stated_processes", "stated_rank", "take_ranks"]

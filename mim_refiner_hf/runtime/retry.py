@@ -119,6 +119,3 @@ def _pause_asked_for(error: BaseException, otherwise: float) -> float:
         if seconds.isdigit():
             return min(float(seconds), _LONGEST_PAUSE)
     return otherwise
-
-
-__all__ = ["has_no_way", "patiently"]

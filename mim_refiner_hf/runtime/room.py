@@ -89,6 +89,3 @@ def _own_number(error: BaseException) -> int | None:
         return int(found[1])
     # the sentence of an error that is made of another one has no number, but that one has
     return errno.ENOSPC if any(words in text for words in _WITHOUT_NUMBER) else None
-
-
-__all__ = ["SaveError", "room_to_write"]

@@ -12,6 +12,3 @@ def random_generator(seed: int, purpose: str, *numbers: int) -> np.random.Genera
     """A generator that is a pure function of its arguments, and independent of all others'."""
     key = (zlib.crc32(purpose.encode()), *numbers)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-__all__ = ["random_generator"]

@@ -298,27 +298,3 @@ def _read_yaml(path: Path, asked: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{asked}: {path} must hold one `field: value` per line")
     return values
-
-
-__all__ = [
-    "Allowed",
-    "Depth",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "PositiveFloat",
-    "PositiveInt",
-    "Rate",
-    "Seed",
-    "Share",
-    "ShareAboveZero",
-    "ShareBelowOne",
-    "ShareBetween",
-    "Width",
-    "between",
-    "check_fields",
-    "documented",
-    "minimum",
-    "read_fields",
-    "recipe_file",
-    "recipe_name",
-]

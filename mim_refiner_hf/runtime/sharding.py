@@ -203,15 +203,3 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
         shape=like.shape,
         stride=like.stride(),
     )
-
-
-__all__ = [
-    "fsdp2_requested",
-    "gather_into",
-    "local",
-    "own_parts",
-    "shard",
-    "shard_like",
-    "shard_units",
-    "synchronise",
-]

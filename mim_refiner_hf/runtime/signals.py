@@ -133,6 +133,3 @@ def ignore_stop_signals(worker: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-__all__ = ["Ended", "Interrupted", "StopSignals", "ended_by_signals", "ignore_stop_signals"]

@@ -152,6 +152,3 @@ def _bytes_of(path: Path, key: object, tensor: Tensor) -> int:
             "have its state dict saved as plain tensors"
         )
     return tensor.numel() * tensor.element_size()
-
-
-__all__ = ["check_contents", "file_of_model", "parse_json", "read_json"]

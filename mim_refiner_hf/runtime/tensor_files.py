@@ -135,15 +135,3 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
     if one.exists():
         return read_tensor_file(one)
     return ShardedTensors(sorted(folder.glob("tensors-*.safetensors")))
-
-
-__all__ = [
-    "PLACES",
-    "TENSORS",
-    "Place",
-    "ShardedTensors",
-    "read_header",
-    "read_tensor_file",
-    "read_tensors",
-    "tensor_files",
-]

@@ -105,16 +105,3 @@ def fenced(text: object, language: str) -> str:
     longest = max((len(run) for run in re.findall("`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{content}\n{fence}"
-
-
-__all__ = [
-    "UNSEEN",
-    "VisibleFormatter",
-    "fenced",
-    "on_terminal",
-    "one_line",
-    "plain",
-    "read_back",
-    "spelt_out",
-    "visible",
-]

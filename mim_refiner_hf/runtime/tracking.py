@@ -121,6 +121,3 @@ def trackers(
     """The JSONL tracker and the named ones that are installed."""
     own = JsonlTracker(output_dir / "log.jsonl", start_step, callbacks)
     return [own, *installed_loggers(names)]
-
-
-__all__ = ["JsonlTracker", "LogCallback", "installed_loggers", "trackers"]

@@ -44,6 +44,3 @@ def check_format(kind: str, stated: object, where: str | Path) -> None:
             f"{where} was written by a newer version: format {version}, this one reads up to "
             f"{FORMAT_VERSIONS[kind]}; upgrade mim_refiner_hf (pip install -U mim-refiner-hf)"
         )
-
-
-__all__ = ["FORMAT_VERSIONS", "NewerFormatError", "check_format"]

@@ -94,6 +94,3 @@ def kind_of(value: Any) -> str:
     if isinstance(value, list | tuple | dict | set):
         return f"{name} of {len(value)}"
     return name
-
-
-__all__ = ["in_the_shell", "kind_of", "millions", "setting", "shown", "spelt", "written"]
