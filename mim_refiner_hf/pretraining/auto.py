@@ -99,6 +99,3 @@ def _say(recipe: "PretrainRecipe", name: str, value: float, what: str) -> None:
     logger.warning(
         "%s: chosen for %s; the authors' is %s", setting(name, value), what, getattr(recipe, name)
     )
-
-
-__all__ = ["chosen"]
