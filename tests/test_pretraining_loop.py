@@ -29,6 +29,7 @@ from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.images import ImageDataset, open_images
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 from mim_refiner_hf.pretraining import loop
+from mim_refiner_hf.pretraining.auto import fit_to_images
 from mim_refiner_hf.pretraining.loop import Pretrainer, pretrain
 from mim_refiner_hf.pretraining.loop_options import LoopOptions
 from mim_refiner_hf.pretraining.objective import Losses, Objective
@@ -216,7 +217,7 @@ def test_measuring_on_the_way_changes_nothing(
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [4, 8]
 
 
-def test_a_batch_that_is_left_open_fits_the_images(
+def test_a_batch_that_isleft_open_fits_the_images(
     digits: ImageDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     # 64 images: the authors' 4096 does not fit, and what is stated is taken
@@ -226,8 +227,10 @@ def test_a_batch_that_is_left_open_fits_the_images(
     trainer = Pretrainer(recipe, digits, job_of_processes(), LoopOptions())
     assert trainer.recipe.batch_size == 8
     assert "--batch_size 8" in caplog.text or "batch_size=8" in caplog.text
-    assert recipe.fitted(10**6).batch_size == 4096 and recipe.fitted(3).batch_size == 2
-    assert recipe_of("mae", batch_size=64).fitted(64).batch_size == 64
+    assert (
+        fit_to_images(recipe, 10**6).batch_size == 4096 and fit_to_images(recipe, 3).batch_size == 2
+    )
+    assert fit_to_images(recipe_of("mae", batch_size=64), 64).batch_size == 64
 
 
 # the small recipes that were measured, and of how many images
@@ -243,7 +246,7 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_rates_and_momenta_that_are_left_open_are_near_what_was_measured(name: str) -> None:
+def test_rates_and_momenta_that_areleft_open_are_near_what_was_measured(name: str) -> None:
     stated = read_fields(f"pretrain-{name}", PretrainRecipe)
     measured = PretrainRecipe(**stated)
     batch = stated.pop("batch_size")
@@ -252,40 +255,40 @@ def test_rates_and_momenta_that_are_left_open_are_near_what_was_measured(name: s
     for left_open in rates | momenta:
         stated.pop(left_open, None)
     # so many images that the batch is the measured one
-    fitted = PretrainRecipe(**stated).fitted(8 * batch)
-    assert fitted.batch_size == batch
+    found = fit_to_images(PretrainRecipe(**stated), 8 * batch)
+    assert found.batch_size == batch
     for rate in rates:
-        assert 1 / 3 < getattr(fitted, rate) / getattr(measured, rate) < 3, rate
+        assert 1 / 3 < getattr(found, rate) / getattr(measured, rate) < 3, rate
 
     # the copy reaches less far back than the training is long, and never further than the authors'
-    fitted = PretrainRecipe(**stated, batch_size=batch).fitted(MEASURED[name])
+    found = fit_to_images(PretrainRecipe(**stated, batch_size=batch), MEASURED[name])
     for momentum in momenta:
-        assert getattr(fitted, momentum) <= getattr(PretrainRecipe(**stated), momentum)
-    slowest = fitted.momentum_after_warmup if "capi" in name else fitted.momentum_start
-    if fitted.objective != "mae":
-        assert 1 / (1 - slowest) <= fitted.steps(MEASURED[name]).total / 9.9
+        assert getattr(found, momentum) <= getattr(PretrainRecipe(**stated), momentum)
+    slowest = found.momentum_after_warmup if "capi" in name else found.momentum_start
+    if found.objective != "mae":
+        assert 1 / (1 - slowest) <= found.steps(MEASURED[name]).total / 9.9
 
 
-def test_what_is_left_open_is_the_authors_with_their_images() -> None:
+def test_what_isleft_open_is_the_authors_with_their_images() -> None:
     for objective in OWN:
         recipe = PretrainRecipe(objective=objective)
-        assert recipe.fitted(14_000_000) == recipe
-        few = recipe.fitted(300)
+        assert fit_to_images(recipe, 14_000_000) == recipe
+        few = fit_to_images(recipe, 300)
         # fitted once, it stays so
-        assert few.fitted(300) == few and few.batch_size == 32
+        assert fit_to_images(few, 300) == few and few.batch_size == 32
         # whatever is stated stays
         kept = {"batch_size": 32, "learning_rate": 1e-3}
         momenta = [name for name in vars(recipe) if name.startswith("momentum_")]
-        kept |= {name: getattr(recipe, name) for name in momenta if name in recipe._left_open}
+        kept |= {name: getattr(recipe, name) for name in momenta if name in recipe.left_open}
         asked = PretrainRecipe(objective=objective, **kept)
-        assert asked.fitted(300) == asked
+        assert fit_to_images(asked, 300) == asked
 
 
 @pytest.mark.parametrize(
     ("objective", "epochs", "warmup"),
     [("mae", 10, 1.0), ("mae", 800, 40.0), ("data2vec2", 150, 20.0), ("capi", 20, 2.0)],
 )
-def test_a_warm_up_that_is_left_open_fits_the_epochs(
+def test_a_warm_up_that_isleft_open_fits_the_epochs(
     objective: str, epochs: int, warmup: float
 ) -> None:
     assert PretrainRecipe(objective=objective, epochs=epochs).warmup_epochs == warmup

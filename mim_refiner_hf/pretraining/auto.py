@@ -1,6 +1,7 @@
 """What a recipe leaves open, fitted to the number of images: batch, rates, and momenta.
 
-    chosen(recipe, {"batch_size", "momentum_start"}, 300)      # {"batch_size": 32, ...}
+    recipe = fit_to_images(PretrainRecipe(objective="conmim"), num_images=300)
+    recipe.batch_size      # 32
 
 The authors' numbers are for millions of images. With few of them the batch is small, and the peak
 rate follows its root, and the width as in a refinement; the updates are few, and a momentum copy
@@ -8,15 +9,14 @@ that reaches further back than they do would stay what it began as. These rules 
 factor of three of every small recipe that was measured (benchmarks/results/pretraining.md).
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.wording import setting
-
-if TYPE_CHECKING:
-    from .recipe import PretrainRecipe
+from .recipe import PretrainRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,15 @@ _PARTS = {
 }
 
 
-def chosen(recipe: "PretrainRecipe", left_open: Collection[str], num_images: int) -> dict[str, Any]:
-    """The settings that are not the authors' for so many images; each is said.
-
-    Args:
-        left_open: the settings that nobody stated.
+def fit_to_images(recipe: PretrainRecipe, num_images: int | None) -> PretrainRecipe:
+    """The recipe for so many images, None for a stream, which counts as many; changes are said.
 
     Raises:
         ValueError: for a single image, of which no batch can be made.
     """
+    if num_images is None:
+        return recipe
+    left_open = recipe.left_open
     if num_images < 2 and "batch_size" in left_open:
         raise ValueError(f"there is only {num_images} image; a pre-training takes 2 or more")
 
@@ -57,10 +57,11 @@ def chosen(recipe: "PretrainRecipe", left_open: Collection[str], num_images: int
 
     updates = recipe.epochs * max(num_images // batch, 1)
     updates = min(updates, recipe.max_steps or updates)
-    return changes | _momenta(recipe, left_open, updates)
+    changes |= _momenta(recipe, left_open, updates)
+    return dataclasses.replace(recipe, **changes) if changes else recipe
 
 
-def _rates(recipe: "PretrainRecipe", left_open: Collection[str], batch: int) -> dict[str, float]:
+def _rates(recipe: PretrainRecipe, left_open: Collection[str], batch: int) -> dict[str, float]:
     """Peaks in the root of the batch, and the inverse of the width."""
     crops = recipe.crops_per_image
     factor = math.sqrt(batch / recipe.batch_size)
@@ -79,9 +80,7 @@ def _rates(recipe: "PretrainRecipe", left_open: Collection[str], batch: int) -> 
     return changes
 
 
-def _momenta(
-    recipe: "PretrainRecipe", left_open: Collection[str], updates: int
-) -> dict[str, float]:
+def _momenta(recipe: PretrainRecipe, left_open: Collection[str], updates: int) -> dict[str, float]:
     """Momenta of a copy that moves within so many updates."""
     changes: dict[str, float] = {}
     for name, part in _PARTS.get(recipe.objective, {}).items():
@@ -95,7 +94,7 @@ def _momenta(
     return changes
 
 
-def _say(recipe: "PretrainRecipe", name: str, value: float, what: str) -> None:
+def _say(recipe: PretrainRecipe, name: str, value: float, what: str) -> None:
     logger.warning(
         "%s: chosen for %s; the authors' is %s", setting(name, value), what, getattr(recipe, name)
     )

@@ -58,6 +58,7 @@ from ..runtime.sharding import fsdp2_requested, gather_into
 from ..runtime.signals import Interrupted, StopSignals
 from ..runtime.tracking import JsonlTracker, LogCallback
 from ..runtime.wording import setting
+from .auto import fit_to_images
 from .loop_options import LoopOptions
 from .objective import Losses, Objective
 from .objectives import make_objective
@@ -95,7 +96,7 @@ class Pretrainer:
         callbacks: Sequence[LogCallback] = (),
     ) -> None:
         length = len(images) if isinstance(images, ImageDataset) else None
-        recipe = recipe.fitted(length)
+        recipe = fit_to_images(recipe, length)
         if recipe.batch_size % world_size():
             raise ValueError(
                 f"{setting('batch_size', recipe.batch_size)}: {world_size()} processes share it; "

@@ -30,7 +30,6 @@ from ..runtime.settings import (
     documented,
 )
 from ..runtime.wording import setting
-from .auto import chosen
 from .capi_fields import CapiFields
 from .conmim_fields import ConmimFields
 from .data2vec2_fields import Data2vec2Fields
@@ -252,7 +251,7 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
         if own is None:
             # check_fields says so
             return
-        self._left_open = [name for name in own if getattr(self, name) is None]
+        self.left_open = [name for name in own if getattr(self, name) is None]
         if self.warmup_epochs is None and self.epochs is not None:
             # of a training that is not as long as the authors'
             warmup = own["warmup_epochs"]
@@ -383,17 +382,6 @@ class PretrainRecipe(CapiFields, ConmimFields, Data2vec2Fields, MaeFields):
             fields["num_register_tokens"] = self.registers
             fields["predictor_layers"] = self.predictor_layers
         return fields
-
-    def fitted(self, num_images: int | None) -> "PretrainRecipe":
-        """The recipe for so many images, None for a stream, which counts as many; see `auto.py`.
-
-        Raises:
-            ValueError: for a single image, of which no batch can be made.
-        """
-        if num_images is None:
-            return self
-        changes = chosen(self, self._left_open, num_images)
-        return dataclasses.replace(self, **changes) if changes else self
 
     def steps(self, num_images: int | None) -> PretrainSteps:
         """The updates of a training on so many images, None for a stream.

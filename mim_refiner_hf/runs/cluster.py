@@ -150,10 +150,7 @@ def cluster(
         _refuse_for_vectors(model=model, out=out, start=start, dtype=dtype)
         return _of_vectors(images, num_clusters, method, seed)
     corrections = None if start is None else open_corrections(start, num_clusters, method)
-    folder = None
-    if out is not None:
-        folder = check_groups_folder(Path(out))
-        check_apart(Path(out), images)
+    folder = None if out is None else _folder_apart(Path(out), images)
 
     places = None
     if _is_store(images):
@@ -200,6 +197,13 @@ def _stored(store: Any, **settings: Any) -> KnownFeatures:
                 "features already"
             )
     return from_store(store if isinstance(store, FeatureStore) else FeatureStore(store))
+
+
+def _folder_apart(out: Path, images: Any) -> Path:
+    """The folder to write, if it can be, and does not hold the images."""
+    folder = check_groups_folder(out)
+    check_apart(out, images)
+    return folder
 
 
 def _tools(also: str | Sequence[str], out: str | Path | None) -> Sequence[str]:

@@ -26,6 +26,7 @@ from ..data.images import ImageDataset, hold_out, open_images
 from ..data.stream import ImageStream, open_stream
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
+from ..pretraining.auto import fit_to_images
 from ..pretraining.loop import fitted_processor
 from ..pretraining.recipe import PretrainRecipe
 from ..refinement.auto import choose_eval_fraction
@@ -326,7 +327,7 @@ def _fitted(
             f"{setting('pretrain')} needs a data set of known length; "
             f"leave out {setting('streaming')}"
         )
-    pretraining = pretraining.fitted(num_images)
+    pretraining = fit_to_images(pretraining, num_images)
     if pretraining.batch_size > num_images:
         raise ValueError(
             f"{setting('pretrain', name)}: its batch_size {pretraining.batch_size} exceeds the "

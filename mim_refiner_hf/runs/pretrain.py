@@ -29,6 +29,7 @@ from ..evaluation.report import evaluate_encoder
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
+from ..pretraining.auto import fit_to_images
 from ..pretraining.loop import CHECKPOINTS, Pretrainer
 from ..pretraining.loop_options import LoopOptions
 from ..pretraining.objective import Objective
@@ -117,7 +118,7 @@ def run_pretraining(
     )
     length = len(images) if isinstance(images, ImageDataset) else None
     _check_channels(recipe.num_channels, images)
-    recipe = recipe.fitted(length)
+    recipe = fit_to_images(recipe, length)
     record = PretrainingRecord(recipe, init_from, streaming)
     if is_finished(output_dir, record):
         _check_data(output_dir, images)
