@@ -340,6 +340,12 @@ def _refine_head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
     return Choice(stated["learning_rate"], "that of the encoder")
 
 
+def _freeze_blocks(stated: Stated, at: Situation) -> Choice[int]:
+    if stated["trainable"] != "all":
+        return Choice(0)
+    return Choice(0, "every block learns; to freeze some saves time")
+
+
 def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:
     layers = at.config.num_hidden_layers
     decay = min(max(0.85 - 0.2 * (layers - 12) / 12, 0.65), 0.85)
@@ -388,6 +394,7 @@ _RULES: dict[str, Callable[[Stated, Situation], Choice[Any]]] = {
     "learning_rate": _learning_rate,
     "head_learning_rate": _head_learning_rate,
     "refine_head_learning_rate": _refine_head_learning_rate,
+    "freeze_blocks": _freeze_blocks,
     "layer_decay": _layer_decay,
     "ema_decay": _ema_decay,
     "num_workers": _num_workers,

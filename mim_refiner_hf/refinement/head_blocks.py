@@ -33,6 +33,7 @@ def choose_blocks_with_heads(
     recipe: RefineRecipe, layers: int, pooling: Pooling
 ) -> Choice[list[int]]:
     """The blocks with a head; for "auto", which measures before it chooses, the default ones."""
+    assert recipe.freeze_blocks is not None
     default = _default_heads(layers, recipe.freeze_blocks)
     count = recipe.num_heads
     if recipe.head_blocks == "auto":

@@ -52,6 +52,7 @@ FITTED = (
     "learning_rate",
     "head_learning_rate",
     "refine_head_learning_rate",
+    "freeze_blocks",
     "layer_decay",
     "ema_decay",
     "num_workers",

@@ -134,8 +134,8 @@ class MethodFields:
     loss_schedule: LossSchedule = documented(
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
     )
-    freeze_blocks: NonNegativeInt = documented(
-        0, "Keep the embeddings and the first so many blocks as they are."
+    freeze_blocks: NonNegativeInt | None = documented(
+        None, "Keep the embeddings and the first so many blocks as they are. Auto: 0, none."
     )
     trainable: Annotated[str, _TRAINABLE] = documented(
         "all",

@@ -355,6 +355,7 @@ def _with_frozen_blocks(recipe: RefineRecipe, config: MimRefinerConfig) -> Refin
     """The recipe whose `freeze_blocks` is what it and `trainable` say."""
     layers = config.num_hidden_layers
     frozen = recipe.freeze_blocks
+    assert frozen is not None
     if frozen >= layers:
         raise ValueError(
             f"{setting('freeze_blocks', frozen)}: the encoder has {layers} blocks, "
