@@ -3,14 +3,14 @@
     python -m benchmarks.refine_options ../shared [--sets imagenette] [--seeds 0 1 2]
     python -m benchmarks.refine_options ../shared --table
 
-A cell trains the small MAE of the shared folder on 1 000 unlabelled photos with nothing set but one
+A cell trains the small MAE of the shared folder on 300 unlabelled photos with nothing set but one
 option: none, adapters (`trainable`), or nested widths (`matryoshka`). Measured by labels, on images
 that no cell saw: k-NN accuracy of the photos' own set and of the others (what the start could do
 besides), each for the whole vector and for its first half, quarter and eighth; and of the training
 its minutes of processor time, its memory above the start's, and the share of weights it trained.
 
 Finished cells stay in benchmarks/results/refine-options.jsonl, one line each, so the same command
-goes on, and several may run at once for different sets or seeds. A cell takes about four minutes of
+goes on, and several may run at once for different sets or seeds. A cell takes about six minutes of
 one core, in a process of its own; at the end, the page beside it is written anew.
 """
 
@@ -39,7 +39,7 @@ from .claims import QUIET, refined
 from .small_data import bank_and_test, photos
 
 SETS = ("cifar10", "imagenette", "sign-digits")
-SIZE = 1000
+SIZE = 300
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lora:4": {"trainable": "lora:4"},
