@@ -17,6 +17,7 @@ from small_runs import Stopped, stop_before, trained_folder
 
 from mim_refiner_hf import RefineRecipe, cli, load_encoder, refine
 from mim_refiner_hf.data.images import ImageDataset, open_images
+from mim_refiner_hf.evaluation import evidence
 from mim_refiner_hf.evaluation.evidence import change_between, resamples
 from mim_refiner_hf.evaluation.label_free import (
     TwoViews,
@@ -83,8 +84,8 @@ def test_separation_is_that_of_slow_loops_on_all_photos_and_on_every_resample() 
     assert np.allclose(similarities(views), table, atol=1e-5)
     score = separation(table)
     assert score.value == pytest.approx(plain_separation(table, np.arange(30)))
-    assert score.draws is not None and len(score.draws) == 500
-    for drawn, rows in list(zip(score.draws, resamples(30), strict=True))[::100]:
+    assert score.draws is not None and len(score.draws) == evidence.RESAMPLES
+    for drawn, rows in list(zip(score.draws, resamples(30), strict=True))[::20]:
         assert drawn == pytest.approx(plain_separation(table, rows))
     assert score.standard_error == pytest.approx(np.std(score.draws, ddof=1))
 
