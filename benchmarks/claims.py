@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import statistics
 import time
 from importlib.metadata import version
@@ -216,6 +217,9 @@ def bank_and_test(data: str, shared: Path, work: Path) -> tuple[ImageDataset, Im
 def refined(recipe: RefineRecipe) -> MimRefinerModel:
     """What a run trains, without its verdict, which takes longer here than the training."""
     torch.set_flush_denormal(True)
+    # a cell that was stopped begins anew
+    if Path(recipe.output_dir).is_dir():
+        shutil.rmtree(recipe.output_dir)
     prepared = prepare(recipe)
     accelerator = job_of_processes()
     start = starting_encoder(prepared, accelerator, {})
