@@ -217,7 +217,7 @@ def test_measuring_on_the_way_changes_nothing(
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [4, 8]
 
 
-def test_a_batch_that_isleft_open_fits_the_images(
+def test_a_batch_that_is_left_open_fits_the_images(
     digits: ImageDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     # 64 images: the authors' 4096 does not fit, and what is stated is taken
@@ -246,7 +246,7 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_rates_and_momenta_that_areleft_open_are_near_what_was_measured(name: str) -> None:
+def test_rates_and_momenta_that_are_left_open_are_near_what_was_measured(name: str) -> None:
     stated = read_fields(f"pretrain-{name}", PretrainRecipe)
     measured = PretrainRecipe(**stated)
     batch = stated.pop("batch_size")
@@ -269,7 +269,7 @@ def test_rates_and_momenta_that_areleft_open_are_near_what_was_measured(name: st
         assert 1 / (1 - slowest) <= found.steps(MEASURED[name]).total / 9.9
 
 
-def test_what_isleft_open_is_the_authors_with_their_images() -> None:
+def test_what_is_left_open_is_the_authors_with_their_images() -> None:
     for objective in OWN:
         recipe = PretrainRecipe(objective=objective)
         assert fit_to_images(recipe, 14_000_000) == recipe
@@ -288,7 +288,7 @@ def test_what_isleft_open_is_the_authors_with_their_images() -> None:
     ("objective", "epochs", "warmup"),
     [("mae", 10, 1.0), ("mae", 800, 40.0), ("data2vec2", 150, 20.0), ("capi", 20, 2.0)],
 )
-def test_a_warm_up_that_isleft_open_fits_the_epochs(
+def test_a_warm_up_that_is_left_open_fits_the_epochs(
     objective: str, epochs: int, warmup: float
 ) -> None:
     assert PretrainRecipe(objective=objective, epochs=epochs).warmup_epochs == warmup

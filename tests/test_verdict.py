@@ -78,14 +78,18 @@ def plain_separation(table: np.ndarray, rows: np.ndarray) -> float:
     return float((np.mean(own) - np.mean(others)) / np.std(others))
 
 
-def test_separation_is_that_of_slow_loops_on_all_photos_and_on_every_resample() -> None:
+def test_separation_is_that_of_slow_loops_on_all_photos_and_on_every_resample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as many as a run takes
+    monkeypatch.setattr(evidence, "RESAMPLES", 500)
     views = photos(noise=1.5, count=30)
     table = plain_cosines(views)
     assert np.allclose(similarities(views), table, atol=1e-5)
     score = separation(table)
     assert score.value == pytest.approx(plain_separation(table, np.arange(30)))
-    assert score.draws is not None and len(score.draws) == evidence.RESAMPLES
-    for drawn, rows in list(zip(score.draws, resamples(30), strict=True))[::20]:
+    assert score.draws is not None and len(score.draws) == 500
+    for drawn, rows in list(zip(score.draws, resamples(30), strict=True))[::100]:
         assert drawn == pytest.approx(plain_separation(table, rows))
     assert score.standard_error == pytest.approx(np.std(score.draws, ddof=1))
 
