@@ -5,7 +5,7 @@ behind.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mim_refiner_hf import RefineRecipe
 from mim_refiner_hf.evaluation import evidence, label_free, report
 from mim_refiner_hf.evaluation.cluster_scores import kmeans_runs
 from mim_refiner_hf.refinement.trainer import Trainer
+from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runtime.checkpoint import load_latest
 
 SHAPE = {
@@ -138,6 +139,16 @@ def stop_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return update(self, now, batch)
 
     monkeypatch.setattr(Trainer, "update", dying)
+
+
+def run_stopped_before(asked: RefineRecipe, steps: Sequence[int]) -> None:
+    """Run the recipe to its end; it dies on the way as often as there are steps."""
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patched:
+            stop_before(step, patched)
+            with pytest.raises(Stopped):
+                run(asked)
+    run(asked)
 
 
 def log_of(recipe: RefineRecipe) -> list[dict[str, Any]]:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from small_runs import (
-    Stopped,
     assert_identical,
     final_state,
     log_of,
     losses,
+    run_stopped_before,
     shorten,
     small_recipes,
-    stop_before,
 )
 from torch import Tensor
 
@@ -106,12 +105,7 @@ def test_the_momentum_projector_is_the_formula_from_the_warm_projector_on(
 def test_interrupted_run_ends_with_the_same_bits(recipe: Recipes, whole: RefineRecipe) -> None:
     """In the head warm-up, between the stages, before momentum begins, and late."""
     asked = recipe("interrupted", **MAE_CT)
-    for step in (1, 3, WARM, 5, 6, 7):
-        with pytest.MonkeyPatch.context() as patched:
-            stop_before(step, patched)
-            with pytest.raises(Stopped):
-                run(asked)
-    run(asked)
+    run_stopped_before(asked, (1, 3, WARM, 5, 6, 7))
     assert_identical(asked, whole)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import rankdata
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler
-from small_runs import SHAPE, Stopped, assert_identical, losses, stop_before, trained_folder
+from small_runs import SHAPE, assert_identical, losses, run_stopped_before, trained_folder
 from torch import Tensor
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load_encoder
@@ -115,12 +115,7 @@ def test_a_run_stopped_and_in_micro_batches(recipe: Callable[..., RefineRecipe])
     whole = recipe("whole", matryoshka=True)
     assert run(whole) is not None
     asked = recipe("pieces", matryoshka=True)
-    for step in (3, 5, 7):
-        with pytest.MonkeyPatch.context() as patched:
-            stop_before(step, patched)
-            with pytest.raises(Stopped):
-                run(asked)
-    run(asked)
+    run_stopped_before(asked, (3, 5, 7))
     assert_identical(asked, whole)
 
     other = recipe("micro", matryoshka=True, micro_batch_size=5)

@@ -12,11 +12,10 @@ import pytest
 import torch
 from small_runs import (
     SHAPE,
-    Stopped,
     assert_identical,
     final_state,
     losses,
-    stop_before,
+    run_stopped_before,
     trained_folder,
 )
 from test_sharded import FSDP2, free_port, job
@@ -166,12 +165,7 @@ def test_killed_and_continued_it_ends_with_the_same_bits(
     whole = lora("whole")
     run(whole)
     asked = lora("pieces")
-    for step in (3, 5, 7):
-        with pytest.MonkeyPatch.context() as patched:
-            stop_before(step, patched)
-            with pytest.raises(Stopped):
-                run(asked)
-    run(asked)
+    run_stopped_before(asked, (3, 5, 7))
     assert_identical(asked, whole)
     state = final_state(whole)
     moved = [
