@@ -1,11 +1,11 @@
 """Rows about evaluation on one CPU thread.
 
     python -m benchmarks knn knn-floor features features-bf16 features-int8 features-floor
-    python -m benchmarks linear-probe
+    python -m benchmarks embed embed-int8 linear-probe
 
 The floors are bare matrix products of the shapes that cannot be done without; the rows named after
 them promise how close ours come. Before anything is timed, the answers of both ways are compared:
-classes, features, weights of classifiers.
+classes, features, weights of classifiers. `embed` reads the photographs that `views.py` does.
 """
 
 import tempfile
@@ -15,21 +15,27 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
-from transformers import ViTModel
+from transformers import ViTModel, pipeline
 
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.loading import Loading
+from mim_refiner_hf.evaluation import embed_images
 from mim_refiner_hf.evaluation.classifier_grid import ClassifierGrid, cross_entropy_gradient
 from mim_refiner_hf.evaluation.features import encode
 from mim_refiner_hf.evaluation.int8 import in_int8
 from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
+from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runtime.device import emulates_bf16, lacks_int8
 
 from .rows import LeftOut, Row, interleaved
 from .step import assert_close
+from .views import PHOTOS
 
 BANK = 50_000
 QUERIES = 2_048
@@ -38,6 +44,9 @@ CLASSES = 100
 NEIGHBOURS = 10
 IMAGES = 4
 DEPTH = 12
+PHOTOGRAPHS = 16
+CLS = "output.cls"
+EMBED_PEERS = ("timm", "transformers", "sentence-transformers")
 PROBE_BATCH = 1024
 PROBE_STEPS = 2
 
@@ -266,6 +275,107 @@ def features_int8() -> Row:
     return Row("features-int8", 2.0, measured, min(peers[: len(others)]), None, note)
 
 
+def photographs(folder: Path) -> Path:
+    """A new folder in there with some JPEGs; LeftOut where there are none to take."""
+    if not PHOTOS.is_file():
+        raise LeftOut(f"there is no {PHOTOS}; MIM_REFINER_SHARED names the folder that holds data/")
+    found = open_images(str(PHOTOS)).found.sources
+    inside = folder / "photographs"
+    inside.mkdir()
+    for place in range(PHOTOGRAPHS):
+        jpeg = found[place * len(found) // PHOTOGRAPHS]
+        (inside / f"{place:02d}.jpg").write_bytes(jpeg)
+    return inside
+
+
+def embed_ways(folder: Path) -> list[Callable[[], Tensor]]:
+    """From JPEGs to features (N, D): ours into a feature store, timm, transformers and
+    sentence-transformers, all with the same weights.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    images = open_images(photographs(folder))
+    names = sorted(str(path) for path in folder.glob("*/*.jpg"))
+    encoder, _ = feature_encoder()
+    processor = MimRefinerImageProcessor()
+    loading = Loading(PHOTOGRAPHS, 0, torch.device("cpu"))
+
+    def into_store(model: MimRefinerModel) -> Tensor:
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            store = embed_images(model, images, processor, new, columns=[CLS], loading=loading)
+            return store.features(CLS)
+
+    of_timm = timm.create_model(
+        export_timm.timm_architecture(encoder.config), **export_timm.timm_model_args(encoder.config)
+    ).eval()
+    of_timm.load_state_dict(export_timm.timm_state_dict(encoder))
+    transform = timm.data.create_transform(
+        (3, 224, 224),
+        interpolation="bicubic",
+        crop_pct=224 / 256,
+        mean=processor.image_mean,
+        std=processor.image_std,
+    )
+
+    def by_timm() -> Tensor:
+        pixels = [transform(Image.open(name).convert("RGB")) for name in names]
+        with torch.inference_mode():
+            return of_timm.forward_features(torch.stack(pixels))[:, 0]
+
+    (folder / "native").mkdir()
+    export_native.write(folder / "native", encoder, processor)
+    piped = pipeline("image-feature-extraction", str(folder / "native"), batch_size=PHOTOGRAPHS)
+
+    def by_transformers() -> Tensor:
+        return torch.cat([found[:, 0] for found in piped(names, return_tensors=True)])
+
+    save_model_folder(folder / "ours", encoder, processor)
+    sentences = SentenceTransformer(str(folder / "ours"), trust_remote_code=True, device="cpu")
+
+    def by_sentences() -> Tensor:
+        return sentences.encode(names, batch_size=PHOTOGRAPHS, convert_to_tensor=True)
+
+    quick = in_int8(encoder) if not lacks_int8("cpu") else encoder
+    return [
+        lambda: into_store(encoder),
+        lambda: into_store(quick),
+        by_timm,
+        by_transformers,
+        by_sentences,
+    ]
+
+
+def embed(dtype: str, target: float) -> Row:
+    """`embed` from JPEGs on, against the fastest of the three libraries in fp32."""
+    if dtype == "int8" and lacks_int8("cpu"):
+        raise LeftOut("this CPU has neither VNNI nor AMX")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        exact, quick, *peers = embed_ways(folder)
+        expected = exact()
+        for peer in peers:
+            cosine = float(F.cosine_similarity(peer(), expected).min())
+            assert cosine > 0.999, f"another library's features have a cosine of {cosine:.5f}"
+        ours = quick if dtype == "int8" else exact
+        products = vit_products()
+
+        def floor() -> None:
+            for _ in range(0, PHOTOGRAPHS, IMAGES):
+                products()
+
+        measured, *others, least = interleaved(ours, *peers, floor, rounds=3)
+    told = ", ".join(
+        f"{name} {len(expected) / taken:.2f}"
+        for name, taken in zip(EMBED_PEERS, others, strict=True)
+    )
+    note = (
+        f"ViT-B/16, {len(expected)} JPEGs into a feature store, {dtype}, "
+        f"{len(expected) / measured:.2f} images/s; in fp32 {told}"
+    )
+    name = "embed" if dtype == "fp32" else f"embed-{dtype}"
+    return Row(name, target, measured, min(others), least, note)
+
+
 def linear_probe() -> Row:
     """Steps of all classifiers of the grid.
 
@@ -323,6 +433,8 @@ ROWS: dict[str, Callable[[], Row]] = {
     "features-bf16": features_bf16,
     "features-int8": features_int8,
     "features-floor": features_floor,
+    "embed": lambda: embed("fp32", 1.2),
+    "embed-int8": lambda: embed("int8", 2.0),
     "linear-probe": linear_probe,
 }
 """The rows of this file by name."""

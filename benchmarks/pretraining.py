@@ -62,6 +62,8 @@ DIGITS = Setting(
 )
 # shorter than the recipe, which is for 12 blocks
 _SHORT = ["--epochs", "0.75", "--head_epochs", "0.25", "--num_heads", "2"]
+# views are whole patches, of which this method has larger ones
+_OTHER_VIEWS = {"pretrain-conmim-cifar10": ["--local_size", "16"]}
 CIFAR10 = Setting(
     "cifar10",
     "CIFAR-10",
@@ -89,6 +91,7 @@ def trained(setting: Setting, name: str, dataset: str, seed: int, folder: Path) 
     if not metrics.is_file():
         command = [sys.executable, "training/refine.py", *setting.refine, "--dataset", dataset]
         command += ["--pretrain", name, "--seed", str(seed), "--output_dir", str(folder)]
+        command += _OTHER_VIEWS.get(name, [])
         # of whole photos bf16 pays, where the CPU has it
         precision = "auto" if setting is CIFAR10 else "no"
         command += ["--mixed_precision", precision, "--eval_split", "test", "--num_workers", "0"]
