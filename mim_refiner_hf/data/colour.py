@@ -42,8 +42,10 @@ RADIUS = 6
 MAX_SIGMA = 2.0
 # per pixel
 SIGMA_STEPS = 500
-# pixels of a side that one product with a band matrix filters
+# pixels of a side that one product with a band matrix filters: on a device, and of one view on a
+# CPU, where fewer zeros are multiplied in 0.7 of the time
 BAND = 96
+VIEW_BAND = 48
 
 Array = Any
 """int16, in 0..255: a tensor (N, C, H, W), or a NumPy array (C, H, W)."""
@@ -309,7 +311,7 @@ def _bands(sigma: int, length: int) -> list[tuple[slice, slice, Tensor]]:
 
     The matrix has one row per place. What would lie outside is added to the edge.
     """
-    size = min(BAND, length)
+    size = min(VIEW_BAND, length)
     wide = np.zeros((size, size + 2 * RADIUS + 1), dtype=np.float32)
     wide[:, : 2 * RADIUS + 1] = blur_taps()[sigma].numpy()
     # read with rows one shorter, each begins one place further
