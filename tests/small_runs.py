@@ -112,7 +112,7 @@ def small_recipes(model: str, dataset: str, folder: Path) -> Callable[..., Refin
             "head_learning_rate": 8e-3,
             "ema_decay": 0.5,
             "save_every": 2,
-            "keep": 100,
+            "save_total_limit": 100,
             "log_every": 1,
             "num_workers": 0,
             "report_to": "none",

@@ -263,6 +263,13 @@ def test_a_recipe_by_its_former_name(
         check_as_begun(tmp_path, resolved)
 
 
+def test_a_field_by_its_former_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\ndataset: d\nkeep: 3\n")
+    assert read_recipe(str(path)).save_total_limit == 3
+    assert f"{path} has keep, which is called save_total_limit now" in caplog.text
+
+
 def test_without_colour_is_half_as_long() -> None:
     """Paper, Table 7: everything else is the recipe with colour."""
     with_colour, without = read_recipe("d2v2-refined-h14"), read_recipe("no-colour-h14")

@@ -218,7 +218,8 @@ def test_the_plan_predicts_the_size_of_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = RefineRecipe(
-        **{**fields, "eval_fraction": 0.0, "keep": 1, "queue_size": 5000, "projector_dim": 256}
+        **fields
+        | {"eval_fraction": 0.0, "save_total_limit": 1, "queue_size": 5000, "projector_dim": 256}
     )
     run(recipe)
     (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()

@@ -328,7 +328,7 @@ class Pretrainer:
             "broken": self.broken.entries,
         }
         tensors = self.tensors() | optimizer_tensors(*self.objective.optimizers)
-        keep = self.options.keep
+        keep = self.options.save_total_limit
         path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
 
         if not self._size_said and self.accelerator.is_main_process:

@@ -110,7 +110,7 @@ class RefineRecipe(MethodFields, DataFields):
     save_every: NonNegativeInt | None = documented(
         None, "Steps between checkpoints; 0 for none. Auto: a tenth of all steps, at most 500."
     )
-    keep: PositiveInt = documented(2, "Checkpoints kept.")
+    save_total_limit: PositiveInt = documented(2, "Checkpoints kept.")
     report_to: str = documented(
         "tensorboard",
         "Loggers beside log.jsonl: tensorboard, wandb, trackio, comma-separated, or none.",

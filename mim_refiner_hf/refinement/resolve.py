@@ -134,7 +134,7 @@ class ResolvedRecipe:
     eval_every: int
     output_dir: str
     save_every: int
-    keep: int
+    save_total_limit: int
     log_every: int
     # how it was resolved
     fitting_rate: float

@@ -408,7 +408,7 @@ class Trainer:
         }
         tensors = self.tensors() | optimizer_tensors(self.optimizer)
         folder = Path(self.recipe.output_dir) / "checkpoints"
-        keep = self.recipe.keep
+        keep = self.recipe.save_total_limit
         path = save_checkpoint(folder, step=done, tensors=tensors, state=state, keep=keep)
 
         stage = self.stage(done - 1)

@@ -18,7 +18,7 @@ from ..refinement.recipe import FITTED, RefineRecipe
 from ..refinement.resolve import ResolvedRecipe
 from ..runtime.files import check_apart, check_kinds
 from ..runtime.lock import check_writable
-from ..runtime.settings import recipe_name
+from ..runtime.settings import recipe_name, with_new_names
 from ..runtime.strangers import parse_json
 from ..runtime.versions import check_format
 from ..runtime.wording import setting
@@ -40,7 +40,7 @@ _FREE_FIELDS = frozenset(
         "report_to",
         "log_every",
         "save_every",
-        "keep",
+        "save_total_limit",
         "save_as",
         "push_to_hub",
         "license",
@@ -209,7 +209,7 @@ def saved_recipe(output: Path) -> dict[str, Any] | None:
         return None
 
     try:
-        recipe = dict(parse_json(saved.read_text()))
+        recipe = with_new_names(dict(parse_json(saved.read_text())))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{setting('output_dir', output)}: its recipe.json cannot be read ({error}); "

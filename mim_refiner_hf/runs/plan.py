@@ -276,13 +276,13 @@ def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
 def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
     """What the checkpoints take, the next one beside those that are kept, and what is free."""
     size = checkpoint_bytes(recipe, config)
-    most = (recipe.keep + 1) * size
+    most = (recipe.save_total_limit + 1) * size
     folder = Path(recipe.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     text = (
-        f"checkpoints of about {in_bytes(size)}, {recipe.keep} kept: {in_bytes(most)} at most; "
-        f"{in_bytes(free)} free"
+        f"checkpoints of about {in_bytes(size)}, {recipe.save_total_limit} kept: "
+        f"{in_bytes(most)} at most; {in_bytes(free)} free"
     )
     if free < most:
         text += f", TOO LITTLE: make room, or lower {setting('keep')}"

@@ -61,7 +61,10 @@ def plan_of_pretraining(trainer: Pretrainer, trial: Trial, output: Path) -> str:
     lines += [
         ("memory", _memory_text(trainer, trial)),
         ("time", _time_text(trainer, trial)),
-        ("disk", f"checkpoints of about {checkpoint}, {options.keep} kept until the end"),
+        (
+            "disk",
+            f"checkpoints of about {checkpoint}, {options.save_total_limit} kept until the end",
+        ),
         ("result", f"{output}: the encoder{beside}, log.jsonl"),
     ]
     return "\n".join(["Plan", *(f"  {name:<7} {text}" for name, text in lines)])

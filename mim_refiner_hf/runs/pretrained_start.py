@@ -37,7 +37,7 @@ def pretrained_start(prepared: Prepared, accelerator: Accelerator) -> MimRefiner
         mixed_precision="bf16" if recipe.bf16 else "no",
         gradient_checkpointing=recipe.gradient_checkpointing,
         save_every=recipe.asked.save_every,
-        keep=recipe.keep,
+        save_total_limit=recipe.save_total_limit,
         # the run's own begin with the refinement
         report_to="none",
         log_every=recipe.log_every,

@@ -22,6 +22,7 @@ from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..runtime.device import uses_bf16
 from ..runtime.launch import job_of_processes
+from ..runtime.settings import with_new_names
 from ..runtime.strangers import parse_json
 from ..runtime.wording import setting
 from .prepare import Prepared, prepare
@@ -83,7 +84,7 @@ def _quiet_recipe(output_dir: Path) -> RefineRecipe:
     if not path.is_file():
         raise FileNotFoundError(f"{output_dir} holds no run: it has no recipe.json")
     try:
-        recipe = RefineRecipe(**parse_json(path.read_text()))
+        recipe = RefineRecipe(**with_new_names(dict(parse_json(path.read_text()))))
     except (ValueError, TypeError) as error:
         # TypeError: fields of another version
         raise ValueError(f"{path} cannot be read ({error}); name another run's folder") from error

@@ -234,6 +234,16 @@ def recipe_file(name: str, asked: str = "", prefix: str = "") -> Path:
     )
 
 
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that an earlier version wrote, by today's names.
+
+    `keep` was the number of checkpoints.
+    """
+    if isinstance(values.get("keep"), int):
+        values["save_total_limit"] = values.pop("keep")
+    return values
+
+
 def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
     """The fields of a YAML recipe and of the recipes that it is based on.
 
@@ -258,6 +268,8 @@ def read_fields(name: str, kind: type, flag: str = "recipe") -> dict[str, Any]:
         base = own.pop("base", None)
         # a run's recipe.json states it
         check_format("recipe", own.pop("format_version", None), path)
+        if "keep" in own and "keep" not in with_new_names(own):
+            logger.warning("%s: %s has keep, which is called save_total_limit now", asked, path)
         unknown = sorted(map(str, set(own) - allowed))
         if unknown:
             raise ValueError(
