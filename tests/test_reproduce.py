@@ -99,11 +99,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     lists = root / "lists"
     lists.mkdir()
+    subsets = [root / f"imagenet_subsets{split}" for split in (1, 2, 3)]
     names = [f"n{number:08d}_{{}}.JPEG" for number in range(CLASSES)]
-    for split in (1, 2):
-        (lists / f"1imgs_class_{split}.txt").write_text(
-            "\n".join(name.format(split) for name in names)
-        )
+    for image, folder in enumerate(subsets):
+        folder.mkdir()
+        (folder / "1imgs_class.txt").write_text("\n".join(name.format(image) for name in names))
     few = "\n".join(name.format(image) for name in names for image in (0, 3))
     for name in ("1percent", "10percent", "inat18_5shot_1"):
         (lists / f"{name}.txt").write_text(few + "\n")
@@ -214,9 +214,10 @@ def thousand(shared: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFact
 
     lists = root / "lists"
     shutil.copytree(stand_in / "lists", lists)
-    for split in (0, 1):
-        listed = "\n".join(names[split::2])
-        (lists / f"1imgs_class_{split + 1}.txt").write_text(listed + "\n")
+    for split in (1, 2, 3):
+        folder = root / f"imagenet_subsets{split}"
+        folder.mkdir()
+        (folder / "1imgs_class.txt").write_text("\n".join(names[split % 2 :: 2]) + "\n")
     for percent in (1, 10):
         (lists / f"{percent}percent.txt").write_text("\n".join(names) + "\n")
     return root

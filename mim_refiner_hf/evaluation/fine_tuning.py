@@ -9,6 +9,7 @@
 The recipes (MIM-Refiner, C.5, C.6, C.9; the released code's settings where the paper has none):
 
 - fine-tune-inat: the paper's table 12: crop, flip, label smoothing; the defaults of the fields;
+- fine-tune-few-shot: the same at a tenth of the rate, on 1, 2 or 5 images per class;
 - fine-tune-1percent, -h14, -2b14: the same at a small learning rate, on 1 % of the labels;
 - fine-tune-10percent: a small rate and RandAugment, on 10 %; -h14, -2b14 and, for the unrefined
   data2vec 2.0, -d2v2-l16: also mixup, CutMix, erasing and drop path;
