@@ -326,6 +326,7 @@ def test_refinements_and_examples_of_the_page_run(
         ("--protocols fine_tuning --recipe fine-tune-1percent-2b14", ["freeze_blocks 6", "4 bl"]),
         ("--protocols fine_tuning --split_file lists/uneven.txt", ["needs 2 images or more"]),
         ("--eval_dataset imagenet/train", ["--eval_dataset imagenet/train", "the k-NN bank"]),
+        ("--eval_dataset plain --protocols low_shot", ["plain has images without"]),
         ("--eval_split test", ["no split (sub-folder) 'test'", "'n00000004'] and 1 more"]),
     ],
 )
@@ -338,6 +339,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     # all of it is said before an image is encoded
     monkeypatch.delattr("mim_refiner_hf.runs.evaluate.without_broken")
+    (stand_in / "plain").mkdir(exist_ok=True)
+    for image in range(3):
+        picture(np.random.default_rng(image), image).save(stand_in / f"plain/{image}.png")
     (stand_in / "lists/gone.txt").write_text("n9\n")
     (stand_in / "lists/empty.txt").write_text("\n")
     (stand_in / "lists/twice.txt").write_text("n00000000_1\nn00000000_1.JPEG\n")

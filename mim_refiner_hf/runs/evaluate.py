@@ -302,8 +302,9 @@ def check_data(data: Sequence[Data], added: Added) -> None:
             asked = setting("transfer", name)
 
         if not images.labelled and (place or added.protocols):
+            lacking = name if images.train.labels is None else images.evaluated.name
             raise ValueError(
-                f"{asked}: needs a label for every image, and {name} has images without"
+                f"{asked}: needs a label for every image, and {lacking} has images without"
             )
         if images.labelled and count < NUM_NEIGHBOURS:
             raise ValueError(
