@@ -180,6 +180,12 @@ def test_what_cannot_work_is_said_with_the_number_to_take(
     assert misfits(resolved(300, **{**fields, name: kind(number)})) == []
 
 
+def test_pairs_that_are_the_same_without_local_views_are_said() -> None:
+    (problem,) = misfits(resolved(300, pairs="released"))
+    assert problem.startswith("pairs='released': without local views")
+    assert misfits(resolved(300, pairs="released", local_views=4)) == []
+
+
 def test_the_papers_recipes_fit_imagenet() -> None:
     config = MimRefinerConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
     for name in ("mae-refined-l16", "d2v2-refined-l16", "one-gpu-24gb"):

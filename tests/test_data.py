@@ -382,7 +382,7 @@ def test_batches_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size 10 .* multiple of their number, 4"):
         BatchSampler(images, batch_size=10, seed=0, steps=1, world_size=4)
     save(tmp_path / "only.png")
-    with pytest.raises(ValueError, match="has 1 image; contrastive refinement needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 image; training needs at least 2"):
         BatchSampler(open_images(str(tmp_path)), batch_size=1, seed=0, steps=1)
 
 

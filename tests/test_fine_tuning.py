@@ -338,6 +338,7 @@ def test_frozen_blocks_stay() -> None:
 # ml-jku/MIM-Refiner, src/yamls/eval: finetune_1p/template_tracked_*, 7mzhpufg.yaml (2B) and
 # finetune_10p/template_tracked_*, 7mzhpufg_sd02.yaml (2B), run/data2vec2_large16.yaml
 RELEASED = {
+    "few-shot": (250, 1e-4, 0.05, 0.0, False, False, 0),
     "1percent": (512, 3e-5, 0.05, 0.0, False, False, 0),
     "1percent-h14": (512, 3e-5, 0.4, 0.0, False, False, 0),
     "1percent-2b14": (512, 3e-5, 0.4, 0.0, False, False, 6),
@@ -358,5 +359,8 @@ def test_every_size_has_the_released_settings(name: str) -> None:
     assert (recipe.drop_path, recipe.freeze_blocks) == (drop_path, frozen)
     assert recipe.rand_augment == augmented and recipe.mixes == mixed
     assert recipe.erasing == (0.25 if mixed else 0.0)
-    share = {"1percent": 0.01, "10percent": 0.1, "100percent": 1.0}[name.partition("-")[0]]
-    assert recipe.fraction == share and (recipe.epochs, recipe.layer_decay) == (50, 0.75)
+    shares = {"few": 1.0, "1percent": 0.01, "10percent": 0.1, "100percent": 1.0}
+    assert recipe.fraction == shares[name.partition("-")[0]] and (
+        recipe.epochs,
+        recipe.layer_decay,
+    ) == (50, 0.75)

@@ -34,10 +34,14 @@ from mim_refiner_hf.conversion.download import Record
 from mim_refiner_hf.conversion.preprocessing import image_processor
 from mim_refiner_hf.conversion.shapes import HEADS_OF_WIDTH
 from mim_refiner_hf.conversion.zoo import ZOO
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.data.split_files import listed_places
 from mim_refiner_hf.evaluation.linear_probe import linear_probe
+from mim_refiner_hf.evaluation.low_shot import shots_of_all
 from mim_refiner_hf.evaluation.segmentation import segmentation_probe
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runs import comparison, protocol
+from mim_refiner_hf.runs.comparison import Data
 from mim_refiner_hf.runtime.files import sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -95,11 +99,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     lists = root / "lists"
     lists.mkdir()
+    subsets = [root / f"imagenet_subsets{split}" for split in (1, 2, 3)]
     names = [f"n{number:08d}_{{}}.JPEG" for number in range(CLASSES)]
-    for split in (1, 2):
-        (lists / f"1imgs_class_{split}.txt").write_text(
-            "\n".join(name.format(split) for name in names)
-        )
+    for image, folder in enumerate(subsets):
+        folder.mkdir()
+        (folder / "1imgs_class.txt").write_text("\n".join(name.format(image) for name in names))
     few = "\n".join(name.format(image) for name in names for image in (0, 3))
     for name in ("1percent", "10percent", "inat18_5shot_1"):
         (lists / f"{name}.txt").write_text(few + "\n")
@@ -210,9 +214,10 @@ def thousand(shared: Path, stand_in: Path, tmp_path_factory: pytest.TempPathFact
 
     lists = root / "lists"
     shutil.copytree(stand_in / "lists", lists)
-    for split in (0, 1):
-        listed = "\n".join(names[split::2])
-        (lists / f"1imgs_class_{split + 1}.txt").write_text(listed + "\n")
+    for split in (1, 2, 3):
+        folder = root / f"imagenet_subsets{split}"
+        folder.mkdir()
+        (folder / "1imgs_class.txt").write_text("\n".join(names[split % 2 :: 2]) + "\n")
     for percent in (1, 10):
         (lists / f"{percent}percent.txt").write_text("\n".join(names) + "\n")
     return root
@@ -310,16 +315,33 @@ def test_refinements_and_examples_of_the_page_run(
         ),
         ("--protocols fine_tuning --split_file lists/empty.txt", ["lists/empty.txt", "is empty"]),
         ("--protocols low_shot --split_file lists/twice.txt", ["lists/twice.txt", "twice"]),
-        ("--protocols low_shot --split_file lists/uneven.txt", ["lists/uneven.txt", "0 images"]),
+        (
+            "--protocols low_shot --split_file lists/uneven.txt",
+            ["lists/uneven.txt", "0 images of class n00000001"],
+        ),
         (
             "--protocols fine_tuning --split_file lists/1percent.txt lists/10percent.txt",
             ["one list, not 2"],
         ),
+        ("--protocols fine_tuning --recipe fine-tune-1percent-2b14", ["freeze_blocks 6", "4 bl"]),
+        ("--protocols fine_tuning --split_file lists/uneven.txt", ["needs 2 images or more"]),
+        ("--eval_dataset imagenet/train", ["--eval_dataset imagenet/train", "the k-NN bank"]),
+        ("--eval_dataset plain --protocols low_shot", ["plain has images without"]),
+        ("--eval_split test", ["no split (sub-folder) 'test'", "'n00000004'] and 1 more"]),
     ],
 )
 def test_bad_input_is_one_line(
-    stand_in: Path, flags: str, says: list[str], capfd: pytest.CaptureFixture[str]
+    stand_in: Path,
+    flags: str,
+    says: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # all of it is said before an image is encoded
+    monkeypatch.delattr("mim_refiner_hf.runs.evaluate.without_broken")
+    (stand_in / "plain").mkdir(exist_ok=True)
+    for image in range(3):
+        picture(np.random.default_rng(image), image).save(stand_in / f"plain/{image}.png")
     (stand_in / "lists/gone.txt").write_text("n9\n")
     (stand_in / "lists/empty.txt").write_text("\n")
     (stand_in / "lists/twice.txt").write_text("n00000000_1\nn00000000_1.JPEG\n")
@@ -348,6 +370,54 @@ def test_a_list_that_names_images_that_are_held_out_says_so(
     assert "held out" in line and "--eval_dataset" in line
 
 
+def test_a_list_finds_images_by_name_and_where_names_occur_twice_by_folder(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8))
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/n00000001_7.JPEG"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "images" / name)
+    images = open_images(str(tmp_path / "images"))
+    names = [Path(str(source)).relative_to(tmp_path / "images").stem for source in images.found[0]]
+    assert names == ["1", "2", "1", "n00000001_7"]
+
+    # as editors of Windows write it, with a label and the Hub's name
+    lines = "\ufeffdog/1.png\r\nn00000001_7_n00000001.JPEG 3\r\n\r\ncat\\1.png,0\r\n2\r\n"
+    path = tmp_path / "list.txt"
+    path.write_bytes(lines.encode())
+    assert listed_places(images, path).tolist() == [2, 3, 0, 1]
+    # what is left has one image of that name, and the list means the other
+    with pytest.raises(ValueError, match=r"1 of its 4 images .* held out"):
+        listed_places(images.subset([1, 2, 3]), path)
+
+    for text, says in (
+        ("1.png", "has several images called 1; a list needs"),
+        ("cat/2.png\n2", "names 2 twice"),
+        ("cow/1.png", "1 of its 1 images are not in .*, such as cow/1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            listed_places(images, path)
+
+
+def test_classes_that_a_list_lacks_are_said(
+    stand_in: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, val = (open_images(f"imagenet/{split}") for split in ("train", "val"))
+    data = Data("imagenet/train", None, None, "", train, val)
+    (stand_in / "lists/two.txt").write_text("n00000000_1\nn00000003_1\n")
+    lists = ["lists/two.txt"]
+    added = protocol.added_protocols(["fine_tuning"], None, lists, [], seed=0)
+    protocol.check_added([], data, added)
+    assert "two.txt' has no image of 4 of the classes" in caplog.text
+    assert "12 images of imagenet/val cannot be right" in caplog.text
+
+
+def test_of_1_2_and_5_shots_those_are_measured_that_every_class_has(
+    stand_in: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert list(shots_of_all(open_images("imagenet/train"))) == [1, 2]
+    assert "class n00000000 has 4 images in imagenet/train" in caplog.text
+
+
 def test_the_whole_bank_counts_unless_a_size_is_named(stand_in: Path) -> None:
     words = ["evaluate", "mae-refined-l16", "--dataset", "imagenet/train", "--num_workers", "0"]
     words += ["--eval_dataset", "imagenet/val", "--output_dir"]
@@ -358,6 +428,7 @@ def test_the_whole_bank_counts_unless_a_size_is_named(stand_in: Path) -> None:
         for name in ("whole", "some")
     )
     assert whole["dataset"]["bank_images"] == 4 * CLASSES
+    assert whole["dataset"]["eval_name"] == "imagenet/val"
     assert some["dataset"]["bank_images"] == 12
     assert whole["protocol"]["bank"].startswith("all images")
     assert some["protocol"]["bank"] == "at most 12 images, evenly spaced"

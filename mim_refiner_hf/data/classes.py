@@ -57,7 +57,7 @@ def with_one_class_table(
     # held out of one data set that has an image or two of each class
     if bank.found is evaluated.found and not bank_names.keys() & names.keys():
         return _unlabelled(bank, evaluated, f"no class of {one_line(bank.name)} is in both parts")
-    _check_common(bank, evaluated, bank_names, names)
+    _check_common(bank, evaluated, bank_names, names, bank.name)
 
     # the bank's classes keep their numbers; what it lacks comes behind
     table = list(dict.fromkeys([*(bank.class_names or []), *bank_names.values(), *names.values()]))
@@ -120,10 +120,23 @@ def _names(images: ImageDataset, other: ImageDataset) -> dict[int, str]:
     )
 
 
+def check_listed(listed: ImageDataset, evaluated: ImageDataset, called: str) -> None:
+    """Say which classes the listed images of a bank lack, of two sets with one class table.
+
+    ValueError where they have no class in common with `evaluated`.
+    """
+    names = _names(evaluated, listed)
+    _check_common(listed, evaluated, _names(listed, evaluated), names, called)
+
+
 def _check_common(
-    bank: ImageDataset, evaluated: ImageDataset, bank_names: dict[int, str], names: dict[int, str]
+    bank: ImageDataset,
+    evaluated: ImageDataset,
+    bank_names: dict[int, str],
+    names: dict[int, str],
+    called: str,
 ) -> None:
-    """Whether the sets have classes in common; the bank's gaps are said."""
+    """Whether the sets have classes in common; the gaps of the bank, `called` so, are said."""
     in_bank = set(bank_names.values())
     missing = [name for name in names.values() if name not in in_bank]
     if not missing:
@@ -131,7 +144,7 @@ def _check_common(
 
     if len(missing) == len(names):
         raise ValueError(
-            f"{one_line(evaluated.name)} and {one_line(bank.name)} have no class in common: "
+            f"{one_line(evaluated.name)} and {one_line(called)} have no class in common: "
             f"{_some(missing)}, and {_some(list(bank_names.values()))}; name images of the same "
             "classes"
         )
@@ -141,7 +154,7 @@ def _check_common(
     lost = int(np.isin(evaluated.labels, numbers).sum())
     logger.warning(
         "%s has no image of %d of the classes to tell apart (%s): %d images of %s cannot be right",
-        one_line(bank.name),
+        one_line(called),
         len(missing),
         _some(missing),
         lost,

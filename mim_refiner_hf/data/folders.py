@@ -32,6 +32,7 @@ from .found import Entries, FoundImages, SourceOptions, digest, file_size
 
 logger = logging.getLogger(__name__)
 
+_NAMED_IN_A_LINE = 5
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # words in names of files and folders -> the split they mean
 SPLIT_WORDS = {
@@ -166,7 +167,9 @@ def _split_folder(root: Path, files: Sequence[str], split: str | None) -> Path:
         return root / splits[name]
     if split == "train" and not has_splits:
         return root
-    known = sorted(names) or "none: leave split out"
+    known: list[str] | str = sorted(names)[:_NAMED_IN_A_LINE]
+    more = len(names) - len(known)
+    known = f"{known or 'none: leave split out'}{f' and {more} more' if more else ''}"
     raise ValueError(f"{root} has no split (sub-folder) {split!r}; it has {known}.")
 
 

@@ -57,9 +57,7 @@ class BatchSampler(Sampler[list[Key]]):
                 f"their number, {world_size}."
             )
         if isinstance(source, ImageDataset) and len(source) < 2:
-            raise ValueError(
-                f"{source.name} has {len(source)} image; contrastive refinement needs at least 2."
-            )
+            raise ValueError(f"{source.name} has {len(source)} image; training needs at least 2.")
         if isinstance(source, ImageDataset) and batch_size > len(source):
             raise ValueError(
                 f"batch_size {batch_size} is larger than {source.name} with its {len(source)} "

@@ -398,6 +398,8 @@ def _choose_split(splits: Mapping[str, object], split: str | None) -> str:
     name = split_and_rows(split)[0] or "train"
     if name not in splits:
         name = SPLIT_WORDS.get(name, name)
+    if not splits:
+        raise ValueError("no table (.parquet, ...) is in it.")
     if name not in splits:
         raise ValueError(f"no split {name!r}; it has {sorted(splits)}.")
     return name

@@ -3,16 +3,17 @@
     places = listed_places(images, Path("10percent.txt"))       # of `images`, in the list's order
 
 The lists of SimCLR (1 % and 10 % of ImageNet-1K) and of MSN (1, 2 and 5 images per class) have one
-file name a line, such as `n01440764_10026.JPEG`, with or without folder and ending. An image is
-found by its name without these, in a folder or in a table whose images have a path; the name of the
-class that the Hub's ImageNet-1K appends to its names does not count.
+file name a line, such as `n01440764_10026.JPEG`, with or without folder and ending; what stands
+behind the ending, as a label, is not read. An image is found by its name without these, in a folder
+or in a table whose images have a path; where several images have a name, by its folder too. The
+name of the class that the Hub's ImageNet-1K appends to its names does not count.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -31,6 +32,23 @@ _WITH_CLASS = re.compile(r"(n\d{8}_\d+)_n\d{8}")
 _LARGEST_LIST = 2**28
 
 
+class _Name(NamedTuple):
+    """A file's name without ending and the class that the Hub appends, and the folder it is in."""
+
+    folder: str
+    bare: str
+
+    @classmethod
+    def of(cls, path: str) -> "_Name":
+        """The name that a path, or a line of a list, ends in."""
+        as_path = PurePosixPath(path.replace("\\", "/"))
+        match = _WITH_CLASS.fullmatch(as_path.stem)
+        return cls(as_path.parent.name, match[1] if match else as_path.stem)
+
+    def __str__(self) -> str:
+        return one_line("/".join(part for part in self if part))
+
+
 def listed_places(images: "ImageDataset", path: Path) -> NDArray[np.int64]:
     """Where in `images` the images of a list are, in its order.
 
@@ -41,42 +59,48 @@ def listed_places(images: "ImageDataset", path: Path) -> NDArray[np.int64]:
     """
     asked = setting("split_file", path)
     names = _names_in(path)
-    place_of: dict[str, int] = {}
-    several = set()
     everywhere = _names_of(images, asked)
-    for place, index in enumerate(images.indices):
-        name = everywhere[index]
-        if name in place_of:
-            several.add(name)
-        place_of[name] = place
+    count_of = Counter(name.bare for name in everywhere)
 
-    missing = [name for name in names if name not in place_of]
+    def key(name: _Name) -> tuple[str, ...]:
+        return name if count_of[name.bare] > 1 else (name.bare,)
+
+    keys = [key(name) for name in everywhere]
+    unclear = {each for each, count in Counter(keys).items() if count > 1}
+    for name in names:
+        if key(name) in unclear or (count_of[name.bare] > 1 and not name.folder):
+            raise ValueError(
+                f"{asked}: {images.name} has several images called {name}; a list needs names that "
+                "occur once, or once in a folder that it names"
+            )
+
+    place_of = {keys[index]: place for place, index in enumerate(images.indices)}
+    missing = [name for name in names if key(name) not in place_of]
     if missing:
         # a part of the data set was set aside, and the list was made for all of it
-        known = set(everywhere)
-        aside = [name for name in missing if name in known]
+        known = set(keys)
+        aside = [name for name in missing if key(name) in known]
         if aside:
             raise ValueError(
                 f"{asked}: {len(aside)} of its {len(names)} images are among those of "
-                f"{images.name} that are held out to be measured on, such as {one_line(aside[0])}; "
+                f"{images.name} that are held out to be measured on, such as {aside[0]}; "
                 f"name the images to measure on with {setting('eval_split')} or "
                 f"{setting('eval_dataset')}"
             )
         raise ValueError(
             f"{asked}: {len(missing)} of its {len(names)} images are not in {images.name}, such as "
-            f"{one_line(missing[0])}"
+            f"{missing[0]}"
         )
-    unclear = [name for name in names if name in several]
-    if unclear:
-        raise ValueError(
-            f"{asked}: {images.name} has several images called {one_line(unclear[0])}; a list "
-            "needs names that occur once"
-        )
-    return np.array([place_of[name] for name in names], dtype=np.int64)
+
+    twice, count = Counter(map(key, names)).most_common(1)[0]
+    if count > 1:
+        name = "/".join(map(one_line, twice))
+        raise ValueError(f"{asked}: names {name} twice; each image may stand there once")
+    return np.array([place_of[key(name)] for name in names], dtype=np.int64)
 
 
-def _names_in(path: Path) -> list[str]:
-    """The names of a list, without folders and endings."""
+def _names_in(path: Path) -> list[_Name]:
+    """The names of a list."""
     asked = setting("split_file", path)
     if not path.is_file():
         raise FileNotFoundError(f"{asked}: no such file; name a text file with a name on each line")
@@ -84,21 +108,19 @@ def _names_in(path: Path) -> list[str]:
         raise ValueError(f"{asked}: has more than {_LARGEST_LIST} bytes; it is no list of names")
 
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # some editors put a mark before the first line
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{asked}: is no text; name a file with a name on each line") from None
 
-    names = [_bare(line.strip()) for line in lines if line.strip()]
+    names = [_Name.of(line.strip()) for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{asked}: is empty; name a text file with a name on each line")
-    twice, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{asked}: names {one_line(twice)} twice; each image may stand there once")
     return names
 
 
-def _names_of(images: "ImageDataset", asked: str) -> list[str]:
-    """The bare name of every image of the sources, without reading it."""
+def _names_of(images: "ImageDataset", asked: str) -> list[_Name]:
+    """The name of every image of the sources, without reading it."""
     sources = images.found.sources
     paths: Iterable[str | None]
     if isinstance(sources, TableColumn):
@@ -112,7 +134,7 @@ def _names_of(images: "ImageDataset", asked: str) -> list[str]:
             f"{asked}: the images of {images.name} have no file names to be found by; give a "
             "folder of files"
         )
-    return [_bare(name or "") for name in names]
+    return [_Name.of(name or "") for name in names]
 
 
 def _paths_in_table(column: TableColumn) -> list[str | None]:
@@ -125,10 +147,3 @@ def _paths_in_table(column: TableColumn) -> list[str | None]:
         cells = cells.take(table._indices.column(0))
     paths: list[str | None] = pc.struct_field(cells, "path").to_pylist()
     return paths
-
-
-def _bare(name: str) -> str:
-    """A file's name without folders, ending and the class that the Hub appends."""
-    stem = PurePosixPath(name.replace("\\", "/")).stem
-    match = _WITH_CLASS.fullmatch(stem)
-    return match[1] if match else stem

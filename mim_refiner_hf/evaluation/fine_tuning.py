@@ -9,6 +9,7 @@
 The recipes (MIM-Refiner, C.5, C.6, C.9; the released code's settings where the paper has none):
 
 - fine-tune-inat: the paper's table 12: crop, flip, label smoothing; the defaults of the fields;
+- fine-tune-few-shot: the same at a tenth of the rate, on 1, 2 or 5 images per class;
 - fine-tune-1percent, -h14, -2b14: the same at a small learning rate, on 1 % of the labels;
 - fine-tune-10percent: a small rate and RandAugment, on 10 %; -h14, -2b14 and, for the unrefined
   data2vec 2.0, -d2v2-l16: also mixup, CutMix, erasing and drop path;
@@ -288,6 +289,38 @@ def classifier_groups(
     return encoder_groups(model.encoder, layer_decay, weight_decay) + own
 
 
+def check_fine_tuning(
+    encoder: MimRefinerModel, images: "ImageDataset", recipe: FineTuneRecipe
+) -> None:
+    """ValueError, in one sentence, for what `fine_tune` cannot run on."""
+    class_labels(images, "fine-tuning")
+    height, width = encoder.config.image_hw
+    if height != width:
+        raise ValueError(
+            f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels"
+        )
+    layers = encoder.config.num_hidden_layers
+    if recipe.freeze_blocks > layers:
+        raise ValueError(
+            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the encoder has {layers} blocks"
+        )
+    if len(images) < max(2, world_size()):
+        raise ValueError(
+            f"fine-tuning needs {max(2, world_size())} images or more, and has {len(images)}"
+        )
+    share = _share(images, recipe)
+    if recipe.mixes and share % 2:
+        raise ValueError(
+            f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make "
+            "it even"
+        )
+
+
+def _share(images: "ImageDataset", recipe: FineTuneRecipe) -> int:
+    """Images of a batch that this process takes."""
+    return min(recipe.batch_size, len(images)) // world_size()
+
+
 def fine_tune(
     encoder: MimRefinerModel,
     processor: ImageProcessor,
@@ -313,25 +346,10 @@ def fine_tune(
         ValueError: for missing labels, an input that is not square, and mixing with an odd batch.
         FloatingPointError: for a loss that is not finite.
     """
+    check_fine_tuning(encoder, images, recipe)
     num_classes = int(class_labels(images, "fine-tuning").max()) + 1
-    height, width = encoder.config.image_hw
-    if height != width:
-        raise ValueError(
-            f"fine-tuning crops squares, but the encoder takes {height} x {width} pixels"
-        )
-    layers = encoder.config.num_hidden_layers
-    if recipe.freeze_blocks > layers:
-        raise ValueError(
-            f"{setting('freeze_blocks', recipe.freeze_blocks)}: the encoder has {layers} blocks"
-        )
-    share = min(recipe.batch_size, len(images)) // world_size()
-    if recipe.mixes and share % 2:
-        raise ValueError(
-            f"mixup and CutMix pair the images of a batch, but a process has {share} of them; make "
-            "it even"
-        )
-
-    batch = share * world_size()
+    height, _ = encoder.config.image_hw
+    batch = _share(images, recipe) * world_size()
     sampler = BatchSampler(
         images,
         batch_size=batch,
@@ -412,6 +430,21 @@ def train_classifier(
 # --- the protocol ----------------------------------------------------------------------------
 
 
+def chosen_images(
+    images: "ImageDataset", recipe: FineTuneRecipe, split_file: Path | None
+) -> tuple["ImageDataset", str]:
+    """The images to train on, a list's or the recipe's share, and in words where they are from."""
+    labels = class_labels(images, "fine-tuning")
+    if split_file is not None:
+        listed = np.sort(listed_places(images, split_file))
+        return images.subset(listed), f"listed in {split_file.name}"
+    places = labelled_share(labels, recipe.fraction, recipe.seed)
+    origin = "all"
+    if len(places) < len(labels):
+        origin = f"drawn, {recipe.fraction:g} of all"
+    return images.subset(places), origin
+
+
 def fine_tuning(
     encoder: MimRefinerModel,
     processor: ImageProcessor,
@@ -437,16 +470,7 @@ def fine_tuning(
     """
     recipe = recipe or FineTuneRecipe(seed=seed)
     targets = torch.from_numpy(class_labels(eval_images, "fine-tuning"))
-    labels = class_labels(train_images, "fine-tuning")
-    if split_file is not None:
-        places = np.sort(listed_places(train_images, split_file))
-        origin = f"listed in {split_file.name}"
-    else:
-        places = labelled_share(labels, recipe.fraction, recipe.seed)
-        origin = "all"
-        if len(places) < len(labels):
-            origin = f"drawn, {recipe.fraction:g} of all"
-    chosen = train_images.subset(places)
+    chosen, origin = chosen_images(train_images, recipe, split_file)
     model = fine_tune(encoder, processor, chosen, recipe, loading=loading)
 
     answers = []

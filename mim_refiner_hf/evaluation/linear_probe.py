@@ -324,8 +324,14 @@ def check_probe(
     for images in (train_images, eval_images):
         class_labels(images, "linear probing")
     check_grid(epochs, learning_rates)
+    if augment:
+        check_square(encoder)
+
+
+def check_square(encoder: MimRefinerModel) -> None:
+    """ValueError for an encoder whose input is no square, which `augment` crops."""
     height, width = encoder.config.image_hw
-    if augment and height != width:
+    if height != width:
         raise ValueError(
             f"augment=True crops squares, but the encoder takes {height} x {width} pixels; use "
             "augment=False"

@@ -19,6 +19,7 @@ same with C = 1 / (lambda n) = 4000. With two classes it keeps one vector w, whi
 W = (-w/2, w/2) with ||W||^2 = ||w||^2 / 2: there C = 2 / (lambda n).
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..data.loading import Loading, Processor
 from ..data.split_files import listed_places
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.seeding import random_generator
+from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .feature_cache import ImageRows, read_rows
 from .features import own_column
@@ -43,9 +45,12 @@ from .scores import ProtocolResult, Score, class_labels, mean_score
 if TYPE_CHECKING:
     from ..data.images import ImageDataset
 
+logger = logging.getLogger(__name__)
+
 # lambda * n, of MSN's and the authors' evaluation
 PENALTY = 0.00025
 SPLITS = 3
+SHOTS = (1, 2, 5)
 # of the largest entry of the gradient of the mean loss
 GRADIENT_TOLERANCE = 1e-8
 MAX_ITERATIONS = 1000
@@ -117,6 +122,27 @@ def draw_split(labels: NDArray[np.int64], shots: int, seed: int, split: int) -> 
     return chosen
 
 
+def shots_of_all(images: "ImageDataset") -> Sequence[int]:
+    """Those of 1, 2 and 5 images that every class has; which are left out is said."""
+    labels = class_labels(images, "low-shot classification")
+    classes, counts = np.unique(labels, return_counts=True)
+    least = counts.min()
+    shots = [count for count in SHOTS if count <= least]
+    if len(shots) < len(SHOTS):
+        logger.warning(
+            "low_shot: class %s has %d images in %s, so more per class are not measured",
+            _called(images, classes[counts.argmin()]),
+            least,
+            one_line(images.name),
+        )
+    return shots
+
+
+def _called(images: "ImageDataset", number: int) -> str:
+    """What a class is called; its number where the data has no names."""
+    return str(number) if images.class_names is None else one_line(images.class_names[number])
+
+
 def encoded_splits(
     images: "ImageDataset", read: Callable[["ImageDataset"], ImageRows], shots: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], ImageRows]:
@@ -156,7 +182,8 @@ def listed_split(images: "ImageDataset", file: Path) -> NDArray[np.int64]:
         if len(lacking):
             scarce, least = lacking[0], 0
         raise ValueError(
-            f"{setting('split_file', file)}: has {least} images of class {scarce} and up to "
+            f"{setting('split_file', file)}: has {least} images of class "
+            f"{_called(images, scarce)} and up to "
             f"{counts.max()} of others; low-shot classification needs equally many of each"
         )
     order = np.argsort(labels[places], kind="stable")
@@ -192,7 +219,7 @@ def low_shot(
     train_images: "ImageDataset",
     eval_images: "ImageDataset",
     *,
-    shots: Sequence[int] = (1, 2, 5),
+    shots: Sequence[int] | None = None,
     split_files: Sequence[Path] = (),
     seed: int = 0,
     features: Path | None = None,
@@ -204,7 +231,8 @@ def low_shot(
         encoder, processor: the model and its image processor; see `extract_features`.
         train_images: labelled; only the chosen ones are encoded.
         eval_images: labelled.
-        shots: images per class, each at least 1; with `split_files`, what these hold.
+        shots: images per class, each at least 1; None: of 1, 2 and 5 what every class has, said
+            where that is not all. With `split_files`, what these hold.
         split_files: lists of file names, see `listed_places`, one for each split; splits with
             equally many images per class are averaged.
         seed: of the splits that are drawn.
@@ -218,6 +246,8 @@ def low_shot(
     Raises:
         ValueError: for missing labels, or a class with too few images.
     """
+    if shots is None:
+        shots = SHOTS if split_files else shots_of_all(train_images)
     check_low_shot(train_images, eval_images, shots)
     listed = [listed_split(train_images, file) for file in split_files]
     column = own_column(encoder.config, encoder.config.num_hidden_layers - 1)

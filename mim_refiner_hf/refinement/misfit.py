@@ -26,7 +26,12 @@ _LARGEST_TOPK = 0.05
 def misfits(recipe: ResolvedRecipe) -> list[str]:
     """One line for each setting that does not fit; none for what `auto` chose."""
     problems = [_start_ships(recipe), _few_updates(recipe), _long_warmup(recipe)]
-    problems += [_far_rate(recipe), _far_temperature(recipe), _no_neighbours(recipe)]
+    problems += [
+        _same_pairs(recipe),
+        _far_rate(recipe),
+        _far_temperature(recipe),
+        _no_neighbours(recipe),
+    ]
     if recipe.num_images is not None:
         problems.append(_stale_queue(recipe, recipe.num_images))
     return [problem for problem in problems if problem]
@@ -72,6 +77,13 @@ def _long_warmup(recipe: ResolvedRecipe) -> str:
         f"{setting('warmup_epochs', recipe.warmup_epochs)}: more than half of the refinement; take "
         f"{fitting:.2g}"
     )
+
+
+def _same_pairs(recipe: ResolvedRecipe) -> str:
+    if recipe.asked.pairs == "intended" or recipe.local_views:
+        return ""
+    asked = setting("pairs", recipe.asked.pairs)
+    return f"{asked}: without local views there are no other pairs; add {setting('local_views', 4)}"
 
 
 def _far_rate(recipe: ResolvedRecipe) -> str:

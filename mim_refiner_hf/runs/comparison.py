@@ -121,6 +121,8 @@ class Data:
     Attributes:
         train: an `ImageDataset`, of which the k-NN bank is taken, or a `SegmentationDataset`.
         evaluated: of the same kind.
+        eval_split: of `evaluated`; empty where a data set was named without one, None where a part
+            of `train` is held out.
         broken: images that cannot be read, which are left out of both.
         bank_size: images of `train` in the k-NN bank, evenly spaced; None for all.
     """
@@ -169,7 +171,7 @@ class Data:
             "bank_images": bank_images,
             "train_images": len(self.train),
             "fingerprint": self.train.fingerprint,
-            "eval_name": f"{self.evaluated.name} ({self.eval_split or 'held out'})",
+            "eval_name": eval_words(self.evaluated.name, self.eval_split),
             "eval_images": len(self.evaluated),
             "eval_fingerprint": self.evaluated.fingerprint,
             "num_classes": num_classes,
@@ -192,6 +194,13 @@ class Side:
     measured: dict[str, Score] = field(repr=False)
     extra: dict[str, ProtocolResult]
     evaluation: Evaluation | None = field(default=None, repr=False)
+
+
+def eval_words(name: str, eval_split: str | None) -> str:
+    """What was measured on, in words; `eval_split` as of `Data`."""
+    if eval_split is None:
+        return f"{name} (held out)"
+    return f"{name} ({eval_split})" if eval_split else name
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -255,15 +264,16 @@ def open_evaluation_data(
         )
 
     if evaluated.fingerprint == train.fingerprint:
+        asked = setting("eval_dataset", eval_dataset)
+        if eval_split is not None:
+            asked = setting("eval_split", eval_split)
         raise ValueError(
-            f"{setting('eval_split', eval_split)}: these are the images of the k-NN bank; "
-            "name another split, or leave it out"
+            f"{asked}: these are the images of the k-NN bank; name others, or leave it out"
         )
     if not masks:
         train, evaluated = with_one_class_table(train, evaluated)
     name = str(dataset) if is_named else train.name
-    measured_on = eval_split or "train"
-    return Data(name, config, split, measured_on, train, evaluated, bank_size=bank_size)
+    return Data(name, config, split, eval_split or "", train, evaluated, bank_size=bank_size)
 
 
 def readable_images(

@@ -72,7 +72,7 @@ from .embed import device_here, in_precision
 from .protocol import (
     added_protocols,
     bank_words,
-    check_splits,
+    check_added,
     checked_bank_size,
     shown_as_in_the_paper,
     words_of_images,
@@ -168,6 +168,7 @@ def evaluate(
     data = [opened(images, options=SourceOptions(image_column, label_column, follow_links), **own)]
     data += [opened(name) for name in transfer]
     check_data(data, added)
+    check_added(encoders.values(), data[0], added)
 
     loading = Loading(num_workers=num_workers, device=device_here())
     given, encoders = encoders, as_asked(encoders, dtype, data[0], features, loading)
@@ -290,10 +291,7 @@ def name_of(source: Any, encoder: MimRefinerModel) -> str:
 
 
 def check_data(data: Sequence[Data], added: Added) -> None:
-    """ValueError for missing labels where a protocol needs them, and for too few images.
-
-    Lists of file names are of the first data set; errors as of `check_splits`.
-    """
+    """ValueError for missing labels where a protocol needs them, and for too few images."""
     for place, images in enumerate(data):
         if not isinstance(images.train, ImageDataset):
             continue
@@ -304,8 +302,9 @@ def check_data(data: Sequence[Data], added: Added) -> None:
             asked = setting("transfer", name)
 
         if not images.labelled and (place or added.protocols):
+            lacking = name if images.train.labels is None else images.evaluated.name
             raise ValueError(
-                f"{asked}: needs a label for every image, and {name} has images without"
+                f"{asked}: needs a label for every image, and {lacking} has images without"
             )
         if images.labelled and count < NUM_NEIGHBOURS:
             raise ValueError(
@@ -315,7 +314,6 @@ def check_data(data: Sequence[Data], added: Added) -> None:
         count = len(images.evaluated)
         if count < 2:
             raise ValueError(f"{name} has {count} image to be measured on; errors take at least 2")
-    check_splits(data[0], added)
 
 
 @contextmanager

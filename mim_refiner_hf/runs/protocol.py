@@ -2,18 +2,19 @@
 
 bank_size = checked_bank_size("quick", None, protocols)     # 10000
 show_as_in_the_paper(encoder)                               # shorter side 256, centre crop 224
-check_splits(data, added_protocols(["fine_tuning"], None, ["1percent.txt"], [], seed=0))
+check_added([encoder], data, added_protocols(["fine_tuning"], None, ["1percent.txt"], [], seed=0))
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ..conversion.preprocessing import as_in_the_paper, image_processor
-from ..data.split_files import listed_places
-from ..evaluation.fine_tuning import FineTuneRecipe
-from ..evaluation.low_shot import listed_split
+from ..data.classes import check_listed
+from ..evaluation.fine_tuning import FineTuneRecipe, check_fine_tuning, chosen_images
+from ..evaluation.linear_probe import check_square
+from ..evaluation.low_shot import SHOTS, check_low_shot, listed_split
 from ..evaluation.neighbour_agreement import NUM_NEIGHBOURS
 from ..evaluation.report import BANK_SIZE
 from ..model.modeling_mim_refiner import MimRefinerModel
@@ -112,16 +113,30 @@ def checked_bank_size(
     return bank_size
 
 
-def check_splits(data: Data, added: Added) -> None:
-    """Refuse lists that do not fit the data, before any work; errors as of `listed_places`."""
-    for file in added.split_files:
-        if "low_shot" in added.protocols:
+def check_added(encoders: Iterable[MimRefinerModel], data: Data, added: Added) -> None:
+    """Refuse, before any work, what an added protocol cannot do with encoders, data and lists.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `listed_places` and of the protocols.
+    """
+    if "low_shot" in added.protocols:
+        for file in added.split_files:
             listed_split(data.train, file)
-        else:
-            listed_places(data.train, file)
-    drawn = "low_shot" in added.protocols and not added.split_files
-    if drawn and data.labelled and rank() == 0:
-        print(f"low_shot: no {setting('split_file')}, so the splits are drawn from the seed")
+        if data.labelled:
+            check_low_shot(data.train, data.evaluated, SHOTS)
+        if data.labelled and not added.split_files and rank() == 0:
+            print(f"low_shot: no {setting('split_file')}, so the splits are drawn from the seed")
+
+    if added.recipe is not None:
+        split_file = next(iter(added.split_files), None)
+        chosen, _ = chosen_images(data.train, added.recipe, split_file)
+        for encoder in encoders:
+            check_fine_tuning(encoder, chosen, added.recipe)
+        if split_file is not None:
+            check_listed(chosen, data.evaluated, setting("split_file", split_file))
+    if {"linear_probe", "linear_probe_dinov2"} & set(added.protocols):
+        for encoder in encoders:
+            check_square(encoder)
 
 
 def shown_as_in_the_paper(encoder: MimRefinerModel) -> MimRefinerModel:

@@ -31,6 +31,7 @@ from ..evaluation.tables import comparison_table
 from ..publishing.run_file import RUN_FILE, Metrics, RunDataset, RunRecord
 from ..runtime.files import write_json
 from ..runtime.sharding import fsdp2_requested
+from .comparison import eval_words
 from .prepare import Prepared
 from .verdict import Judged, Verdict
 
@@ -158,7 +159,8 @@ def _dataset(prepared: Prepared) -> RunDataset:
     }
 
     if evaluated is not None:
-        facts["eval_name"] = f"{evaluated.name} ({asked.eval_split or 'held out'})"
+        whole = None if asked.eval_dataset is None else ""
+        facts["eval_name"] = eval_words(evaluated.name, asked.eval_split or whole)
         facts["eval_images"] = len(evaluated)
         facts["num_classes"] = evaluated.num_classes
     return facts
