@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -287,6 +288,44 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
         str(temporary) in Path(path).read_text(encoding="utf-8") for path in shown["downloads"]
     )
     assert not list(temporary.glob("mim-refiner-space-*"))
+
+
+def test_an_upload_is_refined_and_judged(client: Any, photos: list[Path], tmp_path: Path) -> None:
+    files = [gradio_client.handle_file(str(path)) for path in photos]
+    shown = call(client, "/refine", files, 3)
+    judged = shown["numbers"]["verdict"]
+    assert judged["outcome"] in ("better", "not better") and judged["photos"].startswith("24 ")
+    assert Page(shown["sides"]).tags["img"] == 2 * (24 + 1)
+    assert "letter.png" in Page(shown["note"]).text
+
+    # the criterion's values
+    scores = shown["scores"]
+    assert scores.startswith(f"### {judged['outcome'].capitalize()}")
+    assert judged["reason"] in scores and "| change (95 %) | verdict |" in scores
+    for side in ("before", "after"):
+        assert f"{judged[side]['separation']:.2f}" in scores
+
+    # what is better can be taken along
+    models = [path for path in shown["downloads"] if Path(path).name == "model.zip"]
+    assert bool(models) == (judged["outcome"] == "better")
+    if models:
+        with zipfile.ZipFile(models[0]) as archive:
+            archive.extractall(tmp_path)
+        assert load_encoder(tmp_path).config.hidden_size == 32
+
+
+def test_a_refinement_of_too_few_or_for_too_long_is_refused(
+    app: ModuleType, client: Any, photos: list[Path]
+) -> None:
+    files = [gradio_client.handle_file(str(path)) for path in photos[1:4]]
+    with pytest.raises(gradio_client.exceptions.AppError, match=r"3 images .* takes 20 or more"):
+        call(client, "/refine", files, 3)
+
+    told: list[str] = []
+    app.tell_refinement(lambda _, desc: told.append(desc), 10, {"seconds_left": 90.0})
+    assert told == ["Refining: step 10, about 1.5 minutes left"]
+    with pytest.raises(ValueError, match="about 60 minutes here, and 15 are allowed"):
+        app.tell_refinement(print, 10, {"seconds_left": 3600.0})
 
 
 @pytest.mark.parametrize(
