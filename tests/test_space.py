@@ -322,10 +322,11 @@ def test_a_refinement_of_too_few_or_for_too_long_is_refused(
         call(client, "/refine", files, 3)
 
     told: list[str] = []
-    app.tell_refinement(lambda _, desc: told.append(desc), 10, {"seconds_left": 90.0})
+    began = time.monotonic()
+    app.tell_refinement(lambda _, desc: told.append(desc), began, 10, {"seconds_left": 90.0})
     assert told == ["Refining: step 10, about 1.5 minutes left"]
     with pytest.raises(ValueError, match="about 60 minutes here, and 15 are allowed"):
-        app.tell_refinement(print, 10, {"seconds_left": 3600.0})
+        app.tell_refinement(print, began, 10, {"seconds_left": 3600.0})
 
 
 @pytest.mark.parametrize(
@@ -478,6 +479,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     chromium.quit()
 
 
+def columns_out_of_sight(browser: Chromium, width: int) -> list[str]:
+    """Headings of the table of scores that reach beyond its box in a window of this width."""
+    browser.call("/window/rect", {"width": width, "height": 950})
+    browser.wait(f"Math.abs(innerWidth - {width}) < 20")
+    found: list[str] = browser.run(
+        "(() => { const edge = document.querySelector('#scores').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('#scores th')]"
+        ".filter(cell => cell.getBoundingClientRect().right > edge + 1)"
+        ".map(cell => cell.textContent) })()"
+    )
+    return found
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_the_page_in_a_browser(
@@ -496,6 +510,7 @@ def test_the_page_in_a_browser(
     )
     browser.wait("document.querySelectorAll('#scores td').length > 4")
     browser.photograph("space-sample", tmp_path)
+    assert columns_out_of_sight(browser, 1280) == []
 
     browser.run(
         "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your "
@@ -511,6 +526,12 @@ def test_the_page_in_a_browser(
     assert sum(title.startswith(HOSTILE) for title in titles) == 2
     assert browser.run("document.querySelectorAll('img[src=x]').length") == 0
     browser.photograph("space-upload", tmp_path)
+
+    browser.click("#refine-upload")
+    browser.wait("document.querySelector('#scores h3') !== null", seconds=600)
+    assert "etter" in browser.run("document.querySelector('#scores h3').textContent")
+    assert columns_out_of_sight(browser, 1280) == []
+    browser.photograph("space-refined", tmp_path)
     hosts = browser.run(
         "[...new Set(performance.getEntriesByType('resource').map(one => new URL(one.name).host))]"
     )

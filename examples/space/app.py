@@ -40,6 +40,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -191,8 +192,13 @@ def compare(
         )
 
 
-def tell_refinement(progress: gr.Progress, step: int | None, values: dict[str, Any]) -> None:
-    """Show the visitor how far the refinement is; ValueError where it would take too long."""
+def tell_refinement(
+    progress: gr.Progress, began: float, step: int | None, values: dict[str, Any]
+) -> None:
+    """Show the visitor how far the refinement is; ValueError where it would take too long.
+
+    `began` is its start by `time.monotonic`.
+    """
     left = values.get("seconds_left")
     if left is None:
         return
@@ -202,7 +208,10 @@ def tell_refinement(progress: gr.Progress, step: int | None, values: dict[str, A
             f"Refining would take about {minutes:.0f} minutes here, and {MAX_MINUTES} are allowed;"
             " give fewer or smaller images, or use `mim-refiner refine` on a machine of yours."
         )
-    progress(None, desc=f"Refining: step {step}, about {minutes:.1f} minutes left")
+    passed = time.monotonic() - began
+    # the rest of the bar is for the groups
+    share = 0.7 * passed / (passed + left)
+    progress(share, desc=f"Refining: step {step}, about {minutes:.1f} minutes left")
 
 
 def refine_here(
@@ -231,7 +240,7 @@ def refine_here(
             output_dir=f"{folder}/run",
             num_workers=0,
             report_to="none",
-            callbacks=partial(tell_refinement, progress),
+            callbacks=partial(tell_refinement, progress, time.monotonic()),
         )
         assert result is not None
         verdict = result.verdict
@@ -308,33 +317,28 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
                 with gr.Tab("Your images"):
                     limits = (
                         f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted"
-                        " within an hour"
+                        f" within an hour; to refine on: {LEAST_PHOTOS} or more,"
+                        f" {MAX_MINUTES} minutes at most"
                     )
                     files = gr.File(file_count="multiple", label=limits, height=150)
                     with gr.Row():
                         upload_button = gr.Button(
                             "Group these images", variant="primary", elem_id="group-upload"
                         )
-                        refine_button = gr.Button(
-                            f"Refine on these images (at most {MAX_MINUTES} minutes)",
-                            elem_id="refine-upload",
-                        )
+                        refine_button = gr.Button("Refine on these images", elem_id="refine-upload")
             with gr.Column(scale=1, min_width=220):
                 info = "0: proposed from the images, with the evidence"
                 number = gr.Number(
                     0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1
                 )
         note = gr.HTML(elem_id="note")
+        # the whole width: its table has five columns
+        scores = gr.Markdown(elem_id="scores", elem_classes="result")
         with gr.Row(elem_classes="result"):
-            with gr.Column(scale=5, min_width=560):
-                scores = gr.Markdown(elem_id="scores")
-            with gr.Column(scale=3, min_width=300):
-                label = "A table, and a page per side to search and zoom in"
-                downloads = gr.File(
-                    label=label, file_count="multiple", height=240, interactive=False
-                )
-                with gr.Accordion("The numbers as JSON", open=False):
-                    numbers = gr.JSON(show_label=False)
+            label = "A table, and a page per side to search and zoom in"
+            downloads = gr.File(label=label, file_count="multiple", height=240, interactive=False)
+            with gr.Accordion("The numbers as JSON", open=False):
+                numbers = gr.JSON(show_label=False)
         sides = gr.HTML(elem_id="sides")
         shared: dict[str, Any] = {
             "outputs": [note, scores, sides, downloads, numbers],
