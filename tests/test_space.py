@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from transformers import pipeline
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, load_encoder
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing.hub import save_model_folder
+from mim_refiner_hf.runs.verdict import Verdict
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[space]"')
 gradio_client = pytest.importorskip("gradio_client")
@@ -290,7 +292,7 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
     assert not list(temporary.glob("mim-refiner-space-*"))
 
 
-def test_an_upload_is_refined_and_judged(client: Any, photos: list[Path], tmp_path: Path) -> None:
+def test_an_upload_is_refined_and_judged(client: Any, photos: list[Path]) -> None:
     files = [gradio_client.handle_file(str(path)) for path in photos]
     shown = call(client, "/refine", files, 3)
     judged = shown["numbers"]["verdict"]
@@ -301,17 +303,42 @@ def test_an_upload_is_refined_and_judged(client: Any, photos: list[Path], tmp_pa
     # the criterion's values
     scores = shown["scores"]
     assert scores.startswith(f"### {judged['outcome'].capitalize()}")
-    assert judged["reason"] in scores and "| change (95 %) | verdict |" in scores
+    assert judged["reason"][1:] in scores and "| change (95 %) | verdict |" in scores
     for side in ("before", "after"):
         assert f"{judged[side]['separation']:.2f}" in scores
 
-    # what is better can be taken along
     models = [path for path in shown["downloads"] if Path(path).name == "model.zip"]
     assert bool(models) == (judged["outcome"] == "better")
-    if models:
-        with zipfile.ZipFile(models[0]) as archive:
+
+
+def test_a_model_that_got_better_can_be_taken_along(
+    app: ModuleType,
+    models: dict[str, Path],
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One encoder is shown, so that is the start; what a run leaves stands in for the run."""
+    better = load_encoder(models["after"])
+
+    def run(images: Any, *, model: Any, output_dir: str, **settings: Any) -> SimpleNamespace:
+        assert len(images) == 24 and model is start
+        shutil.copytree(models["after"], Path(output_dir) / "model")
+        return SimpleNamespace(verdict=Verdict("better", "d' 1 -> 2", "24"), refined=better)
+
+    monkeypatch.setattr(app, "refine", run)
+    start = load_encoder(models["before"])
+    files = [{"path": str(path), "orig_name": path.name} for path in photos]
+    collection = app.uploaded(files, 3)
+    refined = app.refine_here(collection, {"after": start}, 3, lambda *_, **__: None)
+    with contextlib.closing(refined) as outputs:
+        shown = dict(zip(COMPONENTS, next(outputs), strict=True))
+        with zipfile.ZipFile(shown["downloads"][0]) as archive:
             archive.extractall(tmp_path)
-        assert load_encoder(tmp_path).config.hidden_size == 32
+    assert shown["scores"] == "### Better\n\nD' 1 -> 2."
+    assert not Path(shown["downloads"][0]).exists()
+    taken = load_encoder(tmp_path).state_dict()
+    assert all(torch.equal(tensor, taken[name]) for name, tensor in better.state_dict().items())
 
 
 def test_a_refinement_of_too_few_or_for_too_long_is_refused(

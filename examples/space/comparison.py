@@ -291,7 +291,8 @@ def show_scores(sides: Sequence[Side]) -> str:
 
 def show_verdict(verdict: Verdict) -> str:
     """Whether a refinement is better than its start, why, and the numbers behind it."""
-    parts = [f"### {verdict.outcome.capitalize()}", f"{verdict.reason}."]
+    reason = f"{verdict.reason[0].upper()}{verdict.reason[1:]}."
+    parts = [f"### {verdict.outcome.capitalize()}", reason]
     if verdict.weights_change is not None:
         parts.append(f"The weights moved by {100 * verdict.weights_change:.1f} %.")
     if verdict.ships_start:
