@@ -1,13 +1,18 @@
 """The examples as a reader runs them.
 
-In a folder of their own, from the refinement of a folder of images to its features.
+In a folder of their own, from the refinement of a folder of images to its features. The notebooks
+cell by cell, by nbclient; without it their test skips.
 """
 
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 # passive: on a machine that is busy otherwise, threads that wait by spinning slow each other down
 # several times
@@ -104,3 +110,51 @@ def test_extract_features_says_what_to_run_first(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "accelerate launch training/refine.py" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def cells_of(notebook: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return found
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_bare_and_explains_every_cell(notebook: Path) -> None:
+    cells = cells_of(notebook)
+    prose = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert "pip install -e . jupyterlab" in prose
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        assert (notebook.parent / link).is_file(), link
+
+    for above, cell in itertools.pairwise(cells):
+        if cell["cell_type"] == "code":
+            assert above["cell_type"] == "markdown", cell["source"]
+            assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first cell to its last, with pictures, and what it refines is better."""
+    reason = 'needs nbclient and ipykernel: pip install -e ".[test]"'
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    nbformat = pytest.importorskip("nbformat", reason=reason)
+    pytest.importorskip("ipykernel", reason=reason)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+    # what it writes stays here
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(EXAMPLES / "toy-mae.yaml", tmp_path)
+    book = nbformat.read(notebook, as_version=4)
+    where = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
+
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    shown = {kind for output in outputs for kind in output.get("data", {})}
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "image/png" in shown
+    assert "Better: separation" in printed

@@ -16,15 +16,17 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from transformers import pipeline
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, load_encoder
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.publishing.hub import save_model_folder
+from mim_refiner_hf.runs.verdict import Verdict
 
 gradio = pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[space]"')
 gradio_client = pytest.importorskip("gradio_client")
@@ -289,6 +292,70 @@ def test_uploads_are_grouped_and_what_is_broken_is_named(
     assert not list(temporary.glob("mim-refiner-space-*"))
 
 
+def test_an_upload_is_refined_and_judged(client: Any, photos: list[Path]) -> None:
+    files = [gradio_client.handle_file(str(path)) for path in photos]
+    shown = call(client, "/refine", files, 3)
+    judged = shown["numbers"]["verdict"]
+    assert judged["outcome"] in ("better", "not better") and judged["photos"].startswith("24 ")
+    assert Page(shown["sides"]).tags["img"] == 2 * (24 + 1)
+    assert "letter.png" in Page(shown["note"]).text
+
+    # the criterion's values
+    scores = shown["scores"]
+    assert scores.startswith(f"### {judged['outcome'].capitalize()}")
+    assert judged["reason"][1:] in scores and "| change (95 %) | verdict |" in scores
+    for side in ("before", "after"):
+        assert f"{judged[side]['separation']:.2f}" in scores
+
+    models = [path for path in shown["downloads"] if Path(path).name == "model.zip"]
+    assert bool(models) == (judged["outcome"] == "better")
+
+
+def test_a_model_that_got_better_can_be_taken_along(
+    app: ModuleType,
+    models: dict[str, Path],
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One encoder is shown, so that is the start; what a run leaves stands in for the run."""
+    better = load_encoder(models["after"])
+
+    def run(images: Any, *, model: Any, output_dir: str, **settings: Any) -> SimpleNamespace:
+        assert len(images) == 24 and model is start
+        shutil.copytree(models["after"], Path(output_dir) / "model")
+        return SimpleNamespace(verdict=Verdict("better", "d' 1 -> 2", "24"), refined=better)
+
+    monkeypatch.setattr(app, "refine", run)
+    start = load_encoder(models["before"])
+    files = [{"path": str(path), "orig_name": path.name} for path in photos]
+    collection = app.uploaded(files, 3)
+    refined = app.refine_here(collection, {"after": start}, 3, lambda *_, **__: None)
+    with contextlib.closing(refined) as outputs:
+        shown = dict(zip(COMPONENTS, next(outputs), strict=True))
+        with zipfile.ZipFile(shown["downloads"][0]) as archive:
+            archive.extractall(tmp_path)
+    assert shown["scores"] == "### Better\n\nD' 1 -> 2."
+    assert not Path(shown["downloads"][0]).exists()
+    taken = load_encoder(tmp_path).state_dict()
+    assert all(torch.equal(tensor, taken[name]) for name, tensor in better.state_dict().items())
+
+
+def test_a_refinement_of_too_few_or_for_too_long_is_refused(
+    app: ModuleType, client: Any, photos: list[Path]
+) -> None:
+    files = [gradio_client.handle_file(str(path)) for path in photos[1:4]]
+    with pytest.raises(gradio_client.exceptions.AppError, match=r"3 images .* takes 20 or more"):
+        call(client, "/refine", files, 3)
+
+    told: list[str] = []
+    began = time.monotonic()
+    app.tell_refinement(lambda _, desc: told.append(desc), began, 10, {"seconds_left": 90.0})
+    assert told == ["Refining: step 10, about 1.5 minutes left"]
+    with pytest.raises(ValueError, match="about 60 minutes here, and 15 are allowed"):
+        app.tell_refinement(print, began, 10, {"seconds_left": 3600.0})
+
+
 @pytest.mark.parametrize(
     ("chosen", "num_clusters", "sentence"),
     [
@@ -439,6 +506,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     chromium.quit()
 
 
+def columns_out_of_sight(browser: Chromium, width: int) -> list[str]:
+    """Headings of the table of scores that reach beyond its box in a window of this width."""
+    browser.call("/window/rect", {"width": width, "height": 950})
+    browser.wait(f"Math.abs(innerWidth - {width}) < 20")
+    found: list[str] = browser.run(
+        "(() => { const edge = document.querySelector('#scores').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('#scores th')]"
+        ".filter(cell => cell.getBoundingClientRect().right > edge + 1)"
+        ".map(cell => cell.textContent) })()"
+    )
+    return found
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_the_page_in_a_browser(
@@ -457,6 +537,7 @@ def test_the_page_in_a_browser(
     )
     browser.wait("document.querySelectorAll('#scores td').length > 4")
     browser.photograph("space-sample", tmp_path)
+    assert columns_out_of_sight(browser, 1280) == []
 
     browser.run(
         "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() === 'Your "
@@ -472,6 +553,12 @@ def test_the_page_in_a_browser(
     assert sum(title.startswith(HOSTILE) for title in titles) == 2
     assert browser.run("document.querySelectorAll('img[src=x]').length") == 0
     browser.photograph("space-upload", tmp_path)
+
+    browser.click("#refine-upload")
+    browser.wait("document.querySelector('#scores h3') !== null", seconds=600)
+    assert "etter" in browser.run("document.querySelector('#scores h3').textContent")
+    assert columns_out_of_sight(browser, 1280) == []
+    browser.photograph("space-refined", tmp_path)
     hosts = browser.run(
         "[...new Set(performance.getEntriesByType('resource').map(one => new URL(one.name).host))]"
     )

@@ -1,8 +1,14 @@
-"""What a wheel of the package holds, built from the files of this checkout and unpacked."""
+"""What a wheel of the package holds, built from the files of this checkout and unpacked.
 
+And what the script that uv runs alone says of the package.
+"""
+
+import configparser
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -78,3 +84,23 @@ def test_they_are_found_where_they_are_installed(unpacked: Path) -> None:
     package = unpacked / "mim_refiner_hf"
     lines = [str(package / "recipes" / "mae-refined-l16.yaml"), str(package / "model_cards")]
     assert found.stdout.split() == lines, found.stderr
+
+
+def test_the_head_of_the_script_says_what_setup_cfg_says() -> None:
+    script = ROOT / "training" / "refine.py"
+    text = script.read_text(encoding="utf-8")
+    # the pattern of PEP 723
+    (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+)^# ///$", text)
+    head = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name = setup["metadata"]["name"]
+    assert head["requires-python"] == setup["options"]["python_requires"]
+    # the package brings its own; a second list of them would drift
+    assert head["dependencies"] == [name]
+    (source,) = head["tool"]["uv"]["sources"].items()
+    assert source[0] == name
+    assert (script.parent / source[1]["path"]).resolve() == ROOT
+    # there is no checkout beside it on a machine of the Hub
+    assert head["tool"]["hf-jobs"]["env"] == {"UV_NO_SOURCES": "1"}

@@ -1,4 +1,4 @@
-"""A web page that groups images without labels, before and after refinement.
+"""A web page that groups images without labels, and refines an encoder on a visitor's own.
 
     pip install -e ".[space]"
     python examples/space/app.py            # then open the address that it prints
@@ -13,10 +13,14 @@ Hub, where a Space has no command line, the variables MODEL_AFTER, MODEL_BEFORE 
 ("cats=photos/cats food=user/food") say the same. The port is GRADIO_SERVER_PORT, or the first free
 one from 7860 on.
 
+"Refine on these images" refines the encoder on the left on what a visitor dropped, and shows the
+verdict: better than the start or not, by which numbers. The model can be downloaded if it is. A run
+that would take more than 15 minutes here is refused after its first steps.
+
 Shown for each side: the groups, most confident images first, a map of all images, and scores with
 errors and a verdict; with labels cluster accuracy, NMI and k-NN accuracy, without them RankMe and
 the agreement of neighbours. `groups.csv` and one self-contained page per side can be downloaded.
-The two endpoints, `/sample` and `/upload`, can be called from Python:
+The three endpoints, `/sample`, `/upload` and `/refine`, can be called from Python:
 
     from gradio_client import Client, handle_file
     client = Client("http://127.0.0.1:7860")
@@ -24,6 +28,8 @@ The two endpoints, `/sample` and `/upload`, can be called from Python:
     *_, numbers = client.predict("digits", 10, api_name="/sample")
     files = [handle_file("a.jpg"), handle_file("b.jpg")]
     *_, numbers = client.predict(files, 0, api_name="/upload")
+    *_, numbers = client.predict(files, 0, api_name="/refine")
+    numbers["verdict"]["outcome"]
 
 What is shown is made by `comparison.py`. Nothing is kept: files are deleted within an hour, users
 share nothing but the models, and no statistics leave the machine.
@@ -31,9 +37,12 @@ share nothing but the models, and no statistics leave the machine.
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -49,19 +58,24 @@ from comparison import (
     show_note,
     show_scores,
     show_side,
+    show_verdict,
     write_downloads,
 )
 
 from mim_refiner_hf import load_encoder, read_recipe, refine
+from mim_refiner_hf.data.broken import readable
 from mim_refiner_hf.data.images import ImageDataset, evenly_spaced, open_images
 from mim_refiner_hf.data.sources import Entries, FoundImages
 from mim_refiner_hf.publishing.cluster_folder import load_thumbnail
+from mim_refiner_hf.runs.verdict import LEAST_PHOTOS
 from mim_refiner_hf.runtime.text import spelt_out
 
 QUICKSTART = Path("outputs/quickstart")
 # of one upload, and of one file: a free Space has 2 cores
 MAX_IMAGES = 500
 MAX_MEGABYTES = 20
+# of a refinement: the others wait meanwhile
+MAX_MINUTES = 15
 MINUTE = 60
 # gradio finds it as the default of an argument
 PROGRESS = gr.Progress()
@@ -178,37 +192,110 @@ def compare(
         )
 
 
-def answer(collection: Collection, *settings: Any) -> Iterator[tuple[Any, ...]]:
-    """`compare`, with wrong input said to the user in one sentence.
+def tell_refinement(
+    progress: gr.Progress, began: float, step: int | None, values: dict[str, Any]
+) -> None:
+    """Show the visitor how far the refinement is; ValueError where it would take too long.
+
+    `began` is its start by `time.monotonic`.
+    """
+    left = values.get("seconds_left")
+    if left is None:
+        return
+    minutes = left / MINUTE
+    if minutes > MAX_MINUTES:
+        raise ValueError(
+            f"Refining would take about {minutes:.0f} minutes here, and {MAX_MINUTES} are allowed;"
+            " give fewer or smaller images, or use `mim-refiner refine` on a machine of yours."
+        )
+    passed = time.monotonic() - began
+    # the rest of the bar is for the groups
+    share = 0.7 * passed / (passed + left)
+    progress(share, desc=f"Refining: step {step}, about {minutes:.1f} minutes left")
+
+
+def refine_here(
+    collection: Collection,
+    encoders: Mapping[str, Any],
+    num_clusters: float | None,
+    progress: gr.Progress,
+) -> Iterator[tuple[Any, ...]]:
+    """Refine the first encoder on the images, then `compare` it with what comes out.
+
+    The verdict stands in place of the scores; the model is among the downloads if it is better.
+    """
+    start = next(iter(encoders.values()))
+    progress(0, desc="Looking at the images")
+    images, _ = readable(collection.images)
+    if len(images) < LEAST_PHOTOS:
+        raise ValueError(
+            f"{len(images)} images that can be read: refining takes {LEAST_PHOTOS} or more, or"
+            " nothing could be said about the result."
+        )
+
+    with tempfile.TemporaryDirectory(prefix="mim-refiner-space-") as folder:
+        result = refine(
+            images,
+            model=start,
+            output_dir=f"{folder}/run",
+            num_workers=0,
+            report_to="none",
+            callbacks=partial(tell_refinement, progress, time.monotonic()),
+        )
+        assert result is not None
+        verdict = result.verdict
+        sides = {"before": start, "after": result.refined}
+        with closing(compare(collection, sides, num_clusters, progress)) as compared:
+            note, _, shown, downloads, numbers = next(compared)
+            if verdict.outcome == "better":
+                model = shutil.make_archive(f"{folder}/model", "zip", f"{folder}/run/model")
+                downloads = [model, *downloads]
+            numbers["verdict"] = {"outcome": verdict.outcome, **verdict.as_json()}
+            yield note, show_verdict(verdict), shown, downloads, numbers
+
+
+def answer(
+    work: Callable[..., Iterator[tuple[Any, ...]]], collection: Collection, *settings: Any
+) -> Iterator[tuple[Any, ...]]:
+    """`compare` or `refine_here`, with wrong input said to the user in one sentence.
 
     gradio shows messages as HTML, so names are escaped.
     """
     try:
-        yield from compare(collection, *settings)
-    except ValueError as error:
+        yield from work(collection, *settings)
+    except (ValueError, FloatingPointError) as error:
         message = escape(collection.without_paths(str(error)), quote=False)
         raise gr.Error(message, print_exception=False) from error
 
 
 def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -> gr.Blocks:
-    """The page and its two endpoints; at most one request computes at a time, the others queue."""
+    """The page and its endpoints; at most one request computes at a time, the others queue."""
     num_channels = encoders["after"].config.num_channels
 
     def from_sample(
         name: str, num_clusters: float | None, progress: gr.Progress = PROGRESS
     ) -> Iterator[tuple[Any, ...]]:
-        yield from answer(samples[name], encoders, num_clusters, progress)
+        yield from answer(compare, samples[name], encoders, num_clusters, progress)
+
+    def opened(files: list[dict[str, Any]] | None) -> Collection:
+        try:
+            return uploaded(files, num_channels)
+        except ValueError as error:
+            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
 
     def from_upload(
         files: list[dict[str, Any]] | None,
         num_clusters: float | None,
         progress: gr.Progress = PROGRESS,
     ) -> Iterator[tuple[Any, ...]]:
-        try:
-            collection = uploaded(files, num_channels)
-        except ValueError as error:
-            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
-        yield from answer(collection, encoders, num_clusters, progress)
+        yield from answer(compare, opened(files), encoders, num_clusters, progress)
+
+    def refined(
+        files: list[dict[str, Any]] | None,
+        num_clusters: float | None,
+        progress: gr.Progress = PROGRESS,
+    ) -> Iterator[tuple[Any, ...]]:
+        yield from answer(refine_here, opened(files), encoders, num_clusters, progress)
 
     with gr.Blocks(
         title="Groups without labels",
@@ -230,28 +317,28 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
                 with gr.Tab("Your images"):
                     limits = (
                         f"2 to {MAX_IMAGES} images of any format, {MAX_MEGABYTES} MB each; deleted"
-                        " within an hour"
+                        f" within an hour; to refine on: {LEAST_PHOTOS} or more,"
+                        f" {MAX_MINUTES} minutes at most"
                     )
                     files = gr.File(file_count="multiple", label=limits, height=150)
-                    upload_button = gr.Button(
-                        "Group these images", variant="primary", elem_id="group-upload"
-                    )
+                    with gr.Row():
+                        upload_button = gr.Button(
+                            "Group these images", variant="primary", elem_id="group-upload"
+                        )
+                        refine_button = gr.Button("Refine on these images", elem_id="refine-upload")
             with gr.Column(scale=1, min_width=220):
                 info = "0: proposed from the images, with the evidence"
                 number = gr.Number(
                     0, label="Number of groups", info=info, minimum=0, maximum=MAX_IMAGES, step=1
                 )
         note = gr.HTML(elem_id="note")
+        # the whole width: its table has five columns
+        scores = gr.Markdown(elem_id="scores", elem_classes="result")
         with gr.Row(elem_classes="result"):
-            with gr.Column(scale=5, min_width=560):
-                scores = gr.Markdown(elem_id="scores")
-            with gr.Column(scale=3, min_width=300):
-                label = "A table, and a page per side to search and zoom in"
-                downloads = gr.File(
-                    label=label, file_count="multiple", height=240, interactive=False
-                )
-                with gr.Accordion("The numbers as JSON", open=False):
-                    numbers = gr.JSON(show_label=False)
+            label = "A table, and a page per side to search and zoom in"
+            downloads = gr.File(label=label, file_count="multiple", height=240, interactive=False)
+            with gr.Accordion("The numbers as JSON", open=False):
+                numbers = gr.JSON(show_label=False)
         sides = gr.HTML(elem_id="sides")
         shared: dict[str, Any] = {
             "outputs": [note, scores, sides, downloads, numbers],
@@ -261,9 +348,9 @@ def build_page(encoders: Mapping[str, Any], samples: Mapping[str, Collection]) -
         }
         sample_button.click(from_sample, [sample, number], api_name="sample", **shared)
         # not preprocessed: the names that files have at the user's, which gradio drops
-        upload_button.click(
-            from_upload, [files, number], api_name="upload", preprocess=False, **shared
-        )
+        shared["preprocess"] = False
+        upload_button.click(from_upload, [files, number], api_name="upload", **shared)
+        refine_button.click(refined, [files, number], api_name="refine", **shared)
     return page.queue(max_size=20)
 
 

@@ -50,6 +50,7 @@ from mim_refiner_hf.publishing.cluster_folder import describe_groups
 from mim_refiner_hf.publishing.cluster_page import Tile, by_confidence, render_page
 from mim_refiner_hf.publishing.csv_cells import write_table
 from mim_refiner_hf.runs.comparison import Side, changes_of, errors_of
+from mim_refiner_hf.runs.verdict import Verdict
 
 SIDES = {"before": "Before refinement", "after": "After refinement"}
 SHOWN = 36  # images of a group on the page; the page to download shows all
@@ -286,6 +287,25 @@ def show_scores(sides: Sequence[Side]) -> str:
         }
     )
     return table.replace("this model", "after", 1)
+
+
+def show_verdict(verdict: Verdict) -> str:
+    """Whether a refinement is better than its start, why, and the numbers behind it."""
+    reason = f"{verdict.reason[0].upper()}{verdict.reason[1:]}."
+    parts = [f"### {verdict.outcome.capitalize()}", reason]
+    if verdict.weights_change is not None:
+        parts.append(f"The weights moved by {100 * verdict.weights_change:.1f} %.")
+    if verdict.ships_start:
+        parts.append("So the start is what to use; on the right is what was trained.")
+    text = f"{parts[0]}\n\n{' '.join(parts[1:])}"
+    if verdict.before is None:
+        return text
+
+    table = report_table(
+        {"before": verdict.before, "after": verdict.after, "changes": verdict.changes_as_json},
+        against="before",
+    )
+    return f"{text}\n\n{table.replace('this model', 'after', 1)}"
 
 
 # --- what can be downloaded ------------------------------------------------------------------
