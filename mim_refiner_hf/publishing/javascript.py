@@ -13,6 +13,7 @@ import logging
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import constants
@@ -85,7 +86,7 @@ def javascript_files(folder: Path | None) -> dict[str, bytes]:
 
 def _installed(package: Package, folder: Path) -> dict[str, bytes]:
     """From `folder/node_modules`; a warning for another version than is known here."""
-    place = folder / "node_modules" / package.name
+    place = _place_of(package, folder)
     for path in ("package.json", *package.files):
         if not (place / path).is_file():
             raise FileNotFoundError(
@@ -93,21 +94,38 @@ def _installed(package: Package, folder: Path) -> dict[str, bytes]:
                 f"`npm install {_wanted()}` in that folder, or leave the setting out"
             )
 
-    try:
-        version = json.loads((place / "package.json").read_text(encoding="utf-8"))["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    version = _stated(place, "version")
+    needed = _stated(_place_of(PACKAGES[0], folder), "dependencies").get(package.name, version)
+    if version != needed:
         raise ValueError(
-            f"{place / 'package.json'} states no version; run `npm install {_wanted()}` again"
-        ) from error
+            f"{place} is version {one_line(version)}, and {PACKAGES[0].name} beside it needs "
+            f"{one_line(needed)}; run `npm install {_wanted()}` in {folder}"
+        )
     if version != package.version:
         logger.warning(
-            "%s is %s %s; the page was tested with %s",
+            "%s is version %s; the page was tested with %s",
             place,
-            package.name,
             one_line(version),
             package.version,
         )
     return {path: (place / path).read_bytes() for path in package.files}
+
+
+def _place_of(package: Package, folder: Path) -> Path:
+    """Where npm put a package: below the one that needs it, where another version is beside it."""
+    modules = folder / "node_modules"
+    nested = modules / PACKAGES[0].name / "node_modules" / package.name
+    return nested if nested.is_dir() else modules / package.name
+
+
+def _stated(place: Path, key: str) -> Any:
+    """What a package says of itself."""
+    try:
+        return json.loads((place / "package.json").read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place / 'package.json'} states no {key}; run `npm install {_wanted()}` again"
+        ) from error
 
 
 def _downloaded(package: Package) -> dict[str, bytes]:

@@ -1,0 +1,177 @@
+"""Are groups found in the browser as good as Python's? Accuracy, features, seconds, pictures.
+
+    python -m benchmarks.browser_page ../shared out/js [--screenshots shots/]
+
+Writes the page of the small MAE of CIFAR-10 (`mim-refiner page`; out/js is where npm installed
+transformers.js), gives a headless Chromium 300 and 2 000 images as PNG files, and groups the same
+files in Python. Prints the tables of benchmarks/results/browser-page.md.
+"""
+
+import argparse
+import functools
+import http.server
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.chromium import Chromium
+from transformers import pipeline
+
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy
+from mim_refiner_hf.publishing.browser_site import write_site
+from mim_refiner_hf.publishing.convert import convert
+
+COUNTS = (300, 2000)
+CLASSES = 10
+# images whose features are compared
+COMPARED = 64
+SIZES = {"wide": 1280, "narrow": 390}
+READY = "document.documentElement.dataset.ready"
+DONE = "document.documentElement.dataset.groups"
+PROBLEM = "document.querySelector('#problem').textContent"
+FOUND = """(() => {
+    const inside = document.querySelector('iframe').contentDocument;
+    const data = JSON.parse(inside.querySelector('#data').textContent);
+    return [data.name, data.group, inside.querySelector('header p').textContent];
+})()"""
+# the worker of the page, once more, for the features that the page keeps to itself
+FEATURES = """new Promise(done => {
+    const address = new URL('encoder-worker.js', location.href).href;
+    const blob = new Blob([`import "${address}";`], { type: 'text/javascript' });
+    const worker = new Worker(URL.createObjectURL(blob), { type: 'module' });
+    const files = [...document.querySelector('#folder-input').files]
+        .sort((one, two) => one.name < two.name ? -1 : 1).slice(0, COUNT);
+    const features = [];
+    worker.onmessage = ({ data }) => {
+        if (data.feature) features[data.index] = [...data.feature];
+        if (features.filter(row => row).length === COUNT) done(features);
+    };
+    worker.postMessage({ load: true });
+    worker.postMessage({ batch: files.map((file, index) => ({ index, file })) });
+})"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A static folder, without a log."""
+
+    def log_message(self, *_: Any) -> None:
+        return None
+
+
+def write_images(shared: Path, folder: Path, count: int) -> list[int]:
+    """The first test images as PNG files, and their classes."""
+    images = open_images(str(shared / "data/cifar10/test.parquet")).subset(range(count))
+    folder.mkdir(parents=True)
+    labels = []
+    for place in range(count):
+        images[place].image.save(folder / f"{place:05d}.png")
+        labels.append(int(images[place].label))
+    return labels
+
+
+def photograph(chromium: Chromium, folder: Path, name: str) -> None:
+    """The page wide and narrow, light and dark."""
+    for size, width in SIZES.items():
+        metrics = {"width": width, "height": 850, "deviceScaleFactor": 1, "mobile": width < 600}
+        tell(chromium, "Emulation.setDeviceMetricsOverride", metrics)
+        for scheme in ("light", "dark"):
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            tell(chromium, "Emulation.setEmulatedMedia", {"features": [feature]})
+            time.sleep(1)
+            chromium.photograph(f"{name}-{size}-{scheme}", folder)
+    tell(chromium, "Emulation.clearDeviceMetricsOverride", {})
+
+
+def tell(chromium: Chromium, command: str, parameters: dict[str, Any]) -> None:
+    """A command of the DevTools protocol."""
+    chromium.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+
+def in_the_browser(
+    chromium: Chromium, folder: Path, groups: int | None, screenshots: Path | None
+) -> tuple[list[int], str, float]:
+    """Groups in the order of the names, the page's note, and seconds from files to groups."""
+    chromium.run("location.reload()")
+    chromium.wait(READY, 300)
+    if screenshots is not None:
+        photograph(chromium, screenshots, "start")
+    if groups is not None:
+        chromium.type("#number", str(groups))
+    began = time.monotonic()
+    chromium.type("#folder-input", str(folder))
+    if screenshots is not None:
+        chromium.wait("document.querySelector('#bar').value > 0.1", 600)
+        chromium.photograph("work", screenshots)
+    chromium.wait(f"{DONE} || {PROBLEM}", 3000)
+    seconds = time.monotonic() - began
+    assert not chromium.run(PROBLEM), chromium.run(PROBLEM)
+    if screenshots is not None:
+        photograph(chromium, screenshots, "groups")
+    names, labels, note = chromium.run(FOUND)
+    found = dict(zip(names, labels, strict=True))
+    return [found[name] for name in sorted(found)], note, seconds
+
+
+def measure(chromium: Chromium, pipe: Any, folder: Path, labels: list[int], shots: Any) -> None:
+    """The rows of one number of images."""
+    for groups in (CLASSES, None):
+        browser, note, seconds = in_the_browser(chromium, folder, groups, shots)
+        shots = None
+        began = time.monotonic()
+        entries = pipe(str(folder), num_clusters=groups)
+        python_seconds = time.monotonic() - began
+        python = [entry["cluster"] for entry in entries]
+        row = {
+            "images": len(labels),
+            "asked": groups,
+            "browser": round(100 * cluster_accuracy(labels, browser), 2),
+            "python": round(100 * cluster_accuracy(labels, python), 2),
+            "agree": round(100 * cluster_accuracy(python, browser), 2),
+            "browser_seconds": round(seconds, 1),
+            "python_seconds": round(python_seconds, 1),
+            "note": note,
+            "python_reason": pipe.summary["reason"],
+        }
+        print(json.dumps(row), flush=True)
+
+    rows = torch.tensor(chromium.run(FEATURES.replace("COUNT", str(COMPARED))))
+    cosines = torch.cosine_similarity(rows, pipe.features[:COMPARED], dim=1)
+    print(f"cosine of {COMPARED} features: least {cosines.min():.6f}, mean {cosines.mean():.6f}")
+
+
+def main() -> None:
+    """All rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("transformers_js", type=Path)
+    parser.add_argument("--screenshots", type=Path)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        convert(str(options.shared / "models/mae-tiny-cifar10"), work / "model", license="mit")
+        print(write_site(work / "model", work / "site", transformers_js=options.transformers_js))
+        handler = functools.partial(Quiet, directory=str(work / "site"))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        pipe = pipeline("image-clustering", model=str(work / "model"))
+        chromium = Chromium(work / "profile")
+        chromium.call("/url", {"url": f"http://127.0.0.1:{server.server_address[1]}/"})
+        for count in options.counts:
+            labels = write_images(options.shared, work / f"photos{count}", count)
+            shots = options.screenshots if count == options.counts[0] else None
+            measure(chromium, pipe, work / f"photos{count}", labels, shots)
+        print("errors in the console:", chromium.errors())
+        chromium.quit()
+        server.shutdown()
+
+
+if __name__ == "__main__":
+    main()
