@@ -8,23 +8,20 @@ files in Python. Prints the tables of benchmarks/results/browser-page.md.
 """
 
 import argparse
-import functools
-import http.server
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.chromium import Chromium
 from transformers import pipeline
 
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy
 from mim_refiner_hf.publishing.browser_site import write_site
 from mim_refiner_hf.publishing.convert import convert
+from tests.chromium import Chromium, served
 
 COUNTS = (300, 2000)
 CLASSES = 10
@@ -54,13 +51,6 @@ FEATURES = """new Promise(done => {
     worker.postMessage({ load: true });
     worker.postMessage({ batch: files.map((file, index) => ({ index, file })) });
 })"""
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A static folder, without a log."""
-
-    def log_message(self, *_: Any) -> None:
-        return None
 
 
 def write_images(shared: Path, folder: Path, count: int) -> list[int]:
@@ -93,7 +83,7 @@ def tell(chromium: Chromium, command: str, parameters: dict[str, Any]) -> None:
 
 
 def in_the_browser(
-    chromium: Chromium, folder: Path, groups: int | None, screenshots: Path | None
+    chromium: Chromium, folder: Path, groups: int | None, screenshots: Path | None = None
 ) -> tuple[list[int], str, float]:
     """Groups in the order of the names, the page's note, and seconds from files to groups."""
     chromium.run("location.reload()")
@@ -117,11 +107,10 @@ def in_the_browser(
     return [found[name] for name in sorted(found)], note, seconds
 
 
-def measure(chromium: Chromium, pipe: Any, folder: Path, labels: list[int], shots: Any) -> None:
+def measure(chromium: Chromium, pipe: Any, folder: Path, labels: list[int]) -> None:
     """The rows of one number of images."""
     for groups in (CLASSES, None):
-        browser, note, seconds = in_the_browser(chromium, folder, groups, shots)
-        shots = None
+        browser, note, seconds = in_the_browser(chromium, folder, groups)
         began = time.monotonic()
         entries = pipe(str(folder), num_clusters=groups)
         python_seconds = time.monotonic() - began
@@ -157,20 +146,18 @@ def main() -> None:
         work = Path(name)
         convert(str(options.shared / "models/mae-tiny-cifar10"), work / "model", license="mit")
         print(write_site(work / "model", work / "site", transformers_js=options.transformers_js))
-        handler = functools.partial(Quiet, directory=str(work / "site"))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-
         pipe = pipeline("image-clustering", model=str(work / "model"))
         chromium = Chromium(work / "profile")
-        chromium.call("/url", {"url": f"http://127.0.0.1:{server.server_address[1]}/"})
-        for count in options.counts:
-            labels = write_images(options.shared, work / f"photos{count}", count)
-            shots = options.screenshots if count == options.counts[0] else None
-            measure(chromium, pipe, work / f"photos{count}", labels, shots)
-        print("errors in the console:", chromium.errors())
+        chromium.call("/timeouts", {"script": 600_000})
+        with served(work / "site") as address:
+            chromium.call("/url", {"url": f"{address}/"})
+            for count in options.counts:
+                labels = write_images(options.shared, work / f"photos{count}", count)
+                measure(chromium, pipe, work / f"photos{count}", labels)
+            print("errors in the console:", chromium.errors())
+            if options.screenshots is not None:
+                in_the_browser(chromium, work / f"photos{count}", None, options.screenshots)
         chromium.quit()
-        server.shutdown()
 
 
 if __name__ == "__main__":

@@ -180,9 +180,7 @@ def parse_page(arguments: Sequence[str]) -> Work:
         from ..runtime.lock import sole_run
 
         with sole_run(options.out, "out", beside=True):
-            site = write_site(
-                options.source, options.out, transformers_js=options.transformers_js
-            )
+            site = write_site(options.source, options.out, transformers_js=options.transformers_js)
         print(site)
 
     return work
