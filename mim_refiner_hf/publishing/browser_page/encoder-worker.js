@@ -26,6 +26,7 @@ async function load() {
   const answer = await fetch(here("models/encoder/preprocessor_config.json"));
   settings = await answer.json();
   model = await AutoModel.from_pretrained("encoder", { dtype: "q8", device: "wasm" });
+  self.postMessage({ ready: true });
 }
 
 // upright pixels on white, in the file's own colours, as Python decodes them
@@ -41,15 +42,16 @@ function draw(bitmap, width, height) {
 
 async function thumbnailOf(bitmap) {
   const shrink = Math.min(1, THUMBNAIL / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width, bitmap.height].map(side => Math.max(1, Math.round(side * shrink)));
-  const { canvas } = draw(bitmap, width, height);
+  const shrunk = side => Math.max(1, Math.round(side * shrink));
+  const { canvas } = draw(bitmap, shrunk(bitmap.width), shrunk(bitmap.height));
   const jpeg = await canvas.convertToBlob({ type: "image/jpeg", quality: QUALITY });
   const bytes = new Uint8Array(await jpeg.arrayBuffer());
   return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(""));
 }
 
 async function read(file) {
-  const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
+  const plain = { colorSpaceConversion: "none", imageOrientation: "from-image" };
+  const bitmap = await createImageBitmap(file, plain);
   const { pen } = draw(bitmap, bitmap.width, bitmap.height);
   const image = pen.getImageData(0, 0, bitmap.width, bitmap.height);
   const thumbnail = await thumbnailOf(bitmap);
@@ -82,6 +84,6 @@ async function encode(batch) {
 // one after the other, whatever comes in between
 let turn = Promise.resolve();
 self.addEventListener("message", ({ data }) => {
-  turn = turn.then(() => data.load ? load().then(() => self.postMessage({ ready: true })) : encode(data.batch));
+  turn = turn.then(() => data.load ? load() : encode(data.batch));
   turn.catch(error => self.postMessage({ failure: String(error) }));
 });

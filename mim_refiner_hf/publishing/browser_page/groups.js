@@ -2,7 +2,8 @@
 // The same rule as `mim_refiner_hf.clustering.propose_num_clusters`, and the same random numbers.
 
 import { bestCentroids, kmeans, membership } from "./k-means.js";
-import { apart, columnMeans, columns, dot, mainDirections, matrix, minus, onto, pick, unit } from "./matrices.js";
+import { apart, columnMeans, columns, dot, mainDirections } from "./matrices.js";
+import { matrix, minus, onto, pick, unit } from "./matrices.js";
 import { Generator } from "./random.js";
 
 const COMPONENTS = 64;
@@ -78,9 +79,14 @@ function mergeTree({ centroids, counts }) {
   const places = Float64Array.from(centroids.v);
   const sizes = Float64Array.from(counts);
   const numbers = range(0, n);
-  const cost = (i, j) => apart(places, i * d, places, j * d, d) * sizes[i] * sizes[j] / Math.max(sizes[i] + sizes[j], 1);
+  const cost = (i, j) => {
+    const weight = sizes[i] * sizes[j] / Math.max(sizes[i] + sizes[j], 1);
+    return apart(places, i * d, places, j * d, d) * weight;
+  };
   const added = new Float64Array(n * n).fill(Infinity);
-  for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) if (i !== j) added[i * n + j] = cost(i, j);
+  for (let i = 0; i < n; i++) {
+    for (let j = 0; j < n; j++) if (i !== j) added[i * n + j] = cost(i, j);
+  }
 
   return range(0, n - 1).map(line => {
     let least = 0;
@@ -119,7 +125,8 @@ function cutTree(tree, groups) {
 // k-means of the same points into any number of groups up to `most`: a cut of Ward's tree, improved
 function grouper(points, most, seed) {
   const { n, d, v } = points;
-  const small = kmeans(points, most, { runs: RUNS, iterations: PASSES, seed, spherical: false, refits: 0 });
+  const settings = { runs: RUNS, iterations: PASSES, seed, spherical: false, refits: 0 };
+  const small = kmeans(points, most, settings);
   const tree = mergeTree(small);
   const means = columnMeans(points);
   const variance = (dot(v, 0, v, 0, n * d) - n * dot(means, 0, means, 0, d)) / (n - 1) / d;
@@ -133,7 +140,9 @@ function grouper(points, most, seed) {
       counts[own] += 1;
       for (let k = 0; k < d; k++) sums[own * d + k] += v[i * d + k];
     }
-    for (let j = 0; j < groups * d; j++) starts.v[j] = sums[j] / Math.max(counts[Math.floor(j / d)], 1);
+    for (let j = 0; j < groups * d; j++) {
+      starts.v[j] = sums[j] / Math.max(counts[Math.floor(j / d)], 1);
+    }
     return bestCentroids(points, [starts], PASSES, 1e-4 * variance);
   };
 }
@@ -156,7 +165,8 @@ function measures(points, most, seed) {
     });
     const stability = agreements.reduce((total, one) => total + one, 0) / PAIRS;
     const apartness = silhouette(distances, labels, k);
-    return { k, stability, silhouette: apartness, score: Math.max(0, stability) * Math.max(0, apartness) };
+    const score = Math.max(0, stability) * Math.max(0, apartness);
+    return { k, stability, silhouette: apartness, score };
   };
 }
 
@@ -188,7 +198,8 @@ function judge(entries, guess, cloud) {
   const high = Math.max(...near);
   let against = "";
   if (guess.stability < STABLE) {
-    against = `groups learnt from other halves of the rows agree only to ${guess.stability.toFixed(2)}, of 1`;
+    const agreement = `${guess.stability.toFixed(2)}, of 1`;
+    against = `groups learnt from other halves of the rows agree only to ${agreement}`;
   } else if (guess.score < ABOVE_CLOUD * cloud.score) {
     against = "one cloud without groups, of the same variances, scores nearly as high";
   } else if (high > Math.max(WIDEST * low, low + 1)) {
@@ -202,7 +213,9 @@ function cloudLike(points, seed) {
   const { n, d, v } = points;
   const means = columnMeans(points);
   const spread = new Float64Array(d);
-  for (let i = 0; i < n; i++) for (let k = 0; k < d; k++) spread[k] += (v[i * d + k] - means[k]) ** 2 / (n - 1);
+  for (let i = 0; i < n; i++) {
+    for (let k = 0; k < d; k++) spread[k] += (v[i * d + k] - means[k]) ** 2 / (n - 1);
+  }
   const drawn = new Generator(seed).normal(n * d);
   return matrix(n, d, drawn.map((value, j) => value * Math.sqrt(spread[j % d])));
 }
@@ -213,10 +226,13 @@ export function propose(features, { seed = 0, tell = () => {} } = {}) {
   let rows = unit(pick(features, order));
   rows = minus(rows, columnMeans(rows));
   const none = reason => ({ number: null, interval: null, clear: false, reason, entries: [] });
-  if (rows.n < FEWEST_ROWS) return none(`${rows.n} rows are too few to tell; it takes ${FEWEST_ROWS}`);
+  if (rows.n < FEWEST_ROWS) {
+    return none(`${rows.n} rows are too few to tell; it takes ${FEWEST_ROWS}`);
+  }
 
   const points = onto(rows, mainDirections(rows, COMPONENTS));
-  if (dot(points.v, 0, points.v, 0, points.v.length) / points.v.length < 1e-12) return none("all rows are equal");
+  const square = dot(points.v, 0, points.v, 0, points.v.length) / points.v.length;
+  if (square < 1e-12) return none("all rows are equal");
 
   const numbers = coarse(Math.max(2, Math.min(MOST_GROUPS, Math.floor(rows.n / PER_GROUP))));
   const most = numbers.at(-1);
@@ -226,7 +242,9 @@ export function propose(features, { seed = 0, tell = () => {} } = {}) {
   tell(1);
 
   const { interval, against } = judge(entries, guess, cloud);
-  if (guess.score <= 0) return { ...none(`no number of groups is both stable and separate: ${against}`), entries };
+  if (guess.score <= 0) {
+    return { ...none(`no number of groups is both stable and separate: ${against}`), entries };
+  }
   const agreement = `${guess.stability.toFixed(2)}, of 1, and lie apart`;
   const reason = against || `groups learnt from other halves of the rows agree to ${agreement}`;
   return { number: guess.k, interval, clear: !against, reason, entries };
@@ -246,14 +264,17 @@ export function findGroups(features, asked, { seed = 0, tell = () => {} } = {}) 
     const source = why.number ? "the best guess" : "a rule of thumb, sqrt(n / 2)";
     reason = why.clear ? why.reason : `no clear answer (${why.reason}); ${number} is ${source}`;
   }
-  const { labels, counts, confidence } = kmeans(features, number, { seed, tell: share => tell("grouping", share) });
+  const settings = { seed, tell: share => tell("grouping", share) };
+  const { labels, counts, confidence } = kmeans(features, number, settings);
 
-  const order = range(0, number).filter(k => counts[k]).sort((one, two) => counts[two] - counts[one] || one - two);
+  const filled = range(0, number).filter(k => counts[k]);
+  const order = filled.sort((one, two) => counts[two] - counts[one] || one - two);
   const empty = number - order.length;
   if (empty) reason += `; ${empty} of ${number} groups have no image and are left out`;
   const names = new Int32Array(number);
   order.forEach((old, name) => { names[old] = name; });
-  return { labels: labels.map(label => names[label]), confidence, sizes: order.map(k => counts[k]), reason };
+  const sizes = order.map(k => counts[k]);
+  return { labels: labels.map(label => names[label]), confidence, sizes, reason };
 }
 
 // --- how they are shown
@@ -268,7 +289,9 @@ export function components(features, m) {
   const largest = places.v.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-12);
   const codes = new Int8Array(rows.n * m);
   for (let i = 0; i < rows.n; i++) {
-    for (let k = 0; k < places.d; k++) codes[i * m + k] = Math.round(places.v[i * places.d + k] / largest * 127);
+    for (let k = 0; k < places.d; k++) {
+      codes[i * m + k] = Math.round(places.v[i * places.d + k] / largest * 127);
+    }
   }
   return { codes, x: inUnit(places, 0), y: inUnit(places, 1) };
 }

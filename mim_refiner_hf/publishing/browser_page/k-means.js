@@ -4,7 +4,8 @@
 // calibrate. The same seed gives the same groups as there, up to 4 096 rows; of more rows the
 // samples are others.
 
-import { apart, columnMeans, dot, matrix, minus, onto, orthonormal, pick, unit } from "./matrices.js";
+import { apart, columnMeans, dot, matrix, minus } from "./matrices.js";
+import { onto, orthonormal, pick, unit } from "./matrices.js";
 import { Generator } from "./random.js";
 
 const SAMPLE = 4096;
@@ -28,6 +29,8 @@ const SEEDS = 1000003;
 // --- passes
 
 const sum = values => values.reduce((total, value) => total + value, 0);
+const inner = (one, two) => dot(one, 0, two, 0, one.length);
+const less = (values, steps) => values.map((value, k) => value - steps[k]);
 
 // x . c - ||c||^2 / 2 of one row and all centroids, into `scores`: highest for the nearest
 function score(rows, i, centroids, halves, scores) {
@@ -102,7 +105,8 @@ function fillEmpty(rows, centroids, { sums, counts }) {
 }
 
 // Passes over all rows from the starts: the centroids of the run with the lowest inertia.
-export function bestCentroids(rows, starts, iterations, limit, { strides = false, spherical = false } = {}) {
+export function bestCentroids(rows, starts, iterations, limit, settings = {}) {
+  const { strides = false, spherical = false } = settings;
   const { d } = rows;
   const scaled = centroids => spherical ? unit(centroids) : centroids;
   let runs = starts;
@@ -230,7 +234,8 @@ function above(rising, value) {
 function bestStart(sample, groups, { runs, seed, spherical, limit }) {
   const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS / groups)));
   const generator = new Generator(seed);
-  const starts = Array.from({ length: begun }, () => pick(sample, greedyRows(sample, groups, generator)));
+  const begin = () => pick(sample, greedyRows(sample, groups, generator));
+  const starts = Array.from({ length: begun }, begin);
   const passes = 2 * (Math.floor(Math.log2(begun)) + 1) + 2;
   return bestCentroids(sample, starts, passes, limit, { strides: true, spherical });
 }
@@ -269,7 +274,8 @@ function varianceBetween(sample, centroids) {
 
 // Groups of rows { n, d, v }: labels, centroids, counts, and with `refits` the confidence.
 export function kmeans(features, groups, settings = {}) {
-  const { runs = 10, iterations = 50, seed = 0, spherical = true, refits = 8, tell = () => {} } = settings;
+  const { runs = 10, iterations = 50, seed = 0, spherical = true } = settings;
+  const { refits = 8, tell = () => {} } = settings;
   const rows = spherical ? unit(features) : features;
   const sample = sampled(rows, startSize(groups), seed);
   const limit = 1e-4 * meanVariance(rows);
@@ -285,13 +291,15 @@ export function kmeans(features, groups, settings = {}) {
   if (refits && groups > 1) {
     const some = sampled(rows, Math.max(RESAMPLED, 16 * groups), seed);
     const again = (part, ownSeed) => {
-      const second = kmeans(part, groups, { runs, iterations, seed: ownSeed, spherical, refits: 0 });
+      const own = { runs, iterations, seed: ownSeed, spherical, refits: 0 };
+      const second = kmeans(part, groups, own);
       return membership(some, second.centroids, 1).labels;
     };
     const seconds = secondClusterings(some, groups, again, refits, seed, tell);
     const { labels, logOdds } = membership(some, centroids, temperature);
     const { slope, offsets } = fitted(labels, logOdds, agreement(labels, seconds, groups), groups);
-    confidence = found.logOdds.map((odds, i) => sigmoid(offsets[found.labels[i]] + slope * bounded(odds)));
+    const sure = (odds, i) => sigmoid(offsets[found.labels[i]] + slope * bounded(odds));
+    confidence = found.logOdds.map(sure);
   }
   return { labels: found.labels, centroids, counts, confidence };
 }
@@ -351,7 +359,8 @@ function fitted(labels, logOdds, shares, groups) {
   const least = 0.5 / shares.length;
   const own = [...labels, ...Array(groups).keys()];
   const odds = [...logOdds.map(bounded), ...Array(groups).fill(0)];
-  const target = [...shares.map(share => Math.min(Math.max(share, least), 1 - least)), ...Array(groups).fill(0.5)];
+  const inside = shares.map(share => Math.min(Math.max(share, least), 1 - least));
+  const target = [...inside, ...Array(groups).fill(0.5)];
   const found = regression(own, odds, target, groups);
   if (found.slope >= 0) return found;
   return { ...regression(own, odds.map(() => 0), target, groups), slope: 0 };
@@ -379,7 +388,7 @@ function regression(labels, odds, target, groups) {
   let lowest = loss(common, own);
   for (let newton = 0; newton < NEWTON_STEPS; newton++) {
     let [commonStep, ownStep] = newtonStep();
-    const after = () => [common.map((value, k) => value - commonStep[k]), own.map((value, k) => value - ownStep[k])];
+    const after = () => [less(common, commonStep), less(own, ownStep)];
     let reached = loss(...after());
     while (reached > lowest && Math.max(...commonStep.map(Math.abs)) > 1e-9) {
       commonStep = commonStep.map(value => value / 2);
@@ -413,12 +422,15 @@ function regression(labels, odds, target, groups) {
       commonSlope[1] += error * points[i];
     }
     const solved = border.map(side => side.map((value, k) => value / diagonal[k]));
-    const cross = sum(border[1]) - sum(border[0].map((value, k) => value * solved[1][k]));
-    const first = sum(border[0]) - sum(border[0].map((value, k) => value * solved[0][k])) + 1e-6;
-    const last = corner - sum(border[1].map((value, k) => value * solved[1][k])) + 1e-6;
-    const right = solved.map((side, k) => commonSlope[k] - sum(side.map((value, j) => value * ownSlope[j])));
+    const cross = sum(border[1]) - inner(border[0], solved[1]);
+    const first = sum(border[0]) - inner(border[0], solved[0]) + 1e-6;
+    const last = corner - inner(border[1], solved[1]) + 1e-6;
+    const right = solved.map((side, k) => commonSlope[k] - inner(side, ownSlope));
     const determinant = first * last - cross * cross;
-    const steps = [(last * right[0] - cross * right[1]) / determinant, (first * right[1] - cross * right[0]) / determinant];
+    const steps = [
+      (last * right[0] - cross * right[1]) / determinant,
+      (first * right[1] - cross * right[0]) / determinant,
+    ];
     const ownSteps = ownSlope.map((value, k) =>
       (value - border[0][k] * steps[0] - border[1][k] * steps[1]) / diagonal[k]);
     return [steps, ownSteps];

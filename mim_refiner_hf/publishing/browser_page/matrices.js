@@ -108,8 +108,8 @@ export function orthonormal(rows, least) {
   return kept;
 }
 
-// Eigenvalues and eigenvectors (one a row) of a symmetric matrix (d, d), the largest first: Jacobi's
-// rotations.
+// Eigenvalues and eigenvectors (one a row) of a symmetric matrix (d, d), the largest first, by
+// Jacobi's rotations.
 export function eigen(symmetric) {
   const { d } = symmetric;
   const a = Float64Array.from(symmetric.v);
