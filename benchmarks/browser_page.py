@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import pipeline
 
+from mim_refiner_hf.clustering.pipeline_image_clustering import find_groups
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.cluster_scores import cluster_accuracy
 from mim_refiner_hf.publishing.browser_site import write_site
@@ -82,39 +83,47 @@ def tell(chromium: Chromium, command: str, parameters: dict[str, Any]) -> None:
     chromium.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
 
-def in_the_browser(
-    chromium: Chromium, folder: Path, groups: int | None, screenshots: Path | None = None
-) -> tuple[list[int], str, float]:
-    """Groups in the order of the names, the page's note, and seconds from files to groups."""
+def give_images(chromium: Chromium, folder: Path, groups: int | None) -> float:
+    """Give the page a folder; seconds from the files to the groups."""
     chromium.run("location.reload()")
     chromium.wait(READY, 300)
-    if screenshots is not None:
-        photograph(chromium, screenshots, "start")
     if groups is not None:
         chromium.type("#number", str(groups))
     began = time.monotonic()
     chromium.type("#folder-input", str(folder))
-    if screenshots is not None:
-        chromium.wait("document.querySelector('#bar').value > 0.1", 600)
-        chromium.photograph("work", screenshots)
     chromium.wait(f"{DONE} || {PROBLEM}", 3000)
-    seconds = time.monotonic() - began
     assert not chromium.run(PROBLEM), chromium.run(PROBLEM)
-    if screenshots is not None:
-        photograph(chromium, screenshots, "groups")
+    return time.monotonic() - began
+
+
+def group_again(chromium: Chromium) -> float:
+    """Have the number of groups of the same images proposed; seconds."""
+    began = time.monotonic()
+    chromium.click("#tools button")
+    chromium.wait(f"{DONE} || {PROBLEM}", 3000)
+    return time.monotonic() - began
+
+
+def labels_in(chromium: Chromium) -> tuple[list[int], str]:
+    """Groups in the order of the names, and the page's note."""
     names, labels, note = chromium.run(FOUND)
     found = dict(zip(names, labels, strict=True))
-    return [found[name] for name in sorted(found)], note, seconds
+    return [found[name] for name in sorted(found)], note
 
 
 def measure(chromium: Chromium, pipe: Any, folder: Path, labels: list[int]) -> None:
-    """The rows of one number of images."""
+    """The rows of one number of images: as many groups as classes, and as many as proposed."""
     for groups in (CLASSES, None):
-        browser, note, seconds = in_the_browser(chromium, folder, groups)
+        seconds = group_again(chromium) if groups is None else give_images(chromium, folder, groups)
+        browser, note = labels_in(chromium)
+
         began = time.monotonic()
-        entries = pipe(str(folder), num_clusters=groups)
-        python_seconds = time.monotonic() - began
-        python = [entry["cluster"] for entry in entries]
+        if groups is not None:
+            pipe(str(folder), num_clusters=groups)
+            python, reason = pipe.clustering.assignments, pipe.summary["reason"]
+        else:
+            clustering, why = find_groups(pipe.features, None, 0, "kmeans")
+            python, reason = clustering.assignments, why.reason
         row = {
             "images": len(labels),
             "asked": groups,
@@ -122,15 +131,16 @@ def measure(chromium: Chromium, pipe: Any, folder: Path, labels: list[int]) -> N
             "python": round(100 * cluster_accuracy(labels, python), 2),
             "agree": round(100 * cluster_accuracy(python, browser), 2),
             "browser_seconds": round(seconds, 1),
-            "python_seconds": round(python_seconds, 1),
-            "note": note,
-            "python_reason": pipe.summary["reason"],
+            "python_seconds": round(time.monotonic() - began, 1),
+            "browser_note": note,
+            "python_reason": reason,
         }
         print(json.dumps(row), flush=True)
 
     rows = torch.tensor(chromium.run(FEATURES.replace("COUNT", str(COMPARED))))
     cosines = torch.cosine_similarity(rows, pipe.features[:COMPARED], dim=1)
-    print(f"cosine of {COMPARED} features: least {cosines.min():.6f}, mean {cosines.mean():.6f}")
+    worst, mean = float(cosines.min()), float(cosines.mean())
+    print(f"cosine of {COMPARED} features: least {worst:.6f}, mean {mean:.6f}", flush=True)
 
 
 def main() -> None:
@@ -156,7 +166,7 @@ def main() -> None:
                 measure(chromium, pipe, work / f"photos{count}", labels)
             print("errors in the console:", chromium.errors())
             if options.screenshots is not None:
-                in_the_browser(chromium, work / f"photos{count}", None, options.screenshots)
+                photograph(chromium, options.screenshots, "groups")
         chromium.quit()
 
 
