@@ -197,7 +197,7 @@ def _card(name: str, source: str | Path, licence: Licence) -> str:
         f"`library/` holds {plain(libraries)}.",
         "The folder as it is can be served by any static server, or uploaded as a static Space:",
         fenced(
-            "python -m http.server --directory .\nhf upload USER/NAME . --repo-type space",
+            "python -m http.server --directory .\nhf repos create USER/NAME --type space --space-sdk static\nhf upload USER/NAME . --repo-type space",
             "bash",
         ),
         fenced(f"mim-refiner page {source} --out SITE", "bash"),
