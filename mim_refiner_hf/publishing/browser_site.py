@@ -37,6 +37,11 @@ MOST_IMAGES = 20_000
 _SOURCES = Path(__file__).with_name("browser_page")
 # what a browser's memory can hold, with room for what is computed
 _MOST_WEIGHTS = 1_000_000_000
+_SERVED = (
+    "python -m http.server --directory .",
+    "hf repos create USER/NAME --type space --space-sdk static",
+    "hf upload USER/NAME . --repo-type space",
+)
 # by which a folder is known as such a site
 _MARK = "offline.js"
 
@@ -196,10 +201,7 @@ def _card(name: str, source: str | Path, licence: Licence) -> str:
         licence_line(licence, "the encoder"),
         f"`library/` holds {plain(libraries)}.",
         "The folder as it is can be served by any static server, or uploaded as a static Space:",
-        fenced(
-            "python -m http.server --directory .\nhf repos create USER/NAME --type space --space-sdk static\nhf upload USER/NAME . --repo-type space",
-            "bash",
-        ),
+        fenced("\n".join(_SERVED), "bash"),
         fenced(f"mim-refiner page {source} --out SITE", "bash"),
     ]
     return "\n\n".join(parts) + "\n"
