@@ -201,7 +201,7 @@ def test_archives_are_held_to_their_sha256(tmp_path: Path, monkeypatch: pytest.M
         javascript.javascript_files(None)
     monkeypatch.setattr(javascript, "PACKAGES", tuple(packages))
     found = javascript.javascript_files(None)
-    assert found["transformers.min.js"] == b"dist/transformers.min.js" and len(found) == 3
+    assert found["transformers.min.js"] == b"dist/transformers.min.js" and len(found) == 4
 
 
 # --- the arithmetic -------------------------------------------------------------------------------

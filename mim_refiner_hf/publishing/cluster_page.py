@@ -166,6 +166,7 @@ def page_data(
         },
         "left_out": beside.left_out,
         "broken": beside.broken,
+        "unread_table": "broken.csv",
         "alike": beside.alike,
         # how a text becomes a cell of the CSV file, as `csv_cells.py` does it
         "unseen": UNSEEN.pattern,

@@ -56,7 +56,7 @@ PACKAGES = (
         "4.3.2",
         "Apache-2.0",
         "5414fb47b11ae2a8c10a3aac68f833e6fb6e9bde03e9e612ad7da3ea9e9d2663",
-        ("dist/transformers.min.js",),
+        ("dist/transformers.min.js", "LICENSE"),
     ),
     # the version that the former names; without WebGPU, which takes twice the bytes
     Package(
