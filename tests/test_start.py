@@ -85,6 +85,7 @@ WRONG = [
     "evaluate photos/gone/ --model mae",
     "evaluate photos --model mae --protocols linear",
     "export model out --to gif",
+    "page",
     "embed photos --model mae",
     "embed photos --model mae --out features --dtype fp8",
     "replay",

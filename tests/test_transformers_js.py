@@ -4,13 +4,10 @@ They need a folder with the npm packages `@huggingface/transformers` and `onnxru
 TRANSFORMERS_JS names (`.ci/run` makes one); the browser is `chromium.py`'s.
 """
 
-import functools
-import http.server
 import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chromium import Chromium, needs_chromium
+from chromium import Chromium, needs_chromium, served
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -116,24 +113,14 @@ def test_in_node(site: Path) -> None:
     check(site, json.loads(result.stdout.splitlines()[-1]))
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A static folder, without a log."""
-
-    def log_message(self, *_: Any) -> None:
-        return None
-
-
 @pytest.fixture
 def address(site: Path) -> Iterator[str]:
     """The site, with the libraries that its page needs, on a port of this machine."""
     library = site / "library"
     shutil.copytree(RUNTIME, library, ignore=shutil.ignore_patterns("*.map"), dirs_exist_ok=True)
     shutil.copy(LIBRARY / "transformers.min.js", library)
-    handler = functools.partial(Quiet, directory=str(site))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
+    with served(site) as place:
+        yield place
 
 
 @needs_chromium

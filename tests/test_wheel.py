@@ -56,7 +56,7 @@ def names(folder: Path, pattern: str) -> set[str]:
 
 def test_every_module_and_template_is_there(unpacked: Path) -> None:
     package = ROOT / "mim_refiner_hf"
-    for pattern in ("*.py", "*.jinja", "*.bib", "py.typed"):
+    for pattern in ("*.py", "*.jinja", "*.js", "*.bib", "py.typed"):
         assert names(unpacked / "mim_refiner_hf", pattern) >= names(package, pattern)
     for metric in (package / "metrics").glob("*/README.md"):
         assert (unpacked / metric.relative_to(ROOT)).is_file()

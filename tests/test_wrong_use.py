@@ -445,6 +445,10 @@ OTHER_COMMANDS = [
     ("export {model} {model} --to timm", ["{model}", "overwrite the source"]),
     ("export {model} {tmp}/photos --to vit", ["{tmp}/photos", "not a model folder"]),
     ("export {tmp}/gone.pth out --to timm", ["{tmp}/gone.pth", "does not exist"]),
+    # ---- page
+    ("page", ["source"]),
+    ("page {model} --out {tmp}/photos", ["{tmp}/photos", "not a site folder"]),
+    ("page {model} --transformers_js {tmp}/photos", ["{tmp}/photos", "npm install"]),
     # ---- push
     ("push {model}", ["repository"]),
     ("push gone user/name", ["gone", "not a model folder"]),

@@ -8,6 +8,7 @@
     mim-refiner cluster photos/ --model out/model --out groups/    (then open groups/index.html)
     mim-refiner push out/model user/name
     mim-refiner export out/model out/timm --to timm                (or vit, or onnx)
+    mim-refiner page out/model --out site/         (groups images in the browser)
     mim-refiner replay out                                         (a step that failed, again)
 
 On several processes: accelerate launch -m mim_refiner_hf.cli refine ... (or pretrain, evaluate,
@@ -34,7 +35,7 @@ from ..runtime.wording import in_the_shell
 from .cluster import parse_cluster
 from .flags import Work
 from .measuring import parse_embed, parse_evaluate
-from .models import parse_convert, parse_export, parse_push
+from .models import parse_convert, parse_export, parse_page, parse_push
 from .training import parse_pretrain, parse_refine, parse_replay
 
 COMMANDS: dict[str, Callable[[Sequence[str]], Work]] = {
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Work]] = {
     "evaluate": parse_evaluate,
     "export": parse_export,
     "embed": parse_embed,
+    "page": parse_page,
     "replay": parse_replay,
 }
 """What each reads from its words, and then does."""

@@ -1,4 +1,4 @@
-"""The commands that carry models in and out: convert, export, push.
+"""The commands that carry models in and out: convert, export, page, push.
 
 Heavy rooms are imported when a command runs, so that `mim-refiner --help` is quick.
 """
@@ -148,5 +148,39 @@ def parse_export(arguments: Sequence[str]) -> Work:
                 f"In {precision}, its features of random images have a cosine of at least "
                 f"{cosine:.5f} with PyTorch's in fp32"
             )
+
+    return work
+
+
+def parse_page(arguments: Sequence[str]) -> Work:
+    """`mim-refiner page`."""
+    parser = command_parser(
+        "page",
+        "A static site that groups images in the browser, by an encoder with weights of 8 bits: "
+        "no server, and no image leaves the machine. The folder is a static Space, too.",
+    )
+    parser.add_argument("source", help="model folder, Hub name, or an original checkpoint")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("site"),
+        help="folder to write; an earlier site there is replaced; default: site",
+    )
+    parser.add_argument(
+        "--transformers_js",
+        type=Path,
+        metavar="FOLDER",
+        help="where `npm install @huggingface/transformers` ran; default: the files are "
+        "downloaded from npm's registry once (36 MB)",
+    )
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        from ..publishing.browser_site import write_site
+        from ..runtime.lock import sole_run
+
+        with sole_run(options.out, "out", beside=True):
+            site = write_site(options.source, options.out, transformers_js=options.transformers_js)
+        print(site)
 
     return work

@@ -35,6 +35,9 @@ SIMILARITY_DIMENSIONS = 32
 # beyond, the page shows an even choice of each group: 80 MB
 MAX_TILES = 20_000
 
+MARKS = {name: f"%{name.upper()}%" for name in ("title", "note", "groups", "data")}
+"""Where `page_to_fill` has no content yet; that of the data is a text of JSON, with its quotes."""
+
 _TEMPLATE = Path(__file__).with_name("cluster_page.html.jinja")
 _MAP_NOTES = {
     "UMAP": "Alike images lie near each other (UMAP).",
@@ -163,6 +166,7 @@ def page_data(
         },
         "left_out": beside.left_out,
         "broken": beside.broken,
+        "unread_table": "broken.csv",
         "alike": beside.alike,
         # how a text becomes a cell of the CSV file, as `csv_cells.py` does it
         "unseen": UNSEEN.pattern,
@@ -195,6 +199,18 @@ def render_page(
     """
     points, method = flat_map(features)
     data = page_data(tiles, features, unit_square(points), sizes, beside)
+    return _rendered(title, note, len(sizes), data, method)
+
+
+def page_to_fill() -> str:
+    """The page without groups, for a script that writes its own into the marks of `MARKS`."""
+    return _rendered(MARKS["title"], MARKS["note"], MARKS["groups"], MARKS["data"], "PCA")
+
+
+def _rendered(title: str, note: str, groups: int | str, data: object, method: str) -> str:
+    """The template, filled in."""
     text = _TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
-    return template.render(title=title, note=note, data=data, map_note=_MAP_NOTES[method])
+    return template.render(
+        title=title, note=note, groups=groups, data=data, map_note=_MAP_NOTES[method]
+    )

@@ -99,32 +99,51 @@ def export(
         )
 
     encoder = load_encoder(source)
-    processor = encoder.image_processor
     reason = why_not_exported(encoder.config, to)
     if reason:
         raise ValueError(f"{source} cannot be exported to {to}: {reason}")
 
-    format_ = module_of(to)
     encoder.float()
     check_finite(encoder.state_dict(), str(destination), f"get {source} again")
     with staged_folder(folder, check_model_folder) as new:
-        format_.write(new, encoder, processor)
+        differences = write_twin(new, encoder, to, smaller)
         text = _card(folder.name, str(source), to, vars(encoder)["licence"])
         write_text(new / CARD, text)
-        twins = format_.load(new)
-        sizes = [encoder.config.image_hw]
-        tolerance = _TOLERANCE
-        if to == "native":
-            sizes += filter(None, [format_.other_size(encoder.config)])
-            tolerance = _TOLERANCE_OF_A_CLASS
-        differences = _compare_twins(encoder, twins, sizes, tolerance)
-        # without a word it would take the mean of all tokens
-        if _LIBRARIES[to] == "transformers" and "features" in differences:
-            write_sentence_files(new)
-        for precision in smaller:
-            images = _random_images(encoder.config, 4, encoder.config.image_hw)
-            theirs = format_.write_smaller(new, precision, images)
-            differences[precision] = _least_cosine(encoder, images, theirs, precision)
+    return differences
+
+
+def write_twin(
+    folder: Path, encoder: MimRefinerModel, to: str, smaller: Sequence[str] = ()
+) -> dict[str, float]:
+    """Write an encoder that a format can express into an empty folder, and compare.
+
+    Args:
+        encoder: in fp32, with its image processor attached.
+        smaller: of "onnx" the precisions to write too, "fp16" and "int8".
+
+    Returns:
+        As `export`.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    format_ = module_of(to)
+    format_.write(folder, encoder, encoder.image_processor)
+    twins = format_.load(folder)
+    sizes = [encoder.config.image_hw]
+    tolerance = _TOLERANCE
+    if to == "native":
+        sizes += filter(None, [format_.other_size(encoder.config)])
+        tolerance = _TOLERANCE_OF_A_CLASS
+    differences = _compare_twins(encoder, twins, sizes, tolerance)
+
+    # without a word it would take the mean of all tokens
+    if _LIBRARIES[to] == "transformers" and "features" in differences:
+        write_sentence_files(folder)
+    for precision in smaller:
+        images = _random_images(encoder.config, 4, encoder.config.image_hw)
+        theirs = format_.write_smaller(folder, precision, images)
+        differences[precision] = _least_cosine(encoder, images, theirs, precision)
     return differences
 
 

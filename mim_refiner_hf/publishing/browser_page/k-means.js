@@ -1,0 +1,438 @@
+// k-means as `mim_refiner_hf.clustering.kmeans` does it (k_means.py, lloyd.py, starts.py,
+// confidence.py say why): greedy k-means++ with restarts, of which the worse half is dropped after
+// every second pass, strides, empty groups filled, and a confidence that eight second clusterings
+// calibrate. The same seed gives the same groups as there, up to 4 096 rows; of more rows the
+// samples are others.
+
+import { apart, columnMeans, dot, matrix, minus } from "./matrices.js";
+import { onto, orthonormal, pick, unit } from "./matrices.js";
+import { Generator } from "./random.js";
+
+const SAMPLE = 4096;
+const PER_GROUP = 40;
+const FEWER_PER_GROUP = [[20000, 20], [2 ** 17, 4]];
+const DRAWN = 16;
+const FULL_RUNS = 100;
+const ROUND = 2;
+const STRIDE = 1.85;
+const WORTH_A_STRIDE = 3e-4;
+const WORTH_A_PASS = 3e-5;
+const SUREST = -80;
+const RESAMPLED = 16384;
+const FARTHEST = 40;
+const PULL = 0.03;
+const NEWTON_STEPS = 30;
+const RESAMPLE = 2 / 3;
+const ALL_ROWS = 4;
+const SEEDS = 1000003;
+
+// --- passes
+
+const sum = values => values.reduce((total, value) => total + value, 0);
+const inner = (one, two) => dot(one, 0, two, 0, one.length);
+const less = (values, steps) => values.map((value, k) => value - steps[k]);
+
+// x . c - ||c||^2 / 2 of one row and all centroids, into `scores`: highest for the nearest
+function score(rows, i, centroids, halves, scores) {
+  const { d } = rows;
+  let best = 0;
+  for (let k = 0; k < centroids.n; k++) {
+    scores[k] = dot(rows.v, i * d, centroids.v, k * d, d) - halves[k];
+    if (scores[k] > scores[best]) best = k;
+  }
+  return best;
+}
+
+function halfSquares({ n, d, v }) {
+  return Float64Array.from({ length: n }, (_, k) => dot(v, k * d, v, k * d, d) / 2);
+}
+
+// of each row its group, the log odds of it, the squared distance to its centroid
+export function membership(rows, centroids, temperature) {
+  const { n, d } = rows;
+  const labels = new Int32Array(n);
+  const logOdds = new Float64Array(n);
+  const distances = new Float64Array(n);
+  const halves = halfSquares(centroids);
+  const scores = new Float64Array(centroids.n);
+  for (let i = 0; i < n; i++) {
+    const own = score(rows, i, centroids, halves, scores);
+    let rivals = 0;
+    for (let k = 0; k < centroids.n; k++) {
+      const behind = (scores[k] - scores[own]) / temperature;
+      if (k !== own) rivals += Math.exp(Math.max(behind, SUREST));
+    }
+    labels[i] = own;
+    logOdds[i] = -Math.log(rivals);
+    distances[i] = apart(rows.v, i * d, centroids.v, own * d, d);
+  }
+  return { labels, logOdds, distances };
+}
+
+// the sum of the rows of each group, their number, the inertia
+function onePass(rows, centroids) {
+  const { n, d } = rows;
+  const sums = new Float64Array(centroids.n * d);
+  const counts = new Float64Array(centroids.n);
+  const halves = halfSquares(centroids);
+  const scores = new Float64Array(centroids.n);
+  let inertia = 0;
+  for (let i = 0; i < n; i++) {
+    const own = score(rows, i, centroids, halves, scores);
+    for (let k = 0; k < d; k++) sums[own * d + k] += rows.v[i * d + k];
+    counts[own] += 1;
+    inertia += dot(rows.v, i * d, rows.v, i * d, d) - 2 * scores[own];
+  }
+  return { sums, counts, inertia };
+}
+
+// move into each empty group one of the rows farthest from their own centroids
+function fillEmpty(rows, centroids, { sums, counts }) {
+  const { d } = rows;
+  const empty = [...counts.keys()].filter(k => counts[k] === 0);
+  if (!empty.length) return;
+  const { labels, distances } = membership(rows, centroids, 1);
+  const far = [...labels.keys()].sort((i, j) => distances[j] - distances[i]);
+  empty.forEach((group, place) => {
+    const i = far[place];
+    for (let k = 0; k < d; k++) {
+      sums[labels[i] * d + k] -= rows.v[i * d + k];
+      sums[group * d + k] = rows.v[i * d + k];
+    }
+    counts[labels[i]] -= 1;
+    counts[group] = 1;
+  });
+}
+
+// Passes over all rows from the starts: the centroids of the run with the lowest inertia.
+export function bestCentroids(rows, starts, iterations, limit, settings = {}) {
+  const { strides = false, spherical = false } = settings;
+  const { d } = rows;
+  const scaled = centroids => spherical ? unit(centroids) : centroids;
+  let runs = starts;
+  let striding = strides;
+  let lowest = Infinity;
+  for (let step = 1; step <= iterations; step++) {
+    const passes = runs.map(centroids => {
+      const found = onePass(rows, centroids);
+      const wasEmpty = found.counts.map(count => Number(count === 0));
+      fillEmpty(rows, centroids, found);
+      const means = matrix(centroids.n, d);
+      for (let k = 0; k < centroids.n; k++) {
+        for (let j = k * d; j < (k + 1) * d; j++) {
+          means.v[j] = found.counts[k] > 0 ? found.sums[j] / found.counts[k] : centroids.v[j];
+        }
+      }
+      const moved = scaled(means);
+      const shift = apart(moved.v, 0, centroids.v, 0, moved.v.length);
+      return { centroids, moved, shift, wasEmpty, inertia: found.inertia };
+    });
+
+    // by what share the last step has lowered the inertia
+    const least = Math.min(...passes.map(pass => pass.inertia));
+    const gain = lowest > 0 ? 1 - least / lowest : 0;
+    lowest = Math.min(lowest, least);
+    if (striding && gain < WORTH_A_STRIDE) striding = false;
+    else if (strides && !striding && gain < WORTH_A_PASS && passes.length === 1) {
+      return passes[0].moved;
+    }
+    if (striding && step > 1 && step < iterations) {
+      for (const pass of passes) pass.moved = strided(pass, scaled);
+    }
+
+    let keep = passes.length;
+    if (step === iterations) keep = 1;
+    else if (step % ROUND === 0) keep = Math.ceil(keep / 2);
+    const best = passes.sort((one, two) => one.inertia - two.inertia).slice(0, keep);
+    runs = best.map(pass => pass.moved);
+    if (keep === 1 && best[0].shift <= limit) break;
+  }
+  return runs[0];
+}
+
+function strided({ centroids, moved, wasEmpty }, scaled) {
+  const { n, d } = centroids;
+  const far = matrix(n, d);
+  for (let j = 0; j < n * d; j++) {
+    far.v[j] = centroids.v[j] + STRIDE * (moved.v[j] - centroids.v[j]);
+  }
+  const reached = scaled(far);
+  for (let k = 0; k < n; k++) {
+    if (wasEmpty[k]) reached.v.set(moved.v.subarray(k * d, (k + 1) * d), k * d);
+  }
+  return reached;
+}
+
+// --- starts
+
+function startSize(groups) {
+  let size = PER_GROUP * groups;
+  for (const [rows, perGroup] of FEWER_PER_GROUP) {
+    size = Math.min(size, Math.max(rows, perGroup * groups));
+  }
+  return Math.max(SAMPLE, size);
+}
+
+// the numbers of the sampled rows that one run starts from
+function greedyRows(sample, groups, generator) {
+  const { n, d, v } = sample;
+  const trials = 2 + Math.floor(Math.log(groups));
+  const squares = Float64Array.from({ length: n }, (_, i) => dot(v, i * d, v, i * d, d));
+  const distancesFrom = row => {
+    const distances = new Float64Array(n);
+    for (let i = 0; i < n; i++) {
+      const cross = dot(v, row * d, v, i * d, d);
+      distances[i] = Math.max(0, squares[row] + squares[i] - 2 * cross);
+    }
+    return distances;
+  };
+
+  const chosen = [Math.floor(generator.uniform() * n)];
+  let nearest = distancesFrom(chosen[0]);
+  while (chosen.length < groups) {
+    const drawn = trials * Math.min(DRAWN, groups - chosen.length);
+    const places = Array.from({ length: drawn }, () => generator.uniformDouble());
+    const chances = Array.from({ length: drawn }, () => generator.uniformDouble());
+    const mass = new Float64Array(n);
+    let total = 0;
+    for (let i = 0; i < n; i++) mass[i] = total += nearest[i];
+    const candidates = places.map(place => Math.min(above(mass, place * total), n - 1));
+    const bars = candidates.map((row, i) => chances[i] * nearest[row]);
+    const far = candidates.map(distancesFrom);
+
+    // until fewer are left than a step looks at; the first step finds all of them
+    let first = 0;
+    while (chosen.length < groups) {
+      const taken = [];
+      for (let i = first; i < drawn && taken.length < trials; i++) {
+        if (nearest[candidates[i]] >= bars[i]) taken.push(i);
+      }
+      if (taken.length < trials) break;
+      const lowered = taken.map(i => far[i].map((value, row) => Math.min(value, nearest[row])));
+      const totals = lowered.map(sum);
+      const best = totals.indexOf(Math.min(...totals));
+      nearest = lowered[best];
+      chosen.push(candidates[taken[best]]);
+      first = taken[taken.length - 1] + 1;
+    }
+  }
+  return chosen;
+}
+
+// the first place of a rising list that holds more than `value`
+function above(rising, value) {
+  let low = 0;
+  let high = rising.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (rising[middle] > value) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+function bestStart(sample, groups, { runs, seed, spherical, limit }) {
+  const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS / groups)));
+  const generator = new Generator(seed);
+  const begin = () => pick(sample, greedyRows(sample, groups, generator));
+  const starts = Array.from({ length: begun }, begin);
+  const passes = 2 * (Math.floor(Math.log2(begun)) + 1) + 2;
+  return bestCentroids(sample, starts, passes, limit, { strides: true, spherical });
+}
+
+// --- k-means
+
+// a sample of at most `most` rows, in their order
+function sampled(rows, most, seed) {
+  if (rows.n <= most) return rows;
+  return pick(rows, new Generator(seed).permutation(rows.n).slice(0, most).sort());
+}
+
+function meanVariance(rows) {
+  const { n, d, v } = rows;
+  const means = columnMeans(rows);
+  return (dot(v, 0, v, 0, n * d) / n - dot(means, 0, means, 0, d)) / d;
+}
+
+// variance, per direction, of rows around their own centroids in the space that these span
+function varianceBetween(sample, centroids) {
+  const { d } = sample;
+  const { labels } = membership(sample, centroids, 1);
+  const centred = minus(centroids, columnMeans(centroids));
+  const longest = Math.sqrt(Math.max(...halfSquares(centred)) * 2);
+  const spanned = orthonormal(centred, 1e-5 * longest);
+  if (!spanned.n) return 1;
+  const residue = matrix(sample.n, d);
+  for (let i = 0; i < sample.n; i++) {
+    for (let k = 0; k < d; k++) {
+      residue.v[i * d + k] = sample.v[i * d + k] - centroids.v[labels[i] * d + k];
+    }
+  }
+  const inside = onto(residue, spanned).v;
+  return Math.max(dot(inside, 0, inside, 0, inside.length) / inside.length, 1e-12);
+}
+
+// Groups of rows { n, d, v }: labels, centroids, counts, and with `refits` the confidence.
+export function kmeans(features, groups, settings = {}) {
+  const { runs = 10, iterations = 50, seed = 0, spherical = true } = settings;
+  const { refits = 8, tell = () => {} } = settings;
+  const rows = spherical ? unit(features) : features;
+  const sample = sampled(rows, startSize(groups), seed);
+  const limit = 1e-4 * meanVariance(rows);
+  const start = bestStart(sample, groups, { runs, seed, spherical, limit });
+  const centroids = bestCentroids(rows, [start], iterations, limit, { strides: true, spherical });
+  const temperature = varianceBetween(sample, centroids);
+  const found = membership(rows, centroids, temperature);
+  const counts = new Int32Array(groups);
+  for (const label of found.labels) counts[label] += 1;
+  tell(1 / (refits + 1));
+
+  let confidence = Float64Array.from(found.logOdds, sigmoid);
+  if (refits && groups > 1) {
+    const some = sampled(rows, Math.max(RESAMPLED, 16 * groups), seed);
+    const again = (part, ownSeed) => {
+      const own = { runs, iterations, seed: ownSeed, spherical, refits: 0 };
+      const second = kmeans(part, groups, own);
+      return membership(some, second.centroids, 1).labels;
+    };
+    const seconds = secondClusterings(some, groups, again, refits, seed, tell);
+    const { labels, logOdds } = membership(some, centroids, temperature);
+    const { slope, offsets } = fitted(labels, logOdds, agreement(labels, seconds, groups), groups);
+    const sure = (odds, i) => sigmoid(offsets[found.labels[i]] + slope * bounded(odds));
+    confidence = found.logOdds.map(sure);
+  }
+  return { labels: found.labels, centroids, counts, confidence };
+}
+
+// --- confidence
+
+const sigmoid = value => 1 / (1 + Math.exp(-value));
+const bounded = odds => Math.min(Math.max(odds, -FARTHEST), FARTHEST);
+
+function secondClusterings(sample, groups, again, refits, seed, tell) {
+  return Array.from({ length: refits }, (_, refit) => {
+    const ownSeed = SEEDS * (seed + 1) + refit;
+    let part = sample;
+    if (refit % ALL_ROWS) {
+      const size = Math.max(groups, Math.round(RESAMPLE * sample.n));
+      part = pick(sample, new Generator(ownSeed).permutation(sample.n).subarray(0, size));
+    }
+    const labels = again(part, ownSeed);
+    tell((refit + 2) / (refits + 1));
+    return labels;
+  });
+}
+
+// of each row the share of the second clusterings that leave it in its group
+function agreement(labels, seconds, groups) {
+  const shares = new Float64Array(labels.length);
+  for (const second of seconds) {
+    const names = renamed(second, labels, groups);
+    labels.forEach((own, i) => { if (names[second[i]] === own) shares[i] += 1 / seconds.length; });
+  }
+  return shares;
+}
+
+// the groups of a second clustering under the names of the first, those that share most rows first
+function renamed(second, first, groups) {
+  const sizes = new Map();
+  first.forEach((own, i) => {
+    const cell = second[i] * groups + own;
+    sizes.set(cell, (sizes.get(cell) ?? 0) + 1);
+  });
+  const names = new Int32Array(groups).fill(-1);
+  const free = new Uint8Array(groups).fill(1);
+  const cells = [...sizes.keys()].sort((one, two) => sizes.get(two) - sizes.get(one) || one - two);
+  for (const cell of cells) {
+    const group = Math.floor(cell / groups);
+    const name = cell % groups;
+    if (names[group] < 0 && free[name]) {
+      names[group] = name;
+      free[name] = 0;
+    }
+  }
+  return names;
+}
+
+// a logistic regression of the shares on the log odds, with an offset for each group
+function fitted(labels, logOdds, shares, groups) {
+  const least = 0.5 / shares.length;
+  const own = [...labels, ...Array(groups).keys()];
+  const odds = [...logOdds.map(bounded), ...Array(groups).fill(0)];
+  const inside = shares.map(share => Math.min(Math.max(share, least), 1 - least));
+  const target = [...inside, ...Array(groups).fill(0.5)];
+  const found = regression(own, odds, target, groups);
+  if (found.slope >= 0) return found;
+  return { ...regression(own, odds.map(() => 0), target, groups), slope: 0 };
+}
+
+// Newton's method, on standardised log odds
+function regression(labels, odds, target, groups) {
+  const count = odds.length;
+  const centre = sum(odds) / count;
+  const scale = Math.max(Math.sqrt(sum(odds.map(value => (value - centre) ** 2)) / count), 1e-6);
+  const points = odds.map(value => (value - centre) / scale);
+  const pull = PULL * count / groups;
+  const logit = (common, own, i) => common[0] + own[labels[i]] + common[1] * points[i];
+  const loss = (common, own) => {
+    let total = pull / 2 * sum(own.map(value => value * value));
+    for (let i = 0; i < count; i++) {
+      const value = logit(common, own, i);
+      total += Math.max(value, 0) + Math.log1p(Math.exp(-Math.abs(value))) - target[i] * value;
+    }
+    return total;
+  };
+
+  let common = [0, 0];
+  let own = new Float64Array(groups);
+  let lowest = loss(common, own);
+  for (let newton = 0; newton < NEWTON_STEPS; newton++) {
+    let [commonStep, ownStep] = newtonStep();
+    const after = () => [less(common, commonStep), less(own, ownStep)];
+    let reached = loss(...after());
+    while (reached > lowest && Math.max(...commonStep.map(Math.abs)) > 1e-9) {
+      commonStep = commonStep.map(value => value / 2);
+      ownStep = ownStep.map(value => value / 2);
+      reached = loss(...after());
+    }
+    if (reached >= lowest) break;
+    [common, own] = after();
+    lowest = reached;
+  }
+  const slope = common[1] / scale;
+  return { slope, offsets: own.map(value => common[0] + value - slope * centre) };
+
+  // the Hessian is diagonal in the groups' own offsets, bordered by the two common numbers
+  function newtonStep() {
+    const diagonal = new Float64Array(groups).fill(pull);
+    const border = [new Float64Array(groups), new Float64Array(groups)];
+    const ownSlope = own.map(value => pull * value);
+    const commonSlope = [0, 0];
+    let corner = 0;
+    for (let i = 0; i < count; i++) {
+      const expected = sigmoid(logit(common, own, i));
+      const error = expected - target[i];
+      const weight = expected * (1 - expected);
+      diagonal[labels[i]] += weight;
+      border[0][labels[i]] += weight;
+      border[1][labels[i]] += weight * points[i];
+      corner += weight * points[i] ** 2;
+      ownSlope[labels[i]] += error;
+      commonSlope[0] += error;
+      commonSlope[1] += error * points[i];
+    }
+    const solved = border.map(side => side.map((value, k) => value / diagonal[k]));
+    const cross = sum(border[1]) - inner(border[0], solved[1]);
+    const first = sum(border[0]) - inner(border[0], solved[0]) + 1e-6;
+    const last = corner - inner(border[1], solved[1]) + 1e-6;
+    const right = solved.map((side, k) => commonSlope[k] - inner(side, ownSlope));
+    const determinant = first * last - cross * cross;
+    const steps = [
+      (last * right[0] - cross * right[1]) / determinant,
+      (first * right[1] - cross * right[0]) / determinant,
+    ];
+    const ownSteps = ownSlope.map((value, k) =>
+      (value - border[0][k] * steps[0] - border[1][k] * steps[1]) / diagonal[k]);
+    return [steps, ownSteps];
+  }
+}
