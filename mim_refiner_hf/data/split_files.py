@@ -10,7 +10,6 @@ class that the Hub's ImageNet-1K appends to its names does not count.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -99,20 +98,21 @@ def _names_in(path: Path) -> list[str]:
 
 def _names_of(images: "ImageDataset", asked: str) -> list[str]:
     """The bare name of every image of the sources, without reading it."""
-    sources = images.found.sources
-    paths: Iterable[str | None]
-    if isinstance(sources, TableColumn):
-        paths = _paths_in_table(sources)
-    else:
-        paths = [str(source) if isinstance(source, Path) else None for source in sources]
-
-    names = list(paths)
+    names = paths_of(images)
     if not names or names[0] is None:
         raise ValueError(
             f"{asked}: the images of {images.name} have no file names to be found by; give a "
             "folder of files"
         )
     return [_bare(name or "") for name in names]
+
+
+def paths_of(images: "ImageDataset") -> list[str | None]:
+    """The path of every image of the sources, none of them read; None for one without."""
+    sources = images.found.sources
+    if isinstance(sources, TableColumn):
+        return _paths_in_table(sources)
+    return [str(source) if isinstance(source, Path) else None for source in sources]
 
 
 def _paths_in_table(column: TableColumn) -> list[str | None]:
