@@ -79,8 +79,8 @@ def find_fields(
             has = ", ".join(map(one_line, columns.names))[:_MOST_CHARACTERS] or "none"
             remedy = "name one of these"
             if file is None:
-                remedy += f", or a CSV file that has it by {setting('metadata')}"
-            raise ValueError(f"{asked}: {columns.where} has no such column, only {has}; {remedy}")
+                remedy = f"a CSV file that has it is named by {setting('metadata')}"
+            raise ValueError(f"{asked}: {columns.where} has no such column, it has {has}; {remedy}")
 
         texts = []
         for cell in columns.cells(name):

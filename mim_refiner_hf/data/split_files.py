@@ -112,6 +112,9 @@ def paths_of(images: "ImageDataset") -> list[str | None]:
     sources = images.found.sources
     if isinstance(sources, TableColumn):
         return _paths_in_table(sources)
+    # of anything else an item would be read
+    if not isinstance(sources, list):
+        return [None]
     return [str(source) if isinstance(source, Path) else None for source in sources]
 
 

@@ -203,6 +203,11 @@ def _wrong_fields(recipe: RefineRecipe) -> Iterator[str]:
             f"{' and '.join(named)}: the columns of all images are read beforehand, which a stream "
             f"has not; leave {setting('streaming')} out"
         )
+    if recipe.swap == "none" and named:
+        yield (
+            f"{' and '.join(named)}: is about neighbours, and {setting('swap', 'none')} uses no "
+            f"neighbours; leave one of them out"
+        )
     both = set(names_in(recipe.forget)) & set(names_in(recipe.remember))
     if both:
         yield f"{' and '.join(named)} exclude each other: {min(both)} stands in both"
