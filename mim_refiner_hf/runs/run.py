@@ -224,9 +224,7 @@ def _train(
     """
     recipe = prepared.recipe
     resume = prepared.resume
-    seconds: dict[str, float] = {}
-    if resume is not None:
-        seconds |= resume.state["seconds"]
+    seconds: dict[str, float] = dict(resume.state["seconds"]) if resume else {}
 
     encoder = starting_encoder(prepared, accelerator, seconds)
     if resume is None and accelerator.is_main_process:
