@@ -56,7 +56,6 @@ def nna_loss(
     temperature: float,
     swap: Swap = "positive",
     first_row: int = 0,
-    apart: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of every head, and its alignment: the mean softmax probability of the positive.
 
@@ -69,8 +68,6 @@ def nna_loss(
         swap: "positive" replaces the target on the diagonal only (NNA), "all" replaces it
             everywhere (NNCLR), "none" nowhere (InfoNCE).
         first_row: which of the B images is the first of this process (rank * b).
-        apart: which of the B images each of this process is told apart from (b, B), itself
-            included; None for all.
 
     Returns:
         loss (H,) and alignment (H,).
@@ -84,7 +81,7 @@ def nna_loss(
     diagonal_rows = swapped if swap == "positive" else None
     pairs = weights.to(unit.device) / targets.shape[2]
 
-    loss, alignment = _SoftmaxOverPairs.apply(unit, rows, diagonal_rows, pairs, first_row, apart)
+    loss, alignment = _SoftmaxOverPairs.apply(unit, rows, diagonal_rows, pairs, first_row)
     return loss, alignment
 
 
@@ -103,16 +100,12 @@ class _SoftmaxOverPairs(torch.autograd.Function):
         diagonal_rows: Tensor | None,  # (H, G, b, E), where the diagonal has rows of its own
         pairs: Tensor,  # (G, V)
         first_row: int,
-        apart: Tensor | None,  # (b, B)
     ) -> tuple[Tensor, Tensor]:
         heads, num_global, batch, _ = rows.shape
         logits = torch.bmm(rows.flatten(1, 2), unit.flatten(1, 2).transpose(1, 2))
         # the softmax is never taken in bf16
         logits = full_precision(logits)
         logits = logits.view(heads, num_global, batch, *unit.shape[1:3])  # (H, G, b, V, B)
-
-        if apart is not None:
-            logits.masked_fill_(~apart.unsqueeze(1), -torch.inf)
 
         # the positives, a view into the logits: what is written there is written in both
         positives = logits.diagonal(offset=first_row, dim1=2, dim2=4)  # (H, G, V, b)
@@ -155,7 +148,7 @@ class _SoftmaxOverPairs(torch.autograd.Function):
         if diagonal_rows is not None:
             own = of_unit.narrow(2, ctx.first_row, rows.shape[2])
             own += torch.einsum("hgvb,hgbe->hvbe", diagonal_gradient, diagonal_rows * scale)
-        return of_unit, None, None, None, None, None
+        return of_unit, None, None, None, None
 
 
 def head_weights(schedule: LossSchedule, num_heads: int, progress: float) -> list[float]:

@@ -2,11 +2,10 @@
 
     metadata = Metadata(values, forgotten=[True, False])       # camera to forget, species to keep
     allowed = metadata.may_be_neighbours(sample_index, queue.sample_index)     # (b, Q)
-    apart = metadata.told_apart(sample_index, all_gather(sample_index))        # (b, B)
 
 The positive of an image is then a neighbour that differs in all fields to forget and agrees in all
-to remember: what it is drawn to cannot be told by the one and can by the other. A value that is
-missing is the same as no value. A start row of the queue belongs to no sample, so nothing is known
+to remember: what it is drawn to cannot be told by the one and can by the other. A missing value is
+the same as no other. A start row of the queue belongs to no sample, so nothing is known
 of it, and it is no neighbour.
 
 The queue knows its rows by the places of their samples, so values are looked up in one table of the
@@ -56,21 +55,6 @@ class Metadata(nn.Module):
             same = self._same(field, own, others)
             allowed &= ~same if forgotten else same
         return allowed
-
-    def told_apart(self, own: Tensor, others: Tensor) -> Tensor:
-        """Whether each of `others` is a negative of each of `own` (b, K); an image is of itself.
-
-        Args:
-            own, others: places in the data set (b,) and (K,).
-        """
-        apart = torch.ones(len(own), len(others), dtype=torch.bool, device=own.device)
-        for field, forgotten in enumerate(self.forgotten):
-            if forgotten and self.negatives != "all":
-                same = self._same(field, own, others)
-                apart &= same if self.negatives == "same" else ~same
-        return apart | (own.unsqueeze(1) == others)
-
-    negatives = "all"
 
     def _same(self, field: int, own: Tensor, others: Tensor) -> Tensor:
         """Whether both have a value in this field, and it is the same one (b, K)."""

@@ -160,7 +160,7 @@ class Refiner(nn.Module):
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
 
     Attributes:
-        metadata: which images may be neighbours, and which are told apart; None for all.
+        metadata: which images may be neighbours; None for all.
         target_projector: the copy with `target_momentum`, in training mode as the heads are, never
             trained.
     """
@@ -273,11 +273,9 @@ class Refiner(nn.Module):
         targets = own[:, : settings.num_global]  # (H, G, b, E)
         if refining and self.target_projector is not None:
             targets = self._momentum_targets(self.target_projector, features, batch)
-        all_samples = all_gather(sample_index)
-        allowed = apart = None
+        allowed = None
         if self.metadata is not None:
             allowed = self.metadata.may_be_neighbours(sample_index, self.queue.sample_index)
-            apart = self.metadata.told_apart(sample_index, all_samples)
         neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw, allowed=allowed)
 
         temperature = settings.temperature
@@ -291,7 +289,6 @@ class Refiner(nn.Module):
             temperature=temperature,
             swap=settings.swap,
             first_row=rank() * batch,
-            apart=apart,
         )
         weights = torch.ones_like(head_losses)
         if head_weights is not None:
@@ -305,7 +302,7 @@ class Refiner(nn.Module):
         )
 
         first_views = all_gather(targets[:, 0], dim=1)
-        self.queue.enqueue(first_views, all_samples, all_gather(labels))
+        self.queue.enqueue(first_views, all_gather(sample_index), all_gather(labels))
         return result
 
     def _about(self, neighbours: Neighbours, labels: Tensor) -> dict[str, Tensor]:
