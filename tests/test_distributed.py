@@ -27,6 +27,7 @@ from torch import Tensor
 from mim_refiner_hf import MimRefinerConfig, MimRefinerImageProcessor, MimRefinerModel, refine
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.refinement.heads import IdHeads
+from mim_refiner_hf.refinement.metadata import Metadata
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
 from mim_refiner_hf.refinement.refiner import NnaSettings, Refiner, neighbour_draw
@@ -51,10 +52,12 @@ MOMENTUM = 0.9
 HEADS: dict[str, dict[str, Any]] = {
     "mim-refiner": {},
     "mae-ct": {"activation": "relu", "predictor_norm": False},
+    "forget": {},
 }
 REFINERS: dict[str, dict[str, Any]] = {
     "mim-refiner": {},
     "mae-ct": {"swap": "all", "norm_views": "apart", "target_momentum": MOMENTUM},
+    "forget": {},
 }
 
 
@@ -76,6 +79,12 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
     queue = NearestNeighbourQueue(2, QUEUE, 8)
     settings = NnaSettings(2, 5, temperature=0.2, **REFINERS[method])
     refiner = Refiner(encoder, [1, 2], heads, queue, settings).double().train()
+    told = ["loss", "head_losses", "alignment"]
+    if method == "forget":
+        refiner.metadata = Metadata(np.arange(BATCH + 5 * STEPS)[None] % 3, [True])
+    else:
+        # of each process's images that have a neighbour, where not all have one
+        told += ["neighbour_similarity", "neighbour_age"]
     optimizer = torch.optim.SGD((p for p in refiner.parameters() if p.requires_grad), lr=0.1)
     share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
     for step in range(STEPS):
@@ -101,7 +110,7 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
             for name, p in refiner.named_parameters()
             if p.grad is not None
         }
-        for name in ("loss", "head_losses", "alignment", "neighbour_similarity", "neighbour_age"):
+        for name in told:
             value = getattr(result, name).detach().double()
             if processes > 1:
                 dist.all_reduce(value)

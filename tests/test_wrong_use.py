@@ -60,6 +60,32 @@ CASES = [
         {"dataset": "{tmp}/numbers.parquet"},
         ["No image column", "{tmp}/numbers.parquet", "['x', 'y']"],
     ),
+    Case(
+        "forgetting what is no column",
+        {"forget": "camera,site"},
+        ["--forget camera", "digits has no such column", "--metadata"],
+    ),
+    Case("no name of a column", {"forget": "camera,"}, ["--forget camera,", "with commas"]),
+    Case(
+        "forgetting and keeping",
+        {"forget": "camera,site", "keep": "site"},
+        ["--forget camera,site", "--keep site", "exclude each other"],
+    ),
+    Case(
+        "metadata for nothing",
+        {"metadata": "{tmp}/photos.csv"},
+        ["--metadata {tmp}/photos.csv", "--forget", "--keep"],
+    ),
+    Case(
+        "no file of metadata",
+        {"dataset": "{tmp}/photos", "forget": "camera", "metadata": "{tmp}/gone.csv"},
+        ["--metadata {tmp}/gone.csv", "no such file", "file_name"],
+    ),
+    Case(
+        "forgetting in a stream",
+        {"dataset": "{tmp}/photos", "streaming": True, "max_steps": 2, "forget": "camera"},
+        ["--forget camera", "leave --streaming out"],
+    ),
     Case("unknown split", {"split": "trian"}, ["'trian'", "['test', 'train']"]),
     Case(
         "unknown split of a folder",

@@ -48,12 +48,16 @@ class TableColumn(Sequence[bytes | Path | np.ndarray]):
 
     Args:
         any_path: read files wherever its cells say; else only those of the data set, see paths.py.
+
+    Attributes:
+        others: the table's other columns.
     """
 
     def __init__(self, table: Any, column: str, dataset: str, *, any_path: bool = False) -> None:
         self.any_path = any_path
         self.dtype = array_dtype(table.features[column])
         self.table = undecoded(table.select_columns([column]), column, table.features)
+        self.others = table.remove_columns([column])
         self.column = column
         self.dataset = dataset
 

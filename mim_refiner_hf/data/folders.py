@@ -81,7 +81,7 @@ def find_in_folder(
     if rows:
         names.append(f"its split {split}")
     entries = Entries.of(names, about)
-    return FoundImages(paths, labels, class_names, str(folder), entries)
+    return FoundImages(paths, labels, class_names, str(folder), entries, tables=tables)
 
 
 def tell_left_aside(root: Path, listing: FolderListing, taken: Sequence[str]) -> None:
@@ -255,8 +255,12 @@ def _metadata_labels(
     return label_values(values)
 
 
-def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | None]]:
-    """(file name, label) of each row of a metadata file; none where it has no labels."""
+def read_metadata(file: Path) -> tuple[Any, Any]:
+    """A metadata file as an Arrow table, and its `datasets.Features`.
+
+    Raises:
+        ValueError: for what is no such table.
+    """
     import datasets
     import pyarrow as pa
 
@@ -266,15 +270,27 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
         stripped = [name.strip() for name in table.column_names]
         if len(set(stripped)) == len(stripped):
             table = table.rename_columns(stripped)
-        features = datasets.Features.from_arrow_schema(table.schema)
+        return table, datasets.Features.from_arrow_schema(table.schema)
     # each reader has its own for what is no such table
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} cannot be read: {reason}; repair or remove it.") from error
 
-    names = [name for name in features if re.fullmatch("(.*_)?file_name", name)]
-    label = find_labels(features, str(file), asked)
+
+def file_names_of(table: Any) -> list[str] | None:
+    """The file names in a metadata file, with slashes; None where it has no column of them."""
+    names = [name for name in table.column_names if re.fullmatch("(.*_)?file_name", name)]
     if not names:
+        return None
+    return [str(name).replace("\\", "/") for name in table.column(names[0]).to_pylist()]
+
+
+def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | None]]:
+    """(file name, label) of each row of a metadata file; none where it has no labels."""
+    table, features = read_metadata(file)
+    files = file_names_of(table)
+    label = find_labels(features, str(file), asked)
+    if files is None:
         if rank() == 0:
             logger.warning("%s has no column file_name and labels nothing", file)
         return
@@ -289,12 +305,11 @@ def _rows_of(file: Path, asked: str | None) -> Iterator[tuple[str, int | str | N
             )
         return
     class_names = getattr(features[label], "names", None)
-    files = table.column(names[0]).to_pylist()
     for name, cell in zip(files, table.column(label).to_pylist(), strict=True):
         value = label_of(cell.strip() if isinstance(cell, str) else cell)
         if class_names is not None and isinstance(value, int):
             value = class_names[value]
-        yield str(name).replace("\\", "/"), value
+        yield name, value
 
 
 def _readers() -> Mapping[str, Callable[[Path], Any]]:

@@ -81,6 +81,7 @@ class FoundImages(NamedTuple):
     """Undecoded images; `labels` is int64 (N,), -1 for none, and None where nothing is labelled.
 
     `names_stated`: the data set itself says which number each name has; else it is their order.
+    `tables`: the metadata files of a folder.
     """
 
     sources: Sequence[ImageSource | np.ndarray]
@@ -89,6 +90,7 @@ class FoundImages(NamedTuple):
     name: str
     entries: Entries
     names_stated: bool = False
+    tables: Sequence[Path] = ()
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

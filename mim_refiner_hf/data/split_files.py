@@ -11,7 +11,6 @@ name of the class that the Hub's ImageNet-1K appends to its names does not count
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,20 +120,24 @@ def _names_in(path: Path) -> list[_Name]:
 
 def _names_of(images: "ImageDataset", asked: str) -> list[_Name]:
     """The name of every image of the sources, without reading it."""
-    sources = images.found.sources
-    paths: Iterable[str | None]
-    if isinstance(sources, TableColumn):
-        paths = _paths_in_table(sources)
-    else:
-        paths = [str(source) if isinstance(source, Path) else None for source in sources]
-
-    names = list(paths)
+    names = paths_of(images)
     if not names or names[0] is None:
         raise ValueError(
             f"{asked}: the images of {images.name} have no file names to be found by; give a "
             "folder of files"
         )
     return [_Name.of(name or "") for name in names]
+
+
+def paths_of(images: "ImageDataset") -> list[str | None]:
+    """The path of every image of the sources, none of them read; None for one without."""
+    sources = images.found.sources
+    if isinstance(sources, TableColumn):
+        return _paths_in_table(sources)
+    # of anything else an item would be read
+    if not isinstance(sources, list):
+        return [None]
+    return [str(source) if isinstance(source, Path) else None for source in sources]
 
 
 def _paths_in_table(column: TableColumn) -> list[str | None]:

@@ -259,6 +259,9 @@ def _topk(stated: Stated, at: Situation) -> Choice[int]:
 def _swap(stated: Stated, at: Situation) -> Choice[str]:
     if at.is_large:
         return Choice("positive", "the paper's")
+    for name in ("forget", "keep"):
+        if stated[name] is not None:
+            return Choice("positive", f"{setting(name)} is about neighbours")
     return Choice("none", f"{at.too_small}: a run is too short for its neighbours to be near")
 
 

@@ -34,12 +34,15 @@ class HeadLog:
     _warned: set[str] = field(default_factory=set, init=False)
 
     def values(self, step: int, result: StepResult) -> dict[str, float]:
-        """`head/name` -> its mean over the processes."""
+        """`head/name` -> its mean over the processes; and how many images have no neighbour."""
         names = self.refiner.head_names
         per_head = [getattr(result, name).float() for name in _PER_HEAD.values()]
         # one collective for all of them
         table = self.accelerator.reduce(torch.stack(per_head), "mean").tolist()
         values: dict[str, float] = {}
+        if result.without_neighbour is not None:
+            without = self.accelerator.reduce(result.without_neighbour, "sum")
+            values["images_without_neighbour"] = without.item()
         for name, row in zip(_PER_HEAD, table, strict=True):
             for head, value in zip(names, row, strict=True):
                 # not nan: without labels there is no neighbour accuracy

@@ -26,11 +26,14 @@ class Neighbours(NamedTuple):
         rows: the neighbours, unit vectors (H, V, b, E).
         positions: their places in the queue (H, V, b).
         similarity: their cosine to the target (H, V, b).
+        found: whether any row was allowed to be the sample's neighbour (b,); where none was,
+            `rows` holds the target itself. None where all rows are.
     """
 
     rows: Tensor
     positions: Tensor
     similarity: Tensor
+    found: Tensor | None = None
 
 
 class NearestNeighbourQueue(nn.Module):
@@ -79,6 +82,7 @@ class NearestNeighbourQueue(nn.Module):
         topk: int = 1,
         draw: Tensor | None = None,
         exclude_self: bool = True,
+        allowed: Tensor | None = None,
     ) -> Neighbours:
         """The nearest neighbour of every target, or one drawn from its `topk` nearest.
 
@@ -89,6 +93,8 @@ class NearestNeighbourQueue(nn.Module):
             topk: how many of the nearest rows to draw from.
             draw: which of them to take, integers (H, V, b) in [0, topk); None takes the nearest.
             exclude_self: False in evaluation, where a sample may find itself.
+            allowed: which rows may be the sample's neighbours (b, Q); None for all. Of fewer than
+                `topk`, `draw` takes one of those there are.
         """
         heads, views, batch, _ = targets.shape
         unit = F.normalize(targets, dim=-1).flatten(1, 2)
@@ -99,13 +105,23 @@ class NearestNeighbourQueue(nn.Module):
             same_sample = sample_index.unsqueeze(1) == self.sample_index  # (b, Q)
             similarity.masked_fill_(same_sample, -1.0)
 
+        if allowed is not None:
+            similarity.masked_fill_(~allowed, -torch.inf)
+
         values, positions = similarity.topk(topk, dim=-1)  # (H, V, b, topk)
         pick = torch.zeros_like(positions[..., :1]) if draw is None else draw.unsqueeze(-1)
+        if allowed is not None:
+            pick = pick % allowed.sum(dim=1).clamp(1, topk).unsqueeze(-1)
         positions = positions.gather(-1, pick).squeeze(-1)
         values = values.gather(-1, pick).squeeze(-1)
 
         head = torch.arange(heads, device=targets.device).view(-1, 1, 1)
-        return Neighbours(self.rows[head, positions], positions, values)
+        rows = self.rows[head, positions]
+        if allowed is None:
+            return Neighbours(rows, positions, values)
+        found = allowed.any(dim=1)
+        own = unit.view_as(targets).to(rows.dtype)
+        return Neighbours(torch.where(found.unsqueeze(-1), rows, own), positions, values, found)
 
     @torch.no_grad()
     def enqueue(self, projected: Tensor, sample_index: Tensor, labels: Tensor) -> None:

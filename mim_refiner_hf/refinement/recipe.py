@@ -23,7 +23,7 @@ from ..runtime.settings import (
 )
 from ..runtime.versions import FORMAT_VERSIONS, check_format
 from ..runtime.wording import setting
-from .recipe_data import DataFields
+from .recipe_data import DataFields, names_in
 from .recipe_method import MethodFields
 
 START_FIELDS = ("model", "pretrain", "init_from")
@@ -156,6 +156,7 @@ def _contradictions(recipe: RefineRecipe) -> Iterator[str]:
     yield from _wrong_starts(recipe)
     yield from _wrong_heads(recipe)
     yield from _wrong_schedule(recipe)
+    yield from _wrong_fields(recipe)
 
     if recipe.global_views == 1 and recipe.local_views == 0:
         views = f"{setting('global_views', 1)} {setting('local_views', 0)}"
@@ -184,6 +185,37 @@ def _wrong_starts(recipe: RefineRecipe) -> Iterator[str]:
             f"{start} and {setting('head_blocks', 'auto')} exclude each other: "
             "the heads come along with their blocks"
         )
+
+
+def _wrong_fields(recipe: RefineRecipe) -> Iterator[str]:
+    """What is wrong with the columns to forget and to keep."""
+    named = []
+    for name in ("forget", "keep"):
+        if getattr(recipe, name) is not None:
+            named.append(setting(name, getattr(recipe, name)))
+    if recipe.metadata is not None and not named:
+        yield (
+            f"{setting('metadata', recipe.metadata)}: is read for {setting('forget')} and "
+            f"{setting('keep')}; give one of them too"
+        )
+    if recipe.streaming and named:
+        yield (
+            f"{' and '.join(named)}: the columns of all images are read beforehand, which a stream "
+            f"has not; leave {setting('streaming')} out"
+        )
+    if recipe.swap == "none" and named:
+        yield (
+            f"{' and '.join(named)}: is about neighbours, and {setting('swap', 'none')} uses no "
+            f"neighbours; leave one of them out"
+        )
+    if recipe.keep is not None and recipe.keep.isdecimal():
+        yield (
+            f"{setting('keep', recipe.keep)}: names columns of metadata; how many checkpoints are "
+            f"kept is {setting('save_total_limit')}"
+        )
+    both = set(names_in(recipe.forget)) & set(names_in(recipe.keep))
+    if both:
+        yield f"{' and '.join(named)} exclude each other: {min(both)} stands in both"
 
 
 def _wrong_heads(recipe: RefineRecipe) -> Iterator[str]:

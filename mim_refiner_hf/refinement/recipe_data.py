@@ -14,6 +14,21 @@ ValueRange = Annotated[
 ]
 
 
+def names_in(columns: str | None) -> list[str]:
+    """The names of columns in a list with commas; none of None."""
+    return [] if columns is None else [name.strip() for name in columns.split(",")]
+
+
+def _are_names(columns: str) -> bool:
+    names = names_in(columns)
+    return all(names) and len(set(names)) == len(names)
+
+
+ColumnNames = Annotated[
+    str, Allowed("names of different columns with commas between them", _are_names)
+]
+
+
 @dataclass
 class DataFields:
     """Images and starting weights, as `RefineRecipe` has them; it also checks them."""
@@ -30,6 +45,21 @@ class DataFields:
     split: str | None = documented(None, "Split to train on; None: 'train', or the whole folder.")
     image_column: str | None = documented(None, "Column of a table that holds the images.")
     label_column: str | None = documented(None, "Column of a table that holds the labels.")
+    forget: ColumnNames | None = documented(
+        None,
+        "Columns such as camera,site whose values the features are to forget: neighbours are "
+        "looked up among images of other values alone.",
+    )
+    keep: ColumnNames | None = documented(
+        None,
+        "Columns such as species whose values they are to keep: neighbours are looked up among "
+        "images of the same values alone.",
+    )
+    metadata: str | None = documented(
+        None,
+        "CSV file (or .jsonl, .parquet) with the columns of forget and keep, and file_name; "
+        "None: the data set's own columns, of a folder those of its metadata.csv.",
+    )
     follow_links: bool = documented(False, "Enter links to folders, wherever they lead.")
     streaming: bool = documented(False, "Read the data as a stream (needs max_steps), in passing.")
     eval_dataset: str | None = documented(

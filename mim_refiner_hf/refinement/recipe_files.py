@@ -20,7 +20,17 @@ from .recipe import FITTED, START_FIELDS, RefineRecipe
 
 # Fields of a recipe that say where its own data lie; another --dataset makes them void.
 _DATA_FIELDS = frozenset(
-    ("dataset_config", "split", "image_column", "label_column", "eval_dataset", "eval_split")
+    (
+        "dataset_config",
+        "split",
+        "image_column",
+        "label_column",
+        "forget",
+        "keep",
+        "metadata",
+        "eval_dataset",
+        "eval_split",
+    )
 )
 
 

@@ -47,7 +47,8 @@ from ..runtime.sharding import synchronise
 from .choices import NormViews, Pairs, Swap
 from .heads import IdHeads, in_passes
 from .loss import nna_loss, pair_weights
-from .queue import NearestNeighbourQueue
+from .metadata import Metadata
+from .queue import NearestNeighbourQueue, Neighbours
 
 # Shapes below: H heads, G global views, V views, b images of this process, N columns of views
 # and images, D width of the encoder, E width of a projection, C channels, S side of a view.
@@ -64,6 +65,8 @@ class StepResult:
         neighbour_similarity: the mean cosine between a target and its neighbour.
         neighbour_age: how many samples ago the neighbours were enqueued, on average.
         neighbour_accuracy: the share of neighbours of the target's class; nan without labels.
+        without_neighbour: images of this process that metadata left without a neighbour, so that
+            their positive is their own other view, a scalar; None without metadata.
     """
 
     loss: Tensor
@@ -72,6 +75,7 @@ class StepResult:
     neighbour_similarity: Tensor
     neighbour_age: Tensor
     neighbour_accuracy: Tensor
+    without_neighbour: Tensor | None = None
 
 
 def neighbour_draw(
@@ -156,6 +160,7 @@ class Refiner(nn.Module):
         bf16: autocast encoder and heads to bfloat16; weights, losses and gradients stay fp32.
 
     Attributes:
+        metadata: which images may be neighbours; None for all.
         target_projector: the copy with `target_momentum`, in training mode as the heads are, never
             trained.
     """
@@ -173,6 +178,7 @@ class Refiner(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
+        self.metadata: Metadata | None = None
         self.encoder = encoder
         self.heads = heads
         self.queue = queue
@@ -267,7 +273,10 @@ class Refiner(nn.Module):
         targets = own[:, : settings.num_global]  # (H, G, b, E)
         if refining and self.target_projector is not None:
             targets = self._momentum_targets(self.target_projector, features, batch)
-        neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw)
+        allowed = None
+        if self.metadata is not None:
+            allowed = self.metadata.may_be_neighbours(sample_index, self.queue.sample_index)
+        neighbours = self.queue.lookup(targets, sample_index, topk=topk, draw=draw, allowed=allowed)
 
         temperature = settings.temperature
         if not refining and settings.head_temperature is not None:
@@ -285,22 +294,40 @@ class Refiner(nn.Module):
         if head_weights is not None:
             weights = head_losses.new_tensor(list(head_weights))
 
-        # how many neighbours are of the target's class, where both have one
-        neighbour_labels = self.queue.labels[neighbours.positions]  # (H, G, b)
-        known = (labels >= 0) & (neighbour_labels >= 0)
-        same = (neighbour_labels == labels) & known
         result = StepResult(
             loss=(head_losses * weights).sum(),
             head_losses=head_losses.detach(),
             alignment=alignment,
-            neighbour_similarity=neighbours.similarity.float().mean(dim=(1, 2)),
-            neighbour_age=self.queue.age[neighbours.positions].float().mean(dim=(1, 2)),
-            neighbour_accuracy=same.sum(dim=(1, 2)) / known.sum(dim=(1, 2)),
+            **self._about(neighbours, labels),
         )
 
         first_views = all_gather(targets[:, 0], dim=1)
         self.queue.enqueue(first_views, all_gather(sample_index), all_gather(labels))
         return result
+
+    def _about(self, neighbours: Neighbours, labels: Tensor) -> dict[str, Tensor]:
+        """What a `StepResult` says of the neighbours; of the images that have one."""
+        similarity = neighbours.similarity.float()  # (H, G, b)
+        age = self.queue.age[neighbours.positions].float()
+        # how many are of the target's class, where both have one
+        neighbour_labels = self.queue.labels[neighbours.positions]
+        known = (labels >= 0) & (neighbour_labels >= 0)
+
+        about = {}
+        found = neighbours.found
+        if found is not None:
+            known &= found
+            similarity = similarity.where(found, torch.nan)
+            age = age.where(found, torch.nan)
+            about["without_neighbour"] = (~found).sum()
+        same = (neighbour_labels == labels) & known
+        mean = torch.mean if found is None else torch.nanmean
+        return {
+            "neighbour_similarity": mean(similarity, dim=(1, 2)),
+            "neighbour_age": mean(age, dim=(1, 2)),
+            "neighbour_accuracy": same.sum(dim=(1, 2)) / known.sum(dim=(1, 2)),
+            **about,
+        }
 
     def _with_nested(self, features: Tensor) -> Tensor:
         """Features of the head blocks (H, N, D), and for every nested width those of the output

@@ -5,9 +5,8 @@
     encoder = trainer.averaged()
 
 Both stages are one sequence of steps: step s takes batch s of the data order, and everything
-random in it (order, views, neighbour draws) is a pure function of the seed and s. So a checkpoint
-is the weights, the optimiser and the number s. Running the same command again continues from the
-newest checkpoint in the output folder; another recipe in that folder is refused.
+random in it (order, views, neighbour draws) is a pure function of the seed and s. A checkpoint is
+weights, optimiser and s: the same command goes on from the newest, another recipe is refused.
 """
 
 import copy
@@ -60,6 +59,7 @@ from .head_log import HeadLog
 from .heads import GroupedLayer, IdHeads
 from .loss import head_weights
 from .memory import choose_micro_batch
+from .metadata import Metadata
 from .queue import NearestNeighbourQueue
 from .refiner import NnaSettings, Refiner, StepResult, neighbour_draw
 from .resolve import ResolvedRecipe
@@ -118,6 +118,7 @@ class Trainer:
         mean, std: per channel, of pixels in [0, 1].
         seconds: that each stage has taken so far.
         value_range: as of `ViewDataset`.
+        metadata: which images may be neighbours; None for all.
     """
 
     recipe: ResolvedRecipe
@@ -128,6 +129,7 @@ class Trainer:
     std: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
     value_range: Sequence[float] | None = None
+    metadata: Metadata | None = None
     # stages whose checkpoints' size has been said
     _sized: set[str] = field(default_factory=set, init=False)
 
@@ -144,7 +146,9 @@ class Trainer:
         average = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.average = average.to(device)
 
-        self.refiner = make_refiner(recipe, self.encoder).to(device)
+        self.refiner = make_refiner(recipe, self.encoder)
+        self.refiner.metadata = self.metadata
+        self.refiner.to(device)
         self.head_log = HeadLog(self.refiner, self.accelerator, recipe.batch_size)
 
         if recipe.gradient_checkpointing:
@@ -173,9 +177,8 @@ class Trainer:
         # that all fits is news only for those who asked
         if choice.value is None and self.recipe.asked.micro_batch_size != "auto":
             return
-        shown = choice.value or "left out"
-        chosen = setting("micro_batch_size", shown)
-        self.accelerator.print(f"{chosen}: {choice.reason}", flush=True)
+        shown = setting("micro_batch_size", choice.value or "left out")
+        self.accelerator.print(f"{shown}: {choice.reason}", flush=True)
 
     # ---- the loop
 

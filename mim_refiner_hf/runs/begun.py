@@ -49,7 +49,7 @@ _FREE_FIELDS = frozenset(
     ]
 )
 # paths, which have several spellings
-_PLACES = ("dataset", "eval_dataset", "model", "init_from")
+_PLACES = ("dataset", "eval_dataset", "metadata", "model", "init_from")
 _RECIPE = "recipe.json"
 # what a run makes beside the models that it ships, whose folders are looked at by `refine`
 _FOLDERS = (

@@ -41,6 +41,7 @@ from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
 from .begun import as_begun, check_as_begun, check_output
 from .channels import fit_channels
+from .fields import RunFields, check_same_fields, open_fields
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
@@ -112,12 +113,18 @@ class Start:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked; `resume` is the checkpoint to go on from."""
+    """Everything that a run needs, checked.
+
+    Attributes:
+        resume: the checkpoint to go on from.
+        fields: metadata to forget and to keep.
+    """
 
     recipe: ResolvedRecipe
     start: Start
     images: RunImages
     resume: Checkpoint | None
+    fields: RunFields | None = None
 
     @property
     def start_step(self) -> int:
@@ -136,6 +143,7 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     check_output(output, recipe)
     recipe = as_begun(recipe, output)
     training, evaluation = open_run_images(recipe, num_channels=3, given=given)
+    fields = open_fields(recipe, training)
     resume = None if recipe.dry_run else load_latest(output / "checkpoints")
     start = _with_channels(open_starting_weights(recipe, resume, given), training, recipe)
     if start.checkpoint is not None:
@@ -164,7 +172,9 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     record = output / RECORD
     if resume is not None and isinstance(training, ImageDataset) and record.exists():
         check_data_record(record, training)
-    return Prepared(resolved, start, images, resume)
+    if resume is not None:
+        check_same_fields(fields, resume, recipe)
+    return Prepared(resolved, start, images, resume, fields)
 
 
 def open_starting_weights(

@@ -156,6 +156,8 @@ def _plan(prepared: Prepared, accelerator: Accelerator) -> str:
         text += f"\n  weights {prepared.start.encoder.load_report}"
     if prepared.start.channels:
         text += f"\n  bands   {prepared.start.channels}"
+    if prepared.fields is not None:
+        text += f"\n  fields  {prepared.fields.plan_line()}"
     if prepared.resume is not None:
         text += f"\n  resume  after step {prepared.start_step}"
     return text
@@ -222,9 +224,7 @@ def _train(
     """
     recipe = prepared.recipe
     resume = prepared.resume
-    seconds: dict[str, float] = {}
-    if resume is not None:
-        seconds |= resume.state["seconds"]
+    seconds: dict[str, float] = dict(resume.state["seconds"]) if resume else {}
 
     encoder = starting_encoder(prepared, accelerator, seconds)
     if resume is None and accelerator.is_main_process:
@@ -252,6 +252,8 @@ def _train(
             prepared.start.licence,
         ),
     }
+    if prepared.fields is not None:
+        state["fields"] = prepared.fields.digest
 
     def evaluate_average() -> Metrics:
         return _metrics(_evaluate(prepared, trainer.averaged(), per_block=False)) or {}
@@ -418,6 +420,7 @@ def make_trainer(
         processor.image_std,
         seconds,
         getattr(processor, "value_range", None),
+        None if prepared.fields is None else prepared.fields.metadata(),
     )
 
     # where it stands: in the middle of this run, at the heads of another one, or at the start

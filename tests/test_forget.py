@@ -1,0 +1,362 @@
+"""`--forget` and `--keep`: neighbours of other values, or of the same one, of metadata."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from small_runs import (
+    Stopped,
+    assert_identical,
+    final_state,
+    log_of,
+    losses,
+    run_stopped_before,
+    stop_before,
+)
+
+from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf.cli.main import main
+from mim_refiner_hf.data.fields import find_fields
+from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
+from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
+from mim_refiner_hf.runs.refine import refine
+from mim_refiner_hf.runs.run import run
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+RULES = [[True], [False], [True, True], [True, False], [False, False, True]]
+
+
+# ---- the rules
+
+
+def may(values: np.ndarray, forgotten: list[bool], own: int, other: int) -> bool:
+    """Whether one image may be the neighbour of another one, said once more."""
+    if own == other:
+        return False
+    for field, to_forget in enumerate(forgotten):
+        mine, theirs = values[field, own], values[field, other]
+        same = mine == theirs and mine != -1
+        if same == to_forget:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("forgotten", RULES)
+@pytest.mark.parametrize("drawn", [True, False])
+def test_neighbours_are_those_of_a_slow_loop(forgotten: list[bool], drawn: bool) -> None:
+    rng = np.random.default_rng(len(forgotten))
+    heads, views, batch, size, dim, topk = 2, 2, 7, 24, 5, 4
+    values = rng.integers(-1, 3, size=(len(forgotten), 40))
+    queue = NearestNeighbourQueue(heads, size, dim)
+    # a third are start rows
+    rows = np.where(rng.random(size) < 0.3, -1, rng.integers(40, size=size))
+    queue.sample_index.copy_(torch.from_numpy(rows))
+    targets = torch.randn(heads, views, batch, dim)
+    index = rng.integers(40, size=batch)
+    # in every rule one has no row: its values occur nowhere
+    values[:, index[0]] = [5 if not forget else 0 for forget in forgotten]
+    if all(forgotten):
+        values[:, rows[rows >= 0]] = 0
+    draw = torch.randint(topk, (heads, views, batch)) if drawn else None
+
+    metadata = Metadata(values, forgotten)
+    own = torch.from_numpy(index)
+    allowed = metadata.may_be_neighbours(own, queue.sample_index)
+    found = queue.lookup(targets, own, topk=topk, draw=draw, allowed=allowed)
+    assert found.found is not None
+    left = 0
+    for head, view, image in np.ndindex(heads, views, batch):
+        target = targets[head, view, image].double().numpy()
+        target = target / np.linalg.norm(target)
+        ranked = []
+        for place, row in enumerate(rows):
+            if row >= 0 and may(values, forgotten, index[image], row):
+                cosine = float(target @ queue.rows[head, place].double().numpy())
+                ranked.append((-cosine, place))
+        ranked.sort()
+        got = found.rows[head, view, image]
+        assert bool(found.found[image]) == bool(ranked)
+        if not ranked:
+            left += 1
+            np.testing.assert_allclose(got, target, atol=1e-6)
+            continue
+        pick = int(draw[head, view, image]) if draw is not None else 0
+        cosine, place = ranked[pick % min(topk, len(ranked))]
+        assert int(found.positions[head, view, image]) == place
+        assert torch.equal(got, queue.rows[head, place])
+        assert float(found.similarity[head, view, image]) == pytest.approx(-cosine, abs=1e-5)
+    assert left >= heads * views
+
+
+@pytest.mark.parametrize("forgotten", RULES)
+def test_images_with_neighbours_are_counted_as_a_loop_counts_them(forgotten: list[bool]) -> None:
+    rng = np.random.default_rng(0)
+    for values_at_most in (1, 2, 4, 20):
+        for count in (1, 2, 9, 30):
+            values = rng.integers(-1, values_at_most, size=(len(forgotten), count))
+            places = range(count)
+            expected = [any(may(values, forgotten, i, j) for j in places) for i in places]
+            assert have_neighbours(values, forgotten).tolist() == expected
+
+
+# ---- where the values are
+
+
+CAMERAS = ["a", "b", None, "a", " ", "b"]
+
+
+def write_photos(folder: Path, count: int = len(CAMERAS)) -> Path:
+    """Images of 32 px, no two alike, in two folders."""
+    rng = np.random.default_rng(1)
+    for place in range(count):
+        path = folder / f"day{place % 2}" / f"{place:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def write_rows(file: Path, lines: list[str]) -> str:
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+def values_of(images: Any, name: str, file: str | None = None) -> list[int]:
+    (field,) = find_fields(open_images(images), [name], "forget", file)
+    return field.values.tolist()
+
+
+def test_values_are_found_wherever_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = write_photos(tmp_path / "photos")
+    paths = sorted(photos.rglob("*.png"))
+    rows = [f"{path.relative_to(photos)},{path.stem[-1]}" for path in paths]
+    by_camera = {path: CAMERAS[int(path.stem)] or "" for path in paths}
+    expected = [{"a": 0, "b": 1}.get(by_camera[path].strip(), -1) for path in paths]
+    assert sorted(expected) == [-1, -1, 0, 0, 1, 1]
+    lines = ["file_name,camera", *(f"{path.name},{by_camera[path]}" for path in paths)]
+
+    # a file of its own names them by the ends of their paths, a folder's counts from itself
+    file = write_rows(tmp_path / "cameras.csv", [*lines, "gone.png,c"])
+    assert values_of(photos, "camera", file) == expected
+    assert "1 rows of" in caplog.text and "files that are not there" in caplog.text
+    assert values_of([*paths], "camera", file) == expected
+    write_rows(photos / "metadata.csv", ["file_name,place,label", *(f"{row},x" for row in rows)])
+    assert values_of(photos, "place") == [int(path.stem[-1]) for path in paths]
+    (photos / "metadata.csv").unlink()
+    for day in ("day0", "day1"):
+        inside = [line for line in lines[1:] if (photos / day / line.split(",")[0]).exists()]
+        write_rows(photos / day / "metadata.csv", [lines[0], *inside, inside[0]])
+    assert values_of(photos, "camera") == expected
+
+    # two rows that contradict each other are none
+    torn = write_rows(tmp_path / "torn.csv", [*lines, f"{paths[0].name},z"])
+    assert values_of(photos, "camera", torn)[0] == -1
+    assert "1 images have several values of camera" in caplog.text
+
+    # in a table: words, numbers, names of classes, and no image is read
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": b"", "path": None}] * 6,
+            "camera": CAMERAS,
+            "site": [3, 1, None, 1, 3, 1],
+            "label": [0, -1, 1, 1, 0, 0],
+        },
+        datasets.Features(
+            image=datasets.Image(),
+            camera=datasets.Value("string"),
+            site=datasets.Value("int64"),
+            label=datasets.ClassLabel(names=["cat", "dog"]),
+        ),
+    )
+    assert values_of(table, "camera") == [0, 1, -1, 0, -1, 1]
+    assert values_of(table, "site") == [1, 0, -1, 0, 1, 0]
+    assert values_of(table, "label") == [0, -1, 1, 1, 0, 0]
+    assert values_of(table.select([5, 4, 0]), "camera") == [1, -1, 0]
+    assert values_of(open_images(table).subset([2, 3]), "site") == [1, 0, -1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"forget='shape'.* no such column, it has camera, site"):
+        values_of(table, "shape")
+    lists = table.add_column("shape", [[1, 2]] * 6)
+    with pytest.raises(ValueError, match=r"forget='shape': this column .* holds a list for each"):
+        values_of(lists, "shape")
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["name,camera", "000.png,a"], "has no column file_name, only name, camera"),
+        (["file_name,camera", "9.png,a"], "none of its 1 rows names an image of .*such as 9.png"),
+        (["file_name,site", "000.png,a"], "forget='camera': .* no such column, it has file_name, "),
+        (["file_name,camera", "000.png,"], "this column of .* has no value for any of its 6"),
+        (["file_name,camera", "000.png,a", "x"], "cannot be read: .*Expected 2 columns, got 1"),
+        (["file_name;camera", "000.png;a"], "has no column file_name, only file_name;camera"),
+    ],
+)
+def test_a_file_of_metadata_that_says_nothing_is_refused(
+    lines: list[str], says: str, tmp_path: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos")
+    file = write_rows(tmp_path / "cameras.csv", lines)
+    with pytest.raises(ValueError, match=says) as refused:
+        values_of(photos, "camera", file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_several_images_end_with_is_refused(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    (photos / "day0/000.png").rename(photos / "day0/001.png")
+    file = write_rows(tmp_path / "cameras.csv", ["file_name,camera", "001.png,a", "day0/001.png,b"])
+    with pytest.raises(ValueError, match=r"2 images of .* end with 001\.png; write more"):
+        values_of(photos, "camera", file)
+    file = write_rows(tmp_path / "both.csv", ["file_name,c", "day1/001.png,a", "day0/001.png,b"])
+    assert sorted(values_of(photos, "c", file)) == [-1, -1, -1, -1, 0, 1]
+    no_paths = [np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)]
+    with pytest.raises(ValueError, match="have no file names to be found by"):
+        values_of(no_paths, "c", file)
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def cameras(cifar: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The images of `cifar` with three cameras, of some nothing is known."""
+    table = parquet.read_table(cifar).replace_schema_metadata(None)
+    rng = np.random.default_rng(0)
+    names = rng.choice(["a", "b", "c", ""], size=len(table))
+    table = table.append_column("camera", pa.array(names.tolist()))
+    table = table.append_column("one", pa.array(["x"] * len(table)))
+    table = table.append_column("many", pa.array(range(len(table))))
+    path = tmp_path_factory.mktemp("cameras") / "train.parquet"
+    parquet.write_table(table, path)
+    return str(path)
+
+
+def test_a_run_stopped_and_in_micro_batches(
+    recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = {"dataset": cameras, "forget": "camera", "keep": "label"}
+    whole = recipe("whole", **changed)
+    assert run(whole) is not None
+    said = capsys.readouterr().out
+    assert re.search(r"swap positive: .*forget", said)
+    plan = r"fields  forget camera \(3 values, (\d+) images have none\), keep label \(10 values\)"
+    found = re.search(rf"{plan}: (\d+) of 200 images have neighbours to look up$", said, re.M)
+    assert found is not None and 20 < int(found[1]) < 80 and found[2] == "200"
+    asked = recipe("pieces", **changed)
+    run_stopped_before(asked, (3, 5, 7))
+    assert_identical(asked, whole)
+    # at first all rows are start rows; the queue keeps nothing of metadata
+    without = [line["images_without_neighbour"] for line in log_of(whole) if "loss" in line]
+    assert len(without) == 8 and without[0] == 32 and max(without[3:]) < 16
+    names = {name for name in final_state(whole) if name.startswith("refiner.queue.")}
+    assert names == {
+        f"refiner.queue.{name}" for name in NearestNeighbourQueue(1, 1, 1).state_dict()
+    }
+    assert not [name for name in final_state(whole) if "metadata" in name]
+
+    other = recipe("micro", micro_batch_size=5, **changed)
+    run(other)
+    assert losses(other) == pytest.approx(losses(whole), abs=1e-4)
+    plain = recipe("plain", dataset=cameras, swap="positive")
+    run(plain)
+    assert losses(plain)[1:] != pytest.approx(losses(whole)[1:], abs=1e-4)
+    assert all("images_without_neighbour" not in line for line in log_of(plain))
+
+
+def test_a_run_goes_on_with_the_values_that_it_began_with(
+    recipe: Callable[..., RefineRecipe], tmp_path: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos", 64)
+    lines = [f"{place:03d}.png,{place % 3}" for place in range(64)]
+    file = write_rows(tmp_path / "cameras.csv", ["file_name,camera", *lines])
+    asked = recipe(dataset=str(photos), forget="camera", metadata=file)
+    with pytest.MonkeyPatch.context() as patched:
+        stop_before(3, patched)
+        with pytest.raises(Stopped):
+            run(asked)
+    write_rows(tmp_path / "cameras.csv", ["file_name,camera", *lines[:-1], "063.png,7"])
+    with pytest.raises(ValueError, match="forget='camera': these columns have other values than"):
+        run(asked)
+    write_rows(tmp_path / "cameras.csv", ["file_name,camera", *lines[::-1]])
+    assert run(dataclasses.replace(asked, metadata=f"{tmp_path}/./cameras.csv")) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"forget": "one"}, "all 200 images have the same value of one, so none has"),
+        ({"keep": "many"}, "no two of the 200 images have the same value of many, so none"),
+        ({"forget": "label", "keep": "many"}, "no two of the 200 images have the same value"),
+        ({"forget": "camera,many,one"}, "all 200 images have the same value of one"),
+        ({"forget": "label", "keep": "label"}, "exclude each other: label stands in both"),
+        ({"keep": "3"}, "how many checkpoints are kept is --save_total_limit"),
+        ({"forget": "camera", "swap": "none"}, "uses no neighbours"),
+        ({"forget": "camera,camera"}, "must be names of different columns"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    fields: dict[str, str],
+    says: str,
+    cameras: str,
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["refine", cameras, "--model", models["vit_mae"], "--output_dir", str(tmp_path / "out")]
+    for name, value in ({"eval_fraction": "0"} | fields).items():
+        words += [f"--{name}", value]
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in error and "error: " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_says_what_rules_out_nothing(
+    recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = datasets.load_dataset("parquet", data_files=cameras, split="train")
+    fields = {"forget": "many", "keep": "one", "dry_run": True}
+    asked = dataclasses.asdict(recipe(**fields)) | {"dataset": table}
+    assert refine(**asked) is None
+    said = capsys.readouterr().out
+    assert "forget many (200 values, no two images share one, so it rules out nothing)" in said
+    assert "keep one (1 value, all images share it, so it rules out nothing)" in said
+    assert "200 of 200 images have neighbours to look up\n" in said
+    fields["keep"] = "camera"
+    assert refine(**(asked | fields)) is None
+    found = re.search(
+        r"(\d+) of 200 images have neighbours to look up, the other (\d+) keep their own other "
+        r"view as positive",
+        capsys.readouterr().out,
+    )
+    assert found is not None and int(found[1]) + int(found[2]) == 200 and int(found[2]) > 20
+
+
+def test_without_it_all_rows_are_looked_up() -> None:
+    """Bit for bit as where all rows are allowed."""
+    queue = NearestNeighbourQueue(2, 24, 5)
+    queue.sample_index.copy_(torch.arange(24))
+    targets, index = torch.randn(2, 2, 6, 5), torch.arange(6)
+    draw = torch.randint(4, (2, 2, 6))
+    plain = queue.lookup(targets, index, topk=4, draw=draw)
+    metadata = Metadata(np.full((1, 24), -1), [True])
+    allowed = metadata.may_be_neighbours(index, queue.sample_index)
+    same = queue.lookup(targets, index, topk=4, draw=draw, allowed=allowed)
+    assert plain.found is None and same.found is not None and same.found.all()
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], same[:3], strict=True))
