@@ -312,7 +312,7 @@ def embed_ways(folder: Path) -> list[Callable[[], Tensor]]:
     transform = timm.data.create_transform(
         (3, 224, 224),
         interpolation="bicubic",
-        crop_pct=224 / 256,
+        crop_pct=1.0,
         mean=processor.image_mean,
         std=processor.image_std,
     )

@@ -37,7 +37,7 @@ RESTARTS = 10
 # of faiss, of which 25 are the default
 FAISS_PASSES = 15
 # after so many of all rows ours has taken no longer than faiss for its 15
-FEW_PASSES = 4
+FEW_PASSES = 3
 # by number of groups; a round of 1000 takes a minute
 ROUNDS = {100: 5, 1000: 3}
 
