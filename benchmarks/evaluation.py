@@ -330,7 +330,7 @@ def embed_ways(folder: Path) -> list[Callable[[], Tensor]]:
         return torch.cat([found[:, 0] for found in piped(names, return_tensors=True)])
 
     save_model_folder(folder / "ours", encoder, processor)
-    sentences = SentenceTransformer(str(folder / "ours"), trust_remote_code=True, device="cpu")
+    sentences = SentenceTransformer(str(folder / "ours"), device="cpu")
 
     def by_sentences() -> Tensor:
         return sentences.encode(names, batch_size=PHOTOGRAPHS, convert_to_tensor=True)
