@@ -12,6 +12,7 @@ import torch
 from golden_cases import facts
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from small_runs import trained_folder
 from tiny_capi import TINY, TOLERANCE, tiny
 from torch import Tensor
@@ -168,11 +169,14 @@ def test_a_checkpoint_is_refined(capi: Path, tmp_path: Path, pooling: str) -> No
     depth = facts("capi")["depth"]
     size = facts("capi")["image_size"]
     patch = facts("capi")["patch_size"]
+    # few, as the verdict looks at all of them, by 784 patches each
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, pixels in enumerate(load_digits().images[:40]):
+        Image.fromarray((15 * pixels).astype("uint8")).save(photos / f"{number}.png")
     recipe = RefineRecipe(
         model=str(capi / "checkpoint_perturbed_rope.pth"),
-        dataset="digits",
-        # the verdict looks at all of them, by 784 patches each
-        split="train[:40]",
+        dataset=str(photos),
         eval_fraction=0.0,
         pooling=pooling,
         head_blocks=[depth - 2, depth - 1],
