@@ -93,8 +93,8 @@ def listed_places(images: "ImageDataset", path: Path) -> NDArray[np.int64]:
 
     twice, count = Counter(map(key, names)).most_common(1)[0]
     if count > 1:
-        name = "/".join(map(one_line, twice))
-        raise ValueError(f"{asked}: names {name} twice; each image may stand there once")
+        shown = "/".join(map(one_line, twice))
+        raise ValueError(f"{asked}: names {shown} twice; each image may stand there once")
     return np.array([place_of[key(name)] for name in names], dtype=np.int64)
 
 
