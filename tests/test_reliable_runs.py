@@ -236,6 +236,6 @@ def test_the_plan_predicts_the_size_of_a_checkpoint(
     monkeypatch.setattr(
         plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 0)
     )
-    assert "0 B free, TOO LITTLE: make room, or lower keep" in plan.disk_text(
+    assert "0 B free, TOO LITTLE: make room, or lower save_total_limit" in plan.disk_text(
         resolve(recipe, config, 40), config
     )

@@ -285,5 +285,5 @@ def disk_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
         f"{in_bytes(most)} at most; {in_bytes(free)} free"
     )
     if free < most:
-        text += f", TOO LITTLE: make room, or lower {setting('keep')}"
+        text += f", TOO LITTLE: make room, or lower {setting('save_total_limit')}"
     return text
