@@ -18,15 +18,11 @@ and several may run at once for different sets or seeds. A cell takes about six 
 in a process of its own; at the end, the page beside it is written anew.
 """
 
-import argparse
 import csv
 import io
-import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +43,7 @@ from mim_refiner_hf.evaluation.low_shot import fit_logistic
 from mim_refiner_hf.model.modeling_mim_refiner import MimRefinerModel
 
 from .claims import QUIET, refined
-from .refine_options import mean
+from .refine_options import Found, Study, main, mean
 
 SETS = ("cifar10", "gtsrb", "gtsrb-tracks")
 SIZE = 300
@@ -63,8 +59,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SCORES = {"group": "probe of it", "across": "k-NN across", "knn": "k-NN"}
 RESULTS = Path(__file__).parent / "results" / "forget.md"
 CELLS = RESULTS.with_suffix(".jsonl")
-Found = dict[tuple[str, str], dict[int, dict[str, float]]]
-"""By (set, option) and seed, the scores of `run_cell`."""
 
 
 # ---- photos
@@ -216,16 +210,6 @@ def run_cell(data: str, option: str, seed: int, shared: Path, work: Path) -> dic
 # ---- the cells that are there, and the page
 
 
-def finished() -> Found:
-    """Every cell that is there."""
-    found: Found = {}
-    if CELLS.is_file():
-        for line in CELLS.read_text(encoding="utf-8").splitlines():
-            data, option, seed, cell = json.loads(line)
-            found.setdefault((data, option), {})[seed] = cell
-    return found
-
-
 def table_rows(found: Found) -> list[str]:
     """The scores, a line for every set and option."""
     rows = []
@@ -285,41 +269,5 @@ def write(found: Found) -> None:
     RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-# ---- the command
-
-
-def main(options: argparse.Namespace) -> None:
-    """Run what is not finished, one cell after the other, and write the page."""
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
-    if options.cell:
-        data, option, seed = options.cell
-        torch.set_num_threads(1)
-        cell = run_cell(data, option, int(seed), options.shared, work)
-        with CELLS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([data, option, int(seed), cell]) + "\n")
-        return
-
-    sets = () if options.table else options.sets
-    for data in sets:
-        for option in ("start", *OPTIONS):
-            for seed in options.seeds if option != "start" else [0]:
-                if seed in finished().get((data, option), {}):
-                    continue
-                command = [sys.executable, "-m", "benchmarks.forget", str(options.shared)]
-                command += ["--work", str(work), "--cell", data, option, str(seed)]
-                subprocess.run(command, check=True)
-    write(finished())
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shared", type=Path, help="folder with data/ and models/")
-    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="write the page only")
-    parser.add_argument("--work", type=Path, default=Path("outputs/forget"))
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    main(parser.parse_args())
+    main(Study("forget", __doc__, SETS, tuple(OPTIONS), CELLS, run_cell, write))

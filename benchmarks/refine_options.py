@@ -22,10 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,11 +115,11 @@ def run_cell(data: str, option: str, seed: int, shared: Path, work: Path) -> dic
 # ---- the cells that are there
 
 
-def finished() -> Found:
+def finished(cells: Path = CELLS) -> Found:
     """Every cell that is there."""
     found: Found = {}
-    if CELLS.is_file():
-        for line in CELLS.read_text(encoding="utf-8").splitlines():
+    if cells.is_file():
+        for line in cells.read_text(encoding="utf-8").splitlines():
             data, option, seed, cell = json.loads(line)
             found.setdefault((data, option), {})[seed] = cell
     return found
@@ -220,38 +220,57 @@ def write(found: Found) -> None:
 # ---- the command
 
 
-def main(options: argparse.Namespace) -> None:
+class Study(NamedTuple):
+    """Cells of options on sets over seeds, each in a process of its own.
+
+    Attributes:
+        name: of the module that has it.
+        text: that module's docstring.
+        cells: the file of finished cells.
+        run_cell: (set, option, seed, shared folder, folder to work in) -> the cell.
+        write: the page, of all cells there are.
+    """
+
+    name: str
+    text: str | None
+    sets: Sequence[str]
+    options: Sequence[str]
+    cells: Path
+    run_cell: Callable[[str, str, int, Path, Path], dict[str, Any]]
+    write: Callable[[Found], None]
+
+
+def main(study: Study) -> None:
     """Run what is not finished, one cell after the other, and write the page."""
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
-    if options.cell:
-        data, option, seed = options.cell
+    parser = argparse.ArgumentParser(
+        description=study.text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shared", type=Path, help="folder with data/ and models/")
+    parser.add_argument("--sets", nargs="+", default=study.sets, choices=study.sets)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="write the page only")
+    parser.add_argument("--work", type=Path, default=Path("outputs") / study.name)
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    if asked.cell:
+        data, option, seed = asked.cell
         torch.set_num_threads(1)
-        cell = run_cell(data, option, int(seed), options.shared, work)
-        with CELLS.open("a", encoding="utf-8") as file:
+        cell = study.run_cell(data, option, int(seed), asked.shared, asked.work)
+        with study.cells.open("a", encoding="utf-8") as file:
             file.write(json.dumps([data, option, int(seed), cell]) + "\n")
         return
 
-    sets = () if options.table else options.sets
-    for data in sets:
-        for option in ("start", *OPTIONS):
-            for seed in options.seeds if option != "start" else [0]:
-                if seed in finished().get((data, option), {}):
+    for data in () if asked.table else asked.sets:
+        for option in ("start", *study.options):
+            for seed in asked.seeds if option != "start" else [0]:
+                if seed in finished(study.cells).get((data, option), {}):
                     continue
-                command = [sys.executable, "-m", "benchmarks.refine_options", str(options.shared)]
-                command += ["--work", str(work), "--cell", data, option, str(seed)]
+                command = [sys.executable, "-m", f"benchmarks.{study.name}", str(asked.shared)]
+                command += ["--work", str(asked.work), "--cell", data, option, str(seed)]
                 subprocess.run(command, check=True)
-    write(finished())
+    study.write(finished(study.cells))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shared", type=Path, help="folder with data/ and models/")
-    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="write the page only")
-    parser.add_argument("--work", type=Path, default=Path("outputs/refine-options"))
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    main(parser.parse_args())
+    main(Study("refine_options", __doc__, SETS, tuple(OPTIONS), CELLS, run_cell, write))
