@@ -3,6 +3,7 @@ the same in any arrangement.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,41 @@ def test_hue_is_torchvisions_on_tensors(photo: Image.Image, turn: float) -> None
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.41, 1.42, 2.0])
-def test_blur_is_pillows(photo: Image.Image, sigma: float) -> None:
+@pytest.mark.parametrize("has_opencv", [True, False])
+def test_blur_is_pillows(
+    photo: Image.Image, sigma: float, has_opencv: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_opencv:
+        pytest.importorskip("cv2")
+    else:
+        monkeypatch.setattr(C, "opencv", lambda: None)
     apart = difference(fast(photo, sigma=sigma), chw(V.gaussian_blur(photo, sigma)))
     # Pillow rounds after each of six passes, we once
     assert apart.max() <= 2 and apart.mean() <= 0.7
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 61), (1, 5, 3), (6, 224, 224)])
+def test_opencv_blurs_as_the_bands_do(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cv2")
+    views = torch.randint(256, (2, *shape), dtype=torch.uint8).mT
+    table = C.draw_table([V.ViewDraw(BOX, False, sigma=1.3), V.ViewDraw(BOX, False, sigma=0.4)])
+    by_opencv = C.apply_colour(views, table)
+    monkeypatch.setattr(C, "opencv", lambda: None)
+    apart = difference(by_opencv, C.apply_colour(views, table))
+    # ties are rounded to even by the one, up by the other
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
+
+
+def test_opencv_that_cannot_be_loaded_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    assert C.opencv.__wrapped__() is None
+    assert "blurred without it: libGL.so.1" in caplog.text
 
 
 def test_blur_taps_have_sum_one_and_pillows_variance() -> None:

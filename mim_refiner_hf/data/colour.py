@@ -10,13 +10,16 @@ two levels of torchvision's on floats, and up to 11 from Pillow's, whose 8-bit H
 
 Each operation is written once. A device gets tensors (N, C, H, W), all views of a batch that want
 it. A CPU gets one view (C, H, W) after the other, which stays in its cache, as NumPy arrays, whose
-small operations start in a quarter of the time.
+small operations start in a quarter of the time; where OpenCV is there, it blurs them (extra
+`views`), in a fourth of the time and with the same levels but for the rounding of a tie.
 """
 
 import functools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .views import ViewDraw
+
+logger = logging.getLogger(__name__)
 
 # columns of a table: 4 factors, 4 places of the order, sigma, grey, solarised
 NUM_COLUMNS = 11
@@ -91,7 +96,7 @@ def apply_colour(views: Tensor, table: Tensor) -> Tensor:
 
     if views.device.type == "cpu":
         for view, order, done in zip(flat.numpy(), orders, result.numpy(), strict=True):
-            done[...] = colour_view_(view.astype(np.int16), order)
+            done[...] = colour_view_(view.astype(np.int16, order="C"), order)
         return result.view(views.shape)
 
     for start in range(0, len(flat), VIEWS_AT_ONCE):
@@ -287,8 +292,28 @@ def blur_(views: Array, sigma: Amount) -> None:
     views.copy_(_smooth(_smooth(padded, band).mT, band).mT.add_(0.5))
 
 
+@functools.cache
+def opencv() -> Any:
+    """OpenCV's module, or None where it is missing or cannot be loaded, which is said."""
+    if find_spec("cv2") is None:
+        return None
+    try:
+        import cv2
+    except ImportError as error:
+        logger.warning("OpenCV cannot be loaded, so views are blurred without it: %s", error)
+        return None
+    return cv2
+
+
 def _blur_view_(view: NDArray[np.int16], sigma: int) -> None:
     """`blur_` of one view (C, H, W): repeated edges are folded into the matrices, not padded."""
+    cv2 = opencv()
+    if cv2 is not None:
+        taps = blur_taps()[sigma].numpy()
+        for plane in view:
+            cv2.sepFilter2D(plane, cv2.CV_16S, taps, taps, plane, borderType=cv2.BORDER_REPLICATE)
+        return
+
     channels, height, width = view.shape
     bands = {length: _bands(sigma, length) for length in {height, width}}
     pixels = torch.from_numpy(view.transpose(1, 0, 2).astype(np.float32, order="C"))
