@@ -53,10 +53,11 @@ ENCODER = {
 }
 
 
-def make_refiner(bf16: bool = False) -> Refiner:
-    """A refiner with random weights and a full queue."""
+def make_refiner(bf16: bool = False, local: int = LOCAL, **sizes: int) -> Refiner:
+    """A refiner with random weights and a full queue; `sizes` in place of those of `ENCODER`."""
     torch.manual_seed(0)
-    encoder = MimRefinerModel(MimRefinerConfig(**ENCODER, intermediate_size=4 * WIDTH))
+    config = MimRefinerConfig(**{**ENCODER, **sizes}, intermediate_size=4 * WIDTH)
+    encoder = MimRefinerModel(config)
     # fresh weights would give all images nearly the same features
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -69,7 +70,7 @@ def make_refiner(bf16: bool = False) -> Refiner:
         list(range(6 - HEADS, 6)),
         heads,
         queue,
-        NnaSettings(GLOBAL, GLOBAL + LOCAL, temperature=0.2),
+        NnaSettings(GLOBAL, GLOBAL + local, temperature=0.2),
         bf16=bf16,
     )
     return refiner.train()

@@ -1,28 +1,33 @@
-"""How many images a core makes into views: python -m benchmarks views-cpu views-hand-over
+"""How many images a core makes into views: python -m benchmarks views-cpu views-hand-over loader
 
 The 12 views of the paper (2 of 224 px, 10 of 96 px) of JPEGs, decoding included. The peer is the
 PIL way with torchvision's operations, in the order and with the numbers of the authors' kappadata,
 up to normalised float tensors. `views-hand-over` decodes, crops and flips to uint8 and leaves
 colour to a GPU; `views-cpu` does the rest too, and normalises. The floor is decoding alone. The
 photographs are those of `MIM_REFINER_SHARED` (or ../shared); without them the rows are left out.
+`loader` is the loader of a training with one worker, beside the step that takes its views.
 Where other work shares the cores, `views-cpu`, many small operations, suffers most.
 """
 
 import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms as tt
 
+from mim_refiner_hf.data.batches import batches_of_views
 from mim_refiner_hf.data.fast_views import FastMultiCrop
-from mim_refiner_hf.data.images import decode_image, open_images
+from mim_refiner_hf.data.images import ImageDataset, decode_image, open_images
 from mim_refiner_hf.data.views import MultiCrop, normalise, view_rng, view_specs
 
 from .rows import LeftOut, Row, interleaved
+from .step import HEADS, TOPK, make_refiner
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -86,11 +91,16 @@ def check(photo: Image.Image) -> None:
         assert apart < 1.0, f"fast {kind} are not the exact ones"
 
 
-def views(name: str, hand_over: bool, target: float) -> Row:
-    """Seconds per image of our way and the PIL way; LeftOut without photographs."""
+def photographs() -> ImageDataset:
+    """500 JPEGs of some 400 px; LeftOut where they are not."""
     if not PHOTOS.is_file():
         raise LeftOut(f"there is no {PHOTOS}; MIM_REFINER_SHARED names the folder that holds data/")
-    table = open_images(str(PHOTOS))
+    return open_images(str(PHOTOS))
+
+
+def views(name: str, hand_over: bool, target: float) -> Row:
+    """Seconds per image of our way and the PIL way; LeftOut without photographs."""
+    table = photographs()
     places = table.indices[:: len(table) // IMAGES][:IMAGES]
     encoded = [table.found.sources[int(place)] for place in places]
     check(decode_image(encoded[0]))
@@ -113,8 +123,58 @@ def views(name: str, hand_over: bool, target: float) -> Row:
     return Row(name, target, measured, peer, floor, note)
 
 
+def loader() -> Row:
+    """Processor seconds of a batch: of the loader, its one worker and this process, and of a step.
+
+    LeftOut without photographs.
+    """
+    count = 12
+    batches = batches_of_views(
+        photographs(),
+        FastMultiCrop(SPECS, hand_over=False),
+        batch_size=IMAGES,
+        seed=0,
+        start_step=0,
+        stop_step=count + 4,
+        num_workers=1,
+    )
+    here = psutil.Process()
+    stream = iter(batches)
+    # the worker has begun, and is ahead by as much as it ever is
+    for _ in range(2):
+        next(stream)
+    time.sleep(1)
+    processes = [here, *here.children()]
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before = spent()
+    for _ in range(count):
+        next(stream)
+    # and once more
+    time.sleep(1)
+    measured = (spent() - before) / count
+    for _ in stream:
+        continue
+
+    refiner = make_refiner(local=10, image_size=224, patch_size=16)
+    made = [torch.randn(IMAGES, 2, 3, 224, 224), torch.randn(IMAGES, 10, 3, 96, 96)]
+    index = torch.arange(IMAGES)
+    draw = torch.randint(TOPK, (HEADS, 2, IMAGES))
+    (step,) = interleaved(
+        lambda: refiner.backward(made, index, index, topk=TOPK, draw=draw), rounds=3
+    )
+    note = (
+        f"12 views of {IMAGES} JPEGs, normalised, by one worker: {IMAGES / measured:.0f} images/s"
+        f" of a core; the step of 6 blocks of width 192 on them, {IMAGES / step:.1f} images/s"
+    )
+    return Row("loader", 1.0, measured, step, None, note)
+
+
 ROWS: dict[str, Callable[[], Row]] = {
     "views-hand-over": lambda: views("views-hand-over", True, 270 / 46),
     "views-cpu": lambda: views("views-cpu", False, 180 / 46),
+    "loader": loader,
 }
 """The rows of this file by name."""
