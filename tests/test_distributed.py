@@ -52,12 +52,13 @@ MOMENTUM = 0.9
 HEADS: dict[str, dict[str, Any]] = {
     "mim-refiner": {},
     "mae-ct": {"activation": "relu", "predictor_norm": False},
-    "forget": {},
+    # metadata to forget, and nested widths
+    "options": {},
 }
 REFINERS: dict[str, dict[str, Any]] = {
     "mim-refiner": {},
     "mae-ct": {"swap": "all", "norm_views": "apart", "target_momentum": MOMENTUM},
-    "forget": {},
+    "options": {"nested_widths": (3, 6, 12)},
 }
 
 
@@ -75,12 +76,13 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
     torch.manual_seed(0)
     encoder = MimRefinerModel(MimRefinerConfig(**SHAPE))
     freeze(encoder, blocks=0)
-    heads = IdHeads(2, 24, 16, 20, 8, **HEADS[method])
-    queue = NearestNeighbourQueue(2, QUEUE, 8)
     settings = NnaSettings(2, 5, temperature=0.2, **REFINERS[method])
+    count = 2 + len(settings.nested_widths)
+    heads = IdHeads(count, 24, 16, 20, 8, **HEADS[method])
+    queue = NearestNeighbourQueue(count, QUEUE, 8)
     refiner = Refiner(encoder, [1, 2], heads, queue, settings).double().train()
     told = ["loss", "head_losses", "alignment"]
-    if method == "forget":
+    if method == "options":
         refiner.metadata = Metadata(np.arange(BATCH + 5 * STEPS)[None] % 3, [True])
     else:
         # of each process's images that have a neighbour, where not all have one
@@ -89,11 +91,11 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
     share, kept = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes), {}
     for step in range(STEPS):
         views = [
-            torch.randn(BATCH, count, 3, size, size).double()[share]
-            for count, size in ((2, 16), (3, 8))
+            torch.randn(BATCH, views, 3, size, size).double()[share]
+            for views, size in ((2, 16), (3, 8))
         ]
         index, labels = torch.arange(BATCH) + 5 * step, torch.randint(-1, 3, (BATCH,))
-        draw = neighbour_draw(0, step, TOPK, 2, 2, BATCH // processes)
+        draw = neighbour_draw(0, step, TOPK, count, 2, BATCH // processes)
         optimizer.zero_grad()
         result = refiner.backward(
             views,
@@ -101,7 +103,7 @@ def take_steps(rank: int, processes: int, micro: int | None, method: str) -> dic
             labels[share],
             topk=TOPK,
             draw=draw,
-            head_weights=[0.5, 1.0],
+            head_weights=[0.5, *[1.0] * (count - 1)],
             micro_batch_size=micro,
         )
         average_gradients(refiner.parameters())
