@@ -31,7 +31,7 @@ from mim_refiner_hf.evaluation.knn import knn_predict
 from mim_refiner_hf.evaluation.linear_probe import PROBE_LEARNING_RATES
 from mim_refiner_hf.publishing import export_native, export_timm
 from mim_refiner_hf.publishing.hub import save_model_folder
-from mim_refiner_hf.runtime.device import emulates_bf16, lacks_int8
+from mim_refiner_hf.runtime.device import emulates_bf16, has_int8
 
 from .rows import LeftOut, Row, interleaved
 from .step import assert_close
@@ -247,7 +247,7 @@ def features_int8() -> Row:
 
     Beside them ours in bfloat16, where this CPU computes it.
     """
-    if lacks_int8("cpu"):
+    if has_int8("cpu") is False:
         raise LeftOut("this CPU has neither VNNI nor AMX")
     exact, *others = feature_ways()
     in_fp32 = exact()
@@ -335,7 +335,7 @@ def embed_ways(folder: Path) -> list[Callable[[], Tensor]]:
     def by_sentences() -> Tensor:
         return sentences.encode(names, batch_size=PHOTOGRAPHS, convert_to_tensor=True)
 
-    quick = in_int8(encoder) if not lacks_int8("cpu") else encoder
+    quick = in_int8(encoder) if has_int8("cpu") is not False else encoder
     return [
         lambda: into_store(encoder),
         lambda: into_store(quick),
@@ -347,7 +347,7 @@ def embed_ways(folder: Path) -> list[Callable[[], Tensor]]:
 
 def embed(dtype: str, target: float) -> Row:
     """`embed` from JPEGs on, against the fastest of the three libraries in fp32."""
-    if dtype == "int8" and lacks_int8("cpu"):
+    if dtype == "int8" and has_int8("cpu") is False:
         raise LeftOut("this CPU has neither VNNI nor AMX")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -23,7 +23,7 @@ from mim_refiner_hf.runtime.device import (
     check_int8,
     emulates_bf16,
     feature_precision,
-    lacks_int8,
+    has_int8,
     uses_bf16,
     warn_of_emulation,
 )
@@ -46,26 +46,26 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "lacking"),
+    ("capabilities", "has"),
     [
-        ({}, False),
-        ({"avx512_vnni": True, "amx_int8": False}, False),
-        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": True}, False),
-        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": False}, True),
+        ({}, None),
+        ({"avx512_vnni": True, "amx_int8": False}, True),
+        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": True}, True),
+        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": False}, False),
     ],
 )
 def test_int8_on_a_cpu_without_it_is_warned_of_and_on_a_gpu_refused(
     capabilities: dict[str, bool],
-    lacking: bool,
+    has: bool | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert lacks_int8("cpu") == lacking
+    assert has_int8("cpu") is has and has_int8("cuda") is None
     assert feature_precision("int8", "cpu") == "int8"
     check_int8("--dtype int8", "cpu")
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == lacking
+    assert len(said) == (has is False)
     assert all("--dtype int8: this CPU has neither VNNI nor AMX" in line for line in said)
     with pytest.raises(ValueError, match="--dtype int8: is for a CPU, and this computes on cuda"):
         check_int8("--dtype int8", "cuda")
@@ -73,9 +73,14 @@ def test_int8_on_a_cpu_without_it_is_warned_of_and_on_a_gpu_refused(
 
 @pytest.mark.parametrize(
     ("capabilities", "chosen"),
-    [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")],
+    [
+        ({"avx512_bf16": True, "avx512_vnni": True}, "bf16"),
+        ({"avx512_bf16": False, "avx512_vnni": True}, "int8"),
+        ({"avx512_bf16": False, "avx512_vnni": False}, "fp32"),
+        ({}, "fp32"),
+    ],
 )
-def test_auto_takes_bf16_where_the_processor_says_that_it_has_it(
+def test_auto_takes_what_the_processor_says_that_it_has(
     capabilities: dict[str, bool], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)

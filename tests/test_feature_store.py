@@ -254,6 +254,27 @@ def test_int8_that_spoils_an_encoder_is_refused_with_the_number(
         assert not folder.exists()
 
 
+@pytest.mark.parametrize("least", [0.5, 1.1])
+def test_auto_takes_int8_where_the_encoder_stands_it(
+    least: float,
+    model: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stated = {"avx512_bf16": False, "avx512_vnni": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: stated, raising=False)
+    monkeypatch.setattr("mim_refiner_hf.runs.embed._LEAST_COSINE", least)
+    exact = mim_refiner_hf.embed(model, photos)
+    capsys.readouterr()
+    vectors = mim_refiner_hf.embed(model, photos, dtype="auto")
+    said = capsys.readouterr().out
+    assert "auto'" in said and "int8, as this cpu computes int8, and bfloat16 not" in said
+    assert np.array_equal(vectors, exact) == (least > 1)
+    spoiled = "fp32, for on the first" in said and "below 1.1" in said
+    assert spoiled == (least > 1)
+
+
 def test_commands_in_int8(
     model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,8 +147,8 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None, auto: str = 
         "--dtype",
         choices=get_args(Precision),
         default=default,
-        help=f"of the computation; auto: bf16 where this machine computes it{auto}; int8: for a "
-        f"CPU, checked against fp32 on a first batch; default: {shown}",
+        help=f"of the computation; auto: bf16 where this machine computes it, else int8 where it "
+        f"does{auto}; int8: for a CPU, checked against fp32 on a first batch; default: {shown}",
     )
 
 

@@ -205,7 +205,7 @@ def in_precision(
         raise ValueError(
             f"{setting('dtype', asked)}: must be one of {', '.join(get_args(Precision))}"
         )
-    precision = _precision(asked, begun, torch.device(loading.device or "cpu").type)
+    precision, may_change = _precision(asked, begun, torch.device(loading.device or "cpu").type)
     number_type = PRECISIONS.get(precision, torch.float32)
     if encoder.dtype != number_type:
         encoder = copy.deepcopy(encoder).to(number_type)
@@ -217,6 +217,11 @@ def in_precision(
     compared = f"on the first {count} images the cosine of int8 with fp32 features is"
     named = setting("dtype", "int8")
     if not cosine >= _LEAST_COSINE:
+        if may_change:
+            if rank() == 0:
+                reason = f"{compared} down to {cosine:.5f}, below {_LEAST_COSINE}"
+                print(f"{setting('dtype', 'auto')}: fp32, for {reason}", flush=True)
+            return encoder
         raise ValueError(
             f"{named}: {compared} down to {cosine:.5f}, below {_LEAST_COSINE}; int8 spoils this "
             "encoder, use bf16 or fp32"
@@ -226,8 +231,8 @@ def in_precision(
     return quick
 
 
-def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> str:
-    """In which numbers to compute: "int8", or a name in `PRECISIONS`.
+def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> tuple[str, bool]:
+    """In which numbers to compute: "int8", or a name in `PRECISIONS`; and whether fp32 will do too.
 
     What was chosen is said, as is bfloat16 that is only emulated.
 
@@ -235,10 +240,13 @@ def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> st
         begun: the manifest of the features that are there.
     """
     precision = str(feature_precision(asked, device))
+    may_change = asked == "auto" and begun is None
     if asked == "auto":
-        why = f"as this {device} computes bfloat16"
-        if precision == "fp32":
-            why = f"as this {device} is not known to compute bfloat16"
+        why = {
+            "bf16": f"as this {device} computes bfloat16",
+            "int8": f"as this {device} computes int8, and bfloat16 not",
+            "fp32": f"as this {device} is not known to compute bfloat16 or int8",
+        }[precision]
         names = {str(kind).removeprefix("torch."): name for name, kind in PRECISIONS.items()}
         names["int8"] = "int8"
         if begun is not None and begun["dtype"] in names:
@@ -250,7 +258,7 @@ def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> st
         warn_of_emulation(setting("dtype", precision), device)
     if precision == "int8":
         check_int8(setting("dtype", precision), device)
-    return precision
+    return precision, may_change
 
 
 def device_here() -> str:

@@ -66,11 +66,16 @@ def warn_of_emulation(asked: str, device: str) -> None:
         logger.warning(message, asked)
 
 
-def lacks_int8(device: str) -> bool:
-    """Whether int8 is slower than fp32 here: on a CPU that says it has neither VNNI nor AMX."""
+def has_int8(device: str) -> bool | None:
+    """Whether a device multiplies int8 itself: a CPU with VNNI or AMX.
+
+    None where torch cannot tell.
+    """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     stated = [capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")]
-    return device == "cpu" and True not in stated and False in stated
+    if device != "cpu" or stated == [None] * 3:
+        return None
+    return True in stated
 
 
 def check_int8(asked: str, device: str) -> None:
@@ -81,20 +86,22 @@ def check_int8(asked: str, device: str) -> None:
     """
     if device != "cpu":
         raise ValueError(f"{asked}: is for a CPU, and this computes on {device}; use bf16")
-    if lacks_int8(device):
+    if has_int8(device) is False:
         message = "%s: this CPU has neither VNNI nor AMX; fp32 or bf16 may be faster here"
         logger.warning(message, asked)
 
 
 def feature_precision(asked: Precision, device: str) -> Literal["fp32", "bf16", "int8"]:
-    """In which numbers features are computed: as asked; "auto" means bf16 where it is fast.
+    """In which numbers features are computed: as asked; "auto" means the best that is fast.
 
-    That is on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16. It never means
-    int8, which not every encoder stands.
+    bf16 on a GPU that has it, and on a CPU that says it has AMX or AVX-512 BF16. Else int8 on a CPU
+    that says it has VNNI: not every encoder stands it, so who computes has to compare. Else fp32.
     """
     if asked != "auto":
         return asked
-    return "bf16" if _computes_bf16(device) else "fp32"
+    if _computes_bf16(device):
+        return "bf16"
+    return "int8" if has_int8(device) else "fp32"
 
 
 def check_compile(requested: bool) -> None:

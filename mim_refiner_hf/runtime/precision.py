@@ -3,4 +3,4 @@
 from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
-"""auto: bf16 where the device computes it, `device.feature_precision`; never int8."""
+"""auto: what the device computes fast, `device.feature_precision`."""
