@@ -268,7 +268,14 @@ def test_refine_takes_a_recipe_and_fields_over_it(
     own = {**RUN, "output_dir": str(tmp_path / "out")}
     recipe = RefineRecipe(model=models["vit_mae"], dataset=str(folder), **own)
     assert refine(recipe, dry_run=True) is None
-    assert refine(recipe=recipe, dry_run=True, seed=3) is None
+    assert refine(recipe=recipe, dry_run=True, seed=np.int64(3)) is None
+    # the images that are given are those that are taken
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        refine("/nowhere", recipe=recipe, dry_run=True)
+    with pytest.raises(ValueError, match="images and recipe are both"):
+        refine(recipe, recipe=recipe)
+    with pytest.raises(ValueError, match=r"value_range=\[0, 9\]: is for images of other"):
+        refine(folder, recipe=recipe, value_range=(0, 9), dry_run=True)
     assert refine(dataset=folder, model=Path(models["vit_mae"]), dry_run=True, **own) is None
     with pytest.raises(ValueError, match="images and dataset"):
         refine(folder, dataset=folder, model=models["vit_mae"])
