@@ -204,6 +204,11 @@ def test_a_header_that_promises_more_than_the_file_has_is_refused(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
+def test_more_channels_than_there_may_be_are_told_how_many_may_be() -> None:
+    with pytest.raises(ValueError, match=r"\(9, 8, 17\).*as many, up to 16"):
+        decode_image(np.zeros((9, 8, 17)), 3)
+
+
 def test_a_file_of_python_objects_is_not_executed(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)

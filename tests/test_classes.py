@@ -150,6 +150,13 @@ def test_few_labels_are_no_reason_to_refuse(
     assert "too few: nothing is measured by labels" in caplog.text
 
 
+def test_one_class_is_not_measured_by_labels(caplog: pytest.LogCaptureFixture) -> None:
+    """All photos lie in one sub-folder: any encoder would have 100 %."""
+    rest, held_out = with_one_class_table(*hold_out(images_of(["DCIM"] * 40), 0.2, seed=0))
+    assert rest.labels is None and held_out.labels is None and len(held_out) == 8
+    assert "are of one class, DCIM: nothing is measured by labels" in caplog.text
+
+
 def test_one_image_a_class_is_not_measured_by_labels(caplog: pytest.LogCaptureFixture) -> None:
     images = images_of(list(range(40)))
     rest, held_out = with_one_class_table(*hold_out(images, 0.2, seed=0))

@@ -24,6 +24,10 @@ def test_missing_sources(tmp_path: Path) -> None:
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no model"):
         load_encoder(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=f"its folder model/ does: give {tmp_path}/model"):
+        load_encoder(tmp_path)
     with pytest.raises(
         CheckpointError, match="neither a local path nor a model that the Hub could deliver"
     ):

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import timm
 import torch
@@ -267,7 +268,14 @@ def test_refine_takes_a_recipe_and_fields_over_it(
     own = {**RUN, "output_dir": str(tmp_path / "out")}
     recipe = RefineRecipe(model=models["vit_mae"], dataset=str(folder), **own)
     assert refine(recipe, dry_run=True) is None
-    assert refine(recipe=recipe, dry_run=True, seed=3) is None
+    assert refine(recipe=recipe, dry_run=True, seed=np.int64(3)) is None
+    # the images that are given are those that are taken
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        refine("/nowhere", recipe=recipe, dry_run=True)
+    with pytest.raises(ValueError, match="images and recipe are both"):
+        refine(recipe, recipe=recipe)
+    with pytest.raises(ValueError, match=r"value_range=\[0, 9\]: is for images of other"):
+        refine(folder, recipe=recipe, value_range=(0, 9), dry_run=True)
     assert refine(dataset=folder, model=Path(models["vit_mae"]), dry_run=True, **own) is None
     with pytest.raises(ValueError, match="images and dataset"):
         refine(folder, dataset=folder, model=models["vit_mae"])
@@ -381,10 +389,14 @@ def test_encode_takes_images_arrays_and_paths(
         ([], "no images"),
         (pixels[0] / 255, "float64"),
         ([3], "int is neither"),
+        (None, "not NoneType"),
+        (set(paths), "a list of them, not set"),
         (str(folder), "is a folder; give a list of its images, or the folder to `embed`"),
     ):
         with pytest.raises(ValueError, match=says):
             encoder.encode(wrong)
+    with pytest.raises(ValueError, match="batch_size=-1: must be at least 1"):
+        encoder.encode(pixels, batch_size=-1)
     with pytest.raises(ValueError, match="has no preprocessing"):
         MimRefinerModel(mim_refiner_hf.MimRefinerConfig(**SHAPE)).encode(pixels)
 
@@ -556,6 +568,8 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
         ([0, 1, 2], "None of the 3 images can be read.*int is neither"),
         (3, "not as int"),
         (None, "not as NoneType"),
+        ({"a.png", "b.png"}, "A set of images has no order; give a list"),
+        (pandas.DataFrame({"path": ["a.png"]}), r"A DataFrame is a table.*frame\['path'\]"),
         (np.zeros((5, 8)), r"ndarray of shape \(5, 8\) holds no images.*cluster"),
         (
             (np.zeros((5, 8, 8, 3)), np.arange(5)),
@@ -608,6 +622,7 @@ def test_images_that_are_none(
     ("vectors", "settings", "says"),
     [
         (np.full((9, 4), np.nan), {}, "9 of 9 vectors hold NaN or infinity, first row 0"),
+        (np.full((9, 4), 1e60), {}, "9 of 9 vectors are too long for float32, first row 0; divide"),
         (np.zeros(9, np.int64), {}, r"ndarray of shape \(9,\) holds no vectors.*labels"),
         (np.zeros((0, 4)), {}, "no images"),
         ([[1.0, 2.0], [3.0]], {}, "begins with a vector of 2 numbers, but not all"),

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .channels import (
     GDAL_NODATA,
+    MAX_CHANNELS,
     NPY_MAGIC,
     ChannelImage,
     Picture,
@@ -273,7 +274,8 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim != 2 and not (pixels.ndim == 3 and pixels.shape[-1] in (1, 3)):
         raise ValueError(
-            f"its shape is {shape}; pixels are (height, width), with 1 or 3 channels if any"
+            f"its shape is {shape}; pixels are (height, width), with 1 or 3 channels if any, or "
+            f"where all images have as many, up to {MAX_CHANNELS}"
         )
     if pixels.size == 0:
         raise ValueError("it is empty")

@@ -63,6 +63,9 @@ def find_items(images: Any) -> Sequence[Any]:
 
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         return images
+    # nobody knew which row is whose
+    if isinstance(images, set | frozenset):
+        raise ValueError(f"A {type(images).__name__} of images has no order; give a list of them.")
     if isinstance(images, Iterable):
         return list(images)
     raise ValueError(

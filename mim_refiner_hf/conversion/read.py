@@ -156,6 +156,9 @@ def weight_files(folder: Path, name: str, more: tuple[str, ...] = ()) -> list[Pa
     hint = "for another weight file, give the file itself"
     if others:
         hint += f", such as {one_line(others[0])[:200]}"
+    # the folder of a run holds more than its model
+    if Path(name).is_dir() and (folder / "model" / WEIGHTS[0]).is_file():
+        hint = f"its folder model/ does: give {Path(name) / 'model'}"
     raise CheckpointError(
         f"{name} holds no {' and no '.join(WEIGHTS)}, nor an index of one; {hint}"
     )

@@ -6,7 +6,8 @@ Every set numbers its classes by itself: a folder by the sub-folders that it has
 words that occur. The number 2 of one set and of another are then two classes. So before any score:
 
 - images without a label (None, NaN, -1, empty text) are left out, counted and said; where too few
-  are left, or no class is in both parts of one data set, nothing is measured by labels;
+  are left, or no class is in both parts of one data set, or all of it is of one class, nothing is
+  measured by labels;
 - classes are matched by name. Where one set has none, its numbers stand for names that are these
   numbers, or for those that the other's data set states in their order (`ClassLabel`). Where
   neither has names, numbers are compared. What cannot be matched is refused;
@@ -57,6 +58,11 @@ def with_one_class_table(
     # held out of one data set that has an image or two of each class
     if bank.found is evaluated.found and not bank_names.keys() & names.keys():
         return _unlabelled(bank, evaluated, f"no class of {one_line(bank.name)} is in both parts")
+    # such as the one sub-folder that holds all photos, which any encoder tells with 100 %
+    if bank.found is evaluated.found and len(bank_names.keys() | names.keys()) == 1:
+        only = one_line(next(iter(bank_names.values())))
+        reason = f"all labelled images of {one_line(bank.name)} are of one class, {only}"
+        return _unlabelled(bank, evaluated, reason)
     _check_common(bank, evaluated, bank_names, names, bank.name)
 
     # the bank's classes keep their numbers; what it lacks comes behind

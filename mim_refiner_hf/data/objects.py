@@ -91,6 +91,11 @@ def find_in_objects(source: Any, options: SourceOptions = NO_OPTIONS) -> FoundIm
             are neither numbers nor words.
         FileNotFoundError: for paths that lead nowhere, before anything is read.
     """
+    if hasattr(source, "iloc") and source.ndim == 2:
+        raise ValueError(
+            f"A {type(source).__name__} is a table; give its column of images, such as "
+            "frame['path'].tolist(), or to `cluster` vectors frame.to_numpy()."
+        )
     # a column of pandas, and arrays of paths or objects, are lists of them
     if hasattr(source, "iloc") or getattr(getattr(source, "dtype", None), "kind", "") in ("O", "U"):
         source = source.tolist()

@@ -322,9 +322,11 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
     check_num_clusters(num_clusters, len(vectors), method, setting("num_clusters"))
     wrong = (~vectors.norm(dim=1).isfinite()).nonzero().flatten().tolist()
     if wrong:
+        is_finite = bool(torch.as_tensor(given)[wrong].isfinite().all())
+        fault = "are too long for float32" if is_finite else "hold NaN or infinity"
+        remedy = "divide all vectors by one number" if is_finite else "leave them out"
         raise ValueError(
-            f"{len(wrong)} of {len(vectors)} vectors hold NaN or infinity, first row {wrong[0]}; "
-            "leave them out."
+            f"{len(wrong)} of {len(vectors)} vectors {fault}, first row {wrong[0]}; {remedy}."
         )
 
     clustering, why = find_groups(vectors, num_clusters, seed, method)

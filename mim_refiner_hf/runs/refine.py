@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
 from ..conversion import load_encoder
@@ -74,8 +75,9 @@ def refine(
         callbacks: one or several, called with (step, values) for every line of log.jsonl, by the
             main process. What one raises ends the run; the same call goes on from the last
             checkpoint.
-        settings: fields of `RefineRecipe`, such as `output_dir` and `seed`; `recipe` names a recipe
-            whose fields are the defaults; `eval_dataset` takes what `images` takes.
+        settings: fields of `RefineRecipe`, such as `output_dir` and `seed`; `recipe` is a recipe or
+            the name of one, whose fields are the defaults; `eval_dataset` takes what `images`
+            takes.
 
     Returns:
         The result, or None after a dry run or a head warm-up alone.
@@ -94,9 +96,6 @@ def refine(
             continue.
     """
     called = _functions(callbacks)
-    # the name of the first argument, before it was images
-    if isinstance(settings.get("recipe"), RefineRecipe):
-        images = settings.pop("recipe")
     recipe, given = _recipe_of(images, model, settings)
     output = Path(recipe.output_dir)
     if recipe.push_to_hub is not None:
@@ -139,21 +138,29 @@ def _recipe_of(images: Any, model: Any, settings: Mapping[str, Any]) -> tuple[Re
             hint = f"did you mean {close[0]}?" if close else "RefineRecipe lists all of them"
             raise TypeError(f"refine() has no setting {name!r}; {hint}")
 
-    is_recipe = isinstance(images, RefineRecipe)
-    if not is_recipe and images is not None and "dataset" in settings:
+    values = dict(settings)
+    base = values.pop("recipe", None)
+    if isinstance(images, RefineRecipe):
+        if base is not None:
+            raise ValueError("images and recipe are both a recipe; give one of them")
+        base, images = images, None
+    if images is not None and "dataset" in settings:
         raise ValueError("images and dataset name both the images; give one of them")
 
-    values = dict(settings)
-    for name, value in settings.items():
+    for name, value in values.items():
         if isinstance(value, Path):
             values[name] = str(value)
-    dataset = values.pop("dataset", None if is_recipe else images)
+        elif isinstance(value, np.generic):
+            values[name] = value.item()
+        elif isinstance(value, tuple):
+            values[name] = list(value)
+    dataset = values.pop("dataset", images)
     given, named = _names_of(dataset, model, values.pop("eval_dataset", None))
     values.update(named)
-    if is_recipe:
-        return dataclasses.replace(images, **values), given
-    if values.get("recipe") is not None:
-        return read_recipe(values.pop("recipe"), **values), given
+    if isinstance(base, RefineRecipe):
+        return dataclasses.replace(base, **values), given
+    if base is not None:
+        return read_recipe(str(base), **values), given
     return RefineRecipe(**values), given
 
 
