@@ -622,6 +622,12 @@ def test_images_that_are_none(
     ("vectors", "settings", "says"),
     [
         (np.full((9, 4), np.nan), {}, "9 of 9 vectors hold NaN or infinity, first row 0"),
+        (np.ma.masked_less(np.eye(9), 0.5), {}, "9 of 9 vectors hold NaN or infinity, first row 0"),
+        (
+            np.eye(9) * 1e-30,
+            {},
+            "9 of 9 vectors are too short .*1.0e-30; multiply",
+        ),
         (np.full((9, 4), 1e60), {}, "9 of 9 vectors are too long for float32, first row 0; divide"),
         (np.zeros(9, np.int64), {}, r"ndarray of shape \(9,\) holds no vectors.*labels"),
         (np.zeros((0, 4)), {}, "no images"),

@@ -62,6 +62,9 @@ from .embed import device_here, in_precision
 
 logger = logging.getLogger(__name__)
 
+# the squares of smaller numbers are lost in float32
+_LEAST = 1e-10
+
 
 @dataclass(frozen=True, eq=False)
 class Groups:
@@ -313,6 +316,9 @@ def _refuse_for_vectors(**settings: Any) -> None:
 
 def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) -> Groups:
     """The groups of vectors (n, d)."""
+    if isinstance(given, np.ma.MaskedArray):
+        # what is masked is missing
+        given = given.astype(float).filled(np.nan)
     vectors = torch.as_tensor(given).detach().cpu().float()
     if vectors.ndim != 2:
         raise ValueError(
@@ -321,6 +327,12 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
         )
     check_num_clusters(num_clusters, len(vectors), method, setting("num_clusters"))
     wrong = (~vectors.norm(dim=1).isfinite()).nonzero().flatten().tolist()
+    largest = float(vectors.abs().max())
+    if largest < _LEAST and torch.as_tensor(given).any():
+        raise ValueError(
+            f"{len(vectors)} of {len(vectors)} vectors are too short for float32, their largest "
+            f"number is {largest:.1e}; multiply all vectors by one number."
+        )
     if wrong:
         is_finite = bool(torch.as_tensor(given)[wrong].isfinite().all())
         fault = "are too long for float32" if is_finite else "hold NaN or infinity"
