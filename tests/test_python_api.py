@@ -629,6 +629,7 @@ def test_images_that_are_none(
             "9 of 9 vectors are too short .*1.0e-30; multiply",
         ),
         (np.full((9, 4), 1e60), {}, "9 of 9 vectors are too long for float32, first row 0; divide"),
+        (np.zeros((9, 0)), {}, r"ndarray of shape \(9, 0\) holds no vectors"),
         (np.zeros(9, np.int64), {}, r"ndarray of shape \(9,\) holds no vectors.*labels"),
         (np.zeros((0, 4)), {}, "no images"),
         ([[1.0, 2.0], [3.0]], {}, "begins with a vector of 2 numbers, but not all"),

@@ -320,7 +320,7 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
         # what is masked is missing
         given = given.astype(float).filled(np.nan)
     vectors = torch.as_tensor(given).detach().cpu().float()
-    if vectors.ndim != 2:
+    if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ValueError(
             f"This {kind_of(given)} holds no vectors: they are (n, d), one row per image; labels "
             "are not asked for."
