@@ -587,10 +587,6 @@ WRONG = {
         ["{model}", "--dataset", "{photos}", "--pooling", "global_repr"],
         "the encoder has no predictor",
     ),
-    "shard": (
-        ["{model}", "--dataset", "{photos}", "--shard_size", "-1"],
-        "shard_size is -1; it must be at least 1",
-    ),
 }
 
 
@@ -607,6 +603,13 @@ def test_wrong_use_is_one_sentence(
     )
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_of_no_images_is_refused(photos: Path, tmp_path: Path) -> None:
+    encoder, images = make_encoder(), open_images(str(photos))
+    with pytest.raises(ValueError, match="shard_size is 0; it must be at least 1"):
+        embed_images(encoder, images, make_processor(), tmp_path / "out", shard_size=0)
     assert not (tmp_path / "out").exists()
 
 
