@@ -209,8 +209,8 @@ def in_precision(
         begun: the manifest of the features that are there, for "auto".
 
     Raises:
-        ValueError: where the cosine of a vector in int8 with the one in fp32 is below 0.999, and for
-            "auto" on a GPU where the features that are there are in int8.
+        ValueError: where the cosine of a vector in int8 with the one in fp32 is below 0.999; and
+            for "auto" on a GPU where the features that are there are in int8.
     """
     if asked is None:
         return encoder
