@@ -171,7 +171,6 @@ def evaluate(
     data += [opened(name) for name in transfer]
     check_data(data, added)
     check_added(encoders.values(), data[0], added)
-
     given, encoders = encoders, as_asked(encoders, dtype, data[0], features, loading)
     with feature_folder(features, output_dir) as folder:
         data = [without_broken(encoders, each, folder, loading) for each in data]
