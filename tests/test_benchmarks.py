@@ -141,9 +141,9 @@ def test_a_large_embedding_is_watched_to_its_end(
     """The file that is finished after the last look counts, and a failure is said."""
     counts = iter([0, 5, 10, 15, 20])
     monkeypatch.setattr(embed_large, "images_in", lambda folder: next(counts))
-    monkeypatch.setattr(embed_large.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     looks = iter([None] * 4 + [0])
-    monkeypatch.setattr(embed_large.subprocess.Popen, "poll", lambda process: next(looks))
+    monkeypatch.setattr("subprocess.Popen.poll", lambda process: next(looks))
     script = [sys.executable, "-c", "import time; time.sleep(0.5)"]
     moments = embed_large.watch(script, tmp_path, None)
     assert [moment.images for moment in moments] == [0, 5, 10, 15, 20]

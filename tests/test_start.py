@@ -76,6 +76,7 @@ WRONG = [
     "pretrain digits --epochs 0",
     "pretrain digits --patch_size 5",
     "pretrain digits --objective maee",
+    "pretrain digits --init_from ./gone",
     "refine photos --model gone.pth",
     "convert mae.pth",
     "convert gone/../mae.pth out",

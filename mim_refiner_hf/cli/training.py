@@ -97,6 +97,7 @@ def parse_pretrain(arguments: Sequence[str]) -> Work:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
     if named.init_from is None or {"-h", "--help"} & set(words):
         return _pretrain_work(parser, words, None)
+    refuse_missing_model(named.init_from)
 
     # the encoder to go on from gives the defaults: it is loaded before the words can be read
     def work() -> None:

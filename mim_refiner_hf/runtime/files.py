@@ -306,7 +306,7 @@ def refuse_missing_model(source: str | Path) -> None:
     """
     path = Path(source).expanduser()
     looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute() or isinstance(source, Path)
-    if (looks_local or source.startswith((".", "~"))) and not path.exists():
+    if (looks_local or str(source).startswith((".", "~"))) and not path.exists():
         raise FileNotFoundError(
             f"{source} does not exist{say_left_aside(path)}; give a Hub name, a model folder, "
             "or a checkpoint file"
