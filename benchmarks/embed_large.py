@@ -30,6 +30,7 @@ import pyarrow.parquet as parquet
 import torch
 
 from mim_refiner_hf import MimRefinerImageProcessor
+from mim_refiner_hf.cli.flags import at_least
 from mim_refiner_hf.evaluation import FeatureStore
 from mim_refiner_hf.evaluation.shard_files import images_in
 
@@ -94,7 +95,11 @@ def watch(command: list[str], folder: Path, stop_at: int | None) -> list[Moment]
                 return moments
             time.sleep(1)
     if running.returncode:
-        raise SystemExit(f"the command ended with {running.returncode}: see {log}")
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        raise SystemExit(f"the command ended with {running.returncode}: {said[-1]}")
+    # the last file may be younger than the last look
+    seconds = time.perf_counter() - began
+    moments.append(moments[-1]._replace(seconds=seconds, images=images_in(folder / "store")))
     return moments
 
 
@@ -170,7 +175,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shared", type=Path, help="folder with data/")
-    parser.add_argument("--copies", type=int, default=50)
+    # of fewer not two files are left after the kill, between which time is taken
+    parser.add_argument("--copies", type=at_least(2), default=50)
     parser.add_argument("--folder", type=Path, help="for 3 GB; default: the system's temporary one")
     asked = parser.parse_args()
     main(asked.shared, asked.copies, asked.folder)

@@ -357,6 +357,8 @@ def embed(dtype: str, target: float) -> Row:
             cosine = float(F.cosine_similarity(peer(), expected).min())
             assert cosine > 0.999, f"another library's features have a cosine of {cosine:.5f}"
         ours = quick if dtype == "int8" else exact
+        cosine = float(F.cosine_similarity(ours(), expected).min())
+        assert cosine >= 0.999, f"the cosine of {dtype} features with fp32 ones is {cosine:.5f}"
         products = vit_products()
 
         def floor() -> None:

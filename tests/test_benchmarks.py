@@ -1,12 +1,13 @@
 """The benchmark command: what it refuses, its table, and one cheap row from end to end."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import families, growth, views_quality
+from benchmarks import embed_large, families, growth, views_quality
 from benchmarks.rows import LeftOut, Row, Seconds, interleaved
 
 
@@ -132,3 +133,23 @@ def test_the_rows_of_families(tmp_path: Path) -> None:
     assert not row.came_in and not row.went_out
     assert row.cells[6].endswith("its tokens change in width and number from stage to stage")
     assert len(families.table_of([row])) == 3
+
+
+def test_a_large_embedding_is_watched_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file that is finished after the last look counts, and a failure is said."""
+    counts = iter([0, 5, 10, 15, 20])
+    monkeypatch.setattr(embed_large, "images_in", lambda folder: next(counts))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    looks = iter([None] * 4 + [0])
+    monkeypatch.setattr("subprocess.Popen.poll", lambda process: next(looks))
+    script = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    moments = embed_large.watch(script, tmp_path, None)
+    assert [moment.images for moment in moments] == [0, 5, 10, 15, 20]
+    assert embed_large.rate(moments) > 0
+    assert embed_large.row("all", moments).startswith("| all | 0 to 20 |")
+
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"ended with 2: error: no$"):
+        embed_large.watch([sys.executable, "-c", "print('error: no'); exit(2)"], tmp_path, None)

@@ -413,8 +413,8 @@ def everything(folder: Path) -> dict[str, bytes]:
             ["error: --num_clusters is 10 for 3 images", "1 to 3", "or leave it out"],
         ),
         (
-            ["{tmp}/three", "--model", "{model}", "--num_clusters", "0"],
-            ["error: --num_clusters is 0"],
+            ["{tmp}/three", "--model", "{model}", "--num_clusters", "1", "--method", "heads"],
+            ["error: --num_clusters is 1", "2 to 3 with method 'heads'"],
         ),
         (["{tmp}/spoilt", "--model", "{model}"], ["None of the 2 images can be read", "0.jpg"]),
         (

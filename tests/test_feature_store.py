@@ -310,8 +310,28 @@ def test_commands_in_int8(
     assert json.loads(kept.read_text())["dtype"] == "int8"
     with pytest.raises(ValueError, match="dtype='int8': protocols='fine_tuning' has none of that"):
         mim_refiner_hf.evaluate(model, photos, dtype="int8", protocols=["fine_tuning"])
+    with pytest.raises(ValueError, match=r"dtype='auto': .* in int8, which is for a CPU"):
+        mim_refiner_hf.embed(model, photos, out=out, dtype="auto", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["embed", "cluster", "evaluate"])
+def test_a_wrong_dtype_is_refused_before_a_model_is_loaded(
+    name: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = partial(getattr(mim_refiner_hf, name), images=photos, model="gone.pth")
     with pytest.raises(ValueError, match="dtype='int4': must be one of auto, fp32, bf16, int8"):
-        mim_refiner_hf.embed(model, photos, dtype="int4")  # type: ignore[arg-type]
+        call(dtype="int4")
+    monkeypatch.setattr(f"mim_refiner_hf.runs.{name}.device_here", lambda: "cuda")
+    with pytest.raises(ValueError, match="dtype='int8': is for a CPU, and this computes on cuda"):
+        call(dtype="int8")
+
+
+def test_int8_of_broken_weights_names_them(photos: Path) -> None:
+    encoder = make_encoder()
+    with torch.no_grad():
+        encoder.layers[0].mlp.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not a number; the model's weights are broken"):
+        mim_refiner_hf.embed(encoder, photos, dtype="int8")
 
 
 def test_names_of_columns() -> None:
@@ -587,10 +607,6 @@ WRONG = {
         ["{model}", "--dataset", "{photos}", "--pooling", "global_repr"],
         "the encoder has no predictor",
     ),
-    "shard": (
-        ["{model}", "--dataset", "{photos}", "--shard_size", "-1"],
-        "shard_size is -1; it must be at least 1",
-    ),
 }
 
 
@@ -607,6 +623,13 @@ def test_wrong_use_is_one_sentence(
     )
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_of_no_images_is_refused(photos: Path, tmp_path: Path) -> None:
+    encoder, images = make_encoder(), open_images(str(photos))
+    with pytest.raises(ValueError, match="shard_size is 0; it must be at least 1"):
+        embed_images(encoder, images, make_processor(), tmp_path / "out", shard_size=0)
     assert not (tmp_path / "out").exists()
 
 

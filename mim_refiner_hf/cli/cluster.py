@@ -17,6 +17,7 @@ from .flags import (
     add_model_and_images,
     add_seed,
     add_workers,
+    at_least,
     command_parser,
     parse_model_and_images,
 )
@@ -39,7 +40,9 @@ def _cluster_parser() -> ArgumentParser:
 
     # the groups
     parser.add_argument(
-        "--num_clusters", type=int, help="number of groups; default: proposed from the images"
+        "--num_clusters",
+        type=at_least(1),
+        help="number of groups; default: proposed from the images",
     )
     parser.add_argument(
         "--method", choices=_METHODS, default="kmeans", help="k-means, or cluster heads: slower"

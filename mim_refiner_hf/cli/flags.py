@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from ..data.missing import refuse_missing
+from ..runtime.files import refuse_missing_model
 from ..runtime.precision import Precision
 
 Work = Callable[[], None]
@@ -96,6 +97,8 @@ def parse_model_and_images(
     if missing:
         parser.error(f"the following are required: {', '.join(f'--{flag}' for flag in missing)}")
     refuse_missing(options.dataset)
+    if options.model is not None:
+        refuse_missing_model(options.model)
     return options
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..model.poolings_mim_refiner import Pooling
 from ..runs.choices import AddedProtocol, Protocol
+from ..runtime.files import refuse_missing_model
 from .flags import (
     Work,
     add_batch_size,
@@ -110,6 +111,8 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
 def parse_evaluate(arguments: Sequence[str]) -> Work:
     """`mim-refiner evaluate`."""
     options = vars(parse_model_and_images(_evaluate_parser(), arguments))
+    if options["against"] is not None:
+        refuse_missing_model(options["against"])
     model = options.pop("model")
     dataset = options.pop("dataset")
 
@@ -167,7 +170,9 @@ def _embed_parser() -> argparse.ArgumentParser:
         help="folder for the features; one that was begun is continued",
     )
     parser.add_argument(
-        "--shard_size", type=int, help="images per file; default: 8192, or what the folder has"
+        "--shard_size",
+        type=at_least(1),
+        help="images per file; default: 8192, or what the folder has",
     )
 
     # which features

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..publishing.choices import DTYPES, EXPORT_FORMATS
+from ..runtime.files import refuse_missing_model
 from .flags import Work, command_parser
 
 
@@ -70,6 +71,7 @@ def parse_convert(arguments: Sequence[str]) -> Work:
     parser.add_argument("--push", metavar="USER/NAME", help="publish the folder under this name")
     _add_publishing(parser)
     options = parser.parse_args(arguments)
+    refuse_missing_model(options.source)
 
     def work() -> None:
         from ..publishing.convert import convert
@@ -123,6 +125,7 @@ def parse_export(arguments: Sequence[str]) -> Work:
         help="onnx: weights of 8 bits too, onnx/model_quantized.onnx",
     )
     options = parser.parse_args(arguments)
+    refuse_missing_model(options.source)
 
     def work() -> None:
         from ..publishing.export import export
@@ -174,6 +177,7 @@ def parse_page(arguments: Sequence[str]) -> Work:
         "downloaded from npm's registry once (36 MB)",
     )
     options = parser.parse_args(arguments)
+    refuse_missing_model(options.source)
 
     def work() -> None:
         from ..publishing.browser_site import write_site

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.missing import refuse_missing
+from ..runtime.files import refuse_missing_model
 from ..runtime.lazy import argument_parser
 from .flags import Work, add_splits, command_parser
 
@@ -24,6 +25,8 @@ def parse_refine(arguments: Sequence[str]) -> Work:
 
     recipe = parse_recipe(arguments)
     refuse_missing(recipe.dataset)
+    if recipe.model is not None:
+        refuse_missing_model(recipe.model)
 
     def work() -> None:
         from ..runs.refine import refine
@@ -94,6 +97,7 @@ def parse_pretrain(arguments: Sequence[str]) -> Work:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
     if named.init_from is None or {"-h", "--help"} & set(words):
         return _pretrain_work(parser, words, None)
+    refuse_missing_model(named.init_from)
 
     # the encoder to go on from gives the defaults: it is loaded before the words can be read
     def work() -> None:

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..runtime.files import CheckpointError, in_bytes, say_left_aside
+from ..runtime.files import FILE_SUFFIXES, CheckpointError, in_bytes, refuse_missing_model
 from ..runtime.retry import patiently
 from ..runtime.strangers import check_contents, parse_json, read_json
 from ..runtime.tensor_files import read_header, read_tensor_file
@@ -34,7 +34,6 @@ from .zoo import fetch, find_entry
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # of a safetensors file, in bytes: the format's own limit
 _LONGEST_HEADER = 100_000_000
-FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 
 
 class Note:
@@ -82,12 +81,7 @@ def read_source(source: str | Path, revision: str | None) -> Source:
         return Source(name, read_weights(path), {}, {})
 
     if not path.is_dir():
-        looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute()
-        if isinstance(source, Path) or looks_local or name.startswith((".", "~")):
-            raise FileNotFoundError(
-                f"{source} does not exist{say_left_aside(path)}; give a Hub name, a model folder, "
-                "or a checkpoint file"
-            )
+        refuse_missing_model(source)
         repository = hub_name(name)
         path = _hub_folder(repository, revision)
         licence = licence_beside(path, repository)

@@ -11,7 +11,7 @@ two levels of torchvision's on floats, and up to 11 from Pillow's, whose 8-bit H
 Each operation is written once. A device gets tensors (N, C, H, W), all views of a batch that want
 it. A CPU gets one view (C, H, W) after the other, which stays in its cache, as NumPy arrays, whose
 small operations start in a quarter of the time; where OpenCV is there, it blurs them (extra
-`views`), in a fourth of the time and with the same levels but for the rounding of a tie.
+`views`), in a third of the time and with the same levels but for the rounding of a tie.
 """
 
 import functools

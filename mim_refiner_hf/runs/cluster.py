@@ -58,7 +58,7 @@ from .channels import fit_and_tell
 from .cluster_features import FeaturePipeline, KnownFeatures, encoded, features_folder, from_store
 from .cluster_model import choose_encoder, warn_of_misfit
 from .cluster_start import grouped_as_corrected, open_corrections
-from .embed import device_here, in_precision
+from .embed import check_dtype, device_here, in_precision
 
 logger = logging.getLogger(__name__)
 
@@ -227,9 +227,10 @@ def _encode(
     num_workers: int,
 ) -> KnownFeatures:
     """The features of images by the model asked for, or the default."""
+    loading = Loading(batch_size, num_workers, device_here())
+    check_dtype(dtype, loading)
     encoder, images = fit_and_tell(choose_encoder(model), images)
     warn_of_misfit(encoder, images)
-    loading = Loading(batch_size, num_workers, device_here())
     encoder = in_precision(encoder, images, dtype, feature_columns(encoder.config), loading)
     return encoded(encoder, images, loading, folder)
 

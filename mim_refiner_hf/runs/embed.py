@@ -13,6 +13,7 @@ last block (evaluation/features.py). `mim-refiner embed` runs `store_features`.
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -78,10 +79,11 @@ def embed(
             read, unless `skip_broken`.
         FileNotFoundError: for a path that leads nowhere.
     """
+    loading = Loading(batch_size, num_workers, device or device_here())
+    check_dtype(dtype, loading)
     encoder: Any = load_encoder(model)
     opened = open_images(images, num_channels=encoder.config.num_channels)
     encoder, opened = fit_and_tell(encoder, opened)
-    loading = Loading(batch_size, num_workers, device or device_here())
     columns = feature_columns(encoder.config)
     begun = None if out is None else read_manifest(Path(out))
     encoder = in_precision(encoder, opened, dtype, columns, loading, begun)
@@ -146,6 +148,7 @@ def store_features(
         ValueError, FileNotFoundError: for images, a model or a folder that will not do, and where
             none of the images can be read.
     """
+    check_dtype(dtype, loading)
     # says so now if the folder is something else
     begun = read_manifest(out)
     encoder: Any = load_encoder(model)
@@ -179,6 +182,16 @@ def store_features(
     return store
 
 
+def check_dtype(asked: Precision | None, loading: Loading) -> None:
+    """Raise a ValueError for an unknown name, and for int8 on a GPU; before a model is loaded."""
+    if asked is not None and asked not in get_args(Precision):
+        raise ValueError(
+            f"{setting('dtype', asked)}: must be one of {', '.join(get_args(Precision))}"
+        )
+    if asked == "int8":
+        check_int8(setting("dtype", asked), _device_type(loading))
+
+
 def in_precision(
     encoder: Any,
     images: SetOrStream,
@@ -191,21 +204,17 @@ def in_precision(
 
     Args:
         images: of which a first batch is computed in int8 and in fp32.
-        asked: None for the numbers that the weights are in.
+        asked: as `check_dtype` lets it pass; None for the numbers that the weights are in.
         columns: the features to compute.
         begun: the manifest of the features that are there, for "auto".
 
     Raises:
-        ValueError: for an unknown name, for int8 on a GPU, and where the cosine of a vector in int8
-            with the one in fp32 is below 0.999.
+        ValueError: where the cosine of a vector in int8 with the one in fp32 is below 0.999; and
+            for "auto" on a GPU where the features that are there are in int8.
     """
     if asked is None:
         return encoder
-    if asked not in get_args(Precision):
-        raise ValueError(
-            f"{setting('dtype', asked)}: must be one of {', '.join(get_args(Precision))}"
-        )
-    precision, may_change = _precision(asked, begun, torch.device(loading.device or "cpu").type)
+    precision, may_change = _precision(asked, begun, _device_type(loading))
     number_type = PRECISIONS.get(precision, torch.float32)
     if encoder.dtype != number_type:
         encoder = copy.deepcopy(encoder).to(number_type)
@@ -222,6 +231,8 @@ def in_precision(
                 reason = f"{compared} down to {cosine:.5f}, below {_LEAST_COSINE}"
                 print(f"{setting('dtype', 'auto')}: fp32, for {reason}", flush=True)
             return encoder
+        if math.isnan(cosine):
+            raise ValueError(f"{named}: {compared} not a number; the model's weights are broken")
         raise ValueError(
             f"{named}: {compared} down to {cosine:.5f}, below {_LEAST_COSINE}; int8 spoils this "
             "encoder, use bf16 or fp32"
@@ -252,13 +263,22 @@ def _precision(asked: Precision, begun: StoreManifest | None, device: str) -> tu
         if begun is not None and begun["dtype"] in names:
             precision = names[begun["dtype"]]
             why = "as the features that are there"
+            if precision == "int8" and device != "cpu":
+                raise ValueError(
+                    f"{setting('dtype', 'auto')}: the features that are there are in int8, which "
+                    f"is for a CPU, and this computes on {device}; name another folder"
+                )
         if rank() == 0:
             print(f"{setting('dtype', 'auto')}: {precision}, {why}", flush=True)
     if precision == "bf16" and rank() == 0:
         warn_of_emulation(setting("dtype", precision), device)
-    if precision == "int8":
+    if precision == "int8" and asked == "auto":
         check_int8(setting("dtype", precision), device)
     return precision, may_change
+
+
+def _device_type(loading: Loading) -> str:
+    return torch.device(loading.device or "cpu").type
 
 
 def device_here() -> str:

@@ -68,7 +68,7 @@ from .comparison import (
     open_evaluation_data,
     readable_images,
 )
-from .embed import device_here, in_precision
+from .embed import check_dtype, device_here, in_precision
 from .protocol import (
     added_protocols,
     bank_words,
@@ -155,6 +155,8 @@ def evaluate(
         ValueError, FileNotFoundError: before any measurement, for wrong input.
     """
     began = time.perf_counter()
+    loading = Loading(num_workers=num_workers, device=device_here())
+    check_dtype(dtype, loading)
     added = added_protocols(protocols, recipe, split_file, transfer, seed, dtype)
     bank_size = checked_bank_size(protocol, bank_size, protocols)
     output_dir, features = checked_folders(output_dir, features, [images, eval_dataset, *transfer])
@@ -169,8 +171,6 @@ def evaluate(
     data += [opened(name) for name in transfer]
     check_data(data, added)
     check_added(encoders.values(), data[0], added)
-
-    loading = Loading(num_workers=num_workers, device=device_here())
     given, encoders = encoders, as_asked(encoders, dtype, data[0], features, loading)
     with feature_folder(features, output_dir) as folder:
         data = [without_broken(encoders, each, folder, loading) for each in data]

@@ -25,6 +25,8 @@ from .held import LostFolderError, check_held
 from .room import room_to_write
 
 REPOSITORY = Path(__file__).parents[2]
+# of an encoder's weights
+FILE_SUFFIXES = {".pth", ".pt", ".th", ".bin", ".tar", ".safetensors"}
 STAGED = ".tmp-"
 _ASIDE = ".old-"
 # of Linux's renameat2: paths count from the working folder; both names change places
@@ -294,6 +296,21 @@ def left_aside(folder: Path) -> Path | None:
     """Where the content of `folder` is if a run was killed while it replaced it, else None."""
     old = folder.with_name(f"{_ASIDE}{folder.name}") if folder.name else folder
     return old if not folder.exists() and old.is_dir() else None
+
+
+def refuse_missing_model(source: str | Path) -> None:
+    """Raise a FileNotFoundError for a path that is not there and cannot be a name on the Hub.
+
+    Args:
+        source: of an encoder: a path, or a name.
+    """
+    path = Path(source).expanduser()
+    looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute() or isinstance(source, Path)
+    if (looks_local or str(source).startswith((".", "~"))) and not path.exists():
+        raise FileNotFoundError(
+            f"{source} does not exist{say_left_aside(path)}; give a Hub name, a model folder, "
+            "or a checkpoint file"
+        )
 
 
 def say_left_aside(folder: Path) -> str:
