@@ -319,7 +319,7 @@ def _of_vectors(given: Any, num_clusters: int | None, method: str, seed: int) ->
     """The groups of vectors (n, d)."""
     if isinstance(given, np.ma.MaskedArray):
         # what is masked is missing
-        given = given.astype(float).filled(np.nan)
+        given = np.ma.filled(given.astype(float), np.nan)
     vectors = torch.as_tensor(given).detach().cpu().float()
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ValueError(
