@@ -168,8 +168,9 @@ def test_a_wrong_file_is_one_line_before_any_work(
     file = tmp_path / "c.csv"
     if content is not None:
         file.write_bytes(content)
-    # a model that is not there: it is not looked for
-    words = ["cluster", str(photos), "--model", str(tmp_path / "gone"), "--start", str(file)]
+    # a folder that holds no model: it is not looked into
+    (tmp_path / "empty").mkdir()
+    words = ["cluster", str(photos), "--model", str(tmp_path / "empty"), "--start", str(file)]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and error.startswith(f"error: --start {file}: ") and says in error
