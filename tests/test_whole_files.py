@@ -216,8 +216,9 @@ def test_what_is_in_the_place_of_a_file_is_named_or_was_the_commands(
         assert is_mine(out / name), name
 
         # nor is a model loaded before that is said
-        missing = [word.replace(str(scene / "model"), str(scene / "gone")) for word in words]
-        assert cli.main(missing) == 2
+        (scene / "empty").mkdir(exist_ok=True)
+        unloadable = [word.replace(str(scene / "model"), str(scene / "empty")) for word in words]
+        assert cli.main(unloadable) == 2
         assert errors[0] in capsys.readouterr().err
 
 
@@ -239,7 +240,9 @@ def test_a_run_says_it_before_anything_is_opened(
         (tmp_path / name).touch()
     else:
         (tmp_path / name).mkdir()
-    words = ["refine", "digits", "--model", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
+    # a folder without a model
+    (tmp_path / "empty").mkdir()
+    words = ["refine", "digits", "--model", str(tmp_path / "empty"), "--output_dir", str(tmp_path)]
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / name) in error and error.count("\n") == 1
