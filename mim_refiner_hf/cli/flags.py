@@ -97,8 +97,7 @@ def parse_model_and_images(
     if missing:
         parser.error(f"the following are required: {', '.join(f'--{flag}' for flag in missing)}")
     refuse_missing(options.dataset)
-    if options.model is not None:
-        refuse_missing_model(options.model)
+    refuse_missing_model(options.model)
     return options
 
 

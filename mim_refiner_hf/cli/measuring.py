@@ -111,8 +111,7 @@ def _add_protocols(parser: argparse.ArgumentParser) -> None:
 def parse_evaluate(arguments: Sequence[str]) -> Work:
     """`mim-refiner evaluate`."""
     options = vars(parse_model_and_images(_evaluate_parser(), arguments))
-    if options["against"] is not None:
-        refuse_missing_model(options["against"])
+    refuse_missing_model(options["against"])
     model = options.pop("model")
     dataset = options.pop("dataset")
 

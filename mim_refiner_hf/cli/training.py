@@ -25,8 +25,7 @@ def parse_refine(arguments: Sequence[str]) -> Work:
 
     recipe = parse_recipe(arguments)
     refuse_missing(recipe.dataset)
-    if recipe.model is not None:
-        refuse_missing_model(recipe.model)
+    refuse_missing_model(recipe.model)
 
     def work() -> None:
         from ..runs.refine import refine

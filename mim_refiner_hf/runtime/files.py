@@ -298,12 +298,14 @@ def left_aside(folder: Path) -> Path | None:
     return old if not folder.exists() and old.is_dir() else None
 
 
-def refuse_missing_model(source: str | Path) -> None:
+def refuse_missing_model(source: str | Path | None) -> None:
     """Raise a FileNotFoundError for a path that is not there and cannot be a name on the Hub.
 
     Args:
-        source: of an encoder: a path, or a name.
+        source: of an encoder: a path, or a name; None where none is asked for.
     """
+    if source is None:
+        return
     path = Path(source).expanduser()
     looks_local = path.suffix in FILE_SUFFIXES or path.is_absolute() or isinstance(source, Path)
     if (looks_local or str(source).startswith((".", "~"))) and not path.exists():
