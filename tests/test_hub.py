@@ -198,6 +198,7 @@ def test_saved_folder_is_complete(tiny: dict[str, Path]) -> None:
         "merging.py",
         "cluster_count.py",
         "lloyd.py",
+        "row_batches.py",
         "cluster_heads.py",
         "prototype_heads.py",
     }

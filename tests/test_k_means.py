@@ -21,9 +21,10 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
-from mim_refiner_hf.clustering.lloyd import Rows, best_centroids
+from mim_refiner_hf.clustering.lloyd import best_centroids, highest, stride
 from mim_refiner_hf.clustering.merging import merge_tree
-from mim_refiner_hf.clustering.starts import greedy_starts, start_size
+from mim_refiner_hf.clustering.row_batches import Rows
+from mim_refiner_hf.clustering.starts import greedy_starts, principal_directions, start_size
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +128,52 @@ def test_strides_end_lower_and_where_every_centroid_is_a_mean() -> None:
     for seed in range(4):
         starts = greedy_starts(rows, 100, 1, torch.Generator().manual_seed(seed))
         for strides in ends:
-            end = best_centroids(whole, starts, 50, 0.0, strides=strides)
+            start = stride(whole, starts, 25, 1e-3) if strides else starts[0]
+            end = best_centroids(whole, start, 50, 0.0)
             distances, labels = torch.cdist(rows, end).min(1)
             ends[strides] += float(distances.square().sum())
             means = torch.stack([rows[labels == group].mean(0) for group in range(100)])
             assert float((means - end).norm()) < 0.02 * float(end.norm())
     assert ends[True] < ends[False]
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 130, 159, 160, 1000])
+def test_the_highest_value_is_torchs(width: int) -> None:
+    block = torch.randn(70, width)
+    # of equal ones the first
+    block[:20] = block[:20].round()
+    values, places = highest(block)
+    assert torch.equal(values, block.amax(1))
+    assert torch.equal(places, torch.from_numpy(block.numpy().argmax(1)))
+
+
+def test_principal_directions_are_those_of_numpy() -> None:
+    """They hold 95 % of the variance; None where that takes more than half of them."""
+    rows = torch.randn(3000, 40) * torch.linspace(5, 0.1, 40) ** 2 + 7
+    directions = principal_directions(rows)
+    assert directions is not None and directions.shape[1] <= 20
+    centred = (rows - rows.mean(0)).double().numpy()
+    _, lengths, theirs = np.linalg.svd(centred, full_matrices=False)
+    shares = (lengths**2).cumsum() / (lengths**2).sum()
+    number = directions.shape[1]
+    assert shares[number - 2] < 0.95 <= shares[number - 1]
+    # the same space, whatever the signs and the order
+    inside = torch.from_numpy(theirs[:number]) @ directions.double()
+    assert torch.linalg.svdvals(inside).min() > 0.999
+    assert principal_directions(torch.randn(3000, 40)) is None
+
+
+def test_along_few_directions_many_groups_end_as_low() -> None:
+    """Rows whose last 30 of 40 columns are noise: the whole way takes the same rows as they are."""
+    rows, _ = blobs(6000, groups=300, width=10, spread=1.0)
+    rows = torch.cat([rows, 0.2 * torch.randn(6000, 30)], 1)
+    found = [kmeans(rows, 200, seed=seed, spherical=False, refits=0) for seed in range(3)]
+    theirs = [KMeans(200, n_init=1, random_state=seed).fit(rows.numpy()) for seed in range(3)]
+    least = np.mean([each.inertia_ for each in theirs])
+    assert np.mean([each.inertia for each in found]) <= 1.002 * least
+    for each in found:
+        means = torch.stack([rows[each.assignments == group].mean(0) for group in range(200)])
+        assert float((means - each.centroids).norm()) < 0.02 * float(means.norm())
 
 
 def test_the_sample_for_the_starts_is_bounded() -> None:
@@ -229,8 +270,11 @@ def test_exemplars_are_the_rows_nearest_to_the_centroids() -> None:
         groups.exemplars(rows[1:])
 
 
+@pytest.mark.parametrize("number", [10, 100])
 @pytest.mark.parametrize("spherical", [True, False])
-def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool) -> None:
+def test_from_disk_as_in_memory(
+    digits: Tensor, tmp_path: Path, spherical: bool, number: int
+) -> None:
     np.save(tmp_path / "features.npy", digits.numpy())
     datasets.Dataset.from_dict({"features": digits.tolist()}).to_parquet(
         tmp_path / "features.parquet"
@@ -242,9 +286,10 @@ def test_from_disk_as_in_memory(digits: Tensor, tmp_path: Path, spherical: bool)
         np.load(tmp_path / "features.npy", mmap_mode="r"),
         table.with_format("torch")["features"],
     ]
-    expected = kmeans(digits, 10, runs=4, spherical=spherical)
+    expected = kmeans(digits, number, runs=4, spherical=spherical)
     for source in sources:
-        found = kmeans(ArrayBatches(source, rows_per_batch=130), 10, runs=4, spherical=spherical)
+        batches = ArrayBatches(source, rows_per_batch=130)
+        found = kmeans(batches, number, runs=4, spherical=spherical)
         assert torch.equal(found.assignments, expected.assignments)
         assert torch.allclose(found.centroids, expected.centroids, atol=1e-4)
         assert found.inertia == pytest.approx(expected.inertia, rel=1e-6)
@@ -280,6 +325,7 @@ CASES = {
     "euclidean": {"num_clusters": 10, "runs": 4, "spherical": False},
     "empty": {"num_clusters": 6, "spherical": False},
     "every second row": {"num_clusters": 10, "runs": 4},
+    "many": {"num_clusters": 100, "spherical": False},
 }
 
 

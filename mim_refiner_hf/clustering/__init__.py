@@ -7,8 +7,8 @@ k-means in memory or from disk (`kmeans`), cluster heads (`train_heads`), the nu
 from .cluster_count import propose_num_clusters
 from .cluster_heads import train_heads
 from .k_means import Clustering, kmeans, near_duplicates
-from .lloyd import ArrayBatches, Batches
 from .merging import merged
+from .row_batches import ArrayBatches, Batches
 
 __all__ = [
     "ArrayBatches",

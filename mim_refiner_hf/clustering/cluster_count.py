@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .k_means import kmeans
-from .lloyd import Rows, bad_rows, best_centroids, membership, refuse_bad
+from .lloyd import best_centroids, membership
 from .merging import cut_tree, merge_tree
+from .row_batches import Rows, bad_rows, refuse_bad
 
 # principal components for k-means, and for the silhouette
 _COMPONENTS = 64
@@ -153,7 +154,7 @@ class Grouper:
         labels = cut_tree(self.tree, num_clusters)[self.small.assignments]
         member = F.one_hot(labels, num_clusters).float()  # (n, K)
         starts = member.T @ self.points / member.sum(0)[:, None].clamp_min(1)
-        return best_centroids(self.rows, starts[None], _PASSES, self.limit)
+        return best_centroids(self.rows, starts, _PASSES, self.limit)
 
 
 class Measures:

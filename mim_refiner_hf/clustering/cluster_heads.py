@@ -35,8 +35,9 @@ from transformers.utils.import_utils import is_scipy_available
 
 from .confidence import agreement, fitted, second_clusterings
 from .k_means import Clustering, kmeans
-from .lloyd import bad_rows, own_distances, prepared, products, refuse_bad
+from .lloyd import own_distances
 from .prototype_heads import PrototypeHeads, class_logits, standardised
+from .row_batches import bad_rows, prepared, products, refuse_bad
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,8 @@ from torch import Tensor
 
 from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
 from .k_means import Clustering, kmeans
-from .lloyd import (
-    bad_rows,
-    membership,
-    own_distances,
-    prepared,
-    refuse_bad,
-    scores,
-    variance_between,
-)
+from .lloyd import membership, own_distances, scores, variance_between
+from .row_batches import bad_rows, prepared, refuse_bad
 
 # Shapes below: N rows, D their width, K groups, S sampled rows.
 

@@ -26,21 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .confidence import Calibration, agreement, fitted, sample_size, second_clusterings
-from .lloyd import (
-    Batches,
-    Rows,
-    bad_rows,
-    best_centroids,
-    membership,
-    own_distances,
-    prepared,
-    products,
-    refuse_bad,
-    survey,
-    variance_between,
-)
+from .lloyd import WORTH_A_PASS, best_centroids, membership, own_distances, variance_between
 from .prototype_heads import PrototypeHeads
-from .starts import best_start, start_size
+from .row_batches import Batches, Rows, bad_rows, prepared, products, refuse_bad, survey
+from .starts import good_start, start_size
 
 # of a file; 1 and 2, of earlier versions, hold no calibration
 _FORMAT = "mim_refiner_hf.clustering.3"
@@ -261,9 +250,10 @@ def kmeans(
     """k-means: restarts on a sample, then passes over all rows for the best of them.
 
     The sample is 4096 rows, or 40 per group if that is more, from 1000 groups on 20. The restarts
-    begin with greedy k-means++; after every second pass over the sample the half of them with the
-    higher inertia is dropped. The last one goes on over all rows until the inertia hardly falls.
-    Centroids go farther than to the means of their rows while that pays (`lloyd.best_centroids`).
+    begin with greedy k-means++; after every fourth pass over the sample the half of them with the
+    higher inertia is dropped. The last one goes on over all rows: first by strides that go farther
+    than to the means (`lloyd.stride`), of many groups along the principal directions of the rows,
+    which takes a fraction of the time; then by Lloyd's passes, until the inertia hardly falls.
 
     From `initial` every step is Lloyd's, and without `spherical` the result is scikit-learn's
     (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair: empty groups get
@@ -281,7 +271,7 @@ def kmeans(
         num_clusters: K.
         runs: restarts for at most 100 groups; for more groups fewer, as they differ less and cost
             more: a tenth of them for 1000.
-        iterations: most passes over all rows.
+        iterations: most passes over all rows; without `initial`, half of them strides.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.
         seed: all random choices; they do not depend on the number of processes.
@@ -306,11 +296,11 @@ def kmeans(
     if initial is not None:
         start = _checked(initial, (num_clusters, sample.shape[1])).to(sample)
         start = prepared(start, spherical)
+        centroids = best_centroids(rows, start, iterations, limit)
     else:
-        start = best_start(
-            sample, num_clusters, runs=runs, seed=seed, spherical=spherical, limit=limit
-        )
-    centroids = best_centroids(rows, start[None], iterations, limit, strides=initial is None)
+        strides = iterations // 2
+        start = good_start(rows, sample, num_clusters, runs=runs, seed=seed, passes=strides)
+        centroids = best_centroids(rows, start, iterations - strides, limit, worth=WORTH_A_PASS)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:
         return _grouped(rows, centroids, temperature, None)

@@ -1,7 +1,7 @@
-"""Where k-means begins: greedy k-means++ on a sample, several times, and the best of them.
+"""Where Lloyd's passes begin: greedy k-means++ on a sample, the best of several, and strides.
 
     sample, variance = survey(rows, num_clusters, seed, start_size(num_clusters))
-    start = best_start(sample, num_clusters, runs=10, seed=0, ...)       # (K, D)
+    start = good_start(rows, sample, num_clusters, runs=10, seed=0, passes=25)       # (K, D)
 
 This file travels with saved models: it imports only torch and its flat neighbours.
 """
@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .lloyd import Rows, best_centroids
+from .lloyd import ROUND, means_along, stride
+from .row_batches import Rows
 
 # Shapes below: S sampled rows, D their width, K groups, R runs (restarts).
 
@@ -26,6 +27,12 @@ _DRAWN = 16
 # Groups up to which there are as many restarts as asked for; of more groups as many as take the
 # same time, 1 of 10 for 1000. The more groups there are, the less one restart differs from another.
 _FULL_RUNS = 100
+# the directions along which many groups are looked for hold this share of the variance
+_VARIANCE = 0.95
+# Strides end when two of them lower the inertia by less than this share; along a part of the
+# directions sooner, as what they find is not yet the end.
+_WORTH = 5e-4
+_WORTH_ALONG = 2.5e-3
 
 
 def start_size(num_clusters: int) -> int:
@@ -36,20 +43,49 @@ def start_size(num_clusters: int) -> int:
     return max(_SAMPLE, size)
 
 
-def best_start(
-    sample: Tensor, num_clusters: int, *, runs: int, seed: int, spherical: bool, limit: float
+def good_start(
+    rows: Rows, sample: Tensor, num_clusters: int, *, runs: int, seed: int, passes: int
 ) -> Tensor:
-    """The centroids (K, D) of the best restart among the sampled rows (S, D).
+    """Centroids (K, D) that leave little for Lloyd's passes over all `rows`.
+
+    Of many groups all is done along the directions that hold most of the variance of the sample
+    (S, D), where these are few: what the rows are in all others is taken for the same, which is
+    mended by Lloyd's passes.
 
     Args:
         runs: restarts for at most 100 groups, see `kmeans`.
-        spherical, limit: as of `Rows` and `best_centroids`.
+        passes: strides over all rows, at most.
     """
     begun = min(runs, max(1, runs * _FULL_RUNS // num_clusters))
-    starts = greedy_starts(sample, num_clusters, begun, torch.Generator().manual_seed(seed))
-    # two for each halving of the restarts, and two for the last one
-    passes = 2 * begun.bit_length() + 2
-    return best_centroids(Rows(sample, spherical), starts, passes, limit, strides=True)
+    generator = torch.Generator().manual_seed(seed)
+    # until one restart is left
+    few = ROUND * begun.bit_length()
+
+    directions = None
+    if num_clusters >= _FULL_RUNS and len(sample) * num_clusters >= sample.shape[1] ** 2 / 2:
+        directions = principal_directions(sample)
+    if directions is None:
+        starts = greedy_starts(sample, num_clusters, begun, generator)
+        start = stride(Rows(sample, rows.spherical), starts, few, _WORTH)
+        return stride(rows, start[None], passes, _WORTH)
+
+    low = sample @ directions
+    starts = greedy_starts(low, num_clusters, begun, generator)
+    start = stride(Rows(low, spherical=False), starts, few, _WORTH_ALONG)
+    start = stride(rows.along(directions), start[None], passes, _WORTH_ALONG)
+    return means_along(rows, directions, start)
+
+
+def principal_directions(sample: Tensor) -> Tensor | None:
+    """The directions (D, d) that hold 95 % of the variance of the sampled rows (S, D).
+
+    None where that takes more than half of them all.
+    """
+    width = sample.shape[1]
+    variances, directions = torch.linalg.eigh(sample.T.cov(correction=0))
+    # they ascend: left out are the first, as long as they are 5 % together
+    left_out = int((variances.cumsum(0) < (1 - _VARIANCE) * variances.sum()).sum())
+    return directions[:, left_out:].contiguous() if 2 * left_out >= width else None
 
 
 def greedy_starts(

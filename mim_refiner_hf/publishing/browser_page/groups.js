@@ -143,7 +143,7 @@ function grouper(points, most, seed) {
     for (let j = 0; j < groups * d; j++) {
       starts.v[j] = sums[j] / Math.max(counts[Math.floor(j / d)], 1);
     }
-    return bestCentroids(points, [starts], PASSES, 1e-4 * variance);
+    return bestCentroids(points, starts, PASSES, 1e-4 * variance);
   };
 }
 

@@ -1,8 +1,8 @@
 // k-means as `mim_refiner_hf.clustering.kmeans` does it (k_means.py, lloyd.py, starts.py,
 // confidence.py say why): greedy k-means++ with restarts, of which the worse half is dropped after
-// every second pass, strides, empty groups filled, and a confidence that eight second clusterings
-// calibrate. The same seed gives the same groups as there, up to 4 096 rows; of more rows the
-// samples are others.
+// every fourth pass, strides, empty groups filled, and a confidence that eight second clusterings
+// calibrate. The same seed gives the same groups as there, up to 4 096 rows and 99 groups: of more
+// rows the samples are others, and more groups are there begun along the principal directions.
 
 import { apart, columnMeans, dot, matrix, minus } from "./matrices.js";
 import { onto, orthonormal, pick, unit } from "./matrices.js";
@@ -13,10 +13,12 @@ const PER_GROUP = 40;
 const FEWER_PER_GROUP = [[20000, 20], [2 ** 17, 4]];
 const DRAWN = 16;
 const FULL_RUNS = 100;
-const ROUND = 2;
+const ROUND = 4;
 const STRIDE = 1.85;
-const WORTH_A_STRIDE = 3e-4;
-const WORTH_A_PASS = 3e-5;
+const MOMENTUM = 0.7;
+const WORTH = 5e-4;
+const WORTH_A_PASS = 5e-4;
+const ENOUGH = 8192;
 const SUREST = -80;
 const RESAMPLED = 16384;
 const FARTHEST = 40;
@@ -104,61 +106,73 @@ function fillEmpty(rows, centroids, { sums, counts }) {
   });
 }
 
-// Passes over all rows from the starts: the centroids of the run with the lowest inertia.
-export function bestCentroids(rows, starts, iterations, limit, settings = {}) {
-  const { strides = false, spherical = false } = settings;
-  const { d } = rows;
-  const scaled = centroids => spherical ? unit(centroids) : centroids;
-  let runs = starts;
-  let striding = strides;
-  let lowest = Infinity;
-  for (let step = 1; step <= iterations; step++) {
-    const passes = runs.map(centroids => {
-      const found = onePass(rows, centroids);
-      const wasEmpty = found.counts.map(count => Number(count === 0));
-      fillEmpty(rows, centroids, found);
-      const means = matrix(centroids.n, d);
-      for (let k = 0; k < centroids.n; k++) {
-        for (let j = k * d; j < (k + 1) * d; j++) {
-          means.v[j] = found.counts[k] > 0 ? found.sums[j] / found.counts[k] : centroids.v[j];
-        }
-      }
-      const moved = scaled(means);
-      const shift = apart(moved.v, 0, centroids.v, 0, moved.v.length);
-      return { centroids, moved, shift, wasEmpty, inertia: found.inertia };
-    });
-
-    // by what share the last step has lowered the inertia
-    const least = Math.min(...passes.map(pass => pass.inertia));
-    const gain = lowest > 0 ? 1 - least / lowest : 0;
-    lowest = Math.min(lowest, least);
-    if (striding && gain < WORTH_A_STRIDE) striding = false;
-    else if (strides && !striding && gain < WORTH_A_PASS && passes.length === 1) {
-      return passes[0].moved;
+// where Lloyd's step would have the centroids, which groups had no row, and the inertia before it
+function lloydStep(rows, centroids, spherical) {
+  const { n, d } = centroids;
+  const found = onePass(rows, centroids);
+  const wasEmpty = found.counts.map(count => Number(count === 0));
+  fillEmpty(rows, centroids, found);
+  const means = matrix(n, d);
+  for (let k = 0; k < n; k++) {
+    for (let j = k * d; j < (k + 1) * d; j++) {
+      means.v[j] = found.counts[k] > 0 ? found.sums[j] / found.counts[k] : centroids.v[j];
     }
-    if (striding && step > 1 && step < iterations) {
-      for (const pass of passes) pass.moved = strided(pass, scaled);
-    }
-
-    let keep = passes.length;
-    if (step === iterations) keep = 1;
-    else if (step % ROUND === 0) keep = Math.ceil(keep / 2);
-    const best = passes.sort((one, two) => one.inertia - two.inertia).slice(0, keep);
-    runs = best.map(pass => pass.moved);
-    if (keep === 1 && best[0].shift <= limit) break;
   }
-  return runs[0];
+  const reached = spherical ? unit(means) : means;
+  return { centroids, means: reached, wasEmpty, inertia: found.inertia };
 }
 
-function strided({ centroids, moved, wasEmpty }, scaled) {
+// Lloyd's passes over all rows from one start: the centroids where they stop.
+export function bestCentroids(rows, start, iterations, limit, settings = {}) {
+  const { worth = -Infinity, spherical = false } = settings;
+  let centroids = start;
+  let before = Infinity;
+  for (let step = 1; step <= iterations; step++) {
+    const { means, inertia } = lloydStep(rows, centroids, spherical);
+    const shift = apart(means.v, 0, centroids.v, 0, means.v.length);
+    const gained = before - inertia;
+    before = inertia;
+    centroids = means;
+    if (shift <= limit || gained < worth * before) break;
+  }
+  return centroids;
+}
+
+// Passes whose centroids go farther than Lloyd's: the best run's.
+function stride(rows, starts, passes, spherical) {
+  let runs = starts.map(centroids => ({ centroids, moved: matrix(centroids.n, centroids.d) }));
+  let lowest = [Infinity, Infinity];
+  for (let step = 1; step <= passes; step++) {
+    const steps = runs.map(run => ({ ...run, ...lloydStep(rows, run.centroids, spherical) }));
+    steps.sort((one, two) => one.inertia - two.inertia);
+    const [earlier, last] = lowest;
+    lowest = [last, Math.min(last, steps[0].inertia)];
+    const stalled = lowest[1] >= (1 - WORTH) * earlier;
+    if (step === passes || (stalled && steps.length === 1)) return steps[0].means;
+    const keep = step % ROUND === 0 ? Math.ceil(steps.length / 2) : steps.length;
+    runs = steps.slice(0, keep).map(own => {
+      const far = step > 1 ? strided(own, spherical) : own.means;
+      return { centroids: far, moved: minusEach(far, own.centroids) };
+    });
+  }
+  return runs[0].centroids;
+}
+
+function minusEach(one, two) {
+  const { n, d } = one;
+  return { n, d, v: one.v.map((value, j) => value - two.v[j]) };
+}
+
+function strided({ centroids, means, moved, wasEmpty }, spherical) {
   const { n, d } = centroids;
   const far = matrix(n, d);
   for (let j = 0; j < n * d; j++) {
-    far.v[j] = centroids.v[j] + STRIDE * (moved.v[j] - centroids.v[j]);
+    const way = means.v[j] - centroids.v[j];
+    far.v[j] = centroids.v[j] + STRIDE * way + MOMENTUM * moved.v[j];
   }
-  const reached = scaled(far);
+  const reached = spherical ? unit(far) : far;
   for (let k = 0; k < n; k++) {
-    if (wasEmpty[k]) reached.v.set(moved.v.subarray(k * d, (k + 1) * d), k * d);
+    if (wasEmpty[k]) reached.v.set(means.v.subarray(k * d, (k + 1) * d), k * d);
   }
   return reached;
 }
@@ -231,13 +245,15 @@ function above(rising, value) {
   return low;
 }
 
-function bestStart(sample, groups, { runs, seed, spherical, limit }) {
+// the best restart on a sample, and strides over all rows
+function goodStart(rows, sample, groups, { runs, seed, spherical, passes }) {
   const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS / groups)));
   const generator = new Generator(seed);
   const begin = () => pick(sample, greedyRows(sample, groups, generator));
   const starts = Array.from({ length: begun }, begin);
-  const passes = 2 * (Math.floor(Math.log2(begun)) + 1) + 2;
-  return bestCentroids(sample, starts, passes, limit, { strides: true, spherical });
+  const few = ROUND * (Math.floor(Math.log2(begun)) + 1);
+  const start = stride(sample, starts, few, spherical);
+  return stride(rows, [start], passes, spherical);
 }
 
 // --- k-means
@@ -246,6 +262,10 @@ function bestStart(sample, groups, { runs, seed, spherical, limit }) {
 function sampled(rows, most, seed) {
   if (rows.n <= most) return rows;
   return pick(rows, new Generator(seed).permutation(rows.n).slice(0, most).sort());
+}
+
+function firstOf({ n, d, v }, most) {
+  return n <= most ? { n, d, v } : { n: most, d, v: v.subarray(0, most * d) };
 }
 
 function meanVariance(rows) {
@@ -279,9 +299,11 @@ export function kmeans(features, groups, settings = {}) {
   const rows = spherical ? unit(features) : features;
   const sample = sampled(rows, startSize(groups), seed);
   const limit = 1e-4 * meanVariance(rows);
-  const start = bestStart(sample, groups, { runs, seed, spherical, limit });
-  const centroids = bestCentroids(rows, [start], iterations, limit, { strides: true, spherical });
-  const temperature = varianceBetween(sample, centroids);
+  const passes = Math.floor(iterations / 2);
+  const start = goodStart(rows, sample, groups, { runs, seed, spherical, passes });
+  const ending = { worth: WORTH_A_PASS, spherical };
+  const centroids = bestCentroids(rows, start, iterations - passes, limit, ending);
+  const temperature = varianceBetween(firstOf(sample, ENOUGH), centroids);
   const found = membership(rows, centroids, temperature);
   const counts = new Int32Array(groups);
   for (const label of found.labels) counts[label] += 1;
