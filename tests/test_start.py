@@ -85,6 +85,7 @@ WRONG = [
     "cluster photos --method k-means",
     "cluster photos --num_clusters 0",
     "push model",
+    "push ./gone user/name",
     "evaluate photos",
     "evaluate photos/gone/ --model mae",
     "evaluate photos --model mae --protocols linear",
@@ -98,6 +99,11 @@ WRONG = [
     "embed photos --model ./gone --out features",
     "embed photos --model mae --out features --shard_size 0",
     "replay",
+    "replay ./gone",
+    "pretrain ./gone",
+    "refine EMPTY --model mae",
+    "cluster EMPTY",
+    "pretrain EMPTY",
 ]
 
 
@@ -108,7 +114,9 @@ def test_a_help_imports_nothing_heavy(line: str) -> None:
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_use_is_refused_before_anything_heavy(line: str, tmp_path: Path) -> None:
-    assert in_a_process(RUN_A_COMMAND, " ".join(HEAVY), *line.split()) == [2, []]
+    (tmp_path / "without a file").mkdir()
+    words = [str(tmp_path) if word == "EMPTY" else word for word in line.split()]
+    assert in_a_process(RUN_A_COMMAND, " ".join(HEAVY), *words) == [2, []]
 
 
 def test_what_is_counted_is_there() -> None:

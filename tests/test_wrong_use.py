@@ -482,7 +482,7 @@ OTHER_COMMANDS = [
     ("push {model}", ["repository"]),
     ("push gone user/name", ["gone", "not a model folder"]),
     ("push {tmp}/photos user/name", ["{tmp}/photos", "config.json and model*.safetensors missing"]),
-    ("push gone name", ["'name'", "user/name"]),
+    ("push {model} name", ["'name'", "user/name"]),
     ("push {model} user/na^me", ["'user/na^me'", "user/name"]),
     # ---- replay
     ("replay {tmp}/photos", ["{tmp}/photos", "no recipe.json"]),

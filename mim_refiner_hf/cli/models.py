@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..publishing.choices import DTYPES, EXPORT_FORMATS
-from ..runtime.files import refuse_missing_model
+from ..runtime.files import refuse_missing_model, refuse_no_model_folder
 from .flags import Work, command_parser
 
 
@@ -28,6 +28,7 @@ def parse_push(arguments: Sequence[str]) -> Work:
     parser.add_argument("repository", help="user/name on the Hub")
     _add_publishing(parser)
     options = parser.parse_args(arguments)
+    refuse_no_model_folder(options.folder)
 
     def work() -> None:
         from ..publishing.hub import push_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.missing import refuse_missing
-from ..runtime.files import refuse_missing_model
+from ..runtime.files import refuse_missing_model, refuse_no_run
 from ..runtime.lazy import argument_parser
 from .flags import Work, add_splits, command_parser
 
@@ -78,25 +78,30 @@ def _pretrain_parser() -> "HfArgumentParser":
 
 def parse_pretrain(arguments: Sequence[str]) -> Work:
     """`mim-refiner pretrain`; its flags are the fields of PretrainRecipe and some of its own."""
-    from ..pretraining.recipe import PretrainRecipe
-    from ..runtime.settings import read_fields
-
-    parser = _pretrain_parser()
     words = list(arguments)
     # which defaults hold is known only when these have been read
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="mim-refiner pretrain", add_help=False, allow_abbrev=False)
     for flag in ("--recipe", "--dataset", "--init_from", "--objective"):
         first.add_argument(flag)
     named = first.parse_known_args(words)[0]
     if words and not words[0].startswith("-"):
         if named.dataset is not None:
-            parser.error(f"{words[0]} and --dataset name both the images; give one of them")
+            first.error(f"{words[0]} and --dataset name both the images; give one of them")
+        named.dataset = words[0]
         words = ["--dataset", *words]
+    if not {"-h", "--help"} & set(words):
+        if named.dataset is not None:
+            refuse_missing(named.dataset)
+        refuse_missing_model(named.init_from)
+
+    from ..pretraining.recipe import PretrainRecipe
+    from ..runtime.settings import read_fields
+
+    parser = _pretrain_parser()
     if named.recipe is not None:
         parser.set_defaults(**read_fields(named.recipe, PretrainRecipe))
     if named.init_from is None or {"-h", "--help"} & set(words):
         return _pretrain_work(parser, words, None)
-    refuse_missing_model(named.init_from)
 
     # the encoder to go on from gives the defaults: it is loaded before the words can be read
     def work() -> None:
@@ -162,6 +167,7 @@ def parse_replay(arguments: Sequence[str]) -> Work:
         "--mixed_precision", choices=("no", "bf16"), help="default: as the run had it"
     )
     options = parser.parse_args(arguments)
+    refuse_no_run(options.output_dir)
 
     def work() -> None:
         from ..runs.replay import replay

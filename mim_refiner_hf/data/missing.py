@@ -1,9 +1,10 @@
-"""A path of images that is not there, refused before anything heavy is imported.
+"""A path of images that is not there or holds no file, refused before any heavy import.
 
 refuse_missing("phtos/")  # FileNotFoundError: ... did you mean photos?
 """
 
 import difflib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,8 +19,16 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
     Args:
         dataset: a path, or a name.
         endings: of the names of files, in lower case, beside those of tables.
+
+    Raises:
+        ValueError: for a folder without any file.
     """
     path = Path(dataset).expanduser()
+    # what else a folder may lack is told by those who list it
+    if dataset and path.is_dir() and _is_bare(path):
+        raise ValueError(
+            f"No images in {dataset}: it holds no file; give a folder of .jpg, .png or other files"
+        )
     looks_local = (
         not dataset
         or dataset.startswith((".", "/", "~"))
@@ -40,3 +49,11 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
     if close:
         hint = f"did you mean {path.parent / close[0]}?"
     raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether there is neither a file nor a link at any depth."""
+    for place, folders, files in os.walk(folder):
+        if files or any(Path(place, name).is_symlink() for name in folders):
+            return False
+    return True

@@ -26,7 +26,7 @@ from ..conversion.digests import add_file_digests, write_digests
 from ..conversion.licence import CARD, agreed_licence, licence_beside
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..runtime.ending import CommandFailure
-from ..runtime.files import STAGED, check_folder, say_left_aside, staged_folder
+from ..runtime.files import STAGED, check_folder, refuse_no_model_folder, staged_folder
 from ..runtime.finite import check_finite
 from ..runtime.quiet import without_bars
 from ..runtime.retry import patiently
@@ -142,13 +142,7 @@ def push_folder(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    parts = ("config.json", "model*.safetensors")
-    missing = [part for part in parts if not any(folder.glob(part))]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not a model folder: {' and '.join(missing)} missing"
-            f"{say_left_aside(folder)}; give the run's model folder"
-        )
+    refuse_no_model_folder(folder)
 
     found = licence_beside(folder)
     licence = agreed_licence(found, license, folder, publish=True)

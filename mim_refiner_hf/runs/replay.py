@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..refinement.failure import FAILURES, NotFiniteError
 from ..refinement.recipe import RefineRecipe
 from ..runtime.device import uses_bf16
+from ..runtime.files import refuse_no_run
 from ..runtime.launch import job_of_processes
 from ..runtime.settings import with_new_names
 from ..runtime.strangers import parse_json
@@ -80,9 +81,8 @@ def replay(output_dir: Path, *, step: int | None = None, mixed_precision: str | 
 
 def _quiet_recipe(output_dir: Path) -> RefineRecipe:
     """The recipe of a run, without all that writes."""
+    refuse_no_run(output_dir)
     path = output_dir / "recipe.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{output_dir} holds no run: it has no recipe.json")
     try:
         recipe = RefineRecipe(**with_new_names(dict(parse_json(path.read_text()))))
     except (ValueError, TypeError) as error:

@@ -315,6 +315,25 @@ def refuse_missing_model(source: str | Path | None) -> None:
         )
 
 
+def refuse_no_model_folder(folder: Path) -> None:
+    """Raise a FileNotFoundError where a folder holds no model that could be published."""
+    parts = ("config.json", "model*.safetensors")
+    missing = [part for part in parts if not any(folder.glob(part))]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not a model folder: {' and '.join(missing)} missing"
+            f"{say_left_aside(folder)}; give the run's model folder"
+        )
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raise a FileNotFoundError where a folder is that of no run."""
+    if not (folder / "recipe.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run: it has no recipe.json; give the output_dir of one"
+        )
+
+
 def say_left_aside(folder: Path) -> str:
     """How to get a folder back that is not there: the end of a sentence, mostly empty."""
     old = left_aside(folder)
