@@ -1,6 +1,7 @@
 """Rows about one refinement step on one CPU thread.
 
     python -m benchmarks heads-queue-loss queue loss micro-batches step step-bf16 attention-bf16
+    python -m benchmarks attention-fp32
 
 The peer is `plain_step.py`, the same step written straight from the method, with the same weights;
 before anything is timed, losses and gradients of both are compared. `queue-lightly` compares with
@@ -326,6 +327,29 @@ def attention_bf16() -> Row:
     return Row("attention-bf16", 1.5, measured, peer, None, note)
 
 
+def attention_fp32() -> Row:
+    """The encoder in fp32 with the kernel that torch chooses, against the products written out.
+
+    The kernel is taken as it comes because this row says that another one would not pay.
+    """
+    encoder = make_refiner().encoder
+    sizes = (torch.randn(16, 3, 64, 64), torch.randn(96, 3, 32, 32))
+
+    def gradient(kernel: str) -> Tensor:
+        encoder.set_attn_implementation(kernel)
+        encoder.zero_grad()
+        for pixels in sizes:
+            encoder(pixels, interpolate_pos_encoding=True).pooler_output.sum().backward()
+        weight = encoder.layers[0].attention.q_proj.weight.grad
+        assert weight is not None
+        return weight
+
+    assert_close(gradient("sdpa"), gradient("eager"), 1e-4)
+    measured, peer = interleaved(lambda: gradient("sdpa"), lambda: gradient("eager"), rounds=9)
+    note = f"6 blocks of width {WIDTH}, 3 heads, 16 x 65 and 96 x 17 tokens; eager attention"
+    return Row("attention-fp32", 0.97, measured, peer, None, note)
+
+
 def whole_step(name: str, bf16: bool, target: float) -> Row:
     """Gradients, optimiser and moving average, against the plain step.
 
@@ -388,5 +412,6 @@ ROWS: dict[str, Callable[[], Row]] = {
     "step": lambda: whole_step("step", bf16=False, target=1.15),
     "step-bf16": lambda: whole_step("step-bf16", bf16=True, target=1.35),
     "attention-bf16": attention_bf16,
+    "attention-fp32": attention_fp32,
 }
 """The rows of this file by name."""
