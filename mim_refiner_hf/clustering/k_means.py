@@ -300,7 +300,9 @@ def kmeans(
     else:
         strides = iterations // 2
         start = good_start(rows, sample, num_clusters, runs=runs, seed=seed, passes=strides)
-        centroids = best_centroids(rows, start, iterations - strides, limit, worth=WORTH_A_PASS)
+        # passes over few groups cost little, and are what few restarts differ by
+        worth = min(WORTH_A_PASS, 5e-6 * num_clusters)
+        centroids = best_centroids(rows, start, iterations - strides, limit, worth=worth)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:
         return _grouped(rows, centroids, temperature, None)

@@ -31,7 +31,7 @@ _FULL_RUNS = 100
 _VARIANCE = 0.95
 # Strides end when two of them lower the inertia by less than this share; along a part of the
 # directions sooner, as what they find is not yet the end.
-_WORTH = 5e-4
+_WORTH = 2e-4
 _WORTH_ALONG = 2.5e-3
 
 
