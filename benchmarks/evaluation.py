@@ -33,7 +33,7 @@ from mim_refiner_hf.publishing import export_native, export_timm
 from mim_refiner_hf.publishing.hub import save_model_folder
 from mim_refiner_hf.runtime.device import emulates_bf16, has_int8
 
-from .rows import LeftOut, Row, interleaved
+from .rows import LeftOut, Row, interleaved, products
 from .step import assert_close
 from .views import PHOTOS
 
@@ -419,13 +419,17 @@ def linear_probe() -> Row:
     for grid, row in zip(grids, layers, strict=True):
         for place, layer in enumerate(row):
             assert_close(grid.weight[:, place].T, layer.weight.detach(), 1e-5)
-    measured, peer = interleaved(ours, theirs, rounds=3)
+    columns = len(PROBE_LEARNING_RATES) * CLASSES
+    shapes = [(PROBE_BATCH, width, columns) for width in widths]
+    shapes += [(width, PROBE_BATCH, columns) for width in widths]
+    floor_of = products(*shapes * PROBE_STEPS)
+    measured, peer, floor = interleaved(ours, theirs, floor_of, rounds=3)
     count = len(widths) * len(PROBE_LEARNING_RATES)
     note = (
         f"{count} classifiers, {CLASSES} classes, {PROBE_STEPS} batches of {PROBE_BATCH}; one"
-        " nn.Linear after another"
+        " nn.Linear after another; floor: the products"
     )
-    return Row("linear-probe", 1.3, measured, peer, None, note)
+    return Row("linear-probe", 1.3, measured, peer, floor, note)
 
 
 ROWS: dict[str, Callable[[], Row]] = {
