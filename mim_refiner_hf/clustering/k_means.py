@@ -269,8 +269,8 @@ def kmeans(
             sums, counts and inertia), and each gets its own rows' assignments. bf16 rows are
             multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
         num_clusters: K.
-        runs: restarts for at most 100 groups; for more groups fewer, as they differ less and cost
-            more: a tenth of them for 1000.
+        runs: restarts for at most 30 groups; for more groups fewer, as they differ less and cost
+            more: 3 of 10 for 100.
         iterations: most passes over all rows; without `initial`, half of them strides.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.

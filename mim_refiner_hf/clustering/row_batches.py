@@ -7,7 +7,6 @@
 This file travels with saved models: it imports only torch and NumPy.
 """
 
-import random
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -183,7 +182,8 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
         )
 
     size = min(count, most)
-    picks = torch.tensor(sorted(random.Random(seed).sample(range(count), size)), device=device)
+    drawn = np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False)
+    picks = torch.from_numpy(np.sort(drawn)).to(device)
     sample = torch.zeros(size, width, device=device)
     total = torch.zeros(width, dtype=torch.float64, device=device)
     squares, bad, seen = torch.zeros(3, dtype=torch.float64, device=device)
