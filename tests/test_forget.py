@@ -1,6 +1,7 @@
 """`--forget` and `--keep`: neighbours of other values, or of the same one, of metadata."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from small_encoder import fresh_encoder, make_processor
 from small_runs import (
     Stopped,
     assert_identical,
@@ -23,14 +25,21 @@ from small_runs import (
     stop_before,
 )
 
-from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf import RefineRecipe, load_encoder
 from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.data.fields import find_fields
 from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.evaluation.features import encode, own_columns
+from mim_refiner_hf.evaluation.int8 import in_int8
+from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
+from mim_refiner_hf.model.modeling_mim_refiner import prefix_tokens_only
+from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.refinement.erasure import erase, fit_eraser
 from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
 from mim_refiner_hf.runs.refine import refine
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runtime.optimisation import recompute_blocks
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -108,6 +117,161 @@ def test_images_with_neighbours_are_counted_as_a_loop_counts_them(forgotten: lis
             places = range(count)
             expected = [any(may(values, forgotten, i, j) for j in places) for i in places]
             assert have_neighbours(values, forgotten).tolist() == expected
+
+
+# ---- what is erased
+
+
+def featured(count: int = 300, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of unequal strengths, and three fields that show in them, some values missing."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-1, 3, (3, count), generator=generator)
+    mixed = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    features = torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixed
+    shown = torch.randn(3, 4, width, generator=generator, dtype=torch.float64)
+    for field, own in zip(shown, values, strict=True):
+        features += 2 * field[own + 1]
+    return features + 5, values
+
+
+def spread(features: torch.Tensor, own: torch.Tensor) -> float:
+    """The largest difference of the mean features of two values."""
+    means = torch.stack([features[own == value].mean(dim=0) for value in own[own >= 0].unique()])
+    return float((means - means[0]).abs().max())
+
+
+def test_the_eraser_is_the_least_change_with_equal_means() -> None:
+    features, values = featured()
+    own = values[0] + 1
+    found = fit_eraser(features, own, shrinkage=0.0)
+    assert found.rank == 3 and spread(features, own) > 1
+    assert spread(found(features), own) < 1e-9
+    # written as what it is: min |P x - x|^2 so that P takes every class mean to the same point, by
+    # its Lagrangian, a row of P at a time
+    centred = features - features.mean(dim=0)
+    width = features.shape[1]
+    means = torch.stack([centred[own == value].mean(dim=0) for value in range(4)])
+    system = torch.zeros(width + 4, width + 4, dtype=torch.float64)
+    system[:width, :width] = centred.T @ centred / len(centred)
+    system[:width, width:] = means.T
+    system[width:, :width] = means
+    right = torch.zeros(width + 4, width, dtype=torch.float64)
+    right[:width] = system[:width, :width]
+    solved = torch.linalg.lstsq(system, right, driver="gelsd").solution[:width].T
+    expected = features.mean(dim=0) + centred @ solved.T
+    torch.testing.assert_close(found(features), expected, atol=1e-8, rtol=0)
+
+    # shrunk, it is not the least change of these, but the means are equal all the same
+    shrunk = fit_eraser(features, own)
+    assert spread(shrunk(features), own) < 1e-9
+    changes = [(each(features) - features).square().sum() for each in (found, shrunk)]
+    assert changes[0] < changes[1]
+
+
+def test_several_fields_are_erased_as_far_as_they_are_known() -> None:
+    features, values = featured()
+    found = fit_eraser(features, values)
+    assert found.rank == 6
+    assert all(spread(features, own) > 1 > 1e-9 > spread(found(features), own) for own in values)
+    # an image without any value says nothing
+    alone = fit_eraser(features, values[0])
+    known = values[0] >= 0
+    same = fit_eraser(features[known], values[0][known])
+    torch.testing.assert_close(alone(features), same(features), atol=1e-12, rtol=0)
+    # fewer images than channels
+    few = fit_eraser(features[:9], values[0, :9])
+    assert few(features).isfinite().all() and spread(few(features[:9]), values[0, :9]) < 1e-9
+    # what shows nothing leaves all as it is
+    assert fit_eraser(torch.ones(9, 4), values[0, :9]).rank == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pooling": "cls"},
+        {"pooling": "mean", "features": "last_block"},
+        {"pooling": "register", "num_register_tokens": 2, "norm_placement": "post"},
+        {"pooling": "prefix", "num_register_tokens": 2},
+    ],
+)
+def test_an_encoder_gives_erased_features_on_every_path(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = fresh_encoder(**changes)
+    pixels = torch.randn(40, 3, 16, 16)
+    column = own_columns(encoder.config)[-1]
+    encoder.requires_grad_(False)
+    plain, first = encode(encoder, pixels, [column])[column], torch.arange(40) % 4
+    before = json.loads(encoder.config.to_json_string())
+    assert "erased" not in before and before["format_version"] == 1
+
+    found = fit_eraser(plain, first)
+    erase(encoder, found, ["camera"])
+    erased = encode(encoder, pixels, [column])[column]
+    torch.testing.assert_close(erased, found(plain), atol=1e-5, rtol=0)
+    # once more, by another field: both in one
+    second = torch.arange(40) // 4 % 3
+    again = fit_eraser(erased, second)
+    erase(encoder, again, ["site"])
+    erased = encode(encoder, pixels, [column])[column]
+    torch.testing.assert_close(erased, again(found(plain)), atol=1e-5, rtol=0)
+    assert max(spread(erased, first), spread(erased, second)) < 1e-5
+    config = encoder.config
+    assert (config.erased_directions, config.erased, config.format_version) == (
+        5,
+        ["camera", "site"],
+        2,
+    )
+
+    # what every way of reading it gives
+    torch.testing.assert_close(encoder.features_of(pixels), erased, atol=1e-6, rtol=0)
+    outputs = encoder(pixels, output_hidden_states=True)
+    torch.testing.assert_close(encoder.pool(outputs.hidden_states[-1]), erased, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.norm(outputs.hidden_states[-1]), outputs.last_hidden_state)
+    with prefix_tokens_only(encoder):
+        tokens = encoder(pixels).last_hidden_state
+    shown = tokens.shape[1]
+    torch.testing.assert_close(tokens, outputs.last_hidden_state[:, :shown], atol=1e-5, rtol=0)
+
+    # nothing of it is trained, and it is in the file
+    assert not [name for name, _ in encoder.named_parameters() if "eraser" in name]
+    encoder.requires_grad_(True).train()
+    recompute_blocks(encoder)
+    recomputed = encoder.features_of(pixels)
+    torch.testing.assert_close(recomputed, erased, atol=1e-6, rtol=0)
+    recomputed.sum().backward()
+    encoder.requires_grad_(False)
+    save_model_folder(tmp_path / "model", encoder, make_processor())
+    loaded = load_encoder(tmp_path / "model").requires_grad_(False)
+    assert torch.equal(loaded.features_of(pixels), encoder.eval().features_of(pixels))
+    assert loaded.config.erased == ["camera", "site"]
+
+    # in lower precision as without an eraser
+    quick = in_int8(loaded)
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, quick.get_buffer(name))
+    for lower in (quick, loaded.bfloat16()):
+        similarity = torch.cosine_similarity(lower.features_of(pixels).float(), erased)
+        assert similarity.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"erased_directions": 33, "erased": ["a"]}, "must be at most hidden_size=32"),
+        ({"erased_directions": 2}, "give both or none"),
+        ({"erased": ["a"]}, "give both or none"),
+        (
+            {"erased_directions": 2, "erased": ["a"], "pooling_head": "attention"},
+            "the weights of pooling='attention' would read tokens that they do not know",
+        ),
+    ],
+)
+def test_a_configuration_that_erases_what_cannot_be_is_refused(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        fresh_encoder(**changes)
 
 
 # ---- where the values are
