@@ -1,6 +1,7 @@
-"""`--forget` and `--keep`: neighbours of other values, or of the same one, of metadata."""
+"""`--forget` and `--keep`: metadata that is erased, and that says what neighbours are."""
 
 import dataclasses
+import html
 import json
 import re
 from collections.abc import Callable
@@ -23,22 +24,26 @@ from small_runs import (
     losses,
     run_stopped_before,
     stop_before,
+    trained_folder,
 )
 
 from mim_refiner_hf import RefineRecipe, load_encoder
 from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.data.fields import find_fields
 from mim_refiner_hf.data.images import open_images
-from mim_refiner_hf.evaluation.features import encode, own_columns
+from mim_refiner_hf.evaluation.features import encode, encode_images, own_columns
 from mim_refiner_hf.evaluation.int8 import in_int8
-from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError
+from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig
 from mim_refiner_hf.model.modeling_mim_refiner import prefix_tokens_only
 from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.publishing.model_card import write_card
 from mim_refiner_hf.refinement.erasure import erase, fit_eraser
 from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.runs.refine import refine
+from mim_refiner_hf.runs.fields import open_fields, settle_fields
+from mim_refiner_hf.runs.refine import _ending, refine
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runs.verdict import Verdict
 from mim_refiner_hf.runtime.optimisation import recompute_blocks
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -395,11 +400,15 @@ def test_a_name_that_several_images_end_with_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cameras(cifar: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The images of `cifar` with three cameras, of some nothing is known."""
+    """The images of `cifar` with three cameras and many tracks, of some nothing is known."""
     table = parquet.read_table(cifar).replace_schema_metadata(None)
     rng = np.random.default_rng(0)
     names = rng.choice(["a", "b", "c", ""], size=len(table))
     table = table.append_column("camera", pa.array(names.tolist()))
+    tracks = np.where(
+        rng.random(len(table)) < 0.1, "", rng.integers(50, size=len(table)).astype(str)
+    )
+    table = table.append_column("track", pa.array(tracks.tolist()))
     table = table.append_column("one", pa.array(["x"] * len(table)))
     table = table.append_column("many", pa.array(range(len(table))))
     path = tmp_path_factory.mktemp("cameras") / "train.parquet"
@@ -410,14 +419,18 @@ def cameras(cifar: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_stopped_and_in_micro_batches(
     recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = {"dataset": cameras, "forget": "camera", "keep": "label"}
+    changed = {"dataset": cameras, "forget": "track", "keep": "label"}
     whole = recipe("whole", **changed)
     assert run(whole) is not None
     said = capsys.readouterr().out
     assert re.search(r"swap positive: .*forget", said)
-    plan = r"fields  forget camera \(3 values, (\d+) images have none\), keep label \(10 values\)"
-    found = re.search(rf"{plan}: (\d+) of 200 images have neighbours to look up$", said, re.M)
-    assert found is not None and 20 < int(found[1]) < 80 and found[2] == "200"
+    plan = (
+        r"fields  forget track \((\d+) values, (\d+) images have none, too many to erase from 32 "
+        r"channels\): neighbours of other values; keep label \(10 values\): neighbours of the same "
+        r"value; 200 of 200 images have neighbours to look up$"
+    )
+    found = re.search(plan, said, re.M)
+    assert found is not None and int(found[1]) > 40 and 5 < int(found[2]) < 40
     asked = recipe("pieces", **changed)
     run_stopped_before(asked, (3, 5, 7))
     assert_identical(asked, whole)
@@ -437,6 +450,113 @@ def test_a_run_stopped_and_in_micro_batches(
     run(plain)
     assert losses(plain)[1:] != pytest.approx(losses(whole)[1:], abs=1e-4)
     assert all("images_without_neighbour" not in line for line in log_of(plain))
+
+
+def test_few_values_are_erased_after_the_same_training(
+    recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = recipe("plain", dataset=cameras)
+    alone = run(plain)
+    capsys.readouterr()
+    changed = {"dataset": cameras, "forget": "camera"}
+    pieces = recipe("pieces", **changed)
+    run_stopped_before(pieces, (3, 5, 7))
+    plan = (
+        r"fields  forget camera \(3 values, \d+ images have none\): erased from the features at "
+        r"the end, 2 of 32 directions$"
+    )
+    said = capsys.readouterr().out
+    assert re.search(plan, said, re.M) and "swap none: " in said
+    assert_identical(plain, pieces)
+
+    # killed when all steps were done, and not at all
+    again = run(pieces)
+    asked = recipe("whole", **changed)
+    whole = refine(asked)
+    assert alone is not None and again is not None and whole is not None
+    assert whole.metrics["erased"] == again.metrics["erased"]
+    state, other = whole.refined.state_dict(), alone.refined.state_dict()
+    added = {f"layers.2.eraser.{name}" for name in ("mean", "read", "write")}
+    assert state.keys() == other.keys() | added
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.items())
+    assert all(torch.equal(state[name], again.refined.state_dict()[name]) for name in added)
+
+    # in the folder as in memory
+    output = Path(asked.output_dir)
+    loaded = load_encoder(trained_folder(output))
+    images = open_images(cameras)
+    (field,) = find_fields(images, ["camera"], "forget")
+    own = torch.from_numpy(field.values)
+    column = own_columns(loaded.config)[-1]
+    rows, left = (
+        encode_images(each, images, loaded.image_processor, [column])[0][column]
+        for each in (alone.refined, loaded)
+    )
+    assert spread(left, own) < 1e-4 < 1e-2 < spread(rows, own)
+
+    # what the end and the card say of it
+    erased = whole.metrics["erased"]
+    assert (erased["directions"], erased["width"]) == (2, 32)
+    assert erased["images"] == int((own >= 0).sum()) and erased["probed"] == erased["images"] // 2
+    start = Verdict("not better", "it is not")
+    kept = _ending(dataclasses.replace(whole, verdict=start), cameras)
+    assert "from which nothing is erased" in kept and "Erased" not in kept
+    better = _ending(dataclasses.replace(whole, verdict=Verdict("better", "it is")), cameras)
+    words = (
+        r"camera \(linear probe [\d.]+ % before, [\d.]+ % after, [\d.]+ % by chance\): 2 of 32 "
+        "directions, fitted on "
+    )
+    assert re.search(f"Erased: {words}", better)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["erased"] == erased
+    for verdict, says in (("better", True), ("not better", False)):
+        (output / "metrics.json").write_text(json.dumps(metrics | {"verdict": verdict}))
+        card = html.unescape(write_card(output).read_text()).replace("\\", "")
+        assert bool(re.search(f"Erased from the features:\\*\\* {words}", card)) == says
+
+    # from there on: what was erased stays erased, and once more what training brings back
+    further = recipe("further", dataset=cameras, model=str(trained_folder(output)), forget="camera")
+    result = run(further)
+    assert "; camera erased in 2 directions, which stay so" in capsys.readouterr().out
+    assert result is not None
+    config = result.refined.config
+    assert (config.erased_directions, config.erased) == (4, ["camera"])
+    left = encode_images(result.refined, images, result.processor, [column])[0][column]
+    assert spread(left, own) < 1e-4
+
+
+def test_a_field_is_erased_where_there_is_room(cameras: str) -> None:
+    images = open_images(cameras)
+    asked = RefineRecipe(model="m", dataset=cameras, forget="track,label,camera", keep="many")
+    fields = open_fields(asked, images)
+    assert fields is not None
+    erased = {}
+    for width, before in ((16, 0), (24, 0), (88, 0), (88, 9), (1024, 0)):
+        names = ["a"] if before else None
+        shape = {"hidden_size": width, "num_attention_heads": 2}
+        config = MimRefinerConfig(**shape, erased_directions=before, erased=names)
+        erased[width, before] = fields.few_values_first(config).erased_names
+    # of tracks there are too few images
+    assert erased == {
+        (16, 0): ["camera"],
+        (24, 0): ["camera"],
+        (88, 0): ["label", "camera"],
+        (88, 9): ["camera"],
+        (1024, 0): ["label", "camera"],
+    }
+    line = fields.few_values_first(config).plan_line()
+    assert "none, fewer than 10 images each on average, too few to erase): neighbours of" in line
+
+    asked = RefineRecipe(model="m", dataset=cameras, forget="camera")
+    fields = open_fields(asked, images)
+    assert fields is not None
+    config = MimRefinerConfig(pooling_head="attention")
+    with pytest.raises(
+        ValueError, match="weights of pooling attention would not know; give pooling"
+    ):
+        settle_fields(fields, asked, config)
+    given = settle_fields(fields, dataclasses.replace(asked, pooling="mean"), config)
+    assert given.erased_names == ["camera"] and given.metadata() is None
 
 
 def test_a_run_goes_on_with_the_values_that_it_began_with(
@@ -460,13 +580,16 @@ def test_a_run_goes_on_with_the_values_that_it_began_with(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"forget": "one"}, "all 200 images have the same value of one, so none has"),
+        ({"forget": "one"}, "all 200 images have the same value of one, so there is nothing to"),
+        ({"forget": "camera", "trainable": "lora:4"}, "adapters cannot hold that; leave one"),
+        ({"forget": "camera", "save_as": "vit"}, "no eraser behind the last block"),
         ({"keep": "many"}, "no two of the 200 images have the same value of many, so none"),
         ({"forget": "label", "keep": "many"}, "no two of the 200 images have the same value"),
         ({"forget": "camera,many,one"}, "all 200 images have the same value of one"),
         ({"forget": "label", "keep": "label"}, "exclude each other: label stands in both"),
         ({"keep": "3"}, "how many checkpoints are kept is --save_total_limit"),
-        ({"forget": "camera", "swap": "none"}, "uses no neighbours"),
+        ({"forget": "track", "swap": "none"}, "uses no neighbours"),
+        ({"keep": "camera", "swap": "none"}, "uses no neighbours"),
         ({"forget": "camera,camera"}, "must be names of different columns"),
     ],
 )

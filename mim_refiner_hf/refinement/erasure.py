@@ -93,13 +93,15 @@ def fit_eraser(features: Tensor, values: Tensor, shrinkage: float | None = None)
 
     crossed = torch.cat([_crossed(centred, own) for own in fields], dim=1)
     left, sizes, _ = torch.linalg.svd(whiten @ crossed, full_matrices=False)
-    left = left[:, sizes > math.sqrt(_ROUNDING) * sizes[0]]
+    left = left[:, sizes > math.sqrt(_ROUNDING) * sizes[:1]]
     return FittedEraser(mean, left.T @ whiten, colour @ left)
 
 
 def _crossed(centred: Tensor, own: Tensor) -> Tensor:
     """The covariance of features (N, D) with each value of a field (N,), (D, V)."""
     has = own >= 0
+    if not bool(has.any()):
+        return centred.new_empty(centred.shape[1], 0)
     _, numbers = own[has].unique(return_inverse=True)
     hot = torch.nn.functional.one_hot(numbers).double()
     return centred[has].T @ (hot - hot.mean(dim=0)) / len(hot)
