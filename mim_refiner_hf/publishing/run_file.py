@@ -112,8 +112,8 @@ def erased_words(erased: Erased) -> str:
         )
     return (
         f"{', '.join(parts)}: {erased['directions']} of {erased['width']} directions, fitted on "
-        f"{erased['images']} images; the probe is of {erased['probed']} of them, without which "
-        "the eraser was fitted for it"
+        f"{erased['images']} images; probed on {erased['probed']} of these, with an eraser of "
+        "the others"
     )
 
 
