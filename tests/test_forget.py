@@ -187,7 +187,10 @@ def test_several_fields_are_erased_as_far_as_they_are_known() -> None:
     few = fit_eraser(features[:9], values[0, :9])
     assert few(features).isfinite().all() and spread(few(features[:9]), values[0, :9]) < 1e-9
     # what shows nothing leaves all as it is
-    assert fit_eraser(torch.ones(9, 4), values[0, :9]).rank == 0
+    nothing = fit_eraser(torch.ones(9, 4), values[0, :9])
+    encoder = fresh_encoder()
+    erase(encoder, nothing, ["camera"])
+    assert nothing.rank == 0 and encoder.config.erased is None
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def _crossed(centred: Tensor, own: Tensor) -> Tensor:
 
 def eraser_of(encoder: MimRefinerModel) -> FittedEraser | None:
     """What an encoder erases; None for one that erases nothing."""
-    eraser = encoder.layers[-1].eraser  # type: ignore[union-attr]
+    eraser = encoder.layers[-1].eraser
     if not isinstance(eraser, Eraser):
         return None
     parts = [part.detach().cpu().double() for part in (eraser.mean, eraser.read, eraser.write)]
@@ -120,9 +120,11 @@ def erase(encoder: MimRefinerModel, found: FittedEraser, names: Sequence[str]) -
     """Let the last block of an encoder erase, in place, after what it erases already.
 
     Args:
-        found: fitted on the encoder's features as they are.
+        found: fitted on the encoder's features as they are; of rank 0 it leaves all as it is.
         names: of the fields.
     """
+    if found.rank == 0:
+        return
     before = eraser_of(encoder)
     if before is not None:
         found = found.after(before)
@@ -134,4 +136,4 @@ def erase(encoder: MimRefinerModel, found: FittedEraser, names: Sequence[str]) -
     for name in ("mean", "read", "write"):
         getattr(eraser, name).copy_(getattr(found, name))
     weight = encoder.embeddings.patch_embeddings.weight
-    encoder.layers[-1].eraser = eraser.to(weight)  # type: ignore[union-attr]
+    encoder.layers[-1].eraser = eraser.to(weight)
