@@ -463,7 +463,7 @@ def test_few_values_are_erased_after_the_same_training(
     capsys.readouterr()
     changed = {"dataset": cameras, "forget": "camera"}
     pieces = recipe("pieces", **changed)
-    run_stopped_before(pieces, (3, 5, 7))
+    run_stopped_before(pieces, (5,))
     plan = (
         r"fields  forget camera \(3 values, \d+ images have none\): erased from the features at "
         r"the end, 2 of 32 directions$"
@@ -503,7 +503,7 @@ def test_few_values_are_erased_after_the_same_training(
     assert erased["images"] == int((own >= 0).sum()) and erased["probed"] == erased["images"] // 2
     start = Verdict("not better", "it is not")
     kept = _ending(dataclasses.replace(whole, verdict=start), cameras)
-    assert "from which nothing is erased" in kept and "Erased" not in kept
+    assert "ships as it was, with nothing that this run erased: " in kept and "Erased" not in kept
     better = _ending(dataclasses.replace(whole, verdict=Verdict("better", "it is")), cameras)
     words = (
         r"camera \(linear probe [\d.]+ % before, [\d.]+ % after, [\d.]+ % by chance\): 2 of 32 "

@@ -250,9 +250,9 @@ def _ending(result: RunResult, images: str) -> str:
     if erased is not None and not verdict.ships_start:
         parts.append(f"Erased: {erased_words(erased)}.")
     if verdict.ships_start:
-        nothing = "" if erased is None else ", from which nothing is erased"
+        unchanged = "" if erased is None else " as it was, with nothing that this run erased"
         kept_back = output / NOT_SHIPPED
-        parts.append(f"The start ships: {folder}{nothing}; what was trained: {kept_back}.")
+        parts.append(f"The start ships{unchanged}: {folder}; what was trained: {kept_back}.")
     else:
         parts.append(f"The refined model: {folder}.")
         if (result.metrics["dataset"].get("images") or 0) >= _ENOUGH_FOR_HEADS:
