@@ -215,7 +215,7 @@ def bank_and_test(data: str, shared: Path, work: Path) -> tuple[ImageDataset, Im
 
 
 def refined(recipe: RefineRecipe) -> MimRefinerModel:
-    """What a run trains, without its verdict, which takes longer here than the training."""
+    """What a run trains and erases, without its verdict, which takes longer than the training."""
     torch.set_flush_denormal(True)
     # a cell that was stopped begins anew
     if Path(recipe.output_dir).is_dir():
@@ -227,6 +227,7 @@ def refined(recipe: RefineRecipe) -> MimRefinerModel:
     trainer.fit(0, prepared.recipe.steps.total, {}, dict)
     encoder = trainer.averaged()
     vars(encoder)["image_processor"] = prepared.start.processor
+    prepared.erase(encoder)
     return encoder
 
 

@@ -5,13 +5,14 @@
 
 A cell refines the small MAE of the shared folder on 300 unlabelled photos, each taken by one of
 four cameras that was drawn whatever its class: one tints, one blurs, one compresses, one leaves a
-frame. `plain` sets nothing; `swap` sets `--swap positive`, without which there are no neighbours
-to look up; `forget` sets `--forget camera`. On images that no cell saw, with cameras of their own:
-a linear probe of the camera, which is to fall towards a quarter; k-NN accuracy of the class where
-every neighbour is of another camera than the image; and k-NN accuracy of the class.
+frame. `plain` sets nothing; `forget` sets `--forget camera`: the same training, and the camera
+erased at the end. On images that no cell saw, with cameras of their own: a linear probe of the
+camera, which is to fall towards a quarter; k-NN accuracy of the class where every neighbour is of
+another camera than the image; and k-NN accuracy of the class.
 
 `gtsrb-tracks` are the signs as they are. A track is one sign, filmed while it comes nearer: it is
-what is forgotten, and the probe is a k-NN of the track. Its test images are of other tracks.
+what is forgotten, and the probe is a k-NN of the track. Its test images are of other tracks. There
+are too many to erase, so that neighbours are looked up among other tracks.
 
 Finished cells stay in benchmarks/results/forget.jsonl, one line each, so the same command goes on,
 and several may run at once for different sets or seeds. A cell takes about six minutes of one core,
@@ -52,7 +53,6 @@ TEST = 500
 CAMERAS = ("tint", "blur", "jpeg", "frame")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "swap": {"swap": "positive"},
     "forget": {"forget": "group"},
 }
 """What a cell sets, by its name; "start" trains nothing."""
@@ -223,19 +223,18 @@ def table_rows(found: Found) -> list[str]:
 
 
 def change_rows(found: Found) -> list[str]:
-    """By seed, what `forget` changes from `plain` and from `swap`: a line for every set."""
+    """By seed, what `forget` changes from `plain`: a line for every set."""
     rows = []
     for data in SETS:
         forgot = found.get((data, "forget"), {})
-        for option in ("plain", "swap"):
-            other = found.get((data, option), {})
-            seeds = sorted(forgot.keys() & other.keys())
-            if seeds:
-                changes = []
-                for score in SCORES:
-                    apart = [forgot[seed][score] - other[seed][score] for seed in seeds]
-                    changes.append(mean(apart, "{:+.1f}"))
-                rows.append(f"| {data} | `{option}` | {' | '.join(changes)} | {len(seeds)} |")
+        plain = found.get((data, "plain"), {})
+        seeds = sorted(forgot.keys() & plain.keys())
+        if seeds:
+            changes = []
+            for score in SCORES:
+                apart = [forgot[seed][score] - plain[seed][score] for seed in seeds]
+                changes.append(mean(apart, "{:+.1f}"))
+            rows.append(f"| {data} | {' | '.join(changes)} | {len(seeds)} |")
     return rows
 
 
@@ -253,16 +252,21 @@ def write(found: Found) -> None:
         "cameras, planted whatever the class (chance: 25 %), or a sign's own track. Per cent, on",
         f"{TEST} images that no run saw, with a bank of {BANK} and standard errors over seeds; one",
         "core a cell. Across: every neighbour is of another camera or track than the image.",
+        "`forget` erases cameras from the features at the end; of tracks, which are too many, it",
+        "looks neighbours up among others.",
         "",
         f"| photos | option | {head} | seeds |",
         f"|---|---|{'---:|' * (len(SCORES) + 1)}",
         *table_rows(found),
         "",
-        "## What `--forget` changes, in points, paired by seed",
+        "## What `--forget` changes from `plain`, in points, paired by seed",
         "",
-        f"| photos | from | {head} | seeds |",
-        f"|---|---|{'---:|' * (len(SCORES) + 1)}",
+        f"| photos | {head} | seeds |",
+        f"|---|{'---:|' * (len(SCORES) + 1)}",
         *change_rows(found),
+        "",
+        "Neighbours of other cameras, as of tracks, did not forget cameras: in one seed of cifar10",
+        "they left 94.0, 22.4 and 32.6 %, where `plain` left 96.6, 26.8 and 33.8 %.",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {version('torch')}",
     ]

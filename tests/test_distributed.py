@@ -165,7 +165,7 @@ def test_several_processes_are_one(tmp_path: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small model and 72 images without labels, 7 of them broken."""
+    """A small model and 72 images of three cameras without labels, 7 of them broken."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
     processor = MimRefinerImageProcessor(
@@ -179,7 +179,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         ).save(buffer, "PNG")
         images.append(buffer.getvalue() if i % 11 else b"no image")
-    datasets.Dataset.from_dict({"image": images}).to_parquet(folder / "train.parquet")
+    table = {"image": images, "camera": [i % 3 for i in range(72)]}
+    datasets.Dataset.from_dict(table).to_parquet(folder / "train.parquet")
     return {"model": str(folder / "model"), "dataset": str(folder / "train.parquet")}
 
 
@@ -208,6 +209,7 @@ def test_accelerate_launch_trains_what_one_process_trains(
         "save_every": 3,
         "num_workers": 0,
         "eval_fraction": 0.1,
+        "forget": "camera",
         "max_bad_fraction": 0.1,
         "report_to": "none",
         "mixed_precision": "no",
@@ -268,6 +270,10 @@ def test_accelerate_launch_trains_what_one_process_trains(
     ) >= 5
     assert metrics[1]["hardware"].startswith("2 x")
     assert metrics[1]["after"]["rankme"] == pytest.approx(metrics[0]["after"]["rankme"], rel=1e-3)
+    # of what is left without the broken ones
+    erased = [each["erased"] for each in metrics]
+    assert erased[0]["images"] == erased[1]["images"] < 65
+    assert erased[0]["directions"] == erased[1]["directions"] == 2
     assert (tmp_path / "two/model/model.safetensors").is_file()
 
 

@@ -62,9 +62,11 @@ CAPI: dict[str, Any] = {
     "predictor_layers": 1,
     "pooling": "global_repr",
 }
+ERASED: dict[str, Any] = {"erased_directions": 2, "erased": ["camera"]}
 EVERYTHING_ELSE = {
     **KINDS["conmim"],
     **KINDS["data2vec2"],
+    **ERASED,
     "num_register_tokens": 2,
     "image_size": [16, 32],
     "num_channels": 1,
@@ -473,6 +475,10 @@ def test_onnx_without_its_extra_says_what_to_install(
             "timm's Eva.*no rotary positions as birder's",
         ),
         ("vit", {"mlp_norm": True}, "no norm inside the MLP"),
+        ("vit", ERASED, "no eraser behind the last block.*--to onnx takes every encoder"),
+        ("timm", {**BEIT, **ERASED}, "no eraser behind the last block"),
+        ("timm", {**ERASED, "gated_mlp": True}, "timm's Eva.*no eraser behind the last block"),
+        ("native", ERASED, r"no erased_directions=2 \(only 0\)"),
         ("vit", {"attention_norm": True}, "no norm before the projection of the attention"),
         ("native", {"mlp_norm": True}, r"no mlp_norm=True \(only False\)"),
         ("timm", KINDS["data2vec-vision"], "timm's Beit.*no way to leave out the final norm"),

@@ -1,6 +1,8 @@
-"""`--forget` and `--keep`: neighbours of other values, or of the same one, of metadata."""
+"""`--forget` and `--keep`: metadata that is erased, and that says what neighbours are."""
 
 import dataclasses
+import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from small_encoder import fresh_encoder, make_processor
 from small_runs import (
     Stopped,
     assert_identical,
@@ -21,16 +24,27 @@ from small_runs import (
     losses,
     run_stopped_before,
     stop_before,
+    trained_folder,
 )
 
-from mim_refiner_hf import RefineRecipe
+from mim_refiner_hf import RefineRecipe, load_encoder
 from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.data.fields import find_fields
 from mim_refiner_hf.data.images import open_images
+from mim_refiner_hf.evaluation.features import encode, encode_images, own_columns
+from mim_refiner_hf.evaluation.int8 import in_int8
+from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError, MimRefinerConfig
+from mim_refiner_hf.model.modeling_mim_refiner import prefix_tokens_only
+from mim_refiner_hf.publishing import save_model_folder
+from mim_refiner_hf.publishing.model_card import write_card
+from mim_refiner_hf.refinement.erasure import erase, fit_eraser
 from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.runs.refine import refine
+from mim_refiner_hf.runs.fields import open_fields, settle_fields
+from mim_refiner_hf.runs.refine import _ending, refine
 from mim_refiner_hf.runs.run import run
+from mim_refiner_hf.runs.verdict import Verdict
+from mim_refiner_hf.runtime.optimisation import recompute_blocks
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -108,6 +122,164 @@ def test_images_with_neighbours_are_counted_as_a_loop_counts_them(forgotten: lis
             places = range(count)
             expected = [any(may(values, forgotten, i, j) for j in places) for i in places]
             assert have_neighbours(values, forgotten).tolist() == expected
+
+
+# ---- what is erased
+
+
+def featured(count: int = 300, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of unequal strengths, and three fields that show in them, some values missing."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-1, 3, (3, count), generator=generator)
+    mixed = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    features = torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixed
+    shown = torch.randn(3, 4, width, generator=generator, dtype=torch.float64)
+    for field, own in zip(shown, values, strict=True):
+        features += 2 * field[own + 1]
+    return features + 5, values
+
+
+def spread(features: torch.Tensor, own: torch.Tensor) -> float:
+    """The largest difference of the mean features of two values."""
+    means = torch.stack([features[own == value].mean(dim=0) for value in own[own >= 0].unique()])
+    return float((means - means[0]).abs().max())
+
+
+def test_the_eraser_is_the_least_change_with_equal_means() -> None:
+    features, values = featured()
+    own = values[0] + 1
+    found = fit_eraser(features, own, shrinkage=0.0)
+    assert found.rank == 3 and spread(features, own) > 1
+    assert spread(found(features), own) < 1e-9
+    # written as what it is: min |P x - x|^2 so that P takes every class mean to the same point, by
+    # its Lagrangian, a row of P at a time
+    centred = features - features.mean(dim=0)
+    width = features.shape[1]
+    means = torch.stack([centred[own == value].mean(dim=0) for value in range(4)])
+    system = torch.zeros(width + 4, width + 4, dtype=torch.float64)
+    system[:width, :width] = centred.T @ centred / len(centred)
+    system[:width, width:] = means.T
+    system[width:, :width] = means
+    right = torch.zeros(width + 4, width, dtype=torch.float64)
+    right[:width] = system[:width, :width]
+    solved = torch.linalg.lstsq(system, right, driver="gelsd").solution[:width].T
+    expected = features.mean(dim=0) + centred @ solved.T
+    torch.testing.assert_close(found(features), expected, atol=1e-8, rtol=0)
+
+    # shrunk, it is not the least change of these, but the means are equal all the same
+    shrunk = fit_eraser(features, own)
+    assert spread(shrunk(features), own) < 1e-9
+    changes = [(each(features) - features).square().sum() for each in (found, shrunk)]
+    assert changes[0] < changes[1]
+
+
+def test_several_fields_are_erased_as_far_as_they_are_known() -> None:
+    features, values = featured()
+    found = fit_eraser(features, values)
+    assert found.rank == 6
+    assert all(spread(features, own) > 1 > 1e-9 > spread(found(features), own) for own in values)
+    # an image without any value says nothing
+    alone = fit_eraser(features, values[0])
+    known = values[0] >= 0
+    same = fit_eraser(features[known], values[0][known])
+    torch.testing.assert_close(alone(features), same(features), atol=1e-12, rtol=0)
+    # fewer images than channels
+    few = fit_eraser(features[:9], values[0, :9])
+    assert few(features).isfinite().all() and spread(few(features[:9]), values[0, :9]) < 1e-9
+    # what shows nothing leaves all as it is
+    nothing = fit_eraser(torch.ones(9, 4), values[0, :9])
+    encoder = fresh_encoder()
+    erase(encoder, nothing, ["camera"])
+    assert nothing.rank == 0 and encoder.config.erased is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pooling": "cls"},
+        {"pooling": "mean", "features": "last_block"},
+        {"pooling": "register", "num_register_tokens": 2, "norm_placement": "post"},
+        {"pooling": "prefix", "num_register_tokens": 2},
+    ],
+)
+def test_an_encoder_gives_erased_features_on_every_path(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = fresh_encoder(**changes)
+    pixels = torch.randn(40, 3, 16, 16)
+    column = own_columns(encoder.config)[-1]
+    encoder.requires_grad_(False)
+    plain, first = encode(encoder, pixels, [column])[column], torch.arange(40) % 4
+    before = json.loads(encoder.config.to_json_string())
+    assert "erased" not in before and before["format_version"] == 1
+
+    found = fit_eraser(plain, first)
+    erase(encoder, found, ["camera"])
+    erased = encode(encoder, pixels, [column])[column]
+    torch.testing.assert_close(erased, found(plain), atol=1e-5, rtol=0)
+    # once more, by another field: both in one
+    second = torch.arange(40) // 4 % 3
+    again = fit_eraser(erased, second)
+    erase(encoder, again, ["site"])
+    erased = encode(encoder, pixels, [column])[column]
+    torch.testing.assert_close(erased, again(found(plain)), atol=1e-5, rtol=0)
+    assert max(spread(erased, first), spread(erased, second)) < 1e-5
+    config = encoder.config
+    assert (config.erased_directions, config.erased, config.format_version) == (
+        5,
+        ["camera", "site"],
+        2,
+    )
+
+    # what every way of reading it gives
+    torch.testing.assert_close(encoder.features_of(pixels), erased, atol=1e-6, rtol=0)
+    outputs = encoder(pixels, output_hidden_states=True)
+    torch.testing.assert_close(encoder.pool(outputs.hidden_states[-1]), erased, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.norm(outputs.hidden_states[-1]), outputs.last_hidden_state)
+    with prefix_tokens_only(encoder):
+        tokens = encoder(pixels).last_hidden_state
+    shown = tokens.shape[1]
+    torch.testing.assert_close(tokens, outputs.last_hidden_state[:, :shown], atol=1e-5, rtol=0)
+
+    # nothing of it is trained, and it is in the file
+    assert not [name for name, _ in encoder.named_parameters() if "eraser" in name]
+    encoder.requires_grad_(True).train()
+    recompute_blocks(encoder)
+    recomputed = encoder.features_of(pixels)
+    torch.testing.assert_close(recomputed, erased, atol=1e-6, rtol=0)
+    recomputed.sum().backward()
+    encoder.requires_grad_(False)
+    save_model_folder(tmp_path / "model", encoder, make_processor())
+    loaded = load_encoder(tmp_path / "model").requires_grad_(False)
+    assert torch.equal(loaded.features_of(pixels), encoder.eval().features_of(pixels))
+    assert loaded.config.erased == ["camera", "site"]
+
+    # in lower precision as without an eraser
+    quick = in_int8(loaded)
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, quick.get_buffer(name))
+    for lower in (quick, loaded.bfloat16()):
+        similarity = torch.cosine_similarity(lower.features_of(pixels).float(), erased)
+        assert similarity.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"erased_directions": 33, "erased": ["a"]}, "must be at most hidden_size=32"),
+        ({"erased_directions": 2}, "give both or none"),
+        ({"erased": ["a"]}, "give both or none"),
+        (
+            {"erased_directions": 2, "erased": ["a"], "pooling_head": "attention"},
+            "the weights of pooling='attention' would read tokens that they do not know",
+        ),
+    ],
+)
+def test_a_configuration_that_erases_what_cannot_be_is_refused(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        fresh_encoder(**changes)
 
 
 # ---- where the values are
@@ -231,11 +403,15 @@ def test_a_name_that_several_images_end_with_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cameras(cifar: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The images of `cifar` with three cameras, of some nothing is known."""
+    """The images of `cifar` with three cameras and many tracks, of some nothing is known."""
     table = parquet.read_table(cifar).replace_schema_metadata(None)
     rng = np.random.default_rng(0)
     names = rng.choice(["a", "b", "c", ""], size=len(table))
     table = table.append_column("camera", pa.array(names.tolist()))
+    tracks = np.where(
+        rng.random(len(table)) < 0.1, "", rng.integers(50, size=len(table)).astype(str)
+    )
+    table = table.append_column("track", pa.array(tracks.tolist()))
     table = table.append_column("one", pa.array(["x"] * len(table)))
     table = table.append_column("many", pa.array(range(len(table))))
     path = tmp_path_factory.mktemp("cameras") / "train.parquet"
@@ -246,14 +422,18 @@ def cameras(cifar: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_stopped_and_in_micro_batches(
     recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = {"dataset": cameras, "forget": "camera", "keep": "label"}
+    changed = {"dataset": cameras, "forget": "track", "keep": "label"}
     whole = recipe("whole", **changed)
     assert run(whole) is not None
     said = capsys.readouterr().out
     assert re.search(r"swap positive: .*forget", said)
-    plan = r"fields  forget camera \(3 values, (\d+) images have none\), keep label \(10 values\)"
-    found = re.search(rf"{plan}: (\d+) of 200 images have neighbours to look up$", said, re.M)
-    assert found is not None and 20 < int(found[1]) < 80 and found[2] == "200"
+    plan = (
+        r"fields  forget track \((\d+) values, (\d+) images have none, too many to erase from 32 "
+        r"channels\): neighbours of other values; keep label \(10 values\): neighbours of the same "
+        r"value; 200 of 200 images have neighbours to look up$"
+    )
+    found = re.search(plan, said, re.M)
+    assert found is not None and int(found[1]) > 40 and 5 < int(found[2]) < 40
     asked = recipe("pieces", **changed)
     run_stopped_before(asked, (3, 5, 7))
     assert_identical(asked, whole)
@@ -273,6 +453,113 @@ def test_a_run_stopped_and_in_micro_batches(
     run(plain)
     assert losses(plain)[1:] != pytest.approx(losses(whole)[1:], abs=1e-4)
     assert all("images_without_neighbour" not in line for line in log_of(plain))
+
+
+def test_few_values_are_erased_after_the_same_training(
+    recipe: Callable[..., RefineRecipe], cameras: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = recipe("plain", dataset=cameras)
+    alone = run(plain)
+    capsys.readouterr()
+    changed = {"dataset": cameras, "forget": "camera"}
+    pieces = recipe("pieces", **changed)
+    run_stopped_before(pieces, (5,))
+    plan = (
+        r"fields  forget camera \(3 values, \d+ images have none\): erased from the features at "
+        r"the end, 2 of 32 directions$"
+    )
+    said = capsys.readouterr().out
+    assert re.search(plan, said, re.M) and "swap none: " in said
+    assert_identical(plain, pieces)
+
+    # killed when all steps were done, and not at all
+    again = run(pieces)
+    asked = recipe("whole", **changed)
+    whole = refine(asked)
+    assert alone is not None and again is not None and whole is not None
+    assert whole.metrics["erased"] == again.metrics["erased"]
+    state, other = whole.refined.state_dict(), alone.refined.state_dict()
+    added = {f"layers.2.eraser.{name}" for name in ("mean", "read", "write")}
+    assert state.keys() == other.keys() | added
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.items())
+    assert all(torch.equal(state[name], again.refined.state_dict()[name]) for name in added)
+
+    # in the folder as in memory
+    output = Path(asked.output_dir)
+    loaded = load_encoder(trained_folder(output))
+    images = open_images(cameras)
+    (field,) = find_fields(images, ["camera"], "forget")
+    own = torch.from_numpy(field.values)
+    column = own_columns(loaded.config)[-1]
+    rows, left = (
+        encode_images(each, images, loaded.image_processor, [column])[0][column]
+        for each in (alone.refined, loaded)
+    )
+    assert spread(left, own) < 1e-4 < 1e-2 < spread(rows, own)
+
+    # what the end and the card say of it
+    erased = whole.metrics["erased"]
+    assert (erased["directions"], erased["width"]) == (2, 32)
+    assert erased["images"] == int((own >= 0).sum()) and erased["probed"] == erased["images"] // 2
+    start = Verdict("not better", "it is not")
+    kept = _ending(dataclasses.replace(whole, verdict=start), cameras)
+    assert "ships as it was, with nothing that this run erased: " in kept and "Erased" not in kept
+    better = _ending(dataclasses.replace(whole, verdict=Verdict("better", "it is")), cameras)
+    words = (
+        r"camera \(linear probe [\d.]+ % before, [\d.]+ % after, [\d.]+ % by chance\): 2 of 32 "
+        "directions, fitted on "
+    )
+    assert re.search(f"Erased: {words}", better)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["erased"] == erased
+    for verdict, says in (("better", True), ("not better", False)):
+        (output / "metrics.json").write_text(json.dumps(metrics | {"verdict": verdict}))
+        card = html.unescape(write_card(output).read_text()).replace("\\", "")
+        assert bool(re.search(f"Erased from the features:\\*\\* {words}", card)) == says
+
+    # from there on: what was erased stays erased, and once more what training brings back
+    further = recipe("further", dataset=cameras, model=str(trained_folder(output)), forget="camera")
+    result = run(further)
+    assert "; camera erased in 2 directions, which stay so" in capsys.readouterr().out
+    assert result is not None
+    config = result.refined.config
+    assert (config.erased_directions, config.erased) == (4, ["camera"])
+    left = encode_images(result.refined, images, result.processor, [column])[0][column]
+    assert spread(left, own) < 1e-4
+
+
+def test_a_field_is_erased_where_there_is_room(cameras: str) -> None:
+    images = open_images(cameras)
+    asked = RefineRecipe(model="m", dataset=cameras, forget="track,label,camera", keep="many")
+    fields = open_fields(asked, images)
+    assert fields is not None
+    erased = {}
+    for width, before in ((16, 0), (24, 0), (88, 0), (88, 9), (1024, 0)):
+        names = ["a"] if before else None
+        shape = {"hidden_size": width, "num_attention_heads": 2}
+        config = MimRefinerConfig(**shape, erased_directions=before, erased=names)
+        erased[width, before] = fields.few_values_first(config).erased_names
+    # of tracks there are too few images
+    assert erased == {
+        (16, 0): ["camera"],
+        (24, 0): ["camera"],
+        (88, 0): ["label", "camera"],
+        (88, 9): ["camera"],
+        (1024, 0): ["label", "camera"],
+    }
+    line = fields.few_values_first(config).plan_line()
+    assert "none, fewer than 10 images each on average, too few to erase): neighbours of" in line
+
+    asked = RefineRecipe(model="m", dataset=cameras, forget="camera")
+    fields = open_fields(asked, images)
+    assert fields is not None
+    config = MimRefinerConfig(pooling_head="attention")
+    with pytest.raises(
+        ValueError, match="weights of pooling attention would not know; give pooling"
+    ):
+        settle_fields(fields, asked, config)
+    given = settle_fields(fields, dataclasses.replace(asked, pooling="mean"), config)
+    assert given.erased_names == ["camera"] and given.metadata() is None
 
 
 def test_a_run_goes_on_with_the_values_that_it_began_with(
@@ -296,13 +583,16 @@ def test_a_run_goes_on_with_the_values_that_it_began_with(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"forget": "one"}, "all 200 images have the same value of one, so none has"),
+        ({"forget": "one"}, "all 200 images have the same value of one, so there is nothing to"),
+        ({"forget": "camera", "trainable": "lora:4"}, "adapters cannot hold that; leave one"),
+        ({"forget": "camera", "save_as": "vit"}, "no eraser behind the last block"),
         ({"keep": "many"}, "no two of the 200 images have the same value of many, so none"),
         ({"forget": "label", "keep": "many"}, "no two of the 200 images have the same value"),
         ({"forget": "camera,many,one"}, "all 200 images have the same value of one"),
         ({"forget": "label", "keep": "label"}, "exclude each other: label stands in both"),
         ({"keep": "3"}, "how many checkpoints are kept is --save_total_limit"),
-        ({"forget": "camera", "swap": "none"}, "uses no neighbours"),
+        ({"forget": "track", "swap": "none"}, "uses no neighbours"),
+        ({"keep": "camera", "swap": "none"}, "uses no neighbours"),
         ({"forget": "camera,camera"}, "must be names of different columns"),
     ],
 )

@@ -104,8 +104,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         intermediate_size=64,
         image_size=32,
         patch_size=8,
+        erased_directions=3,
+        erased=["camera"],
     )
     encoder = MimRefinerModel(config).eval()
+    for name, buffer in encoder.named_buffers():
+        if ".eraser." in name:
+            buffer.normal_(std=0.2)
     processor = MimRefinerImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )

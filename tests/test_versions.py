@@ -22,7 +22,9 @@ from mim_refiner_hf.runtime.checkpoint import load_latest, save_checkpoint
 from mim_refiner_hf.runtime.settings import read_fields
 from mim_refiner_hf.runtime.versions import NewerFormatError
 
-NEWER = "was written by a newer version: format 3, this one reads up to 1; upgrade mim_refiner_hf"
+NEWER = (
+    "was written by a newer version: format 3, this one reads up to [12]; upgrade mim_refiner_hf"
+)
 
 
 def state(path: Path, version: Any) -> None:

@@ -198,12 +198,12 @@ def relative_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> floa
     """How far weights moved, as a share of their length: 0 for none, 1 for as far as they are long.
 
     Tensors that are the same to the bit, such as those of frozen blocks, are left out of both, and
-    those that only one side has.
+    those that only one side has in this shape, such as an eraser's.
     """
     moved, length = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for name in before.keys() & after.keys():
         old, new = (side[name].detach().cpu().double() for side in (before, after))
-        if not torch.equal(old, new):
+        if old.shape == new.shape and not torch.equal(old, new):
             moved += (new - old).square().sum()
             length += old.square().sum()
     if moved == 0:

@@ -26,6 +26,8 @@ from .int8 import computed_in
 from .shard_files import STORE_FORMAT, Identity, StoreManifest
 
 IMAGES_PER_SHARD = 8192
+# of a configuration
+_NO_SETTINGS = ("pooling", "features", "format_version", "erased", "erased_directions")
 _PACKAGES = (
     "mim_refiner_hf",
     "torch",
@@ -40,12 +42,13 @@ _PACKAGES = (
 def weights_fingerprint(encoder: MimRefinerModel) -> str:
     """16 hexadecimal digits of all weights and of the settings that say how they are used.
 
-    The settings of pooling are left out: they choose among columns. So is the format of the folder.
+    The settings of pooling are left out: they choose among columns. So are the format of the
+    folder, and what names the eraser, which is among the weights.
     """
     settings = {
         name: getattr(encoder.config, name)
         for name in MimRefinerConfig.__annotations__
-        if not name.startswith("_") and name not in ("pooling", "features", "format_version")
+        if not name.startswith("_") and name not in _NO_SETTINGS
     }
 
     tensors = sorted(encoder.state_dict().items())

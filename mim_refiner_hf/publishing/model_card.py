@@ -40,7 +40,7 @@ from ..runtime.files import write_text
 from ..runtime.pace import duration
 from ..runtime.text import fenced, one_line, plain
 from .card_licence import licence_line
-from .run_file import RUN_FILE, Metrics, RunRecord, read_run
+from .run_file import RUN_FILE, Metrics, RunRecord, erased_words, read_run
 from .ways_to_use import ways_to_use
 
 # in the card's snippets, until `push_folder` knows the repository
@@ -192,6 +192,12 @@ class CardData:
         """The verdict's reason, safe in Markdown; empty where there is no verdict."""
         judgement = self.run["judgement"]
         return "" if judgement is None else plain(judgement.get("reason", ""))
+
+    @property
+    def erased(self) -> str:
+        """What is erased from the features, safe in Markdown; empty where nothing is."""
+        erased = self.run.get("erased")
+        return "" if erased is None or self.ships_start else plain(erased_words(erased))
 
     def scores(self, side: RunSide) -> Metrics | None:
         """All that was measured of one side; None where nothing was."""

@@ -45,6 +45,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "pooled_norm": (False,),
     "pooling": ("cls",),
     "features": ("output",),
+    "erased_directions": (0,),
 }
 Fields = dict[str, Any]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from ..evaluation.evidence import JudgedChange
+from ..runtime.text import one_line
 
 RUN_FILE = "metrics.json"
 
@@ -42,6 +43,32 @@ class Judgement(TypedDict):
     changes: dict[str, JudgedChange]
 
 
+class ErasedField(TypedDict):
+    """How well a linear probe tells the values of a field, before it was erased and after.
+
+    By logistic regression, in images that the eraser was not fitted on; by chance it is the share
+    of the most frequent value.
+    """
+
+    name: str
+    chance: float
+    probe_before: float
+    probe_after: float
+
+
+class Erased(TypedDict):
+    """What is erased from the features of a result (`runs/fields.py`).
+
+    For the probes, which have `probed` of the `images`, the eraser was fitted on another half.
+    """
+
+    fields: list[ErasedField]
+    directions: int
+    width: int
+    images: int
+    probed: int
+
+
 class RunRecord(TypedDict):
     """Everything that a run leaves in numbers, and what is needed to get them again.
 
@@ -68,6 +95,26 @@ class RunRecord(TypedDict):
     recipe: Mapping[str, object]
     broken_images: NotRequired[int]
     head_choice: NotRequired[Mapping[str, object]]
+    erased: NotRequired[Erased]
+
+
+def erased_words(erased: Erased) -> str:
+    """What is erased, and how well, in a sentence."""
+    parts = []
+    for field in erased["fields"]:
+        before, after, chance = (
+            f"{100 * share:.1f}"
+            for share in (field["probe_before"], field["probe_after"], field["chance"])
+        )
+        parts.append(
+            f"{one_line(field['name'])} (linear probe {before} % before, {after} % after, "
+            f"{chance} % by chance)"
+        )
+    return (
+        f"{', '.join(parts)}: {erased['directions']} of {erased['width']} directions, fitted on "
+        f"{erased['images']} images; probed on {erased['probed']} of these, with an eraser of "
+        "the others"
+    )
 
 
 def read_run(run_folder: Path) -> Mapping[str, Any]:

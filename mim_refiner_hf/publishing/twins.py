@@ -125,6 +125,12 @@ def unsupported(config: MimRefinerConfig, beside: Collection[str] = ()) -> list[
     if config.features == "last_block" and config.final_norm:
         lacking["features"] = "pooling before the final norm (features='last_block')"
 
+    if config.erased_directions:
+        lacking["erased_directions"] = (
+            f"eraser behind the last block (erased_directions={config.erased_directions}, of "
+            "--forget)"
+        )
+
     if config.pooling not in ("cls", "mean"):
         lacking["pooling"] = f"pooling but of CLS or patches (pooling={config.pooling!r})"
     elif config.pooling_head != "none":

@@ -13,7 +13,7 @@ would ship the start. From 20 000 images on, and on a GPU, views and swap are th
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -58,12 +58,14 @@ class Situation:
         num_images: training images; None for a stream, which counts as many.
         processes: how many share a batch.
         gpu: whether they compute on GPUs.
+        about_neighbours: settings of metadata that need neighbours to be looked up.
     """
 
     config: MimRefinerConfig
     num_images: int | None
     processes: int = 1
     gpu: bool = False
+    about_neighbours: Sequence[str] = ()
 
     @property
     def is_large(self) -> bool:
@@ -259,9 +261,8 @@ def _topk(stated: Stated, at: Situation) -> Choice[int]:
 def _swap(stated: Stated, at: Situation) -> Choice[str]:
     if at.is_large:
         return Choice("positive", "the paper's")
-    for name in ("forget", "keep"):
-        if stated[name] is not None:
-            return Choice("positive", f"{setting(name)} is about neighbours")
+    for name in at.about_neighbours:
+        return Choice("positive", f"{setting(name)} is about neighbours")
     return Choice("none", f"{at.too_small}: a run is too short for its neighbours to be near")
 
 

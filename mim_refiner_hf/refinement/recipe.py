@@ -203,10 +203,10 @@ def _wrong_fields(recipe: RefineRecipe) -> Iterator[str]:
             f"{' and '.join(named)}: the columns of all images are read beforehand, which a stream "
             f"has not; leave {setting('streaming')} out"
         )
-    if recipe.swap == "none" and named:
+    if recipe.swap == "none" and recipe.keep is not None:
         yield (
-            f"{' and '.join(named)}: is about neighbours, and {setting('swap', 'none')} uses no "
-            f"neighbours; leave one of them out"
+            f"{setting('keep', recipe.keep)}: is about neighbours, and {setting('swap', 'none')} "
+            "uses no neighbours; leave one of them out"
         )
     if recipe.keep is not None and recipe.keep.isdecimal():
         yield (

@@ -47,8 +47,9 @@ class DataFields:
     label_column: str | None = documented(None, "Column of a table that holds the labels.")
     forget: ColumnNames | None = documented(
         None,
-        "Columns such as camera,site whose values the features are to forget: neighbours are "
-        "looked up among images of other values alone.",
+        "Columns such as camera,site whose values the features are to forget: few values are "
+        "erased from the features at the end; of many, neighbours are looked up among images of "
+        "other values alone.",
     )
     keep: ColumnNames | None = documented(
         None,

@@ -124,8 +124,8 @@ class MethodFields:
     swap: Swap | None = documented(
         None,
         "Where the neighbour replaces the target: positive (NNA), all (NNCLR), none (InfoNCE). "
-        "Auto: none below 20000 images, whose neighbours are too far, else, and with forget or "
-        "keep, positive.",
+        "Auto: none below 20000 images, whose neighbours are too far, else, and where forget or "
+        "keep need neighbours, positive.",
     )
     pairs: Pairs = documented(
         "intended",

@@ -14,6 +14,7 @@ and the checks that need encoder and data. Every choice has one reason, which th
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -213,6 +214,7 @@ def resolve(
     processes: int = 1,
     bf16: bool = False,
     gpu: bool = False,
+    about_neighbours: Sequence[str] = (),
 ) -> ResolvedRecipe:
     """The recipe with all that it leaves open filled in, checked against encoder, data, processes.
 
@@ -222,12 +224,13 @@ def resolve(
         processes: how many share a batch.
         bf16: whether the device computes in bfloat16, see `runtime.device.uses_bf16`.
         gpu: whether it is a GPU.
+        about_neighbours: settings of metadata that need neighbours to be looked up.
 
     Raises:
         ValueError: naming flag, value and what is allowed.
     """
     asked = recipe
-    situation = Situation(config, num_images, processes, gpu)
+    situation = Situation(config, num_images, processes, gpu, about_neighbours)
     fitted = fit(recipe, situation)
     recipe = _with_frozen_blocks(fitted.recipe, config)
     open_again = dataclasses.replace(recipe, learning_rate=None, temperature=None)

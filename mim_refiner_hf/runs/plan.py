@@ -28,6 +28,7 @@ from ..refinement.resolve import ResolvedRecipe
 from ..runtime.device import emulates_bf16
 from ..runtime.files import in_bytes
 from ..runtime.sharding import fsdp2_requested
+from ..runtime.text import one_line
 from ..runtime.wording import millions, setting
 
 # What the heads read, in words, for each `pooling`.
@@ -117,7 +118,14 @@ def _named(name: str, texts: list[str]) -> list[tuple[str, str]]:
 def _start_text(recipe: ResolvedRecipe, config: MimRefinerConfig) -> str:
     asked = recipe.asked
     start = asked.model or asked.init_from or f"pre-trained first by {asked.pretrain}"
-    return f"{start}: {encoder_text(config)}"
+    text = f"{start}: {encoder_text(config)}"
+    if config.erased_directions:
+        # the blocks are trained on with it
+        text += (
+            f"; {', '.join(map(one_line, config.erased or ()))} erased in "
+            f"{config.erased_directions} directions, which stay so"
+        )
+    return text
 
 
 def encoder_text(config: MimRefinerConfig) -> str:

@@ -29,6 +29,7 @@ from ..model.modeling_mim_refiner import MimRefinerModel
 from ..pretraining.auto import fit_to_images
 from ..pretraining.loop import fitted_processor
 from ..pretraining.recipe import PretrainRecipe
+from ..publishing.run_file import Erased
 from ..refinement.auto import choose_eval_fraction
 from ..refinement.recipe import RefineRecipe
 from ..refinement.resolve import ResolvedRecipe, resolve
@@ -41,7 +42,7 @@ from ..runtime.sharding import fsdp2_requested
 from ..runtime.wording import setting
 from .begun import as_begun, check_as_begun, check_output
 from .channels import fit_channels
-from .fields import RunFields, check_same_fields, open_fields
+from .fields import RunFields, check_same_fields, open_fields, settle_fields
 from .head_choice import check_measurable
 from .init_from import check_heads_fit, encoder_of, open_start, with_its_blocks
 
@@ -131,6 +132,27 @@ class Prepared:
         """The first step that is still to be done."""
         return 0 if self.resume is None else self.resume.step
 
+    @property
+    def erased_directions(self) -> int:
+        """How many directions of its features the run erases, at most."""
+        return 0 if self.fields is None else self.fields.directions
+
+    def erase(self, encoder: MimRefinerModel) -> Erased | None:
+        """Let the trained encoder erase what the run is to erase, in place; None for nothing.
+
+        It needs no checkpoint: a run that was interrupted comes to the same.
+        """
+        if self.fields is None:
+            return None
+        images = self.images.training
+        # a stream has no fields
+        assert isinstance(images, ImageDataset)
+        recipe = self.recipe
+        workers = recipe.num_workers
+        return self.fields.erase(
+            encoder, images, self.start.processor, seed=recipe.seed, num_workers=workers
+        )
+
 
 def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     """Open data and weights, fill in the recipe, and check it against machine and folder."""
@@ -151,11 +173,14 @@ def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:
     if start.config.num_channels != 3:
         training, evaluation = open_run_images(recipe, start.config.num_channels, given)
     images = _with_bank(training, evaluation, recipe.seed)
+    if fields is not None:
+        fields = settle_fields(fields, recipe, start.config)
 
     num_images = len(training) if isinstance(training, ImageDataset) else None
     processes = stated_processes()
     gpu = torch.accelerator.is_available()
-    resolved = resolve(recipe, start.config, num_images, processes, bf16, gpu)
+    neighbours = () if fields is None else fields.about_neighbours
+    resolved = resolve(recipe, start.config, num_images, processes, bf16, gpu, neighbours)
     if "head_blocks" in resolved.to_measure:
         check_measurable(images.bank)
     if start.pretraining is not None:

@@ -25,6 +25,7 @@ from ..data.images import ImageDataset, open_images
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..publishing.hub import check_model_folder, check_repo_id, push_folder, save_model_folder
 from ..publishing.model_card import write_card
+from ..publishing.run_file import erased_words
 from ..refinement.adapters import check_adapter_folder
 from ..refinement.failure import NotBetterError
 from ..refinement.recipe import RefineRecipe
@@ -245,8 +246,13 @@ def _ending(result: RunResult, images: str) -> str:
 
     photos = images if Path(images).exists() else "photos/"
     command = ["mim-refiner", "cluster", photos, "--model", str(folder)]
+    erased = result.metrics.get("erased")
+    if erased is not None and not verdict.ships_start:
+        parts.append(f"Erased: {erased_words(erased)}.")
     if verdict.ships_start:
-        parts.append(f"The start ships: {folder}; what was trained: {output / NOT_SHIPPED}.")
+        unchanged = "" if erased is None else " as it was, with nothing that this run erased"
+        kept_back = output / NOT_SHIPPED
+        parts.append(f"The start ships{unchanged}: {folder}; what was trained: {kept_back}.")
     else:
         parts.append(f"The refined model: {folder}.")
         if (result.metrics["dataset"].get("images") or 0) >= _ENOUGH_FOR_HEADS:

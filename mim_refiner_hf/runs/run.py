@@ -99,7 +99,8 @@ def run(
     torch.set_flush_denormal(True)
     prepared = prepare(recipe, given)
     if recipe.save_as is not None:
-        check_save_as(recipe.save_as, prepared.start.config, prepared.recipe.pooling)
+        config, erased = prepared.start.config, prepared.erased_directions
+        check_save_as(recipe.save_as, config, prepared.recipe.pooling, erased)
     accelerator = _accelerator(prepared, callbacks)
     if accelerator.is_main_process:
         print(_plan(prepared, accelerator), flush=True)
@@ -189,6 +190,7 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     begun = prepared.start
     vars(refined).update(image_processor=begun.processor, licence=begun.licence)
 
+    erased = prepared.erase(refined)
     start = load_start(prepared)
     if start is not None:
         start.to(accelerator.device)
@@ -203,6 +205,8 @@ def _refine_and_measure(prepared: Prepared, accelerator: Accelerator) -> RunResu
     metrics["broken_images"] = trained.broken
     if trained.choice is not None:
         metrics["head_choice"] = dataclasses.asdict(trained.choice)
+    if erased is not None:
+        metrics["erased"] = erased
     if accelerator.is_main_process:
         write_evidence(prepared, metrics, measured, after, judged)
 

@@ -14,19 +14,23 @@ from ..publishing.twins import why_not_exported
 from ..runtime.wording import setting
 
 
-def check_save_as(to: str, config: MimRefinerConfig, pooling: Pooling) -> None:
+def check_save_as(
+    to: str, config: MimRefinerConfig, pooling: Pooling, erased_directions: int = 0
+) -> None:
     """Whether both that can ship, the start and the result, can be said in a format.
 
     Args:
         to: a format of `export`.
         config: of the start.
         pooling: of the result.
+        erased_directions: how many are erased from the result.
 
     Raises:
         ValueError: naming the setting in the way, or what is not installed.
     """
     result = copy.deepcopy(config)
     result.pooling = pooling
+    result.erased_directions += erased_directions
     if pooling not in LEARNED_POOLINGS:
         # as the trainer lets go of them
         result.predictor_layers = 0
