@@ -123,7 +123,7 @@ def main(rows: int, width: int, num_clusters: int, folder: Path) -> None:
         "# k-means from a disk",
         "",
         f"{rows} rows of {width} dimensions in float16, {num_clusters} groups, one thread,",
-        f"{PASSES} passes of k-means at most and three more (checks, means, groups). Memory is this",
+        f"{PASSES} passes of k-means at most, three more for checks, means, groups. Memory is this",
         "process's own (RssAnon) above what it held before; the labels and confidences of all",
         f"rows are {rows * 12 / 1e6:.0f} MB of it. The first {PART} rows gave the same groups from",
         "the file as from memory. Other programs ran on the machine: go by the processor's time.",
