@@ -176,6 +176,42 @@ def test_along_few_directions_many_groups_end_as_low() -> None:
         assert float((means - each.centroids).norm()) < 0.02 * float(means.norm())
 
 
+@pytest.mark.parametrize(("number", "groups"), [(1000, 120), (300, 150)])
+def test_rows_that_few_directions_or_few_rows_tell_little_of(number: int, groups: int) -> None:
+    """One column holds 95 % of the variance, yet groups are as wide along all others."""
+    rows, _ = blobs(number, groups=5, width=8)
+    rows[:, 0] *= 8
+    theirs = [KMeans(groups, n_init=1, random_state=seed).fit(rows.numpy()) for seed in range(2)]
+    found = kmeans(rows, groups, spherical=False, refits=0)
+    assert found.counts.min() > 0
+    assert found.inertia <= 1.01 * np.mean([each.inertia_ for each in theirs])
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+def test_rows_far_from_zero_are_told_apart(offset: float) -> None:
+    rows, labels = blobs()
+    rows = rows + offset
+    for source in (rows, ArrayBatches(rows, rows_per_batch=130)):
+        found = kmeans(source, 9, spherical=False)
+        assert as_one_partition(found.assignments, labels)
+        near = (rows - found.centroids[found.assignments]).double()
+        assert found.inertia == pytest.approx(float(near.square().sum()), rel=1e-3)
+        assert torch.equal(found.assign(rows)[0], found.assignments)
+    again = kmeans(rows, 9, spherical=False, initial=found.centroids, refits=0)
+    assert torch.equal(again.assignments, found.assignments)
+
+
+def test_rows_of_any_size_are_as_good_or_refused() -> None:
+    rows, _ = blobs()
+    expected = kmeans(rows, 9, refits=0)
+    for size in (1e-30, 1e30):
+        assert torch.equal(kmeans(rows * size, 9, refits=0).assignments, expected.assignments)
+        with pytest.raises(ValueError, match="square is not exact in fp32; bring all to values"):
+            kmeans(rows * size, 9, spherical=False)
+    column = kmeans(rows[:, :1], 100, spherical=False, refits=1)
+    assert column.counts.min() > 0 and column.confidence.isfinite().all()
+
+
 def test_the_sample_for_the_starts_is_bounded() -> None:
     sizes = {2: 4096, 200: 8000, 1000: 20_000, 6553: 131_060, 10_000: 131_072, 100_000: 400_000}
     assert {count: start_size(count) for count in sizes} == sizes

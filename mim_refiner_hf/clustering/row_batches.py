@@ -1,13 +1,13 @@
 """Rows of any number, batch by batch, over all processes: what k-means passes over.
 
     rows = Rows(features, spherical=True)                  # a tensor (N, D), or `Batches`
-    sample, variance = survey(rows, num_clusters, seed=0, most=4096)
+    sample, mean, variance = survey(rows, num_clusters, seed=0, most=4096)
     low = rows.along(directions)                           # (N, d)
 
 This file travels with saved models: it imports only torch and NumPy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Shapes below: N rows in all, n rows of a batch, S sampled rows, D their width, d directions.
+
+# values whose squares, and sums of them, have all their bits in fp32
+_SMALLEST = 1e-15
+_LARGEST = 1e15
+# Rows whose mean is farther from 0 than so many times their own length around it lose in fp32 what
+# tells them apart: from a thousand times on.
+_FAR = 10.0
 
 
 class Batches(Protocol):
@@ -63,7 +70,17 @@ def prepared(rows: Tensor, spherical: bool) -> Tensor:
         rows = rows.float()
     if not spherical:
         return rows
-    return F.normalize(rows.float(), dim=1).to(rows.dtype)
+    return _unit(rows.float()).to(rows.dtype)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, and of length 0 where they are zero; of any size."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    # the squares of others leave fp32
+    if bool(((lengths < 1e3 * _SMALLEST) | (lengths > _LARGEST)).any()):
+        tiny = torch.finfo(rows.dtype).tiny
+        rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(tiny)
+    return F.normalize(rows, dim=1)
 
 
 def bad_rows(rows: Tensor) -> Tensor:
@@ -125,8 +142,15 @@ class Rows:
 
     def along(self, directions: Tensor) -> "Rows":
         """The prepared rows projected on directions (D, d); in memory where these are."""
-        low = _Projected(self, directions)
-        return Rows(low if self.streamed else torch.cat(list(low)), spherical=False)
+        return Rows(self._changed(lambda batch: products(batch, directions.T)), spherical=False)
+
+    def around(self, middle: Tensor) -> "Tensor | Batches":
+        """The rows less `middle` (D,), fp32; in memory where these are."""
+        return self._changed(lambda batch: batch.float() - middle)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Tensor | Batches":
+        changed = _Changed(self, change)
+        return changed if self.streamed else torch.cat(list(changed))
 
     def over_processes(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the processes."""
@@ -135,34 +159,44 @@ class Rows:
         return tensor
 
 
-class _Projected:
-    """`Batches` of rows along some directions."""
+class _Changed:
+    """`Batches` of other rows, each batch after a change."""
 
-    def __init__(self, rows: Rows, directions: Tensor) -> None:
+    def __init__(self, rows: Rows, change: Callable[[Tensor], Tensor]) -> None:
         self.rows = rows
-        self.directions = directions
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.rows.batches)
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.rows:
-            yield products(batch, self.directions.T)
+            yield self.change(batch)
 
 
 # --- the first pass -------------------------------------------------------------------------------
 
 
-def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor, float]:
+def is_far(middle: Tensor, variance: float) -> bool:
+    """Whether rows have to be moved to be told apart in fp32.
+
+    Args:
+        middle: their mean (D,).
+        variance: their squared distance from it, on average.
+    """
+    return float(middle.double().square().sum()) > _FAR**2 * variance
+
+
+def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor, Tensor, float]:
     """The first pass over the rows, with all checks.
 
     Returns:
         A random sample (S, D) fp32, of `most` rows if there are so many, the same on all processes;
-        and the mean variance of a feature.
+        the mean row (D,) fp32; and the mean variance of a feature.
 
     Raises:
-        ValueError: for no rows, too few for `num_clusters`, rows that are not finite, or a length
-            that does not count them.
+        ValueError: for no rows, too few for `num_clusters`, rows that are not finite or too
+            large or small to be squared, or a length that does not count them.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -186,18 +220,19 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
     picks = torch.from_numpy(np.sort(drawn)).to(device)
     sample = torch.zeros(size, width, device=device)
     total = torch.zeros(width, dtype=torch.float64, device=device)
-    squares, bad, seen = torch.zeros(3, dtype=torch.float64, device=device)
+    squares, bad, seen, peak = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in rows:
         here = (picks >= position) & (picks < position + len(batch))
         sample[here] = batch[picks[here] - position].float()
         total += batch.sum(0, dtype=torch.float64)
         squares += sum_of_squares(batch)
         bad += bad_rows(batch)
+        peak = torch.maximum(peak, batch.abs().amax().double())
         seen += len(batch)
         position += len(batch)
 
     # each process filled in its own rows, so that the sum is the whole sample
-    for tensor in (bad, seen, total, squares, sample):
+    for tensor in (bad, seen, peak, total, squares, sample):
         rows.over_processes(tensor)
     refuse_bad(bad, count)
     if int(seen) != count:
@@ -205,5 +240,11 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
             f"the batches gave {int(seen)} rows, but their length says {count}; "
             "the length must count rows"
         )
-    variance = (squares / count - (total / count).square().sum()) / width
-    return sample, float(variance)
+    if peak > 0 and not _SMALLEST < peak < _LARGEST:
+        raise ValueError(
+            f"the largest value is {float(peak):.0e}, whose square is not exact in fp32; bring all "
+            f"to values between {_SMALLEST:.0e} and {_LARGEST:.0e} by one factor"
+        )
+    mean = total / count
+    variance = (squares / count - mean.square().sum()) / width
+    return sample, mean.float(), float(variance)

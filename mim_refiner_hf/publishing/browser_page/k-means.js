@@ -2,7 +2,8 @@
 // confidence.py say why): greedy k-means++ with restarts, of which the worse half is dropped after
 // every fourth pass, strides, empty groups filled, and a confidence that eight second clusterings
 // calibrate. The same seed gives the same groups as there, up to 4 096 rows and 99 groups: of more
-// rows the samples are others, and more groups are there begun along the principal directions.
+// rows the samples are others, and more groups are there mostly begun along the principal
+// directions.
 
 import { apart, columnMeans, dot, matrix, minus } from "./matrices.js";
 import { onto, orthonormal, pick, unit } from "./matrices.js";
@@ -247,7 +248,8 @@ function above(rising, value) {
 
 // the best restart on a sample, and strides over all rows
 function goodStart(rows, sample, groups, { runs, seed, spherical, passes }) {
-  const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS / groups)));
+  const fewRows = Math.max(SAMPLE, sample.n) / sample.n;
+  const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS * fewRows / groups)));
   const generator = new Generator(seed);
   const begin = () => pick(sample, greedyRows(sample, groups, generator));
   const starts = Array.from({ length: begun }, begin);
