@@ -550,6 +550,13 @@ def test_a_field_is_erased_where_there_is_room(cameras: str) -> None:
     line = fields.few_values_first(config).plan_line()
     assert "none, fewer than 10 images each on average, too few to erase): neighbours of" in line
 
+    camera = next(field for field in fields.fields if field.name == "camera")
+    values = camera.values.copy()
+    values[fields.indices[0]] = values.max() + 1
+    rare = dataclasses.replace(fields, fields=[camera._replace(values=values)], num_forgotten=1)
+    line = rare.few_values_first(config).plan_line()
+    assert "1 with fewer than 10 images, erased less surely" in line
+
     asked = RefineRecipe(model="m", dataset=cameras, forget="camera")
     fields = open_fields(asked, images)
     assert fields is not None

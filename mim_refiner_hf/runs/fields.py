@@ -171,6 +171,9 @@ class RunFields:
             facts.append(f"fewer than {_IMAGES_PER_VALUE} images each on average, too few to erase")
         elif forgotten and place not in self.erased:
             facts.append(f"too many to erase from {self.width} channels")
+        rare = int((counts < _IMAGES_PER_VALUE).sum())
+        if place in self.erased and rare:
+            facts.append(f"{rare} with fewer than {_IMAGES_PER_VALUE} images, erased less surely")
         if not forgotten and len(counts) == 1 and not missing:
             facts.append("all images share it, so it rules out nothing")
         return f"{one_line(field.name)} ({', '.join(facts)})"
