@@ -294,7 +294,6 @@ def kmeans(
             raise ValueError(f"{name}={value} must be at least 1")
     if refits < 0:
         raise ValueError(f"refits={refits} must be at least 0")
-
     again = partial(
         kmeans,
         num_clusters=num_clusters,
@@ -314,8 +313,7 @@ def kmeans(
 
     limit = tolerance * variance
     if initial is not None:
-        start = prepared(initial, spherical)
-        centroids = best_centroids(rows, start, iterations, limit)
+        centroids = best_centroids(rows, prepared(initial, spherical), iterations, limit)
     else:
         strides = iterations // 2
         start = good_start(rows, sample, num_clusters, runs=runs, seed=seed, passes=strides)
