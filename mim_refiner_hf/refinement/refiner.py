@@ -88,7 +88,7 @@ def neighbour_draw(
     """
     if topk == 1:
         return None
-    state = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    state = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
     generator = torch.Generator().manual_seed(state)
     draw = torch.randint(topk, (heads, views, batch * world_size()), generator=generator)
     return draw[:, :, rank() * batch : (rank() + 1) * batch]
