@@ -220,19 +220,21 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
     picks = torch.from_numpy(np.sort(drawn)).to(device)
     sample = torch.zeros(size, width, device=device)
     total = torch.zeros(width, dtype=torch.float64, device=device)
-    squares, bad, seen, peak = torch.zeros(4, dtype=torch.float64, device=device)
+    squares, bad, seen = torch.zeros(3, dtype=torch.float64, device=device)
+    # of each process
+    peaks = torch.zeros(rows.processes, dtype=torch.float64, device=device)
     for batch in rows:
         here = (picks >= position) & (picks < position + len(batch))
         sample[here] = batch[picks[here] - position].float()
         total += batch.sum(0, dtype=torch.float64)
         squares += sum_of_squares(batch)
         bad += bad_rows(batch)
-        peak = torch.maximum(peak, batch.abs().amax().double())
+        peaks[rows.rank] = torch.maximum(peaks[rows.rank], batch.abs().amax().double())
         seen += len(batch)
         position += len(batch)
 
     # each process filled in its own rows, so that the sum is the whole sample
-    for tensor in (bad, seen, peak, total, squares, sample):
+    for tensor in (bad, seen, peaks, total, squares, sample):
         rows.over_processes(tensor)
     refuse_bad(bad, count)
     if int(seen) != count:
@@ -240,9 +242,10 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
             f"the batches gave {int(seen)} rows, but their length says {count}; "
             "the length must count rows"
         )
+    peak = float(peaks.max())
     if peak > 0 and not _SMALLEST < peak < _LARGEST:
         raise ValueError(
-            f"the largest value is {float(peak):.0e}, whose square is not exact in fp32; bring all "
+            f"the largest value is {peak:.0e}, whose square is not exact in fp32; bring all "
             f"to values between {_SMALLEST:.0e} and {_LARGEST:.0e} by one factor"
         )
     mean = total / count

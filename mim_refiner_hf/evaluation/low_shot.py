@@ -40,6 +40,7 @@ from ..runtime.text import one_line
 from ..runtime.wording import setting
 from .feature_cache import ImageRows, read_rows
 from .features import own_column
+from .knn import standardise
 from .scores import ProtocolResult, Score, class_labels, mean_score
 
 if TYPE_CHECKING:
@@ -94,6 +95,24 @@ def fit_logistic(features: Tensor, labels: Tensor, *, penalty: float = PENALTY) 
     if two_classes:
         return torch.cat([-weights / 2, weights / 2], dim=1)
     return weights
+
+
+def probe_accuracy(bank: Tensor, values: Tensor, rows: Tensor, asked: Tensor) -> float:
+    """How often a linear probe names the values of rows: logistic regression, standardised.
+
+    Args:
+        bank: rows that it learns from (N, D).
+        values: theirs (N,), any whole numbers.
+        rows: (M, D).
+        asked: theirs (M,).
+    """
+    kinds, numbers = values.unique(return_inverse=True)
+    answers = kinds[:1].expand(len(rows))
+    if len(kinds) > 1:
+        bank, rows = standardise(bank, rows)
+        weights = fit_logistic(bank, numbers, penalty=1.0)
+        answers = kinds[(rows.double() @ weights).argmax(dim=1)]
+    return float((answers == asked).double().mean())
 
 
 # --- splits ----------------------------------------------------------------------------------

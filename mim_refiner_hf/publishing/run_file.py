@@ -47,13 +47,13 @@ class ErasedField(TypedDict):
     """How well a linear probe tells the values of a field, before it was erased and after.
 
     By logistic regression, in images that the eraser was not fitted on; by chance it is the share
-    of the most frequent value.
+    of the most frequent value. None where too few of these images have a value.
     """
 
     name: str
     chance: float
-    probe_before: float
-    probe_after: float
+    probe_before: float | None
+    probe_after: float | None
 
 
 class Erased(TypedDict):
@@ -102,14 +102,14 @@ def erased_words(erased: Erased) -> str:
     """What is erased, and how well, in a sentence."""
     parts = []
     for field in erased["fields"]:
-        before, after, chance = (
-            f"{100 * share:.1f}"
-            for share in (field["probe_before"], field["probe_after"], field["chance"])
-        )
-        parts.append(
-            f"{one_line(field['name'])} (linear probe {before} % before, {after} % after, "
-            f"{chance} % by chance)"
-        )
+        before, after = field["probe_before"], field["probe_after"]
+        probe = "too few images with a value to probe"
+        if before is not None and after is not None:
+            probe = (
+                f"linear probe {100 * before:.1f} % before, {100 * after:.1f} % after, "
+                f"{100 * field['chance']:.1f} % by chance"
+            )
+        parts.append(f"{one_line(field['name'])} ({probe})")
     return (
         f"{', '.join(parts)}: {erased['directions']} of {erased['width']} directions, fitted on "
         f"{erased['images']} images; probed on {erased['probed']} of these, with an eraser of "

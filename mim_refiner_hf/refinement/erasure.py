@@ -68,7 +68,7 @@ def fit_eraser(features: Tensor, values: Tensor, shrinkage: float | None = None)
         values: whole numbers (N,) or (F, N), -1 where one is missing: there the image says nothing
             of the field, and with no value at all it is left out.
         shrinkage: s of the covariance (1 - s) * S + s * trace(S) / D * I; None for D / (D + N),
-            which was as good as any on planted cameras (benchmarks/results/forget.md).
+            the more the fewer images there are for the width.
     """
     fields = values.reshape(-1, values.shape[-1])
     known = (fields >= 0).any(dim=0)

@@ -24,8 +24,7 @@ from ..data.images import ImageDataset, evenly_spaced
 from ..data.loading import Loading, Processor
 from ..data.stream import ImageStream
 from ..evaluation.features import encode_images, own_columns
-from ..evaluation.knn import standardise
-from ..evaluation.low_shot import fit_logistic
+from ..evaluation.low_shot import probe_accuracy
 from ..model.configuration_mim_refiner import MimRefinerConfig
 from ..model.modeling_mim_refiner import MimRefinerModel
 from ..model.poolings_mim_refiner import LEARNED_POOLINGS
@@ -236,9 +235,9 @@ class RunFields:
             fields.append(
                 {
                     "name": name,
-                    "chance": float(own.unique(return_counts=True)[1].max() / len(own)),
-                    "probe_before": probe_accuracy(rows[probed][has], own),
-                    "probe_after": probe_accuracy(left[has], own),
+                    "chance": float(own.bincount(minlength=1).max()) / max(len(own), 1),
+                    "probe_before": _crosswise(rows[probed][has], own),
+                    "probe_after": _crosswise(left[has], own),
                 }
             )
         return {
@@ -250,22 +249,18 @@ class RunFields:
         }
 
 
-def probe_accuracy(rows: Tensor, own: Tensor) -> float:
-    """Accuracy of a logistic regression of the values (N,), fitted on one half for the other.
+def _crosswise(rows: Tensor, own: Tensor) -> float | None:
+    """How often a probe names the values (N,) of either half of rows (N, D), learnt from the other.
 
-    Rows (N, D) are in an order that was drawn.
+    The rows are in an order that was drawn. None for too few.
     """
-    right = 0
-    for half in (0, 1):
-        trained = torch.arange(len(rows)) % 2 == half
-        kinds, numbers = own[trained].unique(return_inverse=True)
-        answers = kinds[:1].expand(int((~trained).sum()))
-        if len(kinds) > 1:
-            known, asked = standardise(rows[trained], rows[~trained])
-            weights = fit_logistic(known, numbers, penalty=1.0)
-            answers = kinds[(asked.double() @ weights).argmax(dim=1)]
-        right += int((answers == own[~trained]).sum())
-    return right / len(rows)
+    if len(rows) < _IMAGES_PER_VALUE:
+        return None
+    first = torch.arange(len(rows)) % 2 == 0
+    shares = []
+    for known in (first, ~first):
+        shares.append(probe_accuracy(rows[known], own[known], rows[~known], own[~known]))
+    return sum(shares) / 2
 
 
 # ---- before any work
