@@ -29,7 +29,7 @@ from small_runs import (
 
 from mim_refiner_hf import RefineRecipe, load_encoder
 from mim_refiner_hf.cli.main import main
-from mim_refiner_hf.data.fields import find_fields
+from mim_refiner_hf.data.fields import Field, find_fields
 from mim_refiner_hf.data.images import open_images
 from mim_refiner_hf.evaluation.features import encode, encode_images, own_columns
 from mim_refiner_hf.evaluation.int8 import in_int8
@@ -37,10 +37,11 @@ from mim_refiner_hf.model.configuration_mim_refiner import ConfigurationError, M
 from mim_refiner_hf.model.modeling_mim_refiner import prefix_tokens_only
 from mim_refiner_hf.publishing import save_model_folder
 from mim_refiner_hf.publishing.model_card import write_card
+from mim_refiner_hf.publishing.run_file import erased_words
 from mim_refiner_hf.refinement.erasure import erase, fit_eraser
 from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
-from mim_refiner_hf.runs.fields import open_fields, settle_fields
+from mim_refiner_hf.runs.fields import RunFields, open_fields, settle_fields
 from mim_refiner_hf.runs.refine import _ending, refine
 from mim_refiner_hf.runs.run import run
 from mim_refiner_hf.runs.verdict import Verdict
@@ -526,6 +527,19 @@ def test_few_values_are_erased_after_the_same_training(
     assert (config.erased_directions, config.erased) == (4, ["camera"])
     left = encode_images(result.refined, images, result.processor, [column])[0][column]
     assert spread(left, own) < 1e-4
+
+
+def test_a_field_that_hardly_an_image_has_is_not_probed() -> None:
+    values = np.stack([np.arange(60) % 2, np.where(np.arange(60) < 2, np.arange(60), -1)])
+    fields = [Field("camera", values[0], 2), Field("seldom", values[1], 2)]
+    settled = RunFields(fields, 2, np.arange(60), width=8, erased=(0, 1))
+    rows = torch.randn(60, 8) + 5 * torch.from_numpy(values[0])[:, None]
+    erased = settled._probed(rows, torch.from_numpy(values), directions=2, seed=0)
+    camera, seldom = erased["fields"]
+    before, after = camera["probe_before"], camera["probe_after"]
+    assert before is not None and after is not None and after < 0.8 < before
+    assert seldom["probe_before"] is None and seldom["probe_after"] is None
+    assert "seldom (too few images with a value to probe)" in erased_words(erased)
 
 
 def test_a_field_is_erased_where_there_is_room(cameras: str) -> None:
