@@ -26,14 +26,14 @@ _FEWER_PER_GROUP = ((20_000, 20), (2**17, 4))
 _DRAWN = 16
 # Groups up to which there are as many restarts as asked for; of more groups as many as take the
 # same time, 3 of 10 for 100 and 1 for 1000. The more groups there are, the less one restart differs
-# from another: from 3 to 10 of them the inertia falls by 0.04 % (K = 100).
+# from another.
 _FULL_RUNS = 30
 # groups from which on they are first looked for along few directions
 _MANY = 100
 # the directions along which many groups are looked for hold this share of the variance
 _VARIANCE = 0.95
-# What is across them may be this share of what the groups leave along them. From 2 on the inertia
-# ends 2 % higher than without them, and 20 % where rows lie along one; at 0.4 it does not.
+# What is across them may be this share of what the groups leave along them. With more, as where rows
+# lie along one direction, groups would slice that one, and Lloyd's passes do not mend it.
 _ACROSS = 0.5
 # sampled rows that tell it
 _ENOUGH = 2048
