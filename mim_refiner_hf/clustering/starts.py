@@ -32,8 +32,8 @@ _FULL_RUNS = 30
 _MANY = 100
 # the directions along which many groups are looked for hold this share of the variance
 _VARIANCE = 0.95
-# What is across them may be this share of what the groups leave along them. With more, as where rows
-# lie along one direction, groups would slice that one, and Lloyd's passes do not mend it.
+# What is across them may be this share of what the groups leave along them. With more, as where
+# rows lie along one direction, groups would slice that one, and Lloyd's passes do not mend it.
 _ACROSS = 0.5
 # sampled rows that tell it
 _ENOUGH = 2048
