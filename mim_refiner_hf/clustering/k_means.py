@@ -275,7 +275,7 @@ def kmeans(
             multiplied in bf16 with fp32 sums on a GPU, and in fp32 on a CPU.
         num_clusters: K.
         runs: restarts for at most 30 groups; for more groups fewer, as they differ less and cost
-            more: 3 of 10 for 100 groups of 4096 rows or more.
+            more: of 4096 rows or more 3 of 10 for 50 groups, one for 100.
         iterations: most passes over all rows; without `initial`, half of them strides.
         tolerance: stop when the squared shift of all centroids is at most this times the mean
             variance of a feature.
@@ -318,7 +318,7 @@ def kmeans(
         strides = iterations // 2
         start = good_start(rows, sample, num_clusters, runs=runs, seed=seed, passes=strides)
         # passes over few groups cost little, and are what few restarts differ by
-        worth = min(WORTH_A_PASS, 5e-6 * num_clusters)
+        worth = min(WORTH_A_PASS, 4e-6 * num_clusters)
         centroids = best_centroids(rows, start, iterations - strides, limit, worth=worth)
     temperature = variance_between(sample, centroids)
     if refits == 0 or num_clusters == 1:

@@ -228,8 +228,11 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
         sample[here] = batch[picks[here] - position].float()
         total += batch.sum(0, dtype=torch.float64)
         squares += sum_of_squares(batch)
-        bad += bad_rows(batch)
-        peaks[rows.rank] = torch.maximum(peaks[rows.rank], batch.abs().amax().double())
+        # NaN and infinity are among the extremes, which are found 20 times faster than counted
+        peak = torch.stack(batch.aminmax()).abs().amax().double()
+        if not bool(peak.isfinite()):
+            bad += bad_rows(batch)
+        peaks[rows.rank] = torch.maximum(peaks[rows.rank], peak)
         seen += len(batch)
         position += len(batch)
 

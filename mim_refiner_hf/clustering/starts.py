@@ -24,9 +24,9 @@ _PER_GROUP = 40
 _FEWER_PER_GROUP = ((20_000, 20), (2**17, 4))
 # steps of k-means++ whose candidates are drawn at once
 _DRAWN = 16
-# Groups up to which there are as many restarts as asked for; of more groups as many as take the
-# same time, 3 of 10 for 100 and 1 for 1000. The more groups there are, the less one restart differs
-# from another.
+# Groups up to which there are as many restarts as asked for; with the square of more of them they
+# become fewer, 3 of 10 for 50 and 1 for 100. The more groups there are, the longer a restart takes
+# and the less one differs from another.
 _FULL_RUNS = 30
 # groups from which on they are first looked for along few directions
 _MANY = 100
@@ -66,7 +66,8 @@ def good_start(
     """
     # of few rows a restart costs less, and one differs more from another
     few_rows = max(_SAMPLE, len(sample)) / len(sample)
-    begun = min(runs, max(1, int(runs * _FULL_RUNS * few_rows / num_clusters)))
+    share = few_rows * (_FULL_RUNS / num_clusters) ** 2
+    begun = min(runs, max(1, int(runs * share)))
     generator = torch.Generator().manual_seed(seed)
     # until one restart is left
     few = ROUND * begun.bit_length()

@@ -18,7 +18,7 @@ const ROUND = 4;
 const STRIDE = 1.85;
 const MOMENTUM = 0.7;
 const WORTH = 2e-4;
-const WORTH_A_PASS = 5e-4;
+const WORTH_A_PASS = 4e-4;
 const ENOUGH = 8192;
 const SUREST = -80;
 const RESAMPLED = 16384;
@@ -107,11 +107,11 @@ function fillEmpty(rows, centroids, { sums, counts }) {
   });
 }
 
-// where Lloyd's step would have the centroids, which groups had no row, and the inertia before it
+// where Lloyd's step would have the centroids, how many rows each had, and the inertia before it
 function lloydStep(rows, centroids, spherical) {
   const { n, d } = centroids;
   const found = onePass(rows, centroids);
-  const wasEmpty = found.counts.map(count => Number(count === 0));
+  const counts = found.counts.slice();
   fillEmpty(rows, centroids, found);
   const means = matrix(n, d);
   for (let k = 0; k < n; k++) {
@@ -120,21 +120,25 @@ function lloydStep(rows, centroids, spherical) {
     }
   }
   const reached = spherical ? unit(means) : means;
-  return { centroids, means: reached, wasEmpty, inertia: found.inertia };
+  return { centroids, means: reached, counts, inertia: found.inertia };
 }
 
 // Lloyd's passes over all rows from one start: the centroids where they stop.
 export function bestCentroids(rows, start, iterations, limit, settings = {}) {
   const { worth = -Infinity, spherical = false } = settings;
   let centroids = start;
-  let before = Infinity;
   for (let step = 1; step <= iterations; step++) {
-    const { means, inertia } = lloydStep(rows, centroids, spherical);
-    const shift = apart(means.v, 0, centroids.v, 0, means.v.length);
-    const gained = before - inertia;
-    before = inertia;
+    const { means, counts, inertia } = lloydStep(rows, centroids, spherical);
+    const { d } = means;
+    let [shift, gained] = [0, 0];
+    counts.forEach((count, k) => {
+      const moved = apart(means.v, k * d, centroids.v, k * d, d);
+      shift += moved;
+      // what moving gains follows from how far, without another pass
+      gained += Math.max(1, count) * moved;
+    });
     centroids = means;
-    if (shift <= limit || gained < worth * before) break;
+    if (shift <= limit || gained < worth * inertia) break;
   }
   return centroids;
 }
@@ -164,7 +168,7 @@ function minusEach(one, two) {
   return { n, d, v: one.v.map((value, j) => value - two.v[j]) };
 }
 
-function strided({ centroids, means, moved, wasEmpty }, spherical) {
+function strided({ centroids, means, moved, counts }, spherical) {
   const { n, d } = centroids;
   const far = matrix(n, d);
   for (let j = 0; j < n * d; j++) {
@@ -173,7 +177,7 @@ function strided({ centroids, means, moved, wasEmpty }, spherical) {
   }
   const reached = spherical ? unit(far) : far;
   for (let k = 0; k < n; k++) {
-    if (wasEmpty[k]) reached.v.set(means.v.subarray(k * d, (k + 1) * d), k * d);
+    if (counts[k] === 0) reached.v.set(means.v.subarray(k * d, (k + 1) * d), k * d);
   }
   return reached;
 }
@@ -249,7 +253,8 @@ function above(rising, value) {
 // the best restart on a sample, and strides over all rows
 function goodStart(rows, sample, groups, { runs, seed, spherical, passes }) {
   const fewRows = Math.max(SAMPLE, sample.n) / sample.n;
-  const begun = Math.min(runs, Math.max(1, Math.floor(runs * FULL_RUNS * fewRows / groups)));
+  const share = fewRows * (FULL_RUNS / groups) ** 2;
+  const begun = Math.min(runs, Math.max(1, Math.floor(runs * share)));
   const generator = new Generator(seed);
   const begin = () => pick(sample, greedyRows(sample, groups, generator));
   const starts = Array.from({ length: begun }, begin);
@@ -303,7 +308,7 @@ export function kmeans(features, groups, settings = {}) {
   const limit = 1e-4 * meanVariance(rows);
   const passes = Math.floor(iterations / 2);
   const start = goodStart(rows, sample, groups, { runs, seed, spherical, passes });
-  const ending = { worth: Math.min(WORTH_A_PASS, 5e-6 * groups), spherical };
+  const ending = { worth: Math.min(WORTH_A_PASS, 4e-6 * groups), spherical };
   const centroids = bestCentroids(rows, start, iterations - passes, limit, ending);
   const temperature = varianceBetween(firstOf(sample, ENOUGH), centroids);
   const found = membership(rows, centroids, temperature);
