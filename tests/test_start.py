@@ -18,7 +18,9 @@ from small_encoder import make_encoder
 import mim_refiner_hf
 from mim_refiner_hf import cli
 from mim_refiner_hf.cli import cluster as cluster_cli
+from mim_refiner_hf.clustering.decoding import ARRAY_EXTENSIONS, EXTENSIONS
 from mim_refiner_hf.clustering.pipeline_image_clustering import METHODS
+from mim_refiner_hf.data.missing import refuse_missing, refuse_more_groups
 from mim_refiner_hf.pretraining.loop_options import LoopOptions
 from mim_refiner_hf.runs.choices import AddedProtocol
 from mim_refiner_hf.runs.comparison import PROTOCOLS
@@ -104,6 +106,9 @@ WRONG = [
     "refine EMPTY --model mae",
     "cluster EMPTY",
     "pretrain EMPTY",
+    "refine TEXTS --model mae",
+    "cluster TEXTS",
+    "cluster THREE --num_clusters 4",
 ]
 
 
@@ -114,9 +119,39 @@ def test_a_help_imports_nothing_heavy(line: str) -> None:
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_use_is_refused_before_anything_heavy(line: str, tmp_path: Path) -> None:
-    (tmp_path / "without a file").mkdir()
-    words = [str(tmp_path) if word == "EMPTY" else word for word in line.split()]
+    folders = {word: tmp_path / word for word in ("EMPTY", "TEXTS", "THREE")}
+    for folder in folders.values():
+        (folder / "without a file").mkdir(parents=True)
+    for ending in ("txt", "MP4", "csv"):
+        (folders["TEXTS"] / f"without a file/a.{ending}").touch()
+        (folders["THREE"] / f"a.{ending}").touch()
+        (folders["THREE"] / f"without a file/{ending}.JPG").touch()
+    words = [str(folders.get(word, word)) for word in line.split()]
     assert in_a_process(RUN_A_COMMAND, " ".join(HEAVY), *words) == [2, []]
+
+
+def test_what_is_called_an_image_is_not_refused(tmp_path: Path) -> None:
+    """Nothing that a folder is read by is refused early, nor groups where a file may hold many."""
+    refused = 0
+    for ending in (*EXTENSIONS, *ARRAY_EXTENSIONS, ".parquet", ".tar", ".json"):
+        file = tmp_path / f"a{ending.upper()}"
+        file.touch()
+        refuse_missing(str(tmp_path))
+        try:
+            refuse_more_groups(str(tmp_path), 2)
+        except ValueError as error:
+            assert "must be at most 1, as many images as" in str(error)
+            refused += 1
+        file.unlink()
+    assert refused == len(EXTENSIONS - {".tif", ".tiff"})
+
+    (tmp_path / "notes").touch()
+    with pytest.raises(ValueError, match=r"its one file is not called an image \(without an end"):
+        refuse_missing(str(tmp_path))
+    # where a link leads is not looked at
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
+    refuse_missing(str(tmp_path))
+    refuse_more_groups(str(tmp_path), 2)
 
 
 def test_what_is_counted_is_there() -> None:

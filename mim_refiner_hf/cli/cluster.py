@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.missing import refuse_more_groups
 from ..publishing.choices import TOOLS
 from .flags import (
     Work,
@@ -80,6 +81,7 @@ def _cluster_parser() -> ArgumentParser:
 def parse_cluster(arguments: Sequence[str]) -> Work:
     """`mim-refiner cluster`."""
     options = parse_model_and_images(_cluster_parser(), arguments, needs_model=False)
+    refuse_more_groups(options.dataset, options.num_clusters)
 
     def work() -> None:
         from ..runs.cluster import cluster

@@ -1,14 +1,26 @@
-"""A path of images that is not there or holds no file, refused before any heavy import.
+"""A path of images that is not there or holds none, refused before any heavy import.
 
 refuse_missing("phtos/")  # FileNotFoundError: ... did you mean photos?
+refuse_more_groups("photos/", 500)  # ValueError: --num_clusters 500: ... at most 300
 """
 
 import difflib
 import os
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ..runtime.wording import setting
+
 _TABLES = frozenset([".parquet", ".tar", ".zip", ".csv"])
+# How files end that hold one image each; Pillow alone knows which of them it decodes here.
+_JPEG = (".jfif", ".jpe", ".jpeg", ".jpg", ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx")
+_HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif", ".avif", ".avifs")
+_OTHERS = (".apng", ".bmp", ".dib", ".gif", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".webp")
+_SINGLE = {*_JPEG, *_HEIF, *_OTHERS}
+# And what else is read in a folder: several images a file, tables, saved data sets, features.
+_SEVERAL = {".tif", ".tiff", ".npy", ".parquet", ".tar", ".arrow", ".json", ".safetensors"}
+_MOST_NAMED = 3
 
 
 def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
@@ -21,14 +33,12 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
         endings: of the names of files, in lower case, beside those of tables.
 
     Raises:
-        ValueError: for a folder without any file.
+        ValueError: for a folder without any file that can be read.
     """
     path = Path(dataset).expanduser()
     # what else a folder may lack is told by those who list it
-    if dataset and path.is_dir() and _is_bare(path):
-        raise ValueError(
-            f"No images in {dataset}: it holds no file; give a folder of .jpg, .png or other files"
-        )
+    if dataset and path.is_dir():
+        _refuse_others(path, dataset)
     looks_local = (
         not dataset
         or dataset.startswith((".", "/", "~"))
@@ -51,9 +61,48 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
     raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
 
 
-def _is_bare(folder: Path) -> bool:
-    """Whether there is neither a file nor a link at any depth."""
+def refuse_more_groups(dataset: str, num_clusters: int | None) -> None:
+    """Raise a ValueError for more groups than a folder has files, if each is one image at most."""
+    path = Path(dataset).expanduser()
+    if num_clusters is None or not path.is_dir():
+        return
+    files = 0
+    for ending in _endings(path):
+        files += ending in _SINGLE
+        if ending is None or ending in _SEVERAL:
+            return
+    if num_clusters > files:
+        raise ValueError(
+            f"{setting('num_clusters', num_clusters)}: must be at most {files}, "
+            f"as many images as {dataset} holds"
+        )
+
+
+def _refuse_others(folder: Path, named: str) -> None:
+    """Raise a ValueError where nothing in a folder is called by what can be read."""
+    others: Counter[str] = Counter()
+    for ending in _endings(folder):
+        if ending is None or ending in _SINGLE | _SEVERAL:
+            return
+        others[ending or "without an ending"] += 1
+
+    found = "it holds no file"
+    if others:
+        frequent = others.most_common(_MOST_NAMED)
+        named_endings = ", ".join(f"{ending} {count}" for ending, count in frequent)
+        number = others.total()
+        what = "its one file is not" if number == 1 else f"none of its {number} files is"
+        found = f"{what} called an image ({named_endings})"
+    raise ValueError(
+        f"No images in {named}: {found}; give a folder of .jpg, .png or other image files"
+    )
+
+
+def _endings(folder: Path) -> Iterator[str | None]:
+    """How the files at any depth end, in lower case; None for a link to a folder."""
     for place, folders, files in os.walk(folder):
-        if files or any(Path(place, name).is_symlink() for name in folders):
-            return False
-    return True
+        for name in files:
+            yield os.path.splitext(name)[1].lower()  # noqa: PTH122
+        for name in folders:
+            if Path(place, name).is_symlink():
+                yield None
