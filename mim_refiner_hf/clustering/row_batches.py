@@ -229,10 +229,10 @@ def survey(rows: Rows, num_clusters: int, seed: int, most: int) -> tuple[Tensor,
         total += batch.sum(0, dtype=torch.float64)
         squares += sum_of_squares(batch)
         # NaN and infinity are among the extremes, which are found 20 times faster than counted
-        peak = torch.stack(batch.aminmax()).abs().amax().double()
-        if not bool(peak.isfinite()):
+        extreme = torch.stack(batch.aminmax()).abs().amax().double()
+        if not bool(extreme.isfinite()):
             bad += bad_rows(batch)
-        peaks[rows.rank] = torch.maximum(peaks[rows.rank], peak)
+        peaks[rows.rank] = torch.maximum(peaks[rows.rank], extreme)
         seen += len(batch)
         position += len(batch)
 
