@@ -39,6 +39,11 @@ _EPOCHS = 30
 _PEAK = 1e-3
 _PEAK_WIDTH = 192
 _PEAK_BATCH = 64
+# Low-rank adapters stand in half of the blocks, which takes half the time, learn at ten times the
+# rate, all of them at the same, and for half as many updates again: at the encoder's own rate they
+# hardly move, at thirty times it the features collapse (benchmarks/results/refine-options.md).
+_ADAPTER_RATE = 10
+_ADAPTER_LENGTH = 1.5
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,11 @@ class Stated:
         return getattr(self.recipe, name)
 
     @property
+    def adapters(self) -> bool:
+        """Whether low-rank adapters are trained in place of the encoder's weights."""
+        return bool(self.recipe.trainable.startswith("lora"))
+
+    @property
     def updates(self) -> int:
         """Of the refinement, as far as is known: by epochs, or by `max_steps`."""
         return self.recipe.max_steps or _LEAST_UPDATES
@@ -183,15 +193,16 @@ def _epochs(stated: Stated, at: Situation) -> Choice[float]:
     if at.num_images is None:
         return Choice(float(stated.updates), "a stream has no epochs")
     per_epoch = _per_epoch(stated, at)
-    updates = _EPOCHS * per_epoch
-    reason = f"{_EPOCHS} epochs"
-    if not at.gpu and updates > _MOST_UPDATES_WITHOUT_GPU:
-        updates = _MOST_UPDATES_WITHOUT_GPU
-        reason = f"{updates} updates, the most without a GPU; state epochs for more"
-    elif updates < _LEAST_UPDATES:
-        updates = _LEAST_UPDATES
-        reason = f"{updates} updates, for fewer change little"
-    return Choice(updates / per_epoch, reason)
+    longer = _ADAPTER_LENGTH if stated.adapters else 1
+    most = round(longer * _MOST_UPDATES_WITHOUT_GPU)
+    least = round(longer * _LEAST_UPDATES)
+    epochs = round(longer * _EPOCHS)
+    if not at.gpu and epochs * per_epoch > most:
+        reason = f"{most} updates, the most without a GPU; state epochs for more"
+        return Choice(most / per_epoch, reason)
+    if epochs * per_epoch < least:
+        return Choice(least / per_epoch, f"{least} updates, for fewer change little")
+    return Choice(float(epochs), f"{epochs} epochs")
 
 
 def _updates(stated: Stated, at: Situation) -> int:
@@ -332,25 +343,42 @@ def _learning_rate(stated: Stated, at: Situation) -> Choice[float]:
     batch = stated["batch_size"]
     width = at.config.hidden_size
     peak = _PEAK * math.sqrt(batch / _PEAK_BATCH) * _PEAK_WIDTH / width
+    reason = f"for batch {batch} and width {width}"
+    if stated.adapters:
+        peak *= _ADAPTER_RATE
+        reason += f", {_ADAPTER_RATE} times the encoder's own"
     base = float(f"{peak * 256 / batch:.3g}")
-    return Choice(base, f"a peak of {peak:.2g}, for batch {batch} and width {width}")
+    return Choice(base, f"a peak of {peak:.2g}, {reason}")
 
 
 def _head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
-    return Choice(stated["learning_rate"], "that of the refinement")
+    return _rate_of_heads(stated, "that of the refinement")
 
 
 def _refine_head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
-    return Choice(stated["learning_rate"], "that of the encoder")
+    return _rate_of_heads(stated, "that of the encoder")
+
+
+def _rate_of_heads(stated: Stated, reason: str) -> Choice[float]:
+    """The encoder's own, also beside adapters, which learn faster."""
+    rate = stated["learning_rate"]
+    if not stated.adapters:
+        return Choice(rate, reason)
+    share = float(f"{rate / _ADAPTER_RATE:.3g}")
+    return Choice(share, f"a tenth of the adapters' {rate:.3g}")
 
 
 def _freeze_blocks(stated: Stated, at: Situation) -> Choice[int]:
+    if stated.adapters:
+        return Choice(at.config.num_hidden_layers // 2, "adapters are in the second half")
     if stated["trainable"] != "all":
         return Choice(0)
     return Choice(0, "every block learns; to freeze some saves time")
 
 
 def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:
+    if stated.adapters:
+        return Choice(1.0, "adapters learn at one rate in all blocks")
     layers = at.config.num_hidden_layers
     decay = min(max(0.85 - 0.2 * (layers - 12) / 12, 0.65), 0.85)
     return Choice(round(decay, 4), f"{layers} blocks")
