@@ -64,6 +64,16 @@ def test_adapters_learn_faster_and_longer_in_fewer_blocks() -> None:
             assert getattr(found, rate) == pytest.approx(getattr(whole, rate), rel=0.01)
         assert found.steps.refine == pytest.approx(1.5 * whole.steps.refine, rel=0.05)
 
+    # a head before the first adapter would train nothing
+    placed: list[tuple[dict[str, Any], int]] = [
+        ({"head_blocks": [0, 2]}, 0),
+        ({"num_heads": 2}, 1),
+        ({"num_heads": 1}, 2),
+    ]
+    for heads, first in placed:
+        found = resolve(dataclasses.replace(asked, **heads), config, 1000)
+        assert (found.freeze_blocks, found.head_blocks[0]) == (first, first)
+
     stated = dataclasses.replace(asked, freeze_blocks=0, learning_rate=0.5, epochs=3.0)
     found = resolve(stated, config, 1000)
     assert (found.freeze_blocks, found.learning_rate, found.epochs) == (0, 0.5, 3.0)
@@ -153,8 +163,8 @@ def test_a_run_leaves_a_model_and_the_adapter_that_makes_it(
         for name, tensor in ours.state_dict().items()
         if not torch.equal(tensor, start.state_dict()[name])
     }
-    # of three blocks the last
-    assert changed == {f"layers.2.{layer}.weight" for layer in LAYERS}
+    # from the first block with a head on
+    assert changed == {f"layers.{block}.{layer}.weight" for block in (1, 2) for layer in LAYERS}
 
     name = "adapter_not_shipped" if result.verdict.ships_start else "adapter"
     folder = output / name

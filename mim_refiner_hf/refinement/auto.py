@@ -39,10 +39,9 @@ _EPOCHS = 30
 _PEAK = 1e-3
 _PEAK_WIDTH = 192
 _PEAK_BATCH = 64
-# Low-rank adapters stand in the last third of the blocks, which saves memory and half the time of
-# an update, learn at ten times the rate, all of them at the same, and for half as many updates
-# again. At the encoder's own rate they hardly move, at thirty times it the features collapse
-# (benchmarks/results/refine-options.md).
+# Low-rank adapters stand in the last third of the blocks, which takes half the time an update, and
+# learn at ten times the rate for half as many updates again (benchmarks/results/refine-options.md).
+# At the encoder's own rate they hardly move, at thirty times it the features collapse.
 _ADAPTER_RATE = 10
 _ADAPTER_LENGTH = 1.5
 
@@ -371,10 +370,26 @@ def _rate_of_heads(stated: Stated, reason: str) -> Choice[float]:
 
 def _freeze_blocks(stated: Stated, at: Situation) -> Choice[int]:
     if stated.adapters:
-        return Choice(2 * at.config.num_hidden_layers // 3, "adapters are in the last third")
+        return _first_adapted(stated, at.config.num_hidden_layers)
     if stated["trainable"] != "all":
         return Choice(0)
     return Choice(0, "every block learns; to freeze some saves time")
+
+
+def _first_adapted(stated: Stated, layers: int) -> Choice[int]:
+    """The block from which on there are adapters: a head before it would train nothing."""
+    blocks = stated["head_blocks"]
+    heads = stated["num_heads"]
+    lowest = layers
+    if isinstance(blocks, list) and blocks:
+        lowest = min(blocks)
+    elif heads is not None:
+        lowest = layers - heads
+
+    last_third = 2 * layers // 3
+    if lowest < last_third:
+        return Choice(max(0, lowest), "adapters begin where the heads do")
+    return Choice(last_third, "adapters are in the last third")
 
 
 def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:
