@@ -529,6 +529,19 @@ def test_few_values_are_erased_after_the_same_training(
     assert spread(left, own) < 1e-4
 
 
+@pytest.mark.parametrize("objective", ["mae", "data2vec2", "conmim", "capi"])
+def test_pretraining_does_not_undo_what_was_erased(
+    objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    erased = fresh_encoder(num_hidden_layers=10, erased_directions=2, erased=["camera", "site"])
+    save_model_folder(tmp_path / "model", erased, make_processor())
+    words = ["pretrain", "digits", "--objective", objective]
+    assert main([*words, "--init_from", str(tmp_path / "model"), "--epochs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "a refinement has erased camera, site from its features" in said
+    assert said.count("\n") == 1
+
+
 def test_a_field_that_hardly_an_image_has_is_not_probed() -> None:
     values = np.stack([np.arange(60) % 2, np.where(np.arange(60) < 2, np.arange(60), -1)])
     fields = [Field("camera", values[0], 2), Field("seldom", values[1], 2)]

@@ -42,6 +42,7 @@ from ..runtime.files import check_apart, check_kinds, staged_folder, write_json,
 from ..runtime.launch import job_of_processes
 from ..runtime.lock import check_writable, sole_run
 from ..runtime.loggers import logger_names
+from ..runtime.text import one_line
 from ..runtime.tracking import installed_loggers
 from ..runtime.versions import FORMAT_VERSIONS
 from ..runtime.wording import setting
@@ -311,6 +312,12 @@ def fitted_to_method(
         ValueError: for one that the method cannot train, or of another shape than the recipe's.
     """
     config = encoder.config
+    if config.erased_directions:
+        fields = ", ".join(map(one_line, config.erased or ()))
+        raise ValueError(
+            f"{named}: a refinement has erased {fields} from its features, which pre-training "
+            "would undo; name the encoder that the refinement began with"
+        )
     for name, value in shape_of(config, recipe.objective).items():
         if getattr(recipe, name) != value:
             stated = setting(name, getattr(recipe, name))
