@@ -41,6 +41,7 @@ from mim_refiner_hf.publishing.run_file import erased_words
 from mim_refiner_hf.refinement.erasure import erase, fit_eraser
 from mim_refiner_hf.refinement.metadata import Metadata, have_neighbours
 from mim_refiner_hf.refinement.queue import NearestNeighbourQueue
+from mim_refiner_hf.runs import run as run_module
 from mim_refiner_hf.runs.fields import RunFields, open_fields, settle_fields
 from mim_refiner_hf.runs.refine import _ending, refine
 from mim_refiner_hf.runs.run import run
@@ -527,6 +528,31 @@ def test_few_values_are_erased_after_the_same_training(
     assert (config.erased_directions, config.erased) == (4, ["camera"])
     left = encode_images(result.refined, images, result.processor, [column])[0][column]
     assert spread(left, own) < 1e-4
+
+
+def test_scores_on_the_way_are_of_what_would_ship(
+    recipe: Callable[..., RefineRecipe], cameras: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    evaluate = run_module._evaluate
+
+    def spied(prepared: Any, model: Any, per_block: bool = True) -> Any:
+        seen.append(model.config.erased_directions)
+        return evaluate(prepared, model, per_block)
+
+    monkeypatch.setattr(run_module, "_evaluate", spied)
+    length = {"head_epochs": 1, "epochs": 2, "max_steps": None}
+    changed = {"dataset": cameras, "eval_every": 1, "eval_fraction": 0.2, **length}
+    plain = recipe("plain", **changed)
+    run(plain)
+    # before, on the way, after
+    assert len(seen) > 2 and set(seen) == {0}
+    seen.clear()
+    asked = recipe("forgets", forget="camera", **changed)
+    run(asked)
+    assert seen == [0, *[2] * (len(seen) - 1)] and len(seen) > 2
+    # and the training goes on as if none had been made
+    assert_identical(plain, asked)
 
 
 @pytest.mark.parametrize("objective", ["mae", "data2vec2", "conmim", "capi"])

@@ -7,6 +7,7 @@
 Whatever is wrong is a ValueError or FileNotFoundError that names the setting and what is allowed.
 """
 
+import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -152,6 +153,14 @@ class Prepared:
         return self.fields.erase(
             encoder, images, self.start.processor, seed=recipe.seed, num_workers=workers
         )
+
+    def with_eraser(self, encoder: MimRefinerModel) -> MimRefinerModel:
+        """What would ship of an encoder on the way: a copy that erases; itself for nothing."""
+        if not self.erased_directions:
+            return encoder
+        encoder = copy.deepcopy(encoder)
+        self.erase(encoder)
+        return encoder
 
 
 def prepare(recipe: RefineRecipe, given: Given = NOTHING) -> Prepared:

@@ -260,7 +260,8 @@ def _train(
         state["fields"] = prepared.fields.digest
 
     def evaluate_average() -> Metrics:
-        return _metrics(_evaluate(prepared, trainer.averaged(), per_block=False)) or {}
+        average = prepared.with_eraser(trainer.averaged())
+        return _metrics(_evaluate(prepared, average, per_block=False)) or {}
 
     warms_up_only = recipe.asked.stage == "warmup"
     stop = recipe.steps.warmup if warms_up_only else recipe.steps.total
