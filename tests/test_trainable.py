@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load
 from mim_refiner_hf.refinement import adapters
 from mim_refiner_hf.refinement.adapters import adapt, adapter_of, merged_encoder
 from mim_refiner_hf.refinement.memory import encoder_parameters
-from mim_refiner_hf.refinement.resolve import resolve
+from mim_refiner_hf.refinement.resolve import ResolvedRecipe, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.refine import refine
 from mim_refiner_hf.runs.run import run
@@ -97,6 +98,26 @@ def test_the_plan_counts_what_is_trained(first: int) -> None:
     assert f"all but adapters of rank 4 in blocks {first} and later; " in text
     assert f"{sum(trained) / 1e3:.1f} k weights of the encoder train, " in text
     assert f"{100 * sum(trained) / total:.1f} %" in text
+
+
+def test_the_plan_names_adapters_where_the_whole_does_not_fit() -> None:
+    """A ViT-L with little memory: of 303 M weights, their gradients and moments do not fit."""
+    config = MimRefinerConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    resolved = resolve(RefineRecipe(model="m"), config, num_images=1000)
+
+    def lines(recipe: ResolvedRecipe, gigabytes: float) -> str:
+        free = int(gigabytes * 2**30)
+        return plan_text(recipe, config, num_eval=0, device="cpu", available=free)
+
+    adapters = r"or trainable='lora:8' \(adapters in place of its weights\) needs [34]\.\d\d GiB"
+    assert re.search(f"whatever the micro-batch: lower .*; {adapters}", lines(resolved, 5))
+    for recipe, gigabytes in (
+        # it fits, neither fits, adapters are there
+        (resolved, 50),
+        (resolved, 1),
+        (dataclasses.replace(resolved, trainable="lora:8", freeze_blocks=16), 1),
+    ):
+        assert "adapters in place" not in lines(recipe, gigabytes)
 
 
 @pytest.mark.parametrize("gated", [False, True])

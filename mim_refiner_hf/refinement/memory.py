@@ -328,9 +328,12 @@ def choose_micro_batch(
     smallest = int(all_gather(own).min())
     free = f"{available / GIGA:.1f} GiB that are free"
     if smallest == 0:
+        ways = [setting("gradient_checkpointing", True)]
+        if recipe.trainable == "all":
+            ways.append(setting("trainable", "lora:8"))
         raise ValueError(
             f"{setting('micro_batch_size', 'auto')}: not even one image at a time fits into "
-            f"the {free}; use {setting('gradient_checkpointing', True)}, or lower "
+            f"the {free}; use {' or '.join(ways)}, or lower "
             f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
         )
 

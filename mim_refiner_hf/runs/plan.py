@@ -264,7 +264,26 @@ def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, au
         return f": {' '.join(changes)} needs {need:.2f} GiB and gives the same gradients"
 
     others = f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
-    return f", whatever the micro-batch: lower {others}"
+    lower = f", whatever the micro-batch: lower {others}"
+    adapted = _adapters_need(ways[-1], config, available)
+    if adapted is None:
+        return lower
+    adapters = f"{setting('trainable', 'lora:8')} (adapters in place of its weights)"
+    return f"{lower}; or {adapters} needs {adapted / GIGA:.2f} GiB"
+
+
+def _adapters_need(
+    recipe: ResolvedRecipe, config: MimRefinerConfig, available: int
+) -> float | None:
+    """Bytes of a step that trains adapters from the first head on; None if they do not fit."""
+    if recipe.trainable != "all":
+        return None
+    way = dataclasses.replace(recipe, trainable="lora:8", freeze_blocks=recipe.head_blocks[0])
+    size = fitting_micro_batch(way, config, available)
+    has_some = encoder_parameters(config, way.freeze_blocks, way.lora_rank).trained > 0
+    if size == 0 or not has_some:
+        return None
+    return bytes_needed(dataclasses.replace(way, micro_batch_size=size), config)
 
 
 def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
