@@ -24,6 +24,7 @@ import yaml
 from chromium import Chromium, needs_chromium, served
 from huggingface_hub import constants
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score
 from small_encoder import make_encoder, make_processor
 
 from mim_refiner_hf import MimRefinerImageProcessor
@@ -271,6 +272,33 @@ def test_groups_and_their_number_are_those_of_python(tmp_path: Path) -> None:
     ours = [(entry["k"], entry["stability"], entry["silhouette_pca"]) for entry in why.evidence]
     found = [(entry["k"], entry["stability"], entry["silhouette"]) for entry in theirs["entries"]]
     np.testing.assert_allclose(found, ours, atol=1e-3)
+
+
+SWAPPED = """
+    const { kmeans } = await k_means();
+    const { readFileSync } = await import('fs');
+    const v = new Float32Array(readFileSync('FILE').buffer.slice(0));
+    const rows = { n: v.length / 8, d: 8, v };
+    const settings = { runs: 1, refits: 0, spherical: false };
+    const found = [0, 1, 2].map(seed => kmeans(rows, 60, { ...settings, seed }));
+    console.log(JSON.stringify(found.map(({ labels }) => [...labels])));
+"""
+
+
+@needs_node
+def test_many_groups_are_those_of_python(tmp_path: Path) -> None:
+    """Every planted one is found from one restart, by swaps."""
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.arange(600) % 60
+    rows = 6 * torch.randn(60, 8, generator=generator)[planted]
+    rows += torch.randn(600, 8, generator=generator)
+    (tmp_path / "rows").write_bytes(rows.numpy().astype("<f4").tobytes())
+    found = in_node(SWAPPED.replace("FILE", str(tmp_path / "rows")), tmp_path)
+    for seed, theirs in enumerate(found):
+        ours = k_means.kmeans(rows, 60, runs=1, refits=0, spherical=False, seed=seed)
+        # of two centroids in one place, either may be the one that is swapped
+        assert adjusted_rand_score(theirs, ours.assignments) == 1
+        assert adjusted_rand_score(planted, ours.assignments) > 0.99
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (

@@ -349,6 +349,19 @@ def test_names_of_links_fit_and_stay_inside(tmp_path: Path) -> None:
     assert written == {"photos", "train.parquet", "out"}
 
 
+@pytest.mark.parametrize("ending", ["npy", "jpg", "JPEG", "png", "tif"])
+def test_every_kind_of_file_has_a_thumbnail(ending: str, tmp_path: Path) -> None:
+    pixels = np.full((40, 400, 3), 200, np.uint8)
+    if ending == "npy":
+        np.save(tmp_path / "a.npy", pixels)
+    else:
+        Image.fromarray(pixels).save(tmp_path / f"a.{ending}")
+    thumbnail = cluster_folder.load_thumbnail(open_images(tmp_path), 0)
+    with Image.open(io.BytesIO(thumbnail)) as image:
+        assert max(image.size) < 400
+        assert image.convert("L").getextrema()[0] > 190
+
+
 def test_search_by_example_finds_the_nearest() -> None:
     """The compact codes rank neighbours as the cosine of the features does."""
     torch.manual_seed(0)

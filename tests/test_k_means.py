@@ -121,6 +121,18 @@ def test_many_groups_are_found_as_well_as_by_scikit_learn() -> None:
     assert np.mean([each.inertia for each in found]) <= 1.002 * least
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_many_groups_that_lie_apart_are_all_found(spherical: bool) -> None:
+    """From one restart, along few directions and along all: swaps find what it has missed."""
+    for groups, width in ((100, 8), (150, 24)):
+        rows, planted = make_blobs(3000, width, centers=groups, cluster_std=0.5, random_state=0)
+        for seed in range(3):
+            found = kmeans(
+                torch.tensor(rows), groups, seed=seed, refits=0, runs=1, spherical=spherical
+            )
+            assert adjusted_rand_score(planted, found.assignments) > 0.985
+
+
 def test_strides_end_lower_and_where_every_centroid_is_a_mean() -> None:
     rows, _ = blobs(6000, groups=300, width=12, spread=1.0)
     whole = Rows(rows, spherical=False)

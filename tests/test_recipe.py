@@ -25,9 +25,9 @@ from mim_refiner_hf.cli.main import main
 from mim_refiner_hf.conversion.zoo import ZOO
 from mim_refiner_hf.evaluation.fine_tuning import FineTuneRecipe
 from mim_refiner_hf.pretraining.recipe import PretrainRecipe
-from mim_refiner_hf.refinement.head_blocks import default_head_blocks
 from mim_refiner_hf.refinement.recipe import START_FIELDS
 from mim_refiner_hf.refinement.recipe_files import parse_recipe
+from mim_refiner_hf.refinement.recipe_method import default_head_blocks
 from mim_refiner_hf.refinement.resolve import count_steps, resolve
 from mim_refiner_hf.runs.begun import check_as_begun
 from mim_refiner_hf.runs.plan import plan_text

@@ -7,6 +7,7 @@ its own, as imports stay.
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,13 @@ def test_wrong_use_is_refused_before_anything_heavy(line: str, tmp_path: Path) -
     assert in_a_process(RUN_A_COMMAND, " ".join(HEAVY), *words) == [2, []]
 
 
-def test_what_is_called_an_image_is_not_refused(tmp_path: Path) -> None:
+def cannot_list(folder: str) -> Any:
+    raise PermissionError(13, "Permission denied", folder)
+
+
+def test_what_is_called_an_image_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that a folder is read by is refused early, nor groups where a file may hold many."""
     refused = 0
     for ending in (*EXTENSIONS, *ARRAY_EXTENSIONS, ".parquet", ".tar", ".json"):
@@ -148,6 +155,22 @@ def test_what_is_called_an_image_is_not_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(ValueError, match=r"its one file is not called an image \(without an end"):
         refuse_missing(str(tmp_path))
+    # what is bundled is no folder
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    refuse_missing("digits")
+    refuse_more_groups("digits", 2)
+    # nobody reads what is hidden
+    (tmp_path / "digits/.a.png").touch()
+    (tmp_path / "digits/.trash").mkdir()
+    (tmp_path / "digits/.trash/b.png").touch()
+    with pytest.raises(ValueError, match="it holds no file"):
+        refuse_missing(str(tmp_path / "digits"))
+    # what cannot be listed may hold any number
+    with monkeypatch.context() as locked:
+        locked.setattr(os, "scandir", cannot_list)
+        refuse_missing(str(tmp_path))
+        refuse_more_groups(str(tmp_path), 2)
     # where a link leads is not looked at
     (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
     refuse_missing(str(tmp_path))

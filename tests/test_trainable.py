@@ -25,6 +25,7 @@ from mim_refiner_hf import MimRefinerConfig, MimRefinerModel, RefineRecipe, load
 from mim_refiner_hf.refinement import adapters
 from mim_refiner_hf.refinement.adapters import adapt, adapter_of, merged_encoder
 from mim_refiner_hf.refinement.memory import encoder_parameters
+from mim_refiner_hf.refinement.recipe_method import default_head_blocks
 from mim_refiner_hf.refinement.resolve import ResolvedRecipe, resolve
 from mim_refiner_hf.runs.plan import plan_text
 from mim_refiner_hf.runs.refine import refine
@@ -59,7 +60,7 @@ def test_adapters_learn_faster_and_longer_in_fewer_blocks() -> None:
         whole = resolve(RefineRecipe(model="m"), config, images)
         asked = RefineRecipe(model="m", trainable="lora:4")
         found = resolve(asked, config, images)
-        assert (found.freeze_blocks, found.layer_decay) == (2, 1.0)
+        assert (found.freeze_blocks, found.layer_decay) == (1, 1.0)
         assert found.learning_rate == pytest.approx(10 * whole.learning_rate, rel=0.01)
         for rate in ("head_learning_rate", "refine_head_learning_rate"):
             assert getattr(found, rate) == pytest.approx(getattr(whole, rate), rel=0.01)
@@ -68,12 +69,21 @@ def test_adapters_learn_faster_and_longer_in_fewer_blocks() -> None:
     # a head before the first adapter would train nothing
     placed: list[tuple[dict[str, Any], int]] = [
         ({"head_blocks": [0, 2]}, 0),
+        ({"num_heads": 3}, 0),
         ({"num_heads": 2}, 1),
-        ({"num_heads": 1}, 2),
     ]
     for heads, first in placed:
         found = resolve(dataclasses.replace(asked, **heads), config, 1000)
         assert (found.freeze_blocks, found.head_blocks[0]) == (first, first)
+
+    # no depth loses a head by it, nor a block that measuring may put one on
+    for layers in range(1, 41):
+        config = MimRefinerConfig(**{**SHAPE, "num_hidden_layers": layers})
+        open_blocks = resolve(asked, config, 1000)
+        assert open_blocks.head_blocks == default_head_blocks(layers)
+        assert open_blocks.freeze_blocks == open_blocks.head_blocks[0]
+        measured = resolve(dataclasses.replace(asked, head_blocks="auto"), config, 1000)
+        assert measured.freeze_blocks == min(layers // 2, open_blocks.freeze_blocks)
 
     stated = dataclasses.replace(asked, freeze_blocks=0, learning_rate=0.5, epochs=3.0)
     found = resolve(stated, config, 1000)

@@ -256,9 +256,11 @@ def kmeans(
 
     The sample is 4096 rows, or 40 per group if that is more, from 1000 groups on 20. The restarts
     begin with greedy k-means++; after every fourth pass over the sample the half of them with the
-    higher inertia is dropped. The last one goes on over all rows: first by strides that go farther
-    than to the means (`lloyd.stride`), of many groups along the principal directions of the rows,
-    which takes a fraction of the time; then by Lloyd's passes, until the inertia hardly falls.
+    higher inertia is dropped. More than 30 groups have fewer restarts, and then centroids are
+    swapped for rows that serve better (`starts.swapped`). What is left goes on over all rows: first
+    by strides that go farther than to the means (`lloyd.stride`), of many groups along the
+    principal directions of the rows, which takes a fraction of the time; then by Lloyd's passes,
+    until the inertia hardly falls.
 
     From `initial` every step is Lloyd's, and without `spherical` the result is scikit-learn's
     (`KMeans(algorithm="lloyd", n_init=1)`): its rule for stopping, and its repair: empty groups get

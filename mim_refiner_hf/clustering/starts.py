@@ -1,4 +1,4 @@
-"""Where Lloyd's passes begin: greedy k-means++ on a sample, the best of several, and strides.
+"""Where Lloyd's passes begin: greedy k-means++ on a sample, the best of several, strides, swaps.
 
     sample, mean, variance = survey(rows, num_clusters, seed, start_size(num_clusters))
     start = good_start(rows, sample, num_clusters, runs=10, seed=0, passes=25)       # (K, D)
@@ -7,12 +7,13 @@ This file travels with saved models: it imports only torch and its flat neighbou
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .lloyd import ROUND, means_along, one_pass, stride
-from .row_batches import Rows
+from .lloyd import ROUND, highest, means_along, one_pass, scores, stride
+from .row_batches import Rows, products
 
 # Shapes below: S sampled rows, D their width, K groups, R runs (restarts).
 
@@ -26,8 +27,11 @@ _FEWER_PER_GROUP = ((20_000, 20), (2**17, 4))
 _DRAWN = 16
 # Groups up to which there are as many restarts as asked for; with the square of more of them they
 # become fewer, 3 of 10 for 50 and 1 for 100. The more groups there are, the longer a restart takes
-# and the less one differs from another.
+# and the less one differs from another. Swaps mend what a restart gets wrong, in less time.
 _FULL_RUNS = 30
+# rows that a centroid may be swapped for, and what that has to gain of a group's mean inertia
+_SWAPS = 64
+_WORTH_A_SWAP = 0.1
 # groups from which on they are first looked for along few directions
 _MANY = 100
 # the directions along which many groups are looked for hold this share of the variance
@@ -79,12 +83,15 @@ def good_start(
         low = sample @ directions
         starts = greedy_starts(low, num_clusters, begun, generator)
         start = stride(Rows(low, spherical=False), starts, few, _WORTH_ALONG)
+        start = _of_first(rows, swapped(low, start, generator))
         if _groups_lie_along(sample, low, start):
             start = stride(rows.along(directions), start[None], passes, _WORTH_ALONG)
             return means_along(rows, directions, start)
 
     starts = greedy_starts(sample, num_clusters, begun, generator)
     start = stride(Rows(sample, rows.spherical), starts, few, _WORTH)
+    if num_clusters > _FULL_RUNS:
+        start = _of_first(rows, swapped(sample, start, generator))
     return stride(rows, start[None], passes, _WORTH)
 
 
@@ -97,6 +104,11 @@ def _groups_lie_along(sample: Tensor, low: Tensor, centroids: Tensor) -> bool:
     left = one_pass(Rows(part, spherical=False), centroids[None])[2] / len(part)
     across = sample.var(0, correction=0).sum() - low.var(0, correction=0).sum()
     return float(across) < _ACROSS * float(left)
+
+
+def _of_first(rows: Rows, found: Tensor) -> Tensor:
+    """What the first process found, on all of them: a GPU may add in another order."""
+    return rows.over_processes(found if rows.rank == 0 else torch.zeros_like(found))
 
 
 def principal_directions(sample: Tensor) -> Tensor | None:
@@ -170,3 +182,54 @@ def _greedy_rows(
             first = int(taken[-1]) + 1
             step += 1
     return chosen
+
+
+def swapped(sample: Tensor, centroids: Tensor, generator: torch.Generator) -> Tensor:
+    """Centroids (K, D) some of which were swapped for sampled rows (S, D) that serve better.
+
+    Where two centroids share a group and another two groups share one, no pass of Lloyd's mends it.
+    So rows are drawn as for k-means++, and each takes the place of the centroid whose rows lose
+    least by it, where that lowers the inertia (Lattanzi & Sohler 2019).
+    """
+    centroids = centroids.clone()
+    squares = sample.square().sum(1)
+    found = zip(*_two_highest(sample, centroids), strict=True)
+    best, label, next_best, rival = map(torch.cat, found)
+    # squared distances to the nearest centroid, and to the next
+    nearest = (squares - 2 * best).clamp_(min=0)
+    second = (squares - 2 * next_best).clamp_(min=0)
+    worth = _WORTH_A_SWAP * float(nearest.sum()) / len(centroids)
+
+    draws = torch.rand(_SWAPS, generator=generator, dtype=torch.float64).to(sample.device)
+    mass = nearest.cumsum(0, dtype=torch.float64)
+    drawn = torch.searchsorted(mass, draws * mass[-1], right=True).clamp_(max=len(sample) - 1)
+    far = squares + squares[drawn, None] - 2 * products(sample[drawn], sample)
+    for row, distances in zip(drawn, far.clamp_(min=0), strict=True):
+        # what the rows of each centroid lose without it
+        lost = torch.minimum(second, distances) - torch.minimum(nearest, distances)
+        losses = lost.new_zeros(len(centroids)).index_add_(0, label, lost)
+        out = losses.argmin()
+        if (nearest - distances).clamp_(min=0).sum() - losses[out] <= worth:
+            continue
+        centroids[out] = sample[row]
+        # its rows go to the next, and who is next to these is not looked up again
+        gone = label == out
+        nearest = torch.where(gone, second, nearest)
+        label = torch.where(gone, rival, label)
+        second = second.masked_fill(gone | (rival == out), torch.inf)
+        near = distances < nearest
+        second = torch.where(near, nearest, second)
+        rival = torch.where(near, label, rival)
+        nearest = torch.where(near, distances, nearest)
+        label = torch.where(near, out, label)
+    return centroids
+
+
+def _two_highest(
+    sample: Tensor, centroids: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """In blocks of rows: the highest score and whose it is, and the next and whose (n,)."""
+    for block in scores(sample, centroids):
+        best, label = highest(block)
+        block.scatter_(1, label[:, None], -torch.inf)
+        yield best, label, *highest(block)

@@ -21,6 +21,8 @@ _SINGLE = {*_JPEG, *_HEIF, *_OTHERS}
 # And what else is read in a folder: several images a file, tables, saved data sets, features.
 _SEVERAL = {".tif", ".tiff", ".npy", ".parquet", ".tar", ".arrow", ".json", ".safetensors"}
 _MOST_NAMED = 3
+# what is not looked for among the folders
+_BUNDLED = "digits"
 
 
 def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
@@ -36,6 +38,8 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
         ValueError: for a folder without any file that can be read.
     """
     path = Path(dataset).expanduser()
+    if dataset == _BUNDLED:
+        return
     # what else a folder may lack is told by those who list it
     if dataset and path.is_dir():
         _refuse_others(path, dataset)
@@ -64,18 +68,17 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
 def refuse_more_groups(dataset: str, num_clusters: int | None) -> None:
     """Raise a ValueError for more groups than a folder has files, if each is one image at most."""
     path = Path(dataset).expanduser()
-    if num_clusters is None or not path.is_dir():
+    if num_clusters is None or dataset == _BUNDLED or not path.is_dir():
         return
     files = 0
     for ending in _endings(path):
         files += ending in _SINGLE
-        if ending is None or ending in _SEVERAL:
+        if files >= num_clusters or ending is None or ending in _SEVERAL:
             return
-    if num_clusters > files:
-        raise ValueError(
-            f"{setting('num_clusters', num_clusters)}: must be at most {files}, "
-            f"as many images as {dataset} holds"
-        )
+    raise ValueError(
+        f"{setting('num_clusters', num_clusters)}: must be at most {files}, "
+        f"as many images as {dataset} holds"
+    )
 
 
 def _refuse_others(folder: Path, named: str) -> None:
@@ -99,10 +102,18 @@ def _refuse_others(folder: Path, named: str) -> None:
 
 
 def _endings(folder: Path) -> Iterator[str | None]:
-    """How the files at any depth end, in lower case; None for a link to a folder."""
-    for place, folders, files in os.walk(folder):
+    """How the files at any depth end, in lower case, hidden ones apart, which nobody reads.
+
+    None for what is not looked into: a link to a folder, or a folder that cannot be listed.
+    """
+    unlisted: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=unlisted.append):
         for name in files:
-            yield os.path.splitext(name)[1].lower()  # noqa: PTH122
+            if not name.startswith("."):
+                yield os.path.splitext(name)[1].lower()  # noqa: PTH122
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if Path(place, name).is_symlink():
                 yield None
+    if unlisted:
+        yield None

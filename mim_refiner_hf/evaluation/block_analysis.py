@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.images import evenly_spaced, fully_labelled
 from ..data.loading import ImageProcessor, Loading, Processor
 from ..model.modeling_mim_refiner import MimRefinerModel
-from ..refinement.head_blocks import default_head_blocks
+from ..refinement.recipe_method import default_head_blocks
 from .feature_cache import ImageRows, for_altered_images, read_rows
 from .features import own_columns
 from .neighbour_agreement import NUM_NEIGHBOURS, global_view, neighbour_agreement

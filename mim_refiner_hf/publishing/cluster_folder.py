@@ -33,6 +33,7 @@ from torch import Tensor
 from ..clustering.channels import as_picture, is_picture
 from ..clustering.cluster_count import Entry
 from ..clustering.decoding import FORMATS, decode_image
+from ..clustering.image_items import ending_of
 from ..clustering.k_means import near_duplicates
 from ..clustering.pipeline_image_clustering import (
     ImageClusteringPipeline,
@@ -64,6 +65,7 @@ NEARLY_SAME = 0.99
 COMPARED = 200_000
 # by this file a folder is known as one that may be replaced
 GROUPS_TABLE = "groups.csv"
+_JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
 
 
 def check_groups_folder(folder: Path) -> Path:
@@ -361,6 +363,9 @@ def load_thumbnail(images: ImageDataset, index: int) -> bytes:
     source = images.found.sources[int(images.indices[index])]
     if not isinstance(source, Path) or not is_picture(images.num_channels):
         return jpeg_thumbnail(as_picture(images[index].image))
+    # the other formats have no smaller versions, and an array is none of Pillow's
+    if ending_of(str(source)) not in _JPEG:
+        return jpeg_thumbnail(as_picture(decode_image(source)))
     with Image.open(source, formats=FORMATS) as image:
         image.draft("RGB", (256, 256))
         return jpeg_thumbnail(as_picture(decode_image(image, name=str(source))))

@@ -22,6 +22,7 @@ from ..model.poolings_mim_refiner import Pooling
 from ..runtime.launch import workers_per_process
 from ..runtime.wording import setting
 from .recipe import RefineRecipe
+from .recipe_method import default_head_blocks
 
 T = TypeVar("T")
 
@@ -378,18 +379,14 @@ def _freeze_blocks(stated: Stated, at: Situation) -> Choice[int]:
 
 def _first_adapted(stated: Stated, layers: int) -> Choice[int]:
     """The block from which on there are adapters: a head before it would train nothing."""
+    default = default_head_blocks(layers)[0]
     blocks = stated["head_blocks"]
-    heads = stated["num_heads"]
-    lowest = layers
-    if isinstance(blocks, list) and blocks:
-        lowest = min(blocks)
-    elif heads is not None:
-        lowest = layers - heads
-
-    last_third = 2 * layers // 3
-    if lowest < last_third:
+    if blocks == "auto":
+        return Choice(min(default, layers // 2), "measuring puts no head earlier")
+    lowest = min(blocks) if blocks else layers - (stated["num_heads"] or 0)
+    if lowest < default:
         return Choice(max(0, lowest), "adapters begin where the heads do")
-    return Choice(last_third, "adapters are in the last third")
+    return Choice(default, "adapters are where heads are by default")
 
 
 def _layer_decay(stated: Stated, at: Situation) -> Choice[float]:

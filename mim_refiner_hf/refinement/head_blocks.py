@@ -1,6 +1,5 @@
 """Which blocks of an encoder carry a head, and which first channels of its output."""
 
-import math
 from collections.abc import Sequence
 
 from ..model.configuration_mim_refiner import MimRefinerConfig
@@ -8,15 +7,7 @@ from ..model.poolings_mim_refiner import LEARNED_POOLINGS, Pooling
 from ..runtime.wording import setting
 from .auto import Choice
 from .recipe import RefineRecipe
-
-
-def default_head_blocks(num_layers: int) -> list[int]:
-    """The last third of the blocks, rounded up to an even number (paper, Sec. 5.1).
-
-    8 heads for 24 blocks, 12 for 32.
-    """
-    heads = min(num_layers, 2 * math.ceil(num_layers / 6))
-    return list(range(num_layers - heads, num_layers))
+from .recipe_method import default_head_blocks
 
 
 def _default_heads(layers: int, frozen: int) -> Choice[list[int]]:

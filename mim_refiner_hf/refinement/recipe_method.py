@@ -4,6 +4,7 @@ With the defaults it is MIM-Refiner (arXiv 2402.10093). What MAE-CT (arXiv 2304.
 another way has a field each; the recipes `mae-ct-*` state them all.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -42,6 +43,15 @@ def trained_part(trainable: str) -> TrainedPart | None:
         return TrainedPart("all")
     said = re.fullmatch(r"(last|lora):([1-9]\d{0,4})", trainable)
     return TrainedPart(said[1], int(said[2])) if said else None
+
+
+def default_head_blocks(num_layers: int) -> list[int]:
+    """The last third of the blocks, rounded up to an even number (paper, Sec. 5.1).
+
+    8 heads for 24 blocks, 12 for 32.
+    """
+    heads = min(num_layers, 2 * math.ceil(num_layers / 6))
+    return list(range(num_layers - heads, num_layers))
 
 
 _TRAINABLE = Allowed(
@@ -136,7 +146,9 @@ class MethodFields:
         "constant", "Loss weights of the earlier heads over the refinement (paper, Fig. 7)."
     )
     freeze_blocks: NonNegativeInt | None = documented(
-        None, "Keep the embeddings and the first so many blocks as they are. Auto: 0, none."
+        None,
+        "Keep the embeddings and the first so many blocks as they are. Auto: 0, none; with lora:R "
+        "those before the last third, or before the first head.",
     )
     trainable: Annotated[str, _TRAINABLE] = documented(
         "all",
@@ -183,7 +195,8 @@ class MethodFields:
     )
     epochs: PositiveFloat | None = documented(
         None,
-        "Epochs of refinement. Auto: 30, but at least 300 updates, and without a GPU at most 600.",
+        "Epochs of refinement. Auto: 30, but at least 300 updates, and without a GPU at most 600; "
+        "with lora:R all of these times 1.5.",
     )
     head_epochs: NonNegativeFloat | None = documented(
         None,
@@ -204,22 +217,24 @@ class MethodFields:
     batch_size: Annotated[int, minimum(2)] | None = documented(
         None,
         "Images per update, all processes together. Auto: about 4 times the root of the number of "
-        "images, a power of two, 32 to 1024, without a GPU at most 64; never more than half of "
+        "images, a power of two, 32 to 1024, without a GPU at most 32; never more than half of "
         "them.",
     )
     learning_rate: PositiveFloat | None = documented(
         None,
         "Base learning rate of the refinement, encoder and heads; times batch_size / 256. Auto: "
-        "the peak is 0.001 at width 192 and batch 64, less for wider encoders, more for batches.",
+        "the peak is 0.001 at width 192 and batch 64, less for wider encoders, more for batches; "
+        "with lora:R ten times that.",
     )
     head_learning_rate: PositiveFloat | None = documented(
         None,
-        "Base learning rate of the head warm-up; times batch_size / 256. Auto: the refinement's.",
+        "Base learning rate of the head warm-up; times batch_size / 256. Auto: the refinement's; "
+        "with lora:R a tenth of that.",
     )
     refine_head_learning_rate: PositiveFloat | None = documented(
         None,
         "Base learning rate of the heads in the refinement; times batch_size / 256. Auto: that of "
-        "the encoder, learning_rate.",
+        "the encoder, learning_rate; with lora:R a tenth of that.",
     )
     end_learning_rate: NonNegativeFloat = documented(
         1e-6, "Learning rate towards which the cosine of each stage falls (MAE-CT: 0)."
@@ -227,7 +242,7 @@ class MethodFields:
     layer_decay: ShareAboveZero | None = documented(
         None,
         "Layer-wise learning-rate decay of the encoder. Auto: 0.85 up to 12 blocks, falling to "
-        "0.65 at 24.",
+        "0.65 at 24; with lora:R 1, none.",
     )
     weight_decay: NonNegativeFloat = documented(0.05, "Weight decay of the encoder.")
     head_weight_decay: NonNegativeFloat = documented(1e-5, "Weight decay of the heads.")

@@ -236,7 +236,6 @@ def _train(
     before = resume.state["before"] if resume else _metrics(_evaluate(prepared, encoder))
     choice = choose_blocks(prepared, accelerator, encoder)
 
-    # train
     trainer = make_trainer(prepared, accelerator, encoder, choice, seconds)
     trainer.broken.add(unreadable)
     trainer.broken.share()

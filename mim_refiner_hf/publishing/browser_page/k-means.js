@@ -1,9 +1,9 @@
 // k-means as `mim_refiner_hf.clustering.kmeans` does it (k_means.py, lloyd.py, starts.py,
 // confidence.py say why): greedy k-means++ with restarts, of which the worse half is dropped after
-// every fourth pass, strides, empty groups filled, and a confidence that eight second clusterings
-// calibrate. The same seed gives the same groups as there, up to 4 096 rows and 99 groups: of more
-// rows the samples are others, and more groups are there mostly begun along the principal
-// directions.
+// every fourth pass, swaps, strides, empty groups filled, and a confidence that eight second
+// clusterings calibrate. The same seed gives the same groups as there, up to 4 096 rows and 99
+// groups: of more rows the samples are others, and more groups are there mostly begun along the
+// principal directions.
 
 import { apart, columnMeans, dot, matrix, minus } from "./matrices.js";
 import { onto, orthonormal, pick, unit } from "./matrices.js";
@@ -14,6 +14,8 @@ const PER_GROUP = 40;
 const FEWER_PER_GROUP = [[20000, 20], [2 ** 17, 4]];
 const DRAWN = 16;
 const FULL_RUNS = 30;
+const SWAPS = 64;
+const WORTH_A_SWAP = 0.1;
 const ROUND = 4;
 const STRIDE = 1.85;
 const MOMENTUM = 0.7;
@@ -134,7 +136,7 @@ export function bestCentroids(rows, start, iterations, limit, settings = {}) {
     counts.forEach((count, k) => {
       const moved = apart(means.v, k * d, centroids.v, k * d, d);
       shift += moved;
-      // what moving gains follows from how far, without another pass
+      // what moving gains follows from how far, without another pass; on the sphere, at most this
       gained += Math.max(1, count) * moved;
     });
     centroids = means;
@@ -192,12 +194,10 @@ function startSize(groups) {
   return Math.max(SAMPLE, size);
 }
 
-// the numbers of the sampled rows that one run starts from
-function greedyRows(sample, groups, generator) {
-  const { n, d, v } = sample;
-  const trials = 2 + Math.floor(Math.log(groups));
+// squared distances from one row, by its number, to all
+function distancesIn({ n, d, v }) {
   const squares = Float64Array.from({ length: n }, (_, i) => dot(v, i * d, v, i * d, d));
-  const distancesFrom = row => {
+  return row => {
     const distances = new Float64Array(n);
     for (let i = 0; i < n; i++) {
       const cross = dot(v, row * d, v, i * d, d);
@@ -205,17 +205,29 @@ function greedyRows(sample, groups, generator) {
     }
     return distances;
   };
+}
 
+// the numbers of rows, each as likely as it is far, by places between 0 and 1
+function drawnBy(distances, places) {
+  const { length } = distances;
+  const mass = new Float64Array(length);
+  let total = 0;
+  for (let i = 0; i < length; i++) mass[i] = total += distances[i];
+  return places.map(place => Math.min(above(mass, place * total), length - 1));
+}
+
+// the numbers of the sampled rows that one run starts from
+function greedyRows(sample, groups, generator) {
+  const { n } = sample;
+  const trials = 2 + Math.floor(Math.log(groups));
+  const distancesFrom = distancesIn(sample);
   const chosen = [Math.floor(generator.uniform() * n)];
   let nearest = distancesFrom(chosen[0]);
   while (chosen.length < groups) {
     const drawn = trials * Math.min(DRAWN, groups - chosen.length);
     const places = Array.from({ length: drawn }, () => generator.uniformDouble());
     const chances = Array.from({ length: drawn }, () => generator.uniformDouble());
-    const mass = new Float64Array(n);
-    let total = 0;
-    for (let i = 0; i < n; i++) mass[i] = total += nearest[i];
-    const candidates = places.map(place => Math.min(above(mass, place * total), n - 1));
+    const candidates = drawnBy(nearest, places);
     const bars = candidates.map((row, i) => chances[i] * nearest[row]);
     const far = candidates.map(distancesFrom);
 
@@ -250,6 +262,57 @@ function above(rising, value) {
   return low;
 }
 
+// of each row the nearest centroid and the next, and the squared distances to them
+function nearestTwo(rows, centroids) {
+  const { n, d, v } = rows;
+  const [labels, rivals] = [new Int32Array(n), new Int32Array(n)];
+  const [nearest, second] = [new Float64Array(n), new Float64Array(n)];
+  const halves = halfSquares(centroids);
+  const scores = new Float64Array(centroids.n);
+  for (let i = 0; i < n; i++) {
+    const square = dot(v, i * d, v, i * d, d);
+    labels[i] = score(rows, i, centroids, halves, scores);
+    nearest[i] = Math.max(0, square - 2 * scores[labels[i]]);
+    scores[labels[i]] = -Infinity;
+    rivals[i] = scores.indexOf(Math.max(...scores));
+    second[i] = Math.max(0, square - 2 * scores[rivals[i]]);
+  }
+  return { labels, rivals, nearest, second };
+}
+
+// centroids some of which were swapped for sampled rows that serve better
+function swapped(sample, start, generator) {
+  const { n, d, v } = sample;
+  const centroids = { n: start.n, d, v: start.v.slice() };
+  const { labels, rivals, nearest, second } = nearestTwo(sample, start);
+  const worth = WORTH_A_SWAP * sum(nearest) / start.n;
+  const places = Array.from({ length: SWAPS }, () => generator.uniformDouble());
+  const distancesFrom = distancesIn(sample);
+  for (const row of drawnBy(nearest, places)) {
+    const distances = distancesFrom(row);
+    // what the rows of each centroid lose without it
+    const losses = new Float64Array(start.n);
+    let gained = 0;
+    distances.forEach((distance, i) => {
+      losses[labels[i]] += Math.min(second[i], distance) - Math.min(nearest[i], distance);
+      gained += Math.max(0, nearest[i] - distance);
+    });
+    const out = losses.indexOf(Math.min(...losses));
+    if (gained - losses[out] <= worth) continue;
+    centroids.v.set(v.subarray(row * d, (row + 1) * d), out * d);
+    for (let i = 0; i < n; i++) {
+      // its rows go to the next, and who is next to these is not looked up again
+      const gone = labels[i] === out;
+      if (gone) [nearest[i], labels[i]] = [second[i], rivals[i]];
+      if (gone || rivals[i] === out) second[i] = Infinity;
+      if (distances[i] >= nearest[i]) continue;
+      [second[i], rivals[i]] = [nearest[i], labels[i]];
+      [nearest[i], labels[i]] = [distances[i], out];
+    }
+  }
+  return centroids;
+}
+
 // the best restart on a sample, and strides over all rows
 function goodStart(rows, sample, groups, { runs, seed, spherical, passes }) {
   const fewRows = Math.max(SAMPLE, sample.n) / sample.n;
@@ -259,7 +322,8 @@ function goodStart(rows, sample, groups, { runs, seed, spherical, passes }) {
   const begin = () => pick(sample, greedyRows(sample, groups, generator));
   const starts = Array.from({ length: begun }, begin);
   const few = ROUND * (Math.floor(Math.log2(begun)) + 1);
-  const start = stride(sample, starts, few, spherical);
+  const best = stride(sample, starts, few, spherical);
+  const start = groups > FULL_RUNS ? swapped(sample, best, generator) : best;
   return stride(rows, [start], passes, spherical);
 }
 
