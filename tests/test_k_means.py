@@ -23,7 +23,7 @@ from torch import Tensor
 from mim_refiner_hf.clustering import ArrayBatches, Clustering, kmeans, merged, near_duplicates
 from mim_refiner_hf.clustering.lloyd import best_centroids, highest, stride
 from mim_refiner_hf.clustering.merging import merge_tree
-from mim_refiner_hf.clustering.row_batches import Rows
+from mim_refiner_hf.clustering.row_batches import Rows, column_sums
 from mim_refiner_hf.clustering.starts import greedy_starts, principal_directions, start_size
 
 
@@ -211,6 +211,15 @@ def test_rows_far_from_zero_are_told_apart(offset: float) -> None:
         assert torch.equal(found.assign(rows)[0], found.assignments)
     again = kmeans(rows, 9, spherical=False, initial=found.centroids, refits=0)
     assert torch.equal(again.assignments, found.assignments)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_sums_are_those_in_fp64(count: int, dtype: torch.dtype) -> None:
+    rows = (torch.randn(count, 5) + 1e4).to(dtype)
+    expected = rows.sum(0, dtype=torch.float64)
+    assert column_sums(rows).dtype == torch.float64
+    torch.testing.assert_close(column_sums(rows), expected, rtol=1e-6, atol=0)
 
 
 def test_rows_of_any_size_are_as_good_or_refused() -> None:

@@ -44,7 +44,7 @@ _ENOUGH = 2048
 # Strides end when two of them lower the inertia by less than this share; along a part of the
 # directions sooner, as what they find is not yet the end.
 _WORTH = 2e-4
-_WORTH_ALONG = 2.5e-3
+_WORTH_ALONG = 3e-3
 
 
 def start_size(num_clusters: int) -> int:
