@@ -88,7 +88,7 @@ def test_adapters_learn_faster_and_longer_in_fewer_blocks() -> None:
     stated = dataclasses.replace(asked, freeze_blocks=0, learning_rate=0.5, epochs=3.0)
     found = resolve(stated, config, 1000)
     assert (found.freeze_blocks, found.learning_rate, found.epochs) == (0, 0.5, 3.0)
-    assert found.refine_head_learning_rate == 0.05
+    assert found.refine_head_learning_rate == found.head_learning_rate == 0.5
 
 
 @pytest.mark.parametrize("first", [0, 2])

@@ -13,7 +13,7 @@ would ship the start. From 20 000 images on, and on a GPU, views and swap are th
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -105,8 +105,8 @@ def fit(recipe: RefineRecipe, at: Situation) -> Fitted:
         ValueError: where what was stated and what is fitted to it contradict each other.
     """
     filled = copy.copy(recipe)
-    stated = Stated(filled)
-    reasons = {}
+    reasons: dict[str, str] = {}
+    stated = Stated(filled, reasons)
 
     # in this order: a rule reads what stands before it
     for name, rule in _RULES.items():
@@ -126,9 +126,10 @@ def fit(recipe: RefineRecipe, at: Situation) -> Fitted:
 
 @dataclass(frozen=True)
 class Stated:
-    """The recipe that is being filled in; `stated[name]` is a field that a rule before has set."""
+    """The recipe that is being filled in, and why: `stated[name]` may be set by a rule before."""
 
     recipe: RefineRecipe
+    reasons: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self.recipe, name)
@@ -361,9 +362,9 @@ def _refine_head_learning_rate(stated: Stated, at: Situation) -> Choice[float]:
 
 
 def _rate_of_heads(stated: Stated, reason: str) -> Choice[float]:
-    """The encoder's own, also beside adapters, which learn faster."""
+    """The encoder's; where that was fitted to adapters, a tenth of it, which is its own."""
     rate = stated["learning_rate"]
-    if not stated.adapters:
+    if not (stated.adapters and "learning_rate" in stated.reasons):
         return Choice(rate, reason)
     share = float(f"{rate / _ADAPTER_RATE:.3g}")
     return Choice(share, f"a tenth of the adapters' {rate:.3g}")

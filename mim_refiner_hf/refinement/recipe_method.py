@@ -229,12 +229,12 @@ class MethodFields:
     head_learning_rate: PositiveFloat | None = documented(
         None,
         "Base learning rate of the head warm-up; times batch_size / 256. Auto: the refinement's; "
-        "with lora:R a tenth of that.",
+        "with lora:R, and that open too, a tenth of it.",
     )
     refine_head_learning_rate: PositiveFloat | None = documented(
         None,
         "Base learning rate of the heads in the refinement; times batch_size / 256. Auto: that of "
-        "the encoder, learning_rate; with lora:R a tenth of that.",
+        "the encoder, learning_rate; with lora:R, and that open too, a tenth of it.",
     )
     end_learning_rate: NonNegativeFloat = documented(
         1e-6, "Learning rate towards which the cosine of each stage falls (MAE-CT: 0)."
