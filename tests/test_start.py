@@ -147,7 +147,7 @@ def test_what_is_called_an_image_is_not_refused(
         try:
             refuse_more_groups(str(tmp_path), 2)
         except ValueError as error:
-            assert "must be at most 1, as many images as" in str(error)
+            assert "--num_clusters is 2 for 1 images; allowed are 1 to 1 with method" in str(error)
             refused += 1
         file.unlink()
     assert refused == len(EXTENSIONS - {".tif", ".tiff"})

@@ -81,7 +81,7 @@ def _cluster_parser() -> ArgumentParser:
 def parse_cluster(arguments: Sequence[str]) -> Work:
     """`mim-refiner cluster`."""
     options = parse_model_and_images(_cluster_parser(), arguments, needs_model=False)
-    refuse_more_groups(options.dataset, options.num_clusters)
+    refuse_more_groups(options.dataset, options.num_clusters, options.method)
 
     def work() -> None:
         from ..runs.cluster import cluster

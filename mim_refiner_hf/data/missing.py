@@ -1,7 +1,7 @@
 """A path of images that is not there or holds none, refused before any heavy import.
 
 refuse_missing("phtos/")  # FileNotFoundError: ... did you mean photos?
-refuse_more_groups("photos/", 500)  # ValueError: --num_clusters 500: ... at most 300
+refuse_more_groups("photos/", 500)  # ValueError: --num_clusters is 500 for 300 images; ...
 """
 
 import difflib
@@ -9,8 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
-
-from ..runtime.wording import setting
 
 _TABLES = frozenset([".parquet", ".tar", ".zip", ".csv"])
 # How files end that hold one image each; Pillow alone knows which of them it decodes here.
@@ -65,8 +63,11 @@ def refuse_missing(dataset: str, endings: Collection[str] = ()) -> None:
     raise FileNotFoundError(f"No file or folder {dataset!r}: {hint}")
 
 
-def refuse_more_groups(dataset: str, num_clusters: int | None) -> None:
-    """Raise a ValueError for more groups than a folder has files, if each is one image at most."""
+def refuse_more_groups(dataset: str, num_clusters: int | None, method: str = "kmeans") -> None:
+    """Raise a ValueError for more groups than a folder has files, if each is one image at most.
+
+    The words are those of `clustering.pipeline_image_clustering`, which counts the images.
+    """
     path = Path(dataset).expanduser()
     if num_clusters is None or dataset == _BUNDLED or not path.is_dir():
         return
@@ -75,9 +76,10 @@ def refuse_more_groups(dataset: str, num_clusters: int | None) -> None:
         files += ending in _SINGLE
         if files >= num_clusters or ending is None or ending in _SEVERAL:
             return
+    allowed = f"{2 if method == 'heads' else 1} to {files} with method {method!r}"
     raise ValueError(
-        f"{setting('num_clusters', num_clusters)}: must be at most {files}, "
-        f"as many images as {dataset} holds"
+        f"--num_clusters is {num_clusters} for {files} images; allowed are {allowed}, "
+        "or leave it out."
     )
 
 
