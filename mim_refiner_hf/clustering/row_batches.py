@@ -163,6 +163,10 @@ class Rows:
         changed = _Changed(self, change)
         return changed if self.streamed else torch.cat(list(changed))
 
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """What the first process found, on all of them: a GPU may add in another order."""
+        return self.over_processes(tensor if self.rank == 0 else torch.zeros_like(tensor))
+
     def over_processes(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the processes."""
         if self.processes > 1:

@@ -83,7 +83,7 @@ def good_start(
         low = sample @ directions
         starts = greedy_starts(low, num_clusters, begun, generator)
         start = stride(Rows(low, spherical=False), starts, few, _WORTH_ALONG)
-        start = _of_first(rows, swapped(low, start, generator))
+        start = rows.of_first(swapped(low, start, generator))
         if _groups_lie_along(sample, low, start):
             start = stride(rows.along(directions), start[None], passes, _WORTH_ALONG)
             return means_along(rows, directions, start)
@@ -91,7 +91,7 @@ def good_start(
     starts = greedy_starts(sample, num_clusters, begun, generator)
     start = stride(Rows(sample, rows.spherical), starts, few, _WORTH)
     if num_clusters > _FULL_RUNS:
-        start = _of_first(rows, swapped(sample, start, generator))
+        start = rows.of_first(swapped(sample, start, generator))
     return stride(rows, start[None], passes, _WORTH)
 
 
@@ -104,11 +104,6 @@ def _groups_lie_along(sample: Tensor, low: Tensor, centroids: Tensor) -> bool:
     left = one_pass(Rows(part, spherical=False), centroids[None])[2] / len(part)
     across = sample.var(0, correction=0).sum() - low.var(0, correction=0).sum()
     return float(across) < _ACROSS * float(left)
-
-
-def _of_first(rows: Rows, found: Tensor) -> Tensor:
-    """What the first process found, on all of them: a GPU may add in another order."""
-    return rows.over_processes(found if rows.rank == 0 else torch.zeros_like(found))
 
 
 def principal_directions(sample: Tensor) -> Tensor | None:
