@@ -31,6 +31,8 @@ from ..runtime.sharding import fsdp2_requested
 from ..runtime.text import one_line
 from ..runtime.wording import millions, setting
 
+# of the adapters that are named where the whole encoder does not fit
+_RANK = 8
 # What the heads read, in words, for each `pooling`.
 _READS = {
     "cls": "the CLS token",
@@ -247,43 +249,37 @@ def _memory_lines(recipe: ResolvedRecipe, config: MimRefinerConfig, available: i
 
 def _remedy(recipe: ResolvedRecipe, config: MimRefinerConfig, available: int, auto: bool) -> str:
     """What to change where a step does not fit; with `auto` the micro-batch chooses itself."""
-    ways = [recipe]
-    if not recipe.gradient_checkpointing:
-        ways.append(dataclasses.replace(recipe, gradient_checkpointing=True))
+    trained = [recipe]
+    # adapters begin where the heads do, if no other block is stated
+    first = recipe.asked.freeze_blocks
+    if first is None:
+        first = recipe.head_blocks[0]
+    # an encoder without linear layers has no adapters
+    if recipe.trainable == "all" and encoder_parameters(config, first, _RANK).trained:
+        adapters = dataclasses.replace(recipe, trainable=f"lora:{_RANK}", freeze_blocks=first)
+        trained.append(adapters)
+    ways = []
+    for way in trained:
+        for recomputed in sorted({way.gradient_checkpointing, True}):
+            ways.append(dataclasses.replace(way, gradient_checkpointing=recomputed))
 
+    others = f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
     for way in ways:
         size = fitting_micro_batch(way, config, available)
         if size == 0:
             continue
         changes = []
+        result = "gives the same gradients"
+        if way.trainable != recipe.trainable:
+            changes.append(setting("trainable", way.trainable))
+            result = f"trains adapters in place of its weights; or lower {others}"
         if size is not None and not auto:
             changes.append(setting("micro_batch_size", size))
         if way.gradient_checkpointing:
             changes.append(setting("gradient_checkpointing", True))
         need = bytes_needed(dataclasses.replace(way, micro_batch_size=size), config) / GIGA
-        return f": {' '.join(changes)} needs {need:.2f} GiB and gives the same gradients"
-
-    others = f"{setting('batch_size')}, {setting('queue_size')} or {setting('num_heads')}"
-    lower = f", whatever the micro-batch: lower {others}"
-    adapted = _adapters_need(ways[-1], config, available)
-    if adapted is None:
-        return lower
-    adapters = f"{setting('trainable', 'lora:8')} (adapters in place of its weights)"
-    return f"{lower}; or {adapters} needs {adapted / GIGA:.2f} GiB"
-
-
-def _adapters_need(
-    recipe: ResolvedRecipe, config: MimRefinerConfig, available: int
-) -> float | None:
-    """Bytes of a step that trains adapters from the first head on; None if they do not fit."""
-    if recipe.trainable != "all":
-        return None
-    way = dataclasses.replace(recipe, trainable="lora:8", freeze_blocks=recipe.head_blocks[0])
-    size = fitting_micro_batch(way, config, available)
-    has_some = encoder_parameters(config, way.freeze_blocks, way.lora_rank).trained > 0
-    if size == 0 or not has_some:
-        return None
-    return bytes_needed(dataclasses.replace(way, micro_batch_size=size), config)
+        return f": {' '.join(changes)} needs {need:.2f} GiB and {result}"
+    return f", whatever the micro-batch: lower {others}"
 
 
 def checkpoint_bytes(recipe: ResolvedRecipe, config: MimRefinerConfig) -> float:
